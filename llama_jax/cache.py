@@ -1,0 +1,54 @@
+"""The KV cache: what a token left behind for those after it.
+
+Letters: B batch, K key/value heads, S positions, T new tokens, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import parallel
+from llama_jax.config import ModelConfig
+
+_AXES = ("batch", "kv_heads", None, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Rotated keys and values, one array (B, K, S, H) each a layer; slot s holds position s of its row.
+
+    Lengths are not kept here: a query sees the slots up to its own position, so what lies beyond is never read, and
+    is overwritten when its position comes. One array a layer lets a decode step update each in place when the cache
+    is donated; stacked and carried through a scan it would be copied whole.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row can hold (S)."""
+        return self.k[0].shape[2]
+
+
+def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache for `batch` rows of `capacity` positions; trace it under `parallel.use` to have it sharded."""
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+
+    def empty() -> tuple[jax.Array, ...]:
+        return tuple(parallel.constrain(jnp.zeros(shape, dtype), *_AXES) for _ in range(config.num_layers))
+
+    return KVCache(k=empty(), v=empty())
+
+
+def write(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """The slots with `new` at each row's positions. Positions outside 0..S-1 (padding) are dropped."""
+    rows = jnp.arange(slots_BKSH.shape[0])[:, None]
+    out = slots_BKSH.at[rows, :, positions_BT].set(
+        new_BTKH.astype(slots_BKSH.dtype), mode="drop", wrap_negative_indices=False
+    )
+    return parallel.constrain(out, *_AXES)

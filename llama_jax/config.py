@@ -1,0 +1,256 @@
+"""The shape of a Llama: one frozen record, the published sizes, and every number that follows from them.
+
+Floor 0: no jax here. Parameter, FLOP and byte counts are derived, never stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message says what was given, what is allowed and how to mend it."""
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """A `did you mean` clause for `word`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's rescaling of the rotary frequencies (Meta's `apply_scaling`; `rope_type: llama3` elsewhere).
+
+    Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched `factor` times, those below
+    `original_max_seq_len / high_freq_factor` are left alone, and those between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+        if self.factor < 1:
+            raise ConfigError(f"rope_scaling.factor must be at least 1, got {self.factor}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"rope_scaling.high_freq_factor ({self.high_freq_factor}) must be greater than "
+                f"low_freq_factor ({self.low_freq_factor})"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a Llama decoder is. Every field changes the output, or raises when it is exceeded.
+
+    Attributes:
+        vocab_size: rows of the embedding and of the unembedding (V).
+        embed_dim: width of the residual stream (D).
+        num_layers: decoder blocks (L).
+        num_heads: query heads (N).
+        num_kv_heads: key and value heads (K); each serves N / K query heads.
+        head_dim: width of one head (H); even, and free of embed_dim / num_heads.
+        ffn_dim: width of the SwiGLU feed-forward (F).
+        norm_eps: added to the mean square in RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: Llama 3.1's rescaling of them, or None (Llama 3).
+        max_seq_len: positions the model may be given; more raises.
+        tied_embeddings: the unembedding is the embedding.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_seq_len: int
+    tied_embeddings: bool
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"model.{field.name} must be a whole number of at least 1, got {value!r}")
+        _check_positive(self, "norm_eps", "rope_theta")
+        if not isinstance(self.tied_embeddings, bool):
+            raise ConfigError(f"model.tied_embeddings must be True or False, got {self.tied_embeddings!r}")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ConfigError(f"model.rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r}")
+        if self.num_heads % self.num_kv_heads:
+            legal = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: one of {legal}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads served by one key/value head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def matmul_params(self) -> int:
+        """Weights that multiply every token: all matrices but the embedding look-up."""
+        attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        ffn = 3 * self.embed_dim * self.ffn_dim
+        return self.num_layers * (attention + ffn) + self.vocab_size * self.embed_dim
+
+    @property
+    def num_params(self) -> int:
+        """All weights; a tied unembedding is counted once."""
+        norms = (2 * self.num_layers + 1) * self.embed_dim
+        untied = 0 if self.tied_embeddings else self.vocab_size * self.embed_dim
+        return self.matmul_params + norms + untied
+
+    def flops_per_token(self, context: int, *, training: bool) -> int:
+        """Multiply-adds counted as two, for one token that attends to `context` positions.
+
+        The convention of PaLM (arXiv:2204.02311, appendix B): two per weight, plus 4 N H `context` per layer for the
+        scores and the mixing of values, without a discount for the causal mask; training costs three forwards, and
+        recomputation is not counted.
+        """
+        forward = 2 * self.matmul_params + 4 * self.num_layers * self.num_heads * self.head_dim * context
+        return forward * (3 if training else 1)
+
+    def cache_bytes_per_token(self, bytes_per_number: int) -> int:
+        """Bytes that one position of one sequence takes in the KV cache, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The config of a dict that names every field; an unknown or missing one raises ConfigError."""
+        values = dict(values)
+        if isinstance(values.get("rope_scaling"), dict):
+            _check_names(RopeScaling, values["rope_scaling"], "model.rope_scaling")
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        _check_names(cls, values, "model")
+        return cls(**values)
+
+
+def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown key {where}.{name}{nearest(name, known)} Allowed: {', '.join(known)}")
+    missing = [name for name in known if name not in values]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
+
+
+def _check_positive(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{type(record).__name__}.{name} must be a finite number above 0, got {value!r}")
+
+
+_SCALING_31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+_SCALING_32 = dataclasses.replace(_SCALING_31, factor=32.0)
+
+_LLAMA3_8B = ModelConfig(
+    vocab_size=128_256,
+    embed_dim=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_dim=14_336,
+    norm_eps=1e-5,
+    rope_theta=500_000.0,
+    rope_scaling=None,
+    max_seq_len=8192,
+    tied_embeddings=False,
+)
+_LLAMA3_70B = dataclasses.replace(_LLAMA3_8B, embed_dim=8192, num_layers=80, num_heads=64, ffn_dim=28_672)
+
+
+def _long(config: ModelConfig, scaling: RopeScaling = _SCALING_31, **changes: Any) -> ModelConfig:
+    """The 3.1 generation of `config`: 128K positions and rescaled frequencies."""
+    return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=131_072, **changes)
+
+
+# The published sizes (Meta's params.json and the model cards), and three small ones of our own.
+SIZES: dict[str, ModelConfig] = {
+    "llama3-8b": _LLAMA3_8B,
+    "llama3-70b": _LLAMA3_70B,
+    "llama3.1-8b": _long(_LLAMA3_8B),
+    "llama3.1-70b": _long(_LLAMA3_70B),
+    "llama3.1-405b": _long(_LLAMA3_8B, embed_dim=16_384, num_layers=126, num_heads=128, ffn_dim=53_248),
+    "llama3.2-1b": _long(
+        _LLAMA3_8B,
+        _SCALING_32,
+        embed_dim=2048,
+        num_layers=16,
+        head_dim=64,
+        ffn_dim=8192,
+        tied_embeddings=True,
+    ),
+    "llama3.2-3b": _long(
+        _LLAMA3_8B,
+        _SCALING_32,
+        embed_dim=3072,
+        num_layers=28,
+        num_heads=24,
+        ffn_dim=8192,
+        tied_embeddings=True,
+    ),
+    "llama3.3-70b": _long(_LLAMA3_70B),
+    # For tests: every dimension differs from every other, so that a swapped axis cannot pass.
+    "tiny": _long(
+        _LLAMA3_8B,
+        vocab_size=512,
+        embed_dim=48,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=16,
+        ffn_dim=96,
+    ),
+    # What configs/quickstart.py trains on a laptop.
+    "quickstart": _long(
+        _LLAMA3_8B,
+        vocab_size=4096,
+        embed_dim=256,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        ffn_dim=704,
+        tied_embeddings=True,
+    ),
+    # The shape of the benchmarks beside other libraries.
+    "160m": _long(
+        _LLAMA3_8B,
+        vocab_size=32_000,
+        embed_dim=768,
+        num_layers=12,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        ffn_dim=2048,
+    ),
+}
+
+
+def size(name: str) -> ModelConfig:
+    """The config of a published size by its name, e.g. `llama3.1-8b`; an unknown name raises ConfigError."""
+    if name not in SIZES:
+        raise ConfigError(f"unknown model size {name!r}{nearest(name, list(SIZES))} Allowed: {', '.join(SIZES)}")
+    return SIZES[name]

@@ -1,0 +1,1 @@
+"""Floor 2: the mathematics, as pure functions of arrays."""

@@ -1,0 +1,54 @@
+"""Rotary position embedding (Su et al., arXiv:2104.09864) with Llama 3.1's frequency scaling.
+
+The pairs that rotate together are (i, i + H/2), as in Hugging Face's files; Meta's interleave them (2i, 2i + 1).
+
+Letters: B batch, T length, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import ModelConfig
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each of the H/2 pairs, float32.
+
+    theta^(-2i/H), then, where `rope_scaling` is set, Meta's `apply_scaling`: wavelengths longer than
+    original / low_freq_factor are divided by factor, those shorter than original / high_freq_factor are kept, and
+    between the two the frequency is interpolated linearly in original / wavelength.
+
+    Every step is rounded to float32 as Meta's and Hugging Face's are, which makes the frequencies equal to theirs bit
+    for bit. Better rounding is further from them: a last bit here is a hundredth of a radian at position 131,000, and
+    0.35% of the largest logit.
+    """
+    f32 = np.float32
+    exponents = np.arange(0, config.head_dim, 2, dtype=f32) / f32(config.head_dim)
+    freq = 1 / (config.rope_theta ** exponents.astype(np.float64)).astype(f32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    wavelengths = f32(2 * math.pi) / freq
+    span = f32(scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (f32(scaling.original_max_seq_len) / wavelengths - f32(scaling.low_freq_factor)) / span
+    smooth = np.clip(smooth, f32(0), f32(1))
+    return (1 - smooth) * freq / f32(scaling.factor) + smooth * freq
+
+
+def rotations(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every angle, each (B, T, H/2) float32: bfloat16 would round position 257 to 256."""
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies(config))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """x with each pair (i, i + H/2) turned by its angle; computed in float32, returned in the type of x."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)

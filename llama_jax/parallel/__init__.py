@@ -1,0 +1,28 @@
+"""Floor 1: the device mesh, and the one table that says which mesh axis carries which logical axis."""
+
+from llama_jax.parallel.mesh import AXES, make_mesh, single_device_mesh
+from llama_jax.parallel.platform import compute_dtype, fast_bfloat16
+from llama_jax.parallel.rules import (
+    RULES,
+    Layout,
+    axis_size,
+    constrain,
+    replicated,
+    shardings,
+    use,
+)
+
+__all__ = [
+    "AXES",
+    "RULES",
+    "Layout",
+    "axis_size",
+    "compute_dtype",
+    "constrain",
+    "fast_bfloat16",
+    "make_mesh",
+    "replicated",
+    "shardings",
+    "single_device_mesh",
+    "use",
+]

@@ -1,0 +1,58 @@
+"""Device meshes: five named axes over whatever devices there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from llama_jax.config import ConfigError
+
+# In the order of the devices: the axes to the left talk least (gradients once a step), those to the right most.
+AXES = ("data", "fsdp", "stage", "context", "tensor")
+
+
+def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """The mesh sizes with a single -1 replaced by what is left of `num_devices`.
+
+    Raises:
+        ConfigError: more than one -1, a size below 1, or a product other than `num_devices`.
+    """
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    free = [axis for axis, n in sizes.items() if n == -1]
+    bad = {axis: n for axis, n in sizes.items() if n < 1 and n != -1}
+    if bad or len(free) > 1:
+        raise ConfigError(
+            f"mesh {sizes}: every axis must be at least 1, and one of them may be -1 (what is left of the "
+            f"{num_devices} devices)"
+        )
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices:
+        shape = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1) or "1"
+        mend = "set one axis to -1 to take what is left"
+        if free:
+            divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+            mend = f"the fixed axes must multiply to one of {divisors}"
+        raise ConfigError(f"mesh {shape} needs a multiple of {fixed} devices, but there are {num_devices}: {mend}")
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A Mesh with the axes data, fsdp, stage, context and tensor, in that order.
+
+    Args:
+        sizes: devices along each axis; an absent axis is 1, and one may be -1 (what is left).
+        devices: what to build on; all devices of all processes by default.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = tuple(resolve(sizes, len(devices)).values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of this process's first device: the default for sampling."""
+    return make_mesh({}, jax.local_devices()[:1])
