@@ -1,0 +1,151 @@
+"""Batches: seeded, shared out among hosts, and resumable to the exact batch, on top of grain.
+
+The batch of step s is a pure function of the rows, the seed, the global batch size B and s: it holds the
+global rows order[s * B : (s + 1) * B], where `order` visits every row once an epoch, shuffled anew in each. A
+position in the data is therefore one number, and each host can compute its own part of any batch without
+speaking to the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.packing import PackedRows
+
+Batch = dict[str, np.ndarray]
+
+
+class Loader:
+    """An iterator of batches, each a dict of arrays (rows of this host, T) as `PackedRows` describes them.
+
+    `batch_size` is the global one; `rows_of_host` says which of its rows this host needs, in order (None:
+    all). Rows run on from epoch to epoch, also inside a batch, until `epochs` are over (None: never); what is
+    then left over and too little for a batch is not used. `prefetch` batches are made ahead in as many
+    threads (0: none).
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        *,
+        batch_size: int,
+        seed: int,
+        rows_of_host: Sequence[int] | None = None,
+        start_step: int = 0,
+        prefetch: int = 2,
+        shuffle: bool = True,
+        epochs: int | None = None,
+    ) -> None:
+        """Set out at batch `start_step`; raises ValueError for settings that cannot give a batch."""
+        import grain  # slow to import, and it brings jax along where that is installed
+
+        self._rows_of_host = _checked_rows(rows_of_host, batch_size)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
+        if start_step < 0 or prefetch < 0:
+            raise ValueError(f"start_step and prefetch cannot be negative, got {start_step} and {prefetch}")
+        if epochs is not None and (epochs < 1 or epochs * len(rows) < batch_size):
+            raise ValueError(
+                f"{epochs} epochs of {len(rows)} rows do not fill one batch of {batch_size}; take more epochs"
+                " (None repeats for ever), a smaller batch_size or a shorter sequence_length"
+            )
+        order = grain.MapDataset.range(len(rows)).seed(seed)
+        order = order.shuffle() if shuffle else order
+        self._order = order.repeat(epochs)
+        self._order[0]  # grain sets up its statistics on first use, which is not safe from several threads
+        self._rows = rows
+        self._batch_size = batch_size
+        self._identity = {
+            "store": rows.store.fingerprint,
+            "sequence_length": rows.sequence_length,
+            "batch_size": batch_size,
+            "seed": seed,
+            "shuffle": shuffle,
+        }
+        self._options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+        self._seek(start_step)
+
+    def __iter__(self) -> "Loader":
+        """The loader is its own iterator: a second `for` goes on where the first stopped."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; `state()` counts it from here on."""
+        batch = next(self._batches)
+        self._step += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON-able values: the batches handed out ("step") and what they depend on."""
+        return {"step": self._step, **self._identity}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to a position that `state()` gave; raises ValueError if it is one of other data or settings."""
+        for key, mine in self._identity.items():
+            theirs = state.get(key)
+            if theirs != mine:
+                raise ValueError(
+                    f"cannot resume the data: {key} was {theirs!r} when it was saved and is {mine!r} now;"
+                    " set it back, or start a new run to train on from these weights"
+                )
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"cannot resume the data: step must be a count of batches, got {step!r}")
+        self._seek(step)
+
+    def close(self) -> None:
+        """Stop the prefetching threads."""
+        self._batches.close()
+
+    def _seek(self, step: int) -> None:
+        import grain
+
+        if hasattr(self, "_batches"):
+            self.close()
+        steps = max(len(self._order) // self._batch_size - step, 0)
+        batches = grain.MapDataset.range(step, step + steps).map(self._batch)
+        self._batches = iter(batches.to_iter_dataset(self._options))
+        self._step = step
+
+    def _batch(self, step: int) -> Batch:
+        start = int(step) * self._batch_size
+        return _stack([self._rows[int(self._order[start + row])] for row in self._rows_of_host])
+
+
+def evaluation_batches(
+    rows: PackedRows,
+    *,
+    batch_size: int,
+    max_batches: int | None,
+    rows_of_host: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """The rows in order, once, in at most `max_batches` batches (None: all), the last filled with padding.
+
+    `batch_size` is the global one, and `rows_of_host` as in `Loader`: every host gets as many batches.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1 (or None for all), got {max_batches}")
+    wanted = _checked_rows(rows_of_host, batch_size)
+    steps = -(-len(rows) // batch_size)
+    steps = steps if max_batches is None else min(steps, max_batches)
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, steps * batch_size, batch_size):
+            indices = [start + row for row in wanted]
+            yield _stack([rows[i] if i < len(rows) else rows.padding_row() for i in indices])
+
+    return batches()
+
+
+def _checked_rows(rows_of_host: Sequence[int] | None, batch_size: int) -> list[int]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    wanted = list(range(batch_size) if rows_of_host is None else map(int, rows_of_host))
+    if not wanted or min(wanted) < 0 or max(wanted) >= batch_size:
+        raise ValueError(f"rows_of_host must name rows from 0 to {batch_size - 1} of the batch, got {wanted}")
+    return wanted
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

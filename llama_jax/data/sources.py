@@ -1,0 +1,164 @@
+"""Where documents come from: files, folders, globs, and the quickstart corpus by name.
+
+A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines) holds one under
+"text". Either may be gzipped (.gz).
+"""
+
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from llama_jax.data import corpus
+from llama_jax.data.corpus import Document
+
+CORPUS = ("stdlib:train", "stdlib:validation")
+_TEXT = (".txt", ".md")
+_JSON = (".jsonl", ".json-lines")
+
+
+def documents_from(patterns: Sequence[str]) -> Iterator[Document]:
+    """Yield every document that the patterns name, pattern by pattern, paths sorted within each.
+
+    A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines and
+    .gz of them), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice is
+    read once.
+
+    Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be
+    used; the patterns are resolved at once, the files read one at a time.
+    """
+    return _read(_resolve(patterns), patterns)
+
+
+def fingerprint_of(patterns: Sequence[str]) -> str:
+    """A cheap identity (hex) of what the patterns name: paths, sizes and times; the corpus' fingerprint."""
+    identity: list[object] = []
+    for source in _resolve(patterns):
+        if isinstance(source, str):
+            identity.append([source, corpus.fingerprint(_corpus(source))])
+        else:
+            stat = source.stat()
+            identity.append([os.path.abspath(source), stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _corpus(name: str) -> list[Document]:
+    return corpus.split(corpus.documents())[CORPUS.index(name)]
+
+
+def _resolve(patterns: Sequence[str]) -> list[Path | str]:
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns must be a list of strings, got the string {patterns!r}; write [{patterns!r}]")
+    if not patterns:
+        raise ValueError("no data was named: give at least one file, folder or glob, or 'stdlib:train'")
+    found: dict[Path | str, None] = {}  # ordered, without repeats
+    for pattern in patterns:
+        if pattern in CORPUS:
+            matches: list[Path | str] = [pattern]
+        elif os.path.isfile(pattern):
+            matches = [Path(pattern)]
+        elif os.path.isdir(pattern):
+            matches = sorted(path for path in Path(pattern).rglob("*") if path.is_file() and _kind(path))
+        else:
+            paths = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+            matches = sorted(path for path in paths if path.is_file())
+        if not matches:
+            raise FileNotFoundError(_nothing_matched(pattern))
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _kind(path: Path) -> str:
+    """ "text", "json" or "" by the file's ending, a last .gz aside."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    return "text" if suffix in _TEXT else "json" if suffix in _JSON else ""
+
+
+def _nothing_matched(pattern: str) -> str:
+    if pattern.startswith("stdlib:"):
+        return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(CORPUS)}"
+    if os.path.isdir(pattern):
+        return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON)}, or in these and .gz"
+    folder = Path(pattern).parent
+    while not folder.is_dir():  # "." and "/" always are
+        folder = folder.parent
+    names = sorted(os.listdir(folder))
+    near = difflib.get_close_matches(Path(pattern).name, names, n=3, cutoff=0.4) or names[:3]
+    near_by = f"the nearest in {folder.as_posix()!r}: {', '.join(near)}" if near else f"{folder} is empty"
+    return f"{pattern!r} matches no file; {near_by}"
+
+
+def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Document]:
+    empty = True
+    for source in sources:
+        if isinstance(source, str):
+            documents: Iterator[Document] = iter(_corpus(source))
+        elif _kind(source) == "json":
+            documents = _json_lines(source)
+        else:
+            documents = iter([Document(source.as_posix(), _decode(_bytes(source), source, 0))])
+        for document in documents:
+            if document.text.strip():
+                empty = False
+                yield document
+    if empty:
+        raise ValueError(f"{list(patterns)} holds no text: every document found is empty")
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        with _open(path) as file:
+            return file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
+
+
+def _decode(data: bytes, path: Path, offset: int) -> str:
+    try:
+        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02x}); convert it, for example with"
+            f" iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def _json_lines(path: Path) -> Iterator[Document]:
+    offset = 0
+    try:
+        with _open(path) as file:
+            for number, data in enumerate(file, start=1):
+                line = _decode(data, path, offset)
+                offset += len(data)
+                if line.strip():
+                    yield Document(f"{path.as_posix()}:{number}", _text_of(line, f"{path}:{number}"))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        shown = line.strip()[:60]
+        raise ValueError(f"{where}: not a line of JSON ({error.msg} at column {error.colno}): {shown!r}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'{where}: expected {{"text": ...}}, found a JSON {type(record).__name__}')
+    if "text" not in record:
+        near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}? Rename it to 'text'" if near else "; put the document under 'text'"
+        raise ValueError(f"{where}: no key 'text', found {sorted(record)}{hint}")
+    if not isinstance(record["text"], str):
+        raise ValueError(f"{where}: 'text' must be a string, found {type(record['text']).__name__}")
+    return record["text"]

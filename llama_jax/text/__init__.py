@@ -1,0 +1,7 @@
+"""Text: the Llama 3 tokenizer, its dialog format, and a trainer of small vocabularies (no jax)."""
+
+from llama_jax.text.bpe import train_bpe
+from llama_jax.text.chat import encode_dialog, parse_assistant
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["StreamDecoder", "Tokenizer", "encode_dialog", "parse_assistant", "train_bpe"]

@@ -1,0 +1,77 @@
+"""Train a small byte-level BPE vocabulary with Llama 3's way of cutting words."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from llama_jax.text.tokenizer import NUM_SPECIAL, SPLIT_PATTERN
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
+    """Learn `vocab_size` tokens from `texts`, as token bytes to rank for `Tokenizer.from_ranks`.
+
+    Ranks 0..255 are the single bytes, in the order Meta's file has them; the merges follow in the order
+    learnt. The same texts give the same ranks, whatever the number of threads.
+
+    Args:
+        texts: documents; a lone surrogate counts as U+FFFD, as in `Tokenizer.encode`.
+        vocab_size: the ids of the finished tokenizer, its 256 special tokens included; at least 512.
+
+    Raises:
+        ValueError: `vocab_size` is below 512, or the texts are too small to learn so many tokens.
+        TypeError: `texts` is one str.
+        ImportError: the `tokenizers` package is not installed.
+    """
+    if isinstance(texts, str):
+        raise TypeError("train_bpe takes an iterable of texts, got one str; pass [text]")
+    if vocab_size < 256 + NUM_SPECIAL:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; the least is {256 + NUM_SPECIAL} (256 bytes + {NUM_SPECIAL} special tokens)"
+        )
+    num_ranks = vocab_size - NUM_SPECIAL
+    vocab = _trained_model(texts, num_ranks).get_vocab()
+    if len(vocab) != num_ranks:
+        raise ValueError(
+            f"vocab_size is {vocab_size} but the texts hold only {len(vocab) + NUM_SPECIAL} tokens to learn; "
+            f"give more text, or vocab_size={len(vocab) + NUM_SPECIAL}"
+        )
+    byte_of = {char: byte for byte, char in _byte_chars().items()}
+    by_rank = sorted(vocab.items(), key=lambda item: item[1])
+    return {bytes(byte_of[char] for char in token): rank for token, rank in by_rank}
+
+
+def _trained_model(texts: Iterable[str], num_ranks: int) -> Any:
+    """Return a `tokenizers.Tokenizer` of `num_ranks` tokens, or of as many as the texts yield."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError("train_bpe needs the `tokenizers` package: pip install tokenizers") from error
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_ranks,
+        initial_alphabet=sorted(_byte_chars().values()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    model.train_from_iterator(_without_surrogates(texts), trainer)
+    return model
+
+
+def _without_surrogates(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _byte_chars() -> dict[int, str]:
+    """Return the printable character that stands for each byte in `tokenizers` (the table of GPT-2).
+
+    Printable Latin-1 stands for itself; the other bytes, in order, take the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
