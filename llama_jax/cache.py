@@ -47,8 +47,20 @@ def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dty
 
 def write(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """The slots with `new` at each row's positions. Positions outside 0..S-1 (padding) are dropped."""
-    rows = jnp.arange(slots_BKSH.shape[0])[:, None]
-    out = slots_BKSH.at[rows, :, positions_BT].set(
-        new_BTKH.astype(slots_BKSH.dtype), mode="drop", wrap_negative_indices=False
-    )
+    new_BTKH = new_BTKH.astype(slots_BKSH.dtype)
+    if slots_BKSH.dtype == jnp.bfloat16:
+        out = jax.lax.platform_dependent(slots_BKSH, new_BTKH, positions_BT, cpu=_scatter_bits, default=_scatter)
+    else:
+        out = _scatter(slots_BKSH, new_BTKH, positions_BT)
     return parallel.constrain(out, *_AXES)
+
+
+def _scatter(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    rows = jnp.arange(slots_BKSH.shape[0])[:, None]
+    return slots_BKSH.at[rows, :, positions_BT].set(new_BTKH, mode="drop", wrap_negative_indices=False)
+
+
+def _scatter_bits(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """The same on 16-bit integers: XLA on a CPU would scatter into a float32 copy of the whole cache."""
+    slots, new = (jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (slots_BKSH, new_BTKH))
+    return jax.lax.bitcast_convert_type(_scatter(slots, new, positions_BT), jnp.bfloat16)

@@ -222,10 +222,25 @@ def _unroll(
         return x_BTD, None
     slots = []
     for layer, slot in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
-        x_BTD, slot = layer(x_BTD, where, slot)
+        graph, weights = nnx.split(layer)
+        x_BTD, slot = _cached_layer(graph, parallel.active(), weights, x_BTD, where, slot)
         slots.append(slot)
     k, v = zip(*slots, strict=True)
     return x_BTD, KVCache(k=k, v=v)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _cached_layer(
+    graph: nnx.GraphDef,
+    layout: parallel.Layout | None,
+    weights: nnx.State,
+    x_BTD: jax.Array,
+    where: Where,
+    slot: LayerCache,
+) -> tuple[jax.Array, LayerCache]:
+    """One layer of `_unroll`. All layers are alike, so that within a jit they are traced and lowered only once."""
+    with parallel.use(layout):
+        return nnx.merge(graph, weights)(x_BTD, where, slot)
 
 
 def forward(

@@ -217,6 +217,22 @@ class RunConfig:
             raise ConfigError(
                 f"mesh.stage={self.mesh.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
             )
+        sizes = dataclasses.asdict(self.mesh)
+        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+            shape = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n < 1)
+            raise ConfigError(f"{shape}: every axis must be at least 1, and one of them may be -1 (what is left)")
+        connection = self.distributed
+        if connection.coordinator not in ("", "auto"):
+            host, _, port = connection.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ConfigError(
+                    f"distributed.coordinator={connection.coordinator!r} must be HOST:PORT of process 0, 'auto', or "
+                    "empty for one process"
+                )
+        if not connection.coordinator and connection.num_processes > 1:
+            raise ConfigError(
+                f"distributed.num_processes={connection.num_processes} needs distributed.coordinator=HOST:PORT"
+            )
         if self.distributed.process_id >= self.distributed.num_processes:
             raise ConfigError(
                 f"distributed.process_id={self.distributed.process_id} must be below "
@@ -327,16 +343,20 @@ def unknown_key(name: str) -> ConfigError:
     section, _, last = name.rpartition(".")
     last = _ALIASES.get(last, last)
     siblings = [k for k in known if k.rpartition(".")[0] == section]
-    # Nearest in its own section, else the right name in the wrong section, else nearest anywhere.
-    by_last = {k.rpartition(".")[2]: k for k in (*known, *siblings)}
-    for candidates in ({k.rpartition(".")[2]: k for k in siblings}, by_last):
-        near = difflib.get_close_matches(last, list(candidates), n=1, cutoff=0.6)
+    sections = sorted({k.split(".")[0] for k in known})
+    if name in sections:
+        return ConfigError(f"{name} is a section: set one of {', '.join(k for k in known if k.startswith(name + '.'))}")
+    # The right name in the wrong section, else the nearest in its own section, else the nearest anywhere.
+    by_last = {k.rpartition(".")[2]: k for k in (*known, *(sections if not section else ()), *siblings)}
+    own = {k.rpartition(".")[2]: k for k in siblings}
+    for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.6)):
+        near = difflib.get_close_matches(last, list(candidates), n=1, cutoff=cutoff)
         if near:
             mend = f"did you mean {candidates[near[0]]!r}?"
             break
     else:
         mend = "it has no near relative."
-    allowed = siblings if section and siblings else sorted({k.split(".")[0] for k in known})
+    allowed = siblings if section and siblings else sections
     return ConfigError(f"unknown key {name!r}: {mend} Allowed here: {', '.join(allowed)}")
 
 

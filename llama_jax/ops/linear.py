@@ -12,6 +12,7 @@ from jax import lax
 
 # A bfloat16 product of one row runs in a scalar loop on a CPU until it is padded (docs/design.md, "Measured").
 _CPU_BF16_ROWS = 8
+_BF16_NAN = 0x7FC0
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
@@ -72,4 +73,35 @@ linear.defvjp(_forward, _backward)
 
 def embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour."""
-    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+    if table.dtype == jnp.bfloat16:
+        return _bf16_rows(table, ids).astype(dtype)
+    return _rows_of(table, ids).astype(dtype)
+
+
+def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def _rows_of_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows as 16-bit integers: XLA on a CPU would first make a float32 copy of a whole bfloat16 table."""
+    bits = lax.bitcast_convert_type(table, jnp.uint16)
+    rows = jnp.take(bits, ids, axis=0, mode="fill", fill_value=_BF16_NAN)
+    return lax.bitcast_convert_type(rows, jnp.bfloat16)
+
+
+@jax.custom_vjp
+def _bf16_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return lax.platform_dependent(table, ids, cpu=_rows_of_cpu, default=_rows_of)
+
+
+def _bf16_rows_forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _bf16_rows(table, ids), (table, ids)
+
+
+def _bf16_rows_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = residuals
+    sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(g.astype(jnp.float32), mode="drop")
+    return sums.astype(table.dtype), None
+
+
+_bf16_rows.defvjp(_bf16_rows_forward, _bf16_rows_backward)

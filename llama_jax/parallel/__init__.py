@@ -5,10 +5,12 @@ from llama_jax.parallel.platform import compute_dtype, fast_bfloat16
 from llama_jax.parallel.rules import (
     RULES,
     Layout,
+    active,
     axis_size,
     constrain,
     replicated,
     shardings,
+    spread,
     use,
 )
 
@@ -16,6 +18,7 @@ __all__ = [
     "AXES",
     "RULES",
     "Layout",
+    "active",
     "axis_size",
     "compute_dtype",
     "constrain",
@@ -24,5 +27,6 @@ __all__ = [
     "replicated",
     "shardings",
     "single_device_mesh",
+    "spread",
     "use",
 ]

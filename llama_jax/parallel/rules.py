@@ -76,6 +76,11 @@ def use(layout: Layout | None) -> Iterator[None]:
         _active.reset(token)
 
 
+def active() -> Layout | None:
+    """The layout that `use` made active."""
+    return _active.get()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin the sharding of an intermediate array by the logical names of its axes; the identity without a layout."""
     layout = _active.get()
@@ -93,6 +98,11 @@ def axis_size(axis: str) -> int:
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
     """A tree of NamedShardings for a tree of logical axes (tuples) and the matching tree of shaped leaves."""
     return jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), shapes, axes)
+
+
+def spread(mesh: Mesh) -> NamedSharding:
+    """The sharding of a vector that has one element on each device."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,146 @@
+"""Checkpoints on Orbax: weights, the rest of the state, and what is not arrays, saved together or not at all.
+
+A step's folder is written under a temporary name and renamed when all of it is on disk, so that a process that is
+killed at any instant leaves only whole checkpoints behind.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from llama_jax import model, parallel
+from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.weights import transform
+
+_FOLDER = "checkpoints"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        run_folder: where `checkpoints/` is or will be.
+        keep: newest steps to keep; None keeps all.
+    """
+
+    def __init__(self, run_folder: str | Path, *, keep: int | None = None):
+        folder = Path(run_folder).resolve() / _FOLDER
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for name in ("params", "rest"):
+            handlers.add(name, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
+            handlers.add(name, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
+        handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        handlers.add("meta", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+        self._manager = ocp.CheckpointManager(folder, options=options, handler_registry=handlers)
+
+    def latest(self) -> int | None:
+        """The newest whole step, or None. Call it before the first save: one in flight counts as whole to Orbax."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, *, params: model.Params, rest: Any, meta: dict[str, Any]) -> None:
+        """Start saving a step. Returns once the arrays are copied; the writing goes on in the background.
+
+        Args:
+            step: the name of the checkpoint.
+            params: weights, stacked.
+            rest: any pytree of arrays that goes with them.
+            meta: JSON-able: the data position, the config.
+
+        Raises:
+            Exception: an earlier save failed in the background, or this step is not newer than what is there.
+        """
+        self._manager.check_for_errors()
+        started = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                rest=ocp.args.StandardSave(rest),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+        if not started:  # Orbax leaves out, in silence, what its policy does not want
+            raise RuntimeError(f"step {step} was not saved: {self._manager.directory} has step {self.latest()}")
+
+    def restore(self, step: int, *, params: model.Params, rest: Any) -> tuple[model.Params, Any, dict[str, Any]]:
+        """A step's (params, rest, meta), with the shapes, types and shardings of the abstract trees given."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                rest=ocp.args.StandardRestore(rest),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        return restored["params"], restored["rest"], restored["meta"]
+
+    def restore_params(self, step: int, params: model.Params) -> model.Params:
+        """Only the weights of a step."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
+        return self._manager.restore(step, args=args)["params"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Only what is not arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def wait(self) -> None:
+        """Return when the last save is on disk, or raise what it failed with."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait, and let go of the background threads."""
+        self.wait()
+        self._manager.close()
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is one that train.py made."""
+    return (Path(folder) / _FOLDER).is_dir() and (Path(folder) / CONFIG_FILE).is_file()
+
+
+def read_run_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a run folder."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): is {folder} a folder that train.py made?") from None
+
+
+def load_run(
+    folder: str | Path, *, layout: parallel.Layout | None, dtype: jnp.dtype | None
+) -> tuple[ModelConfig, model.Params, Path | None]:
+    """The newest weights of a run folder, on this mesh, whatever mesh they were trained on.
+
+    Args:
+        folder: a run folder.
+        layout: where the weights go; None for the first device.
+        dtype: to cast to; None keeps float32.
+
+    Returns:
+        The model's config, its weights unrolled, and the path of its tokenizer (None if there is none).
+    """
+    config = ModelConfig.from_dict(read_run_config(folder)["model"])
+    layout = layout or parallel.Layout(parallel.single_device_mesh(), "infer")
+    shapes = model.abstract_params(config, stacked=True)
+    places = parallel.shardings(layout, model.logical_axes(config, stacked=True), shapes)
+    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.latest()
+    if step is None:
+        raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
+    params = checkpoints.restore_params(step, abstract)
+    checkpoints.close()
+    if dtype is not None:
+        params = jax.tree.map(lambda a: a.astype(dtype), params)
+    tokenizer = Path(folder) / TOKENIZER_FILE
+    return config, transform.unstack(params), tokenizer if tokenizer.is_file() else None

@@ -1,0 +1,360 @@
+"""The compiled half of sampling: prompts into a KV cache in chunks, then a loop on the device that makes tokens.
+
+Two programs do everything. *Prefill* feeds all tokens of the prompts but their last, for the whole batch at once and in
+chunks of a few fixed sizes. *Decode* starts from the last prompt token and runs up to DISPATCH steps in one
+`while_loop`, so that sampling exists once and the host is heard from once a dispatch. Shapes come from small sets
+(rows and cache capacity are powers of two), and everything else is an array, so that any mix of prompts, settings and
+limits costs a bounded number of compilations.
+
+The state between calls is explicit: `state = engine.prefill(requests)`, then `state, slice = engine.decode(state,
+limit=...)` as often as one likes. `run` is that loop.
+
+Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from llama_jax import model, parallel
+from llama_jax.cache import KVCache, init_cache
+from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.ops import sampling
+from llama_jax.ops.sampling import SamplingParams
+
+# Steps in one dispatch at most: enough to hide the host, few enough to hear of a cancelled request soon.
+DISPATCH = 64
+CHUNKS = (16, 64, 256, 512)
+_MIN_CAPACITY = 128
+_MIN_STOPS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One row of a batch: its prompt, how many tokens it may get, and how they are drawn."""
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    seed: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where every row stands. A row is done when `remaining` is 0; rows that only pad the batch are born done."""
+
+    cache: KVCache
+    tokens_B: jax.Array  # the next input of each row, not yet in the cache
+    positions_B: jax.Array  # of that token
+    remaining_B: jax.Array  # tokens the row may still get
+    seen_BV: jax.Array  # what the repetition penalty looks at
+    controls: sampling.Controls
+    stops_S: jax.Array  # ids that end a row; padded with -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """What one dispatch made, on the host.
+
+    Attributes:
+        tokens: for each row of the batch its new ids, the stop token that ended it included.
+        logprobs: for each of them its log-probability under the model (see `sampling.sample`).
+        done: rows that will get no more.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    done: list[bool]
+
+
+class Engine:
+    """Compiled prefill and decode for one model on one mesh.
+
+    Args:
+        config: the model's shape.
+        params: its weights in the unrolled layout, already on the mesh (see `placed`).
+        mesh: where they are; None is one device.
+        dtype: of activations and KV cache.
+        max_chunk: the longest prefill chunk, one of CHUNKS. Longer ones multiply better and need more scratch memory.
+
+    Raises:
+        ConfigError: a mesh that cannot carry this model, or an unknown chunk size.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: model.Params,
+        *,
+        mesh: Mesh | None,
+        dtype: jnp.dtype,
+        max_chunk: int = CHUNKS[-1],
+    ):
+        if max_chunk not in CHUNKS:
+            raise ConfigError(f"max_chunk must be one of {CHUNKS}, got {max_chunk}")
+        self.config = config
+        self.params = params
+        self.layout = layout(config, mesh)
+        self.dtype = jnp.dtype(dtype)
+        self.chunks = tuple(size for size in CHUNKS if size <= max_chunk)
+        self._begin = jax.jit(self._trace_begin, static_argnames=("capacity", "bound"))
+        self._extend = jax.jit(self._trace_extend, static_argnames="bound", donate_argnums=1)
+        self._decode = jax.jit(self._trace_decode, donate_argnums=1)
+        self._logits = jax.jit(self._trace_logits)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far by this engine."""
+        programs = (self._begin, self._extend, self._decode, self._logits)
+        return sum(program._cache_size() for program in programs)
+
+    def prefill(self, requests: Sequence[Request], *, stop_tokens: Sequence[int], rows: int = 1) -> State:
+        """The state of a fresh batch after all prompt tokens but the last of each row.
+
+        Args:
+            requests: each with at least one token, and prompt and new tokens within config.max_seq_len: Llama
+                checks that with better words.
+            stop_tokens: ids that end a row.
+            rows: pad the batch to at least so many rows, so that groups of several sizes share their programs.
+        """
+        rows = _power_of_two(max(len(requests), rows), 1)
+        lengths = [len(r.tokens) for r in requests] + [1] * (rows - len(requests))
+        longest = max(lengths) - 1
+        need = max(len(r.tokens) + r.max_new_tokens for r in requests)
+        capacity = min(_power_of_two(need, _MIN_CAPACITY), self.config.max_seq_len)
+        spans = _spans(longest, self.chunks)
+        prompts_BT = np.zeros((rows, spans[-1][0] + spans[-1][1] + 1), np.int32)
+        for row, request in zip(prompts_BT, requests, strict=False):
+            row[: len(request.tokens)] = request.tokens
+        state = None
+        with jax.transfer_guard("disallow"):
+            for start, size in spans:
+                bound = min(_power_of_two(start + size, _MIN_CAPACITY), capacity)
+                chunk = {
+                    "tokens_BT": prompts_BT[:, start : start + size],
+                    "fed_B": np.array(lengths, np.int32) - 1,
+                    "start": np.int32(start),
+                }
+                if state is None:
+                    fresh = self._fresh(requests, prompts_BT, lengths, stop_tokens)
+                    chunk, fresh = self._put((chunk, fresh))
+                    state = self._begin(self.params, chunk, fresh, capacity=capacity, bound=bound)
+                else:
+                    state = self._extend(self.params, state, self._put(chunk), bound=bound)
+        return state
+
+    def decode(self, state: State, *, limit: int) -> tuple[State, Slice]:
+        """Up to `limit` (at most DISPATCH) more tokens for every row that is not done. Consumes `state`."""
+        if not 1 <= limit <= DISPATCH:
+            raise ConfigError(f"limit must be from 1 to {DISPATCH}, got {limit}")
+        with jax.transfer_guard("disallow"):
+            state, out = self._decode(self.params, state, self._put(np.int32(limit)))
+            tokens_BO, logprobs_BO, remaining_B = jax.device_get((*out, state.remaining_B))
+        counts = (tokens_BO >= 0).sum(axis=1)
+        return state, Slice(
+            tokens=[row[:n].tolist() for row, n in zip(tokens_BO, counts, strict=True)],
+            logprobs=[row[:n].tolist() for row, n in zip(logprobs_BO, counts, strict=True)],
+            done=(remaining_B == 0).tolist(),
+        )
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        stop_tokens: Sequence[int],
+        rows: int = 1,
+        first: int = DISPATCH,
+        most: int = DISPATCH,
+    ) -> Iterator[Slice]:
+        """Slices until every row is done. The first is up to `first` steps long, each next one up to twice as long."""
+        state = self.prefill(requests, stop_tokens=stop_tokens, rows=rows)
+        limit = min(first, most)
+        while True:
+            state, piece = self.decode(state, limit=limit)
+            yield piece
+            if all(piece.done):
+                return
+            limit = min(2 * limit, most)
+
+    def logits(self, tokens_BT: np.ndarray) -> jax.Array:
+        """Logits (B, T, V) float32 of token ids (B, T), without a cache: the forward pass that training uses."""
+        return self._logits(self.params, self._put(tokens_BT))
+
+    def _fresh(
+        self,
+        requests: Sequence[Request],
+        prompts_BT: np.ndarray,
+        lengths: Sequence[int],
+        stop_tokens: Sequence[int],
+    ) -> dict[str, object]:
+        """The parts of a new State that come from the host."""
+        padding = len(prompts_BT) - len(requests)
+        params = [r.sampling for r in requests] + [SamplingParams(temperature=0.0, top_p=1.0)] * padding
+        stops = np.full(_power_of_two(len(stop_tokens), _MIN_STOPS), -1, np.int32)
+        stops[: len(stop_tokens)] = stop_tokens
+        positions_B = np.array(lengths, np.int32) - 1
+        return {
+            "tokens_B": np.take_along_axis(prompts_BT, positions_B[:, None], axis=1)[:, 0],
+            "positions_B": positions_B,
+            "remaining_B": np.array([r.max_new_tokens for r in requests] + [0] * padding, np.int32),
+            "controls": sampling.controls(params, [r.seed for r in requests] + [0] * padding),
+            "stops_S": stops,
+        }
+
+    def _put(self, tree: object) -> object:
+        """Host arrays on the device, explicitly: nothing else may cross while a transfer guard is up."""
+        return jax.device_put(tree, None if self.layout is None else parallel.replicated(self.layout.mesh))
+
+    # What follows is traced.
+
+    def _trace_logits(self, params: model.Params, tokens_BT: jax.Array) -> jax.Array:
+        with parallel.use(self.layout):
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            hidden_BTD, _ = model.forward(self.config, params, tokens_BT, positions_BT, None, dtype=self.dtype)
+            return model.unembed(self.config, params, hidden_BTD)
+
+    def _trace_begin(self, params: model.Params, chunk: dict, fresh: dict, *, capacity: int, bound: int) -> State:
+        with parallel.use(self.layout):
+            rows = chunk["tokens_BT"].shape[0]
+            cache = init_cache(self.config, batch=rows, capacity=capacity, dtype=self.dtype)
+            seen_BV = jnp.zeros((rows, self.config.vocab_size), bool)
+            seen_BV = seen_BV.at[jnp.arange(rows), fresh["tokens_B"]].set(True)
+            state = State(cache=cache, seen_BV=seen_BV, **fresh)
+            return self._feed(params, state, chunk, bound)
+
+    def _trace_extend(self, params: model.Params, state: State, chunk: dict, *, bound: int) -> State:
+        with parallel.use(self.layout):
+            return self._feed(params, state, chunk, bound)
+
+    def _feed(self, params: model.Params, state: State, chunk: dict, bound: int) -> State:
+        """One prefill chunk. Only the first `bound` slots of the cache are attended to: no later one is filled."""
+        tokens_BT = chunk["tokens_BT"]
+        rows, size = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(chunk["start"] + jnp.arange(size), (rows, size))
+        real_BT = positions_BT < chunk["fed_B"][:, None]
+        whole = state.cache
+        part = jax.tree.map(lambda a: a[:, :, :bound], whole)
+        _, part = model.forward(
+            self.config, params, tokens_BT, positions_BT, real_BT.astype(jnp.int32), part, dtype=self.dtype
+        )
+        cache = jax.tree.map(lambda a, b: lax.dynamic_update_slice(a, b, (0, 0, 0, 0)), whole, part)
+        ids_BT = jnp.where(real_BT, tokens_BT, self.config.vocab_size)
+        seen_BV = state.seen_BV.at[jnp.arange(rows)[:, None], ids_BT].set(True, mode="drop")
+        return _settled(dataclasses.replace(state, cache=cache, seen_BV=seen_BV))
+
+    def _trace_decode(
+        self, params: model.Params, state: State, limit: jax.Array
+    ) -> tuple[State, tuple[jax.Array, jax.Array]]:
+        with parallel.use(self.layout):
+            rows = state.tokens_B.shape[0]
+            out = (jnp.full((rows, DISPATCH), -1, jnp.int32), jnp.zeros((rows, DISPATCH), jnp.float32))
+            start = (jnp.int32(0), _settled(state), _all_whole(out))
+            step = functools.partial(self._step, params)
+            _, state, out = lax.while_loop(
+                lambda carry: (carry[0] < limit) & jnp.any(carry[1].remaining_B > 0), step, start
+            )
+            return state, out
+
+    def _step(self, params: model.Params, carry: tuple) -> tuple:
+        """One token for every row that is not done; done rows keep their state and write nothing."""
+        step, state, (tokens_BO, logprobs_BO) = carry
+        live_B = state.remaining_B > 0
+        hidden_BTD, cache = model.forward(
+            self.config,
+            params,
+            state.tokens_B[:, None],
+            state.positions_B[:, None],
+            live_B.astype(jnp.int32)[:, None],
+            state.cache,
+            dtype=self.dtype,
+        )
+        next_B, logprob_B = sampling.sample(
+            model.unembed(self.config, params, hidden_BTD[:, 0]),
+            seen_BV=state.seen_BV,
+            controls=state.controls,
+            positions_B=state.positions_B + 1,
+        )
+        stopped_B = jnp.any(next_B[:, None] == state.stops_S, axis=1)
+        rows = jnp.arange(next_B.shape[0])
+        seen_ids_B = jnp.where(live_B, next_B, self.config.vocab_size)
+        out = (
+            tokens_BO.at[:, step].set(jnp.where(live_B, next_B, -1)),
+            logprobs_BO.at[:, step].set(jnp.where(live_B, logprob_B, 0)),
+        )
+        state = dataclasses.replace(
+            state,
+            cache=cache,
+            tokens_B=jnp.where(live_B, next_B, state.tokens_B),
+            positions_B=state.positions_B + live_B,
+            remaining_B=jnp.where(stopped_B, 0, jnp.maximum(state.remaining_B - 1, 0)),
+            seen_BV=state.seen_BV.at[rows, seen_ids_B].set(True, mode="drop"),
+        )
+        return step + 1, _settled(state), _all_whole(out)
+
+
+def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
+    """The placement of a model for sampling: rows over data and fsdp, weights over tensor; other axes hold copies.
+
+    Raises:
+        ConfigError: the tensor axis does not divide the key/value heads.
+    """
+    if mesh is None:
+        return None
+    tensor = mesh.shape["tensor"]
+    if config.num_kv_heads % tensor:
+        legal = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0]
+        raise ConfigError(
+            f"mesh tensor={tensor} does not divide the model's {config.num_kv_heads} key/value heads: "
+            f"use tensor = one of {legal}, and data for the other devices"
+        )
+    return parallel.Layout(mesh, "infer")
+
+
+def placed(config: ModelConfig, params: model.Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> model.Params:
+    """Unrolled weights in `dtype`, spread over the mesh; what is there already is not moved or copied."""
+    cast = jax.tree.map(lambda a: a if a.dtype == dtype else jnp.asarray(a).astype(dtype), params)
+    where = layout(config, mesh)
+    if where is None:
+        return jax.device_put(cast)
+    axes = model.logical_axes(config, stacked=False)
+    return jax.device_put(cast, parallel.shardings(where, axes, cast))
+
+
+def _settled(state: State) -> State:
+    """The state with its small arrays on every device and its cache split: the same on each way out of a program.
+
+    Otherwise XLA is free to choose, and a program that meets another choice is compiled again.
+    """
+    return dataclasses.replace(
+        _all_whole(dataclasses.replace(state, cache=None)),
+        cache=jax.tree.map(lambda a: parallel.constrain(a, "batch", "kv_heads", None, None), state.cache),
+    )
+
+
+def _all_whole(tree: object) -> object:
+    return jax.tree.map(lambda a: parallel.constrain(a, *(None,) * a.ndim), tree)
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def _spans(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, size) of the chunks that cover `length` tokens: the largest while they fit, then the least that does."""
+    spans = []
+    start = 0
+    while not spans or start < length:
+        left = length - start
+        size = next((s for s in sizes if s >= left), sizes[-1])
+        spans.append((start, size))
+        start += size
+    return spans

@@ -1,0 +1,119 @@
+"""What callers hand to `llama`, checked: prompts, ids, seeds, settings, dtypes and meshes. Each error says the mend."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax import parallel
+from llama_jax.config import ConfigError, nearest
+from llama_jax.ops.sampling import SamplingParams
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def as_list(prompts: Any) -> tuple[bool, list[Any]]:
+    """Whether it is one prompt, and a list of prompts."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return True, [prompts]
+    if not isinstance(prompts, Sequence):
+        kind = type(prompts).__name__
+        raise ConfigError(f"prompts must be a text, a list of token ids, or a list of either, got {kind}")
+    if not prompts:
+        raise ConfigError("no prompt: give a text, a list of token ids, or a list of either")
+    single = not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
+    return single, [prompts] if single else list(prompts)
+
+
+def as_ids(prompt: Any, name: str) -> list[int]:
+    """A flat list of ids as ints."""
+    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    flat = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if not flat or any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in values):
+        raise ConfigError(f"{name} must be a text or a flat list of token ids, got {str(prompt)[:60]!r}")
+    return [int(i) for i in values]
+
+
+def as_whole(value: Any, name: str) -> int:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed for each of `count` prompts: counted up from a number, or as listed."""
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    if any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) for s in seeds):
+        raise ConfigError(f"seed must be a whole number, or a list of one for each prompt, got {str(seed)[:60]}")
+    if not isinstance(seed, Sequence):
+        return [int(seed) + i for i in range(count)]
+    if len(seeds) != count:
+        raise ConfigError(f"{len(seeds)} seeds for {count} prompts: give one number, or one for each prompt")
+    return [int(s) for s in seeds]
+
+
+def as_sampling(options: dict[str, Any]) -> SamplingParams:
+    """SamplingParams of keyword arguments; an unknown one is named."""
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, known)} Allowed: {', '.join(known)}")
+    return SamplingParams(**options)
+
+
+def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Stop ids without repeats, all in the vocabulary."""
+    stops = tuple(dict.fromkeys(as_ids(stop_tokens, "stop_tokens")))
+    bad = [i for i in stops if not 0 <= i < vocab_size]
+    if bad:
+        raise ConfigError(f"stop token {bad[0]} is not in the vocabulary: 0 to {vocab_size - 1}")
+    return stops
+
+
+def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
+    """One of the dtypes to compute in, by name or as numpy and jax give it."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {_DTYPES}, got {name!r}{nearest(name, _DTYPES)}")
+    return jnp.dtype(name)
+
+
+def default_dtype() -> jnp.dtype | None:
+    """None (the checkpoint's own), or float32 on a CPU that would emulate bfloat16 (measured: benchmarks/)."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        flags = []
+    return None if {"amx_bf16", "avx512_bf16"} & set(flags) else jnp.dtype(jnp.float32)
+
+
+def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh | None:
+    """The mesh of axis sizes, on the first devices where there are more than it needs."""
+    if mesh is None or isinstance(mesh, Mesh):
+        return mesh
+    for axis, size in mesh.items():
+        if axis not in parallel.AXES:
+            raise ConfigError(
+                f"unknown mesh axis {axis!r}{nearest(axis, parallel.AXES)} Allowed: {', '.join(parallel.AXES)}"
+            )
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ConfigError(f"mesh axis {axis} must be a whole number of devices, got {size!r}")
+    devices = jax.devices()
+    need = math.prod(mesh.values())
+    return parallel.make_mesh(mesh, devices[:need] if 0 < need < len(devices) else devices)

@@ -1,0 +1,403 @@
+"""The public face of sampling: `load` a model, then `generate`, `stream`, `chat` and `logits`.
+
+    import llama_jax
+    llama = llama_jax.load("runs/quickstart")
+    print(llama.generate("Once upon a time").text)
+
+Letters: B batch, T length, V vocab.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax import model
+from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.infer import engine, inputs
+from llama_jax.ops.sampling import SamplingParams
+from llama_jax.weights import transform
+
+if TYPE_CHECKING:
+    from llama_jax.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
+_QUIET_GROUPS = 3
+_DEFAULTS = SamplingParams()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one prompt became.
+
+    Attributes:
+        text: the new tokens as text, control tokens left out; "" without a tokenizer.
+        tokens: the new ids, the stop token that ended them included.
+        logprobs: for each its log-probability under the model's own distribution, before temperature and cuts.
+        finish_reason: "stop" after a stop token, "length" after max_new_tokens.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class Llama:
+    """A model ready to be sampled.
+
+    Attributes:
+        config: its shape.
+        params: its weights, unrolled, in the dtype of the computation, on the mesh.
+        tokenizer: text to ids and back; without one, prompts and results are ids.
+        mesh: where the weights are, or None for one device.
+        stop_tokens: the ids that end a generation unless a call says otherwise.
+        engine: the compiled programs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: model.Params,
+        tokenizer: Tokenizer | None = None,
+        mesh: Mesh | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        *,
+        dtype: str | jnp.dtype | None = None,
+    ):
+        """A model of weights at hand.
+
+        Args:
+            config: the model's shape.
+            params: its weights, stacked or unrolled, on any devices.
+            tokenizer: of the same vocabulary.
+            mesh: where the weights shall be; None is the first device.
+            stop_tokens: the tokenizer's by default.
+            dtype: of weights, activations and KV cache; that of the embedding by default.
+
+        Raises:
+            ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
+        """
+        model.check_params(config, params)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size:,} ids but the model only {config.vocab_size:,}: "
+                "use the tokenizer that it was trained with"
+            )
+        if stop_tokens is None:
+            stop_tokens = () if tokenizer is None else tokenizer.stop_tokens
+        dtype = params["embed"].dtype if dtype is None else inputs.as_dtype(dtype)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
+        self.params = engine.placed(config, transform.unstack(params), mesh=mesh, dtype=dtype)
+        self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
+
+    def __repr__(self) -> str:
+        """Size, dtype and mesh in a line."""
+        where = "one device" if self.mesh is None else f"mesh {dict(self.mesh.shape)}"
+        return f"Llama({self.config.num_params:,} parameters, {self.engine.dtype}, {where})"
+
+    def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> jax.Array:
+        """Logits (B, T, V) in float32 of token ids (B, T), each row read from its first position.
+
+        Lengths are padded to powers of two, so that texts of many lengths share a few programs.
+        """
+        try:
+            tokens_BT = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            tokens_BT = np.zeros(0)
+        if tokens_BT.ndim != 2 or not tokens_BT.size or tokens_BT.dtype.kind not in "iu":
+            raise ConfigError("logits takes token ids of shape (B, T): rows of whole numbers of one length")
+        B, T = tokens_BT.shape
+        if T > self.config.max_seq_len:
+            raise ConfigError(f"{T:,} tokens are more than the model's max_seq_len={self.config.max_seq_len:,}")
+        self._check_ids(tokens_BT.ravel(), "tokens")
+        padded_BT = np.zeros((B, min(max(16, 1 << (T - 1).bit_length()), self.config.max_seq_len)), np.int32)
+        padded_BT[:, :T] = tokens_BT
+        return self.engine.logits(padded_BT)[:, :T]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = _DEFAULTS.temperature,
+        top_k: int = _DEFAULTS.top_k,
+        top_p: float = _DEFAULTS.top_p,
+        min_p: float = _DEFAULTS.min_p,
+        repetition_penalty: float = _DEFAULTS.repetition_penalty,
+        seed: int | Sequence[int] = 0,
+        stop_tokens: Sequence[int] | None = None,
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> Result | list[Result]:
+        """Continue one prompt (a Result) or each of a list of prompts (a list of Results, in its order).
+
+        Args:
+            prompts: a text, a flat list of token ids, or a list of either. Texts get begin_of_text in front; lists of
+                ids are taken as they are.
+            max_new_tokens: for each prompt; prompt and new tokens together may not exceed config.max_seq_len.
+            temperature: 0 takes the likeliest token each time (greedy). This and the next four: see SamplingParams.
+            top_k: keep the k likeliest tokens; 0 is off.
+            top_p: keep the likeliest tokens up to this mass; 1 is off.
+            min_p: keep tokens at least this times as likely as the likeliest; 0 is off.
+            repetition_penalty: above 1 makes tokens already in prompt or text less likely; 1 is off.
+            seed: prompt i draws from seed + i, or from its own of a list. The same seed gives the same text, whatever
+                the other prompts are.
+            stop_tokens: ids that end a text, instead of the model's own; () for none.
+            batch_size: prompts that run together, longest first. More is faster and takes more memory.
+            progress: a bar on standard error; by default where there are more than a few groups.
+
+        Raises:
+            ConfigError: anything that cannot work, with what is allowed.
+        """
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        single, listed = inputs.as_list(prompts)
+        batch_size = inputs.as_whole(batch_size, "batch_size")
+        stops = self._stops(stop_tokens)
+        seeds = inputs.as_seeds(seed, len(listed))
+        requests = [
+            self._request(prompt, f"prompt {i}", max_new_tokens, sampling, seeds[i]) for i, prompt in enumerate(listed)
+        ]
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
+        groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        results: dict[int, Result] = {}
+        for group in _with_progress(groups, progress):
+            rows = batch_size if len(groups) > 1 else 1
+            batch = [requests[i] for i in group]
+            tokens: list[list[int]] = [[] for _ in group]
+            logprobs: list[list[float]] = [[] for _ in group]
+            for piece in self.engine.run(batch, stop_tokens=stops, rows=rows):
+                for row in range(len(group)):
+                    tokens[row] += piece.tokens[row]
+                    logprobs[row] += piece.logprobs[row]
+            for row, i in enumerate(group):
+                results[i] = self._result(tokens[row], logprobs[row], stops)
+        return results[0] if single else [results[i] for i in range(len(listed))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        stop_tokens: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> Iterator[str] | Iterator[int]:
+        """The same tokens as `generate`, as they come: pieces of text that never break a character.
+
+        Without a tokenizer the pieces are ids. Arguments are those of `generate`, for one prompt; they are checked
+        at the call, before the first piece is asked for.
+        """
+        single, (prompt, *_) = inputs.as_list(prompt)
+        if not single:
+            raise ConfigError("stream takes one prompt: a text or a flat list of ids; use generate for several")
+        stops = self._stops(stop_tokens)
+        (seed,) = inputs.as_seeds(seed, 1)
+        params = inputs.as_sampling(sampling)
+        return self._pieces(self._request(prompt, "the prompt", max_new_tokens, params, seed), stops)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        stop_tokens: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> Result:
+        """The assistant's next message in a dialog of {"role": ..., "content": ...}; see `text.chat` for the format.
+
+        Other arguments are those of `generate`.
+        """
+        ids = self._dialog(messages, tools)
+        params = dataclasses.asdict(inputs.as_sampling(sampling))
+        return self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stop_tokens, **params)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        max_new_tokens: int = 512,
+        **options: Any,
+    ) -> Iterator[str]:
+        """`chat`, as pieces of text while they come; other arguments are those of `stream`."""
+        return self.stream(self._dialog(messages, tools), max_new_tokens=max_new_tokens, **options)
+
+    def _dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[int]:
+        if self.tokenizer is None:
+            raise ConfigError("chat needs a tokenizer: put tokenizer.model in the model's folder")
+        return self.tokenizer.encode_dialog(messages, tools=tools, add_generation_prompt=True)
+
+    def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
+        slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)
+        if self.tokenizer is None:
+            for piece in slices:
+                yield from piece.tokens[0]
+            return
+        from llama_jax.text.tokenizer import StreamDecoder
+
+        decoder = StreamDecoder(self.tokenizer)
+        for piece in slices:
+            text = decoder.push(self._known(piece.tokens[0]))
+            if text:
+                yield text
+        text = decoder.flush()
+        if text:
+            yield text
+
+    def _result(self, tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Result:
+        text = ""
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(self._known(tokens), skip_special=True)
+        return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """The ids that the tokenizer has; a model may have more rows than its tokenizer, for padding."""
+        return [i for i in tokens if i < self.tokenizer.vocab_size]
+
+    def _request(
+        self, prompt: Prompt, name: str, max_new_tokens: int, sampling: SamplingParams, seed: int
+    ) -> engine.Request:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError(
+                    f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model in "
+                    "the model's folder"
+                )
+            ids = self.tokenizer.encode(prompt, bos=True)
+        else:
+            ids = inputs.as_ids(prompt, name)
+        if not ids:
+            raise ConfigError(f"{name} is empty: give it at least one token id, such as begin_of_text")
+        self._check_ids(np.array(ids), name)
+        new = inputs.as_whole(max_new_tokens, "max_new_tokens")
+        limit = self.config.max_seq_len
+        if len(ids) + new > limit:
+            mend = f"max_new_tokens of at most {limit - len(ids):,}" if len(ids) < limit else "a shorter prompt"
+            raise ConfigError(
+                f"{name} has {len(ids):,} tokens and max_new_tokens is {new:,}: together more than the model's "
+                f"max_seq_len={limit:,}. Use {mend}"
+            )
+        return engine.Request(tokens=ids, max_new_tokens=new, sampling=sampling, seed=seed)
+
+    def _check_ids(self, ids: np.ndarray, name: str) -> None:
+        bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if bad.size:
+            raise ConfigError(
+                f"{name} holds id {bad[0]}, which is not in the vocabulary: 0 to {self.config.vocab_size - 1}"
+            )
+
+    def _stops(self, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
+        return self.stop_tokens if stop_tokens is None else inputs.as_stops(stop_tokens, self.config.vocab_size)
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | jnp.dtype | None = None,
+    quantize: str | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
+) -> Llama:
+    """A model from a folder, ready to be sampled.
+
+    Args:
+        source: a run folder of train.py, or a Hugging Face folder (config.json, safetensors, tokenizer.model).
+        dtype: "float32" or "bfloat16", of weights, activations and KV cache. By default the checkpoint's own, with
+            bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which
+            takes twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B.
+        quantize: must be None.
+        mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
+            (of the first devices, where there are more; one axis may be -1 for what is left).
+
+    Raises:
+        ConfigError: not a model's folder, or settings that cannot work; says what was looked for.
+        ValueError: a damaged file.
+    """
+    if quantize is not None:
+        raise ConfigError(f"quantize={quantize!r} is not available yet: leave it out, or use dtype='bfloat16'")
+    wanted = inputs.default_dtype() if dtype is None else inputs.as_dtype(dtype)
+    folder = Path(source).expanduser()
+    is_run = _is_run(folder)
+    mesh = inputs.as_mesh(mesh)
+    if is_run:
+        from llama_jax.checkpoint import load_run, read_run_config
+
+        config = ModelConfig.from_dict(read_run_config(folder)["model"])  # before weights: a bad mesh is told at once
+        config, params, path = load_run(folder, layout=engine.layout(config, mesh), dtype=wanted)
+        return Llama(config, params, _tokenizer(path), mesh, dtype=_settled_dtype(wanted, params))
+    from llama_jax.weights import huggingface
+
+    config = huggingface.read_config(folder)
+    layout = engine.layout(config, mesh)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
+        tokenizer = pool.submit(_tokenizer, huggingface.tokenizer_path(folder))
+        params = huggingface.load_params(folder, config, layout=layout, dtype=wanted)
+        tokenizer = tokenizer.result()
+    stops = [*huggingface.stop_tokens(folder), *(tokenizer.stop_tokens if tokenizer else ())]
+    return Llama(config, params, tokenizer, mesh, stops, dtype=_settled_dtype(wanted, params))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run of train.py (True) or a Hugging Face model (False); anything else raises."""
+    looked = "a run folder (config.json and checkpoints/) or a Hugging Face folder (config.json and *.safetensors)"
+    if not folder.is_dir():
+        siblings = sorted(p.name for p in folder.parent.glob("*") if p.is_dir()) if folder.parent.is_dir() else []
+        what = "is a file" if folder.exists() else f"does not exist{nearest(folder.name, siblings)}"
+        raise ConfigError(f"model {str(folder)!r} {what}; give {looked}")
+    if (folder / "config.json").is_file():
+        if (folder / "checkpoints").is_dir():
+            return True
+        if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+            return False
+    there = sorted(p.name for p in folder.glob("*/") if (p / "config.json").is_file())
+    mend = f"; below it there is {', '.join(there[:5])}" if there else ""
+    if (folder / "params.json").is_file():
+        mend = "; Meta's own format is not read yet: use the Hugging Face folder of the same model"
+    raise ConfigError(f"model {str(folder)!r} is neither {looked}{mend}")
+
+
+def _tokenizer(path: Path | None) -> Tokenizer | None:
+    if path is None:
+        return None
+    from llama_jax.text.tokenizer import Tokenizer
+
+    return Tokenizer(path)
+
+
+def _settled_dtype(wanted: jnp.dtype | None, params: model.Params) -> jnp.dtype:
+    own = params["embed"].dtype if wanted is None else wanted
+    return jnp.dtype(jnp.bfloat16) if own == jnp.float16 else own
+
+
+def _with_progress(groups: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
+    if not (len(groups) > _QUIET_GROUPS if progress is None else progress):
+        yield from groups
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=sum(map(len, groups)), unit="prompt") as bar:
+        for group in groups:
+            yield group
+            bar.update(len(group))

@@ -1,0 +1,208 @@
+"""From logits to one token a row: repetition penalty, temperature, top-k, top-p and min-p, then Gumbel noise.
+
+The rules and their order are those of Hugging Face's logits processors, so that the same settings mean the same
+distribution. Every setting is an array with one value a row: a batch may mix them, and changing a value never compiles
+again. Work that no row asks for is skipped on the device.
+
+The thresholds of top-k and top-p are found by bisection on the bits of the logits, without sorting the vocabulary: a
+pass counts (or weighs) what lies above a candidate, 32 passes find the exact border, and every pass is a sum that
+shards over the vocabulary. Equal logits at the border are all kept (Hugging Face's top-p keeps an arbitrary few).
+
+Letters: B batch, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from llama_jax.config import ConfigError
+
+_SEEDS = 1 << 32
+_FLOAT32_MAX = 3.4e38
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a token is drawn. The defaults are those of Meta's examples.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token (greedy) and ignores the three cuts below.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens until their mass reaches p, the one that crosses included; 1 keeps all.
+        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
+        repetition_penalty: logits of tokens in the prompt or the text so far are divided by it where positive and
+            multiplied where negative (Keskar et al., arXiv:1909.05858, section 4.1); 1 is off. Greedy rows too.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "temperature", lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)")
+        _check(self, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps every token)")
+        _check(self, "min_p", lambda x: 0 <= x <= 1, "from 0 to 1 (0 keeps every token)")
+        _check(self, "repetition_penalty", lambda x: x > 0, "a finite number above 0 (1 is off)")
+        k = self.top_k
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 1 << 31:
+            raise ConfigError(f"top_k must be a whole number from 0 (0 keeps every token), got {k!r}")
+
+
+def _check(params: SamplingParams, name: str, legal: Callable[[float], bool], allowed: str) -> None:
+    value = getattr(params, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) < _FLOAT32_MAX or not legal(value):  # NaN fails the second
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """SamplingParams and seeds of a batch: one value a row, on the device."""
+
+    temperature_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+    min_p_B: jax.Array | np.ndarray
+    penalty_B: jax.Array | np.ndarray
+    seed_B: jax.Array | np.ndarray
+
+
+def controls(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Controls:
+    """The settings of each row as numpy arrays; seeds are taken modulo 2^32."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(p, name) for p in params], np.float32)
+
+    return Controls(
+        temperature_B=column("temperature"),
+        top_k_B=np.array([p.top_k for p in params], np.int32),
+        top_p_B=column("top_p"),
+        min_p_B=column("min_p"),
+        penalty_B=column("repetition_penalty"),
+        seed_B=np.array([seed % _SEEDS for seed in seeds], np.uint32),
+    )
+
+
+def sample(
+    logits_BV: jax.Array, *, seen_BV: jax.Array, controls: Controls, positions_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One token a row.
+
+    Args:
+        logits_BV: float32, as the model gives them.
+        seen_BV: bool, the tokens of each row's prompt and text so far.
+        controls: the settings of each row.
+        positions_B: the position that the new token will have. With the row's seed it makes the noise, so that a row
+            draws the same text whatever its neighbours are and however the loop is cut.
+
+    Returns:
+        tokens_B int32, and logprobs_B float32: the token's log-probability under the model's own distribution
+        (log-softmax of the logits as given), whatever the settings made of it.
+    """
+    with jax.named_scope("sample"):
+        repeated = controls.penalty_B != 1
+        penalised_BV = lax.cond(
+            jnp.any(repeated),
+            lambda: penalise(logits_BV, seen_BV, controls.penalty_B),
+            lambda: logits_BV,
+        )
+        tokens_B = lax.cond(
+            jnp.any(controls.temperature_B > 0),
+            lambda: _draw(penalised_BV, controls, positions_B),
+            lambda: jnp.argmax(penalised_BV, axis=-1).astype(jnp.int32),
+        )
+        chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
+        return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
+    """Logits of seen tokens made less likely: divided by the penalty where positive, multiplied where negative."""
+    penalty = penalty_B[:, None]
+    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def _draw(logits_BV: jax.Array, controls: Controls, positions_B: jax.Array) -> jax.Array:
+    """Greedy rows take the likeliest token, the others draw from what the cuts leave (the Gumbel-max trick)."""
+    greedy_B = controls.temperature_B == 0
+    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    kept_BV = cut(
+        scale(logits_BV, jnp.where(greedy_B, 1, controls.temperature_B)),
+        top_k_B=jnp.where(greedy_B, 0, controls.top_k_B),
+        top_p_B=jnp.where(greedy_B, 1, controls.top_p_B),
+        min_p_B=jnp.where(greedy_B, 0, controls.min_p_B),
+    )
+
+    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
+
+    drawn_B = jnp.argmax(kept_BV + jax.vmap(noise)(controls.seed_B, positions_B), axis=-1)
+    return jnp.where(greedy_B, best_B, drawn_B.astype(jnp.int32))
+
+
+def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
+    """(logits - max) / temperature: the same distribution as without the max, and no overflow at a tiny temperature."""
+    return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
+
+
+def cut(scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
+    """The scaled logits with -inf where top-k, then top-p, then min-p drop a token.
+
+    Each works on the distribution that the one before it left. The likeliest token always stays.
+
+    Args:
+        scaled_BV: float32 with a maximum of 0 in each row (see `scale`).
+        top_k_B: int32; 0 keeps all.
+        top_p_B: float32; 1 keeps all.
+        min_p_B: float32; 0 keeps all.
+    """
+    V = scaled_BV.shape[-1]
+    image_BV = _ordered(scaled_BV)
+    weights_BV = jnp.exp(scaled_BV)
+    everything_B = jnp.zeros(scaled_BV.shape[0], jnp.uint32)
+
+    def kth() -> jax.Array:
+        k_B = jnp.where(top_k_B == 0, V, jnp.minimum(top_k_B, V))
+        return _largest(lambda t: jnp.sum(image_BV >= t[:, None], axis=-1) >= k_B, like=everything_B)
+
+    lowest_B = lax.cond(jnp.any((top_k_B > 0) & (top_k_B < V)), kth, lambda: everything_B)
+
+    def nucleus() -> jax.Array:
+        left_BV = jnp.where(image_BV >= lowest_B[:, None], weights_BV, 0)
+
+        def mass(t: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(image_BV >= t[:, None], left_BV, 0), axis=-1)
+
+        goal_B = top_p_B * mass(everything_B)
+        crossing_B = _largest(lambda t: mass(t) >= goal_B, like=everything_B)
+        return jnp.where(top_p_B < 1, crossing_B, lowest_B)
+
+    lowest_B = lax.cond(jnp.any(top_p_B < 1), nucleus, lambda: lowest_B)
+    keep_BV = (image_BV >= lowest_B[:, None]) & (weights_BV >= min_p_B[:, None])
+    return jnp.where(keep_BV, scaled_BV, -jnp.inf)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """uint32 numbers in the order of the float32 ones: negative floats have their bits flipped, others the sign bit."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x).astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], *, like: jax.Array) -> jax.Array:
+    """The largest uint32 a row for which `holds` is true, given that it is true at 0 and, once false, stays false."""
+
+    def set_bit(i: jax.Array, t: jax.Array) -> jax.Array:
+        candidate = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, t)
+
+    return lax.fori_loop(0, 32, set_bit, like)

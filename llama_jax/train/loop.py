@@ -1,0 +1,356 @@
+"""A whole training run: from a RunConfig to a run folder with checkpoints, metrics and a picture of the loss.
+
+The step never waits for the host: its numbers are fetched one step late, while the next one computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import model, parallel
+from llama_jax.checkpoint import CONFIG_FILE, Checkpoints
+from llama_jax.config import ConfigError
+from llama_jax.data.loader import Loader, evaluation_batches
+from llama_jax.data.packing import PackedRows
+from llama_jax.run_config import RunConfig, differences
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import start
+from llama_jax.train.metrics import MetricLog, Progress, draw_loss, duration
+from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.state import TrainState, abstract_state, state_shardings
+from llama_jax.train.step import batch_sharding, jit_eval_step, jit_train_step
+from llama_jax.train.stop import StopSignal
+
+# (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts. The loop does not import inference.
+Sampler = Callable[[RunConfig, model.Params, Tokenizer, jax.sharding.Mesh], list[str]]
+
+# Keys that may differ between a run and its resumption; any other difference would make it another run.
+_MAY_CHANGE = (
+    "train.steps",
+    "train.max_skipped",
+    "log.",
+    "checkpoint.",
+    "mesh.",
+    "distributed.",
+    "output",
+    "data.cache",
+)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message says why, and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: the last step done.
+        finished: whether that is the last of the run; otherwise it was asked to stop, and can be resumed.
+        folder: the run folder.
+    """
+
+    step: int
+    finished: bool
+    folder: Path
+
+
+def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True) -> Result:
+    """Train as `run` says, from its newest checkpoint if its folder has one.
+
+    Args:
+        run: the run.
+        sampler: makes the texts of log.sample_every; None makes none.
+        resume: False refuses a folder that already has a checkpoint.
+
+    Raises:
+        ConfigError: a mesh, a tokenizer or a folder that does not fit the run.
+        TrainingError: too many non-finite steps in a row.
+    """
+    started = time.monotonic()
+    with StopSignal() as stop:
+        setup = _Setup.make(run)
+        say = print if jax.process_index() == 0 else _silent
+        checkpoints = Checkpoints(setup.folder, keep=run.checkpoint.keep)
+        latest = checkpoints.latest()
+        if latest is not None:
+            _check_resume(run, setup.folder, checkpoints.meta(latest)["config"], latest, resume)
+        tokenizer = start.tokenizer(run, setup.folder, resuming=latest is not None, say=say)
+        train_rows, validation_rows = start.rows(run, tokenizer, say)
+        loader = Loader(
+            train_rows,
+            batch_size=run.data.batch_size,
+            seed=run.data.seed,
+            shuffle=run.data.shuffle,
+            rows_of_host=setup.rows_of_host,
+        )
+        if latest is None:
+            state = _first_state(run, setup, say)
+        else:
+            state = _restore(setup, checkpoints, latest, loader)
+            say(f"resuming {setup.folder} from step {latest}")
+        if jax.process_index() == 0:
+            _write_json(setup.folder / CONFIG_FILE, run.to_dict())
+        if latest is not None and latest >= run.train.steps:
+            say(f"step {latest} of {run.train.steps} is already done; raise train.steps to go on")
+            checkpoints.close()
+            return Result(latest, True, setup.folder)
+        loop = _Loop(run, setup, tokenizer, checkpoints, loader, validation_rows, sampler, stop)
+        step = loop.go(state, latest or 0)
+        if jax.process_index() == 0:
+            draw_loss(setup.folder)
+            word = "finished" if step == run.train.steps else "stopped"
+            say(f"{word} at step {step} of {run.train.steps} after {duration(time.monotonic() - started)}")
+    return Result(step, step == run.train.steps, setup.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What follows from a run and the devices: where things lie and how they are computed."""
+
+    folder: Path
+    layout: parallel.Layout
+    optimizer: Any
+    abstract: TrainState
+    dtype: Any
+    rows_of_host: list[int]
+
+    @classmethod
+    def make(cls, run: RunConfig) -> _Setup:
+        mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
+        run.check_mesh(dict(mesh.shape))
+        start.check_paths(run)
+        layout = parallel.Layout(mesh, "train")
+        optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
+        return cls(
+            folder=Path(run.output).expanduser(),
+            layout=layout,
+            optimizer=optimizer,
+            abstract=abstract_state(run.model, optimizer, layout),
+            dtype=parallel.compute_dtype(run.train.compute_dtype),
+            rows_of_host=_rows_of_host(run, layout),
+        )
+
+
+class _Loop:
+    """The loop itself, with what it needs at hand."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        setup: _Setup,
+        tokenizer: Tokenizer,
+        checkpoints: Checkpoints,
+        loader: Loader,
+        validation: PackedRows | None,
+        sampler: Sampler | None,
+        stop: StopSignal,
+    ):
+        self.run, self.setup, self.tokenizer, self.stop = run, setup, tokenizer, stop
+        self.checkpoints, self.loader, self.validation, self.sampler = checkpoints, loader, validation, sampler
+        shardings = state_shardings(setup.abstract)
+        self.train_step = jit_train_step(run, setup.optimizer, setup.layout, setup.dtype, shardings)
+        self.eval_step = jit_eval_step(run, setup.layout, setup.dtype, shardings)
+        self.all_finite = jax.jit(_all_finite)
+        self.any_stop = _any_process(setup.layout) if jax.process_count() > 1 else None
+        self.stop_seen = False
+        self.main = jax.process_index() == 0
+
+    def go(self, state: TrainState, first: int) -> int:
+        """From step `first` to the end, or to where a stop is asked for; returns the last step done."""
+        run = self.run
+        tokens = run.data.batch_size * run.data.sequence_length
+        flops = tokens * run.model.flops_per_token(run.data.sequence_length, training=True)
+        progress = Progress(
+            start=first, steps=run.train.steps, every=run.log.every, tokens_per_step=tokens, flops_per_step=flops
+        )
+        log = MetricLog(self.setup.folder, from_step=first, tensorboard=run.log.tensorboard) if self.main else None
+        batches = _to_devices(self.loader, self.setup, run)
+        late: Callable[[], None] = _silent
+        step, saved = first, first
+        with jax.transfer_guard("disallow"):
+            while step < run.train.steps and not self._stopping():
+                state, metrics = self.train_step(state, next(batches))
+                if self.any_stop is not None:
+                    metrics["stop"] = self.any_stop(self.stop.requested)
+                step += 1
+                late()  # the numbers of the step before, while this one computes
+                late = functools.partial(self._report, step, metrics, log, progress)
+                pause = self._due(run.checkpoint.every, step) or self._due(run.log.eval_every, step)
+                if pause or self._due(run.log.sample_every, step):
+                    late()
+                    late = _silent
+                    self._evaluate(state, step, log, progress)
+                    self._sample(state, step, progress)
+                    if self._due(run.checkpoint.every, step):
+                        self._save(state, step)
+                        saved = step
+                    progress.pause()
+            if self.stop.requested:
+                self.stop.acknowledge()
+            late()
+            if step != saved:
+                self._save(state, step)
+            self.checkpoints.close()
+        self.loader.close()
+        if log is not None:
+            log.close()
+        return step
+
+    def _due(self, every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.run.train.steps)
+
+    def _stopping(self) -> bool:
+        # All processes must leave after the same step, whichever of them was told to: the word goes round with the
+        # numbers of a step. (jax's own preemption notice would need the SIGTERM handler that StopSignal has.)
+        return self.stop.requested if self.any_stop is None else self.stop_seen
+
+    def _report(self, step: int, metrics: dict[str, jax.Array], log: MetricLog | None, progress: Progress) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.stop_seen = bool(values.pop("stop", 0.0))
+        if values["skipped"] >= self.run.train.max_skipped:
+            raise TrainingError(
+                f"step {step}: the loss or the gradient was not finite {int(values['skipped'])} times in a row. Those "
+                "steps were left out and the checkpoints are sound; lower optimizer.learning_rate, look at the data "
+                "around this step, and start the same command again"
+            )
+        if log is None:
+            return
+        speed = progress.speed(step)
+        log.write(step, {**values, **speed})
+        progress.show(step, loss=values["loss"], learning_rate=values["learning_rate"], speed=speed)
+        if values["skipped"]:
+            progress.say(f"step {step}: loss or gradient not finite, step left out")
+
+    def _evaluate(self, state: TrainState, step: int, log: MetricLog | None, progress: Progress) -> None:
+        if self.validation is None or not self._due(self.run.log.eval_every, step):
+            return
+        batches = evaluation_batches(
+            self.validation,
+            batch_size=self.run.data.batch_size,
+            max_batches=self.run.log.eval_batches,
+            rows_of_host=self.setup.rows_of_host,
+        )
+        sums = [self.eval_step(state.params, batch) for batch in _to_devices(batches, self.setup, self.run)]
+        nll, tokens = np.sum(jax.device_get(sums), axis=0)
+        loss = float(nll / max(tokens, 1))
+        if log is not None:
+            log.write(step, {"validation_loss": loss})
+            progress.say(f"step {step}  validation loss {loss:.4f}  perplexity {np.exp(min(loss, 50)):.2f}")
+
+    def _sample(self, state: TrainState, step: int, progress: Progress) -> None:
+        if self.sampler is None or not self._due(self.run.log.sample_every, step):
+            return
+        with jax.transfer_guard("allow"):
+            texts = self.sampler(self.run, state.params, self.tokenizer, self.setup.layout.mesh)
+        if self.main:
+            for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
+                progress.say(f"step {step}  sample: {prompt}" + f"|{text}".replace("\n", "\n    "))
+
+    def _save(self, state: TrainState, step: int) -> None:
+        if not jax.device_get(self.all_finite(state.params)):
+            raise TrainingError(
+                f"step {step}: weights are not finite, so this step is not saved; the last checkpoint is sound. Lower "
+                "optimizer.learning_rate and start the same command again"
+            )
+        rest = {"opt_state": state.opt_state, "key": state.key, "skipped": state.skipped, "step": state.step}
+        meta = {"data": {**self.loader.state(), "step": step}, "config": self.run.to_dict()}
+        with jax.transfer_guard("allow"):
+            self.checkpoints.save(step, params=state.params, rest=rest, meta=meta)
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+def _all_finite(params: model.Params) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+
+
+def _any_process(layout: parallel.Layout) -> Callable[[bool], jax.Array]:
+    """A function of what this process says to whether any of them says so; all call it, and none waits for it."""
+    spread = parallel.spread(layout.mesh)
+    reduce = jax.jit(jnp.any, out_shardings=parallel.replicated(layout.mesh))
+
+    def any_process(flag: bool) -> jax.Array:
+        with jax.transfer_guard_host_to_device("allow"):
+            return reduce(jax.make_array_from_callback((layout.mesh.size,), spread, lambda _: np.array([flag])))
+
+    return any_process
+
+
+def _rows_of_host(run: RunConfig, layout: parallel.Layout) -> list[int]:
+    """Which rows of a global batch this process's devices hold, in order."""
+    shape = (run.data.batch_size, run.data.sequence_length)
+    rows: set[int] = set()
+    for index in batch_sharding(layout).addressable_devices_indices_map(shape).values():
+        rows |= set(range(*index[0].indices(shape[0])))
+    return sorted(rows)
+
+
+def _to_devices(batches: Iterator[dict[str, np.ndarray]], setup: _Setup, run: RunConfig) -> Iterator[Any]:
+    """Global arrays of host batches: each device gets its rows and columns, and no host holds them all."""
+    shape = (run.data.batch_size, run.data.sequence_length)
+    sharding = batch_sharding(setup.layout)
+    place = {row: i for i, row in enumerate(setup.rows_of_host)}
+
+    def shard(local: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        rows = [place[row] for row in range(*index[0].indices(shape[0]))]
+        return local[rows][:, index[1]]
+
+    for batch in batches:
+        with jax.transfer_guard_host_to_device("allow"):  # the one place where a batch goes over
+            arrays = {
+                name: jax.make_array_from_callback(shape, sharding, functools.partial(shard, local))
+                for name, local in batch.items()
+            }
+        yield arrays
+
+
+def _first_state(run: RunConfig, setup: _Setup, say: Callable[..., None]) -> TrainState:
+    kind, shape = jax.devices()[0].device_kind, setup.layout.mesh.shape
+    where = " x ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1) or "1"
+    products = np.dtype(setup.dtype).name
+    say(f"model: {run.model.num_params:,} weights, {products} products, on {where} {kind} device(s)")
+    return start.first_state(run, setup.optimizer, setup.layout, state_shardings(setup.abstract))
+
+
+def _check_resume(run: RunConfig, folder: Path, before: dict[str, Any], step: int, resume: bool) -> None:
+    """Refuse to go on from a checkpoint of `step` that another run made."""
+    if not resume:
+        raise ConfigError(f"{folder} has a checkpoint of step {step}: resume it, or set another output")
+    changed = differences(before, run.to_dict())
+    refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE)}
+    if refused:
+        lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in refused.items())
+        raise ConfigError(
+            f"{folder} was trained with other settings: {lines}. Set them back to resume it, or set another "
+            "output to start anew"
+        )
+
+
+def _restore(setup: _Setup, checkpoints: Checkpoints, step: int, loader: Loader) -> TrainState:
+    """The state of a checkpoint on this run's mesh, and the loader moved to its batch."""
+    abstract = setup.abstract
+    rest = {name: getattr(abstract, name) for name in ("opt_state", "key", "skipped", "step")}
+    params, rest, meta = checkpoints.restore(step, params=abstract.params, rest=rest)
+    loader.restore(meta["data"])
+    return TrainState(params=params, **rest)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,168 @@
+"""What a run says of itself: a status line, JSON lines, TensorBoard events, and a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Dense bfloat16 peak of one device, FLOP/s: the makers' data sheets. MFU is not shown for what is not listed.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The dense bfloat16 peak of a device, FLOP/s, or None where it is not known."""
+    return _PEAK_FLOPS.get(device.device_kind)
+
+
+class MetricLog:
+    """metrics.jsonl and TensorBoard events of a run folder, cut back on resume to the step that is resumed from.
+
+    Args:
+        folder: the run folder.
+        from_step: lines of later steps are dropped: their steps are about to be done again.
+        tensorboard: also write event files.
+    """
+
+    def __init__(self, folder: Path, *, from_step: int, tensorboard: bool):
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of numbers for a step; a non-finite number is written as null, which is valid JSON."""
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in finite.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last one that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Progress:
+    """A status line: live with a bar on a terminal, a plain line every few steps elsewhere."""
+
+    def __init__(self, *, start: int, steps: int, every: int, tokens_per_step: int, flops_per_step: float):
+        self._start, self._steps, self._every = start, steps, every
+        self._tokens, self._flops = tokens_per_step, flops_per_step
+        self._times: list[tuple[int, float]] = []
+        self._live = sys.stdout.isatty()
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak * jax.device_count() if peak else None
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Tokens a second, and MFU where the device's peak is known, over the steps since they were last asked for."""
+        now = time.monotonic()
+        self._times = [*self._times[-20:], (step, now)]
+        first_step, first_time = self._times[0]
+        if step == first_step:
+            return {}
+        seconds = (now - first_time) / (step - first_step)
+        speed = {"tokens_per_second": self._tokens / seconds}
+        if self._peak:
+            speed["mfu"] = self._flops / seconds / self._peak
+        return speed
+
+    def show(self, step: int, *, loss: float, learning_rate: float, speed: dict[str, float]) -> None:
+        """Update the display with the numbers of a step."""
+        rate = speed.get("tokens_per_second")
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", f"loss {loss:.4f}", f"lr {learning_rate:.2e}"]
+        if rate:
+            parts += [f"{rate:,.0f} tokens/s", f"eta {duration((self._steps - step) * self._tokens / rate)}"]
+        if "mfu" in speed:
+            parts.append(f"mfu {speed['mfu']:.1%}")
+        text = "  ".join(parts)
+        if self._live:
+            done = round(24 * step / self._steps)
+            print(f"\r\x1b[K[{'=' * done}{' ' * (24 - done)}] {text}", end="", flush=True)
+        if step % self._every == 0 or step in (self._start + 1, self._steps):
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+
+    def pause(self) -> None:
+        """Forget the clock: what follows is not training time (a compilation, an evaluation, a sample)."""
+        self._times = []
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def draw_loss(folder: Path) -> Path:
+    """loss.png: the training loss of every step, its running mean, and the validation losses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(folder / "metrics.jsonl")
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    if train:
+        steps, losses = zip(*train, strict=True)
+        width = max(1, len(losses) // 50)
+        means = [sum(losses[max(0, i - width) : i + 1]) / (i + 1 - max(0, i - width)) for i in range(len(losses))]
+        axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training")
+        axes.plot(steps, means, color="#08519c", linewidth=1.6, label=f"training, mean of {width + 1}")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png")
+    plt.close(figure)
+    return folder / "loss.png"

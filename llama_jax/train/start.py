@@ -1,0 +1,142 @@
+"""What a run starts from: a tokenizer, tokenised text, and the first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama_jax import checkpoint, model, parallel
+from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.data.packing import PackedRows
+from llama_jax.data.sources import documents_from
+from llama_jax.data.store import build_store
+from llama_jax.run_config import RunConfig, differences
+from llama_jax.text.bpe import train_bpe
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train.state import TrainState, init_state
+from llama_jax.weights import huggingface, transform
+
+Say = Callable[..., None]
+
+
+def check_paths(run: RunConfig) -> None:
+    """Refuse what is not there, or cannot be written to, before any work is done.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, name in (("output", run.output), ("data.cache_dir", run.data.cache_dir)):
+        folder = Path(name).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(0, "not writable")
+        except OSError as error:
+            raise ConfigError(f"{key}={name!r} is no folder to write to ({error.strerror}): name another") from None
+    for key, patterns in (("data.train", run.data.train), ("data.validation", run.data.validation)):
+        try:
+            documents_from(patterns) if patterns else None  # resolves the patterns, and reads nothing yet
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key}: {error}") from None
+    for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
+        if name and not Path(name).expanduser().exists():
+            raise ConfigError(f"{key}={name!r} does not exist")
+
+
+def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Tokenizer:
+    """The run's tokenizer, kept in its folder: data.tokenizer, that of init_from, or one trained on the text.
+
+    Args:
+        run: the run.
+        folder: of the run.
+        resuming: take the one that is in the folder. A folder without a checkpoint may hold that of another start.
+        say: prints.
+
+    Raises:
+        ConfigError: it has more tokens than the model.
+    """
+    path = folder / checkpoint.TOKENIZER_FILE
+    if not (resuming and path.exists()):
+        found = _chosen_tokenizer(run, say)
+        # Every process may do this at once in a shared folder: all write the same bytes, and renaming is atomic.
+        temporary = path.with_suffix(f".{jax.process_index()}.tmp")
+        found.save(temporary)
+        os.replace(temporary, path)
+    found = Tokenizer(path)
+    if found.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
+            f"model.vocab_size={found.vocab_size}"
+        )
+    return found
+
+
+def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
+    if run.data.tokenizer:
+        return Tokenizer(Path(run.data.tokenizer).expanduser())
+    if run.init_from:
+        path = huggingface.tokenizer_path(Path(run.init_from).expanduser())
+        if path is None:
+            raise ConfigError(f"init_from={run.init_from!r} has no tokenizer.model: set data.tokenizer")
+        return Tokenizer(path)
+    say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
+    texts = (document.text for document in documents_from(run.data.train))
+    return Tokenizer.from_ranks(train_bpe(texts, vocab_size=run.model.vocab_size))
+
+
+def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[PackedRows, PackedRows | None]:
+    """The training and validation text, tokenised once and cut into rows."""
+
+    def packed(patterns: tuple[str, ...], name: str) -> PackedRows:
+        store = build_store(patterns, tokens, cache_dir=Path(run.data.cache_dir).expanduser())
+        rows = PackedRows(store, sequence_length=run.data.sequence_length)
+        say(
+            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, {len(rows):,} rows, "
+            f"fingerprint {store.fingerprint[:16]}"
+        )
+        return rows
+
+    train = packed(run.data.train, "train")
+    return train, packed(run.data.validation, "validation") if run.data.validation else None
+
+
+def first_state(
+    run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout, shardings: TrainState
+) -> TrainState:
+    """The state before the first step, straight in its shards: random weights, or those of init_from.
+
+    Raises:
+        ConfigError: init_from is a model of another shape, naming the keys that differ.
+    """
+    init = functools.partial(init_state, run.model, optimizer, run.seed)
+    if not run.init_from:
+        return jax.jit(init, out_shardings=shardings)()
+    params = _pretrained(run, layout)
+    return jax.jit(lambda params: init(params=params), out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _pretrained(run: RunConfig, layout: parallel.Layout) -> model.Params:
+    folder = Path(run.init_from).expanduser()
+    is_run = checkpoint.is_run(folder)
+    if is_run:
+        config = ModelConfig.from_dict(checkpoint.read_run_config(folder)["model"])
+    else:
+        config = huggingface.read_config(folder)
+    # How far positions go is no property of the weights.
+    theirs = dataclasses.replace(config, max_seq_len=run.model.max_seq_len)
+    if theirs != run.model:
+        changed = differences(theirs.to_dict(), run.model.to_dict())
+        lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
+        raise ConfigError(f"init_from={run.init_from!r} is another model: {lines}")
+    if is_run:
+        _, params, _ = checkpoint.load_run(folder, layout=layout, dtype=jnp.float32)
+    else:
+        params = huggingface.load_params(folder, config, layout=layout, dtype=jnp.float32)
+    return transform.stack(params)

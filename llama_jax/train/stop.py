@@ -1,0 +1,67 @@
+"""Leaving in good order: SIGTERM and Ctrl-C end the run after the step under way, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import types
+
+_GRACE_SECONDS = 8.0  # after SIGTERM; schedulers often kill at 10
+
+
+class StopSignal:
+    """A context in which SIGTERM and Ctrl-C set `.requested` instead of ending the process.
+
+    A thread reads the signal as it arrives, also while the main thread is inside a compilation or a long step, where
+    Python's own handlers have to wait. If the main thread has not called `acknowledge` after some seconds there is
+    nothing newer to save than the last checkpoint, and the process ends at once. A second Ctrl-C ends it immediately.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._acknowledged = threading.Event()
+        self._previous: dict[int, object] = {}
+
+    def acknowledge(self) -> None:
+        """Say that the stop is being acted on: saving may now take as long as it takes."""
+        self._acknowledged.set()
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch, name="stop-signal", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self._acknowledged.set()
+        if not self._previous:
+            return
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._writer.close()
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def _watch(self) -> None:
+        while data := self._reader.recv(16):
+            if signal.SIGTERM in data or signal.SIGINT in data:
+                break
+        else:
+            return self._reader.close()
+        if not self._acknowledged.wait(_GRACE_SECONDS):
+            print("stopped inside a step; the last checkpoint stands", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGTERM)
