@@ -46,7 +46,7 @@ def ours(dtype: str):
     values = default_dict("tiny")
     values["output"] = "unused"
     values["data"] |= {"train": ("unused",), "batch_size": ROWS, "sequence_length": LENGTH}
-    values["train"] |= {"remat": os.environ.get("REMAT", "full"), "vocab_chunk": int(os.environ.get("CHUNK", 4096))}
+    values["train"] |= {"remat": "full", "vocab_chunk": 4096}
     values["model"] |= {
         "vocab_size": VOCAB,
         "embed_dim": WIDTH,

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.weights import transform
+from llama_jax.weights.source import Source
 
 _FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
@@ -33,7 +34,13 @@ class Checkpoints:
 
     def __init__(self, run_folder: str | Path, *, keep: int | None = None):
         folder = Path(run_folder).resolve() / _FOLDER
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            # Made in the background, a folder that cannot be made is an error only after minutes of waiting for it.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name in ("params", "rest"):
             handlers.add(name, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
@@ -102,11 +109,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder is one that train.py made."""
-    return (Path(folder) / _FOLDER).is_dir() and (Path(folder) / CONFIG_FILE).is_file()
-
-
 def read_run_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a run folder."""
     path = Path(folder) / CONFIG_FILE
@@ -116,31 +118,25 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error}): is {folder} a folder that train.py made?") from None
 
 
-def load_run(
-    folder: str | Path, *, layout: parallel.Layout | None, dtype: jnp.dtype | None
-) -> tuple[ModelConfig, model.Params, Path | None]:
-    """The newest weights of a run folder, on this mesh, whatever mesh they were trained on.
-
-    Args:
-        folder: a run folder.
-        layout: where the weights go; None for the first device.
-        dtype: to cast to; None keeps float32.
-
-    Returns:
-        The model's config, its weights unrolled, and the path of its tokenizer (None if there is none).
-    """
+def open_run(folder: str | Path) -> Source:
+    """A run folder as a model: its newest weights, on any mesh, whatever mesh they were trained on."""
+    folder = Path(folder)
     config = ModelConfig.from_dict(read_run_config(folder)["model"])
-    layout = layout or parallel.Layout(parallel.single_device_mesh(), "infer")
-    shapes = model.abstract_params(config, stacked=True)
-    places = parallel.shardings(layout, model.logical_axes(config, stacked=True), shapes)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
-    checkpoints = Checkpoints(folder)
-    step = checkpoints.latest()
-    if step is None:
-        raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
-    params = checkpoints.restore_params(step, abstract)
-    checkpoints.close()
-    if dtype is not None:
-        params = jax.tree.map(lambda a: a.astype(dtype), params)
-    tokenizer = Path(folder) / TOKENIZER_FILE
-    return config, transform.unstack(params), tokenizer if tokenizer.is_file() else None
+    tokenizer = folder / TOKENIZER_FILE
+
+    def load(layout: parallel.Layout | None, dtype: jnp.dtype | None) -> model.Params:
+        layout = layout or parallel.Layout(parallel.single_device_mesh(), "infer")
+        shapes = model.abstract_params(config, stacked=True)
+        places = parallel.shardings(layout, model.logical_axes(config, stacked=True), shapes)
+        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+        checkpoints = Checkpoints(folder)
+        step = checkpoints.latest()
+        if step is None:
+            raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
+        params = checkpoints.restore_params(step, abstract)
+        checkpoints.close()
+        if dtype is not None:
+            params = jax.tree.map(lambda a: a.astype(dtype), params)
+        return transform.unstack(params)
+
+    return Source(config, tokenizer if tokenizer.is_file() else None, (), load)

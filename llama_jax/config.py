@@ -227,12 +227,12 @@ SIZES: dict[str, ModelConfig] = {
     "quickstart": _long(
         _LLAMA3_8B,
         vocab_size=4096,
-        embed_dim=256,
-        num_layers=6,
-        num_heads=8,
-        num_kv_heads=4,
+        embed_dim=192,
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=2,
         head_dim=32,
-        ffn_dim=704,
+        ffn_dim=512,
         tied_embeddings=True,
     ),
     # The shape of the benchmarks beside other libraries.

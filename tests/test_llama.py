@@ -12,6 +12,7 @@ import pytest
 import llama_jax
 from llama_jax import config as configs
 from llama_jax import model, parallel
+from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ConfigError
 from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
@@ -225,15 +226,16 @@ def test_load_reads_a_hugging_face_folder(tmp_path):
     assert len(half.generate("ab", max_new_tokens=4).tokens) <= 4
 
 
-def test_load_reads_a_run_folder(tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
+def test_load_reads_a_run_folder_on_any_mesh(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG.to_dict()}))
     tokenizer().save(tmp_path / "tokenizer.model")
-    fake = lambda folder, *, layout, dtype: (CONFIG, params(), tmp_path / "tokenizer.model")  # noqa: E731
-    monkeypatch.setattr("llama_jax.checkpoint.load_run", fake)
-    loaded = llama_jax.load(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, params=transform.stack(params()), rest={"step": jnp.array(3)}, meta={})
+    checkpoints.close()
     options = {"max_new_tokens": 9, "temperature": 0}
-    assert loaded.generate("ab", **options) == llama().generate("ab", **options)
+    expected = llama().generate("ab", **options)
+    assert llama_jax.load(tmp_path).generate("ab", **options) == expected
+    assert llama_jax.load(tmp_path, mesh={"data": 2, "tensor": 2}).generate("ab", **options).tokens == expected.tokens
 
 
 def test_load_names_what_it_looked_for(tmp_path):

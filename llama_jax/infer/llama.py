@@ -22,10 +22,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import model
-from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.infer import engine, inputs
 from llama_jax.ops.sampling import SamplingParams
 from llama_jax.weights import transform
+from llama_jax.weights.source import open_source
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -338,44 +339,15 @@ def load(
     if quantize is not None:
         raise ConfigError(f"quantize={quantize!r} is not available yet: leave it out, or use dtype='bfloat16'")
     wanted = inputs.default_dtype() if dtype is None else inputs.as_dtype(dtype)
-    folder = Path(source).expanduser()
-    is_run = _is_run(folder)
+    found = open_source(source)
     mesh = inputs.as_mesh(mesh)
-    if is_run:
-        from llama_jax.checkpoint import load_run, read_run_config
-
-        config = ModelConfig.from_dict(read_run_config(folder)["model"])  # before weights: a bad mesh is told at once
-        config, params, path = load_run(folder, layout=engine.layout(config, mesh), dtype=wanted)
-        return Llama(config, params, _tokenizer(path), mesh, dtype=_settled_dtype(wanted, params))
-    from llama_jax.weights import huggingface
-
-    config = huggingface.read_config(folder)
-    layout = engine.layout(config, mesh)
+    layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        tokenizer = pool.submit(_tokenizer, huggingface.tokenizer_path(folder))
-        params = huggingface.load_params(folder, config, layout=layout, dtype=wanted)
+        tokenizer = pool.submit(_tokenizer, found.tokenizer)
+        params = found.load(layout, wanted)
         tokenizer = tokenizer.result()
-    stops = [*huggingface.stop_tokens(folder), *(tokenizer.stop_tokens if tokenizer else ())]
-    return Llama(config, params, tokenizer, mesh, stops, dtype=_settled_dtype(wanted, params))
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run of train.py (True) or a Hugging Face model (False); anything else raises."""
-    looked = "a run folder (config.json and checkpoints/) or a Hugging Face folder (config.json and *.safetensors)"
-    if not folder.is_dir():
-        siblings = sorted(p.name for p in folder.parent.glob("*") if p.is_dir()) if folder.parent.is_dir() else []
-        what = "is a file" if folder.exists() else f"does not exist{nearest(folder.name, siblings)}"
-        raise ConfigError(f"model {str(folder)!r} {what}; give {looked}")
-    if (folder / "config.json").is_file():
-        if (folder / "checkpoints").is_dir():
-            return True
-        if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
-            return False
-    there = sorted(p.name for p in folder.glob("*/") if (p / "config.json").is_file())
-    mend = f"; below it there is {', '.join(there[:5])}" if there else ""
-    if (folder / "params.json").is_file():
-        mend = "; Meta's own format is not read yet: use the Hugging Face folder of the same model"
-    raise ConfigError(f"model {str(folder)!r} is neither {looked}{mend}")
+    stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
+    return Llama(found.config, params, tokenizer, mesh, stops, dtype=_settled_dtype(wanted, params))
 
 
 def _tokenizer(path: Path | None) -> Tokenizer | None:

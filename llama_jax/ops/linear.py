@@ -64,8 +64,11 @@ def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax
     g = g.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     dx = _dot(g, w.astype(x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
-    dw = _dot(g, x, (leading, leading)).astype(w.dtype)
-    return dx, dw
+    # XLA on a CPU transposes the first operand of such a product in memory: let that be the narrower one. (In
+    # bfloat16 it knows no product of a transposed first operand for some of these shapes.)
+    narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
+    dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
+    return dx, dw.astype(w.dtype)
 
 
 linear.defvjp(_forward, _backward)

@@ -33,11 +33,16 @@ def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
         sizes[free[0]] = num_devices // fixed
     if math.prod(sizes.values()) != num_devices:
         shape = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1) or "1"
-        mend = "set one axis to -1 to take what is left"
-        if free:
-            divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-            mend = f"the fixed axes must multiply to one of {divisors}"
-        raise ConfigError(f"mesh {shape} needs a multiple of {fixed} devices, but there are {num_devices}: {mend}")
+        if not free:
+            raise ConfigError(
+                f"mesh {shape} is of {fixed} devices, but there are {num_devices}: set one axis to -1 to take what is "
+                "left"
+            )
+        divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+        raise ConfigError(
+            f"mesh {shape} needs a multiple of {fixed} devices, but there are {num_devices}: the fixed axes must "
+            f"multiply to one of {divisors}"
+        )
     return sizes
 
 

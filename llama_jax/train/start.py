@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax import checkpoint, model, parallel
-from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config import ConfigError
 from llama_jax.data.packing import PackedRows
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
@@ -21,7 +21,8 @@ from llama_jax.run_config import RunConfig, differences
 from llama_jax.text.bpe import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.state import TrainState, init_state
-from llama_jax.weights import huggingface, transform
+from llama_jax.weights import transform
+from llama_jax.weights.source import open_source
 
 Say = Callable[..., None]
 
@@ -82,7 +83,7 @@ def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
     if run.data.tokenizer:
         return Tokenizer(Path(run.data.tokenizer).expanduser())
     if run.init_from:
-        path = huggingface.tokenizer_path(Path(run.init_from).expanduser())
+        path = open_source(run.init_from).tokenizer
         if path is None:
             raise ConfigError(f"init_from={run.init_from!r} has no tokenizer.model: set data.tokenizer")
         return Tokenizer(path)
@@ -123,20 +124,11 @@ def first_state(
 
 
 def _pretrained(run: RunConfig, layout: parallel.Layout) -> model.Params:
-    folder = Path(run.init_from).expanduser()
-    is_run = checkpoint.is_run(folder)
-    if is_run:
-        config = ModelConfig.from_dict(checkpoint.read_run_config(folder)["model"])
-    else:
-        config = huggingface.read_config(folder)
+    source = open_source(run.init_from)
     # How far positions go is no property of the weights.
-    theirs = dataclasses.replace(config, max_seq_len=run.model.max_seq_len)
+    theirs = dataclasses.replace(source.config, max_seq_len=run.model.max_seq_len)
     if theirs != run.model:
         changed = differences(theirs.to_dict(), run.model.to_dict())
         lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
         raise ConfigError(f"init_from={run.init_from!r} is another model: {lines}")
-    if is_run:
-        _, params, _ = checkpoint.load_run(folder, layout=layout, dtype=jnp.float32)
-    else:
-        params = huggingface.load_params(folder, config, layout=layout, dtype=jnp.float32)
-    return transform.stack(params)
+    return transform.stack(source.load(layout, jnp.dtype(jnp.float32)))

@@ -1,0 +1,314 @@
+"""A run that is stopped in any way and started again does every step once, with the same numbers to the bit."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import text_run
+from test_train_cli import ROOT, write_config
+
+from llama_jax import model, parallel
+from llama_jax.checkpoint import Checkpoints
+from llama_jax.config import ConfigError
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import loop, start
+from llama_jax.train.metrics import MetricLog, read_metrics
+from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.state import abstract_state, state_shardings
+from llama_jax.weights import huggingface, transform
+
+SETTINGS = (
+    "config.model.num_layers = 1; config.train.steps = 40; config.checkpoint.every = 4; config.log.eval_every = 10; "
+    "config.data.validation = config.data.train; config.train.compute_dtype = 'float32'"
+)
+
+
+def say_last(log: Path) -> str:
+    return log.read_text()[-2000:]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A compilation cache that the subprocesses share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+class Program:
+    """train.py in a process of its own."""
+
+    def __init__(self, folder: Path, compiled: Path | str, *arguments, devices=1, settings=SETTINGS):
+        self.run = folder / "run"
+        self.log = folder / f"log{time.monotonic_ns()}.txt"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "LLAMA_JAX_CACHE": str(compiled),
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = [sys.executable, str(ROOT / "train.py"), f"--config={write_config(folder, settings)}", *arguments]
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    def wait(self, seconds: float = 120) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+
+    def until(self, happened, seconds: float = 120) -> None:
+        """Wait for a condition, or for the process to end."""
+        end = time.monotonic() + seconds
+        while not happened() and self.process.poll() is None:
+            assert time.monotonic() < end, say_last(self.log)
+            time.sleep(0.005)
+
+    def lines(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def numbers(run: Path) -> list[dict]:
+    """What the run wrote, but for how fast it was."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def kill_and_compare(tmp_path, compiled, *, devices, kills, arguments=()):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    shared = [f"--config.data.cache_dir={tmp_path / 'cache'}", *arguments]
+    first = Program(whole, compiled, *shared, devices=devices)
+    assert first.wait() == 0, say_last(first.log)
+    rng = random.Random(devices)
+    # The same text under the same path: what a store is made of is part of the run.
+    text = f"--config.data.train={whole / 'text.txt'}", f"--config.data.validation={whole / 'text.txt'}"
+    killed = 0
+    for _ in range(kills):
+        program = Program(broken, compiled, *shared, *text, devices=devices)
+        lines = program.lines()
+        program.until(lambda program=program, lines=lines: program.lines() > lines)
+        time.sleep(rng.uniform(0.0, 0.3))
+        if program.process.poll() is None:
+            program.process.kill()
+            killed += 1
+        program.wait()
+    last = Program(broken, compiled, *shared, *text, devices=devices)
+    assert last.wait() == 0, say_last(last.log)
+    expected, found = numbers(whole / "run"), numbers(broken / "run")
+    assert killed >= 2
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 41))
+    assert found == expected
+    return last
+
+
+def test_a_run_killed_at_any_instant_goes_on_to_the_bit(tmp_path, compiled):
+    last = kill_and_compare(tmp_path, compiled, devices=1, kills=4)
+    assert "finished at step 40 of 40" in last.log.read_text() or "is already done" in last.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_killed_at_any_instant_goes_on_to_the_bit(tmp_path, compiled):
+    kill_and_compare(
+        tmp_path, compiled, devices=4, kills=8, arguments=["--config.mesh.tensor=2", "--config.train.accumulate=2"]
+    )
+
+
+def test_a_finished_run_says_so_goes_on_with_more_steps_and_refuses_other_settings(tmp_path, compiled):
+    def go(*arguments):
+        program = Program(tmp_path, compiled, "--config.train.steps=4", *arguments)
+        return program.wait(), program.log.read_text()
+
+    assert go()[0] == 0
+    code, text = go()
+    assert code == 0 and "step 4 of 4 is already done; raise train.steps to go on" in text
+    code, text = go("--config.train.steps=6")
+    assert code == 0 and "from step 4" in text and "finished at step 6 of 6" in text
+    code, text = go("--config.optimizer.learning_rate=1e-4", "--config.model.ffn_dim=64")
+    assert code == 2 and "Traceback" not in text
+    assert "optimizer.learning_rate was 0.0003, is now 0.0001" in text and "model.ffn_dim was 96, is now 64" in text
+    code, text = go("--config.train.steps=8", "--noresume")
+    assert code == 2 and "has a checkpoint of step 6" in text
+    assert [line["step"] for line in numbers(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+ENDLESS = ["--config.train.steps=1000000", "--config.checkpoint.every=1000000", "--config.log.eval_every=0"]
+
+
+def test_sigterm_and_ctrl_c_leave_in_time_with_the_last_step_saved(tmp_path, compiled):
+    done = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        program = Program(tmp_path, compiled, *ENDLESS)
+        program.until(lambda program=program, done=done: program.lines() >= done + 20)
+        begin = time.monotonic()
+        program.process.send_signal(number)
+        assert program.wait(30) == 143, say_last(program.log)
+        assert time.monotonic() - begin < 10
+        steps = [line["step"] for line in numbers(program.run) if "loss" in line]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) > done
+        done = len(steps)
+        text = program.log.read_text()
+        assert f"stopped at step {done} of 1000000" in text
+        assert "The same command goes on from there" in text and "--config.train.steps=1000000" in text
+        assert Checkpoints(program.run).latest() == done
+    assert "resuming" in text
+
+
+def test_sigterm_during_compilation_leaves_in_time(tmp_path):
+    program = Program(tmp_path, "off", *ENDLESS)
+    program.until(lambda: "model: " in program.log.read_text())
+    begin = time.monotonic()
+    program.process.terminate()
+    assert program.wait(30) == 143
+    assert time.monotonic() - begin < 10
+    assert "stopped" in program.log.read_text()
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps({"step": s, "loss": 1.0 / s}) + "\n" for s in range(1, 6))
+    for end in ('{"step": 6, "lo', '{"step": 6, "loss": 0.1', '{"step": 6, "loss": 0.1}', "{", "\0\0\0"):
+        path.write_text(whole + end)
+        log = MetricLog(tmp_path, from_step=4, tensorboard=False)
+        log.write(5, {"loss": float("nan")})
+        log.close()
+        assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+        assert read_metrics(path)[-1] == {"step": 5, "loss": None}
+
+
+def test_resuming_on_another_mesh_goes_on_with_the_same_numbers(tmp_path):
+    """Saved on fsdp x tensor, gone on with on data x fsdp: equal to rounding, where one mesh throughout is exact."""
+    settings = {"optimizer__schedule": "constant", "mesh__tensor": 4, "data__validation": ()}
+    (tmp_path / "a").mkdir()
+    whole = text_run(tmp_path / "a", **settings)
+    loop.train(whole)
+    other = {"output": str(tmp_path / "b"), "data__train": whole.data.train, **settings}
+    loop.train(text_run(tmp_path, **(other | {"train__steps": 4})))
+    moved = text_run(tmp_path, **(other | {"mesh__tensor": 1, "mesh__data": 2}))
+    assert loop.train(moved).finished
+    a, b = numbers(Path(whole.output)), numbers(tmp_path / "b")
+    assert [line["step"] for line in b] == [line["step"] for line in a] == list(range(1, 9))
+    assert a[:4] == b[:4]
+    np.testing.assert_allclose([line["loss"] for line in a], [line["loss"] for line in b], rtol=2e-5)
+
+
+def test_changed_text_is_not_resumed(tmp_path):
+    run = text_run(tmp_path, train__steps=2)
+    loop.train(run)
+    (tmp_path / "text.txt").write_text("Something else altogether. " * 60)
+    with pytest.raises(ValueError, match="cannot resume the data: store was"):
+        loop.train(dataclasses.replace(run, train=dataclasses.replace(run.train, steps=4)))
+
+
+def test_a_start_without_a_checkpoint_makes_its_tokenizer_anew(tmp_path):
+    """What an earlier start with other settings left in the folder is not taken for this run's own."""
+    run = text_run(tmp_path, model__vocab_size=540)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.model").write_text("left over")
+    tokenizer = start.tokenizer(run, tmp_path / "run", resuming=False, say=lambda *_: None)
+    assert tokenizer.vocab_size == 540
+    with pytest.raises(ConfigError, match="set model.vocab_size=540"):
+        start.tokenizer(text_run(tmp_path), tmp_path / "run", resuming=True, say=lambda *_: None)
+
+
+# Asynchronous saving
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_checkpoint_holds_the_values_of_its_own_step_while_steps_go_on(tmp_path, devices):
+    """On a CPU the copy to the host may be a view of the very buffer that the next step is given to write to."""
+    mesh = parallel.make_mesh({"fsdp": devices}, jax.devices()[:devices])
+    layout = parallel.Layout(mesh, "train")
+    place = layout.sharding(("embed", None), (1024, 1024))
+    step = jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)
+    state = {f"w{i}": jax.device_put(jnp.zeros((1024, 1024)), place) for i in range(4)}
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(1, 31):
+        state = step(state)
+        if number in (5, 10, 15):
+            checkpoints.save(number, params=state, rest={"n": jnp.full((), number)}, meta={"n": number})
+    checkpoints.wait()
+    for number in (5, 10, 15):
+        rest = {"n": jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))}
+        params, rest, meta = checkpoints.restore(number, params=abstract, rest=rest)
+        assert {float(x) for a in params.values() for x in (a.min(), a.max())} == {float(number)}
+        assert rest["n"] == number and meta == {"n": number}
+    checkpoints.close()
+
+
+def test_a_save_that_fails_in_the_background_is_an_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    params = {f"w{i}": jnp.ones((1024, 1024)) for i in range(8)}
+    checkpoints.save(1, params=params, rest={"n": jnp.ones(())}, meta={})
+    folder = tmp_path / "checkpoints"
+    folder.rename(tmp_path / "aside")
+    folder.write_text("in the way")
+    with pytest.raises((OSError, ValueError, RuntimeError)):
+        checkpoints.wait()
+
+
+def test_a_run_whose_folder_goes_away_ends_with_an_error(tmp_path):
+    def sampler(run, params, tokenizer, mesh):
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        (tmp_path / "run" / "checkpoints").write_text("in the way")
+        return ["text"]
+
+    run = text_run(tmp_path, log__sample_every=3, checkpoint__every=3)
+    with pytest.raises((OSError, ValueError, RuntimeError)):
+        loop.train(run, sampler=sampler)
+
+
+def test_a_step_that_is_already_there_is_not_skipped_in_silence(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    given = {"params": {"w": jnp.ones(4)}, "rest": {"n": jnp.ones(())}, "meta": {}}
+    checkpoints.save(2, **given)
+    with pytest.raises(RuntimeError, match="step 1 was not saved: .* has step 2"):
+        checkpoints.save(1, **given)
+    checkpoints.close()
+
+
+# init_from
+
+
+def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
+    run = text_run(tmp_path, train__steps=2)
+    result = loop.train(run)
+    layout = parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")
+    optimizer = make_optimizer(run.optimizer, run.model, steps=2)
+    shardings = state_shardings(abstract_state(run.model, optimizer, layout))
+    theirs = jax.jit(lambda: model.init_params(run.model, jax.random.key(5)))()
+    folder = tmp_path / "model"
+    huggingface.save_folder(folder, run.model, theirs, dtype=jnp.float32)
+    tokenizer = Tokenizer(result.folder / "tokenizer.model")
+    tokenizer.save(folder / "tokenizer.model")
+    checkpoints = Checkpoints(result.folder)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), theirs)
+    trained = checkpoints.restore_params(2, abstract)
+    for source, expected in ((folder, theirs), (result.folder, trained)):
+        ours = dataclasses.replace(run, init_from=str(source))
+        state = start.first_state(ours, optimizer, layout, shardings)
+        for a, b, place in zip(*map(jax.tree.leaves, (state.params, expected, shardings.params)), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.sharding.is_equivalent_to(place, a.ndim) and a.dtype == jnp.float32
+        found = start.tokenizer(ours, tmp_path, resuming=False, say=lambda *_: None)
+        assert found.fingerprint == tokenizer.fingerprint
+    assert state.step == 0 and transform.is_stacked(state.params)
+
+
+def test_init_from_refuses_another_model_by_its_keys(tmp_path):
+    run = text_run(tmp_path)
+    other = dataclasses.replace(run.model, ffn_dim=64, rope_theta=1e4)
+    huggingface.save_folder(tmp_path / "model", other, model.init_params(other, jax.random.key(0)), dtype=jnp.float32)
+    layout = parallel.Layout(parallel.make_mesh({}, jax.devices()[:1]), "train")
+    with pytest.raises(ConfigError, match="model.ffn_dim=64 there, 96 here; model.rope_theta=10000.0 there, 500000"):
+        start.first_state(dataclasses.replace(run, init_from=str(tmp_path / "model")), None, layout, None)

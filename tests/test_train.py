@@ -1,0 +1,307 @@
+"""One optimizer step: what it adds up, what it leaves out, and the same numbers on every mesh.
+
+Differences are the largest one, relative to the largest number compared.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_run_config import run_dict
+
+from llama_jax import model, parallel
+from llama_jax.run_config import RunConfig
+from llama_jax.train import loop, start
+from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.state import abstract_state, state_shardings
+from llama_jax.train.step import batch_sharding, jit_eval_step, jit_train_step
+
+B, T, V = 8, 32, 512
+ROUNDING = 2e-5  # of losses after ten steps, between orders of the same float32 sums; measured below 1e-6
+
+
+def gap(a, b) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape and np.isfinite(a).all()
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+
+def make_run(**changes) -> RunConfig:
+    base = {
+        "model__num_layers": 2,
+        "data__sequence_length": T,
+        "data__batch_size": B,
+        "optimizer__learning_rate": 1e-3,
+        "optimizer__warmup_steps": 2,
+        "train__steps": 20,
+        "train__compute_dtype": "float32",
+        "train__remat": "none",
+        "train__vocab_chunk": 0,
+    }
+    return RunConfig.from_dict(run_dict(**(base | changes)))
+
+
+@functools.cache
+def batches(count: int) -> list[dict[str, np.ndarray]]:
+    """Packed rows of a text that can be learnt, two documents a row, and as good as empty rows among full ones."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        text = np.cumsum(rng.integers(0, 3, (B, T + 1)), axis=1) % 50
+        cut = rng.integers(4, T - 4, B)
+        second = np.arange(T) >= cut[:, None]
+        positions = np.where(second, np.arange(T) - cut[:, None], np.arange(T))
+        lengths = np.array([T, 6, T, 0, T, 3, T, 5])  # every second row goes into the same of two parts
+        real = np.arange(T) < lengths[:, None]
+        made.append(
+            {
+                "tokens": np.where(real, text[:, :-1], 0).astype(np.int32),
+                "targets": np.where(real, text[:, 1:], 0).astype(np.int32),
+                "positions": np.where(real, positions, 0).astype(np.int32),
+                "segments": np.where(real, 1 + second, 0).astype(np.int32),
+                "weights": (real & (np.arange(T) + 1 != cut[:, None])).astype(np.float32),
+            }
+        )
+    return made
+
+
+@dataclasses.dataclass
+class Trained:
+    losses: np.ndarray
+    norms: np.ndarray
+    state: object
+    metrics: list
+
+
+@functools.cache
+def prepared(run: RunConfig, sizes: tuple[tuple[str, int], ...]):
+    """What a step is made of, and the compiled step: once for each run and mesh."""
+    mesh = parallel.make_mesh(dict(sizes), jax.devices()[: int(np.prod([n for _, n in sizes]))])
+    run.check_mesh(dict(mesh.shape))
+    layout = parallel.Layout(mesh, "train")
+    optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
+    shardings = state_shardings(abstract_state(run.model, optimizer, layout))
+    step = jit_train_step(run, optimizer, layout, jnp.dtype(run.train.compute_dtype), shardings)
+    return layout, optimizer, shardings, step
+
+
+def train(run: RunConfig, steps: int, *, mesh=None, given=None) -> Trained:
+    layout, optimizer, shardings, step = prepared(run, tuple((mesh or {}).items()))
+    state = start.first_state(run, optimizer, layout, shardings)
+    metrics = []
+    for batch in given or batches(steps):
+        state, numbers = step(state, jax.device_put(batch, batch_sharding(layout)))
+        metrics.append(jax.device_get(numbers))
+    pick = lambda name: np.array([m[name] for m in metrics])  # noqa: E731
+    return Trained(pick("loss"), pick("grad_norm"), state, metrics)
+
+
+@functools.cache
+def reference() -> Trained:
+    """Ten steps on one device, in the plainest way."""
+    return train(make_run(), 10)
+
+
+def same(trained: Trained, expected: Trained | None = None, tolerance: float = ROUNDING) -> None:
+    expected = expected or reference()
+    assert gap(trained.losses, expected.losses) < tolerance
+    assert gap(trained.norms, expected.norms) < 10 * tolerance
+    # Adam divides by the root of the second moment: gradients near zero turn rounding into up to whole steps.
+    for a, b in zip(jax.tree.leaves(trained.state.params), jax.tree.leaves(expected.state.params), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).mean() < 2e-6
+
+
+def test_the_loss_falls_and_is_a_mean_over_the_tokens_that_count():
+    trained = reference()
+    assert trained.losses[-1] < trained.losses[0] - 0.3
+    run, batch = make_run(), batches(1)[0]
+
+    @jax.jit
+    def log_probabilities():
+        params = model.init_params(run.model, jax.random.split(jax.random.key(0))[1])
+        hidden, _ = model.forward(run.model, params, batch["tokens"], batch["positions"], batch["segments"])
+        return jax.nn.log_softmax(model.unembed(run.model, params, hidden))
+
+    nll = -log_probabilities()
+    nll = np.take_along_axis(np.asarray(nll), batch["targets"][..., None], axis=-1)[..., 0]
+    assert gap(trained.losses[0], nll[batch["weights"] > 0].mean()) < ROUNDING
+    assert trained.metrics[0]["tokens"] == batch["weights"].sum()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_equal_the_whole_batch(parts):
+    """The parts' token counts differ by eight times and more: a mean of means would be far off."""
+    weights = batches(1)[0]["weights"].reshape(-1, parts, T).sum(axis=(0, 2))
+    assert weights.max() > 8 * weights.min()
+    same(train(make_run(train__accumulate=parts), 10))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__remat": "dots"},
+        {"train__remat": "full"},
+        {"train__vocab_chunk": 100},
+        {"train__vocab_chunk": 7, "train__remat": "full", "train__accumulate": 2},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_no_number(changes):
+    same(train(make_run(**changes), 10))
+
+
+def test_bfloat16_products_come_close_and_keep_float32_masters():
+    trained = train(make_run(train__compute_dtype="bfloat16"), 10)
+    assert gap(trained.losses, reference().losses) < 5e-3  # 2^-8 a rounding; measured 4e-4
+    assert not np.array_equal(trained.losses, reference().losses)
+    floats = [leaf for leaf in jax.tree.leaves(trained.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
+
+
+def test_z_loss_adds_its_gradient_and_not_its_value():
+    weight = 1.0
+    trained = train(make_run(train__z_loss=weight), 3)
+    plain = reference()
+    assert gap(trained.losses[0], plain.losses[0]) < 1e-7  # the loss that is shown is the cross-entropy
+    run, batch = make_run(), batches(1)[0]
+
+    def loss(params):
+        hidden, _ = model.forward(run.model, params, batch["tokens"], batch["positions"], batch["segments"])
+        logits = model.unembed(run.model, params, hidden)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        nll = lse - jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+        return jnp.sum(batch["weights"] * (nll + weight * lse**2)) / batch["weights"].sum()
+
+    params = jax.jit(lambda: model.init_params(run.model, jax.random.split(jax.random.key(0))[1]))()
+    grads = jax.device_get(jax.jit(jax.grad(loss))(params))
+    norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in jax.tree.leaves(grads)))
+    assert gap(trained.norms[0], norm) < ROUNDING and abs(norm - plain.norms[0]) > 1e-3 * norm
+
+
+def test_seeds_change_the_first_weights_and_nothing_else_does():
+    layout, optimizer, shardings, _ = prepared(make_run(), ())
+    states = [start.first_state(make_run(seed=s), optimizer, layout, shardings) for s in (0, 0, 1)]
+    one, again, other = (np.asarray(state.params["embed"]) for state in states)
+    assert (one == again).all() and (one != other).mean() > 0.99
+
+
+# A step whose numbers are not finite
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_non_finite_step_changes_no_weight_and_no_moment(poison):
+    good = batches(4)
+    bad = {**good[1], "weights": good[1]["weights"].copy()}
+    bad["weights"][0, 0] = poison
+    trained = train(make_run(), 0, given=[good[0], bad, bad, good[2]])
+    clean = train(make_run(), 0, given=[good[0], good[2]])
+    assert [m["skipped"] for m in trained.metrics] == [0, 1, 2, 0]
+    assert trained.state.step == 4 and clean.state.step == 2
+    for name in ("params", "opt_state"):  # the schedule too counts only steps that were taken
+        for a, b in zip(
+            jax.tree.leaves(getattr(trained.state, name)), jax.tree.leaves(getattr(clean.state, name)), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+def text_run(tmp_path, **changes) -> RunConfig:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    base = {
+        "output": str(tmp_path / "run"),
+        "data__train": (str(text),),
+        "data__cache_dir": str(tmp_path / "cache"),
+        "log__tensorboard": False,
+        "model__num_layers": 1,
+        "train__steps": 8,
+    }
+    return make_run(**(base | changes))
+
+
+def poisoned(monkeypatch):
+    """Let every run start from an embedding that is not finite."""
+    first_state = start.first_state
+
+    def nan_state(*given):
+        state = first_state(*given)
+        return dataclasses.replace(state, params={**state.params, "embed": state.params["embed"] * jnp.nan})
+
+    monkeypatch.setattr(start, "first_state", nan_state)
+
+
+def test_the_run_stops_after_max_skipped_and_saves_nothing(tmp_path, monkeypatch):
+    poisoned(monkeypatch)
+    with pytest.raises(loop.TrainingError, match="not finite 3 times in a row.*lower optimizer.learning_rate"):
+        loop.train(text_run(tmp_path, train__max_skipped=3))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["skipped"]) for line in lines] == [(1, None, 1), (2, None, 2)]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    poisoned(monkeypatch)
+    with pytest.raises(loop.TrainingError, match="step 1: weights are not finite, so this step is not saved"):
+        loop.train(text_run(tmp_path, checkpoint__every=1))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+# Meshes
+
+
+def test_evaluation_sums_the_same_cross_entropy():
+    run, batch = make_run(train__vocab_chunk=100), batches(1)[0]
+    layout, optimizer, shardings, _ = prepared(run, (("fsdp", 2), ("tensor", 4)))
+    state = start.first_state(run, optimizer, layout, shardings)
+    evaluate = jit_eval_step(run, layout, jnp.dtype(jnp.float32), shardings)
+    nll, tokens = evaluate(state.params, jax.device_put(batch, batch_sharding(layout)))
+    assert gap(nll / tokens, reference().losses[0]) < ROUNDING
+
+
+QUICK = [
+    {"fsdp": 4},
+    {"fsdp": 2, "tensor": 4},
+    {"data": 2, "context": 2, "tensor": 2},
+]
+SLOW = [
+    {"data": 2},
+    {"fsdp": 2},
+    {"tensor": 2},
+    {"context": 2},
+    {"data": 2, "fsdp": 2},
+    {"tensor": 4},
+    {"context": 4},
+    {"data": 8},
+    {"fsdp": 8},
+    {"context": 8},
+    {"fsdp": 4, "context": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("mesh", [*QUICK, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)], ids=str)
+def test_every_mesh_trains_to_the_same_numbers(mesh):
+    same(train(make_run(), 10, mesh=mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 4}, {"data": 2, "context": 4}], ids=str)
+def test_every_mesh_accumulates_and_chunks_to_the_same_numbers(mesh):
+    run = make_run(train__accumulate=4, train__vocab_chunk=50, train__remat="full")
+    same(train(run, 10, mesh=mesh))
+
+
+def test_weights_and_moments_lie_in_shards():
+    run = make_run()
+    trained = train(run, 1, mesh={"fsdp": 2, "tensor": 4})
+    moments = trained.state.opt_state[1]
+    for tree in (trained.state.params, moments.mu, moments.nu):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            shard = leaf.addressable_shards[0].data
+            parts = 1 if "norm" in jax.tree_util.keystr(path) else 8
+            assert shard.size * parts == leaf.size, jax.tree_util.keystr(path)
+            assert len({str(s.index) for s in leaf.addressable_shards}) == parts
