@@ -38,12 +38,26 @@ def main() -> int:
 
 def sampler(run, params, tokenizer, mesh):
     """A text for each of log.sample_prompts."""
+    llama = empty_llama(run, params, tokenizer, mesh)
+    llama.set_params(params)
+    prompts, length = list(run.log.sample_prompts), run.log.sample_tokens
+    results = llama.generate(prompts, max_new_tokens=length, temperature=0.7, top_p=0.9, seed=run.seed)
+    llama.set_params(None)  # no second copy of the weights while training goes on
+    return [result.text for result in results]
+
+
+_llamas = {}
+
+
+def empty_llama(run, params, tokenizer, mesh):
+    """The run's one Llama, whose programs are compiled once."""
+    from llama_jax import parallel
     from llama_jax.infer.llama import Llama
 
-    model = Llama(run.model, params, tokenizer, mesh=mesh)
-    prompts, length = list(run.log.sample_prompts), run.log.sample_tokens
-    results = model.generate(prompts, max_new_tokens=length, temperature=0.7, top_p=0.9, seed=run.seed)
-    return [result.text for result in results]
+    if run not in _llamas:
+        dtype = parallel.compute_dtype(run.train.compute_dtype)
+        _llamas[run] = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype)
+    return _llamas[run]
 
 
 if __name__ == "__main__":

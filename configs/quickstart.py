@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.validation = ("stdlib:validation",)
     config.data.sequence_length = 256
     config.data.batch_size = 4  # small batches learn most from little text
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.train.steps = 1800
     config.train.vocab_chunk = 1024

@@ -30,13 +30,14 @@ class Checkpoints:
     Args:
         run_folder: where `checkpoints/` is or will be.
         keep: newest steps to keep; None keeps all.
+        create: make the folder where it is not there; False to read only.
     """
 
-    def __init__(self, run_folder: str | Path, *, keep: int | None = None):
+    def __init__(self, run_folder: str | Path, *, keep: int | None = None, create: bool = True):
         folder = Path(run_folder).resolve() / _FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=True,
+            create=create,
             enable_async_checkpointing=True,
             # Made in the background, a folder that cannot be made is an error only after minutes of waiting for it.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
@@ -79,24 +80,33 @@ class Checkpoints:
 
     def restore(self, step: int, *, params: model.Params, rest: Any) -> tuple[model.Params, Any, dict[str, Any]]:
         """A step's (params, rest, meta), with the shapes, types and shardings of the abstract trees given."""
-        restored = self._manager.restore(
+        restored = self._restored(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                rest=ocp.args.StandardRestore(rest),
-                meta=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(params),
+            rest=ocp.args.StandardRestore(rest),
+            meta=ocp.args.JsonRestore(),
         )
         return restored["params"], restored["rest"], restored["meta"]
 
     def restore_params(self, step: int, params: model.Params) -> model.Params:
         """Only the weights of a step."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        return self._manager.restore(step, args=args)["params"]
+        return self._restored(step, params=ocp.args.StandardRestore(params))["params"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """Only what is not arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._restored(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def _restored(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever Orbax and TensorStore raise for a damaged or missing file
+            folder = self._manager.directory / str(step)
+            older = [s for s in self._manager.all_steps() if s < step]
+            mend = f"delete that folder to go on from step {max(older)}" if older else "it is the only one"
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise ConfigError(
+                f"checkpoint {folder} cannot be read: {mend} ({type(error).__name__}: {first})"
+            ) from error
 
     def wait(self) -> None:
         """Return when the last save is on disk, or raise what it failed with."""
@@ -113,30 +123,40 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a run folder."""
     path = Path(folder) / CONFIG_FILE
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): is {folder} a folder that train.py made?") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ConfigError(f"{path} has no model in it: is {folder} a folder that train.py made?")
+    return values
 
 
 def open_run(folder: str | Path) -> Source:
     """A run folder as a model: its newest weights, on any mesh, whatever mesh they were trained on."""
     folder = Path(folder)
-    config = ModelConfig.from_dict(read_run_config(folder)["model"])
+    values = read_run_config(folder)
+    config = ModelConfig.from_dict(values["model"])
     tokenizer = folder / TOKENIZER_FILE
 
     def load(layout: parallel.Layout | None, dtype: jnp.dtype | None) -> model.Params:
         layout = layout or parallel.Layout(parallel.single_device_mesh(), "infer")
-        shapes = model.abstract_params(config, stacked=True)
+        # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
+        shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
         places = parallel.shardings(layout, model.logical_axes(config, stacked=True), shapes)
         abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, create=False)
         step = checkpoints.latest()
         if step is None:
             raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
         params = checkpoints.restore_params(step, abstract)
         checkpoints.close()
-        if dtype is not None:
-            params = jax.tree.map(lambda a: a.astype(dtype), params)
         return transform.unstack(params)
 
-    return Source(config, tokenizer if tokenizer.is_file() else None, (), load)
+    return Source(
+        config=config,
+        tokenizer_path=tokenizer if tokenizer.is_file() else None,
+        fingerprint=values.get("tokenizer_fingerprint"),
+        bos_token=None,
+        stop_tokens=(),
+        load=load,
+    )

@@ -126,7 +126,8 @@ class LogConfig:
         every: a line of loss, learning rate, tokens/s and time left.
         eval_every: validation loss.
         eval_batches: of validation, at most.
-        sample_every: text sampled from the model as it is.
+        sample_every: text sampled from the model as it is. It takes a copy of the weights in train.compute_dtype on
+            every device (split by mesh.tensor only); leave it off where that does not fit.
         sample_prompts: what it goes on from.
         sample_tokens: how far.
         tensorboard: event files beside metrics.jsonl.
@@ -148,10 +149,13 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints; the last step is always saved.
         keep: newest checkpoints that are kept.
+        grace_seconds: after SIGTERM, for the step under way to end; then the run leaves without it. Schedulers often
+            kill after 10.
     """
 
     every: int = _key(500, low=1)
     keep: int = _key(2, low=1)
+    grace_seconds: float = _key(8.0, low=0.0, high=86_400.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,7 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
-        """The checks that need more than one key; those of the mesh need the devices (`check_devices`)."""
+        """The checks that need more than one key; those of the mesh need the devices (`check_mesh`)."""
         data, train, model = self.data, self.train, self.model
         if not self.output:
             raise ConfigError("output is empty: name the run folder, e.g. output='runs/my_run'")
@@ -213,7 +217,7 @@ class RunConfig:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={train.steps}: "
                 "the peak would never be reached"
             )
-        if self.mesh.stage not in (1, -1):
+        if self.mesh.stage != 1:
             raise ConfigError(
                 f"mesh.stage={self.mesh.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
             )

@@ -117,7 +117,7 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--temperature", "hot"], "invalid float value: 'hot'"),
         (["--prompt", "a", "--temperature", "nan"], "temperature must be"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be"),
-        (["--prompt", "a", "--top_p", "0"], "top_p must be above 0 and at most 1"),
+        (["--prompt", "a", "--top_p", "0"], "top_p must be from 0.000001 to 1"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
         (["--prompt", "a", "--max_new_tokens", "999999"], "max_seq_len=131,072"),
         (["--prompt", "a", "--mesh", "tensor"], "expected AXIS=N"),

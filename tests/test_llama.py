@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import transform
+from llama_jax.weights.source import open_source
 
 CONFIG = configs.size("tiny")
 
@@ -236,6 +238,50 @@ def test_load_reads_a_run_folder_on_any_mesh(tmp_path):
     expected = llama().generate("ab", **options)
     assert llama_jax.load(tmp_path).generate("ab", **options) == expected
     assert llama_jax.load(tmp_path, mesh={"data": 2, "tensor": 2}).generate("ab", **options).tokens == expected.tokens
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
+    write_hugging_face(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": tokenizer().bos_id}))
+    path = tmp_path / "tokenizer.model"
+    if not path.exists():
+        tokenizer().save(path)
+    assert llama_jax.load(tmp_path).tokenizer.bos_id == tokenizer().bos_id
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:256]))  # still parses
+    if Tokenizer(path).vocab_size < tokenizer().vocab_size:
+        with pytest.raises(ConfigError, match="is not the tokenizer of this model.*cut short"):
+            llama_jax.load(tmp_path)
+
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    described = {"model": CONFIG.to_dict(), "tokenizer_fingerprint": "0" * 64}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(described))
+    tokenizer().save(tmp_path / "run" / "tokenizer.model")
+    with pytest.raises(ConfigError, match="is not the tokenizer of this model"):
+        open_source(tmp_path / "run").tokenizer()
+
+
+def test_a_run_that_cannot_be_read_says_so_in_a_line(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (2, 4):
+        checkpoints.save(step, params=transform.stack(params()), rest={"step": jnp.array(step)}, meta={})
+    checkpoints.close()
+    for text in ("[]", "{", '{"model": "llama3.1-8b"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.json (cannot be read|has no model)"):
+            llama_jax.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG.to_dict()}))
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "params")
+    with pytest.raises(ConfigError, match=r"checkpoints/4 cannot be read: delete that folder to go on from step 2"):
+        llama_jax.load(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert llama_jax.load(tmp_path, dtype="bfloat16").params["embed"].dtype == jnp.bfloat16
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    broken = {**params(), "norm": {"scale": params()["norm"]["scale"] * jnp.nan}}
+    with pytest.raises(ValueError, match="logits are not finite"):
+        Llama(CONFIG, broken).generate([1, 2, 3], max_new_tokens=3)
 
 
 def test_load_names_what_it_looked_for(tmp_path):

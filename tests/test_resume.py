@@ -133,9 +133,11 @@ def test_a_finished_run_says_so_goes_on_with_more_steps_and_refuses_other_settin
     assert code == 0 and "step 4 of 4 is already done; raise train.steps to go on" in text
     code, text = go("--config.train.steps=6")
     assert code == 0 and "from step 4" in text and "finished at step 6 of 6" in text
-    code, text = go("--config.optimizer.learning_rate=1e-4", "--config.model.ffn_dim=64")
+    code, text = go("--config.data.seed=1", "--config.model.ffn_dim=64")
     assert code == 2 and "Traceback" not in text
-    assert "optimizer.learning_rate was 0.0003, is now 0.0001" in text and "model.ffn_dim was 96, is now 64" in text
+    assert "data.seed was 0, is now 1" in text and "model.ffn_dim was 96, is now 64" in text
+    code, text = go("--config.train.steps=6", "--config.optimizer.learning_rate=1e-4")
+    assert code == 0 and "optimizer.learning_rate was 0.0003, is now 0.0001" in text
     code, text = go("--config.train.steps=8", "--noresume")
     assert code == 2 and "has a checkpoint of step 6" in text
     assert [line["step"] for line in numbers(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]

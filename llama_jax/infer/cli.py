@@ -122,7 +122,8 @@ def _run(options: argparse.Namespace) -> int:
             results = [llama.chat(messages, **settings)]
         else:
             results = llama.generate(prompts, batch_size=options.batch_size, **settings)
-        _print_results(results, time.perf_counter() - start, as_json=options.json)
+        ids = llama.tokenizer is None
+        _print_results(results, time.perf_counter() - start, as_json=options.json, ids=ids)
         return 0
     pieces = llama.stream_chat(messages, **settings) if messages else llama.stream(prompts[0], **settings)
     _print_stream(pieces)
@@ -135,9 +136,10 @@ def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
     if options.prompt_file is None:
         return options.prompt or []
     path = Path(options.prompt_file)
-    lines = (sys.stdin.read() if options.prompt_file == "-" else path.read_text()).splitlines()
+    lines = _text(options.prompt_file).split("\n")
     prompts: list[Any] = []
     for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -156,9 +158,18 @@ def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
     return prompts
 
 
-def _messages(file: str) -> list[dict[str, Any]]:
+def _text(file: str) -> str:
+    """A UTF-8 file, or standard input for -. Lines end at a newline only: JSON may hold Unicode's other separators."""
     try:
-        messages = json.loads(Path(file).read_text())
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8: {error}") from None
+
+
+def _messages(file: str) -> list[dict[str, Any]]:
+    text = _text(file)
+    try:
+        messages = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from None
     if not isinstance(messages, list) or not messages:
@@ -179,7 +190,7 @@ def _mesh(text: str | None) -> dict[str, int] | None:
     return sizes
 
 
-def _print_results(results: Sequence[Any], seconds: float, *, as_json: bool) -> None:
+def _print_results(results: Sequence[Any], seconds: float, *, as_json: bool, ids: bool) -> None:
     speed = round(sum(len(r.tokens) for r in results) / seconds, 2)  # of the whole call, compilation included
     for i, result in enumerate(results):
         if as_json:
@@ -192,7 +203,8 @@ def _print_results(results: Sequence[Any], seconds: float, *, as_json: bool) -> 
             }
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
-            print(f"{'' if i == 0 else chr(10)}=== prompt {i}\n{_shown(result.text or result.tokens)}", flush=True)
+            shown = _shown(result.tokens if ids else result.text)
+            print(f"{'' if i == 0 else chr(10)}=== prompt {i}\n{shown}", flush=True)
 
 
 def _shown(piece: Any) -> str:

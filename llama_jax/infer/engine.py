@@ -159,6 +159,10 @@ class Engine:
         with jax.transfer_guard("disallow"):
             state, out = self._decode(self.params, state, self._put(np.int32(limit)))
             tokens_BO, logprobs_BO, remaining_B = jax.device_get((*out, state.remaining_B))
+        if not np.isfinite(logprobs_BO).all():
+            raise ValueError(
+                f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
+            )
         counts = (tokens_BO >= 0).sum(axis=1)
         return state, Slice(
             tokens=[row[:n].tolist() for row, n in zip(tokens_BO, counts, strict=True)],

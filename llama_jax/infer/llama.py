@@ -13,7 +13,6 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -105,6 +104,13 @@ class Llama:
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, transform.unstack(params), mesh=mesh, dtype=dtype)
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
+
+    def set_params(self, params: model.Params | None) -> None:
+        """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
+        if params is not None:
+            model.check_params(self.config, params)
+            params = engine.placed(self.config, transform.unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
+        self.params = self.engine.params = params
 
     def __repr__(self) -> str:
         """Size, dtype and mesh in a line."""
@@ -343,19 +349,11 @@ def load(
     mesh = inputs.as_mesh(mesh)
     layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        tokenizer = pool.submit(_tokenizer, found.tokenizer)
+        tokenizer = pool.submit(found.tokenizer)
         params = found.load(layout, wanted)
         tokenizer = tokenizer.result()
     stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
     return Llama(found.config, params, tokenizer, mesh, stops, dtype=_settled_dtype(wanted, params))
-
-
-def _tokenizer(path: Path | None) -> Tokenizer | None:
-    if path is None:
-        return None
-    from llama_jax.text.tokenizer import Tokenizer
-
-    return Tokenizer(path)
 
 
 def _settled_dtype(wanted: jnp.dtype | None, params: model.Params) -> jnp.dtype:

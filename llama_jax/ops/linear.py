@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax import parallel
+
 # A bfloat16 product of one row runs in a scalar loop on a CPU until it is padded (docs/design.md, "Measured").
 _CPU_BF16_ROWS = 8
 _BF16_NAN = 0x7FC0
@@ -76,9 +78,10 @@ linear.defvjp(_forward, _backward)
 
 def embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour."""
-    if table.dtype == jnp.bfloat16:
-        return _bf16_rows(table, ids).astype(dtype)
-    return _rows_of(table, ids).astype(dtype)
+    # Gather the table's columns, not the batch: rows looked up in a table split along `embed` would first be made for
+    # the whole batch on every device.
+    table = parallel.constrain(table.astype(dtype), "vocab", None)
+    return _bf16_rows(table, ids) if table.dtype == jnp.bfloat16 else _rows_of(table, ids)
 
 
 def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ Sampler = Callable[[RunConfig, model.Params, Tokenizer, jax.sharding.Mesh], list
 
 # Keys that may differ between a run and its resumption; any other difference would make it another run.
 _MAY_CHANGE = (
+    "optimizer.",
     "train.steps",
     "train.max_skipped",
     "log.",
@@ -80,13 +81,13 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         TrainingError: too many non-finite steps in a row.
     """
     started = time.monotonic()
-    with StopSignal() as stop:
+    with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
         setup = _Setup.make(run)
         say = print if jax.process_index() == 0 else _silent
         checkpoints = Checkpoints(setup.folder, keep=run.checkpoint.keep)
         latest = checkpoints.latest()
         if latest is not None:
-            _check_resume(run, setup.folder, checkpoints.meta(latest)["config"], latest, resume)
+            _check_resume(run, setup.folder, checkpoints.meta(latest)["config"], latest, resume, say)
         tokenizer = start.tokenizer(run, setup.folder, resuming=latest is not None, say=say)
         train_rows, validation_rows = start.rows(run, tokenizer, say)
         loader = Loader(
@@ -101,12 +102,13 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         else:
             state = _restore(setup, checkpoints, latest, loader)
             say(f"resuming {setup.folder} from step {latest}")
-        if jax.process_index() == 0:
-            _write_json(setup.folder / CONFIG_FILE, run.to_dict())
         if latest is not None and latest >= run.train.steps:
             say(f"step {latest} of {run.train.steps} is already done; raise train.steps to go on")
             checkpoints.close()
             return Result(latest, True, setup.folder)
+        if jax.process_index() == 0:
+            description = {**run.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint}
+            _write_json(setup.folder / CONFIG_FILE, description)
         loop = _Loop(run, setup, tokenizer, checkpoints, loader, validation_rows, sampler, stop)
         step = loop.go(state, latest or 0)
         if jax.process_index() == 0:
@@ -223,8 +225,8 @@ class _Loop:
         if values["skipped"] >= self.run.train.max_skipped:
             raise TrainingError(
                 f"step {step}: the loss or the gradient was not finite {int(values['skipped'])} times in a row. Those "
-                "steps were left out and the checkpoints are sound; lower optimizer.learning_rate, look at the data "
-                "around this step, and start the same command again"
+                "steps changed nothing, and what is saved is sound. Look at the data around this step, or lower "
+                "optimizer.learning_rate, and start again: the run goes on from its last checkpoint, if it has one"
             )
         if log is None:
             return
@@ -251,7 +253,7 @@ class _Loop:
             progress.say(f"step {step}  validation loss {loss:.4f}  perplexity {np.exp(min(loss, 50)):.2f}")
 
     def _sample(self, state: TrainState, step: int, progress: Progress) -> None:
-        if self.sampler is None or not self._due(self.run.log.sample_every, step):
+        if self.sampler is None or self.stop.requested or not self._due(self.run.log.sample_every, step):
             return
         with jax.transfer_guard("allow"):
             texts = self.sampler(self.run, state.params, self.tokenizer, self.setup.layout.mesh)
@@ -262,8 +264,8 @@ class _Loop:
     def _save(self, state: TrainState, step: int) -> None:
         if not jax.device_get(self.all_finite(state.params)):
             raise TrainingError(
-                f"step {step}: weights are not finite, so this step is not saved; the last checkpoint is sound. Lower "
-                "optimizer.learning_rate and start the same command again"
+                f"step {step}: weights are not finite, so this step is not saved, and what is saved is sound. Lower "
+                "optimizer.learning_rate and start again: the run goes on from its last checkpoint, if it has one"
             )
         rest = {"opt_state": state.opt_state, "key": state.key, "skipped": state.skipped, "step": state.step}
         meta = {"data": {**self.loader.state(), "step": step}, "config": self.run.to_dict()}
@@ -327,7 +329,9 @@ def _first_state(run: RunConfig, setup: _Setup, say: Callable[..., None]) -> Tra
     return start.first_state(run, setup.optimizer, setup.layout, state_shardings(setup.abstract))
 
 
-def _check_resume(run: RunConfig, folder: Path, before: dict[str, Any], step: int, resume: bool) -> None:
+def _check_resume(
+    run: RunConfig, folder: Path, before: dict[str, Any], step: int, resume: bool, say: Callable[..., None]
+) -> None:
     """Refuse to go on from a checkpoint of `step` that another run made."""
     if not resume:
         raise ConfigError(f"{folder} has a checkpoint of step {step}: resume it, or set another output")
@@ -339,6 +343,8 @@ def _check_resume(run: RunConfig, folder: Path, before: dict[str, Any], step: in
             f"{folder} was trained with other settings: {lines}. Set them back to resume it, or set another "
             "output to start anew"
         )
+    for key, (old, new) in changed.items():
+        say(f"{key} was {old!r}, is now {new!r}")
 
 
 def _restore(setup: _Setup, checkpoints: Checkpoints, step: int, loader: Loader) -> TrainState:

@@ -77,11 +77,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
-            break
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
@@ -97,7 +99,7 @@ class Progress:
         self._peak = peak * jax.device_count() if peak else None
 
     def speed(self, step: int) -> dict[str, float]:
-        """Tokens a second, and MFU where the device's peak is known, over the steps since they were last asked for."""
+        """Tokens a second, and MFU where the device's peak is known, over the last twenty steps asked for."""
         now = time.monotonic()
         self._times = [*self._times[-20:], (step, now)]
         first_step, first_time = self._times[0]

@@ -80,13 +80,18 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
 
 
 def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
+    known = open_source(run.init_from).tokenizer() if run.init_from else None
     if run.data.tokenizer:
-        return Tokenizer(Path(run.data.tokenizer).expanduser())
+        given = Tokenizer(Path(run.data.tokenizer).expanduser())
+        if known is not None and known.fingerprint != given.fingerprint:
+            raise ConfigError(
+                f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
+            )
+        return given
     if run.init_from:
-        path = open_source(run.init_from).tokenizer
-        if path is None:
+        if known is None:
             raise ConfigError(f"init_from={run.init_from!r} has no tokenizer.model: set data.tokenizer")
-        return Tokenizer(path)
+        return known
     say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
     texts = (document.text for document in documents_from(run.data.train))
     return Tokenizer.from_ranks(train_bpe(texts, vocab_size=run.model.vocab_size))

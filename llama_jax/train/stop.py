@@ -9,18 +9,18 @@ import sys
 import threading
 import types
 
-_GRACE_SECONDS = 8.0  # after SIGTERM; schedulers often kill at 10
-
 
 class StopSignal:
     """A context in which SIGTERM and Ctrl-C set `.requested` instead of ending the process.
 
     A thread reads the signal as it arrives, also while the main thread is inside a compilation or a long step, where
-    Python's own handlers have to wait. If the main thread has not called `acknowledge` after some seconds there is
-    nothing newer to save than the last checkpoint, and the process ends at once. A second Ctrl-C ends it immediately.
+    Python's own handlers have to wait. If the main thread has not called `acknowledge` within `grace` seconds of a
+    SIGTERM, the process ends with what its last checkpoint holds, rather than be killed by whoever sent it. Ctrl-C
+    waits for as long as the step takes; a second one ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace: float) -> None:
+        self._grace = grace
         self.requested = False
         self._acknowledged = threading.Event()
         self._previous: dict[int, object] = {}
@@ -58,10 +58,11 @@ class StopSignal:
 
     def _watch(self) -> None:
         while data := self._reader.recv(16):
-            if signal.SIGTERM in data or signal.SIGINT in data:
+            if signal.SIGTERM in data:
                 break
         else:
             return self._reader.close()
-        if not self._acknowledged.wait(_GRACE_SECONDS):
-            print("stopped inside a step; the last checkpoint stands", file=sys.stderr, flush=True)
+        if not self._acknowledged.wait(self._grace):
+            print("stopped inside a step (checkpoint.grace_seconds); the last checkpoint stands", file=sys.stderr)
+            sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)

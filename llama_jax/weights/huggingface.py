@@ -97,6 +97,12 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def bos_token(folder: str | os.PathLike[str]) -> int | None:
+    """`bos_token_id` of config.json, or None where it says none."""
+    token = safetensors.read_json(Path(folder) / "config.json").get("bos_token_id")
+    return token if type(token) is int else None
+
+
 def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     """The ids that end a generation: `eos_token_id` of generation_config.json, else of config.json, else none.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.text.tokenizer import Tokenizer
 
 _LOOKED_FOR = "a run folder (config.json and checkpoints/) or a Hugging Face folder (config.json and *.safetensors)"
 
@@ -21,15 +22,38 @@ class Source:
 
     Attributes:
         config: its shape.
-        tokenizer: the path of its tokenizer.model, or None.
+        tokenizer_path: where its tokenizer.model is, or None.
+        fingerprint: of the tokenizer that it was trained with, where that is known.
+        bos_token: the id that begins a text by its own account, or None.
         stop_tokens: ids that end a text by its own account, beside the tokenizer's.
         load: (layout, dtype) to weights in the unrolled layout; None is the first device, and the stored dtype.
     """
 
     config: ModelConfig
-    tokenizer: Path | None
+    tokenizer_path: Path | None
+    fingerprint: str | None
+    bos_token: int | None
     stop_tokens: tuple[int, ...]
     load: Callable[[parallel.Layout | None, jnp.dtype | None], model.Params]
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, or None if it has none.
+
+        Raises:
+            ConfigError: the file is not the one that the model was trained with. One that lost its last lines still
+                parses, and would move every special token.
+        """
+        if self.tokenizer_path is None:
+            return None
+        found = Tokenizer(self.tokenizer_path)
+        other = self.fingerprint not in (None, found.fingerprint) or found.vocab_size > self.config.vocab_size
+        short = found.vocab_size < self.config.vocab_size and self.bos_token not in (None, found.bos_id)
+        if other or short:
+            raise ConfigError(
+                f"{self.tokenizer_path} is not the tokenizer of this model: it has {found.vocab_size:,} ids, of which "
+                f"{found.bos_id} begins a text. Was the file cut short, or taken from another model? Copy it anew"
+            )
+        return found
 
 
 def open_source(source: str | os.PathLike[str]) -> Source:
@@ -48,7 +72,9 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     config = huggingface.read_config(folder)
     return Source(
         config=config,
-        tokenizer=huggingface.tokenizer_path(folder),
+        tokenizer_path=huggingface.tokenizer_path(folder),
+        fingerprint=None,
+        bos_token=huggingface.bos_token(folder),
         stop_tokens=huggingface.stop_tokens(folder),
         load=lambda layout, dtype: huggingface.load_params(folder, config, layout=layout, dtype=dtype),
     )

@@ -1,8 +1,9 @@
 """Grouped-query attention in plain XLA: runs everywhere, and is what the kernels are tested against.
 
 Query heads that share a key/value head are merged into the rows of one product, and long inputs are cut into chunks of
-queries, so that the scores of only one chunk exist at a time. Without a cache a chunk multiplies only the keys before
-its end, which halves the work of a causal pass.
+queries. Without a cache a chunk multiplies only the keys before its end, which halves the work of a causal pass. How
+many chunks' scores exist at a time is up to the compiler's schedule: on a TPU few (docs/design.md), on a CPU all.
+Where the length axis is split over devices there are no chunks, and a device holds the scores of all its queries.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -63,7 +64,7 @@ def attention(
         size = max(_CAUSAL_CHUNK, -(-T // _MAX_CAUSAL_CHUNKS))
         # Beyond a few chunks their scores would all wait for the backward pass: recompute them there.
         each = jax.checkpoint(chunk) if T > _CAUSAL_CHUNK * _MAX_CAUSAL_CHUNKS else chunk
-        parts = []
+        parts: list[jax.Array] = []
         for start in range(0, T, size):
             end = min(start + size, T)
             rows = slice(start, end)
