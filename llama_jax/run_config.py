@@ -82,8 +82,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps in all.
         accumulate: parts that a batch is computed in, one after the other, for less memory.
-        compute_dtype: of activations and products; master weights and moments are float32. `auto` is bfloat16 but on
-            CPUs without bfloat16 matrix units.
+        compute_dtype: of activations and products; master weights and moments are float32. `auto` is bfloat16, and
+            float32 on a CPU.
         remat: what a layer keeps for its backward pass: `none` recomputed, `dots` (products kept), `full` recomputed.
         vocab_chunk: rows of the vocabulary whose logits exist at a time, per device; 0 for all.
         z_loss: weight of the squared log-normaliser (PaLM, section 5).

@@ -1,7 +1,7 @@
 """Floor 1: the device mesh, and the one table that says which mesh axis carries which logical axis."""
 
 from llama_jax.parallel.mesh import AXES, make_mesh, single_device_mesh
-from llama_jax.parallel.platform import compute_dtype, fast_bfloat16
+from llama_jax.parallel.platform import compute_dtype
 from llama_jax.parallel.rules import (
     RULES,
     Layout,
@@ -22,7 +22,6 @@ __all__ = [
     "axis_size",
     "compute_dtype",
     "constrain",
-    "fast_bfloat16",
     "make_mesh",
     "replicated",
     "shardings",
