@@ -124,8 +124,7 @@ def mesh_axis_literals(path: Path) -> list[str]:
 
 
 def test_mesh_axes_are_named_only_in_parallel_and_the_config():
-    # The engine checks the tensor size of a mesh that its caller made, and names it in the refusal.
-    free = ("llama_jax.parallel", "llama_jax.run_config", "llama_jax.cli", "llama_jax.infer.engine")
+    free = ("llama_jax.parallel", "llama_jax.run_config", "llama_jax.cli")
     for path in MODULES:
         if not any(within(dotted(path), name) for name in free):
             assert mesh_axis_literals(path) == [], dotted(path)

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +86,6 @@ def test_prose_drops_what_was_seen_and_the_line_that_announced_it():
 
 def test_fingerprint_is_the_same_in_another_process_with_another_hash_seed(docs):
     command = "from llama_jax.data import corpus; print(corpus.fingerprint(corpus.documents()))"
-    started = time.monotonic()
     out = subprocess.run(
         [sys.executable, "-c", command],
         env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(ROOT)},
@@ -95,7 +93,6 @@ def test_fingerprint_is_the_same_in_another_process_with_another_hash_seed(docs)
         text=True,
         check=True,
     )
-    assert time.monotonic() - started < 60  # measured: 4 s on one core
     assert out.stdout.strip() == corpus.fingerprint(docs)
 
 

@@ -8,7 +8,6 @@ import pickle
 import random
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,11 +64,9 @@ def test_ids_equal_metas_with_a_small_vocabulary(small):
 
 
 @pytest.mark.parametrize("vocabulary", ["real", "small"])
-def test_long_strings_equal_metas_within_seconds(vocabulary, request):
+def test_long_strings_equal_metas(vocabulary, request):
     tokenizer = request.getfixturevalue(vocabulary)
-    start = time.perf_counter()
     ids = {name: tokenizer.encode(expand(case["pieces"])) for name, case in GOLDEN["long"].items()}
-    assert time.perf_counter() - start < 20
     assert not [name for name, case in GOLDEN["long"].items() if digest(ids[name]) != case[vocabulary]]
 
 

@@ -313,14 +313,15 @@ def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
     """
     if mesh is None:
         return None
-    tensor = mesh.shape["tensor"]
-    if config.num_kv_heads % tensor:
+    layout = parallel.Layout(mesh, "infer")
+    parts = layout.parts("kv_heads")
+    if config.num_kv_heads % parts:
         legal = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0]
         raise ConfigError(
-            f"mesh tensor={tensor} does not divide the model's {config.num_kv_heads} key/value heads: "
+            f"mesh tensor={parts} does not divide the model's {config.num_kv_heads} key/value heads: "
             f"use tensor = one of {legal}, and data for the other devices"
         )
-    return parallel.Layout(mesh, "infer")
+    return layout
 
 
 def placed(config: ModelConfig, params: model.Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> model.Params:

@@ -77,7 +77,10 @@ linear.defvjp(_forward, _backward)
 
 
 def embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour."""
+    """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour.
+
+    The gradient of the table is summed in float32 and rounded once to dtype.
+    """
     # Gather the table's columns, not the batch: rows looked up in a table split along `embed` would first be made for
     # the whole batch on every device.
     table = parallel.constrain(table.astype(dtype), "vocab", None)

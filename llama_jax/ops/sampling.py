@@ -50,7 +50,7 @@ class SamplingParams:
         _check(self, "temperature", lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)")
         _check(self, "top_p", lambda x: 1e-6 <= x <= 1, "from 0.000001 to 1 (1 keeps every token)")
         _check(self, "min_p", lambda x: 0 <= x <= 1, "from 0 to 1 (0 keeps every token)")
-        _check(self, "repetition_penalty", lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000 (1 is off)")
+        _check(self, "repetition_penalty", lambda x: 1e-3 <= x <= 1e6, "from 0.001 to 1000000 (1 is off)")
         k = self.top_k
         if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 1 << 31:
             raise ConfigError(f"top_k must be a whole number from 0 (0 keeps every token), got {k!r}")

@@ -42,6 +42,10 @@ class Layout:
     mesh: Mesh
     rules: str
 
+    def parts(self, axis: str) -> int:
+        """How many parts a logical axis is split into."""
+        return math.prod(self.mesh.shape[name] for name in RULES[self.rules][axis])
+
     def spec(self, axes: Axes, shape: tuple[int, ...] | None = None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
 
@@ -92,7 +96,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def axis_size(axis: str) -> int:
     """Devices over which the active layout splits a logical axis; 1 without a layout."""
     layout = _active.get()
-    return 1 if layout is None else math.prod(layout.mesh.shape[n] for n in RULES[layout.rules][axis])
+    return 1 if layout is None else layout.parts(axis)
 
 
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:

@@ -109,6 +109,9 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         if jax.process_index() == 0:
             description = {**run.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint}
             _write_json(setup.folder / CONFIG_FILE, description)
+        if sampler is not None and run.log.sample_every and jax.process_count() > 1:
+            say("log.sample_every is left out: sampling while training takes one process")
+            sampler = None
         loop = _Loop(run, setup, tokenizer, checkpoints, loader, validation_rows, sampler, stop)
         step = loop.go(state, latest or 0)
         if jax.process_index() == 0:
