@@ -32,7 +32,8 @@ def main() -> int:
             prompt = shlex.quote(run.log.sample_prompts[0]) if run.log.sample_prompts else '"The"'
             print(f"  python infer.py --model {shlex.quote(str(result.folder))} --prompt {prompt}")
         else:
-            print(f"The same command goes on from there:\n  {shlex.join(['python', *sys.argv])}")
+            again = ["python", *(a for a in sys.argv if a != "--noresume")]
+            print(f"The same command goes on from there:\n  {shlex.join(again)}")
     return 0 if result.finished else 143
 
 

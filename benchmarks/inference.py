@@ -6,7 +6,7 @@ counts. Start to first token is a fresh process each time, with our compilation 
 transformers only our own half is printed. Takes about five minutes.
 
     pip install torch transformers   # for the comparison
-    python benchmarks/inference.py --threads 2 --turns 5
+    python benchmarks/inference.py --turns 5
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def ours(folder: Path, dtype: str):
     return dict(zip(TASKS, (prefill, lambda: decode(1), lambda: decode(8)), strict=True))
 
 
-def theirs(folder: Path, dtype: str, threads: int):
+def theirs(folder: Path, dtype: str):
     """The same of transformers: its forward with a cache, driven greedily with as little around it as possible."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(os.cpu_count() or 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
@@ -131,7 +131,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="160m")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", default="float32,bfloat16")
     options = parser.parse_args()
     dtypes = options.dtypes.split(",")
@@ -145,7 +144,7 @@ def main() -> None:
         for dtype in dtypes:
             tasks = {"ours": ours(folder, dtype)}
             if "transformers" in peers:
-                tasks["transformers"] = theirs(folder, dtype, options.threads)
+                tasks["transformers"] = theirs(folder, dtype)
             for task in TASKS:
                 turns: dict[str, list[float]] = {peer: [] for peer in peers}
                 for turn in range(options.turns + 1):  # the first compiles
@@ -157,7 +156,7 @@ def main() -> None:
                     rates[task, peer, dtype] = statistics.median(turns[peer])
                     print(f"{task:16} {peer:13} {dtype:9} {rates[task, peer, dtype]:9.1f} tokens/s", flush=True)
         codes = {
-            (peer, dtype): code.format(folder=name, dtype=dtype, threads=options.threads)
+            (peer, dtype): code.format(folder=name, dtype=dtype, threads=os.cpu_count() or 1)
             for peer, code in (("ours", OURS_FIRST_TOKEN), ("transformers", THEIRS_FIRST_TOKEN))
             for dtype in dtypes
             if peer in peers

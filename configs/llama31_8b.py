@@ -5,7 +5,7 @@
 
 Hardware: one host of 8 TPU v6e chips (31.25 GiB each), float32 weights and moments split eight ways. The compiler
 counts 19.0 GiB a chip at its peak (tests/test_aot.py compiles this very file). Speed and loss are not measured. For
-other chips change mesh, data.batch_size and train.accumulate: 8 x 80 GiB GPUs take it as it is.
+other chips change mesh, data.batch_size and train.accumulate: 8 x 80 GiB GPUs should take it as it is (not tried).
 """
 
 import ml_collections

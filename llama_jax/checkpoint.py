@@ -102,7 +102,7 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax and TensorStore raise for a damaged or missing file
             folder = self._manager.directory / str(step)
             older = [s for s in self._manager.all_steps() if s < step]
-            mend = f"delete that folder to go on from step {max(older)}" if older else "it is the only one"
+            mend = f"if it is damaged, move it away to go on from step {max(older)}" if older else "it is the only one"
             first = (str(error).splitlines() or [""])[0][:200]
             raise ConfigError(
                 f"checkpoint {folder} cannot be read: {mend} ({type(error).__name__}: {first})"

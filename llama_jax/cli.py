@@ -94,7 +94,7 @@ def _config_path(argv: Sequence[str]) -> Path:
 
 
 def _override(arg: str) -> str:
-    """Check the key of `--config.KEY=VALUE`; one string for a tuple key may be given bare, or several with commas."""
+    """Check the key of `--config.KEY=VALUE`; a tuple key takes a bare string, and paths with commas between."""
     name, equals, value = arg.partition("=")
     if not name.lstrip("-").startswith("config."):
         return arg
@@ -103,8 +103,11 @@ def _override(arg: str) -> str:
         raise unknown_key(key)
     if not equals:
         raise ConfigError(f"--config.{key} needs its value after an equals sign: --config.{key}=VALUE")
-    if key in _TUPLE_KEYS and not isinstance(_literal(value), tuple):
-        value = repr(tuple(part for part in value.split(",") if part))
+    if key in _TUPLE_KEYS:
+        parts = _literal(value)
+        if not isinstance(parts, (tuple, list)):
+            parts = [value] if key == "log.sample_prompts" else [p.strip() for p in value.split(",") if p.strip()]
+        value = repr(tuple(parts))
     return f"--config.{key}={value}"
 
 

@@ -203,6 +203,11 @@ class RunConfig:
             raise ConfigError("output is empty: name the run folder, e.g. output='runs/my_run'")
         if not data.train:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
+        for key, folder in (("output", self.output), ("data.cache_dir", data.cache_dir)):
+            if "://" in folder:
+                raise ConfigError(f"{key}={folder!r} must be a folder: mount the bucket, and name where it is mounted")
+        if self.log.sample_every and not self.log.sample_prompts:
+            raise ConfigError("log.sample_every needs log.sample_prompts: give at least one, or set log.sample_every=0")
         if data.sequence_length > model.max_seq_len:
             raise ConfigError(
                 f"data.sequence_length={data.sequence_length} is more than model.max_seq_len={model.max_seq_len}"

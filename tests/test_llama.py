@@ -272,7 +272,9 @@ def test_a_run_that_cannot_be_read_says_so_in_a_line(tmp_path):
             llama_jax.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG.to_dict()}))
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "params")
-    with pytest.raises(ConfigError, match=r"checkpoints/4 cannot be read: delete that folder to go on from step 2"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoints/4 cannot be read: if it is damaged, move it away to go on from step 2"
+    ):
         llama_jax.load(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     assert llama_jax.load(tmp_path, dtype="bfloat16").params["embed"].dtype == jnp.bfloat16

@@ -58,7 +58,7 @@ def _resolve(patterns: Sequence[str]) -> list[Path | str]:
     if not patterns:
         raise ValueError("no data was named: give at least one file, folder or glob, or 'stdlib:train'")
     found: dict[Path | str, None] = {}  # ordered, without repeats
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         if pattern in CORPUS:
             matches: list[Path | str] = [pattern]
         elif os.path.isfile(pattern):
@@ -66,7 +66,7 @@ def _resolve(patterns: Sequence[str]) -> list[Path | str]:
         elif os.path.isdir(pattern):
             matches = sorted(path for path in Path(pattern).rglob("*") if path.is_file() and _kind(path))
         else:
-            paths = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+            paths = map(Path, glob.glob(pattern, recursive=True))
             matches = sorted(path for path in paths if path.is_file())
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))

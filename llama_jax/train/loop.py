@@ -105,6 +105,9 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         if latest is not None and latest >= run.train.steps:
             say(f"step {latest} of {run.train.steps} is already done; raise train.steps to go on")
             checkpoints.close()
+            loader.close()
+            if jax.process_index() == 0:  # a kill may have come between the last save and the picture
+                draw_loss(setup.folder)
             return Result(latest, True, setup.folder)
         if jax.process_index() == 0:
             description = {**run.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint}

@@ -55,6 +55,8 @@ class StopSignal:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if number == signal.SIGINT:
+            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")  # print is not safe in a handler
 
     def _watch(self) -> None:
         while data := self._reader.recv(16):
@@ -63,6 +65,8 @@ class StopSignal:
         else:
             return self._reader.close()
         if not self._acknowledged.wait(self._grace):
-            print("stopped inside a step (checkpoint.grace_seconds); the last checkpoint stands", file=sys.stderr)
+            print(
+                "stopped inside a step (checkpoint.grace_seconds); the last checkpoint, if any, stands", file=sys.stderr
+            )
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
