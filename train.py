@@ -23,7 +23,7 @@ def main() -> int:
     elif connection.coordinator:
         jax.distributed.initialize(connection.coordinator, connection.num_processes, connection.process_id)
     try:
-        result = train(run, sampler=sampler, resume=resume)
+        result = train(run, sampler=make_sampler(), resume=resume)
     except TrainingError as error:
         cli.fail(error)
     if jax.process_index() == 0:
@@ -37,28 +37,26 @@ def main() -> int:
     return 0 if result.finished else 143
 
 
-def sampler(run, params, tokenizer, mesh):
-    """A text for each of log.sample_prompts."""
-    llama = empty_llama(run, params, tokenizer, mesh)
-    llama.set_params(params)
-    prompts, length = list(run.log.sample_prompts), run.log.sample_tokens
-    results = llama.generate(prompts, max_new_tokens=length, temperature=0.7, top_p=0.9, seed=run.seed)
-    llama.set_params(None)  # no second copy of the weights while training goes on
-    return [result.text for result in results]
+def make_sampler():
+    """A function of a run's weights as they are to a text for each of log.sample_prompts, compiled once."""
+    llama = None
 
+    def sample(run, params, tokenizer, mesh):
+        from llama_jax import parallel
+        from llama_jax.infer.llama import Llama
 
-_llamas = {}
+        nonlocal llama
+        if llama is None:
+            dtype = parallel.compute_dtype(run.train.compute_dtype)
+            llama = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype)
+        else:
+            llama.set_params(params)
+        prompts, length = list(run.log.sample_prompts), run.log.sample_tokens
+        results = llama.generate(prompts, max_new_tokens=length, temperature=0.7, top_p=0.9, seed=run.seed)
+        llama.set_params(None)  # no second copy of the weights while training goes on
+        return [result.text for result in results]
 
-
-def empty_llama(run, params, tokenizer, mesh):
-    """The run's one Llama, whose programs are compiled once."""
-    from llama_jax import parallel
-    from llama_jax.infer.llama import Llama
-
-    if run not in _llamas:
-        dtype = parallel.compute_dtype(run.train.compute_dtype)
-        _llamas[run] = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype)
-    return _llamas[run]
+    return sample
 
 
 if __name__ == "__main__":

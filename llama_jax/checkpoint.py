@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
@@ -143,12 +142,11 @@ def open_run(folder: str | Path) -> Source:
         # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
         shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
         places = parallel.shardings(layout, model.logical_axes(config, stacked=True), shapes)
-        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
         checkpoints = Checkpoints(folder, create=False)
         step = checkpoints.latest()
         if step is None:
             raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
-        params = checkpoints.restore_params(step, abstract)
+        params = checkpoints.restore_params(step, parallel.abstract(shapes, places))
         checkpoints.close()
         return transform.unstack(params)
 

@@ -61,19 +61,16 @@ def decode():
     layout = engines.layout(config, mesh)
     whole = parallel.replicated(mesh)
 
-    def shaped(tree, places):
-        return jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), tree, places)
-
     params = model.abstract_params(config, stacked=False, dtype=jnp.bfloat16)
-    params = shaped(params, parallel.shardings(layout, model.logical_axes(config, stacked=False), params))
+    params = parallel.abstract(params, parallel.shardings(layout, model.logical_axes(config, stacked=False), params))
     engine = engines.Engine(config, params, mesh=mesh, dtype=jnp.bfloat16)
     cache = jax.eval_shape(lambda: init_cache(config, batch=rows, capacity=capacity, dtype=jnp.bfloat16))
     heads = layout.sharding(("batch", "kv_heads", None, None))
     request = engines.Request(tokens=[1], max_new_tokens=64, sampling=SamplingParams(), seed=0)
     fresh = engine._fresh([request] * rows, jnp.zeros((rows, 2), jnp.int32), [1] * rows, [1, 2, 3])
     fresh["seen_BV"] = jax.ShapeDtypeStruct((rows, config.vocab_size), bool)
-    fresh = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), fresh)
-    state = engines.State(cache=shaped(cache, jax.tree.map(lambda _: heads, cache)), **fresh)
+    fresh = parallel.abstract(fresh, jax.tree.map(lambda _: whole, fresh))
+    state = engines.State(cache=parallel.abstract(cache, jax.tree.map(lambda _: heads, cache)), **fresh)
     limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     cache_bytes = rows * capacity * config.cache_bytes_per_token(2)
     return mesh, engine._decode.lower(params, state, limit), {"cache_bytes": cache_bytes}

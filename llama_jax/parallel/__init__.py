@@ -5,6 +5,7 @@ from llama_jax.parallel.platform import compute_dtype
 from llama_jax.parallel.rules import (
     RULES,
     Layout,
+    abstract,
     active,
     axis_size,
     constrain,
@@ -18,6 +19,7 @@ __all__ = [
     "AXES",
     "RULES",
     "Layout",
+    "abstract",
     "active",
     "axis_size",
     "compute_dtype",

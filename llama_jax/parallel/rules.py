@@ -104,6 +104,11 @@ def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), shapes, axes)
 
 
+def abstract(shapes: Any, places: Any) -> Any:
+    """A tree of ShapeDtypeStructs: the shapes and dtypes of one tree, the shardings of another."""
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
+
+
 def spread(mesh: Mesh) -> NamedSharding:
     """The sharding of a vector that has one element on each device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

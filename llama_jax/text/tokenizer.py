@@ -13,6 +13,7 @@ import hashlib
 import operator
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,9 +197,12 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vocabulary in Meta's format, whole or not at all."""
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_bytes(_file_bytes(self._tokens))
-        os.replace(partial, path)
+        path = Path(path)
+        # Several processes may save into one shared folder: each has a side file of its own, and renaming is atomic.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as partial:
+            partial.write(_file_bytes(self._tokens))
+        os.chmod(partial.name, 0o644)  # as any other file; temporary ones are private
+        os.replace(partial.name, path)
 
 
 class StreamDecoder:

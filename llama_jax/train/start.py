@@ -65,11 +65,7 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     """
     path = folder / checkpoint.TOKENIZER_FILE
     if not (resuming and path.exists()):
-        found = _chosen_tokenizer(run, say)
-        # Every process may do this at once in a shared folder: all write the same bytes, and renaming is atomic.
-        temporary = path.with_suffix(f".{jax.process_index()}.tmp")
-        found.save(temporary)
-        os.replace(temporary, path)
+        _chosen_tokenizer(run, say).save(path)  # by every process: all write the same bytes
     found = Tokenizer(path)
     if found.vocab_size > run.model.vocab_size:
         raise ConfigError(

@@ -60,7 +60,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
         optimizer, lambda _, place: place, state.opt_state, places, transform_non_params=lambda _: whole
     )
     placed = TrainState(step=whole, params=places, opt_state=opt_places, key=whole, skipped=whole)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, placed)
+    return parallel.abstract(state, placed)
 
 
 def state_shardings(abstract: TrainState) -> TrainState:

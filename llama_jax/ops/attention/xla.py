@@ -64,7 +64,7 @@ def attention(
         size = max(_CAUSAL_CHUNK, -(-T // _MAX_CAUSAL_CHUNKS))
         # Beyond a few chunks their scores would all wait for the backward pass: recompute them there.
         each = jax.checkpoint(chunk) if T > _CAUSAL_CHUNK * _MAX_CAUSAL_CHUNKS else chunk
-        parts: list[jax.Array] = []
+        parts = []
         for start in range(0, T, size):
             end = min(start + size, T)
             rows = slice(start, end)
