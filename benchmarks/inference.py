@@ -47,14 +47,14 @@ print(out[0, 16:].tolist())
 def write_model(folder: Path, name: str) -> None:
     """The published shape `name` with random weights, as a Hugging Face folder in float32."""
     import jax
-    import jax.numpy as jnp
 
     from llama_jax import config, model
-    from llama_jax.weights import huggingface, transform
+    from llama_jax.weights import export, transform
 
     shape = config.size(name)
     params = transform.unstack(jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
-    huggingface.save_folder(folder, shape, params, dtype=jnp.float32)
+    card = export.Card(None, None, (), None)
+    export.save(folder, shape, export.leaves_of(shape, params), card, format="hf", dtype="float32")
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:

@@ -6,21 +6,22 @@ killed at any instant leaves only whole checkpoints behind.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.weights import transform
-from llama_jax.weights.source import Source
+from llama_jax.weights.source import Source, tokenizer_in
 
 _FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.model"
 
 
 class Checkpoints:
@@ -135,9 +136,8 @@ def open_run(folder: str | Path) -> Source:
     folder = Path(folder)
     values = read_run_config(folder)
     config = ModelConfig.from_dict(values["model"])
-    tokenizer = folder / TOKENIZER_FILE
 
-    def load(layout: parallel.Layout | None, dtype: jnp.dtype | None) -> model.Params:
+    def load(layout: parallel.Layout | None, dtype: jnp.dtype | None, quantised: bool) -> model.Params:
         layout = layout or parallel.Layout(parallel.single_device_mesh(), "infer")
         # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
         shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
@@ -151,10 +151,15 @@ def open_run(folder: str | Path) -> Source:
         return transform.unstack(params)
 
     return Source(
+        path=folder,
+        kind="run folder",
         config=config,
-        tokenizer_path=tokenizer if tokenizer.is_file() else None,
-        fingerprint=values.get("tokenizer_fingerprint"),
         bos_token=None,
         stop_tokens=(),
+        sampling=None,
+        dtype=np.dtype(np.float32),
+        leaves=None,
         load=load,
+        read_tokenizer=functools.partial(tokenizer_in, folder),
+        fingerprint=values.get("tokenizer_fingerprint"),
     )

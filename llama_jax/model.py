@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
         self, tokens_BT: jax.Array, where: Where, cache: KVCache | None, dtype: jnp.dtype, remat: str
     ) -> tuple[jax.Array, KVCache | None]:
         with jax.named_scope("embed"):
-            x_BTD = linear_ops.embed(self.embed[...], tokens_BT, dtype)
+            x_BTD = linear_ops.embed(self.embed.get_value(), tokens_BT, dtype)
             x_BTD = parallel.constrain(x_BTD, "batch", "length", "act_embed")
         if isinstance(self.layers, Block) and cache is None:
             x_BTD = _scan(self.layers, x_BTD, where, remat)
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
 
 
 def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
-    return checkpoint_name(linear_ops.linear(x, w[...]), "product")
+    return checkpoint_name(linear_ops.linear(x, w.get_value()), "product")
 
 
 def _rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ class DataConfig:
     Attributes:
         train: files, folders and glob patterns of .txt, .md and .jsonl (`{"text": ...}`); or `stdlib:train`.
         validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
-        tokenizer: a tokenizer.model; empty trains one of model.vocab_size on the training text at first use.
+        tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
         sequence_length: tokens a row (T).
         batch_size: rows a step over all devices and accumulated parts (B).
         shuffle: rows in a new order each epoch, else in the order of the files.

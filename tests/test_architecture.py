@@ -18,6 +18,7 @@ SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
 FLOORS = {
     "llama_jax.config": 0,
     "llama_jax.run_config": 0,
+    "llama_jax.jsonfile": 0,
     "llama_jax.parallel": 1,
     "llama_jax.compilation_cache": 1,
     "llama_jax.ops": 2,

@@ -1,5 +1,6 @@
 """Two processes of four devices each do what one process of eight does."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -8,10 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import sound
 from test_resume import SETTINGS, compiled, numbers  # noqa: F401  (a fixture)
 from test_train_cli import ROOT, write_config
 
 from llama_jax.checkpoint import Checkpoints
+from llama_jax.weights import export
+from llama_jax.weights.source import open_source
 
 ROUNDING = 2e-5
 
@@ -86,6 +90,53 @@ def test_two_processes_train_to_the_same_numbers(tmp_path, compiled):  # noqa: F
     for a, b in zip(runs[1], runs[2], strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=10 * ROUNDING)
+
+
+LOAD_AND_SAVE = """
+import sys
+import jax
+address, index, source, folder = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+from llama_jax import parallel
+from llama_jax.weights import export
+from llama_jax.weights.entry import File
+from llama_jax.weights.source import open_source
+
+found, read, read_into = open_source(source), [], File.read_into
+File.read_into = lambda self, out, start: (read.append(len(out)), read_into(self, out, start))
+layout = parallel.Layout(parallel.make_mesh({"fsdp": 8}), "train")
+params = found.load(layout, None, False)
+print(sum(read), flush=True)
+card = export.Card(None, None, (), None)
+leaves = export.leaves_of(found.config, params)
+for format, name in (("hf", "hf"), ("meta", "meta"), ("gguf", "m.gguf")):
+    export.save(folder + "/" + name, found.config, leaves, card, format=format, dtype="float32")
+"""
+
+
+def test_each_process_reads_only_its_part_and_the_first_saves_the_whole(tmp_path):
+    card = export.Card(None, None, (), None)
+    config = dataclasses.replace(sound.CONFIG, embed_dim=512, head_dim=128)  # half a row is 1 KB, and read alone
+    source = export.save(tmp_path / "in", config, sound.random_leaves(config), card, format="hf", dtype="float32")
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD_AND_SAVE, address, str(i), str(source), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    read = [int(process.communicate(timeout=120)[0].split()[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    matrices = sum(entry.nbytes for entry in open_source(source).leaves.values() if len(entry.shape) == 2)
+    norms = sum(entry.nbytes for entry in open_source(source).leaves.values()) - matrices
+    assert read == [matrices // 2 + norms] * 2  # the devices of a process hold the same norms
+    for name in ("hf", "meta", "m.gguf"):
+        for path, entry in open_source(tmp_path / name).leaves.items():
+            np.testing.assert_array_equal(entry.read(), open_source(source).leaves[path].read())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sound
 from test_train import text_run
 from test_train_cli import ROOT, write_config
 
@@ -26,7 +27,7 @@ from llama_jax.train import loop, start
 from llama_jax.train.metrics import MetricLog, read_metrics
 from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.state import abstract_state, state_shardings
-from llama_jax.weights import huggingface, transform
+from llama_jax.weights import transform
 
 SETTINGS = (
     "config.model.num_layers = 1; config.train.steps = 40; config.checkpoint.every = 4; config.log.eval_every = 10; "
@@ -290,7 +291,7 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
     shardings = state_shardings(abstract_state(run.model, optimizer, layout))
     theirs = jax.jit(lambda: model.init_params(run.model, jax.random.key(5)))()
     folder = tmp_path / "model"
-    huggingface.save_folder(folder, run.model, theirs, dtype=jnp.float32)
+    sound.save_params(folder, run.model, theirs)
     tokenizer = Tokenizer(result.folder / "tokenizer.model")
     tokenizer.save(folder / "tokenizer.model")
     checkpoints = Checkpoints(result.folder)
@@ -310,7 +311,7 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
 def test_init_from_refuses_another_model_by_its_keys(tmp_path):
     run = text_run(tmp_path)
     other = dataclasses.replace(run.model, ffn_dim=64, rope_theta=1e4)
-    huggingface.save_folder(tmp_path / "model", other, model.init_params(other, jax.random.key(0)), dtype=jnp.float32)
+    sound.save_params(tmp_path / "model", other, model.init_params(other, jax.random.key(0)))
     layout = parallel.Layout(parallel.make_mesh({}, jax.devices()[:1]), "train")
     with pytest.raises(ConfigError, match="model.ffn_dim=64 there, 96 here; model.rope_theta=10000.0 there, 500000"):
         start.first_state(dataclasses.replace(run, init_from=str(tmp_path / "model")), None, layout, None)

@@ -259,7 +259,7 @@ DAMAGES = {
     ),
     "a git lfs pointer": (lambda lines: [b"version https://git-lfs.github.com/spec/v1\n"], "git lfs pull"),
     "a tokenizer.json": (lambda lines: [b'{\n  "version": "1.0"\n'], "line 1: .*tokenizer.json"),
-    "a SentencePiece model": (lambda lines: [b"\n\x0e\n\x05<unk>\x15\x00\x00 "], "line 2: .*SentencePiece"),
+    "a SentencePiece model": (lambda lines: [b"\n\x0e\n\x05<unk>\x15\x00\x00 "], "SentencePiece"),
 }
 
 

@@ -2,105 +2,36 @@
 
 import dataclasses
 import json
-import struct
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from folders import make_folder, new_config, old_config, refusal
 from golden.make_model import CASES, random_tokens, random_weights
 
 from llama_jax import model, parallel
 from llama_jax.config import SIZES, ConfigError
-from llama_jax.weights import huggingface, safetensors, transform
+from llama_jax.weights import export, huggingface, transform
 from llama_jax.weights import layout as table
+from llama_jax.weights.entry import of_array
+from llama_jax.weights.load import check_entries, load_leaves
+from llama_jax.weights.source import open_source
 
 TINY = SIZES["tiny"]
 TIED = CASES["tied"][0]
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int8": "I8"}
-
-
-def encode(tensors):
-    """A safetensors file, written here by the format's description and not by the code under test."""
-    header, data = {}, b""
-    for name, array in tensors.items():
-        offsets = [len(data), len(data) + array.nbytes]
-        header[name] = {"dtype": _CODES[str(array.dtype)], "shape": array.shape, "data_offsets": offsets}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def old_config(config):
-    scaling = config.rope_scaling
-    values = {
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_seq_len,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "tie_word_embeddings": config.tied_embeddings,
-        "pretraining_tp": 1,
-    }
-    if scaling is not None:
-        values["rope_scaling"] = {
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-            "rope_type": "llama3",
-        }
-    return values
-
-
-def new_config(config):
-    values = old_config(config)
-    rope = values.pop("rope_scaling") or {"rope_type": "default"}
-    return {**values, "rope_parameters": {**rope, "rope_theta": values.pop("rope_theta")}}
-
-
-def make_folder(folder, config, tensors, *, shards=1):
-    """A checkpoint folder; more than one shard makes an index."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(old_config(config)))
-    names = list(tensors)
-    if shards == 1:
-        (folder / "model.safetensors").write_bytes(encode(tensors))
-        return folder
-    places = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
-    for shard in set(places.values()):
-        held = {name: tensors[name] for name in names if places[name] == shard}
-        (folder / shard).write_bytes(encode(held))
-    index = {"metadata": {"total_size": 0}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def load(folder, *, layout=None, dtype=None):
-    config = huggingface.read_config(folder)
-    return config, huggingface.load_params(folder, config, layout=layout, dtype=dtype)
+    source = open_source(folder)
+    return source.config, source.load(layout, dtype, False)
 
 
 def same(params, config, tensors, *, dtype=None):
     for weight in table.weights(config, "huggingface"):
         ours, theirs = np.asarray(table.get(params, weight.path)), tensors[weight.name]
         np.testing.assert_array_equal(ours, theirs if dtype is None else theirs.astype(dtype))
-
-
-def refusal(error):
-    """The message, which must be one line of a readable length."""
-    text = str(error.value)
-    assert "\n" not in text and 10 < len(text) < 600
-    return text
 
 
 # The table of names.
@@ -120,20 +51,23 @@ def test_table_is_the_tree_of_the_model(name, format):
 
 
 def test_rotary_pairs_go_to_halves_and_back():
-    heads, H, D = 3, 8, 5
-    halves = np.arange(heads * H * D).reshape(heads * H, D)
-    pairs = table.to_pairs(halves, H)
-    np.testing.assert_array_equal(pairs[:4], halves[[0, 4, 1, 5]])  # Meta's (2i, 2i + 1) are our (i, i + H/2)
-    np.testing.assert_array_equal(pairs[H : H + 2], halves[[H, H + 4]])
-    np.testing.assert_array_equal(table.to_halves(pairs, H), halves)
+    H = 8
+    assert table.halves_order(H).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]  # Meta's (2i, 2i + 1) are our (i, i + H/2)
+    assert table.halves_order(H)[table.pairs_order(H)].tolist() == list(range(H))
     q = next(row for row in table.weights(TINY, "meta") if row.path[-1] == "q")
-    halves = np.arange(q.shape[0])
-    for part in (None, slice(3, 77), slice(64, 128)):
-        np.testing.assert_array_equal(table.to_pairs(halves, 16)[q.rows(part)], halves[part if part else slice(None)])
+    theirs = np.arange(q.shape[0] * q.shape[1], dtype=np.float32).reshape(q.shape)
+    ours = q.ours(of_array(lambda: theirs, theirs.dtype, theirs.shape))
+    pairs = theirs.reshape(8, 8, 2, 48)
+    expected = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(q.shape)
+    np.testing.assert_array_equal(ours.read(), expected)
+    for part in (slice(3, 77), slice(64, 128), slice(127, 128)):
+        np.testing.assert_array_equal(ours.read((part, slice(2, 9))), expected[part, 2:9])
+    np.testing.assert_array_equal(q.theirs(ours).read(), theirs)
 
 
-def test_only_q_and_k_of_meta_are_permuted():
-    assert {row.path[-1] for row in table.weights(TINY, "meta") if row.pairs} == {"q", "k"}
+def test_only_q_and_k_of_meta_and_gguf_are_permuted():
+    for format in ("meta", "gguf"):
+        assert {row.path[-1] for row in table.weights(TINY, format) if row.pairs} == {"q", "k"}
     assert not any(row.pairs for row in table.weights(TINY, "huggingface"))
     with pytest.raises(ConfigError, match="did you mean 'meta'"):
         table.weights(TINY, "mete")
@@ -187,18 +121,19 @@ def test_tensors_are_read_into_the_shards_of_the_layout(tmp_path, sizes, rules):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-def test_meta_names_load_into_shards_with_their_pairs_halved():
+@pytest.mark.parametrize("format", ["meta", "gguf", "flax"])
+def test_every_layout_of_numbers_loads_into_shards(format):
     tensors = random_weights(TINY)
     entries = {}
-    both = zip(table.weights(TINY, "huggingface"), table.weights(TINY, "meta"), strict=True)
-    for ours, meta in both:
+    for ours, row in zip(table.weights(TINY, "huggingface"), table.weights(TINY, format), strict=True):
         array = tensors[ours.name]
-        array = table.to_pairs(array, TINY.head_dim) if meta.pairs else array
-        entries[meta.name] = safetensors.TensorEntry(array.dtype, array.shape, lambda array=array: array)
-    layout = parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")
-    for where in (None, layout):
-        params = huggingface.load_entries(entries, TINY, format="meta", source="here", layout=where, dtype=None)
-        same(params, TINY, tensors)
+        if row.pairs:
+            array = array.reshape(-1, 2, row.pairs // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        array = array.T if row.transposed else array
+        entries[row.name] = of_array(lambda array=array: array, array.dtype, array.shape)
+    leaves = check_entries(entries, TINY, format=format, source="here")
+    for where in (None, parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")):
+        same(load_leaves(leaves, TINY, layout=where, dtype=None, quantised=True), TINY, tensors)
 
 
 def test_loaded_weights_do_not_follow_the_file(tmp_path):
@@ -328,16 +263,10 @@ def test_stop_tokens_that_are_no_ids_are_refused(tmp_path):
         huggingface.stop_tokens(tmp_path)
 
 
-def test_tokenizer_is_found_beside_the_weights_or_in_original(tmp_path):
-    assert huggingface.tokenizer_path(tmp_path) is None
-    (tmp_path / "original").mkdir()
-    (tmp_path / "original" / "tokenizer.model").touch()
-    assert huggingface.tokenizer_path(tmp_path) == tmp_path / "original" / "tokenizer.model"
-    (tmp_path / "tokenizer.model").touch()
-    assert huggingface.tokenizer_path(tmp_path) == tmp_path / "tokenizer.model"
-
-
 # Saving, and the two layouts.
+
+
+CARD = export.Card(tokenizer=None, bos_token=2, stop_tokens=(3, 4), sampling=None)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -346,25 +275,31 @@ def test_tokenizer_is_found_beside_the_weights_or_in_original(tmp_path):
 def test_saved_folder_loads_again_to_the_bit(tmp_path, config, shard_bytes, stacked):
     tensors = random_weights(config)
     _, params = load(make_folder(tmp_path / "a", config, tensors))
-    params = transform.stack(params) if stacked else params
+    leaves = export.leaves_of(config, transform.stack(params) if stacked else params)
     out = tmp_path / "b"
-    options = {"stop_tokens": (3, 4), "bos_token": 2, "max_shard_bytes": shard_bytes}
-    huggingface.save_folder(out, config, params, dtype=jnp.bfloat16, **options)
+    options = {"format": "hf", "dtype": "bfloat16", "shard_bytes": shard_bytes}
+    assert export.save(out, config, leaves, CARD, **options) == out
     again, loaded = load(out)
     assert again == config and huggingface.stop_tokens(out) == (3, 4)
     same(loaded, config, tensors, dtype=ml_dtypes.bfloat16)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 50_000)
     assert not list(out.glob("*.part"))
-    with pytest.raises(ValueError, match="already"):
-        huggingface.save_folder(out, config, params, dtype=jnp.bfloat16)
+    with pytest.raises(ConfigError, match="already"):
+        export.save(out, config, leaves, CARD, **options)
 
 
 def test_saving_refuses_other_types_and_other_weights(tmp_path):
-    params = model.abstract_params(TINY, stacked=False)
+    params = model.init_params(TINY, jax.random.key(0))
+    leaves = export.leaves_of(TINY, params)
     with pytest.raises(ConfigError, match="int8"):
-        huggingface.save_folder(tmp_path, TINY, params, dtype=jnp.int8)
+        export.save(tmp_path / "out", TINY, leaves, CARD, format="hf", dtype="int8")
+    with pytest.raises(ConfigError, match="'q8_0'; allowed: float32"):
+        export.save(tmp_path / "out", TINY, leaves, CARD, format="meta", dtype="q8_0")
+    with pytest.raises(ConfigError, match="did you mean 'gguf'"):
+        export.save(tmp_path / "out", TINY, leaves, CARD, format="ggup", dtype="float32")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="unknown weight.*unembed"):
-        huggingface.save_folder(tmp_path, TIED, params, dtype=jnp.float32)
+        export.leaves_of(TIED, params)
 
 
 def test_stack_and_unstack_are_inverse_and_keep_shardings():
@@ -384,156 +319,3 @@ def test_stack_and_unstack_are_inverse_and_keep_shardings():
     jax.tree.map(np.testing.assert_array_equal, jax.jit(transform.unstack)(stacked), apart)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(transform.stack)(apart), stacked)
     assert transform.unstack(apart) is apart and transform.stack(stacked) is stacked
-
-
-# The file format.
-
-
-@pytest.mark.parametrize("dtype", list(safetensors.DTYPES))
-def test_every_type_is_read_as_it_was_written(tmp_path, dtype):
-    array = np.random.RandomState(0).randint(0, 2, (3, 5, 2)).astype(safetensors.DTYPES[dtype])
-    tensors = {"b": array, "empty": array[:0], "scalar": array[0, 0, 0]}
-    safetensors.save_file(tmp_path / "x.safetensors", tensors, {"format": "pt"})
-    entries = safetensors.open_folder(tmp_path)
-    assert list(entries) == list(tensors)
-    for name, entry in entries.items():
-        assert (entry.dtype, entry.shape) == (tensors[name].dtype, tensors[name].shape)
-        np.testing.assert_array_equal(entry.read(), tensors[name])
-    np.testing.assert_array_equal(entries["b"].read((slice(1, 3), slice(None), slice(1))), array[1:3, :, :1])
-
-
-def test_unaligned_tensors_are_read(tmp_path):
-    tensors = {"a": np.ones(3, np.int8), "b": np.arange(5, dtype=np.float32), "c": np.ones(2, ml_dtypes.bfloat16)}
-    (tmp_path / "model.safetensors").write_bytes(encode(tensors))
-    for name, entry in safetensors.open_folder(tmp_path).items():
-        np.testing.assert_array_equal(entry.read(), tensors[name])
-
-
-def test_a_failed_save_leaves_nothing_under_the_name(tmp_path):
-    path = tmp_path / "x.safetensors"
-    entry = safetensors.TensorEntry(np.dtype(np.float32), (3,), lambda: np.ones(4, np.float32))
-    with pytest.raises(ValueError, match="announced"):
-        safetensors.save_file(path, {"a": np.ones(2), "b": entry})
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="complex64"):
-        safetensors.save_file(path, {"a": np.ones(2, np.complex64)})
-
-
-def crafted(header, data=b"\0" * 16, *, length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def one(**change):
-    return crafted({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], **change}})
-
-
-_SOUND = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-HOSTILE = {
-    "empty file": (b"", "too short"),
-    "seven bytes": (b"\1\0\0\0\0\0\0", "too short"),
-    "header longer than the file": (crafted({}, length=1 << 20), "claims 1,048,576"),
-    "header of 2^63 bytes": (crafted({}, length=1 << 63), "claims"),
-    "header of all ones": (b"\xff" * 64, "claims"),
-    "no JSON": (crafted(b"{'a'"), "not sound JSON"),
-    "no UTF-8": (crafted(b'{"\xff": 1}'), "not sound JSON"),
-    "empty header": (crafted(b""), "not sound JSON"),
-    "a list": (crafted([]), "must be a JSON object"),
-    "deep nesting": (crafted(b"[" * 200_000), "nested too deeply"),
-    "a number of 10,000 digits": (crafted(b'{"a": ' + b"9" * 10_000 + b"}"), "not sound JSON"),
-    "duplicate names": (crafted(b'{"a": {}, "a": {}}'), "twice"),
-    "duplicate keys": (crafted(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "twice"),
-    "metadata of numbers": (crafted({"__metadata__": {"a": 1}}, b""), "__metadata__"),
-    "tensor is a string": (crafted({"a": "F32"}), "described by"),
-    "no shape": (crafted({"a": {"dtype": "F32", "data_offsets": [0, 16]}}), "described by"),
-    "unknown key": (one(strides=[1]), "described by"),
-    "unknown dtype": (one(dtype="F4"), "'F4'"),
-    "float8": (one(dtype="F8_E4M3"), "'F8_E4M3'"),
-    "dtype is a list": (one(dtype=["F32"]), "dtype"),
-    "negative dimension": (one(shape=[-2, -2]), "shape"),
-    "fractional dimension": (one(shape=[2.0, 2]), "shape"),
-    "true as a dimension": (one(shape=[True, 4]), "shape"),
-    "shape of 10^30": (one(shape=[10**30]), "shape"),
-    "shape that overflows to 16 bytes": (one(shape=[(1 << 62) - 1, 1 << 61, 4]), "beyond any memory"),
-    "overflow beside a zero": (one(shape=[1 << 61, 1 << 61, 0], data_offsets=[0, 0]), "beyond any memory"),
-    "rank 100": (one(shape=[1] * 100), "at most 32"),
-    "size unlike the shape": (one(shape=[2, 3]), "needs 24 bytes"),
-    "odd number of bytes": (one(data_offsets=[0, 15]), "give it 15"),
-    "offsets reversed": (one(data_offsets=[16, 0]), "data_offsets"),
-    "negative offset": (one(data_offsets=[-16, 0]), "data_offsets"),
-    "beyond the end": (one(data_offsets=[16, 32]), "within the file's 16 bytes"),
-    "three offsets": (one(data_offsets=[0, 8, 16]), "data_offsets"),
-    "offsets are strings": (one(data_offsets=["0", "16"]), "data_offsets"),
-    "cut off": (one()[:-1], "cut off"),
-    "overlap": (crafted({"a": _SOUND, "b": {**_SOUND, "data_offsets": [4, 12]}}, b"\0" * 12), "overlaps"),
-    "same bytes twice": (crafted({"a": _SOUND, "b": _SOUND}, b"\0" * 8), "overlaps"),
-    "gap": (crafted({"a": _SOUND, "b": {**_SOUND, "data_offsets": [12, 20]}}, b"\0" * 20), "gap"),
-    "bytes that nothing claims": (crafted({"a": _SOUND}, b"\0" * 12), "unclaimed"),
-}
-
-
-@pytest.mark.parametrize("case", list(HOSTILE))
-def test_hostile_file_is_refused_in_one_line_without_allocating(tmp_path, case):
-    data, words = HOSTILE[case]
-    (tmp_path / "model.safetensors").write_bytes(data)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=words) as error:
-        safetensors.open_folder(tmp_path)
-    assert tracemalloc.get_traced_memory()[1] < 4_000_000
-    tracemalloc.stop()
-    assert "model.safetensors" in refusal(error)
-
-
-@pytest.mark.parametrize(
-    "shard",
-    [
-        "../model.safetensors",
-        "/etc/passwd",
-        "sub/a.safetensors",
-        "..\\a.safetensors",
-        "a.bin",
-        "C:a.safetensors",
-        7,
-        "",
-    ],
-)
-def test_index_may_only_name_files_of_its_own_folder(tmp_path, shard):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(ValueError, match="bare name"):
-        safetensors.open_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("index", "words"),
-    [
-        ("{", "not sound JSON"),
-        ("[]", "must be a JSON object"),
-        ("{}", "weight_map"),
-        ('{"weight_map": {}}', "weight_map"),
-        ('{"weight_map": {"a": "model-1.safetensors", "a": "model-2.safetensors"}}', "twice"),
-        ('{"weight_map": {"a": "model-2.safetensors"}}', "model-2.safetensors: missing"),
-        ('{"weight_map": {"b": "model-1.safetensors"}}', "no tensor 'b'"),
-    ],
-)
-def test_broken_index_is_refused(tmp_path, index, words):
-    (tmp_path / "model-1.safetensors").write_bytes(encode({"a": np.ones(2, np.float32)}))
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match=words) as error:
-        safetensors.open_folder(tmp_path)
-    refusal(error)
-
-
-def test_folder_without_one_clear_set_of_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        safetensors.open_folder(tmp_path / "none")
-    with pytest.raises(ValueError, match="no safetensors file"):
-        safetensors.open_folder(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match="pytorch_model.bin, which is another format"):
-        safetensors.open_folder(tmp_path)
-    sound = encode({"a": np.ones(2, np.float32)})
-    (tmp_path / "consolidated.safetensors").write_bytes(sound)
-    assert list(safetensors.open_folder(tmp_path)) == ["a"]
-    (tmp_path / "more.safetensors").write_bytes(sound)
-    with pytest.raises(ValueError, match="index"):
-        safetensors.open_folder(tmp_path)

@@ -38,13 +38,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a command line, without the program's name; leaves with status 2 and one line on any mistake."""
     parser = _Parser(
         prog="infer.py",
-        description="Sample text from a Llama.",
+        description="Sample text from a Llama. A model's own defaults of sampling come before those in parentheses.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", metavar="PATH", help="a run folder of train.py, or a Hugging Face folder")
+    add(
+        "--model",
+        metavar="PATH",
+        help="a run folder of train.py, a Hugging Face folder or hub id, Meta's download, or a .gguf file",
+    )
     add("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for several")
     add(
         "--prompt_file",
@@ -58,7 +62,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_new_tokens", type=int, metavar="N", help="for each prompt (128; in a dialog 512)")
     add("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time (0.6)")
     add("--top_k", type=int, metavar="K", help="keep the K likeliest tokens; 0 is off (0)")
-    add("--top_p", type=float, metavar="P", help="keep the likeliest tokens up to this mass; 1 is off (0.9)")
+    add(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="keep the likeliest tokens up to this mass; 1 is off (0.9)",
+    )
     add("--min_p", type=float, metavar="P", help="keep tokens P times as likely as the likeliest; 0 is off (0)")
     add("--repetition_penalty", type=float, metavar="X", help="above 1 avoids what was said; 1 is off (1)")
     add("--seed", type=int, default=0, metavar="N", help="of the first prompt; the next ones count on (0)")
@@ -72,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         word = unknown[0].partition("=")[0]
         parser.error(f"unknown argument {word!r}{nearest(word, flags)}")
     if options.model is None:
-        parser.error("no model: give --model PATH, a run folder or a Hugging Face folder")
+        parser.error("no model: give --model PATH, a run folder, a Hugging Face folder or hub id, or a .gguf file")
     modes = [name for name in ("prompt", "prompt_file", "chat", "messages") if getattr(options, name)]
     if len(modes) != 1:
         given = " and ".join(f"--{name}" for name in modes) or "nothing"
@@ -228,7 +237,7 @@ def _chat(llama: Llama, system: str | None, settings: dict[str, Any]) -> int:
     first = [{"role": "system", "content": system}] if system else []
     messages = list(first)
     if llama.tokenizer is None:
-        raise ConfigError("--chat needs a tokenizer: put tokenizer.model in the model's folder")
+        raise ConfigError("--chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
     print(_CHAT_HELP, file=sys.stderr)
     while True:
         try:

@@ -28,6 +28,7 @@ from llama_jax import model, parallel
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.ops import sampling
+from llama_jax.ops.quant import QTensor
 from llama_jax.ops.sampling import SamplingParams
 
 # Steps in one dispatch at most: enough to hide the host, few enough to hear of a cancelled request soon.
@@ -202,7 +203,7 @@ class Engine:
     ) -> dict[str, object]:
         """The parts of a new State that come from the host."""
         padding = len(prompts_BT) - len(requests)
-        params = [r.sampling for r in requests] + [SamplingParams(temperature=0.0, top_p=1.0)] * padding
+        params = [r.sampling for r in requests] + [sampling.GREEDY] * padding
         stops = np.full(_power_of_two(len(stop_tokens), _MIN_STOPS), -1, np.int32)
         stops[: len(stop_tokens)] = stop_tokens
         positions_B = np.array(lengths, np.int32) - 1
@@ -326,12 +327,16 @@ def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
 
 def placed(config: ModelConfig, params: model.Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> model.Params:
     """Unrolled weights in `dtype`, spread over the mesh; what is there already is not moved or copied."""
-    cast = jax.tree.map(lambda a: a if a.dtype == dtype else jnp.asarray(a).astype(dtype), params)
+
+    def cast(leaf: jax.Array | QTensor) -> jax.Array | QTensor:
+        return leaf if isinstance(leaf, QTensor) or leaf.dtype == dtype else jnp.asarray(leaf).astype(dtype)
+
+    params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, QTensor))
     where = layout(config, mesh)
     if where is None:
-        return jax.device_put(cast)
+        return jax.device_put(params)
     axes = model.logical_axes(config, stacked=False)
-    return jax.device_put(cast, parallel.shardings(where, axes, cast))
+    return jax.device_put(params, parallel.shardings(where, axes, params))
 
 
 def _settled(state: State) -> State:

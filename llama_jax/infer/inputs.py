@@ -63,13 +63,13 @@ def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return [int(s) for s in seeds]
 
 
-def as_sampling(options: dict[str, Any]) -> SamplingParams:
-    """SamplingParams of keyword arguments; an unknown one is named."""
+def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
+    """`default` with the keyword arguments that are given and not None; an unknown one is named."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{nearest(name, known)} Allowed: {', '.join(known)}")
-    return SamplingParams(**options)
+    return dataclasses.replace(default, **{name: value for name, value in options.items() if value is not None})
 
 
 def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,17 +26,17 @@ from llama_jax import model
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.infer import engine, inputs
 from llama_jax.ops.sampling import SamplingParams
-from llama_jax.weights import transform
-from llama_jax.weights.source import open_source
+from llama_jax.weights import export, transform
+from llama_jax.weights.source import Source, UnknownTokenizer, open_source
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
+_log = logging.getLogger(__name__)
 _STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
 _QUIET_GROUPS = 3
-_DEFAULTS = SamplingParams()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Llama:
         tokenizer: text to ids and back; without one, prompts and results are ids.
         mesh: where the weights are, or None for one device.
         stop_tokens: the ids that end a generation unless a call says otherwise.
+        sampling: how tokens are drawn unless a call says otherwise.
         engine: the compiled programs.
     """
 
@@ -75,6 +78,7 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
         *,
         dtype: str | jnp.dtype | None = None,
+        sampling: SamplingParams | None = None,
     ):
         """A model of weights at hand.
 
@@ -84,7 +88,9 @@ class Llama:
             tokenizer: of the same vocabulary.
             mesh: where the weights shall be; None is the first device.
             stop_tokens: the tokenizer's by default.
-            dtype: of weights, activations and KV cache; that of the embedding by default.
+            dtype: of weights, activations and KV cache; that of the embedding by default. Quantised weights stay as
+                they are.
+            sampling: SamplingParams() by default.
 
         Raises:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
@@ -101,6 +107,7 @@ class Llama:
         self.config = config
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self.sampling = sampling or SamplingParams()
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, transform.unstack(params), mesh=mesh, dtype=dtype)
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
@@ -141,11 +148,11 @@ class Llama:
         prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
-        temperature: float = _DEFAULTS.temperature,
-        top_k: int = _DEFAULTS.top_k,
-        top_p: float = _DEFAULTS.top_p,
-        min_p: float = _DEFAULTS.min_p,
-        repetition_penalty: float = _DEFAULTS.repetition_penalty,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | Sequence[int] = 0,
         stop_tokens: Sequence[int] | None = None,
         batch_size: int = 8,
@@ -157,7 +164,8 @@ class Llama:
             prompts: a text, a flat list of token ids, or a list of either. Texts get begin_of_text in front; lists of
                 ids are taken as they are.
             max_new_tokens: for each prompt; prompt and new tokens together may not exceed config.max_seq_len.
-            temperature: 0 takes the likeliest token each time (greedy). This and the next four: see SamplingParams.
+            temperature: 0 takes the likeliest token each time (greedy). This and the next four: see SamplingParams; by
+                default they are those of `self.sampling`.
             top_k: keep the k likeliest tokens; 0 is off.
             top_p: keep the likeliest tokens up to this mass; 1 is off.
             min_p: keep tokens at least this times as likely as the likeliest; 0 is off.
@@ -171,13 +179,14 @@ class Llama:
         Raises:
             ConfigError: anything that cannot work, with what is allowed.
         """
-        sampling = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
+        settings = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        sampling = inputs.as_sampling(settings, self.sampling)
         single, listed = inputs.as_list(prompts)
         batch_size = inputs.as_whole(batch_size, "batch_size")
         stops = self._stops(stop_tokens)
@@ -220,7 +229,7 @@ class Llama:
             raise ConfigError("stream takes one prompt: a text or a flat list of ids; use generate for several")
         stops = self._stops(stop_tokens)
         (seed,) = inputs.as_seeds(seed, 1)
-        params = inputs.as_sampling(sampling)
+        params = inputs.as_sampling(sampling, self.sampling)
         return self._pieces(self._request(prompt, "the prompt", max_new_tokens, params, seed), stops)
 
     def chat(
@@ -238,7 +247,7 @@ class Llama:
         Other arguments are those of `generate`.
         """
         ids = self._dialog(messages, tools)
-        params = dataclasses.asdict(inputs.as_sampling(sampling))
+        params = dataclasses.asdict(inputs.as_sampling(sampling, self.sampling))
         return self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stop_tokens, **params)
 
     def stream_chat(
@@ -252,9 +261,39 @@ class Llama:
         """`chat`, as pieces of text while they come; other arguments are those of `stream`."""
         return self.stream(self._dialog(messages, tools), max_new_tokens=max_new_tokens, **options)
 
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        format: str,
+        *,
+        dtype: str | None = None,
+        shard_bytes: int = export.SHARD_BYTES,
+    ) -> Path:
+        """Write the model as others load it: weights, config, tokenizer and settings.
+
+        Args:
+            path: a folder to make; for "gguf" the file.
+            format: "hf" (transformers), "meta" (Meta's own code) or "gguf" (llama.cpp).
+            dtype: "float32", "float16", "bfloat16", and for "gguf" also "q8_0" and "q4_0"; the weights' own by
+                default.
+            shard_bytes: of a file of format "hf", at most.
+
+        Returns:
+            The folder or file.
+
+        Raises:
+            ConfigError: a format or dtype that there is not, a place that has a model already, or a model that the
+                format cannot hold.
+        """
+        bos = None if self.tokenizer is None else self.tokenizer.bos_id
+        card = export.Card(self.tokenizer, bos, self.stop_tokens, self.sampling)
+        leaves = export.leaves_of(self.config, self.params)
+        dtype = dtype or export.default_dtype(leaves, format)
+        return export.save(path, self.config, leaves, card, format=format, dtype=dtype, shard_bytes=shard_bytes)
+
     def _dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[int]:
         if self.tokenizer is None:
-            raise ConfigError("chat needs a tokenizer: put tokenizer.model in the model's folder")
+            raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
         return self.tokenizer.encode_dialog(messages, tools=tools, add_generation_prompt=True)
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
@@ -290,8 +329,8 @@ class Llama:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ConfigError(
-                    f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model in "
-                    "the model's folder"
+                    f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model "
+                    "or tokenizer.json in the model's folder"
                 )
             ids = self.tokenizer.encode(prompt, bos=True)
         else:
@@ -327,38 +366,54 @@ def load(
     quantize: str | None = None,
     mesh: Mesh | Mapping[str, int] | None = None,
 ) -> Llama:
-    """A model from a folder, ready to be sampled.
+    """A model ready to be sampled, from whatever shape its files have.
 
     Args:
-        source: a run folder of train.py, or a Hugging Face folder (config.json, safetensors, tokenizer.model).
+        source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file,
+            or an old Flax folder.
         dtype: "float32" or "bfloat16", of weights, activations and KV cache. By default the checkpoint's own, with
             bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which
             takes twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B.
-        quantize: must be None.
+            What a GGUF file has in Q8_0 or Q4_0 stays as it is and is multiplied in this dtype, which for a
+            quantised file is float32 on a CPU and bfloat16 elsewhere.
+        quantize: None keeps weights as they are stored; "none" turns quantised ones into arrays of `dtype`, which
+            takes more memory.
         mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
             (of the first devices, where there are more; one axis may be -1 for what is left).
 
     Raises:
-        ConfigError: not a model's folder, or settings that cannot work; says what was looked for.
+        ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
-    if quantize is not None:
-        raise ConfigError(f"quantize={quantize!r} is not available yet: leave it out, or use dtype='bfloat16'")
-    wanted = inputs.default_dtype() if dtype is None else inputs.as_dtype(dtype)
+    if quantize not in (None, "none"):
+        raise ConfigError(f"quantize must be None or 'none', got {quantize!r}: weights are not quantised here yet")
+    wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
+    wanted = wanted or _default_dtype(found)
     mesh = inputs.as_mesh(mesh)
     layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        tokenizer = pool.submit(found.tokenizer)
-        params = found.load(layout, wanted)
+        tokenizer = pool.submit(_tokenizer, found)
+        params = found.load(layout, wanted, quantize is None)
         tokenizer = tokenizer.result()
     stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
-    return Llama(found.config, params, tokenizer, mesh, stops, dtype=_settled_dtype(wanted, params))
+    return Llama(found.config, params, tokenizer, mesh, stops, dtype=wanted, sampling=found.sampling)
 
 
-def _settled_dtype(wanted: jnp.dtype | None, params: model.Params) -> jnp.dtype:
-    own = params["embed"].dtype if wanted is None else wanted
-    return jnp.dtype(jnp.bfloat16) if own == jnp.float16 else own
+def _tokenizer(source: Source) -> Tokenizer | None:
+    try:
+        return source.tokenizer()
+    except UnknownTokenizer as error:
+        _log.warning("warning: %s: going on with token ids alone", error)
+        return None
+
+
+def _default_dtype(source: Source) -> jnp.dtype:
+    """The source's own, with bfloat16 for float16, as far as the machine is fast at it."""
+    if source.quantised:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    own = jnp.bfloat16 if source.dtype == np.float16 else source.dtype
+    return inputs.default_dtype() or jnp.dtype(own)
 
 
 def _with_progress(groups: list[list[int]], progress: bool | None) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
 """The one function that multiplies by a weight.
 
 Weights are stored output-major, (out, in), as Hugging Face's and Meta's files are. Products accumulate in float32
-whatever the type of their operands, and the result has the type of the activations.
+whatever the type of their operands, and the result has the type of the activations. A weight is an array or a QTensor.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.ops import quant
+from llama_jax.ops.quant import QTensor
 
 # A bfloat16 product of one row runs in a scalar loop on a CPU until it is padded (docs/design.md, "Measured").
 _CPU_BF16_ROWS = 8
 _BF16_NAN = 0x7FC0
+# Rows of a quantised weight that a CPU unpacks at a time, for few rows of activations and for more: they stay in the
+# cache, and the product runs at the speed of float32 weights rather than at a tenth of it (docs/design.md, "Measured").
+_CPU_UNPACKED = (64, 256)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
@@ -38,27 +43,57 @@ def _rows_times_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
     return _rows_times(padded, w)[: flat.shape[0]].reshape(*x.shape[:-1], w.shape[0])
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
     """x (..., in) times w (out, in) transposed: (..., out) in the type of x, accumulated in float32.
 
     The weight is cast to the type of x for the product, and its gradient comes back in the weight's own type, so
     that float32 master weights get float32 gradients from bfloat16 products.
     """
-    return _forward(x, w)[0]
+    return _quantised(x, w).astype(x.dtype) if isinstance(w, QTensor) else _linear(x, w)
 
 
-def linear_f32(x: jax.Array, w: jax.Array) -> jax.Array:
+def linear_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
     """The same product with its float32 sums kept: what logits are made of. Not differentiable by design."""
-    w = w.astype(x.dtype)
+    return _quantised(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     rows = x.size // x.shape[-1]
     if x.dtype == jnp.bfloat16 and rows < _CPU_BF16_ROWS:
         return lax.platform_dependent(x, w, cpu=_rows_times_cpu, default=_rows_times)
     return _rows_times(x, w)
 
 
+def _quantised(x: jax.Array, w: QTensor) -> jax.Array:
+    layout = parallel.active()
+    if layout is not None and layout.mesh.size > 1:  # rows that are split over devices cannot be taken in turn
+        return _unpacked(x, w)
+    return lax.platform_dependent(x, w, cpu=_unpacked_in_turn, default=_unpacked)
+
+
+def _unpacked(x: jax.Array, w: QTensor) -> jax.Array:
+    parts = zip(quant.inputs_of_planes(w, x), quant.planes(w), strict=True)
+    return sum(_product(part, quant.scaled(plane, w.scales, x.dtype)) for part, plane in parts)
+
+
+def _unpacked_in_turn(x: jax.Array, w: QTensor) -> jax.Array:
+    out = w.shape[0]
+    rows = x.size // x.shape[-1]
+    block = _CPU_UNPACKED[rows >= _CPU_BF16_ROWS]
+    if out % block:
+        return _unpacked(x, w)
+    blocks = jax.tree.map(lambda a: a.reshape(out // block, block, -1), w)
+    products = lax.map(lambda part: _unpacked(x.reshape(rows, -1), part), blocks)
+    return products.swapaxes(0, 1).reshape(*x.shape[:-1], out)
+
+
+@jax.custom_vjp
+def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    return _forward(x, w)[0]
+
+
 def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear_f32(x, w).astype(x.dtype), (x, w)
+    return _product(x, w.astype(x.dtype)).astype(x.dtype), (x, w)
 
 
 def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,14 +108,16 @@ def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax
     return dx, dw.astype(w.dtype)
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)
 
 
-def embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embed(table: jax.Array | QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour.
 
     The gradient of the table is summed in float32 and rounded once to dtype.
     """
+    if isinstance(table, QTensor):
+        return quant.take(table, ids, dtype)
     # Gather the table's columns, not the batch: rows looked up in a table split along `embed` would first be made for
     # the whole batch on every device.
     table = parallel.constrain(table.astype(dtype), "vocab", None)

@@ -63,6 +63,9 @@ def _check(params: SamplingParams, name: str, legal: Callable[[float], bool], al
         raise ConfigError(f"{name} must be {allowed}, got {value!r}")
 
 
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Controls:

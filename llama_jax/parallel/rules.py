@@ -100,8 +100,15 @@ def axis_size(axis: str) -> int:
 
 
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
-    """A tree of NamedShardings for a tree of logical axes (tuples) and the matching tree of shaped leaves."""
-    return jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), shapes, axes)
+    """A tree of NamedShardings for a tree of logical axes (tuples) and the matching tree of shaped leaves.
+
+    A leaf may be made of several arrays with the same axes, as a quantised weight is.
+    """
+
+    def places(leaf: Any, names: Axes) -> Any:
+        return jax.tree.map(lambda array: layout.sharding(names, array.shape), leaf)
+
+    return jax.tree.map(places, shapes, axes, is_leaf=lambda x: hasattr(x, "shape"))
 
 
 def abstract(shapes: Any, places: Any) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llama_jax.text.tokenizer import NUM_SPECIAL, SPLIT_PATTERN
+from llama_jax.text.vocabulary import NUM_SPECIAL, SPLIT_PATTERN, byte_chars, unspelled
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
@@ -34,9 +34,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
             f"vocab_size is {vocab_size} but the texts hold only {len(vocab) + NUM_SPECIAL} tokens to learn; "
             f"give more text, or vocab_size={len(vocab) + NUM_SPECIAL}"
         )
-    byte_of = {char: byte for byte, char in _byte_chars().items()}
-    by_rank = sorted(vocab.items(), key=lambda item: item[1])
-    return {bytes(byte_of[char] for char in token): rank for token, rank in by_rank}
+    return {unspelled(token): rank for token, rank in sorted(vocab.items(), key=lambda item: item[1])}
 
 
 def _trained_model(texts: Iterable[str], num_ranks: int) -> Any:
@@ -54,7 +52,7 @@ def _trained_model(texts: Iterable[str], num_ranks: int) -> Any:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=num_ranks,
-        initial_alphabet=sorted(_byte_chars().values()),
+        initial_alphabet=sorted(byte_chars().values()),
         special_tokens=[],
         show_progress=False,
     )
@@ -65,13 +63,3 @@ def _trained_model(texts: Iterable[str], num_ranks: int) -> Any:
 def _without_surrogates(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _byte_chars() -> dict[int, str]:
-    """Return the printable character that stands for each byte in `tokenizers` (the table of GPT-2).
-
-    Printable Latin-1 stands for itself; the other bytes, in order, take the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

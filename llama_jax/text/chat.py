@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.config import ConfigError
+
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
@@ -32,12 +34,12 @@ CODE_TOOL = "code_interpreter"
 BUILTIN_TOOLS = (*QUERY_TOOLS, CODE_TOOL)
 
 _IPYTHON = "Environment: ipython"
-_TOOLS_BEFORE = (
+TOOLS_BEFORE = (
     "Answer the user's question by making use of the following functions if needed.\n"
     "If none of the function can be used, please say so.\n"
     "Here is a list of functions in JSON format:\n"
 )
-_TOOLS_AFTER = "\nReturn function calls in JSON format."
+TOOLS_AFTER = "\nReturn function calls in JSON format."
 
 
 def encode_dialog(
@@ -76,6 +78,7 @@ def encode_dialog(
 
     Raises:
         ValueError: a message or tool is malformed; names its index, what was given and what is allowed.
+        ConfigError: the vocabulary lacks a control token of the format.
     """
     parsed = _parse_messages(messages)
     builtin, functions = _parse_tools(tools)
@@ -98,7 +101,7 @@ def encode_dialog(
         out.message("system", system)
     if functions:
         listing = "".join(f"{_pretty(function)}\n" for function in functions)
-        out.message("user", [_TOOLS_BEFORE + listing + _TOOLS_AFTER])
+        out.message("user", [TOOLS_BEFORE + listing + TOOLS_AFTER])
     for message in parsed:
         if message.role == "assistant":
             out.assistant(message, ipython=ipython)
@@ -168,6 +171,11 @@ class _Writer:
         self.mask += [spoken] * len(ids)
 
     def control(self, name: str, *, spoken: bool = False) -> None:
+        if name not in self.tokenizer.special_tokens:
+            raise ConfigError(
+                f"the tokenizer has no {name}, so that it cannot write Llama 3's dialogs: give the model text instead, "
+                "or use the tokenizer of a Llama 3 Instruct"
+            )
         self.ids.append(self.tokenizer.special_tokens[name])
         self.mask.append(spoken)
 
@@ -370,11 +378,12 @@ def _cut_ids(ids: list[int], tokenizer: "Tokenizer | None") -> tuple[str, str | 
     end = next((k for k, i in enumerate(ids) if i in tokenizer.stop_tokens), len(ids))
     stop = {tokenizer.eot_id: "eot", tokenizer.eom_id: "eom"}.get(ids[end]) if end < len(ids) else None
     ids = ids[:end]
-    if special["<|start_header_id|>"] in ids[:2] and special["<|end_header_id|>"] in ids:
-        ids = ids[ids.index(special["<|end_header_id|>"]) + 1 :]
+    start, close = special.get("<|start_header_id|>"), special.get("<|end_header_id|>")
+    if start in ids[:2] and close in ids:
+        ids = ids[ids.index(close) + 1 :]
         newlines = tokenizer.encode("\n\n")
         ids = ids[len(newlines) :] if ids[: len(newlines)] == newlines else ids
-    tag = special["<|python_tag|>"]
+    tag = special.get("<|python_tag|>")
     at = ids.index(tag) if tag in ids else len(ids)
     before = tokenizer.decode(ids[:at], skip_special=True)
     return before, tokenizer.decode(ids[at + 1 :], skip_special=True) if at < len(ids) else None, stop

@@ -1,72 +1,56 @@
-"""The Llama 3 tokenizer: byte-level BPE over tiktoken, with ids equal to Meta's on every string.
+"""The tokenizer: byte-level BPE over tiktoken, with ids equal to those of Meta's code and of `tokenizers`.
 
-The file format is Meta's `tokenizer.model`: one `base64(token) SPACE rank` per line. The ids are the ranks
-0..n-1 followed by 256 special tokens, so the published vocabulary has 128,000 + 256 ids. Special tokens are
-never produced from text: `encode` gives the plain tokens of "<|eot_id|>", and control ids come from
+What it holds is a `Vocabulary`, read from Meta's `tokenizer.model`, a `tokenizer.json` or a GGUF file. Llama 3's ids
+are the ranks 0..n-1 followed by 256 special tokens, so that the published vocabulary has 128,000 + 256. Special
+tokens are never produced from text: `encode` gives the plain tokens of "<|eot_id|>", and control ids come from
 `special_tokens` alone.
 """
 
-import base64
-import binascii
 import codecs
-import hashlib
 import operator
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from llama_jax.text import chat
-
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Llama 3 cuts text into words before merging bytes; understood alike by tiktoken and `tokenizers`."""
-
-NUM_SPECIAL = 256
-_NAMED_SPECIAL = (
-    "begin_of_text",
-    "end_of_text",
-    "reserved_special_token_0",
-    "reserved_special_token_1",
-    "finetune_right_pad_id",
-    "step_id",
-    "start_header_id",
-    "end_header_id",
-    "eom_id",
-    "eot_id",
-    "python_tag",
-    "image",
-)
+from llama_jax.config import ConfigError
+from llama_jax.text import chat, gguf, meta_file, tokenizer_json
+from llama_jax.text.vocabulary import LLAMA3_SPECIALS, NUM_SPECIAL, Vocabulary, llama3, ranks_file
 
 # Meta's own limits. Tokens never cross these cuts, so they are part of what the ids are.
 _MAX_PIECE = 400_000
 _MAX_RUN = 25_000
 
-_FETCH_AGAIN = "copy the file again from the checkpoint (Meta's `tokenizer.model`, `original/tokenizer.model` on HF)"
+# Other vocabularies have no such cuts, and the regex engine keeps a stack of a million steps within white space.
+_MAX_SPACE = 800_000
+
+_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 class Tokenizer:
-    """Text to token ids and back, from a `tokenizer.model` in Meta's format.
+    """Text to token ids and back.
 
-    Instances are immutable, safe to share between threads, and picklable (a copy is rebuilt from the ranks).
+    Instances are immutable, safe to share between threads, and picklable (a copy is rebuilt from the vocabulary).
 
     Attributes:
-        path: the file it was read from, or None after `from_ranks`.
+        path: the file it was read from, or None.
+        vocabulary: the plain data it was built from.
+        vocab_size: the number of ids, special tokens included.
         special_tokens: the name of each control token, such as "<|eot_id|>", to its id.
-        stop_tokens: the ids that end a generation: end_of_text, eom_id, eot_id.
-        bos_id, eos_id, pad_id: the ids of begin_of_text, end_of_text and finetune_right_pad_id.
-        eot_id, eom_id: the ids of "end of turn" and "end of message".
-        fingerprint: sha256 (hex) of the ranks as `save` writes them; for Meta's file, the sha256 of the file.
+        stop_tokens: the ids that end a generation: `eos_id`, those of end_of_text, eom_id and eot_id that exist, and
+            what the files name as the end.
+        bos_id: the id that the model wants in front of a text, or None.
+        eos_id: the id that ends a text, or None. Llama 3's is end_of_text, whatever its files for chat say.
+        pad_id, eot_id, eom_id: those of finetune_right_pad_id, "end of turn" and "end of message", or None.
+        fingerprint: sha256 (hex) of all that ids depend on; in Meta's layout, that of Meta's `tokenizer.model`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, expected_vocab_size: int | None = None) -> None:
-        """Read and check a `tokenizer.model`.
+        """Read and check a `tokenizer.model` in Meta's format; `open` reads others too.
 
         Args:
             path: the file.
@@ -78,78 +62,99 @@ class Tokenizer:
             ValueError: the file is damaged or of another format (one line: file, line number, fault, mend),
                 or its vocabulary is not of the expected size.
         """
-        self._setup(_read_ranks(Path(path)), Path(path))
+        self._setup(llama3(meta_file.read_ranks(Path(path))), Path(path))
         if expected_vocab_size is not None and expected_vocab_size != self.vocab_size:
             raise ValueError(
-                f"{path}: holds {self.vocab_size:,} tokens ({len(self._tokens):,} ranks + {NUM_SPECIAL} "
+                f"{path}: holds {self.vocab_size:,} tokens ({len(self.vocabulary.tokens):,} ranks + {NUM_SPECIAL} "
                 f"special) but the model has {expected_vocab_size:,}; the file is cut short or belongs to "
-                f"another model: {_FETCH_AGAIN}"
+                f"another model: {meta_file.FETCH_AGAIN}"
             )
 
     @classmethod
     def from_ranks(cls, ranks: Mapping[bytes, int]) -> "Tokenizer":
-        """Build a tokenizer from token bytes to rank, as `train_bpe` returns; ValueError if unsound."""
+        """Llama 3's layout from token bytes to rank, as `train_bpe` returns; ValueError if unsound."""
+        mend = "pass the ranks of a trained vocabulary"
+        return cls.from_vocabulary(llama3(meta_file.in_rank_order(ranks, source="ranks", mend=mend)))
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary, path: Path | None = None) -> "Tokenizer":
+        """The tokenizer of any vocabulary; `path` is where it came from."""
         self = cls.__new__(cls)
-        self._setup(_in_rank_order(ranks, source="ranks", mend="pass the ranks of a trained vocabulary"), None)
+        self._setup(vocabulary, path)
         return self
 
-    def _setup(self, tokens: list[bytes], path: Path | None) -> None:
-        names = [*_NAMED_SPECIAL]
-        names += [f"reserved_special_token_{i}" for i in range(2, NUM_SPECIAL - len(names) + 2)]
+    def _setup(self, vocabulary: Vocabulary, path: Path | None) -> None:
         self.path = path
-        self.special_tokens: dict[str, int] = {f"<|{n}|>": len(tokens) + i for i, n in enumerate(names)}
-        self._tokens = tokens
+        self.vocabulary = vocabulary
+        self.vocab_size = vocabulary.size
+        self.special_tokens: dict[str, int] = dict(vocabulary.specials)
+        self._is_llama3 = vocabulary.is_llama3
+        self._control = frozenset(self.special_tokens.values())
+        self._by_id = vocabulary.by_id
+        ids = list(vocabulary.tokens.values())
+        # tiktoken's ranks are the order of merging and the ids in one. Where the two differ, a table comes after it.
+        self._id_of_rank = None if ids == sorted(ids) else ids
+        ranks = vocabulary.tokens if self._id_of_rank is None else {t: i for i, t in enumerate(vocabulary.tokens)}
         self._encoding = tiktoken.Encoding(
-            name="llama3",
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens=self.special_tokens,
+            name="llama_jax", pat_str=vocabulary.pattern, mergeable_ranks=dict(ranks), special_tokens={}
         )
-        self.bos_id = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.pad_id = self.special_tokens["<|finetune_right_pad_id|>"]
-        self.eot_id = self.special_tokens["<|eot_id|>"]
-        self.eom_id = self.special_tokens["<|eom_id|>"]
-        self.stop_tokens: tuple[int, ...] = (self.eos_id, self.eom_id, self.eot_id)
-        self.fingerprint = hashlib.sha256(_file_bytes(tokens)).hexdigest()
+        self._found = [(_any_of(names), names) for names in vocabulary.found]
+        self.bos_id = vocabulary.bos
+        self.eos_id = self.special_tokens["<|end_of_text|>"] if self._is_llama3 else vocabulary.eos
+        self.pad_id = self.special_tokens.get("<|finetune_right_pad_id|>")
+        self.eot_id = self.special_tokens.get("<|eot_id|>")
+        self.eom_id = self.special_tokens.get("<|eom_id|>")
+        stops = [self.eos_id, *(self.special_tokens.get(name) for name in _STOPS), vocabulary.eos]
+        self.stop_tokens: tuple[int, ...] = tuple(dict.fromkeys(i for i in stops if i is not None))
+        self.fingerprint = vocabulary.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the tokens in order of rank: 1.2 MB and 0.2 s for Meta's vocabulary."""
-        return _rebuild, (self._tokens, self.path)
+        """Pickle as the vocabulary."""
+        return Tokenizer.from_vocabulary, (self.vocabulary, self.path)
 
     def __repr__(self) -> str:
         """Name the file, the size and the start of the fingerprint."""
-        origin = f"{str(self.path)!r}" if self.path else "from ranks"
+        origin = f"{str(self.path)!r}" if self.path else "from memory"
         return f"Tokenizer({origin}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]})"
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
-        return len(self._tokens) + NUM_SPECIAL
-
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of `text`, equal to Meta's `Tokenizer.encode` on every string.
+        """Return the ids of `text`.
 
-        The names of special tokens inside `text` are encoded as the plain text they are. Python strings can
-        hold surrogates, which UTF-8 cannot: a pair is encoded as the character it stands for and a lone one
+        In Llama 3's layout they are those of Meta's `Tokenizer.encode` on every string, and elsewhere those of
+        `tokenizers`. The names of special tokens inside `text` are encoded as the plain text they are. Python strings
+        can hold surrogates, which UTF-8 cannot: a pair is encoded as the character it stands for and a lone one
         as U+FFFD, so such strings, alone, do not come back from `decode` as they were.
 
         Args:
             text: any string.
-            bos: put begin_of_text first.
-            eos: put end_of_text last.
+            bos: put `bos_id` first, where there is one.
+            eos: put `eos_id` last, where there is one.
 
         Raises:
             TypeError: `text` is not a str.
+            ValueError: outside Llama 3's layout, more white space in a row than can be cut into words.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes a str, got {type(text).__name__}; decode bytes, or encode items one by one")
-        ids = [self.bos_id] if bos else []
-        for piece in _pieces(text, max_piece=_MAX_PIECE, max_run=_MAX_RUN):
-            ids += self._encoding.encode_ordinary(piece)
-        if eos:
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        parts: list[str | int] = [text]
+        for pattern, names in self._found:
+            parts = [x for part in parts for x in (_cut(part, pattern, names) if isinstance(part, str) else [part])]
+        for part in parts:
+            ids += self._encode_words(part) if isinstance(part, str) else [part]
+        if eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def _encode_words(self, text: str) -> list[int]:
+        if self._is_llama3:
+            ids: list[int] = []
+            for piece in _pieces(text, max_piece=_MAX_PIECE, max_run=_MAX_RUN):
+                ids += self._encoding.encode_ordinary(piece)
+            return ids
+        _check_space(text)
+        ranks = self._encoding.encode_ordinary(text)
+        return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in Meta's tokenizer.
@@ -168,8 +173,8 @@ class Tokenizer:
         """Return the bytes of `ids`, of which one may be part of a character; otherwise as `decode`."""
         checked = self._check_ids(ids)
         if skip_special:
-            checked = [i for i in checked if i < len(self._tokens)]
-        return self._encoding.decode_bytes(checked)
+            checked = [i for i in checked if i not in self._control]
+        return b"".join([self._by_id[i] for i in checked])
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
         if hasattr(ids, "tolist"):  # one transfer for a numpy or jax array
@@ -196,13 +201,38 @@ class Tokenizer:
         return (ids, mask) if return_mask else ids
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vocabulary in Meta's format, whole or not at all."""
-        path = Path(path)
-        # Several processes may save into one shared folder: each has a side file of its own, and renaming is atomic.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as partial:
-            partial.write(_file_bytes(self._tokens))
-        os.chmod(partial.name, 0o644)  # as any other file; temporary ones are private
-        os.replace(partial.name, path)
+        """Write the vocabulary in Meta's format, whole or not at all.
+
+        The file holds no names of special tokens: those of reserved places become what Meta's code calls them.
+
+        Raises:
+            ConfigError: it is not in Meta's layout.
+        """
+        if not self._is_llama3:
+            raise ConfigError(
+                f"{path}: a tokenizer.model can only hold ranks before Meta's {NUM_SPECIAL} special tokens, and this "
+                "vocabulary is otherwise; use `save_to`, which writes a tokenizer.json"
+            )
+        meta_file.write_whole(path, ranks_file(self.vocabulary.tokens))
+
+    def save_to(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the file of `folder` from which `open` reads this tokenizer again, and return its path.
+
+        It is a `tokenizer.model` in Meta's format where that can hold it, else a `tokenizer.json` with what goes
+        beside it. The other of the two is removed, so that `find` finds this one.
+        """
+        folder = Path(folder)
+        kept, other = _FILES if self._is_metas else _FILES[::-1]
+        if self._is_metas:
+            self.save(folder / kept)
+        else:
+            tokenizer_json.write(self, folder)
+        (folder / other).unlink(missing_ok=True)
+        return folder / kept
+
+    @property
+    def _is_metas(self) -> bool:
+        return self._is_llama3 and sorted(self.special_tokens, key=self.special_tokens.get) == list(LLAMA3_SPECIALS)
 
 
 class StreamDecoder:
@@ -229,10 +259,37 @@ class StreamDecoder:
         return text
 
 
-def _rebuild(tokens: list[bytes], path: Path | None) -> Tokenizer:
-    self = Tokenizer.__new__(Tokenizer)
-    self._setup(tokens, path)
-    return self
+def find(folder: str | os.PathLike[str]) -> Path | None:
+    """The file of a model's folder that `open` should read, or None.
+
+    Meta's `tokenizer.model` comes first (the folder's own, else the one in `original/`), then `tokenizer.json`. A
+    `tokenizer.model` in another format, such as Llama 2's, comes last.
+    """
+    folder = Path(folder)
+    named = [folder / "tokenizer.model", folder / "original" / "tokenizer.model", folder / "tokenizer.json"]
+    there = [path for path in named if path.is_file()]
+    sound = [path for path in there if path.suffix == ".json" or meta_file.looks_like_ranks(path)]
+    return next(iter([*sound, *there]), None)
+
+
+def open(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a `tokenizer.json` (by its suffix), or a `tokenizer.model` in Meta's format.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: a tokenizer whose ids cannot be reproduced exactly; says which part of it is the reason.
+        ValueError: a damaged file.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return Tokenizer.from_vocabulary(tokenizer_json.read(path), path)
+    return Tokenizer(path)
+
+
+def from_gguf(fields: gguf.Fields) -> Tokenizer:
+    """The tokenizer that the metadata of a GGUF file describes; errors as in `gguf.vocabulary`."""
+    described = {name: value for name, value in fields.items() if name != "chat_template"}
+    return Tokenizer.from_vocabulary(gguf.vocabulary(**described))
 
 
 def _pieces(text: str, *, max_piece: int, max_run: int) -> Iterator[str]:
@@ -270,85 +327,31 @@ def _may_hold_long_run(piece: str, max_run: int) -> bool:
 _SPACE, _NOT_SPACE = re.compile(r"\s"), re.compile(r"\S")
 
 
-def _file_bytes(tokens: Iterable[bytes]) -> bytes:
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Any of the names, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
-def _read_ranks(path: Path) -> list[bytes]:
-    """Return the tokens of a `tokenizer.model` in order of rank, or raise with the line and the mend."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name the file in it, such as {path / 'tokenizer.model'}")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such file; give the path of Meta's `tokenizer.model` "
-            "(in a Hugging Face checkpoint it lies under `original/`)"
-        ) from None
-    lines = data.split(b"\n")
-    first_line: dict[bytes, int] = {}
-    ranks: dict[bytes, int] = {}
-    rank_line: dict[int, int] = {}
-    for number, line in enumerate(lines, start=1):
-        fields = line.split()
-        if not fields:
-            continue
-        where = f"{path}: line {number}"
-        cut = " (the last line: the file seems cut short)" if number == len(lines) else ""
-        if len(fields) != 2:
-            fault = f"expected `base64 rank`, got {_short(line)}{cut}"
-            raise ValueError(f"{where}: {fault}; {_mend_for(data)}")
-        try:
-            token = base64.b64decode(fields[0], validate=True)
-        except binascii.Error:
-            raise ValueError(f"{where}: {_short(fields[0])} is not base64{cut}; {_mend_for(data)}") from None
-        if not token:
-            raise ValueError(f"{where}: the token is empty{cut}; {_FETCH_AGAIN}")
-        if not fields[1].isdigit():
-            raise ValueError(f"{where}: rank {_short(fields[1])} is not a whole number{cut}; {_mend_for(data)}")
-        rank = int(fields[1])
-        if token in first_line:
-            raise ValueError(f"{where}: token {token!r} is on line {first_line[token]} already; {_FETCH_AGAIN}")
-        if rank in rank_line:
-            raise ValueError(f"{where}: rank {rank} is on line {rank_line[rank]} already{cut}; {_FETCH_AGAIN}")
-        first_line[token], ranks[token], rank_line[rank] = number, rank, number
-    if not ranks:
-        raise ValueError(f"{path}: line 1: the file is empty; {_FETCH_AGAIN}")
-    return _in_rank_order(ranks, source=str(path), mend=_FETCH_AGAIN, lines=first_line)
+def _cut(text: str, pattern: re.Pattern[str], names: Mapping[str, int | None]) -> Iterator[str | int]:
+    """The ids of the names in `text`, and the texts between them."""
+    begin = 0
+    for match in pattern.finditer(text):
+        if (found := names[match[0]]) is not None:
+            yield text[begin : match.start()]
+            yield found
+            begin = match.end()
+    yield text[begin:]
 
 
-def _in_rank_order(
-    ranks: Mapping[bytes, int], *, source: str, mend: str, lines: Mapping[bytes, int] | None = None
-) -> list[bytes]:
-    for token, rank in ranks.items():
-        if not isinstance(token, bytes) or not token or not isinstance(rank, int):
-            raise ValueError(f"{source}: {token!r}: {rank!r} is not non-empty bytes to an int; {mend}")
-    tokens = sorted(ranks, key=ranks.__getitem__)
-    for rank, token in enumerate(tokens):
-        if ranks[token] != rank:
-            line = f"line {lines[token]}: " if lines else ""
-            raise ValueError(
-                f"{source}: {line}token {token!r} has rank {ranks[token]} where rank {rank} is due; the "
-                f"ranks of {len(tokens):,} tokens must be 0 to {len(tokens) - 1}, each once; {mend}"
-            )
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
+def _check_space(text: str) -> None:
+    if len(text) <= _MAX_SPACE:
+        return
+    longest = max((run.end() - run.start() for run in re.finditer(r"\s+", text)), default=0)
+    if longest > _MAX_SPACE:
         raise ValueError(
-            f"{source}: {len(missing)} of the 256 single bytes have no token on any line "
-            f"(the first is 0x{missing[0]:02x}); {mend}"
+            f"the text has {longest:,} characters of white space in a row, of which this vocabulary can take "
+            f"{_MAX_SPACE:,}; cut the text there"
         )
-    return tokens
-
-
-def _mend_for(data: bytes) -> str:
-    """Name the file that was probably given in place of a `tokenizer.model`."""
-    if data.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer: run `git lfs pull` to fetch the file itself"
-    if data.lstrip()[:1] == b"{":
-        return "this looks like a `tokenizer.json`: give Llama 3's `tokenizer.model`, under `original/` on HF"
-    if b"\x00" in data[:4096] or b"<unk>" in data[:64]:
-        return "this looks like a SentencePiece model (Llama 2): give the `tokenizer.model` of Llama 3"
-    return _FETCH_AGAIN
 
 
 def _short(value: object) -> str:

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import checkpoint, model, parallel
+from llama_jax import model, parallel
 from llama_jax.config import ConfigError
 from llama_jax.data.packing import PackedRows
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
 from llama_jax.run_config import RunConfig, differences
+from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.state import TrainState, init_state
-from llama_jax.weights import transform
+from llama_jax.weights import hub, transform
 from llama_jax.weights.source import open_source
 
 Say = Callable[..., None]
@@ -47,7 +48,8 @@ def check_paths(run: RunConfig) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{key}: {error}") from None
     for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
-        if name and not Path(name).expanduser().exists():
+        remote = key == "init_from" and hub.is_hub_id(name)
+        if name and not remote and not Path(name).expanduser().exists():
             raise ConfigError(f"{key}={name!r} does not exist")
 
 
@@ -63,10 +65,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     Raises:
         ConfigError: it has more tokens than the model.
     """
-    path = folder / checkpoint.TOKENIZER_FILE
-    if not (resuming and path.exists()):
-        _chosen_tokenizer(run, say).save(path)  # by every process: all write the same bytes
-    found = Tokenizer(path)
+    path = text.find(folder) if resuming else None
+    found = text.open(path or _chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
     if found.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
@@ -78,7 +78,7 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
 def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
     known = open_source(run.init_from).tokenizer() if run.init_from else None
     if run.data.tokenizer:
-        given = Tokenizer(Path(run.data.tokenizer).expanduser())
+        given = text.open(Path(run.data.tokenizer).expanduser())
         if known is not None and known.fingerprint != given.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
@@ -86,7 +86,7 @@ def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
         return given
     if run.init_from:
         if known is None:
-            raise ConfigError(f"init_from={run.init_from!r} has no tokenizer.model: set data.tokenizer")
+            raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
         return known
     say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
     texts = (document.text for document in documents_from(run.data.train))
@@ -132,4 +132,4 @@ def _pretrained(run: RunConfig, layout: parallel.Layout) -> model.Params:
         changed = differences(theirs.to_dict(), run.model.to_dict())
         lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
         raise ConfigError(f"init_from={run.init_from!r} is another model: {lines}")
-    return transform.stack(source.load(layout, jnp.dtype(jnp.float32)))
+    return transform.stack(source.load(layout, jnp.dtype(jnp.float32), False))

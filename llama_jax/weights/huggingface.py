@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
-from llama_jax.model import Params, check_params, logical_axes
-from llama_jax.parallel import Layout
+from llama_jax.jsonfile import read_json, write_json
+from llama_jax.ops.sampling import GREEDY, SamplingParams
 from llama_jax.weights import layout as table
 from llama_jax.weights import safetensors
-from llama_jax.weights.safetensors import TensorEntry
-from llama_jax.weights.transform import is_stacked
+from llama_jax.weights.entry import Entry
 
 # Ours to theirs. `num_key_value_heads` and `head_dim` may be absent; theirs say how they then follow.
 _FIELDS = {
@@ -51,8 +48,8 @@ _ONLY: dict[str, Any] = {
     "sliding_window": None,
     "quantization_config": None,
 }
-_FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
-_SHARD_BYTES = 5_000_000_000
+# What generation_config.json may say of sampling, by the same names here.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -63,7 +60,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         ValueError: no such file, or not JSON.
     """
     path = Path(folder) / "config.json"
-    raw = safetensors.read_json(path)
+    raw = read_json(path)
     if raw.get("model_type") is None:
         raise ConfigError(f"{path} lacks model_type; only 'llama' is implemented")
     for key, only in _ONLY.items():
@@ -99,7 +96,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 def bos_token(folder: str | os.PathLike[str]) -> int | None:
     """`bos_token_id` of config.json, or None where it says none."""
-    token = safetensors.read_json(Path(folder) / "config.json").get("bos_token_id")
+    token = read_json(Path(folder) / "config.json").get("bos_token_id")
     return token if type(token) is int else None
 
 
@@ -110,7 +107,7 @@ def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        ids = safetensors.read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
         if ids is None:
             continue
         listed = ids if isinstance(ids, list) else [ids]
@@ -120,63 +117,22 @@ def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     return ()
 
 
-def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
-    """The folder's tokenizer.model (its own, or the one in Meta's original/), or None."""
-    candidates = (Path(folder) / "tokenizer.model", Path(folder) / "original" / "tokenizer.model")
-    return next((path for path in candidates if path.is_file()), None)
+def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams | None:
+    """How generation_config.json would have the model sampled (`do_sample`), or None where it does not say.
 
-
-def load_params(
-    folder: str | os.PathLike[str], config: ModelConfig, *, layout: Layout | None, dtype: jnp.dtype | None
-) -> Params:
-    """The weights of a folder in the unrolled layout, each read straight into its shards.
-
-    Args:
-        folder: holds model.safetensors or shards with their index.
-        config: as `read_config` gave it.
-        layout: where the shards go, or None for one device. A process reads only the parts its devices hold.
-        dtype: to cast to, one tensor at a time; the file's own by default.
-
-    Raises:
-        ValueError: a tensor that is missing, unknown or of another shape or kind, before any is read.
+    What it leaves out is off. (transformers would also keep only the 50 likeliest tokens, which Meta does not.)
     """
-    entries = safetensors.open_folder(folder)
-    return load_entries(entries, config, format="huggingface", source=str(folder), layout=layout, dtype=dtype)
-
-
-def load_entries(
-    entries: Mapping[str, TensorEntry],
-    config: ModelConfig,
-    *,
-    format: str,
-    source: str,
-    layout: Layout | None,
-    dtype: jnp.dtype | None,
-) -> Params:
-    """`load_params` of any format whose tensors are at hand as entries; `source` is what errors call them."""
-    weights = table.weights(config, format)
-    _check_entries(entries, weights, config, source, dtype)
-    axes = logical_axes(config, stacked=False)
-
-    def load(weight: table.Weight) -> jax.Array:
-        entry = entries[weight.name]
-        to = entry.dtype if dtype is None else np.dtype(dtype)
-        if layout is None:
-            place: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        else:
-            place = layout.sharding(table.get(axes, weight.path), weight.shape)
-        parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one read
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            if str(index) not in parts:
-                rows = weight.rows(index[0])
-                view = entry.read(index) if rows is None else entry.read((slice(None), *index[1:]))[rows]
-                parts[str(index)] = _private(view, to)
-            return parts[str(index)]
-
-        return jax.make_array_from_callback(weight.shape, place, part)
-
-    return table.build(config, ((weight.path, load(weight)) for weight in weights))
+    path = Path(folder) / "generation_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    if raw.get("do_sample") is False:
+        return GREEDY
+    if not raw.get("do_sample"):
+        return None
+    found = {name: raw[name] for name in _SAMPLING if raw.get(name) is not None}
+    try:
+        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **found})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def export_config(
@@ -203,133 +159,57 @@ def export_config(
 
 
 def save_folder(
-    folder: str | os.PathLike[str],
+    folder: Path,
     config: ModelConfig,
-    params: Params,
+    leaves: table.Leaves,
     *,
-    dtype: jnp.dtype,
-    stop_tokens: tuple[int, ...] = (),
-    bos_token: int | None = None,
-    max_shard_bytes: int = _SHARD_BYTES,
+    dtype: np.dtype,
+    stop_tokens: tuple[int, ...],
+    bos_token: int | None,
+    sampling: SamplingParams | None,
+    shard_bytes: int,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write a folder that transformers (and `load_params`) reads: weights, config.json and generation_config.json.
+    """Write what transformers (and this file) reads: weights, config.json and generation_config.json.
 
-    One tensor at a time is on the host. config.json comes last, so that a folder without one is not whole.
+    A block of one tensor at a time is in memory. config.json comes last, so that a folder without one is not whole.
 
     Args:
-        folder: made if need be; must hold no safetensors files yet.
-        config: of the params.
-        params: stacked or unrolled, on this process's devices.
-        dtype: of the files: bfloat16, float16 or float32.
+        folder: there already, without safetensors files.
+        config: of the model.
+        leaves: its tensors by path.
+        dtype: of the files.
         stop_tokens: ids that end a generation.
         bos_token: the id that begins a text.
-        max_shard_bytes: start another file rather than exceed it.
-
-    Raises:
-        ConfigError: params that are not of this config, or a dtype that is not one of the three.
-        ValueError: the folder has weights already.
+        sampling: settings that the model suggests.
+        shard_bytes: start another file rather than exceed it.
+        progress: told how many more bytes were written.
     """
-    folder, dtype = Path(folder), np.dtype(dtype)
-    if dtype not in _FLOATS:
-        raise ConfigError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
-    check_params(config, params)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has safetensors files already: name another folder, or remove them")
-    shards: list[dict[str, TensorEntry]] = [{}]
+    shards: list[dict[str, Entry]] = [{}]
     filled = 0
-    for name, entry in _entries(config, params, dtype):
-        size = math.prod(entry.shape) * dtype.itemsize
-        if shards[-1] and filled + size > max_shard_bytes:
+    for weight in table.weights(config, "huggingface"):
+        size = math.prod(weight.shape) * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = entry
+        shards[-1][weight.name] = weight.theirs(leaves[weight.path]).cast(dtype)
         filled += size
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        safetensors.save_file(folder / name, shard, {"format": "pt"})
+        safetensors.save_file(folder / name, shard, {"format": "pt"}, progress=progress)
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(math.prod(e.shape) for shard in shards for e in shard.values()) * dtype.itemsize
-        _write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": places},
-        )
-    ids = {"bos_token_id": bos_token, "eos_token_id": _one_or_all(stop_tokens)}
-    _write_json(folder / "generation_config.json", ids)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    generation: dict[str, Any] = {"bos_token_id": bos_token, "eos_token_id": _one_or_all(stop_tokens)}
+    if sampling is not None:
+        drawn = sampling.temperature > 0
+        generation |= {"do_sample": drawn, **({name: getattr(sampling, name) for name in _SAMPLING} if drawn else {})}
+    write_json(folder / "generation_config.json", generation)
     exported = export_config(config, stop_tokens=stop_tokens, bos_token=bos_token)
-    _write_json(folder / "config.json", {**exported, "torch_dtype": str(dtype)})
-
-
-def _entries(config: ModelConfig, params: Params, dtype: np.dtype) -> Iterator[tuple[str, TensorEntry]]:
-    """Each weight under its published name; its array comes to the host only when it is asked for."""
-    stacked = is_stacked(params)
-    for weight in table.weights(config, "huggingface"):
-
-        def array(path: table.Path = weight.path) -> np.ndarray:
-            if stacked and path[0] == "layers":
-                return np.asarray(table.get(params["layers"], path[2:])[path[1]]).astype(dtype)
-            return np.asarray(table.get(params, path)).astype(dtype)
-
-        yield weight.name, TensorEntry(dtype, weight.shape, array)
-
-
-def _check_entries(
-    entries: Mapping[str, TensorEntry],
-    weights: tuple[table.Weight, ...],
-    config: ModelConfig,
-    source: str,
-    dtype: jnp.dtype | None,
-) -> None:
-    known = {weight.name: weight for weight in weights}
-    missing = [name for name in known if name not in entries]
-    extra = [name for name in entries if name not in known and not name.endswith(table.BUFFERS)]
-    unembed, embed = ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tied_embeddings and unembed in extra and embed in entries:
-        if not _equal(entries[unembed], entries[embed]):
-            raise ValueError(
-                f"{source}: {unembed} differs from {embed}, but the config ties them (tie_word_embeddings=true)"
-            )
-        extra.remove(unembed)
-    if missing:
-        near = nearest(missing[0], extra)
-        tie = " (is the model tied? its config says tie_word_embeddings=false)" if missing == [unembed] else ""
-        raise ValueError(f"{source}: missing {len(missing)} tensors, the first {missing[0]!r}{tie}{near}")
-    if extra:
-        near = nearest(extra[0], list(known))
-        raise ValueError(
-            f"{source}: {len(extra)} tensors that this config has no place for, the first {extra[0]!r}{near}"
-        )
-    for name, weight in known.items():
-        entry = entries[name]
-        if entry.shape != weight.shape:
-            raise ValueError(f"{source}: {name} has shape {entry.shape}, but the config needs {weight.shape}")
-        if entry.dtype not in _FLOATS and not (entry.dtype == np.float64 and dtype is not None):
-            allowed = ", ".join(map(str, _FLOATS))
-            raise ValueError(f"{source}: {name} is {entry.dtype}; weights must be {allowed} (or float64 with a dtype)")
-
-
-def _equal(a: TensorEntry, b: TensorEntry) -> bool:
-    """Bitwise, a thousand rows at a time."""
-    if a.shape != b.shape or a.dtype != b.dtype or not a.shape:
-        return False
-    x, y = a.read(), b.read()
-    return all(x[i : i + 1024].tobytes() == y[i : i + 1024].tobytes() for i in range(0, a.shape[0], 1024))
-
-
-def _private(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A copy in `dtype` of a part of a file, on the boundary that lets jax take it over on a CPU without another.
-
-    Never the view itself: jax would keep an aligned one as its buffer, and the file could change under it.
-    """
-    size = view.size * dtype.itemsize
-    pool = np.empty(size + 64, np.uint8)
-    start = -pool.ctypes.data % 64
-    copy = pool[start : start + size].view(dtype).reshape(view.shape)
-    np.copyto(copy, view, casting="unsafe")
-    return copy
+    write_json(folder / "config.json", {**exported, "torch_dtype": str(dtype)})
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -378,7 +258,3 @@ def _whole(value: Any) -> bool:
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int] | None:
     return None if not ids else ids[0] if len(ids) == 1 else list(ids)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """The one table of names: where each weight stands in our tree, and what each file format calls it.
 
-Every matrix is stored (out, in) in all of these formats, as it is here, so that only names differ, and one permutation:
-a head's rotary pairs are rows (i, i + H/2) here and in Hugging Face's files, but (2i, 2i + 1) in Meta's. Another format
-is another column of the table and a word in FORMATS.
+Names differ, and two things beside: a head's rotary pairs are rows (i, i + H/2) here and in Hugging Face's files, but
+(2i, 2i + 1) in Meta's and in GGUF; and the old Flax files keep their kernels as (in, out), where all others, as we do,
+have (out, in). Another format is another column of the table and another entry of FORMATS.
 
 Letters: N heads, K key/value heads, H head dim, D embedding, F ffn, V vocab. No jax here.
 """
@@ -11,19 +11,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.weights.entry import Entry, reordered, transposed
 
-# The columns of the table, and whether the format interleaves the rotary pairs of q and k.
-FORMATS: dict[str, bool] = {"huggingface": False, "meta": True}
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a format's arrays differ from ours.
+
+    Attributes:
+        interleaved: the rotary pairs of q and k are neighbours.
+        transposed: matrices whose name ends with this word are (in, out); None where all are (out, in).
+    """
+
+    interleaved: bool
+    transposed: str | None = None
+
+
+# The columns of the table.
+FORMATS: dict[str, Format] = {
+    "huggingface": Format(interleaved=False),
+    "meta": Format(interleaved=True),
+    "gguf": Format(interleaved=True),
+    "flax": Format(interleaved=False, transposed="kernel"),
+}
 # Names with these ends are not weights: frequencies that follow from the config, kept in some older files.
-BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")
+BUFFERS = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")
 
 Path = tuple[str | int, ...]
+Leaves = Mapping[Path, Entry]  # a model that has not been read yet, in our layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,57 +95,81 @@ def _ffn_out(c: ModelConfig) -> tuple[int, ...]:
 
 # fmt: off
 TABLE: tuple[Row, ...] = (
-    # ours, its shape, and what it is called by Hugging Face and by Meta
+    # ours, its shape, and what it is called by Hugging Face, by Meta, in GGUF and by the old Flax Llama
     Row(("embed",), _vocab, per_layer=False, names=(
-        "model.embed_tokens.weight", "tok_embeddings.weight")),
+        "model.embed_tokens.weight", "tok_embeddings.weight",
+        "token_embd.weight", "model/embed_tokens/embedding")),
     Row(("attention_norm", "scale"), _norm, names=(
-        "model.layers.{}.input_layernorm.weight", "layers.{}.attention_norm.weight")),
+        "model.layers.{}.input_layernorm.weight", "layers.{}.attention_norm.weight",
+        "blk.{}.attn_norm.weight", "model/layers/{}/input_layernorm/weight")),
     Row(("attention", "q"), _heads, rotary=True, names=(
-        "model.layers.{}.self_attn.q_proj.weight", "layers.{}.attention.wq.weight")),
+        "model.layers.{}.self_attn.q_proj.weight", "layers.{}.attention.wq.weight",
+        "blk.{}.attn_q.weight", "model/layers/{}/self_attn/q_proj/kernel")),
     Row(("attention", "k"), _kv_heads, rotary=True, names=(
-        "model.layers.{}.self_attn.k_proj.weight", "layers.{}.attention.wk.weight")),
+        "model.layers.{}.self_attn.k_proj.weight", "layers.{}.attention.wk.weight",
+        "blk.{}.attn_k.weight", "model/layers/{}/self_attn/k_proj/kernel")),
     Row(("attention", "v"), _kv_heads, names=(
-        "model.layers.{}.self_attn.v_proj.weight", "layers.{}.attention.wv.weight")),
+        "model.layers.{}.self_attn.v_proj.weight", "layers.{}.attention.wv.weight",
+        "blk.{}.attn_v.weight", "model/layers/{}/self_attn/v_proj/kernel")),
     Row(("attention", "o"), _heads_out, names=(
-        "model.layers.{}.self_attn.o_proj.weight", "layers.{}.attention.wo.weight")),
+        "model.layers.{}.self_attn.o_proj.weight", "layers.{}.attention.wo.weight",
+        "blk.{}.attn_output.weight", "model/layers/{}/self_attn/o_proj/kernel")),
     Row(("ffn_norm", "scale"), _norm, names=(
-        "model.layers.{}.post_attention_layernorm.weight", "layers.{}.ffn_norm.weight")),
+        "model.layers.{}.post_attention_layernorm.weight", "layers.{}.ffn_norm.weight",
+        "blk.{}.ffn_norm.weight", "model/layers/{}/post_attention_layernorm/weight")),
     Row(("ffn", "gate"), _ffn, names=(
-        "model.layers.{}.mlp.gate_proj.weight", "layers.{}.feed_forward.w1.weight")),
+        "model.layers.{}.mlp.gate_proj.weight", "layers.{}.feed_forward.w1.weight",
+        "blk.{}.ffn_gate.weight", "model/layers/{}/mlp/gate_proj/kernel")),
     Row(("ffn", "up"), _ffn, names=(
-        "model.layers.{}.mlp.up_proj.weight", "layers.{}.feed_forward.w3.weight")),
+        "model.layers.{}.mlp.up_proj.weight", "layers.{}.feed_forward.w3.weight",
+        "blk.{}.ffn_up.weight", "model/layers/{}/mlp/up_proj/kernel")),
     Row(("ffn", "down"), _ffn_out, names=(
-        "model.layers.{}.mlp.down_proj.weight", "layers.{}.feed_forward.w2.weight")),
+        "model.layers.{}.mlp.down_proj.weight", "layers.{}.feed_forward.w2.weight",
+        "blk.{}.ffn_down.weight", "model/layers/{}/mlp/down_proj/kernel")),
     Row(("norm", "scale"), _norm, per_layer=False, names=(
-        "model.norm.weight", "norm.weight")),
+        "model.norm.weight", "norm.weight",
+        "output_norm.weight", "model/norm/weight")),
     Row(("unembed",), _vocab, per_layer=False, names=(
-        "lm_head.weight", "output.weight")),
+        "lm_head.weight", "output.weight",
+        "output.weight", "lm_head/kernel")),
 )
 # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight of one model in one format: where it goes, what the file calls it, and its shape (the same in both).
+    """One weight of one model in one format: where it goes, what the file calls it, and how it lies there.
 
     Attributes:
         path: into the unrolled tree, e.g. ("layers", 3, "attention", "q").
         name: in the format.
-        shape: (out, in) of a matrix, (D,) of a norm.
+        shape: ours: (out, in) of a matrix, (D,) of a norm.
         pairs: head dim, where the format interleaves the rotary pairs of these rows; 0 where nothing is to be done.
+        transposed: the format has it as (in, out).
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     pairs: int
+    transposed: bool
 
-    def rows(self, part: slice | None = None) -> np.ndarray | None:
-        """Which of the file's rows make up our rows `part` (all by default), or None where they are the same."""
-        if not self.pairs:
-            return None
-        ours = np.arange(self.shape[0])[part if part is not None else slice(None)]
-        return _interleaved(ours, self.pairs)
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the format's files."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def ours(self, theirs: Entry) -> Entry:
+        """The format's tensor as we have it."""
+        if self.transposed:
+            theirs = transposed(theirs)
+        return reordered(theirs, self.pairs, halves_order(self.pairs)) if self.pairs else theirs
+
+    def theirs(self, ours: Entry) -> Entry:
+        """Our tensor as the format has it: the inverse of `ours`."""
+        if self.pairs:
+            ours = reordered(ours, self.pairs, pairs_order(self.pairs))
+        return transposed(ours) if self.transposed else ours
 
 
 def weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
@@ -141,14 +186,16 @@ def _weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
         raise ConfigError(
             f"unknown weight format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}"
         )
-    column, interleaves = list(FORMATS).index(format), FORMATS[format]
+    column, differs = list(FORMATS).index(format), FORMATS[format]
 
     def one(row: Row, layer: int | None) -> Weight:
+        name = row.names[column].format(layer)
         return Weight(
             path=row.path if layer is None else ("layers", layer, *row.path),
-            name=row.names[column].format(layer),
+            name=name,
             shape=row.shape(config),
-            pairs=config.head_dim if row.rotary and interleaves else 0,
+            pairs=config.head_dim if row.rotary and differs.interleaved else 0,
+            transposed=differs.transposed is not None and name.endswith(differs.transposed),
         )
 
     first = [row for row in TABLE if row.per_layer]
@@ -163,25 +210,20 @@ def _weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
     )
 
 
-def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of a half-split matrix to the same rows of an interleaved one: i to 2i, and i + H/2 to 2i + 1."""
-    head, within = np.divmod(rows, head_dim)
-    half, pair = np.divmod(within, head_dim // 2)
-    return head * head_dim + 2 * pair + half
+def tied_names(format: str) -> tuple[str, str]:
+    """What a format calls the embedding and the unembedding."""
+    column = list(FORMATS).index(format)
+    return TABLE[0].names[column], TABLE[-1].names[column]
 
 
-def to_halves(matrix: Any, head_dim: int) -> Any:
-    """A matrix (N H, D) with interleaved rotary pairs, as Meta's files have it, in our order. Numpy or jax."""
-    N = matrix.shape[0] // head_dim
-    pairs = matrix.reshape(N, head_dim // 2, 2, *matrix.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(matrix.shape)
+def halves_order(head_dim: int) -> np.ndarray:
+    """Of a head with interleaved pairs, the rows that make it half-split: 0, 2, ..., then 1, 3, ..."""
+    return np.arange(head_dim).reshape(-1, 2).T.reshape(-1)
 
 
-def to_pairs(matrix: Any, head_dim: int) -> Any:
-    """The inverse of `to_halves`: our matrix (N H, D) with its rotary pairs interleaved."""
-    N = matrix.shape[0] // head_dim
-    halves = matrix.reshape(N, 2, head_dim // 2, *matrix.shape[1:])
-    return halves.swapaxes(1, 2).reshape(matrix.shape)
+def pairs_order(head_dim: int) -> np.ndarray:
+    """Of a half-split head, the rows that interleave it: 0, H/2, 1, H/2 + 1, ...; the inverse of `halves_order`."""
+    return np.arange(head_dim).reshape(2, -1).T.reshape(-1)
 
 
 def get(params: dict[str, Any], path: Path) -> Any:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.ops.sampling import SamplingParams
+from llama_jax.text import tokenizer as text
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights import flax, gguf, gguf_file, hub, huggingface, load, meta, safetensors
+from llama_jax.weights import layout as table
 
-_LOOKED_FOR = "a run folder (config.json and checkpoints/) or a Hugging Face folder (config.json and *.safetensors)"
+LOOKED_FOR = (
+    "a run folder (config.json and checkpoints/), a Hugging Face folder (config.json and *.safetensors), Meta's "
+    "download (params.json and consolidated.*.pth), a .gguf file, an old Flax folder (config.json and "
+    "flax_model.msgpack), or a hub id (owner/name)"
+)
+
+Load = Callable[[parallel.Layout | None, jnp.dtype | None, bool], model.Params]
+
+
+class UnknownTokenizer(ConfigError):
+    """A tokenizer of a kind that is not understood. The model itself can be used with token ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,78 +38,188 @@ class Source:
     """A model on disk.
 
     Attributes:
+        path: the folder or file.
+        kind: what it is, in words.
         config: its shape.
-        tokenizer_path: where its tokenizer.model is, or None.
-        fingerprint: of the tokenizer that it was trained with, where that is known.
         bos_token: the id that begins a text by its own account, or None.
         stop_tokens: ids that end a text by its own account, beside the tokenizer's.
-        load: (layout, dtype) to weights in the unrolled layout; None is the first device, and the stored dtype.
+        sampling: how it would be sampled by its own account, or None.
+        dtype: of most of its numbers; float32 for quantised ones, which are exact in it.
+        leaves: its tensors by path, none of them read; None for a run, whose arrays Orbax reads.
+        load: (layout, dtype, quantised) to weights in the unrolled layout. No layout is the first device, no dtype is
+            the stored one; `quantised` keeps groups of 8 and 4 bits as they are (ops/quant.py).
+        read_tokenizer: its tokenizer, or None if it has none.
+        fingerprint: of the tokenizer that it was trained with, where that is known.
     """
 
+    path: Path
+    kind: str
     config: ModelConfig
-    tokenizer_path: Path | None
-    fingerprint: str | None
     bos_token: int | None
     stop_tokens: tuple[int, ...]
-    load: Callable[[parallel.Layout | None, jnp.dtype | None], model.Params]
+    sampling: SamplingParams | None
+    dtype: np.dtype
+    leaves: table.Leaves | None
+    load: Load
+    read_tokenizer: Callable[[], Tokenizer | None]
+    fingerprint: str | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether some of its tensors are stored in groups of a few bits."""
+        return self.leaves is not None and any(entry.kind.startswith("Q") for entry in self.leaves.values())
 
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, or None if it has none.
 
         Raises:
-            ConfigError: the file is not the one that the model was trained with. One that lost its last lines still
-                parses, and would move every special token.
+            UnknownTokenizer: it has one of a kind that is not understood; the model can be used with ids.
+            ConfigError: it is not the one that the model was trained with. A tokenizer.model that lost its last lines
+                still parses, and would move every special token.
+            ValueError: a damaged file.
         """
-        if self.tokenizer_path is None:
+        try:
+            found = self.read_tokenizer()
+        except ConfigError as error:
+            raise UnknownTokenizer(str(error)) from None
+        if found is None:
             return None
-        found = Tokenizer(self.tokenizer_path)
         other = self.fingerprint not in (None, found.fingerprint) or found.vocab_size > self.config.vocab_size
-        short = found.vocab_size < self.config.vocab_size and self.bos_token not in (None, found.bos_id)
+        ranks = found.path is not None and found.path.suffix == ".model"
+        short = ranks and found.vocab_size < self.config.vocab_size and self.bos_token not in (None, found.bos_id)
         if other or short:
             raise ConfigError(
-                f"{self.tokenizer_path} is not the tokenizer of this model: it has {found.vocab_size:,} ids, of which "
-                f"{found.bos_id} begins a text. Was the file cut short, or taken from another model? Copy it anew"
+                f"{found.path or self.path} is not the tokenizer of this model: it has {found.vocab_size:,} ids, of "
+                f"which {found.bos_id} begins a text. Was the file cut short, or taken from another model? Copy it anew"
             )
         return found
 
 
 def open_source(source: str | os.PathLike[str]) -> Source:
-    """The model that a path names: a run folder of train.py, or a Hugging Face folder.
+    """The model that a path or a hub id names. Reads headers only; a hub id is downloaded first.
 
     Raises:
-        ConfigError: neither; says what was looked for, and what there is instead.
+        ConfigError: none of what can be opened; says what was looked for, and what there is instead.
+        ValueError: a damaged file.
     """
-    folder = Path(source).expanduser()
-    if _is_run(folder):
-        from llama_jax import checkpoint  # orbax takes half a second to import
+    path = Path(source).expanduser()
+    if not path.exists() and hub.is_hub_id(str(source)):
+        path = hub.download(str(source))
+    if path.is_file():
+        return _open_file(path)
+    if not path.is_dir():
+        siblings = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise ConfigError(f"model {str(source)!r} does not exist{nearest(path.name, siblings)}; give {LOOKED_FOR}")
+    if (path / "config.json").is_file():
+        if (path / "checkpoints").is_dir():
+            from llama_jax import checkpoint  # orbax takes half a second to import
 
-        return checkpoint.open_run(folder)
-    from llama_jax.weights import huggingface
+            return checkpoint.open_run(path)
+        if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).is_file():
+            return _open_huggingface(path, "Hugging Face folder", safetensors.open_folder, "huggingface")
+        if any(path.glob("flax_model*.msgpack*")):
+            return _open_huggingface(path, "old Flax folder", flax.open_folder, "flax")
+    if (path / "params.json").is_file():
+        return _open_meta(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len({re.sub(r"-\d{5}-of-\d{5}$", "", file.stem) for file in ggufs}) == 1:  # one file, or the parts of one
+        return _open_gguf(ggufs[0])
+    raise ConfigError(f"model {str(source)!r} is none of these: {LOOKED_FOR}{_instead(path, ggufs)}")
 
-    config = huggingface.read_config(folder)
-    return Source(
-        config=config,
-        tokenizer_path=huggingface.tokenizer_path(folder),
-        fingerprint=None,
-        bos_token=huggingface.bos_token(folder),
-        stop_tokens=huggingface.stop_tokens(folder),
-        load=lambda layout, dtype: huggingface.load_params(folder, config, layout=layout, dtype=dtype),
+
+def _open_file(path: Path) -> Source:
+    with open(path, "rb") as file:
+        is_gguf = file.read(4) == b"GGUF"  # whatever it is called
+    if is_gguf or path.suffix == ".gguf":
+        return _open_gguf(path)
+    raise ConfigError(f"model {str(path)!r} is a file; of files only .gguf is a whole model. Name its folder instead")
+
+
+def _instead(path: Path, ggufs: list[Path]) -> str:
+    """What a folder that is no model has, which may be what was meant."""
+    if ggufs:
+        return f"; it has {len(ggufs)} GGUF files: name one, such as {ggufs[0]}"
+    if (path / "original" / "params.json").is_file():
+        return f"; there is Meta's download in {path / 'original'}"
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".h5", ".pth", ".pt", ".msgpack"))
+    if others:
+        return f"; it has {', '.join(others[:3])}, without the config that goes with it or in a format that is not read"
+    there = sorted(p.name for p in path.glob("*/") if any((p / n).is_file() for n in ("config.json", "params.json")))
+    return f"; below it there is {', '.join(there[:5])}" if there else ""
+
+
+def _open_huggingface(path: Path, kind: str, open_folder: Callable, format: str) -> Source:
+    config = huggingface.read_config(path)
+    entries = open_folder(path)
+    if format == "flax":  # whose model took its own unembedding, whatever the config said of ties
+        config = dataclasses.replace(config, tied_embeddings=table.tied_names(format)[1] not in entries)
+    leaves = load.check_entries(entries, config, format=format, source=str(path))
+    return _source(
+        path,
+        kind,
+        config,
+        leaves,
+        bos_token=huggingface.bos_token(path),
+        stop_tokens=huggingface.stop_tokens(path),
+        sampling=huggingface.sampling_defaults(path),
+        read_tokenizer=functools.partial(tokenizer_in, path),
     )
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run of train.py (True) or a Hugging Face model (False); anything else raises."""
-    if not folder.is_dir():
-        siblings = sorted(p.name for p in folder.parent.glob("*") if p.is_dir()) if folder.parent.is_dir() else []
-        what = "is a file" if folder.exists() else f"does not exist{nearest(folder.name, siblings)}"
-        raise ConfigError(f"model {str(folder)!r} {what}; give {_LOOKED_FOR}")
-    if (folder / "config.json").is_file():
-        if (folder / "checkpoints").is_dir():
-            return True
-        if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
-            return False
-    there = sorted(p.name for p in folder.glob("*/") if (p / "config.json").is_file())
-    mend = f"; below it there is {', '.join(there[:5])}" if there else ""
-    if (folder / "params.json").is_file():
-        mend = "; Meta's own format is not read yet: use the Hugging Face folder of the same model"
-    raise ConfigError(f"model {str(folder)!r} is neither {_LOOKED_FOR}{mend}")
+def _open_meta(path: Path) -> Source:
+    config, entries = meta.open_folder(path)
+    return _source(
+        path,
+        "Meta's download",
+        config,
+        load.check_entries(entries, config, format="meta", source=str(path)),
+        read_tokenizer=functools.partial(tokenizer_in, path),
+    )
+
+
+def _open_gguf(path: Path) -> Source:
+    file = gguf_file.open_file(path)
+    config = gguf.read_config(file)
+    fields = gguf.vocabulary(file)
+    return _source(
+        path,
+        f"GGUF version {file.version}",
+        config,
+        load.check_entries(file.entries, config, format="gguf", source=str(path)),
+        bos_token=gguf.bos_token(file),
+        stop_tokens=gguf.stop_tokens(file),
+        read_tokenizer=lambda: None if fields is None else text.from_gguf(fields),
+    )
+
+
+def _source(
+    path: Path,
+    kind: str,
+    config: ModelConfig,
+    leaves: table.Leaves,
+    *,
+    read_tokenizer: Callable[[], Tokenizer | None],
+    bos_token: int | None = None,
+    stop_tokens: tuple[int, ...] = (),
+    sampling: SamplingParams | None = None,
+) -> Source:
+    return Source(
+        path=path,
+        kind=kind,
+        config=config,
+        bos_token=bos_token,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        dtype=load.main_dtype(leaves),
+        leaves=leaves,
+        load=lambda layout, dtype, quantised: load.load_leaves(
+            leaves, config, layout=layout, dtype=dtype, quantised=quantised
+        ),
+        read_tokenizer=read_tokenizer,
+    )
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, or None if there is none."""
+    path = text.find(folder)
+    return None if path is None else text.open(path)

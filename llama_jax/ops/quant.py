@@ -1,0 +1,86 @@
+"""Quantised weights: typed leaves that stand in a tree of params where an array would, and are multiplied as they are.
+
+A weight (out, in) is cut along `in` into groups of 32 numbers, each with one float16 scale: number = integer * scale.
+That is what GGUF calls Q8_0 and Q4_0, so that such files are held exactly.
+
+Letters: G groups of a row (in / 32).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import parallel
+
+GROUP = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantised weight. Its `shape` is that of the weight it stands for, not that of the arrays it is kept in.
+
+    Attributes:
+        values: int8 (..., in), or uint8 (..., in / 2) of two 4-bit numbers a byte. Byte j of a group's 16 holds number
+            j in its low half and number j + 16 in its high half, each 8 too large.
+        scales: float16 (..., G).
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def bits(self) -> int:
+        """Bits of one number: 8 or 4."""
+        return 4 if self.values.dtype == jnp.uint8 else 8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (..., in)."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * GROUP)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """In which its numbers are exact: float32."""
+        return jnp.dtype(jnp.float32)
+
+
+def planes(w: QTensor) -> tuple[jax.Array, ...]:
+    """The integers as int8 (..., G, n): all 32 of a group for 8 bits; for 4 bits the low 16 and the high 16."""
+    grouped = w.values.reshape(*w.scales.shape, -1)
+    if w.bits == 8:
+        return (grouped,)
+    return (grouped & 15).astype(jnp.int8) - 8, (grouped >> 4).astype(jnp.int8) - 8
+
+
+def inputs_of_planes(w: QTensor, x: jax.Array) -> tuple[jax.Array, ...]:
+    """What of x (..., in) each of `planes` multiplies, as (..., G n)."""
+    if w.bits == 8:
+        return (x,)
+    halves = x.reshape(*x.shape[:-1], -1, 2, GROUP // 2)
+    return tuple(halves[..., i, :].reshape(*x.shape[:-1], -1) for i in range(2))
+
+
+def scaled(plane: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Integers (..., G, n) times their group's scale: (..., G n), computed in float32."""
+    numbers = plane.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
+    return numbers.reshape(*plane.shape[:-2], -1).astype(dtype)
+
+
+def dequantise(w: QTensor, dtype: jnp.dtype) -> jax.Array:
+    """The weight as an array; exact in float32."""
+    return scaled(jnp.concatenate(planes(w), axis=-1), w.scales, dtype)
+
+
+def take(table: QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN."""
+    values = parallel.constrain(table.values, "vocab", None)
+    scales = parallel.constrain(table.scales, "vocab", None)
+    rows = QTensor(
+        jnp.take(values, ids, axis=0, mode="clip"),
+        jnp.take(scales, ids, axis=0, mode="fill", fill_value=jnp.nan),
+    )
+    return dequantise(rows, dtype)

@@ -1,0 +1,258 @@
+"""Tensors that have not been read yet: where a file keeps one, and how any part of it comes to memory.
+
+Files are read by byte range, never mapped: what was read is then ours alone (a file that changes later changes nothing,
+one that was cut off is an error rather than a signal), and pages of the file do not count as memory of the process.
+Every format gives its tensors as entries; what a tensor is called, how its rows are ordered and how its numbers are
+packed is settled by wrapping one entry in another, so that loading and saving never ask which format it was.
+No jax here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+Index = tuple[slice, ...]  # one contiguous slice a dimension, with whole-number bounds
+
+_ALIGNMENT = 64  # what jax asks of memory that it takes over on a CPU
+_BLOCK = 1 << 22  # bytes that are converted at a time: they stay in the cache
+_WRITTEN = 1 << 26  # bytes that are written at a time
+_LEAST_RUN = 1 << 10  # shorter pieces of rows are read with what lies between them
+
+
+class File:
+    """A file read by byte range, from any thread. Raises ValueError (one line) where bytes are missing."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such file")
+        self._file = open(self.path, "rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on."""
+        out = bytearray(length)
+        self.read_into(memoryview(out), start)
+        return bytes(out)
+
+    def read_into(self, out: memoryview, start: int) -> None:
+        """Fill `out`, which holds bytes, from `start` on."""
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._file.fileno(), [out[done:]], start + done)
+            if count <= 0:
+                raise ValueError(f"{self.path}: ends at byte {start + done:,}; {len(out) - done:,} more were expected")
+            done += count
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Quantised(NamedTuple):
+    """The exact pieces of a tensor (out, in) that is stored in groups of 32 along `in`, each with one scale.
+
+    Attributes:
+        bits: 8 or 4.
+        values: int8 (out, in), or uint8 (out, in / 2) of packed nibbles as ops/quant.py has them.
+        scales: float16 (out, in / 32).
+    """
+
+    bits: int
+    values: Entry
+    scales: Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor that has not been read yet.
+
+    Attributes:
+        dtype: of its numbers as `read` gives them.
+        shape: its dimensions.
+        fill: (out, index) writes the part `index` of it into `out`, a C-contiguous array of any dtype, casting.
+        kind: what its file calls the type, e.g. "BF16" or "Q4_K".
+        nbytes: that it takes in its file.
+        quantised: its exact pieces, where our own quantised leaves can hold it.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fill: Callable[[np.ndarray, Index], None]
+    kind: str
+    nbytes: int
+    quantised: Quantised | None = None
+
+    def read(self, index: Sequence[slice] | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """The tensor or a part of it in memory of its own, on a boundary that lets jax take it over on a CPU."""
+        whole = tuple(slice(0, n) for n in self.shape)
+        given = whole if index is None else (*index, *whole[len(index) :])
+        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(given, self.shape, strict=True))
+        out = aligned(tuple(max(0, s.stop - s.start) for s in bounds), self.dtype if dtype is None else np.dtype(dtype))
+        if out.size:
+            self.fill(out, bounds)
+        return out
+
+    def blocks(self, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+        """The whole tensor as blocks of rows, for writers: no more than one is in memory."""
+        for _, part in row_blocks(tuple(slice(0, n) for n in self.shape), self.dtype.itemsize, _WRITTEN):
+            yield self.read(part, dtype)
+
+    def cast(self, dtype: np.dtype) -> Entry:
+        """The same numbers in another dtype."""
+        if dtype == self.dtype:
+            return self
+        return dataclasses.replace(self, dtype=np.dtype(dtype), quantised=None)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary."""
+    size = math.prod(shape) * dtype.itemsize
+    pool = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -pool.ctypes.data % _ALIGNMENT
+    return pool[start : start + size].view(dtype).reshape(shape)
+
+
+def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, kind: str | None = None) -> Entry:
+    """A tensor whose numbers stand in a file row after row, from byte `start` on."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        if out.dtype == dtype:
+            _read_rows(file, start, dtype, shape, index, out)
+            return
+        for at, part in row_blocks(index, dtype.itemsize):
+            scratch = np.empty(tuple(s.stop - s.start for s in part), dtype)
+            _read_rows(file, start, dtype, shape, part, scratch)
+            np.copyto(out[at], scratch, casting="unsafe")
+
+    return Entry(dtype, shape, fill, kind or dtype.name, math.prod(shape) * dtype.itemsize)
+
+
+def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> Entry:
+    """An array in memory, made when it is asked for."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        np.copyto(out, array()[index], casting="unsafe")
+
+    return Entry(dtype, shape, fill, dtype.name, math.prod(shape) * dtype.itemsize)
+
+
+def joined(parts: Sequence[Entry], axis: int) -> Entry:
+    """Tensors of one dtype that continue each other along `axis`, as one."""
+    ends = np.cumsum([part.shape[axis] for part in parts]).tolist()
+    shape = list(parts[0].shape)
+    shape[axis] = ends[-1]
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        lead = (slice(None),) * axis
+        for part, end in zip(parts, ends, strict=True):
+            begin = end - part.shape[axis]
+            start, stop = max(index[axis].start, begin), min(index[axis].stop, end)
+            if start >= stop:
+                continue
+            inner = (*index[:axis], slice(start - begin, stop - begin), *index[axis + 1 :])
+            target = out[(*lead, slice(start - index[axis].start, stop - index[axis].start))]
+            if target.flags.c_contiguous:
+                part.fill(target, inner)
+                continue
+            for at, block in row_blocks(inner, part.dtype.itemsize):
+                target[at] = part.read(block, out.dtype)
+
+    total = sum(part.nbytes for part in parts)
+    return Entry(parts[0].dtype, tuple(shape), fill, parts[0].kind, total)
+
+
+def transposed(entry: Entry) -> Entry:
+    """A matrix with its two axes swapped."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        rows, columns = index
+        for at, block in row_blocks((columns, rows), entry.dtype.itemsize):
+            np.copyto(out[:, at[0]], entry.read(block).T, casting="unsafe")
+
+    return Entry(entry.dtype, entry.shape[::-1], fill, entry.kind, entry.nbytes)
+
+
+def reordered(entry: Entry, period: int, order: np.ndarray) -> Entry:
+    """A tensor whose rows are permuted within each `period` of them: row p * period + i is the old one of order[i]."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        start, stop = index[0].start, index[0].stop
+        per_row = max(1, math.prod(s.stop - s.start for s in index[1:])) * entry.dtype.itemsize
+        step = max(1, _BLOCK // (per_row * period)) * period
+        for low in range(start // period * period, stop, step):
+            high = min(low + step, -(-stop // period) * period)
+            rows = entry.read((slice(low, high), *index[1:]), out.dtype)
+            rows = rows.reshape(-1, period, *rows.shape[1:])[:, order].reshape(rows.shape)
+            first, last = max(low, start), min(high, stop)
+            out[first - start : last - start] = rows[first - low : last - low]
+
+    pieces = entry.quantised
+    if pieces is not None:
+        pieces = Quantised(
+            pieces.bits, reordered(pieces.values, period, order), reordered(pieces.scales, period, order)
+        )
+    return dataclasses.replace(entry, fill=fill, quantised=pieces)
+
+
+def row_blocks(index: Index, itemsize: int, size: int | None = None) -> list[tuple[Index, Index]]:
+    """Blocks of rows of about `size` bytes of a part: for each, where it is within the part, and within the tensor."""
+    if not index:
+        return [((), ())]
+    per_row = max(1, math.prod(s.stop - s.start for s in index[1:])) * itemsize
+    step = max(1, (size or _BLOCK) // per_row)
+    first, last = index[0].start, index[0].stop
+    return [
+        ((slice(low - first, min(low + step, last) - first),), (slice(low, min(low + step, last)), *index[1:]))
+        for low in range(first, last, step)
+    ]
+
+
+def _read_rows(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], index: Index, out: np.ndarray) -> None:
+    """Read a part into `out` of the same dtype, in the longest runs of bytes that there are."""
+    whole = [i for i, (s, n) in enumerate(zip(index, shape, strict=True)) if s.stop - s.start != n]
+    inner = whole[-1] if whole else 0  # the dimensions after this one are read whole
+    strides = [math.prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape))]
+    data = memoryview(out.reshape(-1).view(np.uint8))
+    if not shape:
+        file.read_into(data, start)
+        return
+    run = (index[inner].stop - index[inner].start) * strides[inner]
+    outer = [range(s.start, s.stop) for s in index[:inner]]
+    if not outer:
+        file.read_into(data, start + index[0].start * strides[0])
+    elif inner == 1 and run < _LEAST_RUN and run * 16 > strides[0]:
+        _read_through(file, start, dtype, shape, index, out)
+    else:
+        done = 0
+        for at in np.ndindex(*map(len, outer)):
+            offset = sum(r[i] * stride for r, i, stride in zip(outer, at, strides[:inner], strict=True))
+            file.read_into(data[done : done + run], start + offset + index[inner].start * strides[inner])
+            done += run
+
+
+def _read_through(
+    file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], index: Index, out: np.ndarray
+) -> None:
+    """Short pieces of rows: whole rows are read, a block at a time, and the pieces taken from them."""
+    rows = (index[0], *(slice(0, n) for n in shape[1:]))
+    for at, block in row_blocks(rows, dtype.itemsize):
+        scratch = np.empty((block[0].stop - block[0].start, *shape[1:]), dtype)
+        _read_rows(file, start, dtype, shape, block, scratch)
+        out[at] = scratch[(slice(None), *index[1:])]

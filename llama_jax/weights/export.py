@@ -1,0 +1,238 @@
+"""A model out again, as Hugging Face's, Meta's or llama.cpp's own files."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.model import Params, check_params
+from llama_jax.ops import quant
+from llama_jax.ops.quant import QTensor
+from llama_jax.ops.sampling import SamplingParams
+from llama_jax.text import gguf as text_gguf
+from llama_jax.text import tokenizer_json
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights import gguf, huggingface, meta
+from llama_jax.weights import layout as table
+from llama_jax.weights.entry import Entry, Index, Quantised, of_array
+from llama_jax.weights.transform import is_stacked
+
+# Each format and the dtypes that it is written in, with their bytes a number.
+_FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+FORMATS = {"hf": _FLOATS, "meta": _FLOATS, "gguf": {**_FLOATS, "q8_0": 34 / 32, "q4_0": 18 / 32}}
+_COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # of the table of names
+SHARD_BYTES = 5_000_000_000
+_QUIET = 3.0  # seconds before a bar appears
+_WEIGHTS = (".safetensors", ".pth", ".gguf", ".bin", ".msgpack")
+_SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and headers
+
+Told = Callable[[int], None]  # how many more bytes were written
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What goes out with the weights.
+
+    Attributes:
+        tokenizer: of the model, or None.
+        bos_token: the id that begins a text, or None.
+        stop_tokens: ids that end one.
+        sampling: settings that the model suggests, or None.
+    """
+
+    tokenizer: Tokenizer | None
+    bos_token: int | None
+    stop_tokens: tuple[int, ...]
+    sampling: SamplingParams | None
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    leaves: table.Leaves,
+    card: Card,
+    *,
+    format: str,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model; a block of one tensor at a time is in memory. Several processes call it together.
+
+    Args:
+        path: a folder to make, or the .gguf file (in a folder it is called model.gguf). What is there stays: a folder
+            with weights in it is refused.
+        config: of the model.
+        leaves: its tensors by path, as `leaves_of` or a Source has them.
+        card: tokenizer and settings that go with it.
+        format: one of FORMATS.
+        dtype: of the matrices: one of FORMATS[format].
+        shard_bytes: of a file of format "hf", at most.
+
+    Returns:
+        The folder or file.
+
+    Raises:
+        ConfigError: an unknown format or dtype, a model that the format cannot hold, a path with weights in it.
+    """
+    check(format, dtype)
+    if format == "meta":
+        meta.export_params(config)  # refuses what it cannot hold, in every process
+    path = _free(Path(path).expanduser(), format)
+    if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
+        for weight in table.weights(config, _COLUMNS[format]):
+            for _ in leaves[weight.path].blocks():
+                pass
+        return path
+    total = int(sum(math.prod(entry.shape) for entry in leaves.values()) * FORMATS[format][dtype])
+    free = shutil.disk_usage(path.parent).free
+    if total + _SPARE > free:
+        raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, leave=False) as bar:
+        try:
+            _WRITERS[format](path, config, leaves, card, dtype=dtype, shard_bytes=shard_bytes, progress=bar.update)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror or error}; what was written so far is not whole") from error
+    return path
+
+
+def check(format: str, dtype: str | None) -> None:
+    """Refuse a format or dtype that is not one of FORMATS; None is for `default_dtype` to say."""
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in FORMATS[format]:
+        allowed = ", ".join(FORMATS[format])
+        raise ConfigError(f"format {format!r} is not written in {dtype!r}; allowed: {allowed}")
+
+
+def default_dtype(leaves: table.Leaves, format: str) -> str:
+    """What most of the numbers are: for "gguf" their quantised type, where it can be written, else their dtype."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for entry in leaves.values():
+        kind = entry.kind.lower() if entry.quantised is not None else entry.dtype.name
+        sizes[kind if kind in FORMATS.get(format, ()) else entry.dtype.name] += math.prod(entry.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def leaves_of(config: ModelConfig, params: Params) -> table.Leaves:
+    """Params at hand (stacked or unrolled, on the devices of all processes) as entries, one on the host at a time."""
+    check_params(config, params)
+    stacked = is_stacked(params)
+    latest: dict[table.Path, tuple[np.ndarray, ...]] = {}
+
+    def leaf(path: table.Path) -> jax.Array | QTensor:
+        if stacked and path[0] == "layers":
+            return jax.tree.map(lambda array: array[path[1]], table.get(params["layers"], path[2:]))
+        return table.get(params, path)
+
+    def arrays(path: table.Path) -> tuple[np.ndarray, ...]:
+        if path not in latest:
+            latest.clear()
+            latest[path] = tuple(map(_on_host, jax.tree.leaves(leaf(path))))
+        return latest[path]
+
+    def entry(weight: table.Weight) -> Entry:
+        pieces = [
+            of_array(lambda i=i: arrays(weight.path)[i], np.dtype(a.dtype), a.shape)
+            for i, a in enumerate(jax.tree.leaves(jax.eval_shape(lambda: leaf(weight.path))))
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        return _quantised(Quantised(8 if pieces[0].dtype == np.int8 else 4, *pieces))
+
+    return {weight.path: entry(weight) for weight in table.weights(config, "huggingface")}
+
+
+def _quantised(pieces: Quantised) -> Entry:
+    def fill(out: np.ndarray, index: Index) -> None:
+        part = quant.QTensor(pieces.values.read(index[:1]), pieces.scales.read(index[:1]))
+        np.copyto(out, quant.dequantise(part, jnp.float32)[:, index[1]], casting="unsafe")
+
+    out, groups = pieces.scales.shape
+    dtype, nbytes = np.dtype(np.float32), pieces.values.nbytes + pieces.scales.nbytes
+    return Entry(dtype, (out, groups * quant.GROUP), fill, f"Q{pieces.bits}_0", nbytes, pieces)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array, in memory that nothing else holds on to: jax would keep a host copy of each it gave."""
+    if not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    if len(array.devices()) == 1 and jax.default_backend() == "cpu":
+        return np.asarray(array)  # a view
+    out = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            out[shard.index] = np.asarray(jnp.array(shard.data, copy=True))
+    return out
+
+
+def _free(path: Path, format: str) -> Path:
+    """Where to write: a new .gguf file, or a folder without weights, made if need be."""
+    if format == "gguf" and path.suffix == ".gguf":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder, taken = path.parent, [path] if path.exists() else []
+    else:
+        if path.is_file():
+            raise ConfigError(f"{path} is a file; name a folder to write to")
+        path.mkdir(parents=True, exist_ok=True)
+        taken = sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))
+        folder, path = path, path / "model.gguf" if format == "gguf" else path
+    if taken:
+        raise ConfigError(f"{folder} has {taken[0].name} already: name another place, or remove it")
+    return path
+
+
+def _write_hf(
+    path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
+) -> None:
+    if card.tokenizer is not None:
+        tokenizer_json.write(card.tokenizer, path, model_max_length=config.max_seq_len)
+    huggingface.save_folder(
+        path,
+        config,
+        leaves,
+        dtype=jnp.dtype(dtype),
+        stop_tokens=card.stop_tokens,
+        bos_token=card.bos_token,
+        sampling=card.sampling,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+def _write_meta(
+    path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
+) -> None:
+    if card.tokenizer is not None:
+        card.tokenizer.save(path / "tokenizer.model")
+    meta.save_folder(path, config, leaves, dtype=jnp.dtype(dtype), progress=progress)
+
+
+def _write_gguf(
+    path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
+) -> None:
+    gguf.save_file(
+        path,
+        config,
+        leaves,
+        dtype=dtype,
+        vocabulary=None if card.tokenizer is None else text_gguf.fields(card.tokenizer),
+        name=path.stem,
+        stop_tokens=card.stop_tokens,
+        bos_token=card.bos_token,
+        progress=progress,
+    )
+
+
+_WRITERS = {"hf": _write_hf, "meta": _write_meta, "gguf": _write_gguf}

@@ -1,0 +1,441 @@
+"""Reading and writing GGUF files, without trusting them and without reading more than is asked for.
+
+The format (github.com/ggml-org/ggml, docs/gguf.md): a magic word, a version and two counts; metadata as keys with typed
+values; the name, dimensions, type and place of each tensor; then, aligned, the tensors. All is little-endian, and
+dimensions stand innermost first. Nothing here knows what a Llama is. Everything the header says is held against the
+bytes that are there before it is believed, and every refusal is one line that names the file. No jax here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.config import nearest
+from llama_jax.jsonfile import brief
+from llama_jax.weights import blocks
+from llama_jax.weights.entry import Entry, File, Index, Quantised, stored, whole_file
+
+Value = str | bool | int | float | list[str] | np.ndarray
+
+PLAIN: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_BITS = {"Q8_0": 8, "Q4_0": 4}  # of the kinds that our own quantised leaves hold
+WRITTEN = (*PLAIN, *_BITS)
+
+# Numbers that ggml has given to types (ggml.h), those it has withdrawn among them; not all are read here.
+_TYPES: dict[int, str] = dict(
+    enumerate(
+        "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
+        "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 "
+        "IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4 Q1_0".split()
+    )
+)
+_NUMBERS: dict[int, np.dtype] = dict(
+    zip((0, 1, 2, 3, 4, 5, 6, 10, 11, 12), map(np.dtype, "u1 i1 <u2 <i2 <u4 <i4 <f4 <u8 <i8 <f8".split()), strict=True)
+)
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_LENGTH = struct.Struct("<Q")
+_MAGIC = b"GGUF"
+_ALIGNMENT = 32  # unless general.alignment says otherwise
+_CHUNK = 1 << 20  # bytes of the header that are read at a time
+_SPARE = 58_000_000  # bytes of memory beyond the file's size that its header may take
+# Bytes of memory that each takes at least, longer strings apart.
+_EMPTY = sys.getsizeof("")
+_KEY_COST, _TENSOR_COST, _TEXT_COST = 250, 4000, _EMPTY + 8
+_STEP = 1 << 20  # numbers that are converted at a time: they stay in the cache
+_MAX_RANK = 4
+_MAX_PARTS = 512  # each is an open file
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUF:
+    """A file, or the parts of one that was split, of which the tensors have not been read yet.
+
+    Attributes:
+        path: that was opened.
+        version: of the format.
+        metadata: values by key; a float32 is the shortest decimal number that rounds to it.
+        entries: tensors by name, as (out, in). Those in blocks are float32 and dequantised as they are read.
+        size: bytes of all parts.
+    """
+
+    path: Path
+    version: int
+    metadata: dict[str, Value]
+    entries: dict[str, Entry]
+    size: int
+
+
+def open_file(path: str | os.PathLike[str]) -> GGUF:
+    """A GGUF file; of one that was split (name-00001-of-00003.gguf), all parts, whichever of them is named.
+
+    Only headers are read. Raises ValueError (one line) for whatever is not sound.
+    """
+    path = Path(path)
+    named = _PART.fullmatch(path.name)
+    number, count = (int(named["number"]), int(named["count"])) if named else (1, 1)
+    if not 1 <= number <= count <= _MAX_PARTS:
+        raise ValueError(f"{path}: its name says part {number} of {count}; parts are 1 to at most {_MAX_PARTS}")
+    parts: list[GGUF] = []
+    entries: dict[str, Entry] = {}
+    spent = 0
+    for i in range(1, count + 1):
+        part = path.with_name(f"{named['stem']}-{i:05}-of-{count:05}.gguf") if named else path
+        if i != number and not part.is_file():
+            raise ValueError(f"{part}: missing, though {path.name} is one of {count} parts: fetch all into one folder")
+        found, spent = _open_part(part, spent)
+        _check_part(found, i, count)
+        twice = next((name for name in found.entries if name in entries), None)
+        if twice is not None:
+            raise ValueError(f"{part}: tensor {brief(twice)} is in an earlier part already")
+        entries |= found.entries
+        parts.append(found)
+    total = parts[0].metadata.get("split.tensors.count", len(entries))
+    if type(total) is not int or total != len(entries):
+        raise ValueError(f"{path}: split.tensors.count is {shown(total)}, but its {count} parts hold {len(entries)}")
+    return dataclasses.replace(parts[0], path=path, entries=entries, size=sum(part.size for part in parts))
+
+
+def save_file(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Value],
+    tensors: Mapping[str, tuple[Entry, str]],
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write version 3 of the format, some rows at a time. The file appears under its name only when it is whole.
+
+    Args:
+        path: the file; one of this name is replaced.
+        metadata: values by key. An int is written as uint32 (int64 where it does not fit), a float as float32.
+        tensors: each with the kind to write, one of WRITTEN. One whose exact pieces are of this kind is copied.
+        progress: told how many more bytes were written.
+
+    Raises:
+        ValueError: a kind or a value that cannot be written, or a number that is not finite in its kind.
+    """
+    path = Path(path)
+    header = [_MAGIC, _u32(3), _u64(len(tensors)), _u64(len(metadata))]
+    header += [_text(key) + _value(value) for key, value in metadata.items()]
+    end = 0
+    for name, (entry, kind) in tensors.items():
+        if kind not in WRITTEN:
+            raise ValueError(f"{path}: kind {kind!r} is not written{nearest(kind, WRITTEN)} Allowed: {WRITTEN}")
+        dims = b"".join(map(_u64, reversed(entry.shape)))
+        number = next(number for number, known in _TYPES.items() if known == kind)
+        header.append(_text(name) + _u32(len(entry.shape)) + dims + _u32(number) + _u64(end))
+        end += -(-_stored_bytes(f"{path}: tensor {name!r}", kind, entry.shape) // _ALIGNMENT) * _ALIGNMENT
+    text = b"".join(header)
+    with np.errstate(over="ignore"), whole_file(path) as file:
+        file.write(text + bytes(-len(text) % _ALIGNMENT))
+        for name, (entry, kind) in tensors.items():
+            written = 0
+            try:
+                for piece in _encoded(entry, kind):
+                    file.write(piece.reshape(-1).view(np.uint8).data)
+                    written += piece.nbytes
+                    progress(piece.nbytes)
+            except FloatingPointError:
+                raise ValueError(
+                    f"{path}: tensor {name!r} holds a number that is not finite, or is too large for {kind}"
+                ) from None
+            file.write(bytes(-written % _ALIGNMENT))
+
+
+def shown(value: Value | None) -> str:
+    """A value of metadata as an error names it, in one line."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.size:,} numbers"
+    return f"an array of {len(value):,} strings" if isinstance(value, list) else brief(value)
+
+
+class _Header:
+    """The header of a file, read from front to back; knows what is left of the file and of the memory allowed."""
+
+    def __init__(self, file: File, spent: int):
+        self.file, self.spent = file, spent
+        self.at = self._start = 0
+        self._chunk = b""
+
+    def require(self, count: int, what: str) -> None:
+        """Refuse `count` bytes that are not there."""
+        if count > self.file.size - self.at:
+            raise ValueError(
+                f"{self.file.path}: {what} needs {count:,} bytes, but {self.file.size - self.at:,} are left (cut off?)"
+            )
+
+    def spend(self, count: int, what: str) -> None:
+        """Refuse what would take more memory than a header may."""
+        self.spent += count
+        if self.spent > _SPARE:
+            raise ValueError(f"{self.file.path}: {what} would take more memory than the {_SPARE:,} bytes allowed")
+
+    def take(self, count: int, what: str) -> bytes:
+        """The next bytes."""
+        begin = self.at - self._start
+        if begin + count > len(self._chunk):
+            self.require(count, what)
+            self._start, begin = self.at, 0
+            self._chunk = self.file.read(self.at, min(max(count, _CHUNK), self.file.size - self.at))
+        self.at += count
+        return self._chunk[begin : begin + count]
+
+    def whole(self, width: int, what: str) -> int:
+        """An unsigned whole number of `width` bytes."""
+        return int.from_bytes(self.take(width, what), "little")
+
+    def text(self, what: str) -> str:
+        """A string: its length in 8 bytes, and UTF-8."""
+        length = self.whole(8, what)
+        if length > _CHUNK:  # in memory three times at once, and with up to four bytes a character
+            self.require(length, what)
+            self.spend(6 * length, what)
+        try:
+            text = self.take(length, what).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.file.path}: {what} is not sound UTF-8") from None
+        self.spend(sys.getsizeof(text) - _EMPTY, what)
+        return text
+
+    def _texts(self, count: int, what: str) -> list[str]:
+        """Strings, of which a vocabulary has hundreds of thousands: those that lie whole in the chunk go quickly."""
+        texts: list[str] = []
+        while len(texts) < count:
+            texts.append(self.text(what))
+            chunk, at, before = self._chunk, self.at - self._start, len(texts)
+            try:
+                while len(texts) < count and at + 8 <= len(chunk):
+                    end = at + 8 + _LENGTH.unpack_from(chunk, at)[0]
+                    if end > len(chunk):
+                        break
+                    texts.append(chunk[at + 8 : end].decode("utf-8"))
+                    at = end
+            except UnicodeDecodeError:
+                raise ValueError(f"{self.file.path}: {what} is not sound UTF-8") from None
+            self.at = self._start + at
+            self.spend(sum(map(sys.getsizeof, texts[before:])) - _EMPTY * (len(texts) - before), what)
+        return texts
+
+    def value(self, kind: int, what: str) -> Value:
+        """A value of the type of this number."""
+        if kind == _STRING:
+            return self.text(what)
+        if kind == _BOOL:
+            return self.whole(1, what) != 0
+        if kind in _NUMBERS:
+            number = np.frombuffer(self.take(_NUMBERS[kind].itemsize, what), _NUMBERS[kind])[0]
+            return float(str(number)) if number.dtype == np.float32 else number.item()
+        if kind != _ARRAY:
+            raise ValueError(f"{self.file.path}: {what} is of type {kind}; types are 0 to 12")
+        kind, count = self.whole(4, what), self.whole(8, what)
+        if kind == _STRING:
+            self.require(8 * count, what)
+            self.spend(_TEXT_COST * count, what)
+            return self._texts(count, what)
+        dtype = np.dtype(np.uint8) if kind == _BOOL else _NUMBERS.get(kind)
+        if dtype is None:
+            raise ValueError(f"{self.file.path}: {what} is an array of type {kind}; an array holds numbers or strings")
+        self.require(count * dtype.itemsize, what)
+        array = np.empty(count, dtype)
+        self.file.read_into(memoryview(array.view(np.uint8)), self.at)
+        self.at += array.nbytes
+        return array != 0 if kind == _BOOL else array
+
+
+def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:
+    """One file, and the memory that headers have taken so far."""
+    file = File(path)
+    header = _Header(file, spent)
+    magic = file.read(0, min(4, file.size))
+    if magic != _MAGIC:
+        pointer = " (a Git LFS pointer: run `git lfs pull`)" if magic == b"vers" else ""
+        raise ValueError(f"{path}: not a GGUF file, it begins with {magic!r}{pointer}")
+    header.take(4, "the magic word")
+    version = header.whole(4, "the version")
+    if version & 0xFFFF == 0:
+        raise ValueError(f"{path}: a big-endian file; only little-endian ones are read: fetch the ordinary one")
+    if version not in (2, 3):
+        raise ValueError(f"{path}: version {version} of the format; 2 and 3 are read: convert or fetch it anew")
+    tensors, keys = header.whole(8, "the count of tensors"), header.whole(8, "the count of keys")
+    header.require(keys * 13 + tensors * 24, f"a header of {keys:,} keys and {tensors:,} tensors")
+    header.spend(tensors * _TENSOR_COST + keys * _KEY_COST, f"a header of {keys:,} keys and {tensors:,} tensors")
+    metadata: dict[str, Value] = {}
+    for i in range(keys):
+        key = header.text(f"metadata key {i + 1}")
+        if key in metadata:
+            raise ValueError(f"{path}: metadata key {brief(key)} appears twice")
+        what = f"metadata {brief(key)}"
+        metadata[key] = header.value(header.whole(4, what), what)
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"{path}: general.alignment must be a power of two, got {shown(alignment)}")
+    infos = [_tensor_info(header, i) for i in range(tensors)]
+    begin = -(-header.at // alignment) * alignment
+    entries: dict[str, Entry] = {}
+    end, last = 0, ""
+    for name, kind, shape, start in sorted(infos, key=lambda info: info[3]):
+        where = f"{path}: tensor {brief(name)}"
+        if name in entries:
+            raise ValueError(f"{where} appears twice")
+        length = _stored_bytes(where, kind, shape)
+        if start % alignment:
+            raise ValueError(f"{where} starts at byte {start:,}, which is not a multiple of {alignment}")
+        if start < end:
+            raise ValueError(f"{where} starts at byte {start:,}, within {brief(last)}, which ends at {end:,}")
+        end, last = start + length, name
+        if begin + end > file.size:
+            raise ValueError(
+                f"{where} ends at byte {begin + end:,}, but the file has {file.size:,} (cut off? fetch it again)"
+            )
+        if kind in PLAIN:
+            entries[name] = stored(file, begin + start, PLAIN[kind], shape, kind=kind)
+        else:
+            entries[name] = _in_blocks(file, begin + start, kind, shape, where)
+    ordered = {name: entries[name] for name, *_ in infos}
+    return GGUF(path, version, metadata, ordered, file.size), header.spent
+
+
+def _tensor_info(header: _Header, number: int) -> tuple[str, str, tuple[int, ...], int]:
+    """Name, kind, shape (outermost first) and place of a tensor."""
+    path = header.file.path
+    name = header.text(f"the name of tensor {number + 1}")
+    what = f"tensor {brief(name)}"
+    rank = header.whole(4, what)
+    if rank > _MAX_RANK:
+        raise ValueError(f"{path}: {what} has {rank:,} dimensions; at most {_MAX_RANK} are allowed")
+    shape = tuple(header.whole(8, what) for _ in range(rank))[::-1]
+    if 0 in shape:
+        raise ValueError(f"{path}: {what} has shape {shape}; each dimension must be at least 1")
+    kind = header.whole(4, what)
+    known = _TYPES.get(kind, f"unknown number {kind}")
+    if known not in PLAIN and known not in blocks.BLOCKS:
+        read = ", ".join((*PLAIN, *blocks.BLOCKS))
+        raise ValueError(f"{path}: {what} is of type {known}, which is not read; read here: {read}")
+    return name, known, shape, header.whole(8, what)
+
+
+def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes in a file; `where` is what errors call it."""
+    if kind in PLAIN:
+        return math.prod(shape) * PLAIN[kind].itemsize
+    numbers, size = blocks.BLOCKS[kind]
+    if len(shape) < 2 or shape[-1] % numbers:
+        raise ValueError(
+            f"{where} is {kind} of shape {shape}: it must be a matrix, with rows of a multiple of {numbers}"
+        )
+    return math.prod(shape) // numbers * size
+
+
+def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where: str) -> Entry:
+    """A tensor that stands in a file as blocks."""
+    numbers, size = blocks.BLOCKS[kind]
+    raw = stored(file, start, np.dtype(np.uint8), (*shape[:-1], shape[-1] // numbers * size))
+
+    def entry(per: int, dtype: type[np.generic], decode: Callable[[np.ndarray], np.ndarray]) -> Entry:
+        """`per` elements of each block, that `decode` makes of rows of whole blocks."""
+
+        def fill(out: np.ndarray, index: Index) -> None:
+            rows, columns = index[0], index[-1]
+            first, last = columns.start // per, -(-columns.stop // per)
+            within = slice(columns.start - first * per, columns.stop - first * per)
+            step = max(1, _STEP // (out.size // len(out)))
+            for low in range(rows.start, rows.stop, step):
+                high = min(low + step, rows.stop)
+                part = raw.read((slice(low, high), *index[1:-1], slice(first * size, last * size)))
+                try:
+                    decoded = decode(part.reshape(-1, part.shape[-1]))
+                except FloatingPointError:
+                    raise ValueError(f"{where} has a scale that is not finite: fetch the file again") from None
+                decoded = decoded.reshape(*part.shape[:-1], -1)[..., within]
+                np.copyto(out[low - rows.start : high - rows.start], decoded, casting="unsafe")
+
+        full = (*shape[:-1], shape[-1] // numbers * per)
+        return Entry(np.dtype(dtype), full, fill, kind, raw.nbytes)
+
+    whole = entry(numbers, np.float32, functools.partial(blocks.dequantise, kind))
+    bits = _BITS.get(kind)
+    if bits is None or len(shape) != 2:
+        return whole
+    scales = entry(1, np.float16, lambda b: blocks.half(b.reshape(-1, size)[:, :2]))
+    if bits == 8:
+        values = entry(32, np.int8, lambda b: b.reshape(-1, size)[:, 2:].view(np.int8))
+    else:
+        values = entry(16, np.uint8, lambda b: b.reshape(-1, size)[:, 2:])
+    return dataclasses.replace(whole, quantised=Quantised(bits, values, scales))
+
+
+def _check_part(part: GGUF, number: int, count: int) -> None:
+    """Whether a file is the part of a split one that its name says."""
+    says = [part.metadata.get(key, 0) for key in ("split.no", "split.count")]
+    due = [number - 1, count]
+    if not all(type(n) is int for n in says) or (says != due and not (count == 1 and says == [0, 0])):
+        raise ValueError(
+            f"{part.path}: split.no and split.count are {', '.join(map(shown, says))}, but its name means "
+            f"{due[0]}, {due[1]}; keep the names that parts were given (...-00001-of-00003.gguf)"
+        )
+
+
+def _encoded(entry: Entry, kind: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor in `kind`, some rows at a time; FloatingPointError where a number is not finite in it."""
+    if kind in PLAIN:
+        for block in entry.blocks(PLAIN[kind]):
+            if not np.isfinite(block).all():
+                raise FloatingPointError
+            yield block
+        return
+    pieces = entry.quantised if entry.quantised is not None and entry.quantised.bits == _BITS[kind] else None
+    step = max(1, _STEP // entry.shape[1])
+    for low in range(0, entry.shape[0], step):
+        rows = (slice(low, low + step),)
+        if pieces is None:
+            yield blocks.quantise(kind, entry.read(rows, np.dtype(np.float32)))
+            continue
+        scales = pieces.scales.read(rows)[..., None]
+        values = pieces.values.read(rows).reshape(*scales.shape[:2], -1)
+        yield np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=2)
+
+
+def _u32(number: int) -> bytes:
+    return number.to_bytes(4, "little")
+
+
+def _u64(number: int) -> bytes:
+    return number.to_bytes(8, "little")
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return _u64(len(data)) + data
+
+
+def _value(value: Value) -> bytes:
+    """A value after the number of its type."""
+    if isinstance(value, str):
+        return _u32(_STRING) + _text(value)
+    if isinstance(value, bool):
+        return _u32(_BOOL) + bytes([value])
+    if isinstance(value, list):
+        return _u32(_ARRAY) + _u32(_STRING) + _u64(len(value)) + b"".join(map(_text, value))
+    if isinstance(value, int):
+        value = np.uint32(value) if 0 <= value < 1 << 32 else np.int64(value)
+    array = np.asarray(value, np.float32 if isinstance(value, float) else None)
+    number = next((number for number, dtype in _NUMBERS.items() if dtype == array.dtype), None)
+    if number is None or array.ndim > 1:
+        raise ValueError(f"metadata must be strings, numbers, or lists of them, got {shown(value)}")
+    lead = _u32(_ARRAY) + _u32(number) + _u64(array.size) if array.ndim else _u32(number)
+    return lead + array.astype(_NUMBERS[number]).tobytes()

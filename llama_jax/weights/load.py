@@ -1,0 +1,173 @@
+"""From entries to params: held against the config first, then read part by part, straight into each device's shards."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from llama_jax.config import ModelConfig, nearest
+from llama_jax.model import Params, logical_axes
+from llama_jax.ops.quant import QTensor
+from llama_jax.parallel import Layout
+from llama_jax.weights import layout as table
+from llama_jax.weights.entry import Entry, Index, aligned, row_blocks
+
+_FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
+_AT_ONCE = 2  # tensors in flight: what the host holds beyond what its devices do
+_QUIET = 3.0  # seconds before a bar appears
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
+
+
+def check_entries(entries: Mapping[str, Entry], config: ModelConfig, *, format: str, source: str) -> table.Leaves:
+    """The tensors of a file or folder as ours, by path; what this config has no place for is refused by name.
+
+    Args:
+        entries: by the format's names.
+        config: what its config says.
+        format: one of layout.FORMATS.
+        source: what errors call it.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown, or of another shape or type than it must be.
+    """
+    if config.num_layers > len(entries):  # before a list of a million layers is made
+        raise ValueError(f"{source}: its config has {config.num_layers:,} layers, but it has {len(entries):,} tensors")
+    weights = table.weights(config, format)
+    known = {weight.name: weight for weight in weights}
+    missing = [name for name in known if name not in entries]
+    extra = [name for name in entries if name not in known and not name.endswith(table.BUFFERS)]
+    embed, unembed = table.tied_names(format)
+    if config.tied_embeddings and unembed in extra and embed in entries:
+        if not equal(entries[unembed], entries[embed]):
+            raise ValueError(f"{source}: {unembed} differs from {embed}, but the config ties them")
+        extra.remove(unembed)
+    if missing:
+        near = nearest(missing[0], extra)
+        tie = " (is the model tied? its config says tie_word_embeddings=false)" if missing == [unembed] else ""
+        raise ValueError(f"{source}: missing {len(missing)} tensors, the first {missing[0]!r}{tie}{near}")
+    if extra:
+        near = nearest(extra[0], list(known))
+        raise ValueError(
+            f"{source}: {len(extra)} tensors that this config has no place for, the first {extra[0]!r}{near}"
+        )
+    for name, weight in known.items():
+        entry = entries[name]
+        if entry.shape != weight.stored_shape:
+            raise ValueError(f"{source}: {name} has shape {entry.shape}, but the config needs {weight.stored_shape}")
+        if entry.dtype not in _FLOATS:
+            allowed = ", ".join(map(str, _FLOATS))
+            raise ValueError(f"{source}: {name} is {entry.dtype}; weights must be {allowed}")
+    return {weight.path: weight.ours(entries[weight.name]) for weight in weights}
+
+
+def equal(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are the same bit for bit; the first rows decide almost always."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.kind != b.kind:
+        return False
+    head = (slice(0, 16),)
+    if a.read(head).tobytes() != b.read(head).tobytes():
+        return False
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a.blocks(), b.blocks(), strict=True))
+
+
+def load_leaves(
+    leaves: table.Leaves,
+    config: ModelConfig,
+    *,
+    layout: Layout | None,
+    dtype: jnp.dtype | None,
+    quantised: bool,
+) -> Params:
+    """Weights in the unrolled layout, each read straight into its shards: a process reads what its devices hold.
+
+    Args:
+        leaves: as `check_entries` gives them.
+        config: of the model.
+        layout: where the shards go, or None for one device.
+        dtype: to cast to; each tensor's own by default.
+        quantised: keep what is stored in groups of 8 or 4 bits as QTensors, rather than as arrays.
+    """
+    axes = logical_axes(config, stacked=False)
+
+    def place(entry: Entry, names: tuple[str, ...], to: np.dtype) -> jax.Array:
+        if layout is None:
+            where: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        else:
+            where = layout.sharding(names, entry.shape)
+        bounds = functools.partial(_bounds, entry.shape)
+        parts = _parts(entry, set(map(bounds, where.addressable_devices_indices_map(entry.shape).values())), to)
+        return jax.make_array_from_callback(entry.shape, where, lambda index: parts[bounds(index)])
+
+    def load(path: table.Path) -> jax.Array | QTensor:
+        entry, names = leaves[path], table.get(axes, path)
+        if quantised and entry.quantised is not None:
+            pieces = entry.quantised
+            leaf = QTensor(*(place(piece, names, piece.dtype) for piece in (pieces.values, pieces.scales)))
+        else:
+            leaf = place(entry, names, entry.dtype if dtype is None else np.dtype(dtype))
+        leaf = jax.block_until_ready(leaf)
+        bar.update(entry.nbytes)
+        return leaf
+
+    total = sum(entry.nbytes for entry in leaves.values())
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=_QUIET, leave=False) as bar,
+        concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
+    ):
+        futures = {path: pool.submit(load, path) for path in leaves}
+        try:
+            return table.build(config, ((path, future.result()) for path, future in futures.items()))
+        finally:  # after an error the rest need not be read
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _parts(entry: Entry, wanted: set[Bounds], dtype: np.dtype) -> dict[Bounds, np.ndarray]:
+    """The parts of a tensor that the devices of this process hold, each read once.
+
+    Parts that have their rows in common are read together, a block of rows at a time: the pieces of a row that go to
+    different devices are often too short to be read one by one, and what is packed would be unpacked for each.
+    """
+    rows: dict[Bounds, list[Bounds]] = {}
+    for part in wanted:
+        rows.setdefault(part[:1], []).append(part)
+    found: dict[Bounds, np.ndarray] = {}
+    for together in rows.values():
+        if len(together) == 1:
+            found[together[0]] = entry.read(_slices(together[0]), dtype)
+            continue
+        for part in together:
+            found[part] = aligned(tuple(stop - start for start, stop in part), dtype)
+        around = tuple(
+            (min(starts), max(stops))
+            for starts, stops in (zip(*axis, strict=True) for axis in zip(*together, strict=True))
+        )
+        for at, block in row_blocks(_slices(around), entry.dtype.itemsize):
+            scratch = entry.read(block, dtype)
+            for part in together:
+                inner = [slice(a - low, b - low) for (a, b), (low, _) in zip(part[1:], around[1:], strict=True)]
+                found[part][at] = scratch[(slice(None), *inner)]
+    return found
+
+
+def _slices(bounds: Bounds) -> Index:
+    return tuple(slice(start, stop) for start, stop in bounds)
+
+
+def main_dtype(leaves: table.Leaves) -> np.dtype:
+    """The dtype of most numbers."""
+    sizes: dict[np.dtype, int] = {}
+    for entry in leaves.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
+    return max(sizes, key=sizes.__getitem__)

@@ -1,0 +1,301 @@
+"""Llama as Meta publishes it: params.json beside consolidated.00.pth, .01.pth, ..., one for each device it ran on.
+
+The files of one model hold the parts of its matrices that fairscale's model-parallel layers have: all but the norms is
+split, along its rows where a layer's output is spread over the devices, along its columns where its input is. Put
+together they are what a single file would hold. Sources: llama_models/llama3/args.py and model.py of Meta's
+llama-models, and fairscale/nn/model_parallel/layers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import SIZES, ConfigError, ModelConfig, nearest
+from llama_jax.jsonfile import brief, read_json, write_json
+from llama_jax.weights import layout, torch_file
+from llama_jax.weights.entry import Entry, joined
+from llama_jax.weights.load import equal
+
+_NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
+_OPTIONAL = ("n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope")
+# Settings of a run of Meta's code, which say nothing of the model.
+_OF_A_RUN = ("max_seq_len", "max_batch_size", "model_parallel_size")
+# What would make it another model, and the value (beside null) that does not.
+_OTHER_MODELS: dict[str, int | None] = {
+    "quantization_args": None,
+    "lora_args": None,
+    "moe_args": None,
+    "vision_chunk_size": -1,
+    "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": -1,
+}
+_MOST = 1 << 20  # of any whole number in params.json
+_COLUMNS = (".wo.weight", ".w2.weight")  # their input is spread over the devices
+_SCALING = SIZES["llama3.1-8b"].rope_scaling  # `apply_scaling` has its four numbers written into it
+# (dim, ffn_dim) to the published (multiple_of, ffn_dim_multiplier): 8B, 70B, 405B, 1B, 3B.
+_PUBLISHED = {
+    (4096, 14_336): (1024, 1.3),
+    (8192, 28_672): (4096, 1.3),
+    (16_384, 53_248): (4096, 1.2),
+    (2048, 8192): (256, 1.5),
+    (3072, 8192): (256, 1.0),
+}
+
+
+def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Entry]]:
+    """The config of a folder and its tensors by Meta's names, the parts of each put together.
+
+    A model whose `output.weight` is absent, or is its embedding bit for bit, is tied, and has no such entry.
+
+    Raises:
+        ConfigError: a setting in params.json that is not implemented or cannot be.
+        ValueError: (one line) a file that is missing, damaged, or does not fit the others or params.json.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "params.json")
+    try:
+        _check_settings(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'params.json'}: {error}") from None
+    parts = {path.name: torch_file.open_file(path) for path in _files(folder)}
+    entries = _whole(folder, parts, raw["dim"])
+    embed, unembed = layout.tied_names("meta")
+    if embed not in entries or len(entries[embed].shape) != 2:
+        raise ValueError(f"{folder}: no matrix {embed!r}{nearest(embed, [n for n in entries if n != embed])}")
+    tied = unembed not in entries or entries[unembed] is entries[embed] or equal(entries[unembed], entries[embed])
+    if tied:
+        entries.pop(unembed, None)
+    try:
+        config = _config(raw, vocab_size=entries[embed].shape[0], tied=tied)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'params.json'}: {error}") from None
+    _check_shapes(folder, config, entries)
+    return config, entries
+
+
+def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
+    """The folder's tokenizer.model, or None."""
+    path = Path(folder) / "tokenizer.model"
+    return path if path.is_file() else None
+
+
+def save_folder(
+    folder: Path,
+    config: ModelConfig,
+    leaves: layout.Leaves,
+    *,
+    dtype: np.dtype,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write what Meta's code (and this file) reads, as for one device: consolidated.00.pth, and last params.json.
+
+    A block of one tensor at a time is in memory.
+
+    Args:
+        folder: there already, without *.pth files.
+        config: of the model.
+        leaves: its tensors by path.
+        dtype: of the file.
+        progress: told how many more bytes were written.
+
+    Raises:
+        ConfigError: a field of the config that Meta's code does not have, before anything is written.
+    """
+    settings = export_params(config)
+    tensors = {w.name: w.theirs(leaves[w.path]).cast(dtype) for w in layout.weights(config, "meta")}
+    if config.tied_embeddings:  # Meta's code has no word for it: the same storage stands there under both names
+        embed, unembed = layout.tied_names("meta")
+        tensors[unembed] = tensors[embed]
+    torch_file.save_file(folder / "consolidated.00.pth", tensors, progress=progress)
+    write_json(folder / "params.json", settings)
+
+
+def export_params(config: ModelConfig) -> dict[str, Any]:
+    """The params.json of a config: what `open_folder` reads back, but for max_seq_len, which is not in it.
+
+    Raises ConfigError for a field that Meta's code does not have.
+    """
+    if config.head_dim * config.num_heads != config.embed_dim:
+        raise ConfigError(
+            f"model.head_dim={config.head_dim} cannot be saved as Meta's files, whose heads are embed_dim / num_heads "
+            f"= {config.embed_dim / config.num_heads:g} wide; a Hugging Face folder can hold it"
+        )
+    settings: dict[str, Any] = {
+        "dim": config.embed_dim,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+    }
+    exact = (config.ffn_dim + 0.5) / _ffn_dim(config.embed_dim, 1, None)
+    pairs = [(256, None), (config.ffn_dim, None), (1, exact)]
+    if (config.embed_dim, config.ffn_dim) in _PUBLISHED:
+        pairs.insert(0, _PUBLISHED[config.embed_dim, config.ffn_dim])
+    multiple_of, multiplier = next(p for p in pairs if _ffn_dim(config.embed_dim, *p) == config.ffn_dim)
+    settings["multiple_of"] = multiple_of
+    if multiplier is not None:
+        settings["ffn_dim_multiplier"] = multiplier
+    if config.rope_scaling is not None:
+        settings["use_scaled_rope"] = True
+    back = _config(settings, vocab_size=config.vocab_size, tied=config.tied_embeddings)
+    for field in dataclasses.fields(config):
+        given, kept = getattr(config, field.name), getattr(back, field.name)
+        if given != kept and field.name != "max_seq_len":
+            raise ConfigError(
+                f"model.{field.name}={given} cannot be saved as Meta's files, which would make it {kept}; a Hugging "
+                "Face folder can hold it"
+            )
+    return settings
+
+
+# params.json.
+
+
+def _check_settings(raw: dict[str, Any]) -> None:
+    """Raise ConfigError for a setting that is missing, unknown, or of the wrong kind."""
+    for key, value in raw.items():
+        if key in _OTHER_MODELS:
+            if value is not None and value != _OTHER_MODELS[key]:
+                raise ConfigError(f"{key}={brief(value)} makes it another model than is implemented here")
+        elif key not in (*_NEEDED, *_OPTIONAL, *_OF_A_RUN):
+            near = nearest(key, [*_NEEDED, *_OPTIONAL])
+            raise ConfigError(f"{brief(key)} is not a setting that is known, and may change the model{near}")
+    missing = [key for key in _NEEDED if raw.get(key) is None]
+    if missing:
+        raise ConfigError(f"lacks {', '.join(missing)}")
+    for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"):
+        value = raw.get(key)
+        if value is None or (key == "vocab_size" and value == -1):
+            continue
+        if type(value) is not int or not 0 < value <= _MOST:
+            raise ConfigError(f"{key} must be a whole number from 1 to {_MOST:,}, got {brief(value)}")
+    for key in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
+        value = raw.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e12):
+            raise ConfigError(f"{key} must be a number above 0, got {brief(value)}")
+    scaled = raw.get("use_scaled_rope")
+    if scaled is not None and type(scaled) is not bool:
+        raise ConfigError(f"use_scaled_rope must be true or false, got {brief(scaled)}")
+
+
+def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
+    """The config of a params.json that was checked, and of what the tensors tell beside it."""
+    dim, heads = raw["dim"], raw["n_heads"]
+    vocab = vocab_size if raw.get("vocab_size") in (None, -1) else raw["vocab_size"]
+    if dim % heads:
+        raise ConfigError(f"dim={dim} must be a multiple of n_heads={heads}")
+    scaled, llama3, theta = bool(raw.get("use_scaled_rope")), vocab >= 128_000, raw.get("rope_theta")
+    if theta is None and (scaled or llama3):
+        raise ConfigError("lacks rope_theta (500000.0 in Llama 3)")
+    kv_heads = raw.get("n_kv_heads")
+    config = ModelConfig(
+        vocab_size=vocab,
+        embed_dim=dim,
+        num_layers=raw["n_layers"],
+        num_heads=heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=dim // heads,
+        ffn_dim=_ffn_dim(dim, raw["multiple_of"], raw.get("ffn_dim_multiplier")),
+        norm_eps=float(raw["norm_eps"]),
+        rope_theta=10_000.0 if theta is None else float(theta),  # Llama 1 and 2 have it in their code
+        rope_scaling=_SCALING if scaled else None,
+        # The file does not say; these are the lengths that the generations were trained for.
+        max_seq_len=131_072 if scaled else 8192 if llama3 else 4096,
+        tied_embeddings=tied,
+    )
+    # Meta's code rescales by 8 whatever the model; the config.json that it publishes with these two says 32.
+    for published in (SIZES["llama3.2-1b"], SIZES["llama3.2-3b"]):
+        if scaled and published == dataclasses.replace(
+            config, rope_scaling=published.rope_scaling, tied_embeddings=published.tied_embeddings
+        ):
+            return dataclasses.replace(config, rope_scaling=published.rope_scaling)
+    return config
+
+
+def _ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Two thirds of four times `dim`, scaled, and rounded up to a multiple (`FeedForward` in Meta's model.py)."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+# consolidated.NN.pth.
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder in order, none of them missing as far as their numbers tell."""
+    numbers = sorted(
+        int(found[1]) for path in folder.iterdir() if (found := re.fullmatch(r"consolidated\.(\d\d)\.pth", path.name))
+    )
+    if not numbers:
+        raise ValueError(f"{folder}: no consolidated.00.pth beside params.json: download it")
+    lacking = sorted(set(range(numbers[-1])) - set(numbers))
+    if lacking:
+        raise ValueError(
+            f"{folder}: consolidated.{lacking[0]:02}.pth is missing, though there is one of number {numbers[-1]:02}: "
+            "download it"
+        )
+    return [folder / f"consolidated.{number:02}.pth" for number in numbers]
+
+
+def _whole(folder: Path, parts: Mapping[str, dict[str, Entry]], dim: int) -> dict[str, Entry]:
+    """The tensors that the parts make up; `parts` are by the name of the file."""
+    first, *others = parts
+    for file in others:
+        for one, two in ((first, file), (file, first)):
+            lacking = [name for name in parts[one] if name not in parts[two]]
+            if lacking:
+                raise ValueError(
+                    f"{folder / two}: no tensor {brief(lacking[0])}, which {one} has: is it of this model?"
+                )
+    whole: dict[str, Entry] = {}
+    for name, entry in parts[first].items():
+        if name.endswith(layout.BUFFERS):
+            continue
+        pieces = [part[name] for part in parts.values()]
+        for file, piece in zip(parts, pieces, strict=True):
+            if (piece.shape, piece.dtype) != (entry.shape, entry.dtype):
+                raise ValueError(
+                    f"{folder / file}: {brief(name)} is {piece.dtype} {piece.shape}, but in {first} it is "
+                    f"{entry.dtype} {entry.shape}: are both of this model?"
+                )
+        axis = _split_axis(name, entry, dim)
+        # Every device has the whole of a norm. The first's is taken, without a look at the others: in training on
+        # several devices they may drift apart by a bit, and that is no reason to refuse a published model.
+        whole[name] = entry if axis is None or len(pieces) == 1 else joined(pieces, axis)
+    return whole
+
+
+def _split_axis(name: str, part: Entry, dim: int) -> int | None:
+    """The axis along which a tensor is split over the files: 0 rows, 1 columns, None not at all."""
+    if len(part.shape) != 2:
+        return None
+    if name == layout.tied_names("meta")[0]:
+        return 0 if part.shape[1] == dim else 1  # VocabParallelEmbedding in Llama 3, ParallelEmbedding before
+    return 1 if name.endswith(_COLUMNS) else 0
+
+
+def _check_shapes(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
+    """Raise ValueError where the tensors are not of the config; those that are missing or too many are no matter."""
+    layers = {name.split(".")[1] for name in entries if name.startswith("layers.")}
+    if len(layers) != config.num_layers:
+        raise ConfigError(
+            f"{folder / 'params.json'}: n_layers={config.num_layers}, but the files hold {len(layers)} layers"
+        )
+    for weight in layout.weights(config, "meta"):
+        entry = entries.get(weight.name)
+        if entry is not None and entry.shape != weight.shape:
+            raise ValueError(
+                f"{folder}: {weight.name} of all files together has shape {entry.shape}, but params.json asks for "
+                f"{weight.shape}: is a file missing, or params.json of another model?"
+            )

@@ -1,0 +1,280 @@
+"""Reading and writing PyTorch's files (.pth) without PyTorch, and without running what they say.
+
+Such a file is a zip archive, nothing compressed: <top>/data.pkl is a pickle that describes a dict of tensors, and
+<top>/data/0, 1, ... are the bytes that they lie in, their storages (torch/serialization.py and torch/_utils.py of
+PyTorch). What is in the pickle, and why it cannot harm, torch_pickle.py says.
+
+Counts, sizes and places are held against the bytes that are there before anything is read or made, and every refusal
+is one line that names the file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, BinaryIO, NamedTuple
+
+import numpy as np
+
+from llama_jax.jsonfile import brief
+from llama_jax.weights import torch_pickle
+from llama_jax.weights.entry import Entry, File, stored, whole_file
+from llama_jax.weights.torch_pickle import Storage, Tensor
+
+_MAX_MEMBERS = 10_000
+_MAX_DIRECTORY = 4_000_000
+_ALIGNMENT = 64  # of the numbers in a file, as torch.save has it
+
+# Records of a zip archive (APPNOTE.TXT of PKWARE, 4.3): of a member, of the directory, and of where the directory is.
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_LOCATOR = struct.Struct("<4sIQI")
+_END_64 = struct.Struct("<4sQ2H2I4Q")
+_OTHER_KINDS = (
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "in the format of torch before 1.6; load it in a newer torch, and save it again"),
+    (b"\x80", "a bare pickle, which would have to be run; save a dict of tensors with torch.save"),
+    (b"GGUF", "a GGUF file; name it *.gguf"),
+    (b"version https://git-lfs", "a pointer of Git LFS; fetch the file with `git lfs pull`"),
+)
+
+
+class _Member(NamedTuple):
+    start: int
+    size: int
+    crc: int
+
+
+def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """The tensors of one file, by name; reads no numbers. Names of one tensor (tied weights) have one Entry.
+
+    Raises:
+        ValueError: (one line) the file is damaged, of another kind, or describes anything but a dict of tensors.
+    """
+    file = File(path)
+    try:
+        return _tensors(file)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+
+
+def save_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Entry],
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write what torch.load reads (with weights_only and mmap, too), a block of rows at a time.
+
+    The file appears under its name only when it is whole. An Entry that stands under two names is written once, as
+    torch.save does with tied weights.
+
+    Args:
+        path: the file; one of this name is replaced.
+        tensors: by name.
+        progress: told how many more bytes were written.
+
+    Raises:
+        ValueError: a dtype that the format has no name for, or thousands of tensors.
+    """
+    allowed = torch_pickle.STORAGES.values()
+    storages: dict[int, tuple[Storage, Entry]] = {}  # by identity
+    described: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in allowed:
+            raise ValueError(
+                f"{path}: tensor {name!r} has dtype {tensor.dtype}; allowed: {', '.join(map(str, allowed))}"
+            )
+        storage = Storage(str(len(storages)), tensor.dtype, math.prod(tensor.shape))
+        storage, _ = storages.setdefault(id(tensor), (storage, tensor))
+        described[name] = Tensor(storage, 0, tensor.shape, _dense(tensor.shape))
+    pickle = torch_pickle.dump(described)
+    if len(pickle) > torch_pickle.MAX_BYTES:
+        raise ValueError(f"{path}: {len(tensors):,} tensors are more than one file of this kind may have")
+    with whole_file(Path(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n")):
+            with _new_member(archive, file, name) as member:
+                member.write(content)
+        for storage, tensor in storages.values():
+            with _new_member(archive, file, f"data/{storage.key}") as member:
+                for block in tensor.blocks():
+                    member.write(block.reshape(-1).view(np.uint8).data)
+                    progress(block.nbytes)
+
+
+def _new_member(archive: zipfile.ZipFile, file: BinaryIO, name: str) -> IO[bytes]:
+    """A member to write, whose bytes will be aligned."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    start = file.tell() + _LOCAL.size + len(info.filename) + 20 + 4  # 20: its sizes in 64 bits; 4: a header of padding
+    padding = -start % _ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    return archive.open(info, "w", force_zip64=True)
+
+
+def _tensors(file: File) -> dict[str, Entry]:
+    members = _members(file)
+    tops = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(tops) != 1:
+        raise ValueError(f"a zip archive with {len(tops)} <folder>/data.pkl, where a torch file has one")
+    top = tops[0]
+    for name in members:  # names are looked up here, and never become paths
+        if not name.startswith(top + "/"):
+            raise ValueError(f"its member {brief(name)} is outside of its folder {brief(top)}: not a torch file")
+    order = members.get(f"{top}/byteorder")
+    if order is not None and (order.size != 6 or file.read(order.start, 6) != b"little"):
+        raise ValueError("its numbers are not little-endian; only those are read")
+    pickle = members[f"{top}/data.pkl"]
+    if pickle.size > torch_pickle.MAX_BYTES:
+        raise ValueError(f"its data.pkl has {pickle.size:,} bytes; {torch_pickle.MAX_BYTES:,} are allowed")
+    program = file.read(pickle.start, pickle.size)
+    if zlib.crc32(program) != pickle.crc:
+        raise ValueError("data.pkl is damaged (its checksum differs): download the file again")
+    entries: dict[str, Entry] = {}
+    same: dict[tuple[int, np.dtype, tuple[int, ...]], Entry] = {}
+    for name, tensor in torch_pickle.load(program).items():
+        start = _place(members.get(f"{top}/data/{tensor.storage.key}"), tensor, f"tensor {brief(name)}")
+        dtype, shape = tensor.storage.dtype, tensor.shape
+        entries[name] = same.setdefault((start, dtype, shape), stored(file, start, dtype, shape))
+    return entries
+
+
+def _place(member: _Member | None, tensor: Tensor, where: str) -> int:
+    """The first byte of a tensor, after checking that it lies within its storage, row after row."""
+    storage, shape, width = tensor.storage, tensor.shape, tensor.storage.dtype.itemsize
+    if member is None:
+        raise ValueError(f"{where} lies in storage {brief(storage.key)}, which is not in the file")
+    if member.size != storage.length * width:
+        raise ValueError(
+            f"{where}: storage {brief(storage.key)} should have {storage.length * width:,} bytes "
+            f"({storage.length:,} of {storage.dtype}), but has {member.size:,}"
+        )
+    if math.prod(n for n in shape if n) * width > 1 << 62:
+        raise ValueError(f"{where} has shape {brief(shape)}, which is beyond any memory")
+    dense = zip(shape, tensor.strides, _dense(shape), strict=True)
+    if 0 not in shape and any(n > 1 and given != wanted for n, given, wanted in dense):
+        raise ValueError(
+            f"{where} is not contiguous (shape {brief(shape)}, strides {brief(tensor.strides)}): save its .contiguous()"
+        )
+    if tensor.offset + math.prod(shape) > storage.length:
+        raise ValueError(
+            f"{where} of shape {brief(shape)} from number {tensor.offset:,} on reaches beyond its storage of "
+            f"{storage.length:,}"
+        )
+    return member.start + tensor.offset * width
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor that lies row after row."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+# The archive.
+
+
+def _members(file: File) -> dict[str, _Member]:
+    """Where the bytes of each member are; none of them overlap."""
+    count, start, end = _directory(file)
+    directory = file.read(start, end - start)
+    found: dict[str, _Member] = {}
+    spans: list[tuple[int, int]] = [(start, end)]
+    at = 0
+    for _ in range(count):
+        if at + _CENTRAL.size > len(directory) or directory[at : at + 4] != b"PK\1\2":
+            raise ValueError("its zip directory is damaged: download the file again")
+        (
+            _,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            name_length,
+            extra_length,
+            comment_length,
+            _,
+            _,
+            _,
+            offset,
+        ) = _CENTRAL.unpack_from(directory, at)
+        name_end = at + _CENTRAL.size + name_length
+        raw_name = directory[at + _CENTRAL.size : name_end]
+        name = raw_name.decode("utf-8", "backslashreplace")
+        where = f"its member {brief(name)}"
+        size, packed, offset = _wide((size, packed, offset), directory[name_end : name_end + extra_length], where)
+        at = name_end + extra_length + comment_length
+        if flags & 1 or method != zipfile.ZIP_STORED or packed != size:
+            raise ValueError(f"{where} is compressed or encrypted; torch.save does neither: save it again")
+        if name in found:
+            raise ValueError(f"{where} appears twice")
+        header_end = offset + _LOCAL.size + name_length
+        if header_end > start:
+            raise ValueError(f"{where} begins beyond the data that is there: was the file cut off?")
+        header = file.read(offset, header_end - offset)
+        signature, *_, local_name_length, local_extra_length = _LOCAL.unpack_from(header)
+        if signature != b"PK\3\4" or local_name_length != name_length or header[_LOCAL.size :] != raw_name:
+            raise ValueError(f"{where} is not where the zip directory says")
+        begin = header_end + local_extra_length
+        if begin + size > start:
+            raise ValueError(f"{where} of {size:,} bytes ends beyond the data that is there: was the file cut off?")
+        spans.append((offset, begin + size))
+        found[name] = _Member(begin, size, crc)
+    if at != len(directory):
+        raise ValueError("its zip directory is damaged: download the file again")
+    spans.sort()
+    if any(begin < before for (_, before), (begin, _) in zip(spans, spans[1:], strict=False)):
+        raise ValueError("members of its zip archive overlap: not a file of torch.save")
+    return found
+
+
+def _directory(file: File) -> tuple[int, int, int]:
+    """How many members the archive has, and the first and last byte of the directory that lists them."""
+    head = file.read(0, min(file.size, 32))
+    if not head.startswith(b"PK\3\4"):
+        kinds = [kind for start, kind in _OTHER_KINDS if head.startswith(start)]
+        if head[8:9] == b"{":
+            kinds.append("a safetensors file; name it *.safetensors")
+        raise ValueError(f"this is {kinds[0]}" if kinds else "not a file of torch.save, which begins with PK")
+    end = file.size - _END.size
+    last = file.read(max(end, 0), min(file.size, _END.size))
+    if len(last) < _END.size or not last.startswith(b"PK\5\6"):
+        raise ValueError("it lacks the zip directory at its end, so it was cut off: download it again")
+    _, _, _, _, count, size, start, _ = _END.unpack(last)
+    locator = file.read(end - _LOCATOR.size, _LOCATOR.size) if end >= _LOCATOR.size else b""
+    if locator.startswith(b"PK\6\7"):
+        _, _, place, _ = _LOCATOR.unpack(locator)
+        if place + _END_64.size > end - _LOCATOR.size:
+            raise ValueError("its zip directory is damaged: download the file again")
+        end = place
+        signature, *_, count, size, start = _END_64.unpack(file.read(place, _END_64.size))
+        if signature != b"PK\6\6":
+            raise ValueError("its zip directory is damaged: download the file again")
+    if start + size != end:
+        raise ValueError("its zip directory is not where the file's end says: was a part of the file lost?")
+    if count > _MAX_MEMBERS or size > _MAX_DIRECTORY:
+        raise ValueError(f"its zip directory lists {count:,} members in {size:,} bytes, more than any torch file")
+    return count, start, end
+
+
+def _wide(values: tuple[int, int, int], extra: bytes, where: str) -> tuple[int, ...]:
+    """Sizes and offset of a member; those that do not fit in 32 bits are in an extra field (4.5.3 of the APPNOTE)."""
+    wanted = [i for i, value in enumerate(values) if value == 0xFFFFFFFF]
+    out, at = list(values), 0
+    while wanted and at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        if kind == 1 and length >= 8 * len(wanted) and at + 4 + length <= len(extra):
+            for i, value in zip(wanted, struct.unpack_from(f"<{len(wanted)}Q", extra, at + 4), strict=True):
+                out[i] = value
+            return tuple(out)
+        at += 4 + length
+    if wanted:
+        raise ValueError(f"{where} has no size: its zip directory is damaged")
+    return tuple(out)

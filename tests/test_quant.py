@@ -1,0 +1,110 @@
+"""Quantised weights: products, look-ups and whole forward passes are those of the numbers they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.make_model import random_tokens
+
+from llama_jax import model, parallel
+from llama_jax.config import SIZES
+from llama_jax.infer.llama import Llama
+from llama_jax.ops import linear, quant
+from llama_jax.ops.quant import QTensor
+from llama_jax.weights import transform
+
+ROUNDING = 1e-5
+TINY = {**SIZES["tiny"].to_dict(), "embed_dim": 64, "rope_scaling": SIZES["tiny"].rope_scaling}
+CONFIG = type(SIZES["tiny"])(**TINY)
+
+
+def random_quantised(shape, bits, seed=0):
+    """A QTensor, and its numbers as Q8_0 and Q4_0 are defined, one at a time."""
+    rng = np.random.default_rng(seed)
+    out, size = shape
+    integers = rng.integers(-127, 128, shape) if bits == 8 else rng.integers(-8, 8, shape)
+    scales = (rng.random((out, size // 32)) * 0.01).astype(np.float16)
+    numbers = integers.astype(np.float32) * np.repeat(scales, 32, axis=1).astype(np.float32)
+    if bits == 8:
+        values = integers.astype(np.int8)
+    else:
+        groups = (integers + 8).reshape(out, -1, 32).astype(np.uint8)
+        values = (groups[..., :16] | groups[..., 16:] << 4).reshape(out, -1)
+    return QTensor(jnp.asarray(values), jnp.asarray(scales)), numbers
+
+
+def gap(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_its_shape_and_numbers_are_those_it_stands_for(bits):
+    w, numbers = random_quantised((6, 96), bits)
+    assert (w.shape, w.bits) == ((6, 96), bits)
+    np.testing.assert_array_equal(quant.dequantise(w, jnp.float32), numbers)
+    assert sum(a.nbytes for a in jax.tree.leaves(w)) == 6 * 3 * (34 if bits == 8 else 18)
+
+
+@pytest.mark.parametrize("out", [512, 100], ids=["in turn", "at once"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_are_those_of_the_numbers(bits, rows, out):
+    w, numbers = random_quantised((out, 64), bits)
+    x = np.random.default_rng(1).standard_normal((2, rows, 64)).astype(np.float32)
+    for product in (linear.linear, linear.linear_f32):
+        result = jax.jit(product)(x, w)
+        assert result.dtype == jnp.float32
+        assert gap(result, x.astype(np.float64) @ numbers.T.astype(np.float64)) < ROUNDING
+    half = jax.jit(linear.linear)(x.astype(jnp.bfloat16), w)
+    assert half.dtype == jnp.bfloat16 and gap(half, x @ numbers.T) < 2e-2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_flow_through_it_to_the_activations(bits):
+    w, numbers = random_quantised((512, 64), bits)
+    x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    gradient = jax.grad(lambda x: (linear.linear(x, w) ** 2).sum())(x)
+    assert gap(gradient, 2 * (x @ numbers.T) @ numbers) < ROUNDING
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_are_looked_up_and_other_ids_are_nan(bits):
+    w, numbers = random_quantised((50, 64), bits)
+    ids = jnp.array([[3, 49], [0, 50]])
+    rows = jax.jit(linear.embed, static_argnums=2)(w, ids, jnp.float32)
+    np.testing.assert_array_equal(rows[:, 0], numbers[[3, 0]])
+    np.testing.assert_array_equal(rows[0, 1], numbers[49])
+    assert jnp.isnan(rows[1, 1]).all()
+
+
+def quantised_params(bits):
+    """A model's unrolled weights with every matrix quantised, and the same with arrays."""
+    dense = transform.unstack(model.init_params(CONFIG, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(dense)
+    pairs = [
+        random_quantised(leaf.shape, bits, seed) if leaf.ndim == 2 else (leaf, leaf) for seed, leaf in enumerate(leaves)
+    ]
+    return tuple(jax.tree.unflatten(tree, list(side)) for side in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [None, {"tensor": 4, "data": 2}], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_is_the_model_of_its_numbers_on_any_mesh(bits, sizes):
+    quantised, dense = quantised_params(bits)
+    mesh = None if sizes is None else parallel.make_mesh(sizes)
+    a = Llama(CONFIG, quantised, mesh=mesh, dtype="float32")
+    b = Llama(CONFIG, dense, dtype="float32")
+    held = [leaf for leaf in jax.tree.leaves(a.params) if leaf.ndim == 2]
+    assert {leaf.dtype.name for leaf in held} == {"int8" if bits == 8 else "uint8", "float16"}
+    tokens = random_tokens(CONFIG, rows=2, length=9)
+    assert gap(a.logits(tokens), b.logits(tokens)) < ROUNDING
+    prompts = [row[:5].tolist() for row in tokens]
+    options = {"temperature": 0.0, "max_new_tokens": 6}
+    assert [r.tokens for r in a.generate(prompts, **options)] == [r.tokens for r in b.generate(prompts, **options)]
+
+
+def test_quantised_weights_stack_and_unstack():
+    quantised, _ = quantised_params(4)
+    again = transform.unstack(transform.stack(quantised))
+    jax.tree.map(np.testing.assert_array_equal, again, quantised)
