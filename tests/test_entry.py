@@ -66,7 +66,6 @@ def test_every_part_is_that_of_the_whole(wrapped):
 
 def test_every_part_is_that_of_the_whole_when_read_in_many_blocks(wrapped, monkeypatch):
     monkeypatch.setattr(entry, "_BLOCK", 64)
-    monkeypatch.setattr(entry, "_WRITTEN", 64)
     check(*wrapped)
 
 

@@ -22,8 +22,7 @@ import numpy as np
 Index = tuple[slice, ...]  # one contiguous slice a dimension, with whole-number bounds
 
 _ALIGNMENT = 64  # what jax asks of memory that it takes over on a CPU
-_BLOCK = 1 << 22  # bytes that are converted at a time: they stay in the cache
-_WRITTEN = 1 << 26  # bytes that are written at a time
+_BLOCK = 1 << 22  # bytes that are converted or written at a time: they stay in the cache
 _LEAST_RUN = 1 << 10  # shorter pieces of rows are read with what lies between them
 
 
@@ -111,7 +110,7 @@ class Entry:
 
     def blocks(self, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         """The whole tensor as blocks of rows, for writers: no more than one is in memory."""
-        for _, part in row_blocks(tuple(slice(0, n) for n in self.shape), self.dtype.itemsize, _WRITTEN):
+        for _, part in row_blocks(tuple(slice(0, n) for n in self.shape), self.dtype.itemsize):
             yield self.read(part, dtype)
 
     def cast(self, dtype: np.dtype) -> Entry:
@@ -211,12 +210,12 @@ def reordered(entry: Entry, period: int, order: np.ndarray) -> Entry:
     return dataclasses.replace(entry, fill=fill, quantised=pieces)
 
 
-def row_blocks(index: Index, itemsize: int, size: int | None = None) -> list[tuple[Index, Index]]:
-    """Blocks of rows of about `size` bytes of a part: for each, where it is within the part, and within the tensor."""
+def row_blocks(index: Index, itemsize: int) -> list[tuple[Index, Index]]:
+    """Blocks of rows of about 4 MB of a part: for each, where it is within the part, and within the tensor."""
     if not index:
         return [((), ())]
     per_row = max(1, math.prod(s.stop - s.start for s in index[1:])) * itemsize
-    step = max(1, (size or _BLOCK) // per_row)
+    step = max(1, _BLOCK // per_row)
     first, last = index[0].start, index[0].stop
     return [
         ((slice(low - first, min(low + step, last) - first),), (slice(low, min(low + step, last)), *index[1:]))

@@ -99,7 +99,9 @@ def save(
     free = shutil.disk_usage(path.parent).free
     if total + _SPARE > free:
         raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, leave=False) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, mininterval=1, leave=False
+    ) as bar:
         try:
             _WRITERS[format](path, config, leaves, card, dtype=dtype, shard_bytes=shard_bytes, progress=bar.update)
         except OSError as error:

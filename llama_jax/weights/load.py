@@ -119,7 +119,7 @@ def load_leaves(
 
     total = sum(entry.nbytes for entry in leaves.values())
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=_QUIET, leave=False) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=_QUIET, mininterval=1, leave=False) as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         futures = {path: pool.submit(load, path) for path in leaves}
