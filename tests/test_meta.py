@@ -274,9 +274,6 @@ def test_settings_that_change_nothing_are_passed_over(tmp_path):
     text = (folder / "params.json").read_text()
     (folder / "params.json").write_text(text.replace("{", '{"lora_args": null, ', 1))
     assert meta.open_folder(folder)[0] == meta.open_folder(GOLDEN / "one")[0]
-    assert meta.tokenizer_path(folder) is None
-    (folder / "tokenizer.model").write_text("")
-    assert meta.tokenizer_path(folder) == folder / "tokenizer.model"
 
 
 def _without(name):

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llama_jax.config import nearest
-from llama_jax.jsonfile import brief, read_json
 from llama_jax.weights import msgpack
 from llama_jax.weights.entry import Entry, File
+from llama_jax.weights.index import open_shards
 
 WEIGHTS = "flax_model.msgpack"
 INDEX = "flax_model.msgpack.index.json"
@@ -27,9 +26,9 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
-        found = msgpack.open_file(File(folder / WEIGHTS))
+        found = _open_file(folder / WEIGHTS)
     elif (folder / INDEX).is_file():
-        found = _open_shards(folder, folder / INDEX)
+        found = open_shards(folder / INDEX, ".msgpack", _open_file)
     else:
         raise ValueError(f"{folder}: no {WEIGHTS} and no {INDEX} in this folder")
     if all(name.startswith(_ROOT) for name in found):
@@ -37,22 +36,5 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
     return found
 
 
-def _open_shards(folder: Path, index: Path) -> dict[str, Entry]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(places)}")
-    shards: dict[str, dict[str, Entry]] = {}
-    for name, shard in places.items():
-        if not isinstance(shard, str) or not shard.endswith(".msgpack") or set(shard) & set("/\\:\0"):
-            raise ValueError(
-                f"{index}: tensor {brief(name)} is said to be in {brief(shard)}; it must be the bare name of a "
-                ".msgpack file in this folder"
-            )
-        if shard not in shards:
-            if not (folder / shard).is_file():
-                raise ValueError(f"{folder / shard}: missing, though {index.name} lists it: download it again")
-            shards[shard] = msgpack.open_file(File(folder / shard))
-        if name not in shards[shard]:
-            near = nearest(name, list(shards[shard]))
-            raise ValueError(f"{folder / shard}: no tensor {brief(name)}, though {index.name} lists it{near}")
-    return {name: shards[shard][name] for name, shard in places.items()}
+def _open_file(path: Path) -> dict[str, Entry]:
+    return msgpack.open_file(File(path))

@@ -80,12 +80,6 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
     return config, entries
 
 
-def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
-    """The folder's tokenizer.model, or None."""
-    path = Path(folder) / "tokenizer.model"
-    return path if path.is_file() else None
-
-
 def save_folder(
     folder: Path,
     config: ModelConfig,

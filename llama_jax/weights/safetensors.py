@@ -17,9 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.config import nearest
-from llama_jax.jsonfile import brief, parse_json, read_json
+from llama_jax.jsonfile import brief, parse_json
 from llama_jax.weights.entry import Entry, File, stored, whole_file
+from llama_jax.weights.index import open_shards
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -89,7 +89,7 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
         return open_file(folder / "model.safetensors")
     index = folder / INDEX
     if index.is_file():
-        return _open_shards(folder, index)
+        return open_shards(index, ".safetensors", open_file)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return open_file(files[0])
@@ -167,25 +167,3 @@ def _check_tensor(path: Path, name: str, info: Any, space: int) -> tuple[int, in
 
 def _counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values)
-
-
-def _open_shards(folder: Path, index: Path) -> dict[str, Entry]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(places)}")
-    shards: dict[str, dict[str, Entry]] = {}
-    for name, shard in places.items():
-        bare = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
-        if not bare:
-            raise ValueError(
-                f"{index}: tensor {brief(name)} is said to be in {brief(shard)}; it must be the bare name of a "
-                ".safetensors file in this folder"
-            )
-        if shard not in shards:
-            if not (folder / shard).is_file():
-                raise ValueError(f"{folder / shard}: missing, though {index.name} lists it: download it again")
-            shards[shard] = open_file(folder / shard)
-        if name not in shards[shard]:
-            near = nearest(name, list(shards[shard]))
-            raise ValueError(f"{folder / shard}: no tensor {name!r}, though {index.name} lists it{near}")
-    return {name: shards[shard][name] for name, shard in places.items()}

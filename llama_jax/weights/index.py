@@ -1,0 +1,42 @@
+"""Hugging Face's index of a model in several files: which tensor is in which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_jax.config import nearest
+from llama_jax.jsonfile import brief, read_json
+from llama_jax.weights.entry import Entry
+
+
+def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, Entry]]) -> dict[str, Entry]:
+    """The tensors that an index lists, each from its file.
+
+    Args:
+        index: the JSON file; `weight_map` in it has a file's name for each tensor.
+        suffix: of those files, which must be files of the index's own folder.
+        open_file: opens one of them.
+
+    Raises:
+        ValueError: (one line) an index or a file that is not sound, or one that does not have what the other says.
+    """
+    folder = index.parent
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(places)}")
+    shards: dict[str, dict[str, Entry]] = {}
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not shard.endswith(suffix) or set(shard) & set("/\\:\0"):
+            raise ValueError(
+                f"{index}: tensor {brief(name)} is said to be in {brief(shard)}; it must be the bare name of a "
+                f"{suffix} file in this folder"
+            )
+        if shard not in shards:
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder / shard}: missing, though {index.name} lists it: download it again")
+            shards[shard] = open_file(folder / shard)
+        if name not in shards[shard]:
+            near = nearest(name, list(shards[shard]))
+            raise ValueError(f"{folder / shard}: no tensor {brief(name)}, though {index.name} lists it{near}")
+    return {name: shards[shard][name] for name, shard in places.items()}
