@@ -340,6 +340,13 @@ def test_what_can_only_be_a_path_is_no_id_and_never_reaches_the_hub(text, monkey
         hub.download(text)
 
 
+def test_a_mistyped_path_below_a_folder_that_is_there_is_no_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_hub_id("runs/quikstart")
+    (tmp_path / "runs").mkdir()
+    assert not hub.is_hub_id("runs/quikstart")
+
+
 LLAMA = ("config.json", "tokenizer.json", "README.md")
 CHOICES = {
     "one_file": ((*LLAMA, "model.safetensors", "model.safetensors.index.json", *SHARDS), {"model.safetensors"}, ""),

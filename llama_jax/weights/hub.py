@@ -59,8 +59,8 @@ class _Choice:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this could be a model on the hub. A local path may look the same: one that exists comes first."""
-    return _parse(text) is not None
+    """Whether this names a model on the hub, rather than a path: one that exists, or whose first folder does."""
+    return _parse(text) is not None and not Path(Path(text).parts[0]).exists()
 
 
 def download(repo_id: str) -> Path:

@@ -103,7 +103,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
         ValueError: a damaged file.
     """
     path = Path(source).expanduser()
-    if not path.exists() and hub.is_hub_id(str(source)):
+    if hub.is_hub_id(str(source)):
         path = hub.download(str(source))
     if path.is_file():
         return _open_file(path)
