@@ -54,8 +54,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     convert.add_argument(
         "--dtype",
         metavar="NAME",
-        help="float32, float16, bfloat16, and for gguf also q8_0 and q4_0 (as it is stored; float32 where that is in "
-        "fewer bits than can be written, which is exact)",
+        help="float32, float16, bfloat16, and for gguf also q8_0 and q4_0 (by default as it is stored; unpacked to "
+        "float32, which is exact, where that is a type that cannot be written)",
     )
     convert.add_argument("--shard_size", metavar="SIZE", default="5G", help="of a file of hf, at most: 500M, 5G (5G)")
     return parser.parse_args(argv)
@@ -89,13 +89,18 @@ def _convert(options: argparse.Namespace) -> int:
     except UnknownTokenizer as error:
         without = str(error)
     stops = dict.fromkeys([*source.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())])
-    bos = source.bos_token if tokenizer is None else tokenizer.bos_id
-    card = export.Card(tokenizer, bos, tuple(stops), source.sampling)
+    bos = tokenizer.bos_id if source.bos_token is None and tokenizer else source.bos_token
+    files = source.tokenizer_files
+    if tokenizer is not None and not any(file.name == "tokenizer.json" for file in files):
+        files = ()  # transformers is given one anew
+    card = export.Card(tokenizer, bos, tuple(stops), source.sampling, source.chat_template, files)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
-    path = export.save(options.dest, source.config, leaves, card, format=options.to, dtype=dtype, shard_bytes=size)
+    path = export.save(
+        options.dest, source.config, leaves, card, format=options.to, dtype=options.dtype, shard_bytes=size
+    )
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {_human(_size(path))} in {seconds:.1f} s")
-    if tokenizer is None:
+    if tokenizer is None and not (files and options.to == "hf"):
         print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
     return 0
 

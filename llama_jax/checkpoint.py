@@ -157,6 +157,7 @@ def open_run(folder: str | Path) -> Source:
         bos_token=None,
         stop_tokens=(),
         sampling=None,
+        chat_template=None,
         dtype=np.dtype(np.float32),
         leaves=None,
         load=load,

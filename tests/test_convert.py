@@ -20,11 +20,18 @@ from llama_jax.config import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops.sampling import SamplingParams
 from llama_jax.weights import export
+from llama_jax.weights.entry import of_array
 from llama_jax.weights.source import open_source
 
 TIED = dataclasses.replace(sound.CONFIG, tied_embeddings=True)
 LONG = dataclasses.replace(sound.CONFIG, max_seq_len=131_072)
 TOKENS = [[1, 300, 40, 7, 519]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    card = export.Card(sound.tokenizer(), None, (), None)
+    return export.save(tmp_path / "hf", sound.CONFIG, sound.random_leaves(), card, format="hf", dtype="bfloat16")
 
 
 def convert(source, dest, format, *options) -> Path:
@@ -120,7 +127,7 @@ def test_a_saved_model_speaks_as_before(tmp_path):
         assert after.config == llama.config
 
 
-def test_sampling_settings_travel_with_the_model(tmp_path):
+def test_sampling_settings_travel_with_the_model(tmp_path, caplog):
     llama = Llama(sound.CONFIG, open_source_params(tmp_path), sampling=SamplingParams(temperature=0.3, top_k=7))
     path = llama.save(tmp_path / "out", "hf")
     generation = json.loads((path / "generation_config.json").read_text())
@@ -133,8 +140,8 @@ def test_sampling_settings_travel_with_the_model(tmp_path):
     greedy = llama_jax.load(path)
     assert greedy.sampling.temperature == 0
     (path / "generation_config.json").write_text('{"do_sample": true, "temperature": -1}')
-    with pytest.raises(ConfigError, match="generation_config.json: temperature must be"):
-        llama_jax.load(path)
+    assert llama_jax.load(path).sampling == SamplingParams()  # with a warning
+    assert "generation_config.json: temperature must be" in caplog.text
 
 
 def open_source_params(tmp_path):
@@ -155,13 +162,81 @@ def test_training_on_a_mesh_starts_from_every_format(tmp_path):
         assert len({str(shard.index) for shard in q.addressable_shards}) == 8
 
 
+# What goes along, and what cannot.
+
+
+def test_norms_of_another_dtype_keep_it_unless_nothing_is_lost(tmp_path):
+    leaves = {k: leaf.cast(np.dtype("bfloat16"), "") for k, leaf in sound.random_leaves().items()}
+    exact, odd = (np.full(32, value, np.float32) for value in (1.5, 1 / 3))
+    for path, array in ((("layers", 0, "ffn_norm", "scale"), exact), (("norm", "scale"), odd)):
+        leaves[path] = of_array(lambda array=array: array, array.dtype, array.shape)
+    card = export.Card(None, None, (), None)
+    found = tensors(export.save(tmp_path / "a", sound.CONFIG, leaves, card, format="hf"))
+    assert found[("layers", 0, "ffn_norm", "scale")].dtype == "bfloat16"
+    np.testing.assert_array_equal(found[("norm", "scale")], odd)
+    asked = tensors(export.save(tmp_path / "b", sound.CONFIG, leaves, card, format="meta", dtype="bfloat16"))
+    assert {array.dtype.name for array in asked.values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("format", ["hf", "meta", "gguf"])
+def test_numbers_that_float16_cannot_hold_are_refused_by_name(tmp_path, format):
+    leaves = sound.random_leaves()
+    large = np.full((520, 32), 1e6, np.float32)
+    leaves[("embed",)] = of_array(lambda: large, large.dtype, large.shape)
+    path = tmp_path / ("m.gguf" if format == "gguf" else "m")
+    with pytest.raises(ValueError, match="(?i)embd?.*(float16|F16)"):
+        export.save(path, sound.CONFIG, leaves, export.Card(None, None, (), None), format=format, dtype="float16")
+    with pytest.raises(ConfigError):
+        open_source(path)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_chat_template_of_its_own_goes_along_and_is_never_taken_for_llamas(tmp_path, folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "<|start_header_id|>" in config["chat_template"]
+    config["chat_template"] = CHATML
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    hf = convert(folder, tmp_path / "copy", "hf")
+    assert sha256(hf / "tokenizer_config.json") == sha256(folder / "tokenizer_config.json")
+    gguf = convert(hf, tmp_path / "m.gguf", "gguf")
+    assert open_source(gguf).chat_template == CHATML
+    llama = llama_jax.load(gguf)
+    with pytest.raises(ConfigError, match="chat template is not Llama 3's"):
+        llama.chat([{"role": "user", "content": "hi"}])
+    saved = llama.save(tmp_path / "saved", "hf")
+    assert json.loads((saved / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+
+
+def test_what_a_format_has_no_room_for_is_told(tmp_path, folder, caplog):
+    config = dataclasses.replace(sound.CONFIG, max_seq_len=600)
+    card = export.Card(sound.tokenizer(), None, (3, 4, 5, 6), None)
+    export.save(tmp_path / "meta", config, sound.random_leaves(config), card, format="meta")
+    assert "600 positions come back as 131072" in caplog.text
+    path = export.save(tmp_path / "m.gguf", config, sound.random_leaves(config), card, format="gguf")
+    assert "the last are left out" in caplog.text
+    assert set(open_source(path).stop_tokens) == {3, 4, 5}
+
+
+def test_a_tokenizer_that_is_not_understood_goes_along_but_is_not_used(tmp_path, folder, capsys, caplog):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00")
+    llama = llama_jax.load(folder)
+    assert llama.tokenizer is None and "SentencePiece" in caplog.text
+    assert llama.generate(TOKENS[0], max_new_tokens=2).text == ""
+    hf = convert(folder, tmp_path / "copy", "hf")
+    assert sha256(hf / "tokenizer.model") == sha256(folder / "tokenizer.model")
+    convert(folder, tmp_path / "m.gguf", "gguf")
+    assert "written without a tokenizer" in capsys.readouterr().err
+
+
+def test_stop_tokens_outside_the_vocabulary_are_left_out(folder, caplog):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 32000]}')
+    assert open_source(folder).stop_tokens == (7,) and "only (7,)" in caplog.text
+
+
 # Where a model is not.
-
-
-@pytest.fixture
-def folder(tmp_path):
-    card = export.Card(sound.tokenizer(), None, (), None)
-    return export.save(tmp_path / "hf", sound.CONFIG, sound.random_leaves(), card, format="hf", dtype="bfloat16")
 
 
 def test_what_names_no_model_is_told_what_does(tmp_path, folder):

@@ -37,6 +37,10 @@ def leaves_of(folder):
     return config, load.check_entries(entries, config, format="meta", source=str(folder))
 
 
+def cast(leaves, dtype):
+    return {path: leaf.cast(np.dtype(dtype), str(path)) for path, leaf in leaves.items()}
+
+
 def random_leaves(config):
     """Weights of our own shapes, by path, in float32."""
     draw = np.random.RandomState(0)
@@ -109,7 +113,7 @@ def test_files_in_one_split_in_any_number_are_the_same_model(tmp_path):
     config = dataclasses.replace(SMALL, num_kv_heads=4)
     leaves = random_leaves(config)
     (tmp_path / "whole").mkdir()
-    meta.save_folder(tmp_path / "whole", config, leaves, dtype=BF16)
+    meta.save_folder(tmp_path / "whole", config, cast(leaves, BF16))
     whole = {name: entry.read() for name, entry in meta.open_folder(tmp_path / "whole")[1].items()}
     columns = ("attention.wo.weight", "feed_forward.w2.weight")
     for count, embedding in ((2, 0), (4, 1), (4, 0)):
@@ -135,7 +139,7 @@ def test_files_in_one_split_in_any_number_are_the_same_model(tmp_path):
 def test_saved_folder_comes_back_to_the_bit(tmp_path, dtype, tied):
     config = dataclasses.replace(SMALL, tied_embeddings=tied)
     leaves, written = random_leaves(config), []
-    meta.save_folder(tmp_path, config, leaves, dtype=dtype, progress=written.append)
+    meta.save_folder(tmp_path, config, cast(leaves, dtype), progress=written.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["consolidated.00.pth", "params.json"]
     again, found = leaves_of(tmp_path)
     assert again == config
@@ -146,7 +150,8 @@ def test_saved_folder_comes_back_to_the_bit(tmp_path, dtype, tied):
 
 def test_saved_file_is_built_as_torchs_own(tmp_path):
     """By hand: torch.load(weights_only=True, mmap=True) reads such files, and Meta's model gives the same logits."""
-    meta.save_folder(tmp_path, *leaves_of(GOLDEN / "tied"), dtype=BF16)
+    config, leaves = leaves_of(GOLDEN / "tied")
+    meta.save_folder(tmp_path, config, cast(leaves, BF16))
     ours, theirs = (zipfile.ZipFile(f / "consolidated.00.pth") for f in (tmp_path, GOLDEN / "one"))
     assert ours.testzip() is None
     for info in ours.infolist():
@@ -193,7 +198,7 @@ def test_a_failed_save_leaves_no_folder_that_opens(tmp_path):
 
     leaves[("norm", "scale")] = of_array(fails, np.dtype(np.float32), (24,))
     with pytest.raises(OSError, match="disk full"):
-        meta.save_folder(tmp_path, SMALL, leaves, dtype=BF16)
+        meta.save_folder(tmp_path, SMALL, leaves)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="complex64"):
         torch_file.save_file(tmp_path / "x.pth", {"a": of_array(fails, np.dtype(np.complex64), (2,))})
@@ -300,7 +305,7 @@ def _shorter(name):
         (lambda f: rewrite(f / "consolidated.00.pth", _without(_NORM)), ("consolidated.00.pth: no tensor", _NORM)),
         (lambda f: rewrite(f / "consolidated.01.pth", _shorter(_Q)), ("consolidated.01.pth", _Q, "(7, 16)", "(8, 16)")),
         (
-            lambda f: rewrite(f / "consolidated.01.pth", lambda t: t | {_Q: t[_Q].cast(BF16)}),
+            lambda f: rewrite(f / "consolidated.01.pth", lambda t: t | {_Q: t[_Q].cast(np.dtype(BF16), _Q)}),
             ("consolidated.01.pth", _Q, "bfloat16", "float32"),
         ),
         (

@@ -196,6 +196,15 @@ def test_config_is_read_in_every_spelling(tmp_path, name, style):
     assert huggingface.read_config(tmp_path) == SIZES[name]
 
 
+def test_the_oldest_configs_have_the_theta_of_their_time(tmp_path):
+    values = {**old_config(TINY), "rope_scaling": None, "rope_theta": None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert huggingface.read_config(tmp_path) == dataclasses.replace(TINY, rope_theta=10_000.0, rope_scaling=None)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "vocab_size": 128_256}))
+    with pytest.raises(ConfigError, match="rope_theta must be a number"):
+        huggingface.read_config(tmp_path)
+
+
 def test_absent_head_dim_and_kv_heads_follow_from_the_rest(tmp_path):
     values = old_config(TINY)
     del values["head_dim"], values["num_key_value_heads"], values["tie_word_embeddings"]

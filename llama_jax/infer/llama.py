@@ -79,6 +79,7 @@ class Llama:
         *,
         dtype: str | jnp.dtype | None = None,
         sampling: SamplingParams | None = None,
+        chat_template: str | None = None,
     ):
         """A model of weights at hand.
 
@@ -91,6 +92,8 @@ class Llama:
             dtype: of weights, activations and KV cache; that of the embedding by default. Quantised weights stay as
                 they are.
             sampling: SamplingParams() by default.
+            chat_template: the model's own (Jinja). It is not run: it goes along when the model is saved, and where it
+                is not Llama 3's kind, `chat` refuses rather than write dialogs as the model never saw them.
 
         Raises:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
@@ -108,6 +111,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.sampling = sampling or SamplingParams()
+        self.chat_template = chat_template
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, transform.unstack(params), mesh=mesh, dtype=dtype)
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
@@ -286,14 +290,17 @@ class Llama:
                 format cannot hold.
         """
         bos = None if self.tokenizer is None else self.tokenizer.bos_id
-        card = export.Card(self.tokenizer, bos, self.stop_tokens, self.sampling)
+        card = export.Card(self.tokenizer, bos, self.stop_tokens, self.sampling, self.chat_template)
         leaves = export.leaves_of(self.config, self.params)
-        dtype = dtype or export.default_dtype(leaves, format)
         return export.save(path, self.config, leaves, card, format=format, dtype=dtype, shard_bytes=shard_bytes)
 
     def _dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[int]:
         if self.tokenizer is None:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+        if self.chat_template is not None and "<|start_header_id|>" not in self.chat_template:
+            raise ConfigError(
+                "this model's own chat template is not Llama 3's: write the dialog as it was trained, and use generate"
+            )
         return self.tokenizer.encode_dialog(messages, tools=tools, add_generation_prompt=True)
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
@@ -397,7 +404,16 @@ def load(
         params = found.load(layout, wanted, quantize is None)
         tokenizer = tokenizer.result()
     stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
-    return Llama(found.config, params, tokenizer, mesh, stops, dtype=wanted, sampling=found.sampling)
+    return Llama(
+        found.config,
+        params,
+        tokenizer,
+        mesh,
+        stops,
+        dtype=wanted,
+        sampling=found.sampling,
+        chat_template=found.chat_template,
+    )
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:

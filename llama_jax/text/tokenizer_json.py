@@ -75,16 +75,22 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
         raise ValueError(f"{path}: {error}") from None
 
 
-def write(tokenizer: "Tokenizer", folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
+def write(
+    tokenizer: "Tokenizer",
+    folder: str | os.PathLike[str],
+    *,
+    model_max_length: int | None = None,
+    chat_template: str | None = None,
+) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into a folder.
 
-    `transformers.AutoTokenizer` reads them to the same ids. If the vocabulary has the control tokens of Llama 3's
-    dialogs, they come with a chat template (see `template`).
+    `transformers.AutoTokenizer` reads them to the same ids.
 
     Args:
         tokenizer: any.
         folder: there already.
         model_max_length: positions that the model takes, if known.
+        chat_template: the model's own; by default Llama 3.1's (see `template`), where the vocabulary has its tokens.
 
     Raises:
         ConfigError: two of its tokens are spelled alike in such a file.
@@ -97,8 +103,10 @@ def write(tokenizer: "Tokenizer", folder: str | os.PathLike[str], *, model_max_l
     }
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= named | ({"model_max_length": model_max_length} if model_max_length else {})
-    if template.fits(tokenizer):
-        config["chat_template"] = template.CHAT_TEMPLATE
+    if chat_template is None and template.fits(tokenizer):
+        chat_template = template.CHAT_TEMPLATE
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     for name, value in (
         ("tokenizer.json", _contents(vocabulary)),
         ("tokenizer_config.json", config),

@@ -113,11 +113,18 @@ class Entry:
         for _, part in row_blocks(tuple(slice(0, n) for n in self.shape), self.dtype.itemsize):
             yield self.read(part, dtype)
 
-    def cast(self, dtype: np.dtype) -> Entry:
-        """The same numbers in another dtype."""
+    def cast(self, dtype: np.dtype, what: str) -> Entry:
+        """The same numbers in another dtype; `what` is what an error calls them that are too large for float16."""
         if dtype == self.dtype:
             return self
-        return dataclasses.replace(self, dtype=np.dtype(dtype), quantised=None)
+
+        def fill(out: np.ndarray, index: Index) -> None:
+            with np.errstate(over="ignore"):
+                self.fill(out, index)
+            if out.dtype == np.float16 and not np.isfinite(out).all():
+                raise ValueError(f"{what} holds numbers that float16 cannot: write bfloat16 or float32")
+
+        return dataclasses.replace(self, dtype=np.dtype(dtype), fill=fill, quantised=None)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -38,6 +39,8 @@ _QUIET = 3.0  # seconds before a bar appears
 _WEIGHTS = (".safetensors", ".pth", ".gguf", ".bin", ".msgpack")
 _SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and headers
 
+_log = logging.getLogger(__name__)
+
 Told = Callable[[int], None]  # how many more bytes were written
 
 
@@ -50,12 +53,16 @@ class Card:
         bos_token: the id that begins a text, or None.
         stop_tokens: ids that end one.
         sampling: settings that the model suggests, or None.
+        chat_template: the model's own (Jinja); by default Llama 3.1's, where the tokenizer has its tokens.
+        tokenizer_files: to copy into a Hugging Face folder as they are, rather than write the tokenizer anew.
     """
 
     tokenizer: Tokenizer | None
     bos_token: int | None
     stop_tokens: tuple[int, ...]
     sampling: SamplingParams | None
+    chat_template: str | None = None
+    tokenizer_files: tuple[Path, ...] = ()
 
 
 def save(
@@ -65,7 +72,7 @@ def save(
     card: Card,
     *,
     format: str,
-    dtype: str,
+    dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a model; a block of one tensor at a time is in memory. Several processes call it together.
@@ -77,7 +84,7 @@ def save(
         leaves: its tensors by path, as `leaves_of` or a Source has them.
         card: tokenizer and settings that go with it.
         format: one of FORMATS.
-        dtype: of the matrices: one of FORMATS[format].
+        dtype: one of FORMATS[format]; by default `default_dtype`, but for tensors that would lose numbers by it.
         shard_bytes: of a file of format "hf", at most.
 
     Returns:
@@ -90,12 +97,18 @@ def save(
     if format == "meta":
         meta.export_params(config)  # refuses what it cannot hold, in every process
     path = _free(Path(path).expanduser(), format)
+    main = dtype or default_dtype(leaves, format)
+    if format != "gguf":  # which has a rule of its own
+        leaves = {
+            key: leaf if dtype is None and _loses(leaf, np.dtype(main)) else leaf.cast(np.dtype(main), _name(key))
+            for key, leaf in leaves.items()
+        }
     if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
         for weight in table.weights(config, _COLUMNS[format]):
             for _ in leaves[weight.path].blocks():
                 pass
         return path
-    total = int(sum(math.prod(entry.shape) for entry in leaves.values()) * FORMATS[format][dtype])
+    total = int(sum(math.prod(entry.shape) for entry in leaves.values()) * FORMATS[format][main])
     free = shutil.disk_usage(path.parent).free
     if total + _SPARE > free:
         raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
@@ -103,7 +116,7 @@ def save(
         total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, mininterval=1, leave=False
     ) as bar:
         try:
-            _WRITERS[format](path, config, leaves, card, dtype=dtype, shard_bytes=shard_bytes, progress=bar.update)
+            _WRITERS[format](path, config, leaves, card, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}; what was written so far is not whole") from error
     return path
@@ -114,8 +127,9 @@ def check(format: str, dtype: str | None) -> None:
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}")
     if dtype is not None and dtype not in FORMATS[format]:
+        near = nearest(dtype, list(FORMATS[format]))
         allowed = ", ".join(FORMATS[format])
-        raise ConfigError(f"format {format!r} is not written in {dtype!r}; allowed: {allowed}")
+        raise ConfigError(f"format {format!r} is not written in {dtype!r}{near}; allowed: {allowed}")
 
 
 def default_dtype(leaves: table.Leaves, format: str) -> str:
@@ -125,6 +139,21 @@ def default_dtype(leaves: table.Leaves, format: str) -> str:
         kind = entry.kind.lower() if entry.quantised is not None else entry.dtype.name
         sizes[kind if kind in FORMATS.get(format, ()) else entry.dtype.name] += math.prod(entry.shape)
     return sizes.most_common(1)[0][0]
+
+
+def _loses(leaf: Entry, dtype: np.dtype) -> bool:
+    """Whether a tensor would not survive a cast that nobody asked for. Matrices are not read to find out."""
+    if leaf.dtype == dtype:
+        return False
+    if len(leaf.shape) > 1:
+        return True
+    own = leaf.read()
+    with np.errstate(over="ignore"):
+        return not np.array_equal(own, own.astype(dtype).astype(own.dtype))
+
+
+def _name(path: table.Path) -> str:
+    return ".".join(map(str, path))
 
 
 def leaves_of(config: ModelConfig, params: Params) -> table.Leaves:
@@ -185,8 +214,8 @@ def _free(path: Path, format: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder, taken = path.parent, [path] if path.exists() else []
     else:
-        if path.is_file():
-            raise ConfigError(f"{path} is a file; name a folder to write to")
+        if path.is_file() or path.suffix == ".gguf":
+            raise ConfigError(f"{path} is the name of a file; name a folder to write to (or --to gguf)")
         path.mkdir(parents=True, exist_ok=True)
         taken = sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))
         folder, path = path, path / "model.gguf" if format == "gguf" else path
@@ -198,13 +227,15 @@ def _free(path: Path, format: str) -> Path:
 def _write_hf(
     path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
 ) -> None:
-    if card.tokenizer is not None:
-        tokenizer_json.write(card.tokenizer, path, model_max_length=config.max_seq_len)
+    for file in card.tokenizer_files:
+        shutil.copyfile(file, path / file.name)
+    if card.tokenizer is not None and not (path / "tokenizer.json").exists():
+        template = card.chat_template
+        tokenizer_json.write(card.tokenizer, path, model_max_length=config.max_seq_len, chat_template=template)
     huggingface.save_folder(
         path,
         config,
         leaves,
-        dtype=jnp.dtype(dtype),
         stop_tokens=card.stop_tokens,
         bos_token=card.bos_token,
         sampling=card.sampling,
@@ -217,19 +248,32 @@ def _write_meta(
     path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
 ) -> None:
     if card.tokenizer is not None:
-        card.tokenizer.save(path / "tokenizer.model")
-    meta.save_folder(path, config, leaves, dtype=jnp.dtype(dtype), progress=progress)
+        try:
+            card.tokenizer.save(path / "tokenizer.model")
+        except ConfigError:
+            _log.warning("warning: written without a tokenizer: Meta's format holds Llama 3's alone, not this one")
+    meta.save_folder(path, config, leaves, progress=progress)
+    again = meta.context_of(config)
+    if again != config.max_seq_len:
+        _log.warning(
+            "warning: Meta's params.json has no room for the context length: %s positions come back as %s",
+            config.max_seq_len,
+            again,
+        )
 
 
 def _write_gguf(
     path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
 ) -> None:
+    fields = None if card.tokenizer is None else text_gguf.fields(card.tokenizer)
+    if fields is not None and card.chat_template is not None:
+        fields["chat_template"] = card.chat_template
     gguf.save_file(
         path,
         config,
         leaves,
         dtype=dtype,
-        vocabulary=None if card.tokenizer is None else text_gguf.fields(card.tokenizer),
+        vocabulary=fields,
         name=path.stem,
         stop_tokens=card.stop_tokens,
         bos_token=card.bos_token,

@@ -7,6 +7,7 @@ looks like one that runs. No jax here.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from llama_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
+from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling, nearest
 from llama_jax.jsonfile import brief
 from llama_jax.text.gguf import Fields
 from llama_jax.weights import gguf_file
@@ -66,6 +67,7 @@ _HARMLESS = (
     "tensor_data_layout",
 )
 _FREQUENCIES = "rope_freqs.weight"
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 _EXACT = 1e-5  # how near, relatively, a scaling must come to the factors of a file
 _WIDEST = 1 << 14  # heads for which a scaling is looked for
@@ -220,6 +222,10 @@ def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context
     largest = float(f"{given.max():.6g}")
     if largest < 1 + _EXACT:
         return None
+    for known in (SIZES["llama3.1-8b"].rope_scaling, SIZES["llama3.2-1b"].rope_scaling):
+        # First, since a short head has no frequency that is divided in full, which would give the factor away.
+        if np.allclose(rope_factors(known, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
+            return known
     with np.errstate(all="ignore"):  # a candidate that is no number is passed over
         for low, high, original in _candidates(given, _wavelengths(theta, head_dim), context):
             if not (0 < low < high < math.inf and 1 <= original < 1 << 31):
@@ -401,7 +407,8 @@ def _tokenizer(
 ) -> dict[str, Value]:
     """The tokenizer.* metadata of a model."""
     if len(stop_tokens) > len(_STOPS):
-        raise ConfigError(f"a GGUF file names at most {len(_STOPS)} stop tokens (eos, eot, eom), got {stop_tokens}")
+        _log.warning("warning: a GGUF file names %d stop tokens: of %s the last are left out", len(_STOPS), stop_tokens)
+        stop_tokens = stop_tokens[: len(_STOPS)]
     tokens = vocabulary["tokens"] if vocabulary is not None else []
     if len(tokens) > config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokens):,} ids, but the model {config.vocab_size:,}")

@@ -7,20 +7,20 @@ runs with the wrong physics looks like one that runs.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
-from llama_jax.jsonfile import read_json, write_json
+from llama_jax.jsonfile import MAX_BYTES, read_json, write_json
 from llama_jax.ops.sampling import GREEDY, SamplingParams
 from llama_jax.weights import layout as table
 from llama_jax.weights import safetensors
 from llama_jax.weights.entry import Entry
+from llama_jax.weights.load import main_dtype
 
 # Ours to theirs. `num_key_value_heads` and `head_dim` may be absent; theirs say how they then follow.
 _FIELDS = {
@@ -46,8 +46,20 @@ _ONLY: dict[str, Any] = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "sliding_window": None,
-    "quantization_config": None,
 }
+_log = logging.getLogger(__name__)
+_LLAMA3_VOCAB = 128_000
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_TOKENIZER_BYTES = 32_000_000
 # What generation_config.json may say of sampling, by the same names here.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -67,6 +79,9 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         if raw.get(key) is not None and raw[key] != only:
             given = json.dumps(raw[key])[:80]
             raise ConfigError(f"{path}: {key}={given} is not implemented; only {json.dumps(only)} is")
+    if raw.get("quantization_config"):
+        given = json.dumps(raw["quantization_config"])[:80]
+        raise ConfigError(f"{path}: quantization_config={given} is not implemented: take the model it was made from")
     missing = [theirs for theirs in _FIELDS.values() if raw.get(theirs) is None]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}")
@@ -131,8 +146,27 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams | None:
     found = {name: raw[name] for name in _SAMPLING if raw.get(name) is not None}
     try:
         return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **found})
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except ConfigError as error:  # the model is sound without them
+        _log.warning("warning: %s: %s: its settings are passed over", path, error)
+        return None
+
+
+def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """What transformers reads of a folder's tokenizer, whatever its kind."""
+    return tuple(path for name in _TOKENIZER_FILES if (path := Path(folder) / name).is_file())
+
+
+def chat_template(folder: str | os.PathLike[str]) -> str | None:
+    """The model's own chat template (Jinja), or None: chat_template.jinja, else what tokenizer_config.json has."""
+    path = Path(folder) / "chat_template.jinja"
+    if path.is_file() and path.stat().st_size <= MAX_BYTES:
+        return path.read_text(encoding="utf-8", errors="replace")
+    path = Path(folder) / "tokenizer_config.json"
+    found = read_json(path, max_bytes=_TOKENIZER_BYTES).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):  # several by name, as older files have them
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def export_config(
@@ -163,7 +197,6 @@ def save_folder(
     config: ModelConfig,
     leaves: table.Leaves,
     *,
-    dtype: np.dtype,
     stop_tokens: tuple[int, ...],
     bos_token: int | None,
     sampling: SamplingParams | None,
@@ -177,8 +210,7 @@ def save_folder(
     Args:
         folder: there already, without safetensors files.
         config: of the model.
-        leaves: its tensors by path.
-        dtype: of the files.
+        leaves: its tensors by path, in the dtypes that they are to have.
         stop_tokens: ids that end a generation.
         bos_token: the id that begins a text.
         sampling: settings that the model suggests.
@@ -188,11 +220,12 @@ def save_folder(
     shards: list[dict[str, Entry]] = [{}]
     filled = 0
     for weight in table.weights(config, "huggingface"):
-        size = math.prod(weight.shape) * dtype.itemsize
+        leaf = leaves[weight.path]
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][weight.name] = weight.theirs(leaves[weight.path]).cast(dtype)
+        shards[-1][weight.name] = weight.theirs(leaf)
         filled += size
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -201,7 +234,7 @@ def save_folder(
         safetensors.save_file(folder / name, shard, {"format": "pt"}, progress=progress)
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(math.prod(e.shape) for shard in shards for e in shard.values()) * dtype.itemsize
+        total = sum(math.prod(e.shape) * e.dtype.itemsize for shard in shards for e in shard.values())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     generation: dict[str, Any] = {"bos_token_id": bos_token, "eos_token_id": _one_or_all(stop_tokens)}
     if sampling is not None:
@@ -209,7 +242,7 @@ def save_folder(
         generation |= {"do_sample": drawn, **({name: getattr(sampling, name) for name in _SAMPLING} if drawn else {})}
     write_json(folder / "generation_config.json", generation)
     exported = export_config(config, stop_tokens=stop_tokens, bos_token=bos_token)
-    write_json(folder / "config.json", {**exported, "torch_dtype": str(dtype)})
+    write_json(folder / "config.json", {**exported, "torch_dtype": str(main_dtype(leaves))})
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -225,6 +258,8 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if found[-1] != found[0] or (theta is not None and theta != found[0][0]):
         raise ConfigError("rope_parameters, rope_theta and rope_scaling contradict each other; keep one")
     theta, scaling = found[0]
+    if theta is None and scaling is None and _whole(raw["vocab_size"]) and raw["vocab_size"] < _LLAMA3_VOCAB:
+        theta = 10_000.0  # configs of Llama 1 and 2 are older than the key
     if not isinstance(theta, (int, float)) or isinstance(theta, bool):
         raise ConfigError(f"rope_theta must be a number (500000.0 in Llama 3, 10000.0 in Llama 2), got {theta!r}")
     return float(theta), scaling
@@ -247,9 +282,11 @@ def _scaling(given: dict[str, Any], where: str) -> RopeScaling | None:
     if kinds[0] == "default":
         return None
     values = {ours: given[theirs] for ours, theirs in _SCALING.items()}
-    if not _whole(values["original_max_seq_len"]):
-        raise ConfigError(f"{where}.original_max_position_embeddings must be a whole number above 0")
-    return RopeScaling(**{k: float(v) if type(v) is int and k.endswith("factor") else v for k, v in values.items()})
+    original = values["original_max_seq_len"]
+    if not isinstance(original, (int, float)) or isinstance(original, bool) or original < 1 or original % 1:
+        raise ConfigError(f"{where}.original_max_position_embeddings must be a whole number above 0, got {original!r}")
+    factors = {k: float(v) if type(v) is int else v for k, v in values.items() if k.endswith("factor")}
+    return RopeScaling(**factors, original_max_seq_len=int(original))
 
 
 def _whole(value: Any) -> bool:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llama_jax.config import SIZES, ConfigError, ModelConfig, nearest
 from llama_jax.jsonfile import brief, read_json, write_json
 from llama_jax.weights import layout, torch_file
@@ -85,7 +83,6 @@ def save_folder(
     config: ModelConfig,
     leaves: layout.Leaves,
     *,
-    dtype: np.dtype,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write what Meta's code (and this file) reads, as for one device: consolidated.00.pth, and last params.json.
@@ -95,20 +92,29 @@ def save_folder(
     Args:
         folder: there already, without *.pth files.
         config: of the model.
-        leaves: its tensors by path.
-        dtype: of the file.
+        leaves: its tensors by path, in the dtypes that they are to have.
         progress: told how many more bytes were written.
 
     Raises:
         ConfigError: a field of the config that Meta's code does not have, before anything is written.
     """
     settings = export_params(config)
-    tensors = {w.name: w.theirs(leaves[w.path]).cast(dtype) for w in layout.weights(config, "meta")}
+    tensors = {w.name: w.theirs(leaves[w.path]) for w in layout.weights(config, "meta")}
     if config.tied_embeddings:  # Meta's code has no word for it: the same storage stands there under both names
         embed, unembed = layout.tied_names("meta")
         tensors[unembed] = tensors[embed]
     torch_file.save_file(folder / "consolidated.00.pth", tensors, progress=progress)
     write_json(folder / "params.json", settings)
+
+
+def context_of(config: ModelConfig) -> int:
+    """The max_seq_len with which a saved config comes back: there is no room for it in the file."""
+    return _context(config.vocab_size, config.rope_scaling is not None)
+
+
+def _context(vocab_size: int, scaled: bool) -> int:
+    """The positions that each generation was trained for."""
+    return 131_072 if scaled else 8192 if vocab_size >= 128_000 else 4096
 
 
 def export_params(config: ModelConfig) -> dict[str, Any]:
@@ -202,8 +208,7 @@ def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
         norm_eps=float(raw["norm_eps"]),
         rope_theta=10_000.0 if theta is None else float(theta),  # Llama 1 and 2 have it in their code
         rope_scaling=_SCALING if scaled else None,
-        # The file does not say; these are the lengths that the generations were trained for.
-        max_seq_len=131_072 if scaled else 8192 if llama3 else 4096,
+        max_seq_len=_context(vocab, scaled),
         tied_embeddings=tied,
     )
     # Meta's code rescales by 8 whatever the model; the config.json that it publishes with these two says 32.

@@ -50,7 +50,10 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
     size = file.size
     if size < 8:
         raise ValueError(f"{path}: {size} bytes is too short for a safetensors file (cut off?)")
-    length = int.from_bytes(file.read(0, 8), "little")
+    start = file.read(0, 8)
+    if start == b"version ":
+        raise ValueError(f"{path}: a Git LFS pointer: run `git lfs pull` to fetch the file itself")
+    length = int.from_bytes(start, "little")
     if length + 8 > size or length > (size + _SPARE) // 32:  # parsed, JSON takes up to 25 times its size
         raise ValueError(
             f"{path}: its header claims {length:,} bytes, but the file has {size - 8:,} after the length "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -29,6 +30,9 @@ LOOKED_FOR = (
 Load = Callable[[parallel.Layout | None, jnp.dtype | None, bool], model.Params]
 
 
+_log = logging.getLogger(__name__)
+
+
 class UnknownTokenizer(ConfigError):
     """A tokenizer of a kind that is not understood. The model itself can be used with token ids."""
 
@@ -44,12 +48,14 @@ class Source:
         bos_token: the id that begins a text by its own account, or None.
         stop_tokens: ids that end a text by its own account, beside the tokenizer's.
         sampling: how it would be sampled by its own account, or None.
+        chat_template: how dialogs are written by its own account (Jinja), or None.
         dtype: of most of its numbers; float32 for quantised ones, which are exact in it.
         leaves: its tensors by path, none of them read; None for a run, whose arrays Orbax reads.
         load: (layout, dtype, quantised) to weights in the unrolled layout. No layout is the first device, no dtype is
             the stored one; `quantised` keeps groups of 8 and 4 bits as they are (ops/quant.py).
         read_tokenizer: its tokenizer, or None if it has none.
         fingerprint: of the tokenizer that it was trained with, where that is known.
+        tokenizer_files: what transformers would read of its tokenizer, where they are of that kind.
     """
 
     path: Path
@@ -58,11 +64,13 @@ class Source:
     bos_token: int | None
     stop_tokens: tuple[int, ...]
     sampling: SamplingParams | None
+    chat_template: str | None
     dtype: np.dtype
     leaves: table.Leaves | None
     load: Load
     read_tokenizer: Callable[[], Tokenizer | None]
     fingerprint: str | None = None
+    tokenizer_files: tuple[Path, ...] = ()
 
     @property
     def quantised(self) -> bool:
@@ -162,6 +170,8 @@ def _open_huggingface(path: Path, kind: str, open_folder: Callable, format: str)
         bos_token=huggingface.bos_token(path),
         stop_tokens=huggingface.stop_tokens(path),
         sampling=huggingface.sampling_defaults(path),
+        chat_template=huggingface.chat_template(path),
+        tokenizer_files=huggingface.tokenizer_files(path),
         read_tokenizer=functools.partial(tokenizer_in, path),
     )
 
@@ -188,6 +198,7 @@ def _open_gguf(path: Path) -> Source:
         load.check_entries(file.entries, config, format="gguf", source=str(path)),
         bos_token=gguf.bos_token(file),
         stop_tokens=gguf.stop_tokens(file),
+        chat_template=None if fields is None else fields["chat_template"],
         read_tokenizer=lambda: None if fields is None else text.from_gguf(fields),
     )
 
@@ -202,20 +213,27 @@ def _source(
     bos_token: int | None = None,
     stop_tokens: tuple[int, ...] = (),
     sampling: SamplingParams | None = None,
+    chat_template: str | None = None,
+    tokenizer_files: tuple[Path, ...] = (),
 ) -> Source:
+    known = tuple(token for token in stop_tokens if token < config.vocab_size)
+    if known != stop_tokens:
+        _log.warning("warning: %s: of its stop tokens %s only %s are in its vocabulary", path, stop_tokens, known)
     return Source(
         path=path,
         kind=kind,
         config=config,
         bos_token=bos_token,
-        stop_tokens=stop_tokens,
+        stop_tokens=known,
         sampling=sampling,
+        chat_template=chat_template,
         dtype=load.main_dtype(leaves),
         leaves=leaves,
         load=lambda layout, dtype, quantised: load.load_leaves(
             leaves, config, layout=layout, dtype=dtype, quantised=quantised
         ),
         read_tokenizer=read_tokenizer,
+        tokenizer_files=tokenizer_files,
     )
 
 
