@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llama_jax.cli import fail
+from llama_jax.cli import fail, one_line
 from llama_jax.config import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _print_tokenizer(source: Source) -> None:
     try:
         tokenizer = source.tokenizer()
     except ValueError as error:
-        print(f"tokenizer   cannot be used: {error}")
+        print(f"tokenizer   cannot be used: {one_line(error)}")
         return
     if tokenizer is None:
         print("tokenizer   none: give prompts as token ids")

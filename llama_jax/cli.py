@@ -26,8 +26,13 @@ usage: python train.py --config configs/NAME.py [--config.KEY=VALUE ...] [--nore
 
 def fail(message: object) -> NoReturn:
     """Print one line on standard error and leave with status 2."""
-    print("error: " + " ".join(str(message).split("\n")), file=sys.stderr)
+    print("error: " + one_line(message), file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(message: object) -> str:
+    """A message without ends of lines and terminal codes, which names from files may hold."""
+    return "".join(c if c.isprintable() else " " for c in str(message))
 
 
 def reported(main: Callable[[], int | None], *errors: type[BaseException]) -> NoReturn:

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from typing import Any
+
+from llama_jax.jsonfile import brief
+
+_LONGEST_NAME, _MOST_NAMES = 100, 1500
+_MOST_LAYERS = 4096
+_LARGEST = 2**31 - 1  # of any whole number
 
 
 class ConfigError(ValueError):
@@ -16,8 +22,14 @@ class ConfigError(ValueError):
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """A `did you mean` clause for `word`, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    """A `did you mean` clause for `word`, or an empty string when nothing is near.
+
+    Names from files may be many and long, for which finding the nearest would take minutes: those have none.
+    """
+    if len(str(word)) > _LONGEST_NAME:
+        return ""
+    known = [name for name in known[:_MOST_NAMES] if len(name) <= _LONGEST_NAME]
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -80,15 +92,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"model.{field.name} must be a whole number of at least 1, got {value!r}")
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise ConfigError(f"model.{field.name} must be a whole number of at least 1, got {brief(value)}")
+            most = _MOST_LAYERS if field.name == "num_layers" else _LARGEST
+            if field.type == "int" and value > most:
+                raise ConfigError(f"model.{field.name} must be at most {most:,}, got {brief(value)}")
         _check_positive(self, "norm_eps", "rope_theta")
         if not isinstance(self.tied_embeddings, bool):
-            raise ConfigError(f"model.tied_embeddings must be True or False, got {self.tied_embeddings!r}")
+            raise ConfigError(f"model.tied_embeddings must be True or False, got {brief(self.tied_embeddings)}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
-            raise ConfigError(f"model.rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r}")
+            raise ConfigError(f"model.rope_scaling must be a RopeScaling or None, got {brief(self.rope_scaling)}")
         if self.num_heads % self.num_kv_heads:
-            legal = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            legal = [k for k in range(1, min(self.num_heads, 1024) + 1) if self.num_heads % k == 0]
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: one of {legal}"
             )
@@ -147,7 +162,8 @@ def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown key {where}.{name}{nearest(name, known)} Allowed: {', '.join(known)}")
+            shown = name if name.isidentifier() and len(name) <= _LONGEST_NAME else brief(name)
+            raise ConfigError(f"unknown key {where}.{shown}{nearest(name, known)} Allowed: {', '.join(known)}")
     missing = [name for name in known if name not in values]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
@@ -157,8 +173,8 @@ def _check_positive(record: Any, *names: str) -> None:
     for name in names:
         value = getattr(record, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{type(record).__name__}.{name} must be a finite number above 0, got {value!r}")
+        if not number or not 0 < value <= sys.float_info.max:  # NaN fails both; a whole number may be beyond any float
+            raise ConfigError(f"{type(record).__name__}.{name} must be a finite number above 0, got {brief(value)}")
 
 
 _SCALING_31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 2_000_000  # parsed, JSON takes up to 25 times its size; a config or an index is far smaller
+_MAX_VALUES = 1_500_000  # of a larger file: a tokenizer.json of Llama 3 has half of that
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most `max_bytes`; ValueError (one line) for anything else."""
+    return parse_json(read_small(path, max_bytes=max_bytes), str(path))
+
+
+def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:
+    """A whole file of at most `max_bytes`; ValueError (one line) for anything else.
+
+    Only as many bytes as it says it has: what a link of a folder leads to may be no file of an end.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is more than the {max_bytes:,} allowed")
-    return parse_json(path.read_bytes(), str(path))
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path}: {size:,} bytes is more than the {max_bytes:,} allowed")
+    with open(path, "rb") as file:
+        return file.read(size) if size else b""
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The object in `data`; `where` is what errors call it. ValueError (one line) for anything else."""
+    if len(data) > MAX_BYTES and sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise ValueError(f"{where} has over {_MAX_VALUES:,} values, more than any sound file of its kind")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
@@ -45,8 +61,8 @@ def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
 
 
 def brief(value: Any) -> str:
-    """A value as an error names it: its repr, cut to 80 characters."""
-    text = repr(value)
+    """A value as an error names it: its repr, of which no more than 80 characters are made."""
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

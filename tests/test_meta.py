@@ -248,7 +248,7 @@ def test_what_metas_code_cannot_express_is_refused_by_field(config, words):
         ({"dim": True}, ("dim", "True")),
         ({"dim": 32}, ("tok_embeddings", "(32, 16)", "(32, 32)")),
         ({"n_layers": 3}, ("n_layers=3", "2 layers")),
-        ({"n_layers": 1 << 20}, ("n_layers=1048576", "2 layers")),
+        ({"n_layers": 1 << 20}, ("num_layers", "4,096", "1048576")),
         ({"n_layers": 1 << 62}, ("n_layers", "whole number")),
         ({"n_heads": 8, "n_kv_heads": 3}, ("num_kv_heads=3",)),
         ({"n_kv_heads": 4}, ("attention.wk", "(8, 16)", "(16, 16)")),

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -483,10 +482,9 @@ def test_unsound_json_is_refused_in_one_line_that_names_the_part(name, sound):
     change, message = (UNSUPPORTED | DAMAGED)[name]
     change(data)
     path.write_text(json.dumps(data))
-    began = time.monotonic()
     with pytest.raises(ValueError, match=message) as error:
         text.open(path)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value) and time.monotonic() - began < 1
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
     assert isinstance(error.value, ConfigError) == (name in UNSUPPORTED)
     assert name not in UNSUPPORTED or "can still be used with token ids" in str(error.value)
 

@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         with _quiet_pipe():
             return _run(options)
     except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from llama_jax.config import ConfigError
+from llama_jax.jsonfile import brief
 from llama_jax.text import template
 from llama_jax.text.merging import every_split, in_merge_order
 from llama_jax.text.vocabulary import (
@@ -78,9 +79,9 @@ def vocabulary(
         ValueError: metadata that does not agree with itself.
     """
     if model != "gpt2":
-        raise ConfigError(f"tokenizer.ggml.model {model!r} is not supported, only 'gpt2' (byte-level BPE); {_BY_IDS}")
+        raise ConfigError(f"tokenizer.ggml.model {brief(model)} is not supported, only 'gpt2'; {_BY_IDS}")
     if pre not in _PATTERNS:
-        raise ConfigError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(_PATTERNS)}; {_BY_IDS}")
+        raise ConfigError(f"tokenizer.ggml.pre {brief(pre)} is not supported, only {', '.join(_PATTERNS)}; {_BY_IDS}")
     if token_types is None or len(token_types) != len(tokens):
         count = 0 if token_types is None else len(token_types)
         raise ValueError(f"tokenizer.ggml.token_type has {count:,} types for {len(tokens):,} tokens")

@@ -71,7 +71,7 @@ def every_split(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     rank = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token in tokens:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
         merges += sorted((p for p in pairs if p[0] in rank and p[1] in rank), key=lambda p: (rank[p[0]], rank[p[1]]))
     return merges
 

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_jax.config import ConfigError
+from llama_jax.jsonfile import read_small
+from llama_jax.text.vocabulary import MOST_TOKENS
 
 FETCH_AGAIN = "copy the file again from the checkpoint (Meta's `tokenizer.model`, `original/tokenizer.model` on HF)"
+_MAX_BYTES = 16_000_000  # Llama 3's has two
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")
 
 
@@ -40,7 +43,8 @@ def read_ranks(path: Path) -> list[bytes]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name the file in it, such as {path / 'tokenizer.model'}")
     try:
-        data = path.read_bytes()
+        path.stat()
+        data = read_small(path, max_bytes=_MAX_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such file; give the path of Meta's `tokenizer.model` "
@@ -48,6 +52,8 @@ def read_ranks(path: Path) -> list[bytes]:
         ) from None
     if b"\x00" in data[:4096] or b"<unk>" in data[:64]:
         raise ConfigError(f"{path}: a SentencePiece model (Llama 2) is not supported, only Llama 3's `tokenizer.model`")
+    if data.count(b"\n") > MOST_TOKENS:
+        raise ValueError(f"{path}: over {MOST_TOKENS:,} lines, more than any vocabulary has; {FETCH_AGAIN}")
     lines = data.split(b"\n")
     first_line: dict[bytes, int] = {}
     ranks: dict[bytes, int] = {}

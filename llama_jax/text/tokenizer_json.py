@@ -263,7 +263,7 @@ def _end_of_text(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / name).is_file():
             continue
-        token = read_json(folder / name, max_bytes=_MAX_BYTES).get("eos_token")
+        token = read_json(folder / name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from llama_jax.config import ConfigError
+from llama_jax.jsonfile import brief
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -55,6 +56,8 @@ _ALIKE = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_
 # UTF-8 has no use for these, so that no text asks for them.
 _NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
+MOST_TOKENS = 500_000  # twice the largest vocabulary in use
+_LONGEST = 1024  # bytes of a token; Llama 3's longest has 128
 _MAX_FOUND = 2_000  # each is tried at each character
 
 
@@ -91,6 +94,10 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         size = self.size
+        if size > MOST_TOKENS:
+            raise ConfigError(f"the vocabulary has {size:,} ids; at most {MOST_TOKENS:,} are supported")
+        if longest := next((token for token, _ in self._every_id() if len(token) > _LONGEST), None):
+            raise ConfigError(f"the token {brief(longest)} has {len(longest):,} bytes; {_LONGEST} are supported")
         taken = bytearray(size)
         for token, i in self._every_id():
             if not 0 <= i < size:

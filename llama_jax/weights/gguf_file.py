@@ -59,7 +59,7 @@ _KEY_COST, _TENSOR_COST, _TEXT_COST = 250, 4000, _EMPTY + 8
 _STEP = 1 << 20  # numbers that are converted at a time: they stay in the cache
 _MAX_RANK = 4
 _MAX_PARTS = 512  # each is an open file
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Header:
         array = np.empty(count, dtype)
         self.file.read_into(memoryview(array.view(np.uint8)), self.at)
         self.at += array.nbytes
-        return array != 0 if kind == _BOOL else array
+        return np.not_equal(array, 0, out=array.view(np.bool_)) if kind == _BOOL else array
 
 
 def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:

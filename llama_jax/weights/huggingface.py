@@ -10,12 +10,13 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
-from llama_jax.jsonfile import MAX_BYTES, read_json, write_json
+from llama_jax.jsonfile import MAX_BYTES, brief, read_json, read_small, write_json
 from llama_jax.ops.sampling import GREEDY, SamplingParams
 from llama_jax.weights import layout as table
 from llama_jax.weights import safetensors
@@ -59,7 +60,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_TOKENIZER_BYTES = 32_000_000
+_TOKENIZER_BYTES = 32_000_000  # of each of them
 # What generation_config.json may say of sampling, by the same names here.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -112,7 +113,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 def bos_token(folder: str | os.PathLike[str]) -> int | None:
     """`bos_token_id` of config.json, or None where it says none."""
     token = read_json(Path(folder) / "config.json").get("bos_token_id")
-    return token if type(token) is int else None
+    return token if type(token) is int and 0 <= token < 1 << 31 else None
 
 
 def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -152,20 +153,25 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams | None:
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """What transformers reads of a folder's tokenizer, whatever its kind."""
-    return tuple(path for name in _TOKENIZER_FILES if (path := Path(folder) / name).is_file())
+    """What transformers reads of a folder's tokenizer, whatever its kind.
+
+    A link may lead to another file of the folder, or of a hub cache's blobs; what leads elsewhere is no part of it.
+    """
+    folder = Path(folder).resolve()
+    homes = {folder, folder.parent.parent / "blobs"}
+    paths = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= _TOKENIZER_BYTES)
 
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
     """The model's own chat template (Jinja), or None: chat_template.jinja, else what tokenizer_config.json has."""
     path = Path(folder) / "chat_template.jinja"
     if path.is_file() and path.stat().st_size <= MAX_BYTES:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_small(path).decode("utf-8", errors="replace")
     path = Path(folder) / "tokenizer_config.json"
-    found = read_json(path, max_bytes=_TOKENIZER_BYTES).get("chat_template") if path.is_file() else None
+    found = read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(found, list):  # several by name, as older files have them
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
 
 
@@ -261,7 +267,9 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if theta is None and scaling is None and _whole(raw["vocab_size"]) and raw["vocab_size"] < _LLAMA3_VOCAB:
         theta = 10_000.0  # configs of Llama 1 and 2 are older than the key
     if not isinstance(theta, (int, float)) or isinstance(theta, bool):
-        raise ConfigError(f"rope_theta must be a number (500000.0 in Llama 3, 10000.0 in Llama 2), got {theta!r}")
+        raise ConfigError(f"rope_theta must be a number (500000.0 in Llama 3, 10000.0 in Llama 2), got {brief(theta)}")
+    if not abs(theta) <= sys.float_info.max:
+        raise ConfigError(f"rope_theta must be a finite number, got {brief(theta)}")
     return float(theta), scaling
 
 
@@ -284,8 +292,10 @@ def _scaling(given: dict[str, Any], where: str) -> RopeScaling | None:
     values = {ours: given[theirs] for ours, theirs in _SCALING.items()}
     original = values["original_max_seq_len"]
     if not isinstance(original, (int, float)) or isinstance(original, bool) or original < 1 or original % 1:
-        raise ConfigError(f"{where}.original_max_position_embeddings must be a whole number above 0, got {original!r}")
-    factors = {k: float(v) if type(v) is int else v for k, v in values.items() if k.endswith("factor")}
+        raise ConfigError(f"{where}.original_max_position_embeddings must be a whole number, got {brief(original)}")
+    factors = {
+        k: float(v) if type(v) is int and abs(v) < 1 << 62 else v for k, v in values.items() if k.endswith("factor")
+    }
     return RopeScaling(**factors, original_max_seq_len=int(original))
 
 

@@ -9,6 +9,8 @@ from llama_jax.config import nearest
 from llama_jax.jsonfile import brief, read_json
 from llama_jax.weights.entry import Entry
 
+_MOST_TENSORS = 50_000
+
 
 def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, Entry]]) -> dict[str, Entry]:
     """The tensors that an index lists, each from its file.
@@ -27,7 +29,8 @@ def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, 
         raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(places)}")
     shards: dict[str, dict[str, Entry]] = {}
     for name, shard in places.items():
-        if not isinstance(shard, str) or not shard.endswith(suffix) or set(shard) & set("/\\:\0"):
+        bare = isinstance(shard, str) and shard.endswith(suffix) and shard.isprintable()
+        if not bare or set(shard) & set("/\\:\0"):
             raise ValueError(
                 f"{index}: tensor {brief(name)} is said to be in {brief(shard)}; it must be the bare name of a "
                 f"{suffix} file in this folder"
@@ -36,6 +39,8 @@ def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, 
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder / shard}: missing, though {index.name} lists it: download it again")
             shards[shard] = open_file(folder / shard)
+            if sum(map(len, shards.values())) > _MOST_TENSORS:
+                raise ValueError(f"{index}: its files have over {_MOST_TENSORS:,} tensors; 405B has 1,138")
         if name not in shards[shard]:
             near = nearest(name, list(shards[shard]))
             raise ValueError(f"{folder / shard}: no tensor {brief(name)}, though {index.name} lists it{near}")

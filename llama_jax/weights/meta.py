@@ -34,6 +34,8 @@ _OTHER_MODELS: dict[str, int | None] = {
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": -1,
 }
+_MOST_TENSORS = 50_000  # in all files
+_FILE = re.compile(r"consolidated\.([0-9]{2})\.pth")
 _MOST = 1 << 20  # of any whole number in params.json
 _COLUMNS = (".wo.weight", ".w2.weight")  # their input is spread over the devices
 _SCALING = SIZES["llama3.1-8b"].rope_scaling  # `apply_scaling` has its four numbers written into it
@@ -62,7 +64,11 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
         _check_settings(raw)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'params.json'}: {error}") from None
-    parts = {path.name: torch_file.open_file(path) for path in _files(folder)}
+    parts: dict[str, dict[str, Entry]] = {}
+    for path in _files(folder):
+        parts[path.name] = torch_file.open_file(path)
+        if sum(map(len, parts.values())) > _MOST_TENSORS:
+            raise ValueError(f"{folder}: its files have over {_MOST_TENSORS:,} tensors; 405B has 18,208 in 16 files")
     entries = _whole(folder, parts, raw["dim"])
     embed, unembed = layout.tied_names("meta")
     if embed not in entries or len(entries[embed].shape) != 2:
@@ -233,9 +239,7 @@ def _ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 def _files(folder: Path) -> list[Path]:
     """The files of a folder in order, none of them missing as far as their numbers tell."""
-    numbers = sorted(
-        int(found[1]) for path in folder.iterdir() if (found := re.fullmatch(r"consolidated\.(\d\d)\.pth", path.name))
-    )
+    numbers = sorted(int(found[1]) for path in folder.iterdir() if (found := _FILE.fullmatch(path.name)))
     if not numbers:
         raise ValueError(f"{folder}: no consolidated.00.pth beside params.json: download it")
     lacking = sorted(set(range(numbers[-1])) - set(numbers))

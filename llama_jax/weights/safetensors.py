@@ -37,7 +37,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SPARE = 64_000_000  # bytes of memory beyond the file's size that reading a header may take
+_MAX_HEADER = 1_500_000  # bytes: as JSON it takes up to 25 times as much memory; 405B's largest has 20,000
 _MAX_RANK = 32
 INDEX = "model.safetensors.index.json"
 _KEYS = {"dtype", "shape", "data_offsets"}
@@ -54,10 +54,10 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
     if start == b"version ":
         raise ValueError(f"{path}: a Git LFS pointer: run `git lfs pull` to fetch the file itself")
     length = int.from_bytes(start, "little")
-    if length + 8 > size or length > (size + _SPARE) // 32:  # parsed, JSON takes up to 25 times its size
+    if length + 8 > size or length > _MAX_HEADER:
         raise ValueError(
             f"{path}: its header claims {length:,} bytes, but the file has {size - 8:,} after the length "
-            f"(and a header of {(size + _SPARE) // 32:,} is allowed): cut off, or not a safetensors file"
+            f"(and a header of {_MAX_HEADER:,} is allowed): cut off, or not a safetensors file"
         )
     header = parse_json(file.read(8, length), f"{path}: header")
     metadata = header.pop("__metadata__", {})
@@ -146,7 +146,7 @@ def save_file(
 
 def _check_tensor(path: Path, name: str, info: Any, space: int) -> tuple[int, int]:
     """The first and last byte of a tensor, after checking that its dtype, shape and place agree with `space`."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {brief(name)}"
     if not isinstance(info, dict) or info.keys() != _KEYS:
         raise ValueError(f"{where} must be described by dtype, shape and data_offsets, got {brief(info)}")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]

@@ -130,7 +130,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     if (path / "params.json").is_file():
         return _open_meta(path)
     ggufs = sorted(path.glob("*.gguf"))
-    if len({re.sub(r"-\d{5}-of-\d{5}$", "", file.stem) for file in ggufs}) == 1:  # one file, or the parts of one
+    if len({re.sub(r"-[0-9]{5}-of-[0-9]{5}$", "", file.stem) for file in ggufs}) == 1:  # one file, or the parts of one
         return _open_gguf(ggufs[0])
     raise ConfigError(f"model {str(source)!r} is none of these: {LOOKED_FOR}{_instead(path, ggufs)}")
 

@@ -136,10 +136,20 @@ def _tensors(file: File) -> dict[str, Entry]:
         raise ValueError("data.pkl is damaged (its checksum differs): download the file again")
     entries: dict[str, Entry] = {}
     same: dict[tuple[int, np.dtype, tuple[int, ...]], Entry] = {}
+    dtypes: dict[str, np.dtype] = {}
     for name, tensor in torch_pickle.load(program).items():
         start = _place(members.get(f"{top}/data/{tensor.storage.key}"), tensor, f"tensor {brief(name)}")
         dtype, shape = tensor.storage.dtype, tensor.shape
+        if dtypes.setdefault(tensor.storage.key, dtype) != dtype:
+            raise ValueError(
+                f"tensor {brief(name)} reads a storage as {dtype} that another reads as {dtypes[tensor.storage.key]}"
+            )
         entries[name] = same.setdefault((start, dtype, shape), stored(file, start, dtype, shape))
+    sizes = [entry.nbytes for entry in entries.values()]
+    if sum(sizes) > file.size + max(sizes, default=0):  # an embedding may be the unembedding too, and no more
+        raise ValueError(
+            f"its tensors stand for {sum(sizes):,} bytes, but the file has {file.size:,}: they share storage"
+        )
     return entries
 
 
