@@ -254,13 +254,17 @@ def test_what_does_not_change_the_numbers_is_read(copy, changes):
             "of an embedding or of DoRA",
         ),
         (
+            lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros(2)}),
+            "save_embedding_layers=False",
+        ),
+        (
             lambda t: t.update({k: v.astype(np.float64) for k, v in t.items()}),
             "is float64; adapters must be bfloat16, float16, float32",
         ),
         (lambda t: t.update({k: v.T.copy() for k, v in t.items()}), "has shape"),
         (lambda t: t.clear(), "missing 28 tensors"),
     ],
-    ids=["missing", "norm", "unknown", "embedding", "float64", "transposed", "empty"],
+    ids=["missing", "norm", "unknown", "embedding", "base", "float64", "transposed", "empty"],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(copy, change, words):
     folder = copy()

@@ -120,7 +120,7 @@ class Llama:
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
-        """Read a LoRA adapter as peft writes it, for `use` by this name. Errors are those of `load`."""
+        """Read a LoRA adapter as peft writes it, for `use` by this name. Raises what `load` raises."""
         self._add(name, peft.open_adapter(folder, self.config))
 
     def use(self, name: str | None) -> Llama:

@@ -290,6 +290,11 @@ def _pairs(
         if name not in known:
             if "lora_embedding_" in name or "lora_magnitude_vector" in name:
                 raise ConfigError(f"{where}: {name[:200]!r} is of an embedding or of DoRA, which are not implemented")
+            if name.endswith(".base_layer.weight"):
+                raise ConfigError(
+                    f"{where}: {name[:200]!r} is a whole weight of the base; save it from peft with "
+                    "save_embedding_layers=False"
+                )
             raise ValueError(f"{where}: {name[:200]!r} has no place in this model{nearest(name[:200], sorted(known))}")
     there = {module for module in modules for end in (_A, _B) if _ROOT + module + end in entries}
     for module in modules:
