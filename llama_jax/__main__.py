@@ -51,6 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     convert.add_argument("source", metavar="SOURCE")
     convert.add_argument("dest", metavar="DEST", help="a folder to make; for gguf the file")
     convert.add_argument("--to", required=True, metavar="FORMAT", help="hf, meta or gguf")
+    convert.add_argument("--adapter", metavar="PATH", help="a LoRA adapter of SOURCE, to merge into it")
     convert.add_argument(
         "--dtype",
         metavar="NAME",
@@ -74,15 +75,17 @@ def main(argv: Sequence[str]) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     size = _bytes(options.shard_size)
-    from llama_jax.weights import export
+    from llama_jax.weights import adapter, export, peft
     from llama_jax.weights.source import UnknownTokenizer, open_source
 
     export.check(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
+    opened = {} if options.adapter is None else peft.open_adapter(options.adapter, source.config)
     leaves = source.leaves
     if leaves is None:
         leaves = export.leaves_of(source.config, source.load(None, None, False))
+    leaves = adapter.merge(leaves, opened)
     tokenizer, without = None, "the source has none"
     try:
         tokenizer = source.tokenizer()

@@ -49,6 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="a run folder of train.py, a Hugging Face folder or hub id, Meta's download, or a .gguf file",
     )
+    add("--adapter", metavar="PATH", help="the folder of a LoRA adapter of that model, as peft writes it")
     add("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for several")
     add(
         "--prompt_file",
@@ -119,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
-    llama = load(options.model, dtype=options.dtype, mesh=mesh)
+    llama = load(options.model, dtype=options.dtype, mesh=mesh, adapters=options.adapter)
     dialog = options.chat or messages is not None
     settings["max_new_tokens"] = options.max_new_tokens or (512 if dialog else 128)
     settings["seed"] = options.seed

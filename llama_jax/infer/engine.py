@@ -14,6 +14,7 @@ Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from llama_jax import model, parallel
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.ops import sampling
+from llama_jax.ops.linear import Weight
+from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.ops.sampling import SamplingParams
 
@@ -111,6 +114,12 @@ class Engine:
         self._extend = jax.jit(self._trace_extend, static_argnames="bound", donate_argnums=1)
         self._decode = jax.jit(self._trace_decode, donate_argnums=1)
         self._logits = jax.jit(self._trace_logits)
+
+    def of(self, params: model.Params) -> Engine:
+        """The same compiled programs over other weights; those of the same kinds and shapes compile nothing anew."""
+        other = copy.copy(self)
+        other.params = params
+        return other
 
     @property
     def compilations(self) -> int:
@@ -328,10 +337,12 @@ def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
 def placed(config: ModelConfig, params: model.Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> model.Params:
     """Unrolled weights in `dtype`, spread over the mesh; what is there already is not moved or copied."""
 
-    def cast(leaf: jax.Array | QTensor) -> jax.Array | QTensor:
+    def cast(leaf: Weight) -> Weight:
+        if isinstance(leaf, LoraTensor):  # whose scale stays in float32
+            return dataclasses.replace(leaf, base=cast(leaf.base), a=cast(leaf.a), b=cast(leaf.b))
         return leaf if isinstance(leaf, QTensor) or leaf.dtype == dtype else jnp.asarray(leaf).astype(dtype)
 
-    params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, QTensor))
+    params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, (QTensor, LoraTensor)))
     where = layout(config, mesh)
     if where is None:
         return jax.device_put(params)

@@ -10,6 +10,7 @@ Letters: B batch, T length, V vocab.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import logging
 import os
@@ -23,16 +24,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import model
-from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.infer import engine, inputs
+from llama_jax.ops.lora import Update
 from llama_jax.ops.sampling import SamplingParams
-from llama_jax.weights import export, transform
+from llama_jax.weights import adapter as lora
+from llama_jax.weights import export, peft, transform
+from llama_jax.weights import layout as table
 from llama_jax.weights.source import Source, UnknownTokenizer, open_source
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+Place = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
 _STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
@@ -66,6 +71,7 @@ class Llama:
         mesh: where the weights are, or None for one device.
         stop_tokens: the ids that end a generation unless a call says otherwise.
         sampling: how tokens are drawn unless a call says otherwise.
+        adapters: what LoRA adapters add to the weights, by the name of each; see `use`.
         engine: the compiled programs.
     """
 
@@ -114,7 +120,29 @@ class Llama:
         self.chat_template = chat_template
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, transform.unstack(params), mesh=mesh, dtype=dtype)
+        self.adapters: dict[str, Mapping[table.Path, Update]] = {}
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
+
+    def add_adapter(self, name: str, folder: Place) -> None:
+        """Read a LoRA adapter as peft writes it, for `use` by this name. Raises what `load` raises."""
+        self._add(name, peft.open_adapter(folder, self.config))
+
+    def use(self, name: str | None) -> Llama:
+        """The same model under one of `adapters`, or under none.
+
+        It shares the weights and the compiled programs with this one, which stays as it is, so that several can be
+        sampled in turn. Adapters of the same targets and ranks compile nothing anew.
+        """
+        if name is not None and name not in self.adapters:
+            known = list(self.adapters)
+            raise ConfigError(f"no adapter {name!r}{nearest(name, known)} There are: {', '.join(known) or 'none'}")
+        view = copy.copy(self)
+        view.params = lora.applied(self.config, self.params, {} if name is None else self.adapters[name])
+        view.engine = self.engine.of(view.params)
+        return view
+
+    def _add(self, name: str, opened: lora.Adapter) -> None:
+        self.adapters[name] = lora.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: model.Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
@@ -273,7 +301,7 @@ class Llama:
         dtype: str | None = None,
         shard_bytes: int = export.SHARD_BYTES,
     ) -> Path:
-        """Write the model as others load it: weights, config, tokenizer and settings.
+        """Write the model as others load it: weights, config, tokenizer and settings. An adapter in use is merged.
 
         Args:
             path: a folder to make; for "gguf" the file.
@@ -372,6 +400,7 @@ def load(
     dtype: str | jnp.dtype | None = None,
     quantize: str | None = None,
     mesh: Mesh | Mapping[str, int] | None = None,
+    adapters: Place | Mapping[str, Place] | None = None,
 ) -> Llama:
     """A model ready to be sampled, from whatever shape its files have.
 
@@ -387,6 +416,8 @@ def load(
             takes more memory.
         mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
             (of the first devices, where there are more; one axis may be -1 for what is left).
+        adapters: the folder of a LoRA adapter as peft writes it, which is then in use; or several by name, of which
+            `use` chooses.
 
     Raises:
         ConfigError: not a model, or settings that cannot work; says what was looked for.
@@ -399,12 +430,15 @@ def load(
     wanted = wanted or _default_dtype(found)
     mesh = inputs.as_mesh(mesh)
     layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
+    single = isinstance(adapters, (str, os.PathLike))
+    folders = {Path(adapters).name: adapters} if single else adapters or {}
+    opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
         tokenizer = pool.submit(_tokenizer, found)
         params = found.load(layout, wanted, quantize is None)
         tokenizer = tokenizer.result()
     stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
-    return Llama(
+    llama = Llama(
         found.config,
         params,
         tokenizer,
@@ -414,6 +448,9 @@ def load(
         sampling=found.sampling,
         chat_template=found.chat_template,
     )
+    for name, adapter in opened.items():
+        llama._add(name, adapter)
+    return llama.use(*opened) if single else llama
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:

@@ -1,7 +1,8 @@
 """The one function that multiplies by a weight.
 
 Weights are stored output-major, (out, in), as Hugging Face's and Meta's files are. Products accumulate in float32
-whatever the type of their operands, and the result has the type of the activations. A weight is an array or a QTensor.
+whatever the type of their operands, and the result has the type of the activations. A weight is an array, a QTensor, or
+a LoraTensor around either.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.config import ConfigError
 from llama_jax.ops import quant
+from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
+
+Weight = jax.Array | QTensor | LoraTensor
 
 # A bfloat16 product of one row runs in a scalar loop on a CPU until it is padded (docs/design.md, "Measured").
 _CPU_BF16_ROWS = 8
@@ -43,17 +48,21 @@ def _rows_times_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
     return _rows_times(padded, w)[: flat.shape[0]].reshape(*x.shape[:-1], w.shape[0])
 
 
-def linear(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+def linear(x: jax.Array, w: Weight) -> jax.Array:
     """x (..., in) times w (out, in) transposed: (..., out) in the type of x, accumulated in float32.
 
     The weight is cast to the type of x for the product, and its gradient comes back in the weight's own type, so
     that float32 master weights get float32 gradients from bfloat16 products.
     """
+    if isinstance(w, LoraTensor):
+        return linear(x, w.base) + linear(w.narrowed(linear(x, w.a)), w.b)
     return _quantised(x, w).astype(x.dtype) if isinstance(w, QTensor) else _linear(x, w)
 
 
-def linear_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     """The same product with its float32 sums kept: what logits are made of. Not differentiable by design."""
+    if isinstance(w, LoraTensor):
+        return linear_f32(x, w.base) + linear_f32(w.narrowed(linear(x, w.a)), w.b)
     return _quantised(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
 
 
@@ -111,11 +120,13 @@ def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax
 _linear.defvjp(_forward, _backward)
 
 
-def embed(table: jax.Array | QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour.
 
-    The gradient of the table is summed in float32 and rounded once to dtype.
+    The gradient of the table is summed in float32 and rounded once to dtype. Raises ConfigError for a LoraTensor.
     """
+    if isinstance(table, LoraTensor):
+        raise ConfigError("LoRA of the embedding is not implemented: leave embed_tokens out of the targets")
     if isinstance(table, QTensor):
         return quant.take(table, ids, dtype)
     # Gather the table's columns, not the batch: rows looked up in a table split along `embed` would first be made for

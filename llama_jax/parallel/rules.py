@@ -102,10 +102,14 @@ def axis_size(axis: str) -> int:
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
     """A tree of NamedShardings for a tree of logical axes (tuples) and the matching tree of shaped leaves.
 
-    A leaf may be made of several arrays with the same axes, as a quantised weight is.
+    A leaf may be made of several arrays: with the same axes, as a quantised weight is, or with those that its
+    `part_axes` gives by the name of each field, as a LoRA weight is.
     """
 
     def places(leaf: Any, names: Axes) -> Any:
+        if hasattr(leaf, "part_axes"):
+            parts = leaf.part_axes(names).items()
+            return dataclasses.replace(leaf, **{part: places(getattr(leaf, part), its) for part, its in parts})
         return jax.tree.map(lambda array: layout.sharding(names, array.shape), leaf)
 
     return jax.tree.map(places, shapes, axes, is_leaf=lambda x: hasattr(x, "shape"))

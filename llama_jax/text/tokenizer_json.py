@@ -195,10 +195,10 @@ def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[d
         if not isinstance(name, str) or type(i) is not int or not all(isinstance(f, bool) for f in flags.values()):
             raise ValueError(f"an added token must have content, id and flags, got {brief(token)}")
         if any(name in names for names in rounds):
-            raise ValueError(f"added token {name!r} is listed twice")
+            raise ValueError(f"added token {brief(name)} is listed twice")
         if i != ids.get(name, new):
             raise ValueError(
-                f"added token {name!r} has id {i}, but {'model.vocab says' if name in ids else 'the next is'} "
+                f"added token {brief(name)} has id {i}, but {'model.vocab says' if name in ids else 'the next is'} "
                 f"{ids.get(name, new)}"
             )
         new += name not in ids
@@ -206,7 +206,7 @@ def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[d
         if flags["special"]:
             specials[name] = i
         elif flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
-            raise ConfigError(f"added token {name!r} has lstrip, rstrip or single_word, which is not supported")
+            raise ConfigError(f"added token {brief(name)} has lstrip, rstrip or single_word, which is not supported")
     return specials, tuple(names for names in rounds if any(i is not None for i in names.values()))
 
 

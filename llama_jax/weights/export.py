@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.model import Params, check_params
 from llama_jax.ops import quant
+from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.ops.sampling import SamplingParams
 from llama_jax.text import gguf as text_gguf
@@ -27,6 +29,7 @@ from llama_jax.text import tokenizer_json
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import gguf, huggingface, meta
 from llama_jax.weights import layout as table
+from llama_jax.weights.adapter import Adapter, Stored, merged
 from llama_jax.weights.entry import Entry, Index, Quantised, of_array
 from llama_jax.weights.transform import is_stacked
 
@@ -157,12 +160,26 @@ def _name(path: table.Path) -> str:
 
 
 def leaves_of(config: ModelConfig, params: Params) -> table.Leaves:
-    """Params at hand (stacked or unrolled, on the devices of all processes) as entries, one on the host at a time."""
+    """Params at hand (stacked or unrolled, on the devices of all processes) as entries, one on the host at a time.
+
+    LoRA updates are merged into their weights.
+    """
+    return {path: _entry(leaf) for path, leaf in _stored(config, params).items()}
+
+
+def adapter_of(config: ModelConfig, params: Params) -> Adapter:
+    """The LoRA updates of params at hand, in the same way."""
+    found = {path: leaf for path, leaf in _stored(config, params).items() if isinstance(leaf, LoraTensor)}
+    return {path: Stored(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
+
+
+def _stored(config: ModelConfig, params: Params) -> dict[table.Path, Any]:
+    """The unrolled leaves by path, with an entry in the place of each array that they are made of."""
     check_params(config, params)
     stacked = is_stacked(params)
     latest: dict[table.Path, tuple[np.ndarray, ...]] = {}
 
-    def leaf(path: table.Path) -> jax.Array | QTensor:
+    def leaf(path: table.Path) -> jax.Array | QTensor | LoraTensor:
         if stacked and path[0] == "layers":
             return jax.tree.map(lambda array: array[path[1]], table.get(params["layers"], path[2:]))
         return table.get(params, path)
@@ -173,16 +190,21 @@ def leaves_of(config: ModelConfig, params: Params) -> table.Leaves:
             latest[path] = tuple(map(_on_host, jax.tree.leaves(leaf(path))))
         return latest[path]
 
-    def entry(weight: table.Weight) -> Entry:
-        pieces = [
-            of_array(lambda i=i: arrays(weight.path)[i], np.dtype(a.dtype), a.shape)
-            for i, a in enumerate(jax.tree.leaves(jax.eval_shape(lambda: leaf(weight.path))))
-        ]
-        if len(pieces) == 1:
-            return pieces[0]
-        return _quantised(Quantised(8 if pieces[0].dtype == np.int8 else 4, *pieces))
+    def entries(path: table.Path) -> Any:
+        shapes, tree = jax.tree.flatten(jax.eval_shape(lambda: leaf(path)))
+        return tree.unflatten(
+            of_array(lambda i=i: arrays(path)[i], np.dtype(a.dtype), a.shape) for i, a in enumerate(shapes)
+        )
 
-    return {weight.path: entry(weight) for weight in table.weights(config, "huggingface")}
+    return {weight.path: entries(weight.path) for weight in table.weights(config, "huggingface")}
+
+
+def _entry(leaf: Entry | QTensor | LoraTensor) -> Entry:
+    if isinstance(leaf, LoraTensor):
+        return merged(_entry(leaf.base), Stored(leaf.a, leaf.b, leaf.scale))
+    if isinstance(leaf, QTensor):
+        return _quantised(Quantised(8 if leaf.values.dtype == np.int8 else 4, leaf.values, leaf.scales))
+    return leaf
 
 
 def _quantised(pieces: Quantised) -> Entry:

@@ -20,7 +20,7 @@ from llama_jax.parallel import Layout
 from llama_jax.weights import layout as table
 from llama_jax.weights.entry import Entry, Index, aligned, row_blocks
 
-_FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
+FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _AT_ONCE = 2  # tensors in flight: what the host holds beyond what its devices do
 _WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
 _QUIET = 3.0  # seconds before a bar appears
@@ -64,8 +64,8 @@ def check_entries(entries: Mapping[str, Entry], config: ModelConfig, *, format: 
         entry = entries[name]
         if entry.shape != weight.stored_shape:
             raise ValueError(f"{source}: {name} has shape {entry.shape}, but the config needs {weight.stored_shape}")
-        if entry.dtype not in _FLOATS:
-            allowed = ", ".join(map(str, _FLOATS))
+        if entry.dtype not in FLOATS:
+            allowed = ", ".join(map(str, FLOATS))
             raise ValueError(f"{source}: {name} is {entry.dtype}; weights must be {allowed}")
     return {weight.path: weight.ours(entries[weight.name]) for weight in weights}
 
@@ -99,22 +99,13 @@ def load_leaves(
     """
     axes = logical_axes(config, stacked=False)
 
-    def place(entry: Entry, names: tuple[str, ...], to: np.dtype) -> jax.Array:
-        if layout is None:
-            where: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        else:
-            where = layout.sharding(names, entry.shape)
-        bounds = functools.partial(_bounds, entry.shape)
-        parts = _parts(entry, set(map(bounds, where.addressable_devices_indices_map(entry.shape).values())), to)
-        return jax.make_array_from_callback(entry.shape, where, lambda index: parts[bounds(index)])
-
     def load(path: table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], table.get(axes, path)
         if quantised and entry.quantised is not None:
             pieces = entry.quantised
-            leaf = QTensor(*(place(piece, names, piece.dtype) for piece in (pieces.values, pieces.scales)))
+            leaf = QTensor(*(place(piece, names, piece.dtype, layout) for piece in (pieces.values, pieces.scales)))
         else:
-            leaf = place(entry, names, entry.dtype if dtype is None else np.dtype(dtype))
+            leaf = place(entry, names, entry.dtype if dtype is None else np.dtype(dtype), layout)
         leaf = jax.block_until_ready(leaf)
         bar.update(entry.nbytes)
         return leaf
@@ -129,6 +120,17 @@ def load_leaves(
             return table.build(config, ((path, future.result()) for path, future in futures.items()))
         finally:  # after an error the rest need not be read
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def place(entry: Entry, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:
+    """A tensor in the dtype `to` where its logical axes belong; no layout is the first device."""
+    if layout is None:
+        where: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        where = layout.sharding(names, entry.shape)
+    bounds = functools.partial(_bounds, entry.shape)
+    parts = _parts(entry, set(map(bounds, where.addressable_devices_indices_map(entry.shape).values())), to)
+    return jax.make_array_from_callback(entry.shape, where, lambda index: parts[bounds(index)])
 
 
 def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:

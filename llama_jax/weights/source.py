@@ -18,7 +18,7 @@ from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.ops.sampling import SamplingParams
 from llama_jax.text import tokenizer as text
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights import flax, gguf, gguf_file, hub, huggingface, load, meta, safetensors
+from llama_jax.weights import flax, gguf, gguf_file, hub, huggingface, load, meta, peft, safetensors
 from llama_jax.weights import layout as table
 
 LOOKED_FOR = (
@@ -118,6 +118,11 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     if not path.is_dir():
         siblings = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise ConfigError(f"model {str(source)!r} does not exist{nearest(path.name, siblings)}; give {LOOKED_FOR}")
+    if peft.is_adapter(path):
+        raise ConfigError(
+            f"{path} is an adapter of {peft.base_of(path)}, not a model: give that as the model, this as its "
+            f"adapter (infer.py --model MODEL --adapter {path})"
+        )
     if (path / "config.json").is_file():
         if (path / "checkpoints").is_dir():
             from llama_jax import checkpoint  # orbax takes half a second to import

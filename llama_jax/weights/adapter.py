@@ -1,0 +1,69 @@
+"""LoRA adapters by our own paths: what each adds to which weight, read onto devices or merged into entries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.model import Params, logical_axes
+from llama_jax.ops.lora import LoraTensor, Update, base_of, part_axes
+from llama_jax.parallel import Layout
+from llama_jax.weights import layout as table
+from llama_jax.weights.entry import Entry, Index, row_blocks
+from llama_jax.weights.load import place
+
+
+class Stored(NamedTuple):
+    """An update (ops/lora.py) that has not been read yet: a (rank, in), b (out, rank), and their scale ()."""
+
+    a: Entry
+    b: Entry
+    scale: Entry
+
+
+Adapter = Mapping[table.Path, Stored]  # by the paths of unrolled params
+
+
+def read(adapter: Adapter, config: ModelConfig, *, layout: Layout | None, dtype: jnp.dtype) -> dict[table.Path, Update]:
+    """The updates on the devices, a and b in `dtype`; no layout is the first device."""
+    axes = logical_axes(config, stacked=False)
+
+    def one(path: table.Path, stored: Stored) -> Update:
+        names = part_axes(table.get(axes, path))
+        a, b = (place(stored[i], names[i], np.dtype(dtype), layout) for i in range(2))
+        return Update(a, b, place(stored.scale, names.scale, np.dtype(np.float32), layout))
+
+    return {path: one(path, stored) for path, stored in adapter.items()}
+
+
+def applied(config: ModelConfig, params: Params, updates: Mapping[table.Path, Update]) -> Params:
+    """Unrolled params under these updates, and no others; the weights themselves are shared, not copied."""
+
+    def leaf(path: table.Path) -> object:
+        base = base_of(table.get(params, path))
+        return LoraTensor(base, *updates[path]) if path in updates else base
+
+    return table.build(config, ((w.path, leaf(w.path)) for w in table.weights(config, "huggingface")))
+
+
+def merge(leaves: table.Leaves, adapter: Adapter) -> table.Leaves:
+    """A model's tensors with the adapter's updates added to them, each when it is read."""
+    return {path: merged(entry, adapter[path]) if path in adapter else entry for path, entry in leaves.items()}
+
+
+def merged(base: Entry, update: Stored) -> Entry:
+    """base + scale * b a, computed in float32, in the dtype of the base; float32 where that is quantised."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        a, scale = update.a.read((slice(None), index[1]), np.float32), update.scale.read(dtype=np.float32)
+        for at, part in row_blocks(index, 4):
+            block = base.read(part, np.float32)
+            block += scale * (update.b.read(part[:1], np.float32) @ a)
+            np.copyto(out[at], block, casting="unsafe")
+
+    return dataclasses.replace(base, fill=fill, kind=base.dtype.name, quantised=None)
