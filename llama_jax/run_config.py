@@ -26,10 +26,13 @@ class DataConfig:
     """Where text comes from and how it is cut into batches.
 
     Attributes:
-        train: files, folders and glob patterns of .txt, .md and .jsonl (`{"text": ...}`); or `stdlib:train`.
+        train: files, folders and glob patterns of .txt, .md and .jsonl (texts, dialogs, completions: README.md has the
+            keys); or `stdlib:train`.
         validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
         tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
-        sequence_length: tokens a row (T).
+        loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
+            calls and ends of turns too) and completions, or `all`. Text counts whole.
+        sequence_length: tokens a row (T); longer dialogs and completions are left out, longer texts cut.
         batch_size: rows a step over all devices and accumulated parts (B).
         shuffle: rows in a new order each epoch, else in the order of the files.
         seed: of that order.
@@ -39,6 +42,7 @@ class DataConfig:
     train: tuple[str, ...] = _key(())
     validation: tuple[str, ...] = _key(())
     tokenizer: str = _key("")
+    loss_on: str = _key("assistant", choices=("assistant", "all"))
     sequence_length: int = _key(2048, low=2)
     batch_size: int = _key(8, low=1)
     shuffle: bool = _key(True)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.packing import PackedRows
+from llama_jax.data.packing import Rows, padding_row
 
 Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """An iterator of batches, each a dict of arrays (rows of this host, T) as `PackedRows` describes them.
+    """An iterator of batches, each a dict of arrays (rows of this host, T) as `Rows` describes them.
 
     `batch_size` is the global one; `rows_of_host` says which of its rows this host needs, in order (None:
     all). Rows run on from epoch to epoch, also inside a batch, until `epochs` are over (None: never); what is
@@ -27,7 +27,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: Rows,
         *,
         batch_size: int,
         seed: int,
@@ -57,7 +57,7 @@ class Loader:
         self._rows = rows
         self._batch_size = batch_size
         self._identity = {
-            "store": rows.store.fingerprint,
+            "store": rows.fingerprint,
             "sequence_length": rows.sequence_length,
             "batch_size": batch_size,
             "seed": seed,
@@ -114,7 +114,7 @@ class Loader:
 
 
 def evaluation_batches(
-    rows: PackedRows,
+    rows: Rows,
     *,
     batch_size: int,
     max_batches: int | None,
@@ -133,7 +133,7 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         for start in range(0, steps * batch_size, batch_size):
             indices = [start + row for row in wanted]
-            yield _stack([rows[i] if i < len(rows) else rows.padding_row() for i in indices])
+            yield _stack([rows[i] if i < len(rows) else padding_row(rows.sequence_length) for i in indices])
 
     return batches()
 

@@ -1,7 +1,7 @@
 """Where documents come from: files, folders, globs, and the quickstart corpus by name.
 
-A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines) holds one under
-"text". Either may be gzipped (.gz).
+A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines) holds a record, as
+`records` describes them. Either may be gzipped (.gz).
 """
 
 import difflib
@@ -15,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llama_jax.data import corpus
+from llama_jax.data import corpus, records
 from llama_jax.data.corpus import Document
+from llama_jax.data.records import BadLine, Sample
 
 CORPUS = ("stdlib:train", "stdlib:validation")
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
 
 
-def documents_from(patterns: Sequence[str]) -> Iterator[Document]:
-    """Yield every document that the patterns name, pattern by pattern, paths sorted within each.
+def documents_from(patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
+    """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
     A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines and
     .gz of them), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice is
@@ -94,17 +95,17 @@ def _nothing_matched(pattern: str) -> str:
     return f"{pattern!r} matches no file; {near_by}"
 
 
-def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Document]:
+def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
     empty = True
     for source in sources:
         if isinstance(source, str):
-            documents: Iterator[Document] = iter(_corpus(source))
+            documents: Iterator[Sample | BadLine] = iter(_corpus(source))
         elif _kind(source) == "json":
             documents = _json_lines(source)
         else:
-            documents = iter([Document(source.as_posix(), _decode(_bytes(source), source, 0))])
+            documents = iter([Document(source.as_posix(), _decode(_bytes(source), source))])
         for document in documents:
-            if document.text.strip():
+            if not isinstance(document, Document) or document.text.strip():
                 empty = False
                 yield document
     if empty:
@@ -123,42 +124,35 @@ def _bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def _decode(data: bytes, path: Path) -> str:
     try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        at = offset + error.start
         raise ValueError(
-            f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02x}); convert it, for example with"
+            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); convert it, for example with"
             f" iconv -f latin1 -t utf-8"
         ) from error
 
 
-def _json_lines(path: Path) -> Iterator[Document]:
-    offset = 0
+def _json_lines(path: Path) -> Iterator[Sample | BadLine]:
     try:
         with _open(path) as file:
             for number, data in enumerate(file, start=1):
-                line = _decode(data, path, offset)
-                offset += len(data)
-                if line.strip():
-                    yield Document(f"{path.as_posix()}:{number}", _text_of(line, f"{path}:{number}"))
+                if data.strip():
+                    yield _parse_line(data, f"{path.as_posix()}:{number}", first=number == 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
 
 
-def _text_of(line: str, where: str) -> str:
+def _parse_line(data: bytes, name: str, *, first: bool) -> Sample | BadLine:
     try:
-        record = json.loads(line)
+        line = data.decode("utf-8-sig" if first else "utf-8")
+        return records.parse(json.loads(line), name)
+    except UnicodeDecodeError as error:
+        return BadLine.of(name, f"not UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})")
     except json.JSONDecodeError as error:
-        shown = line.strip()[:60]
-        raise ValueError(f"{where}: not a line of JSON ({error.msg} at column {error.colno}): {shown!r}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f'{where}: expected {{"text": ...}}, found a JSON {type(record).__name__}')
-    if "text" not in record:
-        near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}? Rename it to 'text'" if near else "; put the document under 'text'"
-        raise ValueError(f"{where}: no key 'text', found {sorted(record)}{hint}")
-    if not isinstance(record["text"], str):
-        raise ValueError(f"{where}: 'text' must be a string, found {type(record['text']).__name__}")
-    return record["text"]
+        return BadLine.of(name, f"not a line of JSON ({error.msg} at column {error.colno}): {line.strip()[:60]!r}")
+    except RecursionError:
+        return BadLine.of(name, "nested too deeply")
+    except ValueError as error:
+        return BadLine.of(name, error)

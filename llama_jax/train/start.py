@@ -14,7 +14,8 @@ import optax
 
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError
-from llama_jax.data.packing import PackedRows
+from llama_jax.data.packing import Rows, pack
+from llama_jax.data.records import BadLine
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
 from llama_jax.run_config import RunConfig, differences
@@ -66,7 +67,7 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
         ConfigError: it has more tokens than the model.
     """
     path = text.find(folder) if resuming else None
-    found = text.open(path or _chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
+    found = text.open(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
     if found.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
@@ -75,7 +76,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     return found
 
 
-def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
+def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
+    """The tokenizer that a new run has; ConfigError where there is none, or two that differ."""
     known = open_source(run.init_from).tokenizer() if run.init_from else None
     if run.data.tokenizer:
         given = text.open(Path(run.data.tokenizer).expanduser())
@@ -89,20 +91,32 @@ def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
             raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
         return known
     say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
-    texts = (document.text for document in documents_from(run.data.train))
+    texts = (found.text for found in documents_from(run.data.train) if not isinstance(found, BadLine))
     return Tokenizer.from_ranks(train_bpe(texts, vocab_size=run.model.vocab_size))
 
 
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[PackedRows, PackedRows | None]:
-    """The training and validation text, tokenised once and cut into rows."""
+def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Rows, Rows | None]:
+    """The training and validation data, tokenised once and made into rows.
 
-    def packed(patterns: tuple[str, ...], name: str) -> PackedRows:
-        store = build_store(patterns, tokens, cache_dir=Path(run.data.cache_dir).expanduser())
-        rows = PackedRows(store, sequence_length=run.data.sequence_length)
+    Raises:
+        ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
+    """
+
+    def packed(patterns: tuple[str, ...], name: str) -> Rows:
+        cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
+        try:
+            store = build_store(patterns, tokens, cache_dir=cache, max_length=T)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from None
+        rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
+        whole = f"{store.num_targets / store.num_tokens:.1%} of them targets, " if store.masked else ""
+        waste = f"{rows.waste:.1%} of them padding, " if store.masked else ""
         say(
-            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, {len(rows):,} rows, "
-            f"fingerprint {store.fingerprint[:16]}"
+            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, {whole}{len(rows):,} rows, "
+            f"{waste}fingerprint {store.fingerprint[:16]}"
         )
+        if store.num_bad:
+            say(f"{name}: {store.num_bad:,} bad lines left out, listed in {store.quarantine}")
         return rows
 
     train = packed(run.data.train, "train")
