@@ -123,7 +123,7 @@ class WholeRows:
         order = np.argsort(row_of_piece, kind="stable")
         self._starts, self._lengths = starts[order], lengths[order]
         self._first = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
-        self.waste = 1 - lengths.sum() / (len(self) * sequence_length)
+        self.waste = 1 - int(lengths.sum()) / (len(self) * sequence_length)
 
     def __len__(self) -> int:
         """Rows in one epoch."""

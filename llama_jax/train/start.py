@@ -109,14 +109,16 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Rows, Rows | None
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from None
         rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
-        whole = f"{store.num_targets / store.num_tokens:.1%} of them targets, " if store.masked else ""
-        waste = f"{rows.waste:.1%} of them padding, " if store.masked else ""
+        # Nothing else is worth a word of plain text: all of it is targets, and the last row alone is padded.
+        targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
+        waste = f" ({rows.waste:.1%} padding)" if store.masked else ""
         say(
-            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, {whole}{len(rows):,} rows, "
-            f"{waste}fingerprint {store.fingerprint[:16]}"
+            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens{targets}, "
+            f"{len(rows):,} rows{waste}, fingerprint {store.fingerprint[:16]}"
         )
         if store.num_bad:
-            say(f"{name}: {store.num_bad:,} bad lines left out, listed in {store.quarantine}")
+            total = store.num_bad + store.num_documents
+            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} documents, listed in {store.quarantine}")
         return rows
 
     train = packed(run.data.train, "train")
