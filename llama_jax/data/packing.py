@@ -5,6 +5,7 @@ completions, none of those may be cut, and whole documents are fitted into rows 
 Both give the same arrays, so that nothing after them knows which it was.
 """
 
+import dataclasses
 import hashlib
 from typing import Protocol
 
@@ -32,6 +33,33 @@ class Rows(Protocol):
         segments int32: the document's number within the row, from 1; 0 is padding.
         weights float32: 1 where the target continues the token's document and the loss counts it, otherwise 0.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several rows of one length, seen in proportion to their weights; `Loader` draws from them.
+
+    Attributes:
+        parts: the rows of each source.
+        weights: above 0, one for each: of every sum(weights) rows drawn, so many are of that part. A part that has been
+            seen whole starts anew.
+    """
+
+    parts: tuple[Rows, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def sequence_length(self) -> int:
+        """Of all."""
+        return self.parts[0].sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that rows and their order depend on but T."""
+        if len(self.parts) == 1:
+            return self.parts[0].fingerprint
+        identity = [(rows.fingerprint, weight) for rows, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(repr(identity).encode()).hexdigest()
 
 
 def pack(store: TokenStore, *, sequence_length: int, loss_on: str) -> Rows:

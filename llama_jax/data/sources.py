@@ -1,13 +1,14 @@
 """Where documents come from: files, folders, globs, and the quickstart corpus by name.
 
-A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines) holds a record, as
-`records` describes them. Either may be gzipped (.gz).
+A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), and each row of a Parquet
+file (.parquet), holds a record, as `records` describes them. Text and JSON may be gzipped (.gz).
 """
 
 import difflib
 import glob
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import zlib
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from llama_jax.config import ConfigError
 from llama_jax.data import corpus, records
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Sample
@@ -22,17 +24,19 @@ from llama_jax.data.records import BadLine, Sample
 CORPUS = ("stdlib:train", "stdlib:validation")
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
+_TABLE = (".parquet",)
 
 
 def documents_from(patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
     """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
-    A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines and
-    .gz of them), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice is
-    read once.
+    A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
+    them and .parquet), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice
+    is read once.
 
-    Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be
-    used; the patterns are resolved at once, the files read one at a time.
+    Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
+    (ConfigError where that takes a package which is not installed); the patterns are resolved at once, the files
+    read one at a time.
     """
     return _read(_resolve(patterns), patterns)
 
@@ -72,11 +76,16 @@ def _resolve(patterns: Sequence[str]) -> list[Path | str]:
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))
         found.update(dict.fromkeys(matches))
+    tables = [source for source in found if isinstance(source, Path) and _kind(source) == "table"]
+    if tables and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{tables[0]}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow")
     return list(found)
 
 
 def _kind(path: Path) -> str:
-    """ "text", "json" or "" by the file's ending, a last .gz aside."""
+    """ "text", "json", "table" or "" by the file's ending; the first two may have a .gz after it."""
+    if path.suffix.lower() in _TABLE:
+        return "table"
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     return "text" if suffix in _TEXT else "json" if suffix in _JSON else ""
 
@@ -85,7 +94,7 @@ def _nothing_matched(pattern: str) -> str:
     if pattern.startswith("stdlib:"):
         return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(CORPUS)}"
     if os.path.isdir(pattern):
-        return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON)}, or in these and .gz"
+        return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON + _TABLE)}, or in .gz after it"
     folder = Path(pattern).parent
     while not folder.is_dir():  # "." and "/" always are
         folder = folder.parent
@@ -102,6 +111,8 @@ def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Sa
             documents: Iterator[Sample | BadLine] = iter(_corpus(source))
         elif _kind(source) == "json":
             documents = _json_lines(source)
+        elif _kind(source) == "table":
+            documents = _table_rows(source)
         else:
             documents = iter([Document(source.as_posix(), _decode(_bytes(source), source))])
         for document in documents:
@@ -147,11 +158,37 @@ def _json_lines(path: Path) -> Iterator[Sample | BadLine]:
 def _parse_line(data: bytes, name: str, *, first: bool) -> Sample | BadLine:
     try:
         line = data.decode("utf-8-sig" if first else "utf-8")
-        return records.parse(json.loads(line), name)
+        record = json.loads(line)
     except UnicodeDecodeError as error:
         return BadLine.of(name, f"not UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})")
     except json.JSONDecodeError as error:
         return BadLine.of(name, f"not a line of JSON ({error.msg} at column {error.colno}): {line.strip()[:60]!r}")
+    except RecursionError:
+        return BadLine.of(name, "nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        return BadLine.of(name, error)
+    return _parse_record(record, name)
+
+
+def _table_rows(path: Path) -> Iterator[Sample | BadLine]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _parse_record(record, f"{path.as_posix()}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
+
+
+def _parse_record(record: object, name: str) -> Sample | BadLine:
+    try:
+        return records.parse(record, name)
     except RecursionError:
         return BadLine.of(name, "nested too deeply")
     except ValueError as error:

@@ -32,9 +32,10 @@ def show(run: RunConfig, *, colour: bool) -> None:
     """
     tokenizer = start.chosen_tokenizer(run, print)
     train, validation = start.rows(run, tokenizer, print)
-    for name, rows in (("train", train), ("validation", validation)):
-        if rows is not None:
-            print(f"{name}: {_lengths(rows)}")
+    for rows in train.parts:
+        print(f"train: {_lengths(rows)}")
+    if validation is not None:
+        print(f"validation: {_lengths(validation)}")
     data = run.data
     loader = Loader(train, batch_size=data.batch_size, seed=data.seed, shuffle=data.shuffle, prefetch=0)
     batch = next(loader)

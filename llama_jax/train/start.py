@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ import optax
 
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError
-from llama_jax.data.packing import Rows, pack
+from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
@@ -95,14 +95,14 @@ def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
     return Tokenizer.from_ranks(train_bpe(texts, vocab_size=run.model.vocab_size))
 
 
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Rows, Rows | None]:
-    """The training and validation data, tokenised once and made into rows.
+def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
+    """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
 
     Raises:
         ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
     """
 
-    def packed(patterns: tuple[str, ...], name: str) -> Rows:
+    def packed(patterns: Sequence[str], name: str) -> Rows:
         cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
         try:
             store = build_store(patterns, tokens, cache_dir=cache, max_length=T)
@@ -121,7 +121,14 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Rows, Rows | None
             say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} documents, listed in {store.quarantine}")
         return rows
 
-    train = packed(run.data.train, "train")
+    if run.data.weights:
+        train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
+        for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
+            share = weight / sum(train.weights)
+            drawn = share * run.train.steps * run.data.batch_size
+            say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
+    else:
+        train = Mixture((packed(run.data.train, "train"),), (1.0,))
     return train, packed(run.data.validation, "validation") if run.data.validation else None
 
 
