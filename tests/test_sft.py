@@ -243,10 +243,18 @@ def test_a_run_on_dialogs_resumes_to_the_bit_and_counts_targets_only(tmp_path, c
 
 def test_bad_data_stops_a_run_before_it_starts_and_a_little_is_told_of(tmp_path, capsys):
     good = {"instruction": "Say y", "output": "y"}
-    with pytest.raises(
-        ValueError, match=r"^data.train: 4 of 34 documents cannot be used \(11.8%; .*: 'output' is empty"
+    given = str(tmp_path / "some.model")
+    Tokenizer.from_ranks({bytes([i]): i for i in range(256)}).save(given)
+    bad = [good] * 30 + [{"instruction": "a", "output": ""}] * 4
+    words = r"4 of 34 documents cannot be used \(11.8%; .*: 'output' is empty.*; all of them are listed in "
+    for run in (
+        dialog_run(tmp_path, "bad", bad, data__tokenizer=given),
+        dialog_run(tmp_path, "bad"),  # nor is a vocabulary learnt of it
     ):
-        loop.train(dialog_run(tmp_path, "bad", [good] * 30 + [{"instruction": "a", "output": ""}] * 4))
+        with pytest.raises(ValueError, match=words) as caught:
+            loop.train(run)
+        listed = Path(str(caught.value).rpartition(" listed in ")[2]).read_text()
+        assert [json.loads(line)["line"] for line in listed.splitlines()] == [31, 32, 33, 34]
     assert "model:" not in capsys.readouterr().out and not (tmp_path / "bad" / "metrics.jsonl").exists()
     loop.train(dialog_run(tmp_path, "good", [good] * 30 + [{"instruction": "a", "output": ""}], train__steps=1,
                           optimizer__warmup_steps=0))  # fmt: skip

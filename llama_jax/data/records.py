@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from llama_jax.config import ConfigError
@@ -89,6 +90,18 @@ class BadLine:
         file, _, line = self.name.rpartition(":")
         where = (file, int(line)) if file and line.isdecimal() else (self.name, None)
         return json.dumps({"file": where[0], "line": where[1], "reason": self.reason})
+
+
+_MAX_BAD = 0.05  # of all documents: with more, it is the data or what it is taken for that is wrong
+
+
+def refuse_many_bad(bad: int, good: int, first: BadLine, *, listed: Path) -> None:
+    """Raise ValueError if more than 5 % of documents are bad: names the first, and the file that lists all of them."""
+    if bad > _MAX_BAD * (bad + good):
+        raise ValueError(
+            f"{bad:,} of {bad + good:,} documents cannot be used ({bad / (bad + good):.1%}; at most {_MAX_BAD:.0%} may "
+            f"be left out), the first: {first.name}: {first.reason}; all of them are listed in {listed}"
+        )
 
 
 # ---- what a record is --------------------------------------------------------------------------------------

@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.records import BadLine, Encoder, Sample, try_encode
+from llama_jax.data.records import BadLine, Encoder, Sample, refuse_many_bad, try_encode
 from llama_jax.data.sources import documents_from, fingerprint_of
 
 _FORMAT = 1  # part of the cache key: raise it when the files' meaning changes
 _GROUP_CHARACTERS = 1 << 18  # text given to a thread at a time
-_MAX_BAD = 0.05  # of all documents: with more, it is the data or what it is taken for that is wrong
 _ABANDONED_S = 3600  # a leftover build that nobody has written to for this long is swept away
 
 
@@ -134,11 +133,11 @@ def build_store(
     scratch = Path(tempfile.mkdtemp(prefix=f"{plain}.partial-", dir=cache))
     try:
         encoded = _encoded(documents_from(patterns), tokenizer, max_length=max_length, workers=workers)
-        _write(scratch, encoded, tokenizer, meta=meta, progress=progress)
+        first_bad = _write(scratch, encoded, tokenizer, meta=meta, progress=progress)
         final = cache / (masked if meta["masked"] else plain)
-        if meta["num_bad"]:
+        if first_bad is not None:
             os.replace(scratch / _QUARANTINE, _quarantine(final))
-            _check_bad(meta["num_bad"], meta["num_documents"], _quarantine(final))
+            refuse_many_bad(meta["num_bad"], meta["num_documents"], first_bad, listed=_quarantine(final))
         try:
             os.rename(scratch, final)
         except OSError:  # another process finished first: its store is the same
@@ -160,17 +159,6 @@ def _key(identity: list[Any]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _check_bad(bad: int, good: int, listed: Path) -> None:
-    if bad > _MAX_BAD * (bad + good):
-        with open(listed, encoding="utf-8") as file:
-            first = json.loads(file.readline())
-        where = first["file"] if first["line"] is None else f"{first['file']}:{first['line']}"
-        raise ValueError(
-            f"{bad:,} of {bad + good:,} documents cannot be used ({bad / (bad + good):.1%}; at most {_MAX_BAD:.0%} may "
-            f"be left out), the first: {where}: {first['reason']}; all of them are listed in {listed}"
-        )
-
-
 # The ids of a document, and where not all of them are targets, which are.
 _Encoded = tuple[np.ndarray, np.ndarray | None]
 
@@ -182,12 +170,13 @@ def _write(
     *,
     meta: dict[str, Any],
     progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write the files of a store into `folder`, and what is known of them into `meta` too."""
+) -> BadLine | None:
+    """Write the files of a store into `folder`, and what is known into `meta` too; return the first bad line."""
     digest, bits_digest = hashlib.sha256(), hashlib.sha256()
     dtype = _dtype(tokenizer)
     offsets = [0]
     masked, targets, bad = False, 0, 0
+    first_bad: BadLine | None = None
     waiting = np.zeros(0, bool)  # bits that do not fill a byte yet
 
     with (
@@ -207,6 +196,7 @@ def _write(
                 if isinstance(item, BadLine):
                     bad_file.write(item.to_json() + "\n")
                     bad += 1
+                    first_bad = first_bad or item
                     continue
                 tokens, mask = item
                 data = tokens.tobytes()
@@ -252,6 +242,7 @@ def _write(
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         _flush(file)
+    return first_bad
 
 
 def _dtype(tokenizer: Encoder) -> np.dtype:

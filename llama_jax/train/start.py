@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -15,10 +15,10 @@ import optax
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError
 from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine
+from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
-from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_config import DataConfig, RunConfig, differences
 from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
@@ -91,8 +91,24 @@ def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
             raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
         return known
     say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
-    texts = (found.text for found in documents_from(run.data.train) if not isinstance(found, BadLine))
-    return Tokenizer.from_ranks(train_bpe(texts, vocab_size=run.model.vocab_size))
+    return Tokenizer.from_ranks(train_bpe(_texts(run.data), vocab_size=run.model.vocab_size))
+
+
+def _texts(data: DataConfig) -> Iterator[str]:
+    """The text of all documents; ValueError, and a list, if too many are bad, rather than a vocabulary of the rest."""
+    bad: list[BadLine] = []
+    good = 0
+    for found in documents_from(data.train):
+        if isinstance(found, BadLine):
+            bad.append(found)
+        else:
+            good += 1
+            yield found.text
+    if bad:
+        listed = Path(data.cache_dir).expanduser() / "quarantine.jsonl"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
+        refuse_many_bad(len(bad), good, bad[0], listed=listed)
 
 
 def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
