@@ -295,6 +295,8 @@ def test_a_text_of_any_length_is_sound_and_only_dialogs_depend_on_the_length(tmp
     found = stores("dialogs.jsonl", [{"messages": [ASK, ANSWER]}] * 20 + [answered("x" * 200)], [100, 300, 100])
     assert [store.num_documents for store in found] == [20, 21, 20]
     assert found[0].path == found[2].path != found[1].path
+    found = stores("one.jsonl", [{"text": "x"}] * 20 + [answered("x" * 200)], [100, 300])
+    assert [(store.num_documents, store.masked) for store in found] == [(20, False), (21, True)]
 
 
 def test_a_vocabulary_without_control_tokens_stops_the_run_rather_than_the_line(tmp_path):

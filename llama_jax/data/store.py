@@ -108,10 +108,10 @@ def build_store(
 ) -> TokenStore:
     """Tokenise what the patterns name (see `documents_from`, and `records.encode`), unless already done.
 
-    The cache key covers the sources, the tokenizer and the store's format, and where there are dialogs or completions
-    `max_length`, which refuses longer ones. `workers` threads encode (default: one a core); memory stays bounded by a
-    few groups of documents. `progress(documents, tokens)` is called as they finish. A damaged store in the cache is
-    rebuilt with a warning.
+    The cache key covers the sources, the tokenizer and the store's format, and where there are dialogs, completions or
+    bad lines `max_length`, which refuses longer ones. `workers` threads encode (default: one a core); memory stays
+    bounded by a few groups of documents. `progress(documents, tokens)` is called as they finish. A damaged store in
+    the cache is rebuilt with a warning.
 
     Raises:
         ValueError: a source cannot be read, or more than 5 % of all documents cannot be used.
@@ -134,7 +134,8 @@ def build_store(
     try:
         encoded = _encoded(documents_from(patterns), tokenizer, max_length=max_length, workers=workers)
         first_bad = _write(scratch, encoded, tokenizer, meta=meta, progress=progress)
-        final = cache / (masked if meta["masked"] else plain)
+        # A line may be bad for its length alone.
+        final = cache / (masked if meta["masked"] or first_bad is not None else plain)
         if first_bad is not None:
             os.replace(scratch / _QUARANTINE, _quarantine(final))
             refuse_many_bad(meta["num_bad"], meta["num_documents"], first_bad, listed=_quarantine(final))
