@@ -1,10 +1,11 @@
-"""`python -m llama_jax`: convert models from any format to another, and inspect them. No jax until it is needed."""
+"""`python -m llama_jax`: convert and inspect models of any format, and inspect data. No jax until it is needed."""
 
 from __future__ import annotations
 
 import argparse
 import collections
 import math
+import os
 import re
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llama_jax.cli import fail, one_line
+from llama_jax.cli import fail, one_line, parse_run
 from llama_jax.config import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   python -m llama_jax inspect Llama-3.1-8B-Instruct-Q4_K_M.gguf
+  python -m llama_jax inspect data --config configs/quickstart.py --config.data.train='chats/*.jsonl'
   python -m llama_jax convert runs/quickstart quickstart.gguf --to gguf --dtype q8_0
   python -m llama_jax convert ~/.llama/checkpoints/Llama3.1-8B llama-8b --to hf --dtype bfloat16
 
 SOURCE is a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file, or an
-old Flax folder.
+old Flax folder. `inspect data` with --config shows what that run (see train.py --help) would learn from.
 """
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -39,13 +41,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command and its flags; leaves with status 2 and one line on any mistake."""
     parser = _Parser(
         prog="python -m llama_jax",
-        description="Convert and inspect Llama models.",
+        description="Convert and inspect Llama models, and inspect data.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser, required=True)
-    inspect = commands.add_parser("inspect", help="print what a model is: format, size, config, types, tokenizer")
+    inspect = commands.add_parser(
+        "inspect", help="print what a model is: format, size, config, types, tokenizer; or what data is"
+    )
     inspect.add_argument("source", metavar="SOURCE")
     convert = commands.add_parser("convert", help="write a model as Hugging Face's, Meta's or llama.cpp's own files")
     convert.add_argument("source", metavar="SOURCE")
@@ -64,13 +68,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     """Do what the command says; returns the exit status: 2 after an error, which is one line on standard error."""
-    options = parse(argv)
     try:
+        if _asks_for_data(argv):
+            return _inspect_data(argv[2:])
+        options = parse(argv)
         return _convert(options) if options.command == "convert" else _inspect(options.source)
     except (ConfigError, ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _asks_for_data(argv: Sequence[str]) -> bool:
+    """Whether it is `inspect data --config ...`; without the flag, `data` is a folder like any other."""
+    flags = [arg.partition("=")[0].partition(".")[0] for arg in argv[2:]]
+    return list(argv[:2]) == ["inspect", "data"] and ("--config" in flags or "-config" in flags)
+
+
+def _inspect_data(argv: Sequence[str]) -> int:
+    run, _ = parse_run(["inspect data", *argv])  # before jax is imported: a typo is answered at once
+    from llama_jax.train.show import show
+
+    sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
+    show(run, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -110,13 +110,15 @@ def _override(arg: str) -> str:
         raise ConfigError(f"--config.{key} needs its value after an equals sign: --config.{key}=VALUE")
     if key in _TUPLE_KEYS:
         parts = _literal(value)
+        if key == "data.weights" and isinstance(parts, (int, float)):
+            parts = (parts,)
         if not isinstance(parts, (tuple, list)):
             parts = [value] if key == "log.sample_prompts" else [p.strip() for p in value.split(",") if p.strip()]
         value = repr(tuple(parts))
     return f"--config.{key}={value}"
 
 
-_TUPLE_KEYS = ("data.train", "data.validation", "log.sample_prompts")
+_TUPLE_KEYS = ("data.train", "data.weights", "data.validation", "log.sample_prompts")
 
 
 def _literal(text: str) -> Any:

@@ -26,10 +26,14 @@ class DataConfig:
     """Where text comes from and how it is cut into batches.
 
     Attributes:
-        train: files, folders and glob patterns of .txt, .md and .jsonl (`{"text": ...}`); or `stdlib:train`.
+        train: files, folders and glob patterns of .txt, .md, .jsonl and .parquet (README.md has the keys of their
+            records: texts, dialogs, completions); or `stdlib:train`.
+        weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
         validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
         tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
-        sequence_length: tokens a row (T).
+        loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
+            calls and ends of turns too) and completions, or `all`. Text counts whole.
+        sequence_length: tokens a row (T); longer dialogs and completions are left out, longer texts cut.
         batch_size: rows a step over all devices and accumulated parts (B).
         shuffle: rows in a new order each epoch, else in the order of the files.
         seed: of that order.
@@ -37,8 +41,10 @@ class DataConfig:
     """
 
     train: tuple[str, ...] = _key(())
+    weights: tuple[float, ...] = _key(())
     validation: tuple[str, ...] = _key(())
     tokenizer: str = _key("")
+    loss_on: str = _key("assistant", choices=("assistant", "all"))
     sequence_length: int = _key(2048, low=2)
     batch_size: int = _key(8, low=1)
     shuffle: bool = _key(True)
@@ -203,6 +209,11 @@ class RunConfig:
             raise ConfigError("output is empty: name the run folder, e.g. output='runs/my_run'")
         if not data.train:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
+        if data.weights and (len(data.weights) != len(data.train) or min(data.weights) <= 0):
+            raise ConfigError(
+                f"data.weights={data.weights} must be one number above 0 for each of data.train, which are "
+                f"{len(data.train)}; leave it empty to take every row equally often"
+            )
         for key, folder in (("output", self.output), ("data.cache_dir", data.cache_dir)):
             if "://" in folder:
                 raise ConfigError(f"{key}={folder!r} must be a folder: mount the bucket, and name where it is mounted")
@@ -392,11 +403,12 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, **given: Any) -> A
 def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
     """`value` as the type that the key has, within its bounds."""
     wrong = ConfigError(f"{name} must be {_word(kind)}, got {value!r}")
-    if isinstance(kind, types.GenericAlias):  # tuple[str, ...]
-        value = (value,) if isinstance(value, str) else value
-        if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) and v for v in value):
+    if isinstance(kind, types.GenericAlias):  # tuple[str, ...] or tuple[float, ...]
+        item = typing.get_args(kind)[0]
+        value = value if isinstance(value, (tuple, list)) else (value,)
+        if item is str and not all(isinstance(v, str) and v for v in value):
             raise wrong
-        return tuple(value)
+        return tuple(v if item is str else _check(name, v, item, bounds) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

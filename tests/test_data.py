@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data import sources, store
+from llama_jax.data.corpus import Document
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows
 from llama_jax.data.sources import documents_from, fingerprint_of
@@ -106,7 +107,7 @@ def test_sources_fingerprint_follows_size_time_and_path(tmp_path):
         ("a.jsonl", b'{"txt": "x", "id": 1}\n', r"a\.jsonl:1: no key 'text', found \['id', 'txt'\].*'txt'"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected.*JSON list"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: 'text' must be a string, found int"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', r"a\.jsonl: not UTF-8 at byte 25 \(0xff\)"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 at byte 10 of the line \(0xff\)"),
         ("a.txt", b"abc\xff", r"a\.txt: not UTF-8 at byte 3 \(0xff\); convert"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz: not a whole gzip file"),
         ("a.txt", b" \n", r"holds no text"),
@@ -115,7 +116,7 @@ def test_sources_fingerprint_follows_size_time_and_path(tmp_path):
 def test_bad_files_are_named_with_the_place_and_the_mend(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        list(documents_from([str(tmp_path / name)]))
+        build_store([str(tmp_path / name)], ByteTokenizer(), cache_dir=tmp_path / "cache")
 
 
 def test_a_pattern_without_a_match_names_the_nearest(tmp_path):
@@ -175,9 +176,9 @@ def test_memory_is_bounded_by_a_few_groups(tmp_path, monkeypatch):
         nonlocal read
         for i in range(100):
             read += 1
-            yield store.Document(str(i), "text")
+            yield Document(str(i), "text")
 
-    groups = store._encoded(documents(), ByteTokenizer(), dtype=np.dtype("<u2"), workers=2)
+    groups = store._encoded(documents(), ByteTokenizer(), workers=2)
     for written, _ in enumerate(groups, start=1):
         gaps.append(read - written)
     assert read == 100 and max(gaps) <= 5

@@ -12,7 +12,8 @@ from llama_jax.run_config import RunConfig, default_dict, differences, known_key
 # Every key there is. A new one belongs here, in its section's docstring, and in a test that it does something.
 KEYS = """
 output seed init_from
-data.train data.validation data.tokenizer data.sequence_length data.batch_size data.shuffle data.seed data.cache_dir
+data.train data.weights data.validation data.tokenizer data.loss_on data.sequence_length data.batch_size data.shuffle
+data.seed data.cache_dir
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
 train.steps train.accumulate train.compute_dtype train.remat train.vocab_chunk train.z_loss train.max_skipped
@@ -150,6 +151,11 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("data__train", (), "is empty: name text files"),
         ("data__train", 7, "must be a tuple of non-empty strings, got 7"),
         ("data__train", ("a.txt", ""), "must be a tuple of non-empty strings"),
+        ("data__weights", (1.0, 2.0), "must be one number above 0 for each of data.train, which are 1"),
+        ("data__weights", (0.0,), "must be one number above 0"),
+        ("data__weights", (math.nan,), "must be a finite number, got nan"),
+        ("data__weights", ("2",), "must be a number, got '2'"),
+        ("data__loss_on", "assistent", "must be one of 'assistant', 'all', got 'assistent'; did you mean 'assistant'?"),
         ("data__seed", -1, "must be from 0 to 2147483647"),
         ("data__shuffle", 1, "must be True or False, got 1"),
         ("seed", 2**31, "must be from 0 to 2147483647"),

@@ -1,23 +1,25 @@
 """Batches: seeded, shared out among hosts, and resumable to the exact batch, on top of grain.
 
 The batch of step s is a pure function of the rows, the seed, the global batch size B and s: it holds the
-global rows order[s * B : (s + 1) * B], where `order` visits every row once an epoch, shuffled anew in each. A
-position in the data is therefore one number, and each host can compute its own part of any batch without
-speaking to the others.
+global rows order[s * B : (s + 1) * B], where `order` visits every row once an epoch, shuffled anew in each. In a
+mixture each part has epochs of its own, and its turn comes as often as its weight says. A position in the data is
+therefore one number, and each host can compute its own part of any batch without speaking to the others.
 """
 
+import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from llama_jax.data.packing import PackedRows
+from llama_jax.data.packing import Mixture, Rows, padding_row
 
 Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """An iterator of batches, each a dict of arrays (rows of this host, T) as `PackedRows` describes them.
+    """An iterator of batches, each a dict of arrays (rows of this host, T) as `Rows` describes them.
 
     `batch_size` is the global one; `rows_of_host` says which of its rows this host needs, in order (None:
     all). Rows run on from epoch to epoch, also inside a batch, until `epochs` are over (None: never); what is
@@ -27,7 +29,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: Rows | Mixture,
         *,
         batch_size: int,
         seed: int,
@@ -45,20 +47,27 @@ class Loader:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
         if start_step < 0 or prefetch < 0:
             raise ValueError(f"start_step and prefetch cannot be negative, got {start_step} and {prefetch}")
+        mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
+        if epochs is not None and len(mixture.parts) > 1:
+            raise ValueError("a mixture has no epochs: each of its parts has its own")
         if epochs is not None and (epochs < 1 or epochs * len(rows) < batch_size):
             raise ValueError(
                 f"{epochs} epochs of {len(rows)} rows do not fill one batch of {batch_size}; take more epochs"
                 " (None repeats for ever), a smaller batch_size or a shorter sequence_length"
             )
-        order = grain.MapDataset.range(len(rows)).seed(seed)
-        order = order.shuffle() if shuffle else order
-        self._order = order.repeat(epochs)
-        self._order[0]  # grain sets up its statistics on first use, which is not safe from several threads
-        self._rows = rows
+        self._rows = mixture.parts
+        self._ends = list(itertools.accumulate(map(len, self._rows)))  # a row's number in all of them tells its part
+        orders = []
+        for part, end in enumerate(self._ends):
+            order = grain.MapDataset.range(end - len(self._rows[part]), end).seed((seed + part) % 2**32)
+            orders.append((order.shuffle() if shuffle else order).repeat(epochs))
+        self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, mixture.weights)
+        for order in (*orders, self._order):
+            order[0]  # grain sets up its statistics on first use, which is not safe from several threads
         self._batch_size = batch_size
         self._identity = {
-            "store": rows.store.fingerprint,
-            "sequence_length": rows.sequence_length,
+            "store": mixture.fingerprint,
+            "sequence_length": mixture.sequence_length,
             "batch_size": batch_size,
             "seed": seed,
             "shuffle": shuffle,
@@ -110,11 +119,15 @@ class Loader:
 
     def _batch(self, step: int) -> Batch:
         start = int(step) * self._batch_size
-        return _stack([self._rows[int(self._order[start + row])] for row in self._rows_of_host])
+        return _stack([self._row(int(self._order[start + row])) for row in self._rows_of_host])
+
+    def _row(self, number: int) -> Batch:
+        part = bisect.bisect_right(self._ends, number)
+        return self._rows[part][number - self._ends[part] + len(self._rows[part])]
 
 
 def evaluation_batches(
-    rows: PackedRows,
+    rows: Rows,
     *,
     batch_size: int,
     max_batches: int | None,
@@ -133,7 +146,7 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         for start in range(0, steps * batch_size, batch_size):
             indices = [start + row for row in wanted]
-            yield _stack([rows[i] if i < len(rows) else rows.padding_row() for i in indices])
+            yield _stack([rows[i] if i < len(rows) else padding_row(rows.sequence_length) for i in indices])
 
     return batches()
 

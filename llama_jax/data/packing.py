@@ -1,30 +1,29 @@
-"""Rows of fixed length cut from the store: all documents end to end, then split every T tokens.
+"""Rows of fixed length T made of a store's documents.
 
-T is the sequence length. Row i reads tokens [i * T, i * T + T], one more than T: the last is only a target,
-and the next row begins with it. So each token but the first is the target of exactly one place in exactly one
-row.
+Text is laid end to end and cut every T tokens (`PackedRows`): no place is lost. Where some documents are dialogs or
+completions, none of those may be cut, and whole documents are fitted into rows (`WholeRows`), which leaves padding.
+Both give the same arrays, so that nothing after them knows which it was.
 """
+
+import dataclasses
+import hashlib
+from typing import Protocol
 
 import numpy as np
 
 from llama_jax.data.store import TokenStore
 
 
-class PackedRows:
-    """Random access to the packed rows of a store: `rows[i]` is a pure function of the store, T and i."""
+class Rows(Protocol):
+    """Random access to rows: `rows[i]` is a pure function of the store, T and i."""
 
-    def __init__(self, store: TokenStore, *, sequence_length: int) -> None:
-        """Take rows of `sequence_length` tokens; raises ValueError where there is nothing to predict."""
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
-        if store.num_tokens < 2:
-            raise ValueError(f"the store holds {store.num_tokens} tokens; at least 2 are needed to predict one")
-        self.store = store
-        self.sequence_length = sequence_length
+    store: TokenStore
+    sequence_length: int
+    fingerprint: str  # of all that rows depend on but T
+    waste: float  # the part of all places that is padding
 
     def __len__(self) -> int:
-        """Rows in one epoch: the last may be part padding."""
-        return -(-(self.store.num_tokens - 1) // self.sequence_length)
+        """Rows in one epoch."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row, each array of shape (T,).
@@ -32,8 +31,79 @@ class PackedRows:
         tokens, targets int32: the token and the one after it.
         positions int32: from 0 at the row's start and again at each document's.
         segments int32: the document's number within the row, from 1; 0 is padding.
-        weights float32: 1 where the target continues the token's document, otherwise 0.
+        weights float32: 1 where the target continues the token's document and the loss counts it, otherwise 0.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several rows of one length, seen in proportion to their weights; `Loader` draws from them.
+
+    Attributes:
+        parts: the rows of each source.
+        weights: above 0, one for each: of every sum(weights) rows drawn, so many are of that part. A part that has been
+            seen whole starts anew.
+    """
+
+    parts: tuple[Rows, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def sequence_length(self) -> int:
+        """Of all."""
+        return self.parts[0].sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that rows and their order depend on but T."""
+        if len(self.parts) == 1:
+            return self.parts[0].fingerprint
+        identity = [(rows.fingerprint, weight) for rows, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def pack(store: TokenStore, *, sequence_length: int, loss_on: str) -> Rows:
+    """The rows of a store. `loss_on`: "assistant" counts targets only (see `records`), "all" every token."""
+    if store.masked:
+        return WholeRows(store, sequence_length=sequence_length, loss_on=loss_on)
+    return PackedRows(store, sequence_length=sequence_length)
+
+
+def padding_row(sequence_length: int) -> dict[str, np.ndarray]:
+    """A row of nothing: all zeros, so no loss and no segment."""
+    names = ("tokens", "targets", "positions", "segments")
+    row = {name: np.zeros(sequence_length, np.int32) for name in names}
+    return {**row, "weights": np.zeros(sequence_length, np.float32)}
+
+
+def _check(store: TokenStore, sequence_length: int, least: int) -> None:
+    if sequence_length < least:
+        raise ValueError(f"sequence_length must be at least {least}, got {sequence_length}")
+    if store.num_tokens < 2:
+        raise ValueError(f"the store holds {store.num_tokens} tokens; at least 2 are needed to predict one")
+
+
+class PackedRows:
+    """All documents end to end, then split every T tokens.
+
+    Row i reads tokens [i * T, i * T + T], one more than T: the last is only a target, and the next row begins with it.
+    So each token but the first is the target of exactly one place in exactly one row.
+    """
+
+    def __init__(self, store: TokenStore, *, sequence_length: int) -> None:
+        """Take rows of `sequence_length` tokens; raises ValueError where there is nothing to predict."""
+        _check(store, sequence_length, 1)
+        self.store = store
+        self.sequence_length = sequence_length
+        self.fingerprint = store.fingerprint
+        self.waste = 1 - (store.num_tokens - 1) / (len(self) * sequence_length)
+
+    def __len__(self) -> int:
+        """Rows in one epoch: the last may be part padding."""
+        return -(-(self.store.num_tokens - 1) // self.sequence_length)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row, as `Rows` says."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         start = index * self.sequence_length
@@ -49,7 +119,7 @@ class PackedRows:
         first = np.concatenate([[0], starts])[document]
 
         length = len(window) - 1  # under T only in the last row
-        row = self.padding_row()
+        row = padding_row(self.sequence_length)
         row["tokens"][:length] = window[:-1]
         row["targets"][:length] = window[1:]
         row["positions"][:length] = (np.arange(len(window)) - first)[:-1]
@@ -57,8 +127,88 @@ class PackedRows:
         row["weights"][:length] = document[1:] == document[:-1]
         return row
 
-    def padding_row(self) -> dict[str, np.ndarray]:
-        """A row of nothing: all zeros, so no loss and no segment."""
-        names = ("tokens", "targets", "positions", "segments")
-        row = {name: np.zeros(self.sequence_length, np.int32) for name in names}
-        return {**row, "weights": np.zeros(self.sequence_length, np.float32)}
+
+class WholeRows:
+    """Whole documents fitted into rows, and padding after them.
+
+    A row holds its documents in the order of the store, and rows come in the order of their first documents. Only what
+    is longer than T, which `build_store` sees to being text, is cut: into pieces of T tokens, each beginning with the
+    last token of the one before, so that every prediction is made once.
+    """
+
+    def __init__(self, store: TokenStore, *, sequence_length: int, loss_on: str) -> None:
+        """Fit rows of `sequence_length` tokens; the same store gives the same rows."""
+        _check(store, sequence_length, 2)
+        self.store = store
+        self.sequence_length = sequence_length
+        self.fingerprint = hashlib.sha256(f"{store.fingerprint} whole {loss_on}".encode()).hexdigest()
+        self._all = loss_on == "all"
+        starts, lengths = _pieces(np.asarray(store.offsets), sequence_length)
+        row_of_piece = best_fit(lengths, sequence_length)
+        # Rows are numbered anew by their first piece: `unique` finds it, and the rank of it is the number.
+        _, first, row_of_piece = np.unique(row_of_piece, return_index=True, return_inverse=True)
+        row_of_piece = np.argsort(np.argsort(first))[row_of_piece]
+        order = np.argsort(row_of_piece, kind="stable")
+        self._starts, self._lengths = starts[order], lengths[order]
+        self._first = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
+        self.waste = 1 - int(lengths.sum()) / (len(self) * sequence_length)
+
+    def __len__(self) -> int:
+        """Rows in one epoch."""
+        return len(self._first) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row, as `Rows` says."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = padding_row(self.sequence_length)
+        at = 0
+        for segment, piece in enumerate(range(self._first[index], self._first[index + 1]), start=1):
+            start, length = int(self._starts[piece]), int(self._lengths[piece])
+            tokens = self.store.tokens[start : start + length]
+            here, predicting = slice(at, at + length), slice(at, at + length - 1)
+            row["tokens"][here] = tokens
+            row["targets"][predicting] = tokens[1:]
+            row["positions"][here] = np.arange(length)
+            row["segments"][here] = segment
+            row["weights"][predicting] = 1 if self._all else self.store.targets(start + 1, start + length)
+            at += length
+        return row
+
+
+def _pieces(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """The starts and lengths of all documents, those longer than T as pieces that overlap by one token."""
+    lengths = np.diff(offsets)
+    counts = np.where(lengths <= T, 1, -(-(lengths - 1) // (T - 1)))
+    document = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = offsets[document] + number * (T - 1)
+    return starts, np.minimum(offsets[document + 1] - starts, T)
+
+
+def best_fit(lengths: np.ndarray, T: int) -> np.ndarray:
+    """The row of each piece: the longest first, each into the row that it fills best, else into a new one.
+
+    Best-fit decreasing (Johnson, 1973) takes at most 11/9 of the fewest rows possible. Rows are kept by the room they
+    have left, and the rooms that some row has are the bits of one number, so that the best is found at once.
+    """
+    row_of_piece = np.empty(len(lengths), np.int64)
+    rows_with: list[list[int]] = [[] for _ in range(T + 1)]
+    rooms = 0
+    rows = 0
+    sizes = lengths.tolist()
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        size = sizes[piece]
+        if fitting := rooms >> size:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = T, rows
+            rows += 1
+        row_of_piece[piece] = row
+        if room > size:
+            rows_with[room - size].append(row)
+            rooms |= 1 << (room - size)
+    return row_of_piece

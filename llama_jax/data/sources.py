@@ -1,13 +1,14 @@
 """Where documents come from: files, folders, globs, and the quickstart corpus by name.
 
-A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines) holds one under
-"text". Either may be gzipped (.gz).
+A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), and each row of a Parquet
+file (.parquet), holds a record, as `records` describes them. Text and JSON may be gzipped (.gz).
 """
 
 import difflib
 import glob
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import zlib
@@ -15,23 +16,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llama_jax.data import corpus
+from llama_jax.config import ConfigError
+from llama_jax.data import corpus, records
 from llama_jax.data.corpus import Document
+from llama_jax.data.records import BadLine, Sample
 
 CORPUS = ("stdlib:train", "stdlib:validation")
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
+_TABLE = (".parquet",)
 
 
-def documents_from(patterns: Sequence[str]) -> Iterator[Document]:
-    """Yield every document that the patterns name, pattern by pattern, paths sorted within each.
+def documents_from(patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
+    """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
-    A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines and
-    .gz of them), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice is
-    read once.
+    A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
+    them and .parquet), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice
+    is read once.
 
-    Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be
-    used; the patterns are resolved at once, the files read one at a time.
+    Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
+    (ConfigError where that takes a package which is not installed); the patterns are resolved at once, the files
+    read one at a time.
     """
     return _read(_resolve(patterns), patterns)
 
@@ -71,11 +76,16 @@ def _resolve(patterns: Sequence[str]) -> list[Path | str]:
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))
         found.update(dict.fromkeys(matches))
+    tables = [source for source in found if isinstance(source, Path) and _kind(source) == "table"]
+    if tables and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{tables[0]}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow")
     return list(found)
 
 
 def _kind(path: Path) -> str:
-    """ "text", "json" or "" by the file's ending, a last .gz aside."""
+    """ "text", "json", "table" or "" by the file's ending; the first two may have a .gz after it."""
+    if path.suffix.lower() in _TABLE:
+        return "table"
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     return "text" if suffix in _TEXT else "json" if suffix in _JSON else ""
 
@@ -84,7 +94,7 @@ def _nothing_matched(pattern: str) -> str:
     if pattern.startswith("stdlib:"):
         return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(CORPUS)}"
     if os.path.isdir(pattern):
-        return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON)}, or in these and .gz"
+        return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON + _TABLE)}, or in .gz after it"
     folder = Path(pattern).parent
     while not folder.is_dir():  # "." and "/" always are
         folder = folder.parent
@@ -94,17 +104,19 @@ def _nothing_matched(pattern: str) -> str:
     return f"{pattern!r} matches no file; {near_by}"
 
 
-def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Document]:
+def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
     empty = True
     for source in sources:
         if isinstance(source, str):
-            documents: Iterator[Document] = iter(_corpus(source))
+            documents: Iterator[Sample | BadLine] = iter(_corpus(source))
         elif _kind(source) == "json":
             documents = _json_lines(source)
+        elif _kind(source) == "table":
+            documents = _table_rows(source)
         else:
-            documents = iter([Document(source.as_posix(), _decode(_bytes(source), source, 0))])
+            documents = iter([Document(source.as_posix(), _decode(_bytes(source), source))])
         for document in documents:
-            if document.text.strip():
+            if not isinstance(document, Document) or document.text.strip():
                 empty = False
                 yield document
     if empty:
@@ -123,42 +135,61 @@ def _bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def _decode(data: bytes, path: Path) -> str:
     try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        at = offset + error.start
         raise ValueError(
-            f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02x}); convert it, for example with"
+            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); convert it, for example with"
             f" iconv -f latin1 -t utf-8"
         ) from error
 
 
-def _json_lines(path: Path) -> Iterator[Document]:
-    offset = 0
+def _json_lines(path: Path) -> Iterator[Sample | BadLine]:
     try:
         with _open(path) as file:
             for number, data in enumerate(file, start=1):
-                line = _decode(data, path, offset)
-                offset += len(data)
-                if line.strip():
-                    yield Document(f"{path.as_posix()}:{number}", _text_of(line, f"{path}:{number}"))
+                if data.strip():
+                    yield _parse_line(data, f"{path.as_posix()}:{number}", first=number == 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
 
 
-def _text_of(line: str, where: str) -> str:
+def _parse_line(data: bytes, name: str, *, first: bool) -> Sample | BadLine:
     try:
+        line = data.decode("utf-8-sig" if first else "utf-8")
         record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return BadLine.of(name, f"not UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})")
     except json.JSONDecodeError as error:
-        shown = line.strip()[:60]
-        raise ValueError(f"{where}: not a line of JSON ({error.msg} at column {error.colno}): {shown!r}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f'{where}: expected {{"text": ...}}, found a JSON {type(record).__name__}')
-    if "text" not in record:
-        near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}? Rename it to 'text'" if near else "; put the document under 'text'"
-        raise ValueError(f"{where}: no key 'text', found {sorted(record)}{hint}")
-    if not isinstance(record["text"], str):
-        raise ValueError(f"{where}: 'text' must be a string, found {type(record['text']).__name__}")
-    return record["text"]
+        return BadLine.of(name, f"not a line of JSON ({error.msg} at column {error.colno}): {line.strip()[:60]!r}")
+    except RecursionError:
+        return BadLine.of(name, "nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        return BadLine.of(name, error)
+    return _parse_record(record, name)
+
+
+def _table_rows(path: Path) -> Iterator[Sample | BadLine]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _parse_record(record, f"{path.as_posix()}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
+
+
+def _parse_record(record: object, name: str) -> Sample | BadLine:
+    try:
+        return records.parse(record, name)
+    except RecursionError:
+        return BadLine.of(name, "nested too deeply")
+    except ValueError as error:
+        return BadLine.of(name, error)

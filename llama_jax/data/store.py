@@ -1,8 +1,10 @@
 """The token store: every document tokenised once, in one flat file that is mapped into memory.
 
 A store is a folder: `tokens.bin` (uint16 where the vocabulary fits, otherwise uint32, little-endian),
-`offsets.npy` (int64, where each document starts, and the end) and `meta.json`, written last. It is built
+`offsets.npy` (int64, where each document starts, and the end), `targets.bin` (a bit a token, whether the loss counts
+it; only where some document is a dialog or a completion) and `meta.json`, written last. It is built
 beside its final place and renamed into it, so whatever is found there is whole, however the builder ended.
+Bad lines are listed beside it, in `KEY.quarantine.jsonl`.
 """
 
 import hashlib
@@ -17,31 +19,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from llama_jax.data.corpus import Document
+from llama_jax.data.records import BadLine, Encoder, Sample, refuse_many_bad, try_encode
 from llama_jax.data.sources import documents_from, fingerprint_of
 
 _FORMAT = 1  # part of the cache key: raise it when the files' meaning changes
 _GROUP_CHARACTERS = 1 << 18  # text given to a thread at a time
 _ABANDONED_S = 3600  # a leftover build that nobody has written to for this long is swept away
-
-
-class Encoder(Protocol):
-    """What a store needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids are below this."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the ids of some text would."""
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of a text."""
 
 
 class DamagedStore(ValueError):
@@ -51,7 +38,9 @@ class DamagedStore(ValueError):
 class TokenStore:
     """A store on disk, mapped: `tokens` (num_tokens,) uint16 or uint32, `offsets` (num_documents + 1,) int64.
 
-    Document d is `tokens[offsets[d]:offsets[d + 1]]`. `fingerprint` (hex) is a hash of both arrays' contents.
+    Document d is `tokens[offsets[d]:offsets[d + 1]]`. `fingerprint` (hex) is a hash of the arrays' contents.
+    `masked`: some documents are dialogs or completions, so that not every token is a target. `num_targets` are,
+    each document's first token aside. `num_bad` lines were left out; `quarantine` lists them.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,11 +53,14 @@ class TokenStore:
             self.num_tokens: int = meta["num_tokens"]
             self.num_documents: int = meta["num_documents"]
             self.fingerprint: str = meta["fingerprint"]
+            self.masked: bool = meta.get("masked", False)
+            self.num_targets: int = meta.get("num_targets", self.num_tokens - self.num_documents)
+            self.num_bad: int = meta.get("num_bad", 0)
             dtype = np.dtype(meta["dtype"])
-            size = (self.path / "tokens.bin").stat().st_size
-            if size != self.num_tokens * dtype.itemsize:
-                wanted = self.num_tokens * dtype.itemsize
-                raise self._damaged(f"tokens.bin has {size} bytes, meta.json says {wanted}")
+            self._check_size("tokens.bin", self.num_tokens * dtype.itemsize)
+            if self.masked:
+                self._check_size("targets.bin", -(-self.num_tokens // 8))
+                self._targets = np.memmap(self.path / "targets.bin", dtype=np.uint8, mode="r")
             self.tokens = np.memmap(self.path / "tokens.bin", dtype=dtype, mode="r")
             self.offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
         except DamagedStore:
@@ -83,6 +75,24 @@ class TokenStore:
         if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or np.any(np.diff(self.offsets) <= 0):
             raise self._damaged(f"offsets.npy does not rise from 0 to {self.num_tokens}")
 
+    @property
+    def quarantine(self) -> Path:
+        """Where bad lines are listed, if there were any."""
+        return _quarantine(self.path)
+
+    def targets(self, start: int, stop: int) -> np.ndarray:
+        """Whether the loss counts each of `tokens[start:stop]`, bool."""
+        if not self.masked:
+            return np.ones(stop - start, bool)
+        first = start // 8
+        bits = np.unpackbits(self._targets[first : -(-stop // 8)])
+        return bits[start - first * 8 : stop - first * 8].astype(bool)
+
+    def _check_size(self, name: str, wanted: int) -> None:
+        size = (self.path / name).stat().st_size
+        if size != wanted:
+            raise self._damaged(f"{name} has {size} bytes, meta.json says {wanted}")
+
     def _damaged(self, what: str) -> DamagedStore:
         return DamagedStore(f"the token store {self.path} is damaged ({what}); delete that folder and build it again")
 
@@ -92,32 +102,43 @@ def build_store(
     tokenizer: Encoder,
     *,
     cache_dir: str | os.PathLike[str],
+    max_length: int | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
-    """Tokenise what the patterns name (see `documents_from`) as bos + text + eos, unless already done.
+    """Tokenise what the patterns name (see `documents_from`, and `records.encode`), unless already done.
 
-    The cache key covers the sources, the tokenizer and the store's format. `workers` threads encode (default:
-    one a core); memory stays bounded by a few groups of documents. `progress(documents, tokens)` is called as
-    they finish. A damaged store in the cache is rebuilt with a warning.
+    The cache key covers the sources, the tokenizer and the store's format, and where there are dialogs, completions or
+    bad lines `max_length`, which refuses longer ones. `workers` threads encode (default: one a core); memory stays
+    bounded by a few groups of documents. `progress(documents, tokens)` is called as they finish. A damaged store in
+    the cache is rebuilt with a warning.
+
+    Raises:
+        ValueError: a source cannot be read, or more than 5 % of all documents cannot be used.
     """
     sources = fingerprint_of(patterns)
-    identity = json.dumps([_FORMAT, sources, tokenizer.fingerprint, tokenizer.vocab_size])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    identity = [_FORMAT, sources, tokenizer.fingerprint, tokenizer.vocab_size]
+    plain, masked = _key(identity), _key([*identity, max_length])
     cache = Path(cache_dir)
-    final = cache / key
     cache.mkdir(parents=True, exist_ok=True)
-    _sweep(cache, key)
-    if final.exists():
-        try:
-            return TokenStore(final)
-        except DamagedStore as error:
-            warnings.warn(f"{error}: rebuilding it now", stacklevel=2)
-            _remove(final)
-    meta = {"key": key, "sources": list(patterns), "sources_fingerprint": sources}
-    scratch = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=cache))
+    for key in (plain, masked):
+        _sweep(cache, key)
+        if (cache / key).exists():
+            try:
+                return TokenStore(cache / key)
+            except DamagedStore as error:
+                warnings.warn(f"{error}: rebuilding it now", stacklevel=2)
+                _remove(cache / key)
+    meta = {"key": plain, "sources": list(patterns), "sources_fingerprint": sources}
+    scratch = Path(tempfile.mkdtemp(prefix=f"{plain}.partial-", dir=cache))
     try:
-        _write(scratch, documents_from(patterns), tokenizer, meta=meta, workers=workers, progress=progress)
+        encoded = _encoded(documents_from(patterns), tokenizer, max_length=max_length, workers=workers)
+        first_bad = _write(scratch, encoded, tokenizer, meta=meta, progress=progress)
+        # A line may be bad for its length alone.
+        final = cache / (masked if meta["masked"] or first_bad is not None else plain)
+        if first_bad is not None:
+            os.replace(scratch / _QUARANTINE, _quarantine(final))
+            refuse_many_bad(meta["num_bad"], meta["num_documents"], first_bad, listed=_quarantine(final))
         try:
             os.rename(scratch, final)
         except OSError:  # another process finished first: its store is the same
@@ -128,30 +149,81 @@ def build_store(
     return TokenStore(final)
 
 
+_QUARANTINE = "quarantine.jsonl"
+
+
+def _quarantine(store: Path) -> Path:
+    return store.with_name(f"{store.name}.{_QUARANTINE}")
+
+
+def _key(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+# The ids of a document, and where not all of them are targets, which are.
+_Encoded = tuple[np.ndarray, np.ndarray | None]
+
+
 def _write(
     folder: Path,
-    documents: Iterator[Document],
+    encoded: Iterator[list[_Encoded | BadLine]],
     tokenizer: Encoder,
     *,
     meta: dict[str, Any],
-    workers: int | None,
     progress: Callable[[int, int], None] | None,
-) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    digest = hashlib.sha256()
+) -> BadLine | None:
+    """Write the files of a store into `folder`, and what is known into `meta` too; return the first bad line."""
+    digest, bits_digest = hashlib.sha256(), hashlib.sha256()
+    dtype = _dtype(tokenizer)
     offsets = [0]
-    with open(folder / "tokens.bin", "wb") as file:
-        for group in _encoded(documents, tokenizer, dtype=dtype, workers=workers or os.cpu_count() or 1):
-            for tokens in group:
+    masked, targets, bad = False, 0, 0
+    first_bad: BadLine | None = None
+    waiting = np.zeros(0, bool)  # bits that do not fill a byte yet
+
+    with (
+        open(folder / "tokens.bin", "wb") as file,
+        open(folder / "targets.bin", "wb") as bits_file,
+        open(folder / _QUARANTINE, "w", encoding="utf-8") as bad_file,
+    ):
+
+        def write_bits(bits: np.ndarray) -> None:
+            data = np.packbits(bits).tobytes()
+            bits_digest.update(data)
+            bits_file.write(data)
+
+        for group in encoded:
+            group_bits = [waiting]
+            for item in group:
+                if isinstance(item, BadLine):
+                    bad_file.write(item.to_json() + "\n")
+                    bad += 1
+                    first_bad = first_bad or item
+                    continue
+                tokens, mask = item
                 data = tokens.tobytes()
                 digest.update(data)
                 file.write(data)
                 offsets.append(offsets[-1] + len(tokens))
+                masked |= mask is not None
+                group_bits.append(np.ones(len(tokens), bool) if mask is None else mask)
+                targets += int(group_bits[-1][1:].sum())
+            bits = np.concatenate(group_bits)
+            whole = len(bits) // 8 * 8
+            write_bits(bits[:whole])
+            waiting = bits[whole:]
             if progress:
                 progress(len(offsets) - 1, offsets[-1])
-        _flush(file)
+        write_bits(waiting)
+        for each in (file, bits_file, bad_file):
+            _flush(each)
     starts = np.array(offsets, dtype=np.int64)
     digest.update(starts.tobytes())
+    if masked:
+        digest.update(bits_digest.digest())
+    else:
+        (folder / "targets.bin").unlink()
+    if not bad:
+        (folder / _QUARANTINE).unlink()
     with open(folder / "offsets.npy", "wb") as file:
         np.save(file, starts)
         _flush(file)
@@ -163,30 +235,45 @@ def _write(
         "dtype": dtype.str,
         "num_tokens": offsets[-1],
         "num_documents": len(offsets) - 1,
+        "masked": masked,
+        "num_targets": targets,
+        "num_bad": bad,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         _flush(file)
+    return first_bad
+
+
+def _dtype(tokenizer: Encoder) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def _encoded(
-    documents: Iterator[Document], tokenizer: Encoder, *, dtype: np.dtype, workers: int
-) -> Iterator[list[np.ndarray]]:
-    """Encode groups of documents in threads (tiktoken lets go of the GIL) and yield them in order."""
+    samples: Iterator[Sample | BadLine], tokenizer: Encoder, *, max_length: int | None = None, workers: int | None
+) -> Iterator[list[_Encoded | BadLine]]:
+    """Encode groups of samples in threads (tiktoken lets go of the GIL) and yield them in order."""
+    workers = workers or os.cpu_count() or 1
+    dtype = _dtype(tokenizer)
 
-    def encode(group: list[Document]) -> list[np.ndarray]:
-        encoded = [np.array(tokenizer.encode(doc.text, bos=True, eos=True)) for doc in group]
-        for doc, ids in zip(group, encoded, strict=True):
-            if len(ids) == 0 or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-                raise ValueError(f"{doc.name}: the tokenizer gave no ids, or ids outside [0, {tokenizer.vocab_size})")
-        return [ids.astype(dtype) for ids in encoded]
+    def encode(sample: Sample | BadLine) -> _Encoded | BadLine:
+        found = sample if isinstance(sample, BadLine) else try_encode(sample, tokenizer, max_length=max_length)
+        if isinstance(found, BadLine):
+            return found
+        ids, targets = np.array(found[0]), found[1]
+        if len(ids) == 0 or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+            raise ValueError(f"{sample.name}: the tokenizer gave no ids, or ids outside [0, {tokenizer.vocab_size})")
+        return ids.astype(dtype), None if targets is None else np.array(targets, bool)
+
+    def encode_group(group: list[Sample | BadLine]) -> list[_Encoded | BadLine]:
+        return [encode(sample) for sample in group]
 
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[list[np.ndarray]]] = deque()
+        waiting: deque[Future[list[_Encoded | BadLine]]] = deque()
         try:
-            for group in _groups(documents):
-                waiting.append(pool.submit(encode, group))
+            for group in _groups(samples):
+                waiting.append(pool.submit(encode_group, group))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -195,12 +282,12 @@ def _encoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
+def _groups(samples: Iterator[Sample | BadLine]) -> Iterator[list[Sample | BadLine]]:
+    group: list[Sample | BadLine] = []
     size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
+    for sample in samples:
+        group.append(sample)
+        size += len(sample.reason if isinstance(sample, BadLine) else sample.text)
         if size >= _GROUP_CHARACTERS:
             yield group
             group, size = [], 0

@@ -22,7 +22,7 @@ from llama_jax import model, parallel
 from llama_jax.checkpoint import CONFIG_FILE, Checkpoints
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader, evaluation_batches
-from llama_jax.data.packing import PackedRows
+from llama_jax.data.packing import Rows
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import start
@@ -162,7 +162,7 @@ class _Loop:
         tokenizer: Tokenizer,
         checkpoints: Checkpoints,
         loader: Loader,
-        validation: PackedRows | None,
+        validation: Rows | None,
         sampler: Sampler | None,
         stop: StopSignal,
     ):
@@ -341,7 +341,7 @@ def _check_resume(
     """Refuse to go on from a checkpoint of `step` that another run made."""
     if not resume:
         raise ConfigError(f"{folder} has a checkpoint of step {step}: resume it, or set another output")
-    changed = differences(before, run.to_dict())
+    changed = differences(RunConfig.from_dict(before).to_dict(), run.to_dict())  # keys it lacks had their defaults
     refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE)}
     if refused:
         lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in refused.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,10 +14,11 @@ import optax
 
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError
-from llama_jax.data.packing import PackedRows
+from llama_jax.data.packing import Mixture, Rows, pack
+from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
-from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_config import DataConfig, RunConfig, differences
 from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
         ConfigError: it has more tokens than the model.
     """
     path = text.find(folder) if resuming else None
-    found = text.open(path or _chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
+    found = text.open(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
     if found.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
@@ -75,7 +76,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     return found
 
 
-def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
+def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
+    """The tokenizer that a new run has; ConfigError where there is none, or two that differ."""
     known = open_source(run.init_from).tokenizer() if run.init_from else None
     if run.data.tokenizer:
         given = text.open(Path(run.data.tokenizer).expanduser())
@@ -89,23 +91,60 @@ def _chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
             raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
         return known
     say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
-    texts = (document.text for document in documents_from(run.data.train))
-    return Tokenizer.from_ranks(train_bpe(texts, vocab_size=run.model.vocab_size))
+    return Tokenizer.from_ranks(train_bpe(_texts(run.data), vocab_size=run.model.vocab_size))
 
 
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[PackedRows, PackedRows | None]:
-    """The training and validation text, tokenised once and cut into rows."""
+def _texts(data: DataConfig) -> Iterator[str]:
+    """The text of all documents; ValueError, and a list, if too many are bad, rather than a vocabulary of the rest."""
+    bad: list[BadLine] = []
+    good = 0
+    for found in documents_from(data.train):
+        if isinstance(found, BadLine):
+            bad.append(found)
+        else:
+            good += 1
+            yield found.text
+    if bad:
+        listed = Path(data.cache_dir).expanduser() / "quarantine.jsonl"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
+        refuse_many_bad(len(bad), good, bad[0], listed=listed)
 
-    def packed(patterns: tuple[str, ...], name: str) -> PackedRows:
-        store = build_store(patterns, tokens, cache_dir=Path(run.data.cache_dir).expanduser())
-        rows = PackedRows(store, sequence_length=run.data.sequence_length)
+
+def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
+    """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
+
+    Raises:
+        ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
+    """
+
+    def packed(patterns: Sequence[str], name: str) -> Rows:
+        cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
+        try:
+            store = build_store(patterns, tokens, cache_dir=cache, max_length=T)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from None
+        rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
+        # Nothing else is worth a word of plain text: all of it is targets, and the last row alone is padded.
+        targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
+        waste = f" ({rows.waste:.1%} padding)" if store.masked else ""
         say(
-            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, {len(rows):,} rows, "
-            f"fingerprint {store.fingerprint[:16]}"
+            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens{targets}, "
+            f"{len(rows):,} rows{waste}, fingerprint {store.fingerprint[:16]}"
         )
+        if store.num_bad:
+            total = store.num_bad + store.num_documents
+            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} documents, listed in {store.quarantine}")
         return rows
 
-    train = packed(run.data.train, "train")
+    if run.data.weights:
+        train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
+        for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
+            share = weight / sum(train.weights)
+            drawn = share * run.train.steps * run.data.batch_size
+            say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
+    else:
+        train = Mixture((packed(run.data.train, "train"),), (1.0,))
     return train, packed(run.data.validation, "validation") if run.data.validation else None
 
 

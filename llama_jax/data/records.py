@@ -1,0 +1,280 @@
+"""One record of data: which of the known shapes it has, and the token ids and targets that it becomes.
+
+The shape is told by a record's keys, the first that fits: `messages` (OpenAI, with `tools`), `conversations`
+(ShareGPT), `prompt` and `completion`, `instruction` and `output` (Alpaca), `text`. A target is a token that the loss
+counts: what the assistant says, a completion with the token that ends it, or all of a text.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from llama_jax.config import ConfigError
+from llama_jax.data.corpus import Document
+
+
+class Encoder(Protocol):
+    """What data needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the ids of some text would."""
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text."""
+
+    def encode_dialog(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None,
+        add_generation_prompt: bool,
+        return_mask: bool,
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a dialog, and which of them the assistant spoke; ValueError for what is no dialog."""
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """Messages in OpenAI's style, not checked yet: `encode` does that."""
+
+    name: str
+    messages: Any
+    tools: Any
+
+    @property
+    def text(self) -> str:
+        """Every string in the messages, for a vocabulary to be learnt from."""
+        return "\n".join(_strings(self.messages))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Two plain texts, of which the second is learnt."""
+
+    name: str
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        """Both."""
+        return self.prompt + self.completion
+
+
+Sample = Document | Dialog | Completion
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A record that cannot be used: its name ("file:line", or a file) and why, in one line that can be printed."""
+
+    name: str
+    reason: str
+
+    @classmethod
+    def of(cls, name: str, why: object) -> "BadLine":
+        """With all that is not printable written as its escape."""
+        text = " ".join(str(why).split())
+        return cls(name, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+    def to_json(self) -> str:
+        """A line of the quarantine file."""
+        file, _, line = self.name.rpartition(":")
+        where = (file, int(line)) if file and line.isdecimal() else (self.name, None)
+        return json.dumps({"file": where[0], "line": where[1], "reason": self.reason})
+
+
+_MAX_BAD = 0.05  # of all documents: with more, it is the data or what it is taken for that is wrong
+
+
+def refuse_many_bad(bad: int, good: int, first: BadLine, *, listed: Path) -> None:
+    """Raise ValueError if more than 5 % of documents are bad: names the first, and the file that lists all of them."""
+    if bad > _MAX_BAD * (bad + good):
+        raise ValueError(
+            f"{bad:,} of {bad + good:,} documents cannot be used ({bad / (bad + good):.1%}; at most {_MAX_BAD:.0%} may "
+            f"be left out), the first: {first.name}: {first.reason}; all of them are listed in {listed}"
+        )
+
+
+# ---- what a record is --------------------------------------------------------------------------------------
+
+
+def parse(record: object, name: str) -> Sample:
+    """The sample that a record of JSON or Parquet stands for; ValueError says what is wrong with it.
+
+    A key that holds null counts as absent: tables have every column in every row.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f'expected a record such as {{"text": ...}}, found a JSON {type(record).__name__}')
+    found = {key: value for key, value in record.items() if value is not None}
+    if "messages" in found:
+        return Dialog(name, found["messages"], _tools(found))
+    if "conversations" in found:
+        return Dialog(name, [*_system(found), *_share_gpt(found["conversations"])], _tools(found))
+    if {"chosen", "rejected"} <= found.keys():
+        raise ValueError(
+            "a preference pair (chosen, rejected) is data for DPO, which is not built: for fine-tuning give the chosen "
+            "answer as 'messages' or as 'prompt' and 'completion'"
+        )
+    if {"prompt", "completion"} <= found.keys():
+        return Completion(name, _string(found, "prompt"), _answer(found, "completion"))
+    if {"instruction", "output"} <= found.keys():
+        given = _string(found, "input") if "input" in found else ""
+        question = _string(found, "instruction") + (f"\n\n{given}" if given else "")
+        answer = {"role": "assistant", "content": _answer(found, "output")}
+        return Dialog(name, [*_system(found), {"role": "user", "content": question}, answer], None)
+    if "text" not in record:
+        raise ValueError(_unknown(record))
+    return Document(name, _string(record, "text"))
+
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+_PARTNERS = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
+
+
+def _share_gpt(turns: object) -> Iterator[dict[str, Any]]:
+    if not isinstance(turns, list):
+        raise ValueError(f"'conversations' must be a list of {{from, value}}, found {type(turns).__name__}")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"conversations[{i}] must be {{'from': ..., 'value': str}}, found {_brief(turn)}")
+        role = turn.get("from")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f"conversations[{i}]: from {_brief(role)} is not known; allowed: {', '.join(_ROLES)}")
+        yield {"role": _ROLES[role], "content": turn["value"]}
+
+
+def _system(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    text = _string(record, "system") if "system" in record else ""
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _tools(record: Mapping[str, Any]) -> object:
+    if "functions" in record:
+        raise ValueError("'functions' is not read; write them as 'tools': [{'type': 'function', 'function': ...}]")
+    tools = record.get("tools")
+    if isinstance(tools, str):  # as tables hold them, whose cells cannot differ in shape
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise ValueError(f"'tools' must be a list, or one as a string of JSON, found {_brief(tools)}") from None
+    return tools or None
+
+
+def _string(record: Mapping[str, Any], key: str) -> str:
+    if not isinstance(record[key], str):
+        hint = "; put a list of messages under 'messages'" if isinstance(record[key], list) else ""
+        raise ValueError(f"{key!r} must be a string, found {type(record[key]).__name__}{hint}")
+    return record[key]
+
+
+def _answer(record: Mapping[str, Any], key: str) -> str:
+    if not _string(record, key).strip():
+        raise ValueError(f"{key!r} is empty: there is nothing to learn")
+    return record[key]
+
+
+def _unknown(record: Mapping[str, Any]) -> str:
+    for key in record:
+        if key in _PARTNERS:
+            return f"{key!r} without {_PARTNERS[key]!r}, found {_brief(sorted(record))}"
+    near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? Rename it to 'text'" if near else "put the document under 'text'"
+    return (
+        f"no key 'text', found {_brief(sorted(record))}; {hint}, or give 'messages', 'conversations', 'prompt' and "
+        "'completion', or 'instruction' and 'output'"
+    )
+
+
+def _strings(value: object) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict | list):
+            waiting += reversed(list(item.values() if isinstance(item, dict) else item))
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- what it becomes ---------------------------------------------------------------------------------------
+
+
+def encode(sample: Sample, tokenizer: Encoder, *, max_length: int | None) -> tuple[list[int], list[bool] | None]:
+    """The ids of a sample, and which of them are targets; None for all, as in a text.
+
+    A text is bos + text + eos, a completion bos + prompt + completion + eos with nothing between, and a dialog what
+    `Tokenizer.encode_dialog` makes of it.
+
+    Args:
+        sample: it.
+        tokenizer: of the run.
+        max_length: tokens that a dialog or a completion may have: cut, it would lose its answer. None for any number.
+
+    Raises:
+        ValueError: the sample cannot be used; says why.
+        ConfigError: the tokenizer cannot be used for it.
+    """
+    if isinstance(sample, Document):
+        return tokenizer.encode(sample.text, bos=True, eos=True), None
+    if isinstance(sample, Completion):
+        prompt = tokenizer.encode(sample.prompt, bos=True)
+        completion = tokenizer.encode(sample.completion, eos=True)
+        ids, targets = prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    else:
+        ids, targets = tokenizer.encode_dialog(
+            sample.messages, tools=sample.tools, add_generation_prompt=False, return_mask=True
+        )
+        _check_answers(sample.messages)
+    if max_length is not None and len(ids) > max_length:
+        raise ValueError(f"{len(ids):,} tokens are more than data.sequence_length={max_length}, and may not be cut")
+    return ids, targets
+
+
+def try_encode(
+    sample: Sample, tokenizer: Encoder, *, max_length: int | None
+) -> tuple[list[int], list[bool] | None] | BadLine:
+    """As `encode`, with what is wrong with a sample as a BadLine."""
+    try:
+        return encode(sample, tokenizer, max_length=max_length)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        return BadLine.of(sample.name, error)
+    except RecursionError:
+        return BadLine.of(sample.name, "nested too deeply")
+
+
+def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a sound dialog that has nothing to learn, or that says more than is read."""
+    answers = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message is the assistant's: there is nothing to learn")
+    for i, message in answers:
+        if message.get("weight") not in (None, 1):
+            raise ValueError(f"messages[{i}]: 'weight' {_brief(message['weight'])} is not read; every answer is learnt")
+        if not message.get("tool_calls") and not any(text.strip() for text in _texts(message.get("content"))):
+            raise ValueError(f"messages[{i}]: the assistant's answer is empty")
+
+
+def _texts(content: object) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content or ()]

@@ -1,0 +1,93 @@
+"""What a run's data looks like to the model: lengths, waste, and rows with their targets and borders to be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llama_jax.data.loader import Batch, Loader
+from llama_jax.data.packing import Rows
+from llama_jax.run_config import RunConfig
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import start
+
+_ROWS = 2  # that are shown of the first batch
+_TOKENS = 1500  # that are shown of a row
+_COLOURS = {"target": "\x1b[32m", "other": "\x1b[2m", "border": "\x1b[1;36m"}
+_OFF = "\x1b[0m"
+
+# What would move the cursor or change colours of its own is shown as the picture of its character.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421, 0x9B: 0x241B}
+
+
+def show(run: RunConfig, *, colour: bool) -> None:
+    """Print the statistics of a run's data, and the first rows of its first step.
+
+    Targets, the tokens that the loss counts, are green, or stand in ⟦these⟧ without colour.
+
+    Raises:
+        OSError: a file that is not there.
+        ValueError: a tokenizer that cannot be used, or too many bad lines.
+    """
+    tokenizer = start.chosen_tokenizer(run, print)
+    train, validation = start.rows(run, tokenizer, print)
+    for rows in train.parts:
+        print(f"train: {_lengths(rows)}")
+    if validation is not None:
+        print(f"validation: {_lengths(validation)}")
+    data = run.data
+    loader = Loader(train, batch_size=data.batch_size, seed=data.seed, shuffle=data.shuffle, prefetch=0)
+    batch = next(loader)
+    marks = "green: what the loss counts" if colour else "in ⟦ ⟧: what the loss counts"
+    shown = min(_ROWS, data.batch_size)
+    for number in range(shown):
+        print(f"\nrow {number + 1} of {data.batch_size} of the first step ({marks})")
+        row = {name: array[number] for name, array in batch.items()}
+        for line in render(row, tokenizer, colour=colour):
+            print(line)
+
+
+def _lengths(rows: Rows) -> str:
+    store = rows.store
+    lengths = np.diff(store.offsets)
+    least, middle, most, longest = (int(x) for x in np.quantile(lengths, (0, 0.5, 0.95, 1), method="higher"))
+    return (
+        f"tokens a document: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % of them "
+        f"up to {most:,}; {len(lengths) / len(rows):.1f} documents a row"
+    )
+
+
+def render(row: Batch, tokenizer: Tokenizer, *, colour: bool) -> Iterator[str]:
+    """One row, arrays (T,), as text: a line at each document's border, and its targets marked.
+
+    A place's weight is that of the token after it, so that a token is marked by the place before.
+    """
+    tokens, segments = row["tokens"], row["segments"]
+    targets = np.concatenate([[False], row["weights"][:-1] > 0]) & (segments > 0)
+    for segment in range(1, int(segments.max()) + 1):
+        (places,) = np.nonzero(segments == segment)
+        counted = int(targets[places].sum())
+        continued = " (goes on from another row)" if tokens[places[0]] != tokenizer.bos_id else ""
+        yield _paint(
+            f"── document {segment}: {len(places):,} tokens, {counted:,} counted{continued} ──", "border", colour
+        )
+        places = places[: max(0, _TOKENS - int(places[0]))]
+        if len(places) == 0:
+            yield "..."
+            continue
+        cuts = np.flatnonzero(np.diff(targets[places])) + 1
+        yield "".join(
+            _paint(
+                tokenizer.decode(tokens[span]).translate(_PICTURES), "target" if targets[span[0]] else "other", colour
+            )
+            for span in np.split(places, cuts)
+        )
+    if padding := int((segments == 0).sum()):
+        yield _paint(f"── {padding:,} places of padding ──", "border", colour)
+
+
+def _paint(text: str, kind: str, colour: bool) -> str:
+    if colour:
+        return f"{_COLOURS[kind]}{text}{_OFF}"
+    return f"⟦{text}⟧" if kind == "target" else text

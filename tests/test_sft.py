@@ -1,0 +1,275 @@
+"""Claims about fine-tuning on dialogs: whole documents in rows, the loss on targets alone, and a run that resumes."""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_records import random_dialog
+from test_train import text_run
+
+from llama_jax import model
+from llama_jax.data.loader import Loader, evaluation_batches
+from llama_jax.data.packing import PackedRows, WholeRows, best_fit, pack
+from llama_jax.data.store import TokenStore, build_store
+from llama_jax.text import Tokenizer
+from llama_jax.train import loop
+from llama_jax.train.metrics import read_metrics
+from llama_jax.train.step import loss_sums
+
+T = 320
+NAMES = ("tokens", "targets", "positions", "segments", "weights")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """One id per byte."""
+    return Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+
+
+def write(path: Path, records: list) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def short_dialogs(count: int, seed: int, tokenizer: Tokenizer, longest: int) -> list[dict]:
+    """Random dialogs, plain ones and with tools, of at most `longest` tokens."""
+    rng = random.Random(seed)
+    found: list[dict] = []
+    while len(found) < count:
+        record = random_dialog(rng)
+        ids = tokenizer.encode_dialog(record["messages"], tools=record.get("tools"), add_generation_prompt=False)
+        found += [record] if len(ids) <= longest else []
+    return found
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer) -> TokenStore:
+    """A thousand dialogs, and among them two texts of which one is longer than two rows."""
+    folder = tmp_path_factory.mktemp("store")
+    records = short_dialogs(1000, 3, tokenizer, T)
+    assert sum("tools" in record for record in records) > 50
+    records[100:100] = [{"text": "a long text. " * 60}, {"text": "a short one"}]
+    return build_store([write(folder / "d.jsonl", records)], tokenizer, cache_dir=folder / "cache", max_length=T)
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------
+
+
+def slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing as one would say it; of rows with as much room, the one that came to it last."""
+    rows: list[list[int]] = []
+    recent: list[int] = []  # rows, the one changed last at the end
+    for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = {r: capacity - sum(lengths[i] for i in rows[r]) for r in recent}
+        fitting = [r for r in recent if room[r] >= lengths[piece]]
+        if fitting:
+            least = min(room[r] for r in fitting)
+            row = [r for r in fitting if room[r] == least][-1]
+            recent.remove(row)
+        else:
+            row = len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        recent.append(row)
+    return sorted(map(sorted, rows))
+
+
+def slow_rows(documents: list[tuple[list[int], list[bool]]], length: int, everything: bool) -> list[dict[str, list]]:
+    """The rows from the definition: pieces, the rows they share, and one prediction after the other."""
+    pieces = []
+    for ids, mask in documents:
+        for start in range(0, max(len(ids) - 1, 1), length - 1) if len(ids) > length else [0]:
+            pieces.append((ids[start : start + length], mask[start : start + length]))
+    rows = []
+    for members in slow_best_fit([len(ids) for ids, _ in pieces], length):
+        row: dict[str, list] = {name: [] for name in NAMES}
+        for segment, member in enumerate(members, start=1):
+            ids, mask = pieces[member]
+            for i, token in enumerate(ids):
+                last = i + 1 == len(ids)
+                row["tokens"].append(token)
+                row["targets"].append(0 if last else ids[i + 1])
+                row["positions"].append(i)
+                row["segments"].append(segment)
+                row["weights"].append(float(not last and (everything or mask[i + 1])))
+        rows.append({name: values + [0] * (length - len(values)) for name, values in row.items()})
+    return rows
+
+
+def documents_in(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
+    ends = store.offsets.tolist()
+    return [(store.tokens[a:b].tolist(), store.targets(a, b).tolist()) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_rows_of_a_thousand_dialogs_equal_a_slow_construction(store, loss_on):
+    rows = pack(store, sequence_length=T, loss_on=loss_on)
+    wanted = slow_rows(documents_in(store), T, loss_on == "all")
+    assert isinstance(rows, WholeRows) and len(rows) == len(wanted)
+    for i, row in enumerate(wanted):
+        assert {name: array.tolist() for name, array in rows[i].items()} == row
+    filled = sum((np.array(row["segments"]) > 0).sum() for row in wanted)
+    assert rows.waste == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12) and rows.waste < 0.06
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 100])
+def test_short_rows_cut_text_into_pieces_that_predict_everything_once(store, length):
+    """Without a limit on the store even dialogs are cut like this; build_store's max_length keeps them out."""
+    rows = WholeRows(store, sequence_length=length, loss_on="all")
+    assert sum(rows[i]["weights"].sum() for i in range(len(rows))) == store.num_tokens - store.num_documents
+    masked = WholeRows(store, sequence_length=length, loss_on="assistant")
+    assert sum(masked[i]["weights"].sum() for i in range(len(masked))) == store.num_targets
+
+
+def test_best_fit_is_deterministic_and_never_overfills():
+    rng = np.random.default_rng(0)
+    for capacity in (2, 7, 64, 1000):
+        lengths = rng.integers(1, capacity + 1, 3000)
+        rows = best_fit(lengths, capacity)
+        filled = np.bincount(rows, weights=lengths)
+        assert filled.max() <= capacity and filled.min() > 0
+        assert len(filled) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 6 / 9 or capacity == 2
+        np.testing.assert_array_equal(best_fit(lengths, capacity), rows)
+
+
+def test_text_alone_is_cut_as_ever(tmp_path, tokenizer):
+    path = write(tmp_path / "t.jsonl", [{"text": "one"}, {"text": "another"}])
+    text = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=8)
+    rows = pack(text, sequence_length=8, loss_on="assistant")
+    assert isinstance(rows, PackedRows) and rows.fingerprint == text.fingerprint
+    assert rows.waste == 1 - (text.num_tokens - 1) / (2 * 8)
+
+
+def test_the_loader_resumes_rows_of_dialogs_and_refuses_another_loss(store):
+    rows = {name: pack(store, sequence_length=T, loss_on=name) for name in ("assistant", "all")}
+    loader = Loader(rows["assistant"], batch_size=4, seed=1)
+    batches = [next(loader) for _ in range(len(rows["assistant"]) // 2)]
+    again = Loader(rows["assistant"], batch_size=4, seed=1, start_step=9)
+    for batch, other in zip(batches[9:], again, strict=False):
+        assert all(np.array_equal(batch[name], other[name]) for name in NAMES)
+    with pytest.raises(ValueError, match="store was"):
+        Loader(rows["all"], batch_size=4, seed=1).restore(loader.state())
+    last = list(evaluation_batches(rows["assistant"], batch_size=7, max_batches=None))[-1]
+    assert {name: array.shape for name, array in last.items()} == dict.fromkeys(NAMES, (7, T))
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------
+
+
+def relative_gap(a, b) -> float:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max() / np.abs(np.asarray(y)).max()) for x, y in pairs)
+
+
+def test_gradients_of_a_packed_batch_equal_those_of_its_documents_one_by_one(tmp_path, tokenizer):
+    length = 128
+    records = short_dialogs(12, 7, tokenizer, length)
+    records += [{"prompt": "The sum of one and one", "completion": " is two."}, {"text": "plain text"}]
+    path = write(tmp_path / "d.jsonl", records)
+    store = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=length)
+    rows = pack(store, sequence_length=length, loss_on="assistant")
+    packed = [rows[i] for i in range(len(rows))]
+    assert len(packed) < len(records) == store.num_documents
+    config = text_run(tmp_path, model__num_layers=2, model__vocab_size=tokenizer.vocab_size).model
+    params = jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))
+
+    @jax.jit
+    def gradients(params, batch):
+        options = {"dtype": jnp.float32, "remat": "none", "vocab_chunk": 0, "z_loss": 0.0}
+        loss = lambda params: loss_sums(config, params, batch, **options)  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (together, _), summed = gradients(params, {name: np.stack([row[name] for row in packed]) for name in NAMES})
+    alone, one_by_one, targets = 0.0, jax.tree.map(jnp.zeros_like, params), 0
+    for ids, mask in documents_in(store):
+        batch = {name: np.zeros((1, length), np.int32) for name in NAMES[:4]}
+        batch["weights"] = np.zeros((1, length), np.float32)
+        n = len(ids)
+        batch["tokens"][0, :n], batch["targets"][0, : n - 1] = ids, ids[1:]
+        batch["positions"][0, :n], batch["segments"][0, :n] = range(n), 1
+        batch["weights"][0, : n - 1] = mask[1:]
+        (loss, _), grads = gradients(params, batch)
+        alone, one_by_one = alone + loss, jax.tree.map(jnp.add, one_by_one, grads)
+        targets += sum(mask[1:])
+    assert abs(float(together - alone)) < 1e-5 * float(alone)
+    assert relative_gap(summed, one_by_one) < 1e-5
+    assert sum(row["weights"].sum() for row in packed) == targets == store.num_targets
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------
+
+
+def dialog_run(tmp_path, name: str, records: list | None = None, **changes):
+    path = tmp_path / "dialogs.jsonl"
+    if records is not None or not path.exists():
+        rng = random.Random(0)
+        default = [
+            {"instruction": "Say " + "x" * rng.randint(1, 40), "output": "y" * rng.randint(1, 9)} for _ in range(60)
+        ]
+        write(path, records or default)
+    base = {"output": str(tmp_path / name), "data__train": (str(path),), "data__sequence_length": 128}
+    return text_run(tmp_path, **(base | changes))
+
+
+def numbers(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_run_on_dialogs_resumes_to_the_bit_and_counts_targets_only(tmp_path, capsys):
+    constant = {"optimizer__schedule": "constant", "data__validation": (str(tmp_path / "dialogs.jsonl"),)}
+    whole = dialog_run(tmp_path, "whole", **constant)
+    loop.train(whole)
+    said = capsys.readouterr().out
+    assert "train: 60 documents" in said and " targets), " in said and " padding), " in said
+    loop.train(dialog_run(tmp_path, "parts", train__steps=3, **constant))
+    loop.train(dialog_run(tmp_path, "parts", **constant))
+    steps, parts = numbers(tmp_path / "whole"), numbers(tmp_path / "parts")
+    assert steps[-1] == parts[-1] and "validation_loss" in steps[-1]
+    assert steps[:-1] == [line for line in parts if "loss" in line]
+    tokens = [line["tokens"] for line in steps if "loss" in line]
+    loop.train(dialog_run(tmp_path, "all", data__loss_on="all", **constant))
+    everything = [line["tokens"] for line in numbers(tmp_path / "all") if "loss" in line]
+    assert len(tokens) == 8 and all(5 * a < b for a, b in zip(tokens, everything, strict=True))
+    with pytest.raises(ValueError, match="data.loss_on was 'assistant', is now 'all'"):
+        loop.train(dialog_run(tmp_path, "whole", data__loss_on="all", train__steps=9, **constant))
+
+
+def test_bad_data_stops_a_run_before_it_starts_and_a_little_is_told_of(tmp_path, capsys):
+    good = {"instruction": "Say y", "output": "y"}
+    given = str(tmp_path / "some.model")
+    Tokenizer.from_ranks({bytes([i]): i for i in range(256)}).save(given)
+    bad = [good] * 30 + [{"instruction": "a", "output": ""}] * 4
+    words = r"4 of 34 documents cannot be used \(11.8%; .*: 'output' is empty.*; all of them are listed in "
+    for run in (
+        dialog_run(tmp_path, "bad", bad, data__tokenizer=given),
+        dialog_run(tmp_path, "bad"),  # nor is a vocabulary learnt of it
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            loop.train(run)
+        listed = Path(str(caught.value).rpartition(" listed in ")[2]).read_text()
+        assert [json.loads(line)["line"] for line in listed.splitlines()] == [31, 32, 33, 34]
+    assert "model:" not in capsys.readouterr().out and not (tmp_path / "bad" / "metrics.jsonl").exists()
+    loop.train(dialog_run(tmp_path, "good", [good] * 30 + [{"instruction": "a", "output": ""}], train__steps=1,
+                          optimizer__warmup_steps=0))  # fmt: skip
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "as bad" in line]
+    assert line.startswith("train: left out as bad: 1 of 31 documents, listed in ")
+    assert json.loads(Path(line.rpartition(" listed in ")[2]).read_text())["line"] == 31
+
+
+def test_a_run_of_before_a_key_existed_resumes_with_its_default(tmp_path):
+    run = dialog_run(tmp_path, "run", train__steps=2)
+    loop.train(run)
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_file() and b'"loss_on": "assistant", ' in (data := path.read_bytes()):
+            path.write_bytes(data.replace(b'"loss_on": "assistant", ', b""))
+            break
+    else:
+        raise AssertionError("no file of the checkpoint holds the config")
+    assert loop.train(dialog_run(tmp_path, "run", train__steps=3)).step == 3
