@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax import model
 from llama_jax.cache import init_cache
-from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling, size
+from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling, nearest, size
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,20 @@ def test_configs_are_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SIZES["tiny"].num_layers = 4
     assert isinstance(SIZES["tiny"].rope_scaling, RopeScaling)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_heads": 10**12 + 1}, {"num_layers": 10**6}, {"rope_theta": 10**400}, {"norm_eps": float("nan")}],
+    ids=str,
+)
+def test_numbers_of_no_model_are_refused_at_once(change):
+    with pytest.raises(ConfigError, match=next(iter(change))) as error:
+        dataclasses.replace(SIZES["tiny"], **change)
+    assert len(str(error.value)) < 200
+
+
+def test_no_nearest_name_is_looked_for_among_very_many_or_long_ones():
+    assert nearest("a" * 10_000, ["b" * 10_000]) == ""
+    assert nearest("vocab_siez", [*(f"name{i}" for i in range(100_000)), "vocab_size"]) == ""
+    assert nearest("vocab_siez", ["vocab_size"]) == "; did you mean 'vocab_size'?"

@@ -231,6 +231,14 @@ def test_a_tokenizer_that_is_not_understood_goes_along_but_is_not_used(tmp_path,
     assert "written without a tokenizer" in capsys.readouterr().err
 
 
+def test_what_a_link_of_a_folder_leads_to_elsewhere_is_not_copied(tmp_path, folder):
+    (tmp_path / "secret").write_text("secret")
+    (folder / "merges.txt").symlink_to(tmp_path / "secret")
+    (folder / "vocab.json").symlink_to(folder / "config.json")
+    out = convert(folder, tmp_path / "out", "hf")
+    assert not (out / "merges.txt").exists() and (out / "vocab.json").is_file()
+
+
 def test_stop_tokens_outside_the_vocabulary_are_left_out(folder, caplog):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 32000]}')
     assert open_source(folder).stop_tokens == (7,) and "only (7,)" in caplog.text

@@ -190,6 +190,18 @@ def test_a_copy_of_the_embedding_is_a_tie(tmp_path):
         assert not meta.open_folder(folder)[0].tied_embeddings
 
 
+def test_one_storage_cannot_stand_for_a_whole_model(tmp_path):
+    row = np.ones((4, 5), np.float32)
+    shared = of_array(lambda: row, row.dtype, row.shape)
+    torch_file.save_file(tmp_path / "two.pth", {"a": shared, "b": shared})
+    assert set(torch_file.open_file(tmp_path / "two.pth")) == {"a", "b"}
+    large = np.ones((4000, 5), np.float32)
+    shared = of_array(lambda: large, large.dtype, large.shape)
+    torch_file.save_file(tmp_path / "many.pth", {str(i): shared for i in range(9)})
+    with pytest.raises(ValueError, match="they share storage"):
+        torch_file.open_file(tmp_path / "many.pth")
+
+
 def test_a_failed_save_leaves_no_folder_that_opens(tmp_path):
     leaves = random_leaves(SMALL)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.config import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, train_bpe
 from llama_jax.text.bpe import _trained_model
 from llama_jax.text.tokenizer import _pieces
@@ -361,3 +362,13 @@ def test_trainer_refuses_impossible_sizes():
     with pytest.raises(TypeError, match=r"pass \[text\]"):
         train_bpe("one text", vocab_size=600)
     assert train_bpe([], vocab_size=512) == train_bpe(["abc\ud800"], vocab_size=512)
+
+
+def test_tokens_and_vocabularies_of_no_model_are_refused(lines, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(lines) + base64.b64encode(b"a" * 5000) + b" %d\n" % len(lines))
+    with pytest.raises(ConfigError, match="has 5,000 bytes"):
+        Tokenizer(path)
+    path.write_bytes(b"\n" * 600_000)
+    with pytest.raises(ValueError, match="more than any vocabulary"):
+        Tokenizer(path)
