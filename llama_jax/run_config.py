@@ -155,12 +155,15 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints; the last step is always saved.
         keep: newest checkpoints that are kept.
+        keep_best: those of the lowest validation loss that are kept besides; 0 for none. Takes a validation loss at
+            every checkpoint.
         grace_seconds: after SIGTERM, for the step under way to end; then the run leaves without it. Schedulers often
             kill after 10.
     """
 
     every: int = _key(500, low=1)
     keep: int = _key(2, low=1)
+    keep_best: int = _key(0, low=0)
     grace_seconds: float = _key(8.0, low=0.0, high=86_400.0)
 
 
@@ -233,6 +236,14 @@ class RunConfig:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={train.steps}: "
                 "the peak would never be reached"
             )
+        if self.checkpoint.keep_best:
+            every = self.log.eval_every
+            if not data.validation or not every or self.checkpoint.every % every:
+                raise ConfigError(
+                    f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation loss at every checkpoint: "
+                    f"set data.validation, and checkpoint.every={self.checkpoint.every} to a multiple of "
+                    f"log.eval_every={every}"
+                )
         if self.mesh.stage != 1:
             raise ConfigError(
                 f"mesh.stage={self.mesh.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"

@@ -26,6 +26,7 @@ FLOORS = {
     "llama_jax.model": 3,
     "llama_jax.weights": 4,
     "llama_jax.checkpoint": 4,
+    "llama_jax.manifest": 4,
     "llama_jax.text": 4,
     "llama_jax.data": 4,
     "llama_jax.train": 5,

@@ -19,7 +19,7 @@ optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_no
 train.steps train.accumulate train.compute_dtype train.remat train.vocab_chunk train.z_loss train.max_skipped
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
 log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_tokens log.tensorboard
-checkpoint.every checkpoint.keep checkpoint.grace_seconds
+checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
 distributed.coordinator distributed.num_processes distributed.process_id
 model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.ffn_dim
 model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
@@ -170,6 +170,8 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("log__sample_tokens", 0, "must be at least 1"),
         ("checkpoint__every", 0, "must be at least 1"),
         ("checkpoint__keep", 0, "must be at least 1"),
+        ("checkpoint__keep_best", -1, "must be at least 0"),
+        ("checkpoint__keep_best", 1, "needs a validation loss at every checkpoint: set data.validation"),
         ("distributed__num_processes", 2, "needs distributed.coordinator=HOST:PORT"),
         ("distributed__process_id", 1, "must be below num_processes=1"),
         ("distributed__coordinator", "10.0.0.1", "must be HOST:PORT of process 0"),

@@ -79,12 +79,13 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
     Raises:
         ConfigError: a mesh, a tokenizer or a folder that does not fit the run.
         TrainingError: too many non-finite steps in a row.
+        SaveError: a checkpoint could not be written; raised at the step after it is known.
     """
     started = time.monotonic()
     with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
         setup = _Setup.make(run)
         say = print if jax.process_index() == 0 else _silent
-        checkpoints = Checkpoints(setup.folder, keep=run.checkpoint.keep)
+        checkpoints = Checkpoints(setup.folder, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
         latest = checkpoints.latest()
         if latest is not None:
             _check_resume(run, setup.folder, checkpoints.meta(latest)["config"], latest, resume, say)
@@ -115,8 +116,13 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         if sampler is not None and run.log.sample_every and jax.process_count() > 1:
             say("log.sample_every is left out: sampling while training takes one process")
             sampler = None
+        checkpoints.go_on_from(latest)
         loop = _Loop(run, setup, tokenizer, checkpoints, loader, validation_rows, sampler, stop)
-        step = loop.go(state, latest or 0)
+        try:
+            step = loop.go(state, latest or 0)
+        except TrainingError:
+            checkpoints.close()  # what is still being saved is an earlier step, and sound
+            raise
         if jax.process_index() == 0:
             draw_loss(setup.folder)
             word = "finished" if step == run.train.steps else "stopped"
@@ -194,23 +200,24 @@ class _Loop:
                 if self.any_stop is not None:
                     metrics["stop"] = self.any_stop(self.stop.requested)
                 step += 1
+                self.checkpoints.check()
                 late()  # the numbers of the step before, while this one computes
                 late = functools.partial(self._report, step, metrics, log, progress)
                 pause = self._due(run.checkpoint.every, step) or self._due(run.log.eval_every, step)
                 if pause or self._due(run.log.sample_every, step):
                     late()
                     late = _silent
-                    self._evaluate(state, step, log, progress)
+                    loss = self._evaluate(state, step, log, progress)
                     self._sample(state, step, progress)
                     if self._due(run.checkpoint.every, step):
-                        self._save(state, step)
+                        self._save(state, step, loss)
                         saved = step
                     progress.pause()
             if self.stop.requested:
                 self.stop.acknowledge()
             late()
             if step != saved:
-                self._save(state, step)
+                self._save(state, step, None)
             self.checkpoints.close()
         self.loader.close()
         if log is not None:
@@ -242,9 +249,9 @@ class _Loop:
         if values["skipped"]:
             progress.say(f"step {step}: loss or gradient not finite, step left out")
 
-    def _evaluate(self, state: TrainState, step: int, log: MetricLog | None, progress: Progress) -> None:
+    def _evaluate(self, state: TrainState, step: int, log: MetricLog | None, progress: Progress) -> float | None:
         if self.validation is None or not self._due(self.run.log.eval_every, step):
-            return
+            return None
         batches = evaluation_batches(
             self.validation,
             batch_size=self.run.data.batch_size,
@@ -257,6 +264,7 @@ class _Loop:
         if log is not None:
             log.write(step, {"validation_loss": loss})
             progress.say(f"step {step}  validation loss {loss:.4f}  perplexity {np.exp(min(loss, 50)):.2f}")
+        return loss
 
     def _sample(self, state: TrainState, step: int, progress: Progress) -> None:
         if self.sampler is None or self.stop.requested or not self._due(self.run.log.sample_every, step):
@@ -267,7 +275,7 @@ class _Loop:
             for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
                 progress.say(f"step {step}  sample: {prompt}" + f"|{text}".replace("\n", "\n    "))
 
-    def _save(self, state: TrainState, step: int) -> None:
+    def _save(self, state: TrainState, step: int, loss: float | None) -> None:
         if not jax.device_get(self.all_finite(state.params)):
             raise TrainingError(
                 f"step {step}: weights are not finite, so this step is not saved, and what is saved is sound. Lower "
@@ -276,7 +284,7 @@ class _Loop:
         rest = {"opt_state": state.opt_state, "key": state.key, "skipped": state.skipped, "step": state.step}
         meta = {"data": {**self.loader.state(), "step": step}, "config": self.run.to_dict()}
         with jax.transfer_guard("allow"):
-            self.checkpoints.save(step, params=state.params, rest=rest, meta=meta)
+            self.checkpoints.save(step, params=state.params, rest=rest, meta=meta, loss=loss)
 
 
 def _silent(*_: object) -> None:
