@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import math
 import os
@@ -30,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax import manifest, model, parallel
 from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.jsonfile import read_json
 from llama_jax.weights import transform
 from llama_jax.weights.source import Source, tokenizer_in
 
@@ -324,10 +324,10 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a run folder."""
     path = Path(folder) / CONFIG_FILE
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): is {folder} a folder that train.py made?") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ConfigError(f"{error}: is {folder} a folder that train.py made?") from None
+    if not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path} has no model in it: is {folder} a folder that train.py made?")
     return values
 
