@@ -297,7 +297,7 @@ def _meet(name: str) -> None:
 
 def _brief(error: Exception) -> str:
     """An error of another's making in one line; what the system said is at the end of TensorStore's."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:140] + ' ... ' + text[-140:]}"
 
 
