@@ -302,11 +302,12 @@ def _brief(error: Exception) -> str:
 
 
 @functools.cache
+@functools.cache  # once in a process
 def _hush() -> None:
     """Let no traceback go before the line of a SaveError: what Orbax raises is also logged, by it and by asyncio, and
     what TensorStore still had to write then finds its event loop closed."""
     for logger in map(logging.getLogger, ("absl", "asyncio")):
-        logger.addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname + record.getMessage()))
+        logger.addFilter(lambda record: not (record.exc_info and _is_orbaxs(record)))
     show = sys.unraisablehook
 
     def hook(found: sys.UnraisableHookArgs) -> None:
@@ -314,6 +315,11 @@ def _hush() -> None:
             show(found)
 
     sys.unraisablehook = hook
+
+
+def _is_orbaxs(record: logging.LogRecord) -> bool:
+    """asyncio runs here for Orbax alone: what it finds that nobody waited for is an error of the same save."""
+    return record.name == "asyncio" or "orbax" in record.pathname + record.getMessage()
 
 
 def _warn(message: str) -> None:
