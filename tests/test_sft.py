@@ -272,4 +272,6 @@ def test_a_run_of_before_a_key_existed_resumes_with_its_default(tmp_path):
             break
     else:
         raise AssertionError("no file of the checkpoint holds the config")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):  # which such a run did not have either
+        path.unlink()
     assert loop.train(dialog_run(tmp_path, "run", train__steps=3)).step == 3

@@ -9,7 +9,7 @@ from llama_jax.config import nearest
 from llama_jax.jsonfile import brief, read_json
 from llama_jax.weights.entry import Entry
 
-_MOST_TENSORS = 50_000
+_MOST_TENSORS = 20_000
 
 
 def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, Entry]]) -> dict[str, Entry]:

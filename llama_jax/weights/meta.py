@@ -34,7 +34,7 @@ _OTHER_MODELS: dict[str, int | None] = {
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": -1,
 }
-_MOST_TENSORS = 50_000  # in all files
+_MOST_TENSORS = 20_000  # in all files
 _FILE = re.compile(r"consolidated\.([0-9]{2})\.pth")
 _MOST = 1 << 20  # of any whole number in params.json
 _COLUMNS = (".wo.weight", ".w2.weight")  # their input is spread over the devices
