@@ -60,7 +60,8 @@ def _write(folder: Path, format: str, size: float) -> Path:
     from llama_jax.weights import layout as table
     from llama_jax.weights.entry import of_array
 
-    config = dataclasses.replace(SIZES["llama3.2-1b"], vocab_size=32_768, num_layers=1)
+    scaling = SIZES["llama3.1-8b"].rope_scaling
+    config = dataclasses.replace(SIZES["llama3.2-1b"], vocab_size=32_768, num_layers=1, rope_scaling=scaling)
     layer = dataclasses.replace(config, num_layers=2).num_params - config.num_params
     config = dataclasses.replace(config, num_layers=max(1, round((size / 2 - config.num_params) / layer)))
     largest = max(int(np.prod(weight.shape)) for weight in table.weights(config, "huggingface"))
