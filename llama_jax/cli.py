@@ -118,7 +118,9 @@ def _override(arg: str) -> str:
     return f"--config.{key}={value}"
 
 
-_TUPLE_KEYS = ("data.train", "data.weights", "data.validation", "log.sample_prompts")
+_TUPLE_KEYS = (
+    "data.train", "data.weights", "data.validation", "optimizer.rates", "lora.targets", "log.sample_prompts",
+)  # fmt: skip
 
 
 def _literal(text: str) -> Any:

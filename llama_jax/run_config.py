@@ -1,4 +1,4 @@
-"""A training run as a frozen record: every key with its default, its bounds and its meaning, checked before any work.
+"""A training run as a frozen record: the keys of `run_keys`, checked by themselves and together before any work.
 
 Floor 0: no jax here. `RunConfig.from_dict` takes the nested dict of a config file and refuses what cannot work, naming
 the key, what it got, what is allowed and the nearest right key.
@@ -15,171 +15,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import SIZES, ConfigError, ModelConfig, nearest
-
-
-def _key(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple[Any, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where text comes from and how it is cut into batches.
-
-    Attributes:
-        train: files, folders and glob patterns of .txt, .md, .jsonl and .parquet (README.md has the keys of their
-            records: texts, dialogs, completions); or `stdlib:train`.
-        weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
-        validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
-        tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
-        loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
-            calls and ends of turns too) and completions, or `all`. Text counts whole.
-        sequence_length: tokens a row (T); longer dialogs and completions are left out, longer texts cut.
-        batch_size: rows a step over all devices and accumulated parts (B).
-        shuffle: rows in a new order each epoch, else in the order of the files.
-        seed: of that order.
-        cache_dir: where tokenised text is kept between runs.
-    """
-
-    train: tuple[str, ...] = _key(())
-    weights: tuple[float, ...] = _key(())
-    validation: tuple[str, ...] = _key(())
-    tokenizer: str = _key("")
-    loss_on: str = _key("assistant", choices=("assistant", "all"))
-    sequence_length: int = _key(2048, low=2)
-    batch_size: int = _key(8, low=1)
-    shuffle: bool = _key(True)
-    seed: int = _key(0, low=0, high=2**31 - 1)
-    cache_dir: str = _key("~/.cache/llama_jax/data")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) and its schedule.
-
-    Attributes:
-        learning_rate: at the peak.
-        schedule: after the warm-up: `cosine` to the end, `constant`, or `wsd` (constant, then linear decay).
-        warmup_steps: of linear rise from 0.
-        decay_fraction: of all steps that `wsd` decays in, at the end.
-        final_fraction: of the peak, that cosine and wsd end at.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, on matrices only; norms have none.
-        clip_norm: largest global norm of the gradient; 0 turns clipping off.
-    """
-
-    learning_rate: float = _key(3e-4, low=0.0, high=10.0)
-    schedule: str = _key("cosine", choices=("cosine", "wsd", "constant"))
-    warmup_steps: int = _key(100, low=0)
-    decay_fraction: float = _key(0.2, low=0.0, high=1.0)
-    final_fraction: float = _key(0.1, low=0.0, high=1.0)
-    b1: float = _key(0.9, low=0.0, high=0.999999)
-    b2: float = _key(0.95, low=0.0, high=0.999999)
-    eps: float = _key(1e-8, low=1e-30, high=1.0)
-    weight_decay: float = _key(0.1, low=0.0, high=10.0)
-    clip_norm: float = _key(1.0, low=0.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The step.
-
-    Attributes:
-        steps: optimizer steps in all.
-        accumulate: parts that a batch is computed in, one after the other, for less memory.
-        compute_dtype: of activations and products; master weights and moments are float32. `auto` is bfloat16, and
-            float32 on a CPU.
-        remat: what a layer keeps for its backward pass: `none` recomputed, `dots` (products kept), `full` recomputed.
-        vocab_chunk: rows of the vocabulary whose logits exist at a time, per device; 0 for all.
-        z_loss: weight of the squared log-normaliser (PaLM, section 5).
-        max_skipped: consecutive steps with a non-finite loss or gradient, which are skipped, before the run stops.
-    """
-
-    steps: int = _key(1000, low=1)
-    accumulate: int = _key(1, low=1)
-    compute_dtype: str = _key("auto", choices=("auto", "float32", "bfloat16"))
-    remat: str = _key("full", choices=("none", "dots", "full"))
-    vocab_chunk: int = _key(8192, low=0)
-    z_loss: float = _key(0.0, low=0.0, high=1.0)
-    max_skipped: int = _key(10, low=1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; one may be -1, for what is left.
-
-    Attributes:
-        data: copies of the model, each with its part of the batch.
-        fsdp: parts that weights, gradients and moments are stored in; each with its part of the batch.
-        stage: pipeline stages. Only 1 for now.
-        context: parts of each row (sequence parallelism).
-        tensor: parts that heads, the feed-forward and the vocabulary are computed in.
-    """
-
-    data: int = _key(1, low=-1)
-    fsdp: int = _key(-1, low=-1)
-    stage: int = _key(1, low=-1)
-    context: int = _key(1, low=-1)
-    tensor: int = _key(1, low=-1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """What is said, and when. Steps; 0 turns a thing off.
-
-    Attributes:
-        every: a line of loss, learning rate, tokens/s and time left.
-        eval_every: validation loss.
-        eval_batches: of validation, at most.
-        sample_every: text sampled from the model as it is. It takes a copy of the weights in train.compute_dtype on
-            every device (split by mesh.tensor only); leave it off where that does not fit.
-        sample_prompts: what it goes on from.
-        sample_tokens: how far.
-        tensorboard: event files beside metrics.jsonl.
-    """
-
-    every: int = _key(10, low=1)
-    eval_every: int = _key(100, low=0)
-    eval_batches: int = _key(20, low=1)
-    sample_every: int = _key(0, low=0)
-    sample_prompts: tuple[str, ...] = _key(("The",))
-    sample_tokens: int = _key(64, low=1)
-    tensorboard: bool = _key(True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state is saved, and how many are kept.
-
-    Attributes:
-        every: steps between checkpoints; the last step is always saved.
-        keep: newest checkpoints that are kept.
-        keep_best: those of the lowest validation loss that are kept besides; 0 for none. Takes a validation loss at
-            every checkpoint.
-        grace_seconds: after SIGTERM, for the step under way to end; then the run leaves without it. Schedulers often
-            kill after 10.
-    """
-
-    every: int = _key(500, low=1)
-    keep: int = _key(2, low=1)
-    keep_best: int = _key(0, low=0)
-    grace_seconds: float = _key(8.0, low=0.0, high=86_400.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedConfig:
-    """Several processes. `auto` where the cluster tells jax (TPU pods, Slurm, GKE); else the first process's address.
-
-    Attributes:
-        coordinator: empty for one process, `auto`, or HOST:PORT of process 0.
-        num_processes: in all; not read under `auto`.
-        process_id: of this one; not read under `auto`.
-    """
-
-    coordinator: str = _key("")
-    num_processes: int = _key(1, low=1)
-    process_id: int = _key(0, low=0)
+from llama_jax.run_keys import (
+    LORA_TARGETS,
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    DpoConfig,
+    LogConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    bounded,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,13 +41,15 @@ class RunConfig:
         model: the shape of the model.
     """
 
-    output: str = _key("")
-    seed: int = _key(0, low=0, high=2**31 - 1)
-    init_from: str = _key("")
+    output: str = bounded("")
+    seed: int = bounded(0, low=0, high=2**31 - 1)
+    init_from: str = bounded("")
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
     mesh: MeshConfig = MeshConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -231,6 +81,7 @@ class RunConfig:
             raise ConfigError(
                 f"train.accumulate={train.accumulate} must divide data.batch_size={data.batch_size}: one of {legal}"
             )
+        self._check_method()
         if self.optimizer.warmup_steps > train.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={train.steps}: "
@@ -269,6 +120,25 @@ class RunConfig:
                 f"distributed.process_id={self.distributed.process_id} must be below "
                 f"num_processes={self.distributed.num_processes}"
             )
+
+    def _check_method(self) -> None:
+        optimizer = self.optimizer
+        rates = optimizer.group_rates
+        strange = [group for group in rates if group.startswith("lora") != bool(self.lora.rank)]
+        if strange:
+            mend = "LoRA trains only lora_a and lora_b" if self.lora.rank else "set lora.rank to train with LoRA"
+            raise ConfigError(f"optimizer.rates: {strange[0]} is not trained in this run: {mend}")
+        if optimizer.moments == "int8" and optimizer.name != "adamw":
+            raise ConfigError(
+                f"optimizer.moments='int8' is AdamW's: set optimizer.name='adamw', not {optimizer.name!r}"
+            )
+        for what, used in (("lora.rank", self.lora.rank), ("train.objective='dpo'", self.train.objective == "dpo")):
+            if used and not self.init_from:
+                raise ConfigError(f"{what} needs init_from: name the model to start from")
+        if self.lora.rank and not self.lora.targets:
+            raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
+        if self.dpo.loss == "ipo" and self.dpo.label_smoothing:
+            raise ConfigError("dpo.label_smoothing is not of IPO: set it to 0, or dpo.loss='sigmoid'")
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
         """Refuse a mesh (sizes resolved, no -1) that this model and batch cannot be split over.
@@ -419,7 +289,7 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
         value = value if isinstance(value, (tuple, list)) else (value,)
         if item is str and not all(isinstance(v, str) and v for v in value):
             raise wrong
-        return tuple(v if item is str else _check(name, v, item, bounds) for v in value)
+        return tuple(_check(name, v, item, bounds) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

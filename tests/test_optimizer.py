@@ -11,7 +11,7 @@ import pytest
 
 from llama_jax import model
 from llama_jax.config import SIZES
-from llama_jax.run_config import OptimizerConfig
+from llama_jax.run_keys import OptimizerConfig
 from llama_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
 
 TINY = SIZES["tiny"]

@@ -14,9 +14,13 @@ KEYS = """
 output seed init_from
 data.train data.weights data.validation data.tokenizer data.loss_on data.sequence_length data.batch_size data.shuffle
 data.seed data.cache_dir
+optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
-train.steps train.accumulate train.compute_dtype train.remat train.vocab_chunk train.z_loss train.max_skipped
+train.objective train.steps train.accumulate train.compute_dtype train.remat train.vocab_chunk train.z_loss
+train.max_skipped
+lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.base
+dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
 log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_tokens log.tensorboard
 checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
@@ -56,7 +60,7 @@ def test_the_keys_are_these_and_fewer_than_eighty():
 def test_every_key_is_read_by_the_program(request):
     """By reading the sources: a key that no file below the config mentions would be ignored in silence."""
     package = request.config.rootpath / "llama_jax"
-    skip = ("run_config.py", "config.py")
+    skip = ("run_config.py", "run_keys.py", "config.py")
     sources = [path.read_text() for path in package.rglob("*.py") if path.name not in skip]
     sources.append((request.config.rootpath / "train.py").read_text())
     text = "\n".join(sources)

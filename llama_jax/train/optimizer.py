@@ -9,7 +9,7 @@ import optax
 
 from llama_jax import model
 from llama_jax.config import ModelConfig
-from llama_jax.run_config import OptimizerConfig
+from llama_jax.run_keys import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

@@ -18,7 +18,8 @@ from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
-from llama_jax.run_config import DataConfig, RunConfig, differences
+from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_keys import DataConfig
 from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
