@@ -34,19 +34,17 @@ def batches():
 
 def ours(dtype: str):
     """A function that does one step."""
-    import jax
     import numpy as np
 
     from llama_jax import parallel
     from llama_jax.run_config import RunConfig, default_dict
-    from llama_jax.train.optimizer import make_optimizer
-    from llama_jax.train.state import abstract_state, init_state, state_shardings
-    from llama_jax.train.step import jit_train_step
+    from llama_jax.train import start
+    from llama_jax.train.program import Program
 
     values = default_dict("tiny")
     values["output"] = "unused"
     values["data"] |= {"train": ("unused",), "batch_size": ROWS, "sequence_length": LENGTH}
-    values["train"] |= {"remat": "full", "vocab_chunk": 4096}
+    values["train"] |= {"remat": "full", "vocab_chunk": 4096, "compute_dtype": dtype}
     values["model"] |= {
         "vocab_size": VOCAB,
         "embed_dim": WIDTH,
@@ -57,11 +55,8 @@ def ours(dtype: str):
         "ffn_dim": FFN,
     }
     run = RunConfig.from_dict(values)
-    layout = parallel.Layout(parallel.make_mesh({}), "train")
-    optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
-    shardings = state_shardings(abstract_state(run.model, optimizer, layout))
-    state = jax.jit(lambda: init_state(run.model, optimizer, 0), out_shardings=shardings)()
-    step = jit_train_step(run, optimizer, layout, jax.numpy.dtype(dtype), shardings)
+    program = Program.make(run, parallel.make_mesh({}))
+    state = start.first_state(program)
     source = batches()
 
     def one() -> float:
@@ -74,7 +69,7 @@ def ours(dtype: str):
             "segments": np.ones((ROWS, LENGTH), np.int32),
             "weights": np.ones((ROWS, LENGTH), np.float32),
         }
-        state, metrics = step(state, batch)
+        state, metrics = program.train_step(state, None, batch)
         return float(metrics["loss"])
 
     return one

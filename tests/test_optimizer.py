@@ -15,6 +15,7 @@ from llama_jax.run_keys import OptimizerConfig
 from llama_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
 
 TINY = SIZES["tiny"]
+AXES = model.logical_axes(TINY, stacked=True)
 STEPS, WARMUP, PEAK = 100, 10, 2e-3
 
 
@@ -69,7 +70,7 @@ def test_constant_stays_at_the_peak():
 
 def test_only_matrices_decay():
     params = tiny_params()
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1, warmup_steps=0), TINY, steps=10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1, warmup_steps=0), AXES, steps=10)
 
     @jax.jit
     def step_without_gradient(params):
@@ -90,7 +91,7 @@ def test_the_mask_is_of_ranks_apart_from_the_layer_axis():
     shapes = model.abstract_params(TINY, stacked=True)
     ranks = jax.tree.map(lambda leaf: leaf.ndim, shapes)
     ranks["layers"] = jax.tree.map(lambda n: n - 1, ranks["layers"])
-    assert decay_mask(TINY) == jax.tree.map(lambda n: n == 2, ranks)
+    assert decay_mask(AXES) == jax.tree.map(lambda n: n == 2, ranks)
 
 
 def numpy_adamw(params, gradients, config, mask):
@@ -114,7 +115,7 @@ def test_five_steps_equal_adamw_in_numpy(clip):
     config = OptimizerConfig(
         learning_rate=0.01, warmup_steps=0, schedule="constant", eps=1e-3, weight_decay=0.3, clip_norm=clip
     )
-    optimizer = make_optimizer(config, TINY, steps=5)
+    optimizer = make_optimizer(config, AXES, steps=5)
     params = tiny_params()
     leaves, tree = jax.tree.flatten(params)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -124,7 +125,7 @@ def test_five_steps_equal_adamw_in_numpy(clip):
         {n: np.asarray(leaf, np.float64) for n, leaf in zip(names, leaves, strict=True)},
         [dict(zip(names, g, strict=True)) for g in gradients],
         config,
-        dict(zip(names, jax.tree.leaves(decay_mask(TINY)), strict=True)),
+        dict(zip(names, jax.tree.leaves(decay_mask(AXES)), strict=True)),
     )
 
     @jax.jit
@@ -142,7 +143,7 @@ def test_five_steps_equal_adamw_in_numpy(clip):
 
 def test_clipping_keeps_the_direction_and_bounds_the_norm():
     """Seen through the first moment, which is linear in the clipped gradient."""
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5, b1=0.0), TINY, steps=5)
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5, b1=0.0), AXES, steps=5)
     params = tiny_params()
     grads = jax.tree.map(lambda a: jnp.ones_like(a), params)
     _, state = jax.jit(lambda params: optimizer.update(grads, optimizer.init(params), params))(params)

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from llama_jax import model
-from llama_jax.config import ModelConfig
+from llama_jax import parallel
 from llama_jax.run_keys import OptimizerConfig
 
 
@@ -31,13 +30,12 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def decay_mask(config: ModelConfig) -> Any:
+def decay_mask(axes: Any) -> Any:
     """True for matrices, False for the scales of norms: the tree that weight decay is limited by."""
-    axes = model.logical_axes(config, stacked=True)
     return jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def make_optimizer(config: OptimizerConfig, model_config: ModelConfig, *, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with float32 moments.
 
     optax's own pieces in optax.adamw's order, so that the mask and the clipping are seen in one place.
@@ -46,6 +44,20 @@ def make_optimizer(config: OptimizerConfig, model_config: ModelConfig, *, steps:
     return optax.chain(
         clip,
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(model_config)),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
         optax.scale_by_learning_rate(make_schedule(config, steps=steps)),
     )
+
+
+def opt_shardings(optimizer: Any, opt_state: Any, params: Any, axes: Any, layout: parallel.Layout) -> Any:
+    """Where the moments lie."""
+    places = parallel.shardings(layout, axes, params)
+    whole = parallel.replicated(layout.mesh)
+    return optax.tree_map_params(
+        optimizer, lambda _, place: place, opt_state, places, transform_non_params=lambda _: whole
+    )
+
+
+def group_norms(tree: Any) -> dict[str, jax.Array]:
+    """Of gradients."""
+    return {"all": optax.global_norm(tree)}
