@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -282,3 +283,19 @@ def test_identity_is_of_the_model_and_not_of_its_format(tmp_path, base):
     others = [open_source(llama.save(tmp_path / kind, kind, dtype="float32")) for kind in ("hf", "gguf")]
     assert {whole.identity()} == {other.identity() for other in others}
     assert updates.axes(MODEL, lora_run(base).lora)["layers"]["ffn"]["down"]["a"] == ("layers", None, "ffn")
+
+
+def test_lora_computes_no_gradient_of_its_base(base):
+    """By the shapes of the products in the compiled step: none is that of a whole weight."""
+    run = lora_run(base, data__sequence_length=48)  # 48 x 8 tokens, so that no activation has the shape of a weight
+    full = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=0))
+    weights = {leaf.shape[1:] for leaf in jax.tree.leaves(on_mesh(full).state.params["layers"]) if leaf.ndim == 3}
+    weights |= {shape[::-1] for shape in weights}
+
+    def products(run) -> set[tuple[int, ...]]:
+        program = on_mesh(run)
+        text = program.train_step.lower(program.state, program.frozen, program.batch).compile().as_text()
+        found = re.findall(r"= \w+\[([\d,]*)\]\S* dot\(", text)
+        return {tuple(map(int, shape.split(","))) for shape in found if shape}
+
+    assert weights & products(full) and not weights & products(run)

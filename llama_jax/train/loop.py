@@ -232,7 +232,7 @@ class _Loop:
             return
         speed = progress.speed(step)
         log.write(step, {**values, **speed})
-        progress.show(step, loss=values["loss"], learning_rate=values["learning_rate"], speed=speed)
+        progress.show(step, values=values, speed=speed)
         if values["skipped"]:
             progress.say(f"step {step}: loss or gradient not finite, step left out")
 

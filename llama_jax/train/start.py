@@ -160,7 +160,7 @@ def first_state(program: Program) -> TrainState:
     init = functools.partial(init_state, run, program.optimizer)
     if run.lora.rank or not run.init_from:
         return jax.jit(init, out_shardings=shardings)()
-    params = transform.stack(_pretrained(run).load(program.layout, jnp.dtype(jnp.float32), "none"))
+    params = transform.restack(_pretrained(run).load(program.layout, jnp.dtype(jnp.float32), "none"))
     return jax.jit(lambda params: init(params=params), out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -189,7 +189,7 @@ def frozen(program: Program) -> Frozen:
     source = _pretrained(run)
     dtype = method.frozen_dtype(run, program.dtype)
     params = source.load(program.layout, dtype, method.frozen_quantize(run))
-    return Frozen(transform.stack(params), source.identity())
+    return Frozen(transform.restack(params), source.identity())
 
 
 def _pretrained(run: RunConfig) -> Source:
