@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sound
+from test_resume import compiled, kill_and_compare  # noqa: F401  (a fixture)
 from test_sft import write
 from test_train import batches, gap, make_run
 
@@ -30,6 +31,7 @@ from llama_jax.weights.source import open_source
 MODEL = dataclasses.replace(
     SIZES["tiny"], num_layers=2, embed_dim=64, num_heads=8, num_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=512
 )
+WIDTHS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 ROUNDING = 2e-5
 
 
@@ -233,6 +235,27 @@ def test_a_lora_run_resumes_to_the_bit_moves_to_another_mesh_and_speaks(tmp_path
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.1)
     assert open_source(run_folder).kind == f"run folder, LoRA of {base}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [pytest.param(3, id="killed"), pytest.param(20, id="broken_off")])
+def test_a_lora_run_on_dialogs_goes_on_to_the_bit(tmp_path, base, compiled, kills):  # noqa: F811
+    kill_and_compare(
+        tmp_path,
+        compiled,
+        devices=2,
+        kills=kills,
+        data=text_of(tmp_path),
+        arguments=[
+            f"--config.init_from={base}",
+            "--config.lora.rank=4",
+            "--config.lora.dropout=0.1",
+            "--config.lora.base=int8",
+            "--config.optimizer.ema_decay=0.9",
+            "--config.data.sequence_length=64",
+            *(f"--config.model.{name}={getattr(MODEL, name)}" for name in WIDTHS),
+        ],
+    )
 
 
 def test_updates_are_refused_beside_another_base(tmp_path, base):
