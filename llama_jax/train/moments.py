@@ -13,7 +13,9 @@ off by 1.1 % (root mean square), by the paper's table 1.6 %, by an even scale fo
 equally far down: gradients of 1/64,000 of their block's largest still have a first moment, and a second of their own.
 
 First moments are rounded to the nearest. Second moments are rounded up or down at random, so that the mean is exact:
-with b2 = 0.999 they decay by 0.1 % a step, and the nearest number in few bits would always be the one they have.
+with b2 = 0.999 they decay by 0.1 % a step, and the nearest number in few bits would always be the one they have. That
+costs some noise: on gradients that are nothing else, updates of a long run with b2 = 0.95 are off by 5.6 %, to the
+nearest 4.7 %, by the paper's table to the nearest 7.2 %; with 0.999 by 11.0, 8.6 and 11.7 %.
 
 Letters: G blocks of a row.
 """
@@ -133,20 +135,37 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
 
         return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=moments(False), nu=moments(True))
 
+    def one(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> tuple[Any, Stored, Stored]:
+        m = b1 * unpack(mu) + (1 - b1) * grad
+        v = b2 * unpack(nu) + (1 - b2) * jnp.square(grad)
+        step = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+        return step, pack_first(m, mu), pack_second(v, nu, _random(grad.shape, seed))
+
+    def layer_by_layer(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> Any:
+        """`one` on stacked matrices: in place, and with the float32 moments of a single layer at a time.
+
+        All at once, the TPU compiler keeps 17 bytes a weight beside the 2 that are to be saved; bfloat16 needs none.
+        """
+
+        def layer(i: jax.Array, stacked: Any) -> Any:
+            single = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+            new = one(*single, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+            return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, new)
+
+        return lax.fori_loop(0, grad.shape[0], layer, (grad, mu, nu))
+
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
         leaves, tree = jax.tree.flatten(grads)
-        updates, mus, nus = [], [], []
+        new = []
         stored = zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
-        for i, (grad, mu, nu) in enumerate(stored):
-            grad = grad.astype(jnp.float32)
-            m = b1 * unpack(mu) + (1 - b1) * grad
-            v = b2 * unpack(nu) + (1 - b2) * jnp.square(grad)
-            updates.append((m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps))
-            mus.append(pack_first(m, mu))
-            nus.append(pack_second(v, nu, _random(grad.shape, count, i)))
-        return tree.unflatten(updates), optax.ScaleByAdamState(count, tree.unflatten(mus), tree.unflatten(nus))
+        for leaf, (grad, mu, nu) in enumerate(stored):
+            seed = count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) ^ jnp.uint32(leaf * 0x85EBCA77 & 0xFFFFFFFF)
+            move = layer_by_layer if isinstance(mu, Moment) and grad.ndim > 2 else one
+            new.append(move(grad.astype(jnp.float32), mu, nu, count, seed))
+        updates, mus, nus = (tree.unflatten(parts) for parts in zip(*new, strict=True)) if new else (grads,) * 3
+        return updates, optax.ScaleByAdamState(count, mus, nus)
 
     return optax.GradientTransformation(init, update)
 
@@ -167,8 +186,8 @@ def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
     return blocks / jnp.where(scales > 0, scales, 1)[..., None], scales
 
 
-def _random(shape: tuple[int, ...], count: jax.Array, leaf: int) -> jax.Array:
-    """Uniform uint32 that depend on the place within the array, the step and the leaf: the same on any mesh.
+def _random(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """Uniform uint32 by the place within the array and a seed: the same on any mesh.
 
     A counter through murmur3's last mixing step (Appleby, public domain): a tenth of the operations of jax's own
     generator, which would take longer than the update that it serves.
@@ -176,7 +195,7 @@ def _random(shape: tuple[int, ...], count: jax.Array, leaf: int) -> jax.Array:
     x = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         x = x * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
-    x = x + (count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) ^ jnp.uint32(leaf * 0x85EBCA77 & 0xFFFFFFFF))
+    x = x + seed
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -59,7 +59,7 @@ def group_of(path: Any) -> str:
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:
-    """The float32 norm of each group that a tree of weights, or of their gradients, has: scalars, in GROUPS' order.
+    """The float32 norm of each group that a tree of weights, or of their gradients, has: scalars.
 
     The root of the sum of their squares is the norm of the whole tree.
     """
