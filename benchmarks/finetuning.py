@@ -21,13 +21,17 @@ import training
 import turns
 
 RANK = 16
-METHODS = {"full": ("ours", "torch", "compiled"), "lora": ("torch", "compiled")}  # and who can do it
+METHODS = ("full", "lora")
 NAMES = ("ours", "torch", "compiled")
 
 
 def ours(method: str, dtype: str, size: training.Size):
     """A function that does one step."""
-    return {"full": training.ours}[method](dtype, size)
+    from llama_jax.run_config import default_dict
+
+    lora = default_dict("tiny")["lora"] | {"rank": RANK, "alpha": float(RANK)}
+    keys = {"full": {}, "lora": {"lora": lora, "init_from": "random"}}[method]  # what init_from names is never read
+    return training.ours(dtype, size, keys=keys)
 
 
 def theirs(method: str, dtype: str, size: training.Size, *, compiled: bool):
@@ -65,8 +69,7 @@ def main() -> None:
             return turns.serve(ours(method, dtype, size))
         return turns.serve(theirs(method, dtype, size, compiled=name == "compiled"))
     for method, dtype in itertools.product(args.methods, args.dtypes):  # each by itself, for the memory they take
-        names = [name for name in METHODS[method] if name in args.names]
-        seconds = turns.race([(name, method, dtype) for name in names], steps=args.steps)
+        seconds = turns.race([(name, method, dtype) for name in args.names], steps=args.steps)
         speeds = {name: size.tokens / statistics.median(times) for (name, *_), times in seconds.items()}
         for name, speed in speeds.items():
             print(f"{method:5s} {dtype:9s} {name:9s} {speed:8,.0f} tokens/s", flush=True)

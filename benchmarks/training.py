@@ -14,7 +14,10 @@ import dataclasses
 import os
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import turns
 
@@ -82,27 +85,33 @@ def our_batches(size: Size):
         }
 
 
-def ours(dtype: str, size: Size):
-    """A function that does one step."""
+def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({})):
+    """A function that does one step of a run with these keys besides, which are of the top level."""
     import jax
 
-    from llama_jax import parallel
+    from llama_jax import model, parallel
     from llama_jax.run_config import RunConfig
-    from llama_jax.train.optimizer import make_optimizer
-    from llama_jax.train.state import abstract_state, init_state, state_shardings
-    from llama_jax.train.step import jit_train_step
+    from llama_jax.train import start
+    from llama_jax.train.program import Program
 
-    run = RunConfig.from_dict(our_config(size))
-    layout = parallel.Layout(parallel.make_mesh({}), "train")
-    optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
-    shardings = state_shardings(abstract_state(run.model, optimizer, layout))
-    state = jax.jit(lambda: init_state(run.model, optimizer, 0), out_shardings=shardings)()
-    step = jit_train_step(run, optimizer, layout, jax.numpy.dtype(dtype), shardings)
+    values = our_config(size) | keys
+    values["train"] |= {"compute_dtype": dtype}
+    run = RunConfig.from_dict(values)
+    program = Program.make(run, parallel.make_mesh({}))
+    state = start.first_state(program)
+    frozen = (
+        program.frozen
+        and jax.jit(
+            lambda: jax.tree.map(
+                lambda w, like: w.astype(like.dtype), model.init_params(run.model, jax.random.key(0)), program.frozen
+            )
+        )()
+    )
     source = our_batches(size)
 
     def one() -> float:
         nonlocal state
-        state, metrics = step(state, next(source))
+        state, metrics = program.train_step(state, frozen, next(source))
         return float(metrics["loss"])
 
     return one

@@ -105,7 +105,7 @@ def _convert(options: argparse.Namespace) -> int:
     opened = {} if options.adapter is None else peft.open_adapter(options.adapter, source.config)
     leaves = source.leaves
     if leaves is None:
-        leaves = export.leaves_of(source.config, source.load(None, None, False))
+        leaves = export.leaves_of(source.config, source.load(None, None, "none"))
     leaves = adapter.merge(leaves, opened)
     tokenizer, without = None, "the source has none"
     try:

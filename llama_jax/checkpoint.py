@@ -22,19 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from llama_jax import manifest, model, parallel
-from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.jsonfile import read_json
-from llama_jax.weights import transform
-from llama_jax.weights.source import Source, tokenizer_in
+from llama_jax import manifest, model
+from llama_jax.config import ConfigError
 
 _FOLDER = "checkpoints"
-CONFIG_FILE = "config.json"
 _SAVING, _DELETING, _DAMAGED = "saving-", "deleting-", "damaged-"
 _NONE, _ALL_DAMAGED = -1, -2
 _PATIENCE_MS = 24 * 3600 * 1000  # for process 0 to hash; one that is lost ends the others by itself
@@ -207,6 +202,11 @@ class Checkpoints:
         """Only what is not arrays."""
         return self._restored(step, meta=ocp.args.JsonRestore())["meta"]
 
+    def digests(self, step: int) -> dict[str, str]:
+        """What tells the weights of a step from all others: the SHA-256 of their files, by name."""
+        files = manifest.read(self.folder / str(step), step=step).files
+        return {name: digest for name, (_, digest) in files.items() if name.startswith("params/")}
+
     def _restored(self, step: int, **items: Any) -> Any:
         folder = self.folder / str(step)
         why = ""
@@ -324,50 +324,3 @@ def _is_orbaxs(record: logging.LogRecord) -> bool:
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def read_run_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a run folder."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        values = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{error}: is {folder} a folder that train.py made?") from None
-    if not isinstance(values.get("model"), dict):
-        raise ConfigError(f"{path} has no model in it: is {folder} a folder that train.py made?")
-    return values
-
-
-def open_run(folder: str | Path) -> Source:
-    """A run folder as a model: its newest weights, on any mesh, whatever mesh they were trained on."""
-    folder = Path(folder)
-    values = read_run_config(folder)
-    config = ModelConfig.from_dict(values["model"])
-
-    def load(layout: parallel.Layout | None, dtype: jnp.dtype | None, quantised: bool) -> model.Params:
-        layout = layout or parallel.Layout(parallel.single_device_mesh(), "infer")
-        # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
-        shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
-        places = parallel.shardings(layout, model.logical_axes(config, stacked=True), shapes)
-        checkpoints = Checkpoints(folder, create=False)
-        step = checkpoints.latest("params")
-        if step is None:
-            raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
-        params = checkpoints.restore_params(step, parallel.abstract(shapes, places))
-        checkpoints.close()
-        return transform.unstack(params)
-
-    return Source(
-        path=folder,
-        kind="run folder",
-        config=config,
-        bos_token=None,
-        stop_tokens=(),
-        sampling=None,
-        chat_template=None,
-        dtype=np.dtype(np.float32),
-        leaves=None,
-        load=load,
-        read_tokenizer=functools.partial(tokenizer_in, folder),
-        fingerprint=values.get("tokenizer_fingerprint"),
-    )

@@ -30,24 +30,12 @@ def tpu_mesh(topology, sizes):
 
 def train():
     """configs/llama31_8b.py: float32 weights and moments, bfloat16 products, 8 rows of 8,192 tokens, fsdp over 8."""
-    from llama_jax.train.optimizer import make_optimizer
-    from llama_jax.train.state import abstract_state, state_shardings
-    from llama_jax.train.step import batch_sharding, jit_train_step
+    from llama_jax.train.program import Program
 
     run = RunConfig.from_dict(runpy.run_path(str(ROOT / "configs/llama31_8b.py"))["get_config"]().to_dict())
     mesh = tpu_mesh("v6e:2x4", dataclasses.asdict(run.mesh))
-    run.check_mesh(dict(mesh.shape))
-    layout = parallel.Layout(mesh, "train")
-    optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
-    state = abstract_state(run.model, optimizer, layout)
-    place = batch_sharding(layout)
-    shape = (run.data.batch_size, run.data.sequence_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=place)
-        for name in ("tokens", "targets", "positions", "segments", "weights")
-    }
-    step = jit_train_step(run, optimizer, layout, jnp.dtype(jnp.bfloat16), state_shardings(state))
-    return mesh, step.lower(state, batch), {}
+    program = Program.make(run, mesh)
+    return mesh, program.train_step.lower(program.state, program.frozen, program.batch), {}
 
 
 def decode():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_resume import Program, compiled, say_last  # noqa: F401  (a fixture)
+from test_resume import Process, compiled, say_last  # noqa: F401  (a fixture)
 from test_train import text_run
 from test_train_cli import ROOT
 
@@ -359,7 +359,7 @@ def test_a_failed_save_is_an_error_at_the_next_step(tmp_path, monkeypatch):
 
 def test_a_program_whose_disk_is_full_says_so_in_a_line_and_goes_on_later(tmp_path, compiled):  # noqa: F811
     settings = "config.model.num_layers = 1; config.checkpoint.every = 2; config.checkpoint.keep = 1"
-    go = lambda steps: Program(tmp_path, compiled, f"--config.train.steps={steps}", settings=settings)  # noqa: E731
+    go = lambda steps: Process(tmp_path, compiled, f"--config.train.steps={steps}", settings=settings)  # noqa: E731
     first = go(4)
     assert first.wait() == 0, say_last(first.log)
     folder = first.run / "checkpoints"

@@ -147,7 +147,7 @@ def test_sampling_settings_travel_with_the_model(tmp_path, caplog):
 def open_source_params(tmp_path):
     card = export.Card(None, None, (), None)
     path = export.save(tmp_path / "in", sound.CONFIG, sound.random_leaves(), card, format="hf", dtype="float32")
-    return open_source(path).load(None, None, False)
+    return open_source(path).load(None, None, "none")
 
 
 def test_training_on_a_mesh_starts_from_every_format(tmp_path):
@@ -156,7 +156,7 @@ def test_training_on_a_mesh_starts_from_every_format(tmp_path):
     for format, name in (("hf", "a"), ("meta", "b"), ("gguf", "c.gguf")):
         card = export.Card(None, None, (), None)
         path = export.save(tmp_path / name, sound.CONFIG, leaves, card, format=format, dtype="float32")
-        params = open_source(path).load(layout, np.dtype(np.float32), False)
+        params = open_source(path).load(layout, np.dtype(np.float32), "none")
         q = params["layers"][1]["attention"]["q"]
         np.testing.assert_array_equal(q, leaves[("layers", 1, "attention", "q")].read())
         assert len({str(shard.index) for shard in q.addressable_shards}) == 8

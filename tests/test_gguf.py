@@ -399,7 +399,7 @@ def test_no_tensor_is_read_while_opening(tmp_path):
 
 def logits(found, config):
     leaves = load.check_entries(found.entries, config, format="gguf", source="test")
-    params = load.load_leaves(leaves, config, layout=None, dtype=jnp.float32, quantised=False)
+    params = load.load_leaves(leaves, config, layout=None, dtype=jnp.float32, quantize="none")
     tokens = jnp.asarray(random_tokens(config, rows=1, length=LENGTH))
 
     @jax.jit

@@ -71,7 +71,7 @@ def rewrite(path, spoil):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_metas_code(case):
     config, leaves = leaves_of(GOLDEN / case)
-    params = load.load_leaves(leaves, config, layout=None, dtype=jnp.float32, quantised=False)
+    params = load.load_leaves(leaves, config, layout=None, dtype=jnp.float32, quantize="none")
     tokens = jnp.asarray(make_meta.tokens())
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 

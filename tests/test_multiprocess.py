@@ -105,7 +105,7 @@ from llama_jax.weights.source import open_source
 found, read, read_into = open_source(source), [], File.read_into
 File.read_into = lambda self, out, start: (read.append(len(out)), read_into(self, out, start))
 layout = parallel.Layout(parallel.make_mesh({"fsdp": 8}), "train")
-params = found.load(layout, None, False)
+params = found.load(layout, None, "none")
 print(sum(read), flush=True)
 card = export.Card(None, None, (), None)
 leaves = export.leaves_of(found.config, params)

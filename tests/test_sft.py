@@ -19,7 +19,7 @@ from llama_jax.data.store import TokenStore, build_store
 from llama_jax.text import Tokenizer
 from llama_jax.train import loop
 from llama_jax.train.metrics import read_metrics
-from llama_jax.train.step import loss_sums
+from llama_jax.train.objectives import sft_sums
 
 T = 320
 NAMES = ("tokens", "targets", "positions", "segments", "weights")
@@ -175,13 +175,13 @@ def test_gradients_of_a_packed_batch_equal_those_of_its_documents_one_by_one(tmp
     rows = pack(store, sequence_length=length, loss_on="assistant")
     packed = [rows[i] for i in range(len(rows))]
     assert len(packed) < len(records) == store.num_documents
-    config = text_run(tmp_path, model__num_layers=2, model__vocab_size=tokenizer.vocab_size).model
+    run = text_run(tmp_path, model__num_layers=2, model__vocab_size=tokenizer.vocab_size)
+    config = run.model
     params = jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))
 
     @jax.jit
     def gradients(params, batch):
-        options = {"dtype": jnp.float32, "remat": "none", "vocab_chunk": 0, "z_loss": 0.0}
-        loss = lambda params: loss_sums(config, params, batch, **options)  # noqa: E731
+        loss = lambda params: sft_sums(run, params, batch, dtype=jnp.float32)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (together, _), summed = gradients(params, {name: np.stack([row[name] for row in packed]) for name in NAMES})

@@ -16,9 +16,7 @@ from test_run_config import run_dict
 from llama_jax import model, parallel
 from llama_jax.run_config import RunConfig
 from llama_jax.train import loop, start
-from llama_jax.train.optimizer import make_optimizer
-from llama_jax.train.state import abstract_state, state_shardings
-from llama_jax.train.step import batch_sharding, jit_eval_step, jit_train_step
+from llama_jax.train.program import Program
 
 B, T, V = 8, 32, 512
 ROUNDING = 2e-5  # of losses after ten steps, between orders of the same float32 sums; measured below 1e-6
@@ -79,22 +77,17 @@ class Trained:
 
 @functools.cache
 def prepared(run: RunConfig, sizes: tuple[tuple[str, int], ...]):
-    """What a step is made of, and the compiled step: once for each run and mesh."""
+    """The compiled steps: once for each run and mesh."""
     mesh = parallel.make_mesh(dict(sizes), jax.devices()[: int(np.prod([n for _, n in sizes]))])
-    run.check_mesh(dict(mesh.shape))
-    layout = parallel.Layout(mesh, "train")
-    optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
-    shardings = state_shardings(abstract_state(run.model, optimizer, layout))
-    step = jit_train_step(run, optimizer, layout, jnp.dtype(run.train.compute_dtype), shardings)
-    return layout, optimizer, shardings, step
+    return Program.make(run, mesh)
 
 
 def train(run: RunConfig, steps: int, *, mesh=None, given=None) -> Trained:
-    layout, optimizer, shardings, step = prepared(run, tuple((mesh or {}).items()))
-    state = start.first_state(run, optimizer, layout, shardings)
+    program = prepared(run, tuple((mesh or {}).items()))
+    state = start.first_state(program)
     metrics = []
     for batch in given or batches(steps):
-        state, numbers = step(state, jax.device_put(batch, batch_sharding(layout)))
+        state, numbers = program.train_step(state, None, jax.device_put(batch, program.batch_sharding))
         metrics.append(jax.device_get(numbers))
     pick = lambda name: np.array([m[name] for m in metrics])  # noqa: E731
     return Trained(pick("loss"), pick("grad_norm"), state, metrics)
@@ -183,8 +176,7 @@ def test_z_loss_adds_its_gradient_and_not_its_value():
 
 
 def test_seeds_change_the_first_weights_and_nothing_else_does():
-    layout, optimizer, shardings, _ = prepared(make_run(), ())
-    states = [start.first_state(make_run(seed=s), optimizer, layout, shardings) for s in (0, 0, 1)]
+    states = [start.first_state(prepared(make_run(seed=s), ())) for s in (0, 0, 1)]
     one, again, other = (np.asarray(state.params["embed"]) for state in states)
     assert (one == again).all() and (one != other).mean() > 0.99
 
@@ -254,11 +246,10 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
 def test_evaluation_sums_the_same_cross_entropy():
     run, batch = make_run(train__vocab_chunk=100), batches(1)[0]
-    layout, optimizer, shardings, _ = prepared(run, (("fsdp", 2), ("tensor", 4)))
-    state = start.first_state(run, optimizer, layout, shardings)
-    evaluate = jit_eval_step(run, layout, jnp.dtype(jnp.float32), shardings)
-    nll, tokens = evaluate(state.params, jax.device_put(batch, batch_sharding(layout)))
-    assert gap(nll / tokens, reference().losses[0]) < ROUNDING
+    program = prepared(run, (("fsdp", 2), ("tensor", 4)))
+    state = start.first_state(program)
+    sums = program.eval_step(state.params, None, jax.device_put(batch, program.batch_sharding))
+    assert gap(sums["loss"] / sums["count"], reference().losses[0]) < ROUNDING
 
 
 QUICK = [

@@ -25,7 +25,7 @@ TIED = CASES["tied"][0]
 
 def load(folder, *, layout=None, dtype=None):
     source = open_source(folder)
-    return source.config, source.load(layout, dtype, False)
+    return source.config, source.load(layout, dtype, "none")
 
 
 def same(params, config, tensors, *, dtype=None):
@@ -133,7 +133,7 @@ def test_every_layout_of_numbers_loads_into_shards(format):
         entries[row.name] = of_array(lambda array=array: array, array.dtype, array.shape)
     leaves = check_entries(entries, TINY, format=format, source="here")
     for where in (None, parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")):
-        same(load_leaves(leaves, TINY, layout=where, dtype=None, quantised=True), TINY, tensors)
+        same(load_leaves(leaves, TINY, layout=where, dtype=None, quantize=None), TINY, tensors)
 
 
 def test_loaded_weights_do_not_follow_the_file(tmp_path):

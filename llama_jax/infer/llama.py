@@ -42,6 +42,8 @@ Place = str | os.PathLike[str]
 _log = logging.getLogger(__name__)
 _STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
 _QUIET_GROUPS = 3
+_NAMED = ("none", "int8", "int4")
+_QUANTIZE = (None, *_NAMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +415,8 @@ def load(
             What a GGUF file has in Q8_0 or Q4_0 stays as it is and is multiplied in this dtype, which for a
             quantised file is float32 on a CPU and bfloat16 elsewhere.
         quantize: None keeps weights as they are stored; "none" turns quantised ones into arrays of `dtype`, which
-            takes more memory.
+            takes more memory; "int8" and "int4" round the matrices of all layers to groups of 32 (ops/quant.py) while
+            they are read, which takes 0.53 and 0.28 of what they take in bfloat16.
         mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
             (of the first devices, where there are more; one axis may be -1 for what is left).
         adapters: the folder of a LoRA adapter as peft writes it, which is then in use; or several by name, of which
@@ -423,8 +426,9 @@ def load(
         ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
-    if quantize not in (None, "none"):
-        raise ConfigError(f"quantize must be None or 'none', got {quantize!r}: weights are not quantised here yet")
+    if quantize not in _QUANTIZE:
+        allowed = ", ".join(map(repr, _QUANTIZE))
+        raise ConfigError(f"quantize must be one of {allowed}, got {quantize!r}{nearest(str(quantize), _NAMED)}")
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
     wanted = wanted or _default_dtype(found)
@@ -435,7 +439,7 @@ def load(
     opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
         tokenizer = pool.submit(_tokenizer, found)
-        params = found.load(layout, wanted, quantize is None)
+        params = found.load(layout, wanted, quantize)
         tokenizer = tokenizer.result()
     stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
     llama = Llama(

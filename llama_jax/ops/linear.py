@@ -55,8 +55,8 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
     that float32 master weights get float32 gradients from bfloat16 products.
     """
     if isinstance(w, LoraTensor):
-        return linear(x, w.base) + linear(w.narrowed(linear(x, w.a)), w.b)
-    return _quantised(x, w).astype(x.dtype) if isinstance(w, QTensor) else _linear(x, w)
+        return linear(x, w.base) + linear(w.narrowed(linear(w.dropped(x), w.a)), w.b)
+    return _quantised_linear(x, w) if isinstance(w, QTensor) else _linear(x, w)
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
@@ -94,6 +94,22 @@ def _unpacked_in_turn(x: jax.Array, w: QTensor) -> jax.Array:
     blocks = jax.tree.map(lambda a: a.reshape(out // block, block, -1), w)
     products = lax.map(lambda part: _unpacked(x.reshape(rows, -1), part), blocks)
     return products.swapaxes(0, 1).reshape(*x.shape[:-1], out)
+
+
+@jax.custom_vjp
+def _quantised_linear(x: jax.Array, w: QTensor) -> jax.Array:
+    return _quantised(x, w).astype(x.dtype)
+
+
+def _quantised_forward(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
+    return _quantised_linear(x, w), w  # kept packed, and unpacked again: as an array it is four to eight times as large
+
+
+def _quantised_backward(w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
+    return _dot(g, quant.dequantise(w, g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype), None
+
+
+_quantised_linear.defvjp(_quantised_forward, _quantised_backward)
 
 
 @jax.custom_vjp

@@ -7,6 +7,7 @@ and the weight within may itself be quantised, which is QLoRA (arXiv:2305.14314)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -34,26 +35,46 @@ class Update(NamedTuple):
     scale: jax.Array
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Which numbers of a step's activations are zeroed, and the rest scaled up for (Srivastava et al., 2014).
+
+    Attributes:
+        key: raw uint32 key data (..., 2), one of each weight and step.
+        rate: the part of all numbers that is zeroed, below 1.
+    """
+
+    key: jax.Array
+    rate: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x with its zeros, in its type."""
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraTensor:
     """A weight with a LoRA update. Its `shape` and `dtype` are those of the weight it stands for.
 
     `ops.linear` multiplies by it. Gradients flow to a and b, and to an array as base unless it is closed over or held
-    constant. Dropout, which only training has, would be applied to the x that meets a, and never to the x that meets
-    the base; there is none here. Stacked layers have a leading axis in every part, the scale included.
+    constant. Stacked layers have a leading axis in every part, the scale included.
 
     Attributes:
         base: the weight, (..., out, in).
         a: (..., rank, in), as in Update.
         b: (..., out, rank).
         scale: (...).
+        dropout: of the x that meets a, never of the x that meets the base; only training has it.
     """
 
     base: jax.Array | QTensor
     a: jax.Array
     b: jax.Array
     scale: jax.Array
+    dropout: Dropout | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +90,10 @@ class LoraTensor:
     def rank(self) -> int:
         """Of the update."""
         return self.a.shape[-2]
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """What of x (..., in) meets a."""
+        return x if self.dropout is None else self.dropout(x)
 
     def narrowed(self, x: jax.Array) -> jax.Array:
         """scale * x, in the type of x, where x (..., rank) has met a: the scale meets the fewest numbers there."""

@@ -48,6 +48,33 @@ class QTensor:
         return jnp.dtype(jnp.float32)
 
 
+def quantise(w: jax.Array, bits: int) -> QTensor:
+    """A weight (..., in) rounded to groups of 8 or 4 bits, by the rules that ggml has for Q8_0 and Q4_0.
+
+    8 bits: scale = max |w| / 127. 4 bits: scale = (the first w of the largest size) / -8, so that this number is exact
+    and integers go from -8 to 7. Integers come of the scale before it is rounded to float16.
+
+    Args:
+        w: any float type; `in` a multiple of 32.
+        bits: 8 or 4.
+    """
+    groups = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, GROUP)
+    size = jnp.abs(groups)
+    if bits == 8:
+        scales = size.max(axis=-1, keepdims=True) / 127
+    else:
+        scales = jnp.take_along_axis(groups, size.argmax(axis=-1, keepdims=True), axis=-1) / -8
+    inverse = jnp.where(scales == 0, 0, 1 / scales)
+    inverse = jnp.where(jnp.isfinite(inverse), inverse, 0)
+    if bits == 8:
+        scaled = groups * inverse
+        values = (jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)).astype(jnp.int8)
+    else:
+        nibbles = jnp.minimum((groups * inverse + 8.5).astype(jnp.uint8), 15)
+        values = nibbles[..., : GROUP // 2] | nibbles[..., GROUP // 2 :] << 4
+    return QTensor(values.reshape(*w.shape[:-1], -1), scales[..., 0].astype(jnp.float16))
+
+
 def planes(w: QTensor) -> tuple[jax.Array, ...]:
     """The integers as int8 (..., G, n): all 32 of a group for 8 bits; for 4 bits the low 16 and the high 16."""
     grouped = w.values.reshape(*w.scales.shape, -1)

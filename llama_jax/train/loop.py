@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,24 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import model, parallel
-from llama_jax.checkpoint import CONFIG_FILE, Checkpoints
+from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Rows
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import start
+from llama_jax.train import method, start
 from llama_jax.train.metrics import MetricLog, Progress, draw_loss, duration
-from llama_jax.train.optimizer import make_optimizer
-from llama_jax.train.state import TrainState, abstract_state, state_shardings
-from llama_jax.train.step import batch_sharding, jit_eval_step, jit_train_step
+from llama_jax.train.objectives import Batch
+from llama_jax.train.program import Program
+from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
+from llama_jax.weights import export, peft, updates
+from llama_jax.weights.run_folder import CONFIG_FILE
 
 # (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts. The loop does not import inference.
 Sampler = Callable[[RunConfig, model.Params, Tokenizer, jax.sharding.Mesh], list[str]]
 
 # Keys that may differ between a run and its resumption; any other difference would make it another run.
 _MAY_CHANGE = (
+    "init_from",  # what of it is still needed is held against what it was
     "optimizer.",
     "train.steps",
     "train.max_skipped",
@@ -47,6 +51,9 @@ _MAY_CHANGE = (
     "output",
     "data.cache",
 )
+
+
+_MAY_NOT = ("optimizer.name", "optimizer.moments", "optimizer.ema_decay")  # what the state is made of
 
 
 class TrainingError(RuntimeError):
@@ -83,79 +90,60 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
     """
     started = time.monotonic()
     with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
-        setup = _Setup.make(run)
+        program = Program.make(run, parallel.make_mesh(dataclasses.asdict(run.mesh)))
+        start.check_paths(run)
+        folder = Path(run.output).expanduser()
         say = print if jax.process_index() == 0 else _silent
-        checkpoints = Checkpoints(setup.folder, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
+        checkpoints = Checkpoints(folder, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
         latest = checkpoints.latest()
-        if latest is not None:
-            _check_resume(run, setup.folder, checkpoints.meta(latest)["config"], latest, resume, say)
-        tokenizer = start.tokenizer(run, setup.folder, resuming=latest is not None, say=say)
+        before = None if latest is None else checkpoints.meta(latest)
+        if before is not None:
+            _check_resume(run, folder, before["config"], latest, resume, say)
+        tokenizer = start.tokenizer(run, folder, resuming=latest is not None, say=say)
         train_rows, validation_rows = start.rows(run, tokenizer, say)
         loader = Loader(
             train_rows,
             batch_size=run.data.batch_size,
             seed=run.data.seed,
             shuffle=run.data.shuffle,
-            rows_of_host=setup.rows_of_host,
+            rows_of_host=_rows_of_host(program),
         )
         if latest is None:
-            state = _first_state(run, setup, say)
+            _describe(program, say)
+            frozen = start.frozen(program)
+            state = start.first_state(program)
         else:
-            state = _restore(setup, checkpoints, latest, loader)
-            say(f"resuming {setup.folder} from step {latest}")
-        if latest is not None and latest >= run.train.steps:
-            say(f"step {latest} of {run.train.steps} is already done; raise train.steps to go on")
-            checkpoints.close()
-            loader.close()
-            if jax.process_index() == 0:  # a kill may have come between the last save and the picture
-                draw_loss(setup.folder)
-            return Result(latest, True, setup.folder)
+            state = _restore(program, checkpoints, latest, loader)
+            say(f"resuming {folder} from step {latest}")
+            if latest >= run.train.steps:
+                say(f"step {latest} of {run.train.steps} is already done; raise train.steps to go on")
+                checkpoints.close()
+                loader.close()
+                _finish(program, state.best, folder)  # a kill may have come between the last save and this
+                return Result(latest, True, folder)
+            frozen = start.frozen(program)
+            if before.get("frozen") != frozen.identity:
+                raise ConfigError(
+                    f"init_from={run.init_from!r} is not the model that {folder} was begun with, and its checkpoints "
+                    "mean nothing beside another: name the one that it was, or set another output to start anew"
+                )
         if jax.process_index() == 0:
-            description = {**run.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint}
-            _write_json(setup.folder / CONFIG_FILE, description)
+            description = {**run.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen.identity}
+            _write_json(folder / CONFIG_FILE, description)
         if sampler is not None and run.log.sample_every and jax.process_count() > 1:
             say("log.sample_every is left out: sampling while training takes one process")
             sampler = None
         checkpoints.go_on_from(latest)
-        loop = _Loop(run, setup, tokenizer, checkpoints, loader, validation_rows, sampler, stop)
+        loop = _Loop(program, frozen, tokenizer, checkpoints, loader, validation_rows, sampler, stop)
         try:
-            step = loop.go(state, latest or 0)
+            step, best = loop.go(state, latest or 0)
         except TrainingError:
             checkpoints.close()  # what is still being saved is an earlier step, and sound
             raise
-        if jax.process_index() == 0:
-            draw_loss(setup.folder)
-            word = "finished" if step == run.train.steps else "stopped"
-            say(f"{word} at step {step} of {run.train.steps} after {duration(time.monotonic() - started)}")
-    return Result(step, step == run.train.steps, setup.folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What follows from a run and the devices: where things lie and how they are computed."""
-
-    folder: Path
-    layout: parallel.Layout
-    optimizer: Any
-    abstract: TrainState
-    dtype: Any
-    rows_of_host: list[int]
-
-    @classmethod
-    def make(cls, run: RunConfig) -> _Setup:
-        mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
-        run.check_mesh(dict(mesh.shape))
-        start.check_paths(run)
-        layout = parallel.Layout(mesh, "train")
-        optimizer = make_optimizer(run.optimizer, run.model, steps=run.train.steps)
-        return cls(
-            folder=Path(run.output).expanduser(),
-            layout=layout,
-            optimizer=optimizer,
-            abstract=abstract_state(run.model, optimizer, layout),
-            dtype=parallel.compute_dtype(run.train.compute_dtype),
-            rows_of_host=_rows_of_host(run, layout),
-        )
+        _finish(program, best, folder)
+        word = "finished" if step == run.train.steps else "stopped"
+        say(f"{word} at step {step} of {run.train.steps} after {duration(time.monotonic() - started)}")
+    return Result(step, step == run.train.steps, folder)
 
 
 class _Loop:
@@ -163,8 +151,8 @@ class _Loop:
 
     def __init__(
         self,
-        run: RunConfig,
-        setup: _Setup,
+        program: Program,
+        frozen: start.Frozen,
         tokenizer: Tokenizer,
         checkpoints: Checkpoints,
         loader: Loader,
@@ -172,31 +160,30 @@ class _Loop:
         sampler: Sampler | None,
         stop: StopSignal,
     ):
-        self.run, self.setup, self.tokenizer, self.stop = run, setup, tokenizer, stop
+        self.program, self.run, self.frozen, self.tokenizer, self.stop = program, program.run, frozen, tokenizer, stop
         self.checkpoints, self.loader, self.validation, self.sampler = checkpoints, loader, validation, sampler
-        shardings = state_shardings(setup.abstract)
-        self.train_step = jit_train_step(run, setup.optimizer, setup.layout, setup.dtype, shardings)
-        self.eval_step = jit_eval_step(run, setup.layout, setup.dtype, shardings)
         self.all_finite = jax.jit(_all_finite)
-        self.any_stop = _any_process(setup.layout) if jax.process_count() > 1 else None
+        self.any_stop = _any_process(program.layout) if jax.process_count() > 1 else None
         self.stop_seen = False
         self.main = jax.process_index() == 0
 
-    def go(self, state: TrainState, first: int) -> int:
-        """From step `first` to the end, or to where a stop is asked for; returns the last step done."""
+    def go(self, state: TrainState, first: int) -> tuple[int, method.Trained]:
+        """From step `first` to the end, or to where a stop is asked for; returns the last one, and what it has made."""
         run = self.run
         tokens = run.data.batch_size * run.data.sequence_length
-        flops = tokens * run.model.flops_per_token(run.data.sequence_length, training=True)
+        forward = run.model.flops_per_token(run.data.sequence_length, training=False)
+        flops = tokens * forward * method.forwards(run)
         progress = Progress(
             start=first, steps=run.train.steps, every=run.log.every, tokens_per_step=tokens, flops_per_step=flops
         )
-        log = MetricLog(self.setup.folder, from_step=first, tensorboard=run.log.tensorboard) if self.main else None
-        batches = _to_devices(self.loader, self.setup, run)
+        folder = self.checkpoints.folder.parent
+        log = MetricLog(folder, from_step=first, tensorboard=run.log.tensorboard) if self.main else None
+        batches = _to_devices(self.loader, self.program)
         late: Callable[[], None] = _silent
         step, saved = first, first
         with jax.transfer_guard("disallow"):
             while step < run.train.steps and not self._stopping():
-                state, metrics = self.train_step(state, next(batches))
+                state, metrics = self.program.train_step(state, self.frozen.params, next(batches))
                 if self.any_stop is not None:
                     metrics["stop"] = self.any_stop(self.stop.requested)
                 step += 1
@@ -222,7 +209,7 @@ class _Loop:
         self.loader.close()
         if log is not None:
             log.close()
-        return step
+        return step, state.best
 
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.run.train.steps)
@@ -245,7 +232,7 @@ class _Loop:
             return
         speed = progress.speed(step)
         log.write(step, {**values, **speed})
-        progress.show(step, loss=values["loss"], learning_rate=values["learning_rate"], speed=speed)
+        progress.show(step, values=values, speed=speed)
         if values["skipped"]:
             progress.say(f"step {step}: loss or gradient not finite, step left out")
 
@@ -256,21 +243,27 @@ class _Loop:
             self.validation,
             batch_size=self.run.data.batch_size,
             max_batches=self.run.log.eval_batches,
-            rows_of_host=self.setup.rows_of_host,
+            rows_of_host=_rows_of_host(self.program),
         )
-        sums = [self.eval_step(state.params, batch) for batch in _to_devices(batches, self.setup, self.run)]
-        nll, tokens = np.sum(jax.device_get(sums), axis=0)
-        loss = float(nll / max(tokens, 1))
+        evaluate = functools.partial(self.program.eval_step, state.best, self.frozen.params)
+        sums = jax.device_get([evaluate(batch) for batch in _to_devices(batches, self.program)])
+        total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
+        count = max(total.pop("count"), 1.0)
+        means = {name: value / count for name, value in total.items()}
         if log is not None:
-            log.write(step, {"validation_loss": loss})
-            progress.say(f"step {step}  validation loss {loss:.4f}  perplexity {np.exp(min(loss, 50)):.2f}")
-        return loss
+            log.write(step, {f"validation_{name}": mean for name, mean in means.items()})
+            more = f"perplexity {np.exp(min(means['loss'], 50)):.2f}"
+            if "accuracy" in means:
+                more = f"accuracy {means['accuracy']:.1%}  margin {means['margin']:.3f}"
+            progress.say(f"step {step}  validation loss {means['loss']:.4f}  {more}")
+        return means["loss"]
 
     def _sample(self, state: TrainState, step: int, progress: Progress) -> None:
         if self.sampler is None or self.stop.requested or not self._due(self.run.log.sample_every, step):
             return
         with jax.transfer_guard("allow"):
-            texts = self.sampler(self.run, state.params, self.tokenizer, self.setup.layout.mesh)
+            params = method.policy(self.run, state.best, self.frozen.params)
+            texts = self.sampler(self.run, params, self.tokenizer, self.program.layout.mesh)
         if self.main:
             for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
                 progress.say(f"step {step}  sample: {prompt}" + f"|{text}".replace("\n", "\n    "))
@@ -281,10 +274,13 @@ class _Loop:
                 f"step {step}: weights are not finite, so this step is not saved, and what is saved is sound. Lower "
                 "optimizer.learning_rate and start again: the run goes on from its last checkpoint, if it has one"
             )
-        rest = {"opt_state": state.opt_state, "key": state.key, "skipped": state.skipped, "step": state.step}
-        meta = {"data": {**self.loader.state(), "step": step}, "config": self.run.to_dict()}
+        meta = {
+            "data": {**self.loader.state(), "step": step},
+            "config": self.run.to_dict(),
+            "frozen": self.frozen.identity,
+        }
         with jax.transfer_guard("allow"):
-            self.checkpoints.save(step, params=state.params, rest=rest, meta=meta, loss=loss)
+            self.checkpoints.save(step, params=state.best, rest=_rest(state), meta=meta, loss=loss)
 
 
 def _silent(*_: object) -> None:
@@ -307,20 +303,20 @@ def _any_process(layout: parallel.Layout) -> Callable[[bool], jax.Array]:
     return any_process
 
 
-def _rows_of_host(run: RunConfig, layout: parallel.Layout) -> list[int]:
+def _rows_of_host(program: Program) -> list[int]:
     """Which rows of a global batch this process's devices hold, in order."""
-    shape = (run.data.batch_size, run.data.sequence_length)
+    shape = program.batch["tokens"].shape
     rows: set[int] = set()
-    for index in batch_sharding(layout).addressable_devices_indices_map(shape).values():
+    for index in program.batch_sharding.addressable_devices_indices_map(shape).values():
         rows |= set(range(*index[0].indices(shape[0])))
     return sorted(rows)
 
 
-def _to_devices(batches: Iterator[dict[str, np.ndarray]], setup: _Setup, run: RunConfig) -> Iterator[Any]:
+def _to_devices(batches: Iterator[dict[str, np.ndarray]], program: Program) -> Iterator[Batch]:
     """Global arrays of host batches: each device gets its rows and columns, and no host holds them all."""
-    shape = (run.data.batch_size, run.data.sequence_length)
-    sharding = batch_sharding(setup.layout)
-    place = {row: i for i, row in enumerate(setup.rows_of_host)}
+    shape = program.batch["tokens"].shape
+    sharding = program.batch_sharding
+    place = {row: i for i, row in enumerate(_rows_of_host(program))}
 
     def shard(local: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         rows = [place[row] for row in range(*index[0].indices(shape[0]))]
@@ -335,12 +331,33 @@ def _to_devices(batches: Iterator[dict[str, np.ndarray]], setup: _Setup, run: Ru
         yield arrays
 
 
-def _first_state(run: RunConfig, setup: _Setup, say: Callable[..., None]) -> TrainState:
-    kind, shape = jax.devices()[0].device_kind, setup.layout.mesh.shape
+def _describe(program: Program, say: Callable[..., None]) -> None:
+    run = program.run
+    kind, shape = jax.devices()[0].device_kind, program.layout.mesh.shape
     where = " x ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1) or "1"
-    products = np.dtype(setup.dtype).name
+    products = np.dtype(program.dtype).name
     say(f"model: {run.model.num_params:,} weights, {products} products, on {where} {kind} device(s)")
-    return start.first_state(run, setup.optimizer, setup.layout, state_shardings(setup.abstract))
+    if run.lora.rank:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
+        base = method.frozen_dtype(run, program.dtype).name
+        base = base if method.frozen_quantize(run) == "none" else run.lora.base
+        say(f"LoRA: {trained:,} weights are trained ({trained / run.model.num_params:.2%}), beside a base in {base}")
+
+
+def _finish(program: Program, best: method.Trained, folder: Path) -> None:
+    """What a run leaves beside its checkpoints: the picture of its loss, and LoRA's updates as peft reads them."""
+    run = program.run
+    if run.lora.rank:
+        fresh, place = folder / "adapter.new", folder / "adapter"
+        adapter = export.stored(updates.by_path(run.lora, best))
+        if jax.process_index() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
+        peft.write_adapter(fresh, run.model, adapter, base_model=run.init_from, dropout=run.lora.dropout)
+        if jax.process_index() == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            os.rename(fresh, place)
+    if jax.process_index() == 0:
+        draw_loss(folder)
 
 
 def _check_resume(
@@ -350,7 +367,7 @@ def _check_resume(
     if not resume:
         raise ConfigError(f"{folder} has a checkpoint of step {step}: resume it, or set another output")
     changed = differences(RunConfig.from_dict(before).to_dict(), run.to_dict())  # keys it lacks had their defaults
-    refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE)}
+    refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE) or key in _MAY_NOT}
     if refused:
         lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in refused.items())
         raise ConfigError(
@@ -361,13 +378,20 @@ def _check_resume(
         say(f"{key} was {old!r}, is now {new!r}")
 
 
-def _restore(setup: _Setup, checkpoints: Checkpoints, step: int, loader: Loader) -> TrainState:
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps beside `state.best`; where that is the average, the weights themselves too."""
+    rest = {name: getattr(state, name) for name in ("opt_state", "key", "skipped", "step")}
+    return rest if state.ema is None else {**rest, "params": state.params}
+
+
+def _restore(program: Program, checkpoints: Checkpoints, step: int, loader: Loader) -> TrainState:
     """The state of a checkpoint on this run's mesh, and the loader moved to its batch."""
-    abstract = setup.abstract
-    rest = {name: getattr(abstract, name) for name in ("opt_state", "key", "skipped", "step")}
-    params, rest, meta = checkpoints.restore(step, params=abstract.params, rest=rest)
+    abstract = program.state
+    best, rest, meta = checkpoints.restore(step, params=abstract.best, rest=_rest(abstract))
     loader.restore(meta["data"])
-    return TrainState(params=params, **rest)
+    if abstract.ema is None:
+        return TrainState(params=best, ema=None, **rest)
+    return TrainState(ema=best, **rest)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -111,10 +111,13 @@ class Progress:
             speed["mfu"] = self._flops / seconds / self._peak
         return speed
 
-    def show(self, step: int, *, loss: float, learning_rate: float, speed: dict[str, float]) -> None:
+    def show(self, step: int, *, values: dict[str, float], speed: dict[str, float]) -> None:
         """Update the display with the numbers of a step."""
         rate = speed.get("tokens_per_second")
-        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", f"loss {loss:.4f}", f"lr {learning_rate:.2e}"]
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", f"loss {values['loss']:.4f}"]
+        if "accuracy" in values:
+            parts.append(f"accuracy {values['accuracy']:.0%}")
+        parts.append(f"lr {values['learning_rate']:.2e}")
         if rate:
             parts += [f"{rate:,.0f} tokens/s", f"eta {duration((self._steps - step) * self._tokens / rate)}"]
         if "mfu" in speed:

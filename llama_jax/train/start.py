@@ -10,9 +10,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from llama_jax import model, parallel
+from llama_jax import model
 from llama_jax.config import ConfigError
 from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
@@ -23,9 +22,11 @@ from llama_jax.run_keys import DataConfig
 from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train.state import TrainState, init_state
+from llama_jax.train import method
+from llama_jax.train.program import Program
+from llama_jax.train.state import TrainState, init_state, state_shardings
 from llama_jax.weights import hub, transform
-from llama_jax.weights.source import open_source
+from llama_jax.weights.source import Source, open_source
 
 Say = Callable[..., None]
 
@@ -149,22 +150,50 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
     return train, packed(run.data.validation, "validation") if run.data.validation else None
 
 
-def first_state(
-    run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout, shardings: TrainState
-) -> TrainState:
-    """The state before the first step, straight in its shards: random weights, or those of init_from.
+def first_state(program: Program) -> TrainState:
+    """The state before the first step, straight in its shards: random weights, those of init_from, or new updates.
 
     Raises:
         ConfigError: init_from is a model of another shape, naming the keys that differ.
     """
-    init = functools.partial(init_state, run.model, optimizer, run.seed)
-    if not run.init_from:
+    run, shardings = program.run, state_shardings(program.state)
+    init = functools.partial(init_state, run, program.optimizer)
+    if run.lora.rank or not run.init_from:
         return jax.jit(init, out_shardings=shardings)()
-    params = _pretrained(run, layout)
+    params = transform.restack(_pretrained(run).load(program.layout, jnp.dtype(jnp.float32), "none"))
     return jax.jit(lambda params: init(params=params), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def _pretrained(run: RunConfig, layout: parallel.Layout) -> model.Params:
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a run only reads: LoRA's base, or DPO's reference.
+
+    Attributes:
+        params: stacked, in their shards; None where nothing is frozen.
+        identity: of the model that it is (`Source.identity`), or None.
+    """
+
+    params: model.Params | None
+    identity: str | None
+
+
+def frozen(program: Program) -> Frozen:
+    """What is frozen, from init_from, at the start and again whenever a run goes on: checkpoints do not hold it.
+
+    Raises:
+        ConfigError: init_from is a model of another shape.
+    """
+    if program.frozen is None:
+        return Frozen(None, None)
+    run = program.run
+    source = _pretrained(run)
+    dtype = method.frozen_dtype(run, program.dtype)
+    params = source.load(program.layout, dtype, method.frozen_quantize(run))
+    return Frozen(transform.restack(params), source.identity())
+
+
+def _pretrained(run: RunConfig) -> Source:
+    """The model of init_from, held against the run's."""
     source = open_source(run.init_from)
     # How far positions go is no property of the weights.
     theirs = dataclasses.replace(source.config, max_seq_len=run.model.max_seq_len)
@@ -172,4 +201,4 @@ def _pretrained(run: RunConfig, layout: parallel.Layout) -> model.Params:
         changed = differences(theirs.to_dict(), run.model.to_dict())
         lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
         raise ConfigError(f"init_from={run.init_from!r} is another model: {lines}")
-    return transform.stack(source.load(layout, jnp.dtype(jnp.float32), False))
+    return source

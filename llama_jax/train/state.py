@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import model, parallel
-from llama_jax.config import ModelConfig
+from llama_jax import parallel
+from llama_jax.run_config import RunConfig
+from llama_jax.train import method
+from llama_jax.train.optimizer import opt_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -20,46 +22,59 @@ class TrainState:
 
     Attributes:
         step: batches consumed (int32); a skipped one counts, so that it is also the data position.
-        params: float32 master weights, stacked.
+        params: float32 master weights of what is trained, stacked (see `method`).
         opt_state: optax's.
         key: raw uint32 key data of the run's random stream.
         skipped: non-finite steps in a row (int32).
+        ema: a running average of params, or None.
     """
 
     step: jax.Array
-    params: model.Params
+    params: method.Trained
     opt_state: Any
     key: jax.Array
     skipped: jax.Array
+    ema: method.Trained | None
+
+    @property
+    def best(self) -> method.Trained:
+        """What the run has to show: the average where it keeps one, else the weights."""
+        return self.params if self.ema is None else self.ema
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, *, params: model.Params | None = None
+    run: RunConfig, optimizer: optax.GradientTransformation, *, params: method.Trained | None = None
 ) -> TrainState:
-    """A fresh state, of random weights unless `params` are given.
+    """A fresh state, as `method.init_trained` begins unless `params` are given.
 
     Trace it in a jit with `state_shardings` as out_shardings, so that no device holds it whole.
     """
-    key, init_key = jax.random.split(jax.random.key(seed))
-    params = model.init_params(config, init_key) if params is None else params
+    key, init_key = jax.random.split(jax.random.key(run.seed))
+    params = method.init_trained(run, init_key) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         key=jax.random.key_data(key),
         skipped=jnp.zeros((), jnp.int32),
+        ema=jax.tree.map(jnp.copy, params) if run.optimizer.ema_decay else None,
     )
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout) -> TrainState:
+def abstract_state(run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings: moments lie where their weights lie."""
-    state = jax.eval_shape(lambda: init_state(config, optimizer, 0))
-    places = parallel.shardings(layout, model.logical_axes(config, stacked=True), state.params)
+    state = jax.eval_shape(lambda: init_state(run, optimizer))
+    axes = method.trained_axes(run)
+    places = parallel.shardings(layout, axes, state.params)
     whole = parallel.replicated(layout.mesh)
-    opt_places = optax.tree_map_params(
-        optimizer, lambda _, place: place, state.opt_state, places, transform_non_params=lambda _: whole
+    placed = TrainState(
+        step=whole,
+        params=places,
+        opt_state=opt_shardings(optimizer, state.opt_state, state.params, axes, layout),
+        key=whole,
+        skipped=whole,
+        ema=None if state.ema is None else places,
     )
-    placed = TrainState(step=whole, params=places, opt_state=opt_places, key=whole, skipped=whole)
     return parallel.abstract(state, placed)
 
 

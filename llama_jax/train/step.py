@@ -14,78 +14,63 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax import model, parallel
-from llama_jax.config import ModelConfig
-from llama_jax.ops.loss import cross_entropy
 from llama_jax.run_config import RunConfig
-from llama_jax.train.optimizer import make_schedule
+from llama_jax.train import method
+from llama_jax.train.objectives import Batch, Sums, objective
+from llama_jax.train.optimizer import group_norms, make_schedule
 from llama_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32
 Metrics = dict[str, jax.Array]
 
 
-def loss_sums(
-    config: ModelConfig, params: model.Params, batch: Batch, *, dtype: Any, remat: str, vocab_chunk: int, z_loss: float
-) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum over tokens of the loss with its z-term, and of the cross-entropy alone, float32 scalars.
-
-    Sums, not means: whoever adds up several parts divides once, by the weight of all their tokens.
-    """
-    hidden_BTD, _ = model.forward(
-        config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=remat
-    )
-    with jax.named_scope("loss"):
-        nll_BT, lse_BT = cross_entropy(
-            hidden_BTD, model.unembedding(config, params), batch["targets"], vocab_chunk=vocab_chunk
-        )
-        nll = jnp.sum(batch["weights"] * nll_BT)
-        return nll + z_loss * jnp.sum(batch["weights"] * jnp.square(lse_BT)), nll
-
-
 def make_train_step(
-    run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout, dtype: Any
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step as a function of state and batch; jit it with the state donated (`jit_train_step`)."""
+    run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout, dtype: jnp.dtype
+) -> Callable[[TrainState, model.Params | None, Batch], tuple[TrainState, Metrics]]:
+    """The step as a function of state, what is frozen, and a batch; `Program` jits it with the state donated."""
     A = run.train.accumulate
     schedule = make_schedule(run.optimizer, steps=run.train.steps)
 
-    def gradients(params: model.Params, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], model.Params]:
-        return jax.value_and_grad(
-            lambda params: loss_sums(
-                run.model,
-                params,
-                batch,
-                dtype=dtype,
-                remat=run.train.remat,
-                vocab_chunk=run.train.vocab_chunk,
-                z_loss=run.train.z_loss,
-            ),
-            has_aux=True,
-        )(params)
+    def gradients(
+        trained: method.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], method.Trained]:
+        def loss(trained: method.Trained) -> tuple[jax.Array, Sums]:
+            return objective(run, method.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
 
-    def accumulated(params: model.Params, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], model.Params]:
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    def accumulated(
+        trained: method.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], method.Trained]:
         # Every A-th row goes into the same part, so that each device cuts its own rows and none travels.
         parts = jax.tree.map(lambda a: a.reshape(-1, A, *a.shape[1:]).swapaxes(0, 1), batch)
         parts = {name: parallel.constrain(a, None, "batch", "length") for name, a in parts.items()}
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part)), None
+        def one(part: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], method.Trained]:
+            return gradients(trained, frozen, part, jax.random.fold_in(key, number))
 
-        zero = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), jnp.zeros(())), params))
-        return jax.lax.scan(add, zero, parts)[0]
+        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(*part)), None
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        numbered = (parts, jnp.arange(A))
+        shapes = jax.eval_shape(one, *jax.tree.map(lambda a: a[0], numbered))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.scan(add, zero, numbered)[0]
+
+    def train_step(state: TrainState, frozen: model.Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with parallel.use(layout):
-            tokens = jnp.sum(batch["weights"])
-            (loss, nll), grads = (gradients if A == 1 else accumulated)(state.params, batch)
-            scale = 1.0 / jnp.maximum(tokens, 1.0)
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            (loss, sums), grads = (gradients if A == 1 else accumulated)(state.params, frozen, batch, key)
+            count = sums.pop("count")
+            scale = 1.0 / jnp.maximum(count, 1.0)
             grads = jax.tree.map(lambda g: g * scale, grads)
-            grad_norm = optax.global_norm(grads)
+            norms = group_norms(grads)
+            grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             learning_rate = schedule(state.opt_state[-1].count)  # of the chain's last link, the one that scales
             with jax.named_scope("optimizer"):
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
                 params = optax.apply_updates(state.params, updates)
+                ema = None if state.ema is None else _averaged(run.optimizer.ema_decay, state.step, state.ema, params)
             # A non-finite loss or gradient changes nothing but the count of such steps.
             keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
             state = TrainState(
@@ -94,50 +79,33 @@ def make_train_step(
                 opt_state=keep(opt_state, state.opt_state),
                 key=state.key,
                 skipped=jnp.where(finite, 0, state.skipped + 1),
+                ema=keep(ema, state.ema),
             )
         return state, {
-            "loss": nll * scale,
+            **{name: value * scale for name, value in sums.items()},
             "grad_norm": grad_norm,
+            **{f"grad_norm/{group}": norm for group, norm in norms.items()},
             "learning_rate": learning_rate,
-            "tokens": tokens,
+            "tokens": jnp.sum(batch["weights"]),
             "skipped": state.skipped,
         }
 
     return train_step
 
 
-def jit_train_step(
-    run: RunConfig,
-    optimizer: optax.GradientTransformation,
-    layout: parallel.Layout,
-    dtype: Any,
-    shardings: TrainState,
-) -> Any:
-    """The compiled step: donates the state; batches lie as `batch_sharding` says, metrics are replicated scalars."""
-    return jax.jit(
-        make_train_step(run, optimizer, layout, dtype),
-        in_shardings=(shardings, batch_sharding(layout)),
-        out_shardings=(shardings, parallel.replicated(layout.mesh)),
-        donate_argnums=0,
-    )
+def make_eval_step(
+    run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
+) -> Callable[[method.Trained, model.Params | None, Batch], Sums]:
+    """A function of what is trained, what is frozen, and a batch, to the objective's sums with their count."""
 
-
-def jit_eval_step(run: RunConfig, layout: parallel.Layout, dtype: Any, shardings: TrainState) -> Any:
-    """A compiled function of (params, batch): the summed cross-entropy and the number of tokens it is over."""
-
-    def eval_step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(trained: method.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
         with parallel.use(layout):
-            chunk = run.train.vocab_chunk
-            _, nll = loss_sums(run.model, params, batch, dtype=dtype, remat="none", vocab_chunk=chunk, z_loss=0.0)
-            return nll, jnp.sum(batch["weights"])
+            return objective(run, method.policy(run, trained, frozen), frozen, batch, dtype=dtype)[1]
 
-    return jax.jit(
-        eval_step,
-        in_shardings=(shardings.params, batch_sharding(layout)),
-        out_shardings=parallel.replicated(layout.mesh),
-    )
+    return eval_step
 
 
-def batch_sharding(layout: parallel.Layout) -> jax.sharding.NamedSharding:
-    """Where each array (B, T) of a batch lies."""
-    return layout.sharding(("batch", "length"))
+def _averaged(decay: float, step: jax.Array, ema: method.Trained, params: method.Trained) -> method.Trained:
+    """The running average one step on; in the first steps it forgets faster, as there is less to remember."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.model import Params, check_params
 from llama_jax.ops import quant
-from llama_jax.ops.lora import LoraTensor
+from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
 from llama_jax.ops.sampling import SamplingParams
 from llama_jax.text import gguf as text_gguf
@@ -171,6 +172,15 @@ def adapter_of(config: ModelConfig, params: Params) -> Adapter:
     """The LoRA updates of params at hand, in the same way."""
     found = {path: leaf for path, leaf in _stored(config, params).items() if isinstance(leaf, LoraTensor)}
     return {path: Stored(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
+
+
+def stored(updates: Mapping[table.Path, Update]) -> Adapter:
+    """LoRA updates by themselves, likewise."""
+
+    def entry(array: jax.Array) -> Entry:
+        return of_array(functools.partial(_on_host, array), np.dtype(array.dtype), array.shape)
+
+    return {path: Stored(*map(entry, update)) for path, update in updates.items()}
 
 
 def _stored(config: ModelConfig, params: Params) -> dict[table.Path, Any]:

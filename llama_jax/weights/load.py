@@ -5,22 +5,24 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.config import ModelConfig, nearest
+from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.jsonfile import brief
 from llama_jax.model import Params, logical_axes
+from llama_jax.ops import quant
 from llama_jax.ops.quant import QTensor
-from llama_jax.parallel import Layout
+from llama_jax.parallel import Layout, shardings
 from llama_jax.weights import layout as table
 from llama_jax.weights.entry import Entry, Index, aligned, row_blocks
 
 FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
+_BITS = {"int8": 8, "int4": 4}
 _AT_ONCE = 2  # tensors in flight: what the host holds beyond what its devices do
 _WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
 _QUIET = 3.0  # seconds before a bar appears
@@ -86,7 +88,7 @@ def load_leaves(
     *,
     layout: Layout | None,
     dtype: jnp.dtype | None,
-    quantised: bool,
+    quantize: str | None,
 ) -> Params:
     """Weights in the unrolled layout, each read straight into its shards: a process reads what its devices hold.
 
@@ -95,17 +97,23 @@ def load_leaves(
         config: of the model.
         layout: where the shards go, or None for one device.
         dtype: to cast to; each tensor's own by default.
-        quantised: keep what is stored in groups of 8 or 4 bits as QTensors, rather than as arrays.
+        quantize: None keeps what is stored in groups of 8 or 4 bits as QTensors; "none" makes arrays of it; "int8" and
+            "int4" make QTensors of the matrices of all layers, rounding those that are not stored so.
+
+    Raises:
+        ConfigError: "int8" or "int4" of a model whose rows are no multiple of 32.
     """
     axes = logical_axes(config, stacked=False)
+    bits = group_bits(config, quantize)
 
     def load(path: table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], table.get(axes, path)
-        if quantised and entry.quantised is not None:
-            pieces = entry.quantised
+        pieces, rounded = entry.quantised, bits is not None and _is_block_matrix(path, entry.shape)
+        if pieces is not None and (pieces.bits == bits if rounded else quantize is None):
             leaf = QTensor(*(place(piece, names, piece.dtype, layout) for piece in (pieces.values, pieces.scales)))
         else:
-            leaf = place(entry, names, entry.dtype if dtype is None else np.dtype(dtype), layout)
+            leaf = place(entry, names, entry.dtype if dtype is None or rounded else np.dtype(dtype), layout)
+            leaf = _quantised(leaf, bits, names, layout) if rounded else leaf
         leaf = jax.block_until_ready(leaf)
         bar.update(entry.nbytes)
         return leaf
@@ -120,6 +128,55 @@ def load_leaves(
             return table.build(config, ((path, future.result()) for path, future in futures.items()))
         finally:  # after an error the rest need not be read
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
+    """The bits that "int8" and "int4" stand for, and None for None and "none".
+
+    Raises:
+        ConfigError: the rows of the model's matrices cannot be cut into groups of 32 numbers.
+    """
+    widths = {
+        "embed_dim": config.embed_dim,
+        "num_heads x head_dim": config.num_heads * config.head_dim,
+        "ffn_dim": config.ffn_dim,
+    }
+    bad = [f"{key}={width}" for key, width in widths.items() if width % quant.GROUP]
+    if quantize in _BITS and bad:
+        raise ConfigError(f"{quantize} takes rows of a multiple of 32 numbers, but the model has {', '.join(bad)}")
+    return _BITS.get(quantize)
+
+
+def quantise_layers(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
+    """Placed unrolled params with the matrices of all layers in groups, where `quantize` is "int8" or "int4"."""
+    bits = group_bits(config, quantize)
+    if bits is None:
+        return params
+    axes = logical_axes(config, stacked=False)
+
+    def leaf(path: table.Path) -> jax.Array | QTensor:
+        found = table.get(params, path)
+        if not _is_block_matrix(path, found.shape) or isinstance(found, QTensor):
+            return found
+        return _quantised(found, bits, table.get(axes, path), layout)
+
+    return table.build(config, ((weight.path, leaf(weight.path)) for weight in table.weights(config, "huggingface")))
+
+
+def _is_block_matrix(path: table.Path, shape: tuple[int, ...]) -> bool:
+    return path[0] == "layers" and len(shape) == 2
+
+
+def _quantised(weight: jax.Array, bits: int, names: tuple[str | None, ...], layout: Layout | None) -> QTensor:
+    if layout is None:
+        return _quantiser(bits, None)(weight)
+    shapes = jax.eval_shape(functools.partial(quant.quantise, bits=bits), weight)
+    return _quantiser(bits, shardings(layout, names, shapes))(weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _quantiser(bits: int, places: QTensor | None) -> Callable[[jax.Array], QTensor]:
+    return jax.jit(functools.partial(quant.quantise, bits=bits), out_shardings=places)
 
 
 def place(entry: Entry, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:

@@ -172,6 +172,18 @@ def save_adapter(
     if not adapter or ("embed",) in adapter:
         what = "LoRA of the embedding is not implemented" if adapter else "these weights hold no LoRA"
         raise ConfigError(f"{folder} is not written: {what}")
+    return write_adapter(folder, config, adapter, base_model=base_model)
+
+
+def write_adapter(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    adapter: Adapter,
+    *,
+    base_model: str | None,
+    dropout: float = 0.0,
+) -> Path:
+    """The same of updates by themselves; `dropout` is what they were trained with, for those who train on."""
     folder = Path(folder).expanduser()
     taken = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if taken:
@@ -199,7 +211,7 @@ def save_adapter(
         "inference_mode": True,
         "r": r,
         "lora_alpha": lora_alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "use_rslora": False,  # scales are given as they are, by alphas
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != lora_alpha},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ LOOKED_FOR = (
     "flax_model.msgpack), or a hub id (owner/name)"
 )
 
-Load = Callable[[parallel.Layout | None, jnp.dtype | None, bool], model.Params]
+Load = Callable[[parallel.Layout | None, jnp.dtype | None, str | None], model.Params]
 
 
 _log = logging.getLogger(__name__)
@@ -51,11 +52,12 @@ class Source:
         chat_template: how dialogs are written by its own account (Jinja), or None.
         dtype: of most of its numbers; float32 for quantised ones, which are exact in it.
         leaves: its tensors by path, none of them read; None for a run, whose arrays Orbax reads.
-        load: (layout, dtype, quantised) to weights in the unrolled layout. No layout is the first device, no dtype is
-            the stored one; `quantised` keeps groups of 8 and 4 bits as they are (ops/quant.py).
+        load: (layout, dtype, quantize) to weights in the unrolled layout. No layout is the first device, no dtype is
+            the stored one; for quantize see load.load_leaves.
         read_tokenizer: its tokenizer, or None if it has none.
         fingerprint: of the tokenizer that it was trained with, where that is known.
         tokenizer_files: what transformers would read of its tokenizer, where they are of that kind.
+        run_identity: of a run, which has no leaves: its `identity`.
     """
 
     path: Path
@@ -71,6 +73,21 @@ class Source:
     read_tokenizer: Callable[[], Tokenizer | None]
     fingerprint: str | None = None
     tokenizer_files: tuple[Path, ...] = ()
+    run_identity: Callable[[], str] | None = None
+
+    def identity(self) -> str:
+        """A hash (hex) of which model it is, whatever format, dtype or number of files it is stored in.
+
+        Of the config and the first row of every tensor in float32: training moves every tensor, and reading all
+        of a large model would take minutes. Of a run, of the manifest of its newest step.
+        """
+        if self.leaves is None:
+            return self.run_identity()
+        digest = hashlib.sha256(repr(sorted(self.config.to_dict().items())).encode())
+        for path, entry in sorted(self.leaves.items(), key=lambda item: repr(item[0])):
+            row = entry.read((slice(0, 1),), np.float32)
+            digest.update(repr((path, entry.shape)).encode() + np.ascontiguousarray(row).tobytes())
+        return digest.hexdigest()
 
     @property
     def quantised(self) -> bool:
@@ -125,9 +142,9 @@ def open_source(source: str | os.PathLike[str]) -> Source:
         )
     if (path / "config.json").is_file():
         if (path / "checkpoints").is_dir():
-            from llama_jax import checkpoint  # orbax takes half a second to import
+            from llama_jax.weights.run_folder import open_run  # orbax takes half a second to import
 
-            return checkpoint.open_run(path)
+            return open_run(path)
         if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).is_file():
             return _open_huggingface(path, "Hugging Face folder", safetensors.open_folder, "huggingface")
         if any(path.glob("flax_model*.msgpack*")):
@@ -234,8 +251,8 @@ def _source(
         chat_template=chat_template,
         dtype=load.main_dtype(leaves),
         leaves=leaves,
-        load=lambda layout, dtype, quantised: load.load_leaves(
-            leaves, config, layout=layout, dtype=dtype, quantised=quantised
+        load=lambda layout, dtype, quantize: load.load_leaves(
+            leaves, config, layout=layout, dtype=dtype, quantize=quantize
         ),
         read_tokenizer=read_tokenizer,
         tokenizer_files=tokenizer_files,

@@ -38,6 +38,21 @@ def stack(params: Params) -> Params:
     return {**params, "layers": jax.tree.map(lambda *leaves: _stack(leaves), *params["layers"])}
 
 
+def restack(params: Params) -> Params:
+    """`stack` of an unrolled tree that is given up: each weight is let go of once it is stacked.
+
+    So a model is never held twice. The layers' dicts are empty afterwards.
+    """
+    layers, stacked = params["layers"], {}
+    for block in list(layers[0]):
+        stacked[block] = {}
+        for name in list(layers[0][block]):
+            given = tuple({name: layer[block].pop(name)} for layer in layers)
+            stacked[block] |= stack({"layers": given})["layers"]
+            jax.block_until_ready(stacked[block][name])
+    return {**params, "layers": stacked}
+
+
 def _unstack(leaf: Any) -> tuple[Any, ...]:
     mesh_spec = _placed(leaf)
     if mesh_spec is None:

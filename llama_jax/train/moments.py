@@ -1,0 +1,201 @@
+"""Adam's two running averages in fewer bits: bfloat16, or 8 bits in blocks (Dettmers et al., arXiv:2110.02861).
+
+A moment in 8 bits is a typed leaf that stands where the float32 array would, as a quantised weight does. The last axis
+is cut into blocks of at most 128 numbers, each with its largest magnitude as a float32 scale; a number is kept as a
+root of its part of that:
+
+    first moment    scale * sign(q) (|q| / 127)^2     int8
+    second moment   scale * (q / 255)^4               uint8
+
+A power law rather than the paper's table, because a look-up is slow on a TPU where roots and products cost nothing
+beside the memory that is read; on moments of a small model in blocks of 128 it is the closer one, too: Adam's update is
+off by 1.1 % (root mean square), by the paper's table 1.6 %, by an even scale for the first moment 3.2 %. The two reach
+equally far down: gradients of 1/64,000 of their block's largest still have a first moment, and a second of their own.
+
+First moments are rounded to the nearest. Second moments are rounded up or down at random, so that the mean is exact:
+with b2 = 0.999 they decay by 0.1 % a step, and the nearest number in few bits would always be the one they have. That
+costs some noise: on gradients that are nothing else, updates of a long run with b2 = 0.95 are off by 5.6 %, to the
+nearest 4.7 %, by the paper's table to the nearest 7.2 %; with 0.999 by 11.0, 8.6 and 11.7 %.
+
+Letters: G blocks of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+BLOCKS = (128, 64, 32)  # numbers; the largest that divides the last axis. 128 are the lanes of a TPU's registers
+_FIRST, _SECOND = 127, 255  # largest codes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A running average in 8 bits. Both arrays have the axes of the weight that it belongs to.
+
+    Attributes:
+        values: int8 (..., in) of a first moment, uint8 (..., in) of a second.
+        scales: float32 (..., G), not negative.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (..., in)."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """In which its numbers are computed with: float32."""
+        return jnp.dtype(jnp.float32)
+
+
+Stored = jax.Array | Moment
+
+
+def block_size(shape: tuple[int, ...]) -> int | None:
+    """How many numbers of a weight's last axis share a scale; None where no block divides it, or it has one axis."""
+    return next((block for block in BLOCKS if len(shape) > 1 and shape[-1] % block == 0), None)
+
+
+def zeros(shape: tuple[int, ...], kind: str, *, second: bool) -> Stored:
+    """A moment of nothing yet: `kind` is float32, bfloat16 or int8. What has no `block_size` is float32, not int8."""
+    block = block_size(shape)
+    if kind != "int8" or block is None:
+        return jnp.zeros(shape, jnp.float32 if kind == "int8" else kind)
+    values = jnp.zeros(shape, jnp.uint8 if second else jnp.int8)
+    return Moment(values, jnp.zeros((*shape[:-1], shape[-1] // block), jnp.float32))
+
+
+def unpack(stored: Stored) -> jax.Array:
+    """The moment (...) in float32."""
+    if not isinstance(stored, Moment):
+        return stored.astype(jnp.float32)
+    codes = stored.values.reshape(*stored.scales.shape, -1)
+    numbers = _second_of(codes) if stored.values.dtype == jnp.uint8 else _first_of(codes)
+    return (stored.scales[..., None] * numbers).reshape(stored.shape)
+
+
+def pack_first(x: jax.Array, like: Stored) -> Stored:
+    """A first moment (...) float32, kept as `like` is, to the nearest number."""
+    if not isinstance(like, Moment):
+        return x.astype(like.dtype)
+    parts, scales = _parts(x, like)
+    codes = jnp.round(_FIRST * jnp.sqrt(jnp.abs(parts)))
+    return Moment((jnp.sign(parts) * codes).astype(jnp.int8).reshape(x.shape), scales)
+
+
+def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
+    """A second moment (...) float32, not negative, kept as `like` is; what is not 0 never becomes 0 in 8 bits.
+
+    Args:
+        x: the moment.
+        like: how it is kept.
+        random: uint32 (...), which of the two nearest numbers is taken.
+    """
+    if not isinstance(like, Moment):
+        if like.dtype != jnp.bfloat16:
+            return x
+        # A bfloat16 is the upper half of a float32: whether the lower half carries is the chance that it should.
+        bits = lax.bitcast_convert_type(x, jnp.uint32) + (random >> 16)
+        return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    parts, scales = _parts(x, like)
+    below = jnp.clip(jnp.floor(_SECOND * jnp.sqrt(jnp.sqrt(parts))), 1, _SECOND - 1)
+    low, high = _second_of(below), _second_of(below + 1)
+    chance = (random >> 8).astype(jnp.float32).reshape(parts.shape) * 2.0**-24
+    codes = jnp.where(parts > 0, below + (chance < (parts - low) / (high - low)), 0)
+    return Moment(codes.astype(jnp.uint8).reshape(x.shape), scales)
+
+
+def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str]) -> optax.GradientTransformation:
+    """optax.scale_by_adam, its moments kept in few bits; all arithmetic is float32, on the numbers before rounding.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        kind: of the moments of the weight at a path of keys: float32, bfloat16 or int8 (see `zeros`).
+
+    Returns:
+        A transformation with optax's own ScaleByAdamState, whose mu and nu have arrays and Moments as leaves.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        def moments(second: bool) -> Any:
+            return jax.tree_util.tree_map_with_path(lambda path, p: zeros(p.shape, kind(path), second=second), params)
+
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=moments(False), nu=moments(True))
+
+    def one(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> tuple[Any, Stored, Stored]:
+        m = b1 * unpack(mu) + (1 - b1) * grad
+        v = b2 * unpack(nu) + (1 - b2) * jnp.square(grad)
+        step = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+        return step, pack_first(m, mu), pack_second(v, nu, _random(grad.shape, seed))
+
+    def layer_by_layer(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> Any:
+        """`one` on stacked matrices: in place, and with the float32 moments of a single layer at a time.
+
+        All at once, the TPU compiler keeps 17 bytes a weight beside the 2 that are to be saved; bfloat16 needs none.
+        """
+
+        def layer(i: jax.Array, stacked: Any) -> Any:
+            single = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+            new = one(*single, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+            return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, new)
+
+        return lax.fori_loop(0, grad.shape[0], layer, (grad, mu, nu))
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        leaves, tree = jax.tree.flatten(grads)
+        new = []
+        stored = zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
+        for leaf, (grad, mu, nu) in enumerate(stored):
+            seed = count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) ^ jnp.uint32(leaf * 0x85EBCA77 & 0xFFFFFFFF)
+            move = layer_by_layer if isinstance(mu, Moment) and grad.ndim > 2 else one
+            new.append(move(grad.astype(jnp.float32), mu, nu, count, seed))
+        updates, mus, nus = (tree.unflatten(parts) for parts in zip(*new, strict=True)) if new else (grads,) * 3
+        return updates, optax.ScaleByAdamState(count, mus, nus)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _first_of(codes: jax.Array) -> jax.Array:
+    roots = codes.astype(jnp.float32) * (1 / _FIRST)
+    return roots * jnp.abs(roots)
+
+
+def _second_of(codes: jax.Array) -> jax.Array:
+    return jnp.square(jnp.square(codes.astype(jnp.float32) * (1 / _SECOND)))
+
+
+def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
+    """Each number as a part of its block's largest magnitude (..., G, n), and those magnitudes (..., G)."""
+    blocks = x.reshape(*like.scales.shape, -1)
+    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    return blocks / jnp.where(scales > 0, scales, 1)[..., None], scales
+
+
+def _random(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """Uniform uint32 by the place within the array and a seed: the same on any mesh.
+
+    A counter through murmur3's last mixing step (Appleby, public domain): a tenth of the operations of jax's own
+    generator, which would take longer than the update that it serves.
+    """
+    x = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        x = x * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = x + seed
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -1,0 +1,142 @@
+"""The folder of a training run as a model: its newest weights, or for LoRA its newest updates beside their base."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import model, parallel
+from llama_jax.checkpoint import Checkpoints
+from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.jsonfile import read_json
+from llama_jax.ops.lora import Update
+from llama_jax.run_keys import LoraConfig
+from llama_jax.weights import adapter, transform, updates
+from llama_jax.weights.load import quantise_layers
+from llama_jax.weights.source import Source, open_source, tokenizer_in
+
+CONFIG_FILE = "config.json"
+
+
+def read_run_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a run folder."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{error}: is {folder} a folder that train.py made?") from None
+    if not isinstance(values.get("model"), dict):
+        raise ConfigError(f"{path} has no model in it: is {folder} a folder that train.py made?")
+    return values
+
+
+def open_run(folder: str | Path) -> Source:
+    """A run folder as a model: its newest weights, on any mesh, whatever mesh they were trained on."""
+    folder = Path(folder)
+    values = read_run_config(folder)
+    config = ModelConfig.from_dict(values["model"])
+    settings = _lora(values)
+    if settings is None:
+        load, kind = functools.partial(_load_params, folder, config), "run folder"
+    else:
+        load = functools.partial(_load_lora, folder, config, settings, values)
+        kind = f"run folder, LoRA of {values['init_from']}"
+    return Source(
+        path=folder,
+        kind=kind,
+        config=config,
+        bos_token=None,
+        stop_tokens=(),
+        sampling=None,
+        chat_template=None,
+        dtype=np.dtype(np.float32),
+        leaves=None,
+        load=load,
+        read_tokenizer=functools.partial(tokenizer_in, folder),
+        fingerprint=values.get("tokenizer_fingerprint"),
+        run_identity=functools.partial(_identity, folder),
+    )
+
+
+def _lora(values: dict[str, Any]) -> LoraConfig | None:
+    """The LoRA settings of a run's config, None where all weights were trained."""
+    section = values.get("lora") or {}
+    if not section.get("rank"):
+        return None
+    return LoraConfig(**{**section, "targets": tuple(section["targets"])})
+
+
+def _load_params(
+    folder: Path,
+    config: ModelConfig,
+    layout: parallel.Layout | None,
+    dtype: jnp.dtype | None,
+    quantize: str | None,
+) -> model.Params:
+    layout = layout or _one_device()
+    # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
+    shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
+    params = _newest(folder, shapes, model.logical_axes(config, stacked=True), layout)
+    return quantise_layers(config, transform.unstack(params), quantize, layout)
+
+
+def _load_lora(
+    folder: Path,
+    config: ModelConfig,
+    settings: LoraConfig,
+    values: dict[str, Any],
+    layout: parallel.Layout | None,
+    dtype: jnp.dtype | None,
+    quantize: str | None,
+) -> model.Params:
+    layout, dtype = layout or _one_device(), jnp.dtype(dtype or jnp.float32)
+    try:
+        base = open_source(values["init_from"])
+    except (ConfigError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"{folder} holds LoRA updates of {values['init_from']!r}, which cannot be opened ({error}): run this from "
+            f"where it can be, or give the base as the model and {folder}/adapter as its adapter"
+        ) from None
+    if values.get("frozen") != base.identity():
+        raise ConfigError(
+            f"{values['init_from']!r} is not the model that {folder} was trained beside, and its updates mean nothing "
+            "beside another: put back the one that it was"
+        )
+    shapes = jax.eval_shape(lambda: updates.initial(config, settings, jax.random.key(0)))
+    trained = _newest(folder, shapes, updates.axes(config, settings), layout)
+    found = updates.by_path(settings, trained)
+    found = {path: Update(u.a.astype(dtype), u.b.astype(dtype), u.scale) for path, u in found.items()}
+    return adapter.applied(config, base.load(layout, dtype, quantize), found)
+
+
+def _newest(folder: Path, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
+    """What the newest sound checkpoint has as its weights."""
+    checkpoints = Checkpoints(folder, create=False)
+    step = _step(folder, checkpoints)
+    found = checkpoints.restore_params(step, parallel.abstract(shapes, parallel.shardings(layout, axes, shapes)))
+    checkpoints.close()
+    return found
+
+
+def _step(folder: Path, checkpoints: Checkpoints) -> int:
+    step = checkpoints.latest("params")
+    if step is None:
+        raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
+    return step
+
+
+def _identity(folder: Path) -> str:
+    checkpoints = Checkpoints(folder, create=False)
+    digests = checkpoints.digests(_step(folder, checkpoints))
+    checkpoints.close()
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+
+def _one_device() -> parallel.Layout:
+    return parallel.Layout(parallel.single_device_mesh(), "infer")
