@@ -86,7 +86,7 @@ def our_batches(size: Size):
 
 
 def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({})):
-    """A function that does one step of a run with these keys besides, which are of the top level."""
+    """A function that does one step of a run with these sections and keys in place of the usual ones."""
     import jax
 
     from llama_jax import model, parallel
@@ -99,14 +99,12 @@ def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({
     run = RunConfig.from_dict(values)
     program = Program.make(run, parallel.make_mesh({}))
     state = start.first_state(program)
-    frozen = (
-        program.frozen
-        and jax.jit(
-            lambda: jax.tree.map(
-                lambda w, like: w.astype(like.dtype), model.init_params(run.model, jax.random.key(0)), program.frozen
-            )
-        )()
-    )
+
+    def random_base():
+        params = model.init_params(run.model, jax.random.key(0))
+        return jax.tree.map(lambda weight, like: weight.astype(like.dtype), params, program.frozen)
+
+    frozen = None if program.frozen is None else jax.jit(random_base)()
     source = our_batches(size)
 
     def one() -> float:
