@@ -155,11 +155,6 @@ class LoraConfig:
     rslora: bool = bounded(False)
     base: str = bounded("auto", choices=("auto", "float32", "bfloat16", "int8", "int4"))
 
-    @property
-    def scale(self) -> float:
-        """Of the update."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoConfig:
