@@ -185,7 +185,7 @@ def _along(scales: jax.Array, like: Moment) -> jax.Array:
 
 def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
     """Each number as a part of its block's largest magnitude (..., in), and those magnitudes (..., G)."""
-    # Not a reshape to (..., G, n) and a maximum: that lies otherwise in a TPU's memory, and takes 3 times as long on CPUs.
+    # Reshaped to (..., G, n) for a maximum it lies otherwise in a TPU's memory, and takes 3 times as long on a CPU.
     block = (1,) * (x.ndim - 1) + (x.shape[-1] // like.scales.shape[-1],)
     scales = lax.reduce_window(jnp.abs(x), 0.0, lax.max, block, block, "valid")
     return x / _along(jnp.where(scales > 0, scales, 1), like), scales
