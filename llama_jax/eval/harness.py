@@ -18,7 +18,10 @@ from llama_jax.eval import scoring
 from llama_jax.text import template
 
 try:
+    import lm_eval
     from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable, make_table
 except ImportError as error:
     raise ConfigError(
         f"the tasks are EleutherAI's lm_eval, which cannot be imported ({error}): pip install lm_eval"
@@ -205,35 +208,39 @@ def render(source: str, messages: Sequence[dict[str, Any]], llama: Llama, *, add
     return text[: place + len(last if text.startswith(last, place) else last.strip())]
 
 
-def evaluate(
-    model: LlamaLM,
-    tasks: Sequence[str],
-    *,
-    include: Sequence[str] = (),
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    apply_chat_template: bool = False,
-    system: str | None = None,
-    log_samples: bool = False,
-) -> dict[str, Any]:
-    """lm_eval's results of tasks by name; arguments as of `lm_eval.simple_evaluate`, `include` are folders of tasks.
+def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager:
+    """What lm_eval knows tasks by, with those in the folders of `include` too.
 
     Raises:
-        ConfigError: an unknown task, with the nearest name.
+        ConfigError: a folder that is none, or a task that is neither known nor a file, with the nearest name.
     """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
     for folder in include:
         if not Path(folder).is_dir():
             raise ConfigError(f"--include {folder}: no such folder; give one that holds tasks as YAML files")
     manager = TaskManager(include_path=list(include) or None)
     for task in tasks:
         if not Path(task).is_file() and not manager.match_tasks([task]):
-            raise ConfigError(f"no task {task!r} in lm_eval{nearest(task, manager.all_tasks)}")
+            raise ConfigError(f"lm_eval has no task {task!r}{nearest(task, manager.all_tasks)}")
+    return manager
+
+
+def evaluate(
+    model: LlamaLM,
+    tasks: Sequence[str],
+    *,
+    manager: TaskManager | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    system: str | None = None,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """lm_eval's results of tasks by name, file or pattern; arguments as of `lm_eval.simple_evaluate`."""
+    manager = manager or find_tasks(tasks)
+    known = [name for task in tasks for name in ([task] if Path(task).is_file() else manager.match_tasks([task]))]
     return lm_eval.simple_evaluate(
         model=model,
-        tasks=list(tasks),
+        tasks=list(dict.fromkeys(known)),
         task_manager=manager,
         num_fewshot=num_fewshot,
         batch_size=model.batch_size,
@@ -246,14 +253,10 @@ def evaluate(
 
 def table(results: dict[str, Any]) -> str:
     """The tables that lm_eval prints."""
-    from lm_eval.utils import make_table
-
     parts = [make_table(results)] + ([make_table(results, "groups")] if "groups" in results else [])
     return "\n".join(parts)
 
 
 def write(results: dict[str, Any], path: Path) -> None:
     """The results as JSON, samples too where they were kept."""
-    from lm_eval.utils import handle_non_serializable
-
     path.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
