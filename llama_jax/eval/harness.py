@@ -7,6 +7,7 @@ lm_eval.simple_evaluate(model=harness_model(llama), tasks=["arc_easy"])
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,7 +221,8 @@ def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager
     manager = TaskManager(include_path=list(include) or None)
     for task in tasks:
         if not Path(task).is_file() and not manager.match_tasks([task]):
-            raise ConfigError(f"lm_eval has no task {task!r}{nearest(task, manager.all_tasks)}")
+            near = difflib.get_close_matches(task, manager.all_tasks, n=1)  # of 14,000
+            raise ConfigError(f"lm_eval has no task {task!r}{nearest(task, near)}")
     return manager
 
 

@@ -13,7 +13,7 @@ _INKS = ("white", "black", "black")
 _NARROW = 5.5  # per cent: a label does not fit into less
 
 
-def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, title: str) -> Path:
+def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, judge: str) -> Path:
     """Write the bars as PNG: one for each tally, with percentages in them and the intervals of win and loss beside.
 
     Args:
@@ -21,13 +21,13 @@ def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, titl
         path: of the picture.
         name_a: of the model that wins on the left.
         name_b: of the other.
-        title: one line.
+        judge: who said so, for the title.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in tallies if row.n]
-    figure = Figure(figsize=(10, 1.75 + 0.52 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.3 + 0.52 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
@@ -37,12 +37,14 @@ def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, titl
             axes.barh(place, width, left=left, height=0.66, color=colour, edgecolor="white", linewidth=0.8)
             if width >= _NARROW:
                 axes.text(left + width / 2, place, _percent(width), ha="center", va="center", color=ink, fontsize=10)
-            elif width > 0:  # above its sliver
+            elif width > 0:  # a sliver: won or lost above the bar, a tie below, as two of them may be neighbours
                 middle = min(max(left + width / 2, 1.5), 98.5)
-                axes.text(middle, place - 0.36, _percent(width), ha="center", va="bottom", color="black", fontsize=7)
+                beyond, side = (place + 0.35, "top") if rate is row.tie else (place - 0.35, "bottom")
+                axes.text(middle, beyond, _percent(width), ha="center", va=side, color="black", fontsize=7)
             left += width
         beside = f"n = {row.n:,}   win {_interval(row.win)}   loss {_interval(row.loss)}"
         axes.text(101.5, place, beside, ha="left", va="center", color="#444444", fontsize=8.5)
+    axes.text(101.5, -0.5, "95 % confidence intervals", ha="left", va="bottom", color="#444444", fontsize=8.5)
     axes.set_ylim(len(rows) - 0.45, -0.6)
     axes.set_xlim(0, 100)
     axes.set_yticks(range(len(rows)), [_short(row.name, 24) for row in rows], fontsize=10)
@@ -53,7 +55,7 @@ def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, titl
     names = (f"{_short(name_a)} wins", "tie", f"{_short(name_b)} wins")
     handles = [axes.barh(0, 0, color=colour, label=name) for colour, name in zip(_COLOURS, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
-    figure.suptitle(_plain(title), fontsize=12, x=0.01, ha="left")
+    figure.suptitle(f"{_short(name_a)} against {_short(name_b)}, judged by {judge}", fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=160)
     return path
 

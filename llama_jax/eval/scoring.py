@@ -86,9 +86,10 @@ def check_length(llama: Llama, max_length: int | None) -> int:
 
 
 def _check(llama: Llama, context: Sequence[int], continuation: Sequence[int], name: str, max_length: int) -> None:
-    if not context or not continuation:
-        empty = "continuation" if context else "context"
-        raise ConfigError(f"{name}: its {empty} has no token; nothing is likely or not before a token and after one")
+    if not continuation:
+        raise ConfigError(f"{name}: its continuation has no token, and there is nothing to score")
+    if not context:
+        raise ConfigError(f"{name}: its context has no token; put the one that begins texts there")
     if len(continuation) > max_length:
         raise ConfigError(
             f"{name}: its continuation has {len(continuation):,} tokens, and the model reads at most {max_length:,} "

@@ -340,9 +340,8 @@ def _report(folder: Path, asked: Asked, cases: Sequence[Case], told: Mapping[int
     (folder / "summary.json").write_text(json.dumps({**summary, "tallies": rows}, indent=2) + "\n")
     drawn = None
     if judged:
-        how = {"exact": "exact match", "function": "a function", "model": "a model", "person": "a person, blind"}[judge]
-        title = f"{name_a} against {name_b}, judged by {how}"
-        drawn = picture.draw(tallies, folder / "comparison.png", name_a=name_a, name_b=name_b, title=title)
+        said_by = {"exact": "exact match", "function": "a function", "model": "a model", "person": "a person, blind"}
+        drawn = picture.draw(tallies, folder / "comparison.png", name_a=name_a, name_b=name_b, judge=said_by[judge])
     return Comparison(tallies, len(judged), len(cases), unread, folder, drawn)
 
 

@@ -3,10 +3,13 @@
     pip install torch transformers lm_eval -r requirements-dev.txt     # the reference environment
     PYTHONPATH=.:tests python tests/golden/make_harness.py
 
-The harness' own tests of a model (its tests/models/test_huggingface.py) ask EleutherAI/pythia-70m for log-likelihoods of
-multiple choices, rolling ones, texts up to their stops, and ids. The same kinds of requests are put here to a Llama whose
-weights make_model.py draws by name. Its vocabulary is learnt from TEXT and kept in the file, so that tests need no
-training of one. HFLM alone makes every number of the file.
+The harness' own tests of a model (its tests/models/test_huggingface.py) ask EleutherAI/pythia-70m for log-likelihoods
+of multiple choices, rolling ones, texts up to their stops, and ids. The same kinds of requests are put here to a Llama
+whose weights make_model.py draws by name. Its vocabulary is learnt from TEXT and kept in the file, so that tests train
+none. HFLM alone makes every number of the file.
+
+HFLM's cache of logits is off: in lm_eval 0.4.13 it answers a shorter one of two requests that are read alike, such as
+("The river", " rises") beside ("", "The river rises"), from the first place of the longer one instead of the last.
 """
 
 from __future__ import annotations
@@ -61,8 +64,14 @@ DIALOG = [
 
 
 def make_model(folder: Path, ranks: dict[bytes, int]) -> Path:
-    """The model as a Hugging Face folder that transformers loads."""
-    plain = make_folder(folder / "plain", CONFIG, random_weights(CONFIG))
+    """The model as a Hugging Face folder that transformers loads. Of control tokens it only says the one that ends.
+
+    HFLM would stop at a stop string within the name of another (the d of reserved_special_token_0), which is not text.
+    """
+    weights = random_weights(CONFIG)
+    end = Tokenizer.from_ranks(ranks).eos_id
+    weights["lm_head.weight"][[i for i in range(len(ranks), VOCAB) if i != end]] = 0
+    plain = make_folder(folder / "plain", CONFIG, weights)
     Tokenizer.from_ranks(ranks).save_to(plain)
     return llama_jax.load(plain, dtype="float32").save(folder / "hf", "hf")
 
@@ -86,7 +95,7 @@ def main() -> None:
     ranks = train_bpe([TEXT], vocab_size=VOCAB)
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch), ranks)
-        lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+        lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, logits_cache=False)
         scores = lm.loglikelihood(instances("loglikelihood", PAIRS))
         rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in ROLLING]))
         settings: list[dict[str, Any]] = [{"until": [], "max_gen_toks": 24} for _ in CONTEXTS]
@@ -114,7 +123,7 @@ def main() -> None:
             "chat": [lm.apply_chat_template(DIALOG, flag) for flag in (True, False)],
         }
     GOLD.write_text(json.dumps(gold, indent=0, ensure_ascii=False) + "\n")
-    print(f"{GOLD.stat().st_size:,} bytes; stops found in {sum(t != f for t, f in zip(texts[len(free) :: 2], free, strict=True))}")
+    print(f"{GOLD.stat().st_size:,} bytes")
     print(scores, rolling, texts, [g[2:] for g in greedy], sep="\n")
 
 
