@@ -92,7 +92,7 @@ def _compare_flags(commands: Any) -> argparse.ArgumentParser:
     sub = commands.add_parser("compare", help="two models on the same prompts: win, tie, loss", allow_abbrev=False)
     sub.add_argument("model_a", metavar="MODEL_A", help="whatever infer.py --model takes")
     sub.add_argument("model_b", metavar="MODEL_B")
-    sub.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines; see below")
+    sub.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines, as `eval --help` shows them")
     sub.add_argument("--judge", required=True, metavar="KIND", help="exact, function, model or person")
     sub.add_argument("--judge_function", metavar="FILE.py:NAME", help='of (prompt, a, b, reference): "a", "b" or "tie"')
     sub.add_argument("--judge_model", metavar="MODEL", help="an instruct model; asked twice, the answers swapped")
