@@ -364,7 +364,7 @@ def compiled(name, moments, devices):
     shapes = jax.eval_shape(lambda: random_tree(0))
     at = (
         parallel.shardings(layout, AXES, shapes),
-        opt_shardings(optimizer, jax.eval_shape(optimizer.init, shapes), shapes, AXES, layout),
+        opt_shardings(jax.eval_shape(optimizer.init, shapes), shapes, AXES, layout),
     )
 
     def step(params, state, grads):
@@ -471,7 +471,7 @@ def test_adapters_alone_are_trained_by_each(name, moments):
     optimizer = make_optimizer(plain(name=name, moments=moments), LORA_AXES, steps=2)
     layout = parallel.Layout(parallel.make_mesh({"fsdp": 4, "tensor": 2}), "train")
     shapes = jax.eval_shape(lambda: params)
-    at = opt_shardings(optimizer, jax.eval_shape(optimizer.init, shapes), shapes, LORA_AXES, layout)
+    at = opt_shardings(jax.eval_shape(optimizer.init, shapes), shapes, LORA_AXES, layout)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(at), strict=True):
         if leaf.shape == shape["a"]:
             assert tuple(place.spec) in ((None, None, "fsdp"), (None, None, "tensor"))
