@@ -387,7 +387,7 @@ def local(tmp_path, monkeypatch):
         shards = [f for f in files if "-of-" in f and not f.endswith(".gguf")]
         got = set()
 
-        def snapshot_download(repo, revision, allow_patterns):
+        def snapshot_download(repo, repo_type, revision, allow_patterns):
             for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
                 (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
                 text = CONFIG if file == "config.json" else index(*shards) if file.endswith("index.json") else ""
@@ -396,7 +396,7 @@ def local(tmp_path, monkeypatch):
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        monkeypatch.setattr(hub, "_listing", lambda name, folder: sorted(files))
+        monkeypatch.setattr(hub, "listing", lambda repo, folder: sorted(files))
         return hub.download(name), got
 
     return serve
