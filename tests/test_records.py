@@ -1,6 +1,7 @@
 """Claims about records: the shapes that data comes in, what each becomes, and what happens to bad lines."""
 
 import base64
+import gzip
 import json
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import ConfigError
+from llama_jax.data import sources
 from llama_jax.data.records import BadLine, Completion, Dialog, encode, parse, try_encode
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import TokenStore, build_store
@@ -241,6 +243,58 @@ def test_targets_of_any_range_are_those_of_the_whole(tmp_path, tokenizer):
     for _ in range(200):
         a, b = sorted(rng.choices(range(store.num_tokens + 1), k=2))
         np.testing.assert_array_equal(store.targets(a, b), whole[a:b])
+
+
+# ---- lists of records ----------------------------------------------------------------------------------------
+
+
+def test_a_list_of_records_gives_what_lines_of_them_give(tmp_path, tokenizer):
+    rng = random.Random(4)
+    records = [random_dialog(rng) for _ in range(50)] + [{"text": 3}, {"text": "last"}]
+    wanted = store_of(tmp_path, records, tokenizer)
+    layouts = {
+        "a.json": json.dumps(records),
+        "b.json": "\ufeff \n" + json.dumps(records, indent=2, ensure_ascii=False) + "\n",
+        "c.json": "\n".join(map(json.dumps, records)),  # lines, as many files of this name are
+    }
+    for name, text in layouts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = build_store([str(tmp_path / name)], tokenizer, cache_dir=tmp_path / "cache")
+        assert documents_in(found) == documents_in(wanted)
+        listed = json.loads(found.quarantine.read_text())
+        assert (listed["file"], listed["line"]) == (str(tmp_path / name), 51)
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(layouts["a.json"].encode()))
+    assert sum(not isinstance(sample, BadLine) for sample in documents_from([str(tmp_path / "d.json.gz")])) == 51
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"text": "a"}, {"text": "b"', "not a whole JSON list: item 2: Expecting"),
+        ('[{"text": "a"}', "not a whole JSON list: item 1: no , or ] at character 14"),
+        ('[{"text": "a"} {"text": "b"}]', "item 1: no , or ] at character 15"),
+        ('[{"text": "a"},', "not a whole JSON list: item 2: Expecting value"),
+        ('[{"text": "a"}] []', "something follows it, at character 15"),
+        ("[" * 100_000, "item 1: nested too deeply"),
+        ('[{"text": ' + "1" * 5000 + "}]", "item 1: Exceeds the limit"),
+        ("[]", "every document found is empty"),
+        ("[" + " " * 100 + "]", r"a JSON list of more than 0 MiB is not read; .* with jq -c '\.\[\]'"),
+    ],
+    ids=range(9),
+)
+def test_a_list_that_is_not_whole_or_too_large_stops_with_the_item(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(sources, "_MAX_LIST", 100 if "MiB" in words else 1 << 20)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        list(documents_from([str(tmp_path / "a.json")]))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_is_not_searched_for_lists_which_may_be_settings(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "settings.json").write_text('{"text": "not read"}')
+    assert [sample.text for sample in documents_from([str(tmp_path)])] == ["a"]
+    assert len(list(documents_from([str(tmp_path / "*")]))) == 2
 
 
 # ---- bad lines -----------------------------------------------------------------------------------------------

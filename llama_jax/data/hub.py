@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llama_jax.config import ConfigError, nearest
@@ -58,10 +59,18 @@ def find(text: str, split: str) -> dict[Path, tuple[str, int]]:
     repo = Repo("dataset", text, name, revision, FORMS)
     folder = fetch(repo, (".gitattributes",))  # which every repo has: for its commit and the list of its files
     files = _choose(repo, listing(repo, folder), pattern=pattern, split=split)
+    check_readable(files)
     fetch(repo, files, commit=folder.name)
     check_there(repo, folder, files)
     base = f"hf://datasets/{name}@{folder.name}"
     return {folder / file: (f"{base}/{file}", (folder / file).stat().st_size) for file in files}
+
+
+def check_readable(files: Iterable[str]) -> None:
+    """Raise ConfigError if some file, by its ending, takes a package that is not installed."""
+    tables = [file for file in files if _format(file) == 0]
+    if tables and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{tables[0]}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow")
 
 
 def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str) -> list[str]:
@@ -110,5 +119,5 @@ def _matches(pattern: Sequence[str], file: Sequence[str]) -> bool:
     if not pattern or not file:
         return not pattern and not file
     if pattern[0] == "**":
-        return any(_matches(pattern[1:], file[i:]) for i in range(len(file)))
+        return len(pattern) == 1 or any(_matches(pattern[1:], file[i:]) for i in range(len(file)))
     return fnmatch.fnmatchcase(file[0], pattern[0]) and _matches(pattern[1:], file[1:])

@@ -9,7 +9,6 @@ import difflib
 import glob
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llama_jax.config import ConfigError
 from llama_jax.data import corpus, hub, records
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Sample
@@ -100,9 +98,7 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))
         found.update(dict.fromkeys(matches))
-    tables = [source for source in found if isinstance(source, Path) and _kind(source) == "table"]
-    if tables and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"{tables[0]}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow")
+    hub.check_readable(str(source) for source in found if isinstance(source, Path))
     return found
 
 
