@@ -240,9 +240,15 @@ def test_a_branch_that_moves_while_a_process_runs_moves_nothing_in_it(tmp_path, 
     hub.find.cache_clear()
 
 
-def test_an_id_without_the_scheme_is_asked_after_and_a_key_is_named(tmp_path):
+def test_an_id_without_the_scheme_is_asked_after_and_a_key_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="did you mean hf://datasets/trl-lib/tldr, of the Hugging Face hub"):
         documents_from(["trl-lib/tldr"])
+    (tmp_path / "here").mkdir()
+    for path in ("here/tldr", "data/tldr.jsonl"):
+        with pytest.raises(FileNotFoundError) as caught:
+            documents_from([path])
+        assert "hf://" not in str(caught.value)
     for key in ("train", "validation"):
         with pytest.raises(ConfigError, match=f"^data.{key}: 'hf://trl-lib/tldr' names no dataset"):
             start.check_paths(text_run(tmp_path, **{f"data__{key}": ("hf://trl-lib/tldr",)}))

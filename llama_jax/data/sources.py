@@ -71,7 +71,8 @@ def _corpus(name: str) -> list[Document]:
 
 def hub_files(patterns: Sequence[str], *, split: str) -> list[str]:
     """Which files of the hub the patterns came to, by their names with the commit."""
-    return [known[0] for known in _resolve(patterns, split).values() if known]
+    ids = [pattern for pattern in patterns if pattern.startswith(hub.SCHEME)]
+    return [name for text in ids for name, _ in hub.find(text, split).values()]
 
 
 def _resolve(patterns: Sequence[str], split: str) -> _Sources:
@@ -121,7 +122,7 @@ def _nothing_matched(pattern: str) -> str:
     names = sorted(os.listdir(folder))
     near = difflib.get_close_matches(Path(pattern).name, names, n=3, cutoff=0.4) or names[:3]
     near_by = f"the nearest in {folder.as_posix()!r}: {', '.join(near)}" if near else f"{folder} is empty"
-    if hub.is_bare_id(pattern):
+    if hub.is_bare_id(pattern) and not Path(pattern).parent.is_dir() and not _kind(Path(pattern)):
         near_by = f"did you mean hf://datasets/{pattern}, of the Hugging Face hub? Else {near_by}"
     return f"{pattern!r} matches no file; {near_by}"
 
@@ -182,7 +183,7 @@ def _json_lines(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
 def _json_list(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
     """The items of one list, or the lines of a file that is none: both are published as .json.
 
-    Items are numbered from 1. A list is parsed item by item, since its objects would take some ten times its size.
+    Items are numbered from 1. A list is parsed item by item: at once, it may take 25 times its size (see jsonfile).
     """
     if not _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _json_lines(path, pairs)
