@@ -26,14 +26,16 @@ class DataConfig:
     """Where text comes from and how it is cut into batches.
 
     Attributes:
-        train: files, folders and glob patterns of .txt, .md, .jsonl and .parquet (README.md has the keys of their
-            records: texts, dialogs, completions); or `stdlib:train`.
+        train: files, folders, glob patterns and datasets of the hub (hf://datasets/OWNER/NAME[@REVISION][/PATH]) of
+            .txt, .md, .jsonl, .json and .parquet (README.md has the keys of their records: texts, dialogs,
+            completions, preference pairs); or `stdlib:train`.
         weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
         validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
         tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
         loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
-            calls and ends of turns too) and completions, or `all`. Text counts whole.
-        sequence_length: tokens a row (T); longer dialogs and completions are left out, longer texts cut.
+            calls and ends of turns too) and completions, or `all`, which pairs refuse. Text counts whole.
+        sequence_length: tokens a row (T); longer dialogs, completions and pairs (both answers together) are left out,
+            longer texts cut.
         batch_size: rows a step over all devices and accumulated parts (B).
         shuffle: rows in a new order each epoch, else in the order of the files.
         seed: of that order.
