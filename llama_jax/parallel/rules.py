@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -91,6 +91,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if layout is None or layout.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+
+
+def on_shards(function: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None) -> jax.Array:
+    """function(x), of the same shape, on each device's part of x as its logical axes place it."""
+    layout = _active.get()
+    if layout is None or layout.mesh.size == 1:
+        return function(x)
+    spec = layout.spec(axes, x.shape)
+    return jax.shard_map(function, mesh=layout.mesh, in_specs=spec, out_specs=spec)(x)
 
 
 def axis_size(axis: str) -> int:
