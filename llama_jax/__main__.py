@@ -1,4 +1,4 @@
-"""`python -m llama_jax`: convert and inspect models of any format, and inspect data. No jax until it is needed."""
+"""`python -m llama_jax`: convert, inspect and measure models, and inspect data. No jax until it is needed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command and its flags; leaves with status 2 and one line on any mistake."""
     parser = _Parser(
         prog="python -m llama_jax",
-        description="Convert and inspect Llama models, and inspect data.",
+        description="Convert, inspect and measure Llama models, and inspect data.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "float32, which is exact, where that is a type that cannot be written)",
     )
     convert.add_argument("--shard_size", metavar="SIZE", default="5G", help="of a file of hf, at most: 500M, 5G (5G)")
+    commands.add_parser("eval", help="measure models: perplexity, lm_eval's tasks, two side by side; see eval --help")
     return parser.parse_args(argv)
 
 
@@ -71,6 +72,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         if _asks_for_data(argv):
             return _inspect_data(argv[2:])
+        if list(argv[:1]) == ["eval"]:
+            from llama_jax.eval import cli
+
+            return cli.main(argv[1:])
         options = parse(argv)
         return _convert(options) if options.command == "convert" else _inspect(options.source)
     except (ConfigError, ValueError, OSError) as error:

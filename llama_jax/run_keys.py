@@ -26,14 +26,16 @@ class DataConfig:
     """Where text comes from and how it is cut into batches.
 
     Attributes:
-        train: files, folders and glob patterns of .txt, .md, .jsonl and .parquet (README.md has the keys of their
-            records: texts, dialogs, completions); or `stdlib:train`.
+        train: files, folders, glob patterns and datasets of the hub (hf://datasets/OWNER/NAME[@REVISION][/PATH]) of
+            .txt, .md, .jsonl, .json and .parquet (README.md has the keys of their records: texts, dialogs,
+            completions, preference pairs); or `stdlib:train`.
         weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
         validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
         tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
         loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
-            calls and ends of turns too) and completions, or `all`. Text counts whole.
-        sequence_length: tokens a row (T); longer dialogs and completions are left out, longer texts cut.
+            calls and ends of turns too) and completions, or `all`, which pairs refuse. Text counts whole.
+        sequence_length: tokens a row (T); longer dialogs, completions and pairs (both answers together) are left out,
+            longer texts cut.
         batch_size: rows a step over all devices and accumulated parts (B).
         shuffle: rows in a new order each epoch, else in the order of the files.
         seed: of that order.
@@ -154,11 +156,6 @@ class LoraConfig:
     targets: tuple[str, ...] = bounded(LORA_TARGETS, choices=LORA_TARGETS)
     rslora: bool = bounded(False)
     base: str = bounded("auto", choices=("auto", "float32", "bfloat16", "int8", "int4"))
-
-    @property
-    def scale(self) -> float:
-        """Of the update."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

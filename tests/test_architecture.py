@@ -28,6 +28,7 @@ FLOORS = {
     "llama_jax.weights": 4,
     "llama_jax.checkpoint": 4,
     "llama_jax.manifest": 4,
+    "llama_jax.hub": 4,
     "llama_jax.text": 4,
     "llama_jax.data": 4,
     "llama_jax.train": 5,

@@ -322,3 +322,64 @@ def test_lora_computes_no_gradient_of_its_base(base):
         return {tuple(map(int, shape.split(","))) for shape in found if shape}
 
     assert weights & products(full) and not weights & products(run)
+
+
+# ---- DPO -------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(tmp_path) -> str:
+    records = [
+        {"prompt": f"Say {i}", "chosen": f" good {'y' * (i % 9)}", "rejected": f" bad {'n' * (i % 5)}"}
+        for i in range(60)
+    ]
+    return write(tmp_path / "pairs.jsonl", records)
+
+
+def dpo_run(tmp_path, base, name: str, **changes) -> RunConfig:
+    data = pairs_of(tmp_path)
+    given = {
+        "train__objective": "dpo",
+        "data__train": (data,),
+        "data__validation": (data,),
+        "optimizer__learning_rate": 5e-3,
+        "log__eval_every": 3,
+    }
+    return file_run(tmp_path, base, name, **(given | changes))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_dpo_run_begins_at_the_reference_learns_and_resumes_on_another_mesh(tmp_path, base, rank, capsys):
+    settings = {"lora__rank": rank}
+    loop.train(dpo_run(tmp_path, base, "whole", **settings))
+    said = capsys.readouterr().out
+    assert "train: 60 pairs" in said and "accuracy " in said and "  margin " in said
+    whole = numbers(tmp_path / "whole")
+    steps = [line for line in whole if "loss" in line]
+    # Nothing sets the policy apart from its reference yet: log 2, and no reward.
+    assert abs(steps[0]["loss"] - np.log(2)) < 1e-6 and abs(steps[0]["margin"]) < 1e-5
+    assert steps[-1]["loss"] < 0.6 and steps[-1]["accuracy"] > 0.9 and steps[-1]["margin"] > 0.1
+    assert steps[-1]["margin"] == pytest.approx(steps[-1]["reward_chosen"] - steps[-1]["reward_rejected"], rel=1e-4)
+    checked = [line for line in whole if "validation_loss" in line]
+    assert [line["step"] for line in checked] == [3, 6] and checked[1]["validation_accuracy"] > 0.9
+    loop.train(dpo_run(tmp_path, base, "parts", train__steps=3, **settings))
+    moved = settings | {"mesh__fsdp": 2, "mesh__context": 2, "mesh__tensor": 2, "train__accumulate": 1}
+    loop.train(dpo_run(tmp_path, base, "parts", **moved))
+    parts = [line["loss"] for line in numbers(tmp_path / "parts") if "loss" in line]
+    np.testing.assert_allclose(parts, [line["loss"] for line in steps], rtol=1e-4)
+
+
+def test_accumulated_dpo_divides_by_all_pairs_once(tmp_path, base):
+    whole, parts = (dpo_run(tmp_path, base, name, train__accumulate=n) for name, n in (("a", 1), ("b", 4)))
+    for run in (whole, parts):
+        loop.train(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=2, tensor=4)))
+    a, b = ([line["loss"] for line in numbers(tmp_path / name) if "loss" in line] for name in "ab")
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_data_that_the_objective_cannot_learn_from_is_refused(tmp_path, base):
+    with pytest.raises(ConfigError, match="holds preference pairs, which train.objective='sft' does not learn from"):
+        loop.train(dpo_run(tmp_path, base, "run", train__objective="sft"))
+    with pytest.raises(ConfigError, match="which train.objective='dpo' does not learn from: give records of 'prompt'"):
+        loop.train(dpo_run(tmp_path, base, "run", data__train=(text_of(tmp_path),)))
+    with pytest.raises(ConfigError, match="train.objective='dpo' needs init_from"):
+        dpo_run(tmp_path, base, "run", init_from="", lora__rank=0)

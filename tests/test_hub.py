@@ -75,6 +75,7 @@ REPOS = {
     "someone/mistral": COMMON | {"config.json": CONFIG.replace("llama", "mistral"), "model.safetensors": "x"},
     "someone/torch": COMMON | {"config.json": CONFIG, "pytorch_model.bin": "x"},
 }
+DATASETS: dict[str, dict[str, str]] = {}  # tests/test_datasets.py has some
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -83,6 +84,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, str, str | None]] = []  # method, path, token
     broken: set[str] = set()  # files that are answered by an error
+    head = ""  # main's commit follows from it and the name
 
     def log_message(self, *given):
         pass
@@ -100,14 +102,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         Hub.seen.append((self.command, path, token))
         parts = path.strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        repo, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        api, repos = parts[0] == "api", REPOS
+        if parts[api] in ("models", "datasets"):  # pages of models begin with their owner
+            repos = DATASETS if parts[api] == "datasets" else REPOS
+            parts = parts[api + 1 :]
+        repo, rest = "/".join(parts[:2]), parts[2:]
         if token == "wrong":
             return self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
-        if repo not in REPOS or (repo == "meta/private" and token != TOKEN):
+        if repo not in repos or (repo == "meta/private" and token != TOKEN):
             return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        files, commit = REPOS[repo], hashlib.sha1(repo.encode()).hexdigest()
-        if (rest[1] if len(rest) > 1 else "main") not in ("main", "v1", commit):
+        files, commit = repos[repo], hashlib.sha1(f"{repo}{Hub.head}".encode()).hexdigest()
+        if (rest[1] if len(rest) > 1 else "main") not in ("main", "v1", "refs/convert/parquet", commit):
             return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
         if api and rest[:1] == ["tree"]:
             listed = [{"type": "file", "path": f, "size": len(t), "oid": commit} for f, t in files.items()]
@@ -147,15 +152,18 @@ for name in sys.argv[1:]:
 """
 
 
-def download(home, endpoint, *names, **environment):
-    """What `hub.download` returns or says for each name, in a process of its own, whose environment it reads."""
+def download(home, endpoint, *names, script=DOWNLOAD, **environment):
+    """What `hub.download` returns or says for each name, in a process of its own, whose environment it reads.
+
+    Another `script` prints a line of JSON for each name, too.
+    """
     Hub.seen.clear()
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()
     }
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", DOWNLOAD, *names], env=kept | settings | environment, capture_output=True, timeout=120
+        [sys.executable, "-c", script, *names], env=kept | settings | environment, capture_output=True, timeout=120
     )
     assert run.returncode == 0, run.stderr.decode()
     assert b"No files matched" not in run.stderr and b"Traceback" not in run.stderr, run.stderr.decode()
@@ -168,7 +176,7 @@ def download(home, endpoint, *names, **environment):
 def fetched(repo=None):
     """The files that the hub was asked for."""
     return {
-        path.split("/", 5)[5]
+        path.partition("/resolve/")[2].split("/", 1)[1]
         for method, path, _ in Hub.seen
         if method == "GET" and "/resolve/" in path and (repo is None or path.startswith(f"/{repo}/"))
     }
@@ -387,7 +395,7 @@ def local(tmp_path, monkeypatch):
         shards = [f for f in files if "-of-" in f and not f.endswith(".gguf")]
         got = set()
 
-        def snapshot_download(repo, revision, allow_patterns):
+        def snapshot_download(repo, repo_type, revision, allow_patterns):
             for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
                 (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
                 text = CONFIG if file == "config.json" else index(*shards) if file.endswith("index.json") else ""
@@ -396,7 +404,7 @@ def local(tmp_path, monkeypatch):
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        monkeypatch.setattr(hub, "_listing", lambda name, folder: sorted(files))
+        monkeypatch.setattr(hub, "listing", lambda repo, folder: sorted(files))
         return hub.download(name), got
 
     return serve

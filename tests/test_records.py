@@ -1,6 +1,7 @@
 """Claims about records: the shapes that data comes in, what each becomes, and what happens to bad lines."""
 
 import base64
+import gzip
 import json
 import random
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from llama_jax.config import ConfigError
-from llama_jax.data.records import BadLine, Completion, Dialog, encode, parse
+from llama_jax.data import sources
+from llama_jax.data.records import BadLine, Completion, Dialog, encode, parse, try_encode
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.text import Tokenizer
@@ -61,18 +63,23 @@ def header(tokenizer, role: str) -> list[int]:
     ]
 
 
-def expected(tokenizer, messages: list[dict], tools: list | None) -> tuple[list[int], list[bool]]:
-    """Ids and mask of a dialog, turn by turn, as Meta's description of the prompt format has them."""
+def expected(tokenizer, messages: list[dict], tools: list | None, first: int = 0) -> tuple[list[int], list[bool]]:
+    """Ids and mask of a dialog, turn by turn, as Meta's description of the prompt format has them.
+
+    Nothing before message `first` is in the mask.
+    """
     ids, mask = control(tokenizer, "begin_of_text"), [False]
 
     def say(new: list[int], spoken: bool) -> None:
         ids.extend(new)
         mask.extend([spoken] * len(new))
 
+    learnt = [message["role"] == "assistant" and i >= first for i, message in enumerate(messages)]
     messages = list(messages)
     builtin = [tool for tool in tools or () if isinstance(tool, str)]
     functions = [tool for tool in tools or () if not isinstance(tool, str)]
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+    learnt = learnt[len(learnt) - len(messages) :]
     if tools:
         searches = [name for name in builtin if name != "code_interpreter"]
         head = "Environment: ipython" + (f"\nTools: {', '.join(searches)}\n" if searches else "\n\n" if system else "")
@@ -94,22 +101,21 @@ def expected(tokenizer, messages: list[dict], tools: list | None) -> tuple[list[
             )
         told += "\nReturn function calls in JSON format."
         say([*header(tokenizer, "user"), *tokenizer.encode(told), *control(tokenizer, "eot_id")], False)
-    for message in messages:
+    for message, spoken in zip(messages, learnt, strict=True):
         role = {"tool": "ipython"}.get(message["role"], message["role"])
         say(header(tokenizer, role), False)
-        spoken = role == "assistant"
         say(tokenizer.encode(message["content"] or ""), spoken)
         end = "eot_id"
         for call in message.get("tool_calls", ()):
             name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
             end = "eom_id" if tools or name in SEARCHES else "eot_id"
             if end == "eom_id":
-                say(control(tokenizer, "python_tag"), True)
+                say(control(tokenizer, "python_tag"), spoken)
             if name in SEARCHES:
                 text = f'{name}.call(query="{arguments["query"]}")'
             else:
                 text = f'{{"type": "function", "name": "{name}", "parameters": {json.dumps(arguments)}}}'
-            say(tokenizer.encode(text), True)
+            say(tokenizer.encode(text), spoken)
         say(control(tokenizer, end), spoken)
     return ids, mask
 
@@ -148,6 +154,28 @@ def random_dialog(rng: random.Random) -> dict:
             messages.append({"role": "tool", "content": words(rng), "tool_call_id": "c1"})
         messages.append({"role": "assistant", "content": words(rng, 1)})
     return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def random_pair(rng: random.Random) -> dict:
+    """A preference pair in any of the shapes that are published: texts, answers to a prompt, whole dialogs."""
+    if rng.random() < 0.2:
+        return {"prompt": words(rng), "chosen": words(rng, 1), "rejected": words(rng, 2)}
+    dialogs = random_dialog(rng)
+    asked = list(dialogs.pop("messages"))
+    while asked[-1]["role"] != "user":  # the last answer may have been several messages
+        asked.pop()
+    better, worse = [random_dialog(rng)["messages"][-1:] for _ in range(2)]
+    worse[0]["content"] += "!"
+    if rng.random() < 0.3:  # answers of several turns
+        better += random_dialog(rng)["messages"][1:] if rng.random() < 0.5 else [ASK, ANSWER]
+        better = [message for message in better if message["role"] != "system"]
+    if rng.random() < 0.5:
+        return {"chosen": asked + better, "rejected": asked + worse, **dialogs}
+    if len(better) == 1 and rng.random() < 0.5:
+        return {"prompt": asked, "chosen": better[0], "rejected": worse[0], **dialogs}
+    if asked[0]["role"] == "system" and asked[0]["content"] and rng.random() < 0.5:
+        dialogs["system"] = asked.pop(0)["content"]
+    return {"prompt": asked, "chosen": better, "rejected": worse, **dialogs}
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "merging"])
@@ -217,6 +245,58 @@ def test_targets_of_any_range_are_those_of_the_whole(tmp_path, tokenizer):
         np.testing.assert_array_equal(store.targets(a, b), whole[a:b])
 
 
+# ---- lists of records ----------------------------------------------------------------------------------------
+
+
+def test_a_list_of_records_gives_what_lines_of_them_give(tmp_path, tokenizer):
+    rng = random.Random(4)
+    records = [random_dialog(rng) for _ in range(50)] + [{"text": 3}, {"text": "last"}]
+    wanted = store_of(tmp_path, records, tokenizer)
+    layouts = {
+        "a.json": json.dumps(records),
+        "b.json": "\ufeff \n" + json.dumps(records, indent=2, ensure_ascii=False) + "\n",
+        "c.json": "\n".join(map(json.dumps, records)),  # lines, as many files of this name are
+    }
+    for name, text in layouts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = build_store([str(tmp_path / name)], tokenizer, cache_dir=tmp_path / "cache")
+        assert documents_in(found) == documents_in(wanted)
+        listed = json.loads(found.quarantine.read_text())
+        assert (listed["file"], listed["line"]) == (str(tmp_path / name), 51)
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(layouts["a.json"].encode()))
+    assert sum(not isinstance(sample, BadLine) for sample in documents_from([str(tmp_path / "d.json.gz")])) == 51
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"text": "a"}, {"text": "b"', "not a whole JSON list: item 2: Expecting"),
+        ('[{"text": "a"}', "not a whole JSON list: item 1: no , or ] at character 14"),
+        ('[{"text": "a"} {"text": "b"}]', "item 1: no , or ] at character 15"),
+        ('[{"text": "a"},', "not a whole JSON list: item 2: Expecting value"),
+        ('[{"text": "a"}] []', "something follows it, at character 15"),
+        ("[" * 100_000, "item 1: nested too deeply"),
+        ('[{"text": ' + "1" * 5000 + "}]", "item 1: Exceeds the limit"),
+        ("[]", "every document found is empty"),
+        ("[" + " " * 100 + "]", r"a JSON list of more than 0 MiB is not read; .* with jq -c '\.\[\]'"),
+    ],
+    ids=range(9),
+)
+def test_a_list_that_is_not_whole_or_too_large_stops_with_the_item(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(sources, "_MAX_LIST", 100 if "MiB" in words else 1 << 20)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        list(documents_from([str(tmp_path / "a.json")]))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_is_not_searched_for_lists_which_may_be_settings(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "settings.json").write_text('{"text": "not read"}')
+    assert [sample.text for sample in documents_from([str(tmp_path)])] == ["a"]
+    assert len(list(documents_from([str(tmp_path / "*")]))) == 2
+
+
 # ---- bad lines -----------------------------------------------------------------------------------------------
 
 
@@ -234,7 +314,8 @@ BAD = [
     ({"prompt": "a"}, "'prompt' without 'completion'"),
     ({"prompt": [ASK], "completion": [ANSWER]}, "'prompt' must be a string, found list; put a list of messages under"),
     ({"prompt": "a", "completion": " "}, "'completion' is empty"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference pair (chosen, rejected) is data for DPO"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference pair among other records"),
+    ({"prompt": "a", "chosen": "b"}, "'chosen' without 'rejected', found ['chosen', 'prompt']"),
     ({"instruction": "a", "output": ""}, "'output' is empty"),
     ({"messages": "Hi"}, "messages must be a list of dicts"),
     ({"messages": []}, "messages is empty"),
@@ -278,11 +359,6 @@ def test_more_than_five_percent_of_bad_lines_stop_with_the_first_of_them(tmp_pat
     assert [json.loads(line)["line"] for line in listed.read_text().splitlines()] == [1, 21]
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*.partial-*"))
-
-
-def test_preference_pairs_are_refused_in_one_line_that_says_so(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"\(100.0%.*data.jsonl:1: a preference pair .* for DPO, which is not built"):
-        store_of(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 30, tokenizer)
 
 
 def test_a_text_of_any_length_is_sound_and_only_dialogs_depend_on_the_length(tmp_path, tokenizer):
@@ -346,7 +422,8 @@ def test_random_lines_are_read_or_listed_and_never_crash(tmp_path, tokenizer):
 
     lines: list[bytes] = []
     for _ in range(4000):
-        record = random_dialog(rng) if rng.random() < 0.3 else value(4)
+        kind = rng.random()
+        record = random_dialog(rng) if kind < 0.3 else random_pair(rng) if kind < 0.5 else value(4)
         line = bytearray(json.dumps(record).encode())
         for _ in range(rng.choice([0, 0, 1, 3])):
             line[rng.randrange(len(line))] = rng.choice(b'\xff\x00{}[]":,\\a1')
@@ -354,14 +431,12 @@ def test_random_lines_are_read_or_listed_and_never_crash(tmp_path, tokenizer):
     path = write(tmp_path / "data.jsonl", lines)
     good, bad = 0, 0
     for sample in documents_from([path]):
-        try:
-            if not isinstance(sample, BadLine):
-                ids, targets = encode(sample, tokenizer, max_length=None)
-                assert targets is None or len(targets) == len(ids) and any(targets)
-                good += 1
-                continue
-        except ValueError as error:
-            sample = BadLine.of(sample.name, error)
+        if not isinstance(sample, BadLine):
+            sample = try_encode(sample, tokenizer, max_length=None)
+        if not isinstance(sample, BadLine):
+            assert all(targets is None or len(targets) == len(ids) and any(targets) for ids, targets in sample)
+            good += 1
+            continue
         assert sample.reason.isprintable() and json.loads(sample.to_json())["line"] >= 1
         bad += 1
     assert good > 300 and bad > 1000

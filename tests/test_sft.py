@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_records import random_dialog
+from test_records import expected, random_dialog
 from test_train import text_run
 
 from llama_jax import model
@@ -47,14 +47,36 @@ def short_dialogs(count: int, seed: int, tokenizer: Tokenizer, longest: int) -> 
     return found
 
 
+TEXTS = ["a long text. " * 60, "a short one"]
+
+
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, tokenizer) -> TokenStore:
+def records(tokenizer) -> list[dict]:
     """A thousand dialogs, and among them two texts of which one is longer than two rows."""
+    found = short_dialogs(1000, 3, tokenizer, T)
+    assert sum("tools" in record for record in found) > 50
+    return [*found[:100], *({"text": text} for text in TEXTS), *found[100:]]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer, records) -> TokenStore:
     folder = tmp_path_factory.mktemp("store")
-    records = short_dialogs(1000, 3, tokenizer, T)
-    assert sum("tools" in record for record in records) > 50
-    records[100:100] = [{"text": "a long text. " * 60}, {"text": "a short one"}]
     return build_store([write(folder / "d.jsonl", records)], tokenizer, cache_dir=folder / "cache", max_length=T)
+
+
+def documents_of(records: list[dict], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Ids and targets of records, without the code that is tested: dialogs by the format's description."""
+    found = []
+    for record in records:
+        if "messages" in record:
+            found.append(expected(tokenizer, record["messages"], record.get("tools")))
+        else:
+            prompt, answer = record.get("prompt", ""), record.get("completion") or record["text"]
+            asked = [tokenizer.bos_id, *prompt.encode()]  # an id is a byte here
+            counted = ["text" in record] * len(asked)
+            learnt = [*answer.encode(), tokenizer.eos_id]
+            found.append((asked + learnt, counted + [True] * len(learnt)))
+    return found
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------
@@ -79,14 +101,21 @@ def slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return sorted(map(sorted, rows))
 
 
-def slow_rows(documents: list[tuple[list[int], list[bool]]], length: int, everything: bool) -> list[dict[str, list]]:
-    """The rows from the definition: pieces, the rows they share, and one prediction after the other."""
+def slow_rows(
+    documents: list[tuple[list[int], list[bool]]], length: int, everything: bool, together: int = 1
+) -> list[dict[str, list]]:
+    """The rows from the definition: pieces, the rows they share, and one prediction after the other.
+
+    So many pieces that follow each other stay `together`.
+    """
     pieces = []
     for ids, mask in documents:
         for start in range(0, max(len(ids) - 1, 1), length - 1) if len(ids) > length else [0]:
             pieces.append((ids[start : start + length], mask[start : start + length]))
     rows = []
-    for members in slow_best_fit([len(ids) for ids, _ in pieces], length):
+    units = [range(i, i + together) for i in range(0, len(pieces), together)]
+    fitted = slow_best_fit([sum(len(pieces[i][0]) for i in unit) for unit in units], length)
+    for members in ([i for unit in row for i in units[unit]] for row in fitted):
         row: dict[str, list] = {name: [] for name in NAMES}
         for segment, member in enumerate(members, start=1):
             ids, mask = pieces[member]
@@ -101,15 +130,10 @@ def slow_rows(documents: list[tuple[list[int], list[bool]]], length: int, everyt
     return rows
 
 
-def documents_in(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
-    ends = store.offsets.tolist()
-    return [(store.tokens[a:b].tolist(), store.targets(a, b).tolist()) for a, b in zip(ends, ends[1:], strict=False)]
-
-
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_rows_of_a_thousand_dialogs_equal_a_slow_construction(store, loss_on):
+def test_rows_of_a_thousand_dialogs_equal_a_slow_construction(store, records, tokenizer, loss_on):
     rows = pack(store, sequence_length=T, loss_on=loss_on)
-    wanted = slow_rows(documents_in(store), T, loss_on == "all")
+    wanted = slow_rows(documents_of(records, tokenizer), T, loss_on == "all")
     assert isinstance(rows, WholeRows) and len(rows) == len(wanted)
     for i, row in enumerate(wanted):
         assert {name: array.tolist() for name, array in rows[i].items()} == row
@@ -167,14 +191,18 @@ def relative_gap(a, b) -> float:
 
 
 def test_gradients_of_a_packed_batch_equal_those_of_its_documents_one_by_one(tmp_path, tokenizer):
-    length = 128
-    records = short_dialogs(12, 7, tokenizer, length)
+    length = 256
+    records = short_dialogs(12, 7, tokenizer, 128)
+    records += [record for record in short_dialogs(60, 8, tokenizer, length) if "tools" in record][:4]
+    assert sum("tools" in record for record in records) >= 4
+    assert any(message.get("tool_calls") for record in records for message in record["messages"])
     records += [{"prompt": "The sum of one and one", "completion": " is two."}, {"text": "plain text"}]
     path = write(tmp_path / "d.jsonl", records)
     store = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=length)
     rows = pack(store, sequence_length=length, loss_on="assistant")
     packed = [rows[i] for i in range(len(rows))]
-    assert len(packed) < len(records) == store.num_documents
+    assert 2 * len(packed) < len(records) == store.num_documents
+    assert max(int(row["segments"].max()) for row in packed) >= 3
     run = text_run(tmp_path, model__num_layers=2, model__vocab_size=tokenizer.vocab_size)
     config = run.model
     params = jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))
@@ -186,7 +214,7 @@ def test_gradients_of_a_packed_batch_equal_those_of_its_documents_one_by_one(tmp
 
     (together, _), summed = gradients(params, {name: np.stack([row[name] for row in packed]) for name in NAMES})
     alone, one_by_one, targets = 0.0, jax.tree.map(jnp.zeros_like, params), 0
-    for ids, mask in documents_in(store):
+    for ids, mask in documents_of(records, tokenizer):
         batch = {name: np.zeros((1, length), np.int32) for name in NAMES[:4]}
         batch["weights"] = np.zeros((1, length), np.float32)
         n = len(ids)

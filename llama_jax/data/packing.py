@@ -1,8 +1,9 @@
 """Rows of fixed length T made of a store's documents.
 
 Text is laid end to end and cut every T tokens (`PackedRows`): no place is lost. Where some documents are dialogs or
-completions, none of those may be cut, and whole documents are fitted into rows (`WholeRows`), which leaves padding.
-Both give the same arrays, so that nothing after them knows which it was.
+completions, none of those may be cut, and whole documents are fitted into rows (`WholeRows`), which leaves padding; of
+preference pairs the two documents of each stay together. Both give the same arrays, so that nothing after them knows
+which it was.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from llama_jax.config import ConfigError
 from llama_jax.data.store import TokenStore
 
 
@@ -63,7 +65,12 @@ class Mixture:
 
 
 def pack(store: TokenStore, *, sequence_length: int, loss_on: str) -> Rows:
-    """The rows of a store. `loss_on`: "assistant" counts targets only (see `records`), "all" every token."""
+    """The rows of a store. `loss_on`: "assistant" counts targets only (see `records`), "all" every token.
+
+    Raises:
+        ConfigError: "all" of preference pairs.
+        ValueError: a pair that no row can hold, or nothing to predict.
+    """
     if store.masked:
         return WholeRows(store, sequence_length=sequence_length, loss_on=loss_on)
     return PackedRows(store, sequence_length=sequence_length)
@@ -134,17 +141,32 @@ class WholeRows:
     A row holds its documents in the order of the store, and rows come in the order of their first documents. Only what
     is longer than T, which `build_store` sees to being text, is cut: into pieces of T tokens, each beginning with the
     last token of the one before, so that every prediction is made once.
+
+    A pair is fitted as one, so that segments 2k - 1 and 2k of a row are the chosen and the rejected answer to one
+    prompt. Nothing of it may be cut.
     """
 
     def __init__(self, store: TokenStore, *, sequence_length: int, loss_on: str) -> None:
-        """Fit rows of `sequence_length` tokens; the same store gives the same rows."""
+        """Fit rows of `sequence_length` tokens, as `pack` says; the same store gives the same rows."""
         _check(store, sequence_length, 2)
+        if store.pairs and loss_on == "all":
+            raise ConfigError(
+                "data.loss_on='all' would count the prompts of preference pairs, which both answers share: set it to "
+                "'assistant'"
+            )
         self.store = store
         self.sequence_length = sequence_length
-        self.fingerprint = hashlib.sha256(f"{store.fingerprint} whole {loss_on}".encode()).hexdigest()
+        kind = "pairs" if store.pairs else "whole"
+        self.fingerprint = hashlib.sha256(f"{store.fingerprint} {kind} {loss_on}".encode()).hexdigest()
         self._all = loss_on == "all"
         starts, lengths = _pieces(np.asarray(store.offsets), sequence_length)
-        row_of_piece = best_fit(lengths, sequence_length)
+        if store.pairs:
+            both = np.diff(store.offsets[::2])
+            if both.max() > sequence_length:
+                raise ValueError(f"a pair of {both.max():,} tokens does not fit into rows of {sequence_length}")
+            row_of_piece = np.repeat(best_fit(both, sequence_length), 2)
+        else:
+            row_of_piece = best_fit(lengths, sequence_length)
         # Rows are numbered anew by their first piece: `unique` finds it, and the rank of it is the number.
         _, first, row_of_piece = np.unique(row_of_piece, return_index=True, return_inverse=True)
         row_of_piece = np.argsort(np.argsort(first))[row_of_piece]

@@ -1,8 +1,9 @@
 """One record of data: which of the known shapes it has, and the token ids and targets that it becomes.
 
 The shape is told by a record's keys, the first that fits: `messages` (OpenAI, with `tools`), `conversations`
-(ShareGPT), `prompt` and `completion`, `instruction` and `output` (Alpaca), `text`. A target is a token that the loss
-counts: what the assistant says, a completion with the token that ends it, or all of a text.
+(ShareGPT), `chosen` and `rejected` (a preference pair), `prompt` and `completion`, `instruction` and `output` (Alpaca),
+`text`. A target is a token that the loss counts: what the assistant says, a completion with the token that ends it, or
+all of a text; of a pair, what comes after the prompt that both answers share.
 """
 
 import difflib
@@ -43,11 +44,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Dialog:
-    """Messages in OpenAI's style, not checked yet: `encode` does that."""
+    """Messages in OpenAI's style, not checked yet: `encode` does that. The first `prompt` of them are not learnt."""
 
     name: str
     messages: Any
     tools: Any
+    prompt: int = 0
 
     @property
     def text(self) -> str:
@@ -69,7 +71,21 @@ class Completion:
         return self.prompt + self.completion
 
 
-Sample = Document | Dialog | Completion
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, of which the first is the better: both dialogs, or both completions."""
+
+    name: str
+    chosen: Dialog | Completion
+    rejected: Dialog | Completion
+
+    @property
+    def text(self) -> str:
+        """Both, each with the prompt."""
+        return f"{self.chosen.text}\n{self.rejected.text}"
+
+
+Sample = Document | Dialog | Completion | Pair
 
 
 @dataclass(frozen=True)
@@ -107,23 +123,23 @@ def refuse_many_bad(bad: int, good: int, first: BadLine, *, listed: Path) -> Non
 # ---- what a record is --------------------------------------------------------------------------------------
 
 
-def parse(record: object, name: str) -> Sample:
+def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
     """The sample that a record of JSON or Parquet stands for; ValueError says what is wrong with it.
 
-    A key that holds null counts as absent: tables have every column in every row.
+    A key that holds null counts as absent: tables have every column in every row. With `pairs`, a record that is a
+    dialog and a preference pair too (published pairs often repeat the chosen dialog as `messages`) is the pair.
     """
     if not isinstance(record, dict):
         raise ValueError(f'expected a record such as {{"text": ...}}, found a JSON {type(record).__name__}')
     found = {key: value for key, value in record.items() if value is not None}
+    if pairs and {"chosen", "rejected"} <= found.keys():
+        return _pair(found, name)
     if "messages" in found:
         return Dialog(name, found["messages"], _tools(found))
     if "conversations" in found:
         return Dialog(name, [*_system(found), *_share_gpt(found["conversations"])], _tools(found))
     if {"chosen", "rejected"} <= found.keys():
-        raise ValueError(
-            "a preference pair (chosen, rejected) is data for DPO, which is not built: for fine-tuning give the chosen "
-            "answer as 'messages' or as 'prompt' and 'completion'"
-        )
+        return _pair(found, name)
     if {"prompt", "completion"} <= found.keys():
         return Completion(name, _string(found, "prompt"), _answer(found, "completion"))
     if {"instruction", "output"} <= found.keys():
@@ -136,6 +152,66 @@ def parse(record: object, name: str) -> Sample:
     return Document(name, _string(record, "text"))
 
 
+def _pair(record: Mapping[str, Any], name: str) -> Pair:
+    """A preference pair, in one of the three shapes that TRL's DPOTrainer reads.
+
+    Texts: `prompt`, `chosen` and `rejected` are strings. Answers: `prompt` is a list of messages, the others are what
+    the assistant then says. Dialogs: no list of a prompt, and the messages that both dialogs begin with are it (a
+    `prompt` that is text beside them says the same again, and is not read).
+    """
+    chosen, rejected = record["chosen"], record["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(record.get("prompt"), list):
+        if "prompt" not in record:
+            raise ValueError("'chosen' and 'rejected' are texts without a 'prompt'")
+        if record.get("tools") or record.get("system"):
+            raise ValueError("'system' and 'tools' go with lists of messages, and these are texts: put all in 'prompt'")
+        prompt = _string(record, "prompt")
+        if chosen == rejected:
+            raise ValueError(_SAME)
+        one, other = (Completion(name, prompt, _answer(record, key)) for key in ("chosen", "rejected"))
+        return Pair(name, one, other)
+    given = record.get("prompt")
+    if isinstance(given, list) and not given:
+        raise ValueError("'prompt' is empty: an answer needs a question")
+    asked = given if isinstance(given, list) else []
+    dialogs = {key: [*_system(record), *asked, *_messages(record, key)] for key in ("chosen", "rejected")}
+    chosen, rejected = dialogs["chosen"], dialogs["rejected"]
+    if chosen == rejected:
+        raise ValueError(_SAME)
+    shared = len(_system(record)) + len(asked)
+    if not asked:
+        shorter = min(len(chosen), len(rejected))
+        shared = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+        if shared == 0:
+            raise ValueError("'chosen' and 'rejected' share no first message: give 'prompt' as a list of messages")
+    for key, messages in dialogs.items():
+        if shared == len(messages):
+            raise ValueError(f"{key!r} is empty after the {shared} messages that it shares with the other")
+        answer = messages[shared]
+        if not isinstance(answer, dict) or answer.get("role") != "assistant":
+            raise ValueError(
+                f"the answers must begin with the assistant, and share all that comes before: message {shared} of "
+                f"{key!r} is {_brief(answer)}"
+            )
+    tools = _tools(record)
+    return Pair(name, *(Dialog(name, messages, tools, shared) for messages in dialogs.values()))
+
+
+_SAME = "'chosen' and 'rejected' are the same: there is nothing to prefer"
+
+
+def _messages(record: Mapping[str, Any], key: str) -> list[Any]:
+    value = record[key]
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{key!r} must be a list of messages, or a string where 'prompt', 'chosen' and 'rejected' all are, found "
+            f"{type(value).__name__}"
+        )
+    return value
+
+
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -144,7 +220,14 @@ _ROLES = {
     "system": "system",
     "tool": "tool",
 }
-_PARTNERS = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
+_PARTNERS = {
+    "prompt": "completion",
+    "completion": "prompt",
+    "instruction": "output",
+    "output": "instruction",
+    "chosen": "rejected",
+    "rejected": "chosen",
+}
 
 
 def _share_gpt(turns: object) -> Iterator[dict[str, Any]]:
@@ -190,14 +273,14 @@ def _answer(record: Mapping[str, Any], key: str) -> str:
 
 
 def _unknown(record: Mapping[str, Any]) -> str:
-    for key in record:
+    for key in sorted(record, key=lambda key: key == "prompt"):  # whose partner may be 'chosen' too
         if key in _PARTNERS:
             return f"{key!r} without {_PARTNERS[key]!r}, found {_brief(sorted(record))}"
     near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? Rename it to 'text'" if near else "put the document under 'text'"
     return (
         f"no key 'text', found {_brief(sorted(record))}; {hint}, or give 'messages', 'conversations', 'prompt' and "
-        "'completion', or 'instruction' and 'output'"
+        "'completion', 'instruction' and 'output', or 'chosen' and 'rejected'"
     )
 
 
@@ -219,7 +302,11 @@ def _brief(value: object) -> str:
 # ---- what it becomes ---------------------------------------------------------------------------------------
 
 
-def encode(sample: Sample, tokenizer: Encoder, *, max_length: int | None) -> tuple[list[int], list[bool] | None]:
+# Ids, and which of them are targets; None for all.
+Encoded = tuple[list[int], list[bool] | None]
+
+
+def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_length: int | None) -> Encoded:
     """The ids of a sample, and which of them are targets; None for all, as in a text.
 
     A text is bos + text + eos, a completion bos + prompt + completion + eos with nothing between, and a dialog what
@@ -241,21 +328,51 @@ def encode(sample: Sample, tokenizer: Encoder, *, max_length: int | None) -> tup
         completion = tokenizer.encode(sample.completion, eos=True)
         ids, targets = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     else:
-        ids, targets = tokenizer.encode_dialog(
-            sample.messages, tools=sample.tools, add_generation_prompt=False, return_mask=True
-        )
-        _check_answers(sample.messages)
+        options = {"tools": sample.tools, "add_generation_prompt": False, "return_mask": True}
+        ids, targets = tokenizer.encode_dialog(sample.messages, **options)
+        _check_answers(sample.messages, sample.prompt)
+        if sample.prompt:  # messages are encoded one by one, so that these ids are the first of all
+            asked = len(tokenizer.encode_dialog(sample.messages[: sample.prompt], **options)[0])
+            targets = [False] * asked + targets[asked:]
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"{len(ids):,} tokens are more than data.sequence_length={max_length}, and may not be cut")
     return ids, targets
 
 
-def try_encode(
-    sample: Sample, tokenizer: Encoder, *, max_length: int | None
-) -> tuple[list[int], list[bool] | None] | BadLine:
-    """As `encode`, with what is wrong with a sample as a BadLine."""
+def encode_pair(pair: Pair, tokenizer: Encoder, *, max_length: int | None) -> tuple[Encoded, Encoded]:
+    """The chosen and the rejected answer of a pair, each after the prompt, as `encode` has them.
+
+    Targets are what the assistant says after the prompt, not its earlier turns in it; of texts the answer and its eos.
+    (TRL 1.16 counts everything after the prompt, users' and tools' turns within an answer too, and merges text across
+    the border of prompt and answer; for one answer of the assistant the two are the same.)
+
+    Args:
+        pair: it.
+        tokenizer: of the run.
+        max_length: tokens that both may have together: they share a row. None for any number.
+
+    Raises:
+        ValueError: the pair cannot be used; says why.
+        ConfigError: the tokenizer cannot be used for it.
+    """
+    chosen, rejected = (encode(answer, tokenizer, max_length=None) for answer in (pair.chosen, pair.rejected))
+    if chosen[0] == rejected[0]:
+        raise ValueError(_SAME)
+    one, other = len(chosen[0]), len(rejected[0])
+    if max_length is not None and one + other > max_length:
+        raise ValueError(
+            f"{one:,} tokens of 'chosen' and {other:,} of 'rejected' are more than data.sequence_length={max_length}, "
+            "and a pair must fit into one row"
+        )
+    return chosen, rejected
+
+
+def try_encode(sample: Sample, tokenizer: Encoder, *, max_length: int | None) -> tuple[Encoded, ...] | BadLine:
+    """The documents of a sample, two of a pair and else one, or what is wrong with it as a BadLine."""
     try:
-        return encode(sample, tokenizer, max_length=max_length)
+        if isinstance(sample, Pair):
+            return encode_pair(sample, tokenizer, max_length=max_length)
+        return (encode(sample, tokenizer, max_length=max_length),)
     except ConfigError:
         raise
     except ValueError as error:
@@ -264,9 +381,9 @@ def try_encode(
         return BadLine.of(sample.name, "nested too deeply")
 
 
-def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a sound dialog that has nothing to learn, or that says more than is read."""
-    answers = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
+def _check_answers(messages: Sequence[Mapping[str, Any]], first: int) -> None:
+    """Refuse a sound dialog that has nothing to learn from message `first` on, or that says more than is read."""
+    answers = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
     if not answers:
         raise ValueError("no message is the assistant's: there is nothing to learn")
     for i, message in answers:

@@ -1,23 +1,23 @@
-"""Where documents come from: files, folders, globs, and the quickstart corpus by name.
+"""Where documents come from: files, folders, globs, datasets of the hub, and the quickstart corpus by name.
 
-A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), and each row of a Parquet
-file (.parquet), holds a record, as `records` describes them. Text and JSON may be gzipped (.gz).
+A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), each row of a Parquet
+file (.parquet), and each item of the list that a JSON file (.json) may be, holds a record, as `records` describes them.
+Text and JSON may be gzipped (.gz).
 """
 
 import difflib
 import glob
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llama_jax.config import ConfigError
-from llama_jax.data import corpus, records
+from llama_jax.data import corpus, hub, records
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Sample
 
@@ -25,31 +25,43 @@ CORPUS = ("stdlib:train", "stdlib:validation")
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
 _TABLE = (".parquet",)
+_LIST = (".json",)
+_MAX_LIST = 1 << 30  # bytes of a list, which is held whole in memory
+
+# What a pattern names: a file or a part of the corpus. Files of the hub come with what they are on any machine.
+_Sources = dict[Path | str, tuple[str, int] | None]
 
 
-def documents_from(patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
+def documents_from(patterns: Sequence[str], *, split: str = "train", pairs: bool = False) -> Iterator[Sample | BadLine]:
     """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
     A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
-    them and .parquet), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice
-    is read once.
+    them and .parquet), a glob (`**` crosses folders), a dataset of the hub (see `hub`; `split` says which of its files
+    when it is named without any), "stdlib:train" or "stdlib:validation". A file named twice is read once. `pairs` is
+    as in `records.parse`.
 
     Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
-    (ConfigError where that takes a package which is not installed); the patterns are resolved at once, the files
-    read one at a time.
+    (ConfigError where that takes a package which is not installed, or cannot be downloaded); the patterns are resolved,
+    and files of the hub downloaded, at once; the files are read one at a time.
     """
-    return _read(_resolve(patterns), patterns)
+    return _read(list(_resolve(patterns, split)), patterns, pairs)
 
 
-def fingerprint_of(patterns: Sequence[str]) -> str:
-    """A cheap identity (hex) of what the patterns name: paths, sizes and times; the corpus' fingerprint."""
+def fingerprint_of(patterns: Sequence[str], *, split: str = "train") -> str:
+    """A cheap identity (hex) of what the patterns name: paths, sizes and times; the corpus' fingerprint.
+
+    Of files of the hub: names with the commit, and sizes, so that it is the same on another machine.
+    """
     identity: list[object] = []
-    for source in _resolve(patterns):
+    for source, known in _resolve(patterns, split).items():
         if isinstance(source, str):
             identity.append([source, corpus.fingerprint(_corpus(source))])
+        elif known:
+            identity.append(known)
         else:
             stat = source.stat()
-            identity.append([os.path.abspath(source), stat.st_size, stat.st_mtime_ns])
+            kind = ["list"] if _kind(source) == "list" else []  # such a file was a text once
+            identity.append([os.path.abspath(source), stat.st_size, stat.st_mtime_ns, *kind])
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -57,37 +69,46 @@ def _corpus(name: str) -> list[Document]:
     return corpus.split(corpus.documents())[CORPUS.index(name)]
 
 
-def _resolve(patterns: Sequence[str]) -> list[Path | str]:
+def hub_files(patterns: Sequence[str], *, split: str) -> list[str]:
+    """Which files of the hub the patterns came to, by their names with the commit."""
+    ids = [pattern for pattern in patterns if pattern.startswith(hub.SCHEME)]
+    return [name for text in ids for name, _ in hub.find(text, split).values()]
+
+
+def _resolve(patterns: Sequence[str], split: str) -> _Sources:
     if isinstance(patterns, str):
         raise TypeError(f"patterns must be a list of strings, got the string {patterns!r}; write [{patterns!r}]")
     if not patterns:
         raise ValueError("no data was named: give at least one file, folder or glob, or 'stdlib:train'")
-    found: dict[Path | str, None] = {}  # ordered, without repeats
+    found: _Sources = {}  # ordered, without repeats
     for pattern in map(os.path.expanduser, patterns):
+        if pattern.startswith(hub.SCHEME):
+            found |= hub.find(pattern, split)
+            continue
         if pattern in CORPUS:
             matches: list[Path | str] = [pattern]
         elif os.path.isfile(pattern):
             matches = [Path(pattern)]
         elif os.path.isdir(pattern):
-            matches = sorted(path for path in Path(pattern).rglob("*") if path.is_file() and _kind(path))
+            matches = sorted(
+                path for path in Path(pattern).rglob("*") if path.is_file() and _kind(path) not in ("", "list")
+            )
         else:
             paths = map(Path, glob.glob(pattern, recursive=True))
             matches = sorted(path for path in paths if path.is_file())
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))
         found.update(dict.fromkeys(matches))
-    tables = [source for source in found if isinstance(source, Path) and _kind(source) == "table"]
-    if tables and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"{tables[0]}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow")
-    return list(found)
+    hub.check_readable(str(source) for source in found if isinstance(source, Path))
+    return found
 
 
 def _kind(path: Path) -> str:
-    """ "text", "json", "table" or "" by the file's ending; the first two may have a .gz after it."""
+    """ "text", "json", "list", "table" or "" by the file's ending; the first three may have a .gz after it."""
     if path.suffix.lower() in _TABLE:
         return "table"
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    return "text" if suffix in _TEXT else "json" if suffix in _JSON else ""
+    return "text" if suffix in _TEXT else "json" if suffix in _JSON else "list" if suffix in _LIST else ""
 
 
 def _nothing_matched(pattern: str) -> str:
@@ -101,18 +122,22 @@ def _nothing_matched(pattern: str) -> str:
     names = sorted(os.listdir(folder))
     near = difflib.get_close_matches(Path(pattern).name, names, n=3, cutoff=0.4) or names[:3]
     near_by = f"the nearest in {folder.as_posix()!r}: {', '.join(near)}" if near else f"{folder} is empty"
+    if hub.is_bare_id(pattern) and not Path(pattern).parent.is_dir() and not _kind(Path(pattern)):
+        near_by = f"did you mean hf://datasets/{pattern}, of the Hugging Face hub? Else {near_by}"
     return f"{pattern!r} matches no file; {near_by}"
 
 
-def _read(sources: Sequence[Path | str], patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
+def _read(sources: Sequence[Path | str], patterns: Sequence[str], pairs: bool) -> Iterator[Sample | BadLine]:
     empty = True
     for source in sources:
         if isinstance(source, str):
             documents: Iterator[Sample | BadLine] = iter(_corpus(source))
         elif _kind(source) == "json":
-            documents = _json_lines(source)
+            documents = _json_lines(source, pairs)
+        elif _kind(source) == "list":
+            documents = _json_list(source, pairs)
         elif _kind(source) == "table":
-            documents = _table_rows(source)
+            documents = _table_rows(source, pairs)
         else:
             documents = iter([Document(source.as_posix(), _decode(_bytes(source), source))])
         for document in documents:
@@ -127,10 +152,10 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int = -1) -> bytes:
     try:
         with _open(path) as file:
-            return file.read()
+            return file.read(most)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
 
@@ -145,17 +170,61 @@ def _decode(data: bytes, path: Path) -> str:
         ) from error
 
 
-def _json_lines(path: Path) -> Iterator[Sample | BadLine]:
+def _json_lines(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
     try:
         with _open(path) as file:
             for number, data in enumerate(file, start=1):
                 if data.strip():
-                    yield _parse_line(data, f"{path.as_posix()}:{number}", first=number == 1)
+                    yield _parse_line(data, f"{path.as_posix()}:{number}", first=number == 1, pairs=pairs)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
 
 
-def _parse_line(data: bytes, name: str, *, first: bool) -> Sample | BadLine:
+def _json_list(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
+    """The items of one list, or the lines of a file that is none: both are published as .json.
+
+    Items are numbered from 1. A list is parsed item by item: at once, it may take 25 times its size (see jsonfile).
+    """
+    if not _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _json_lines(path, pairs)
+        return
+    data = _bytes(path, _MAX_LIST + 1)
+    if len(data) > _MAX_LIST:
+        raise ValueError(
+            f"{path}: a JSON list of more than {_MAX_LIST >> 20:,} MiB is not read; write its items as lines of a "
+            f".jsonl file, for example with jq -c '.[]'"
+        )
+    text = _decode(data, path)
+    del data
+    decoder, number = json.JSONDecoder(), 0
+    at = _after_space(text, text.index("[") + 1)
+    while text[at : at + 1] != "]":
+        number += 1
+        try:
+            record, at = decoder.raw_decode(text, at)
+            at = _after_space(text, at)
+            if text[at : at + 1] not in ("]", ","):
+                raise ValueError(f"no , or ] at character {at}")
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+            raise ValueError(
+                f"{path}: not a whole JSON list: item {number}: {reason}; fetch or write it again"
+            ) from None
+        yield _parse_record(record, f"{path.as_posix()}:{number}", pairs)
+        if text[at] == ",":
+            at = _after_space(text, at + 1)
+    if text[at + 1 :].strip():
+        raise ValueError(f"{path}: not one JSON list: something follows it, at character {at + 1}")
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _after_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()
+
+
+def _parse_line(data: bytes, name: str, *, first: bool, pairs: bool) -> Sample | BadLine:
     try:
         line = data.decode("utf-8-sig" if first else "utf-8")
         record = json.loads(line)
@@ -167,10 +236,10 @@ def _parse_line(data: bytes, name: str, *, first: bool) -> Sample | BadLine:
         return BadLine.of(name, "nested too deeply")
     except ValueError as error:  # a number of thousands of digits
         return BadLine.of(name, error)
-    return _parse_record(record, name)
+    return _parse_record(record, name, pairs)
 
 
-def _table_rows(path: Path) -> Iterator[Sample | BadLine]:
+def _table_rows(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
     import pyarrow
     import pyarrow.parquet
 
@@ -180,15 +249,15 @@ def _table_rows(path: Path) -> Iterator[Sample | BadLine]:
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
                     number += 1
-                    yield _parse_record(record, f"{path.as_posix()}:{number}")
+                    yield _parse_record(record, f"{path.as_posix()}:{number}", pairs)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
 
 
-def _parse_record(record: object, name: str) -> Sample | BadLine:
+def _parse_record(record: object, name: str, pairs: bool) -> Sample | BadLine:
     try:
-        return records.parse(record, name)
+        return records.parse(record, name, pairs=pairs)
     except RecursionError:
         return BadLine.of(name, "nested too deeply")
     except ValueError as error:

@@ -2,9 +2,10 @@
 
 A store is a folder: `tokens.bin` (uint16 where the vocabulary fits, otherwise uint32, little-endian),
 `offsets.npy` (int64, where each document starts, and the end), `targets.bin` (a bit a token, whether the loss counts
-it; only where some document is a dialog or a completion) and `meta.json`, written last. It is built
+it; only where some document is not a plain text) and `meta.json`, written last. It is built
 beside its final place and renamed into it, so whatever is found there is whole, however the builder ended.
-Bad lines are listed beside it, in `KEY.quarantine.jsonl`.
+Bad lines are listed beside it, in `KEY.quarantine.jsonl`. A store of preference pairs holds nothing else: of each pair
+the chosen answer, then the rejected one, as two documents.
 """
 
 import hashlib
@@ -40,7 +41,9 @@ class TokenStore:
 
     Document d is `tokens[offsets[d]:offsets[d + 1]]`. `fingerprint` (hex) is a hash of the arrays' contents.
     `masked`: some documents are dialogs or completions, so that not every token is a target. `num_targets` are,
-    each document's first token aside. `num_bad` lines were left out; `quarantine` lists them.
+    each document's first token aside. `num_bad` lines were left out; `quarantine` lists them. `pairs`: documents 2k and
+    2k + 1 are the chosen and the rejected answer of pair k. A `unit` is what its records are: a "pair" or a "document",
+    of which there are `num_units`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -56,6 +59,7 @@ class TokenStore:
             self.masked: bool = meta.get("masked", False)
             self.num_targets: int = meta.get("num_targets", self.num_tokens - self.num_documents)
             self.num_bad: int = meta.get("num_bad", 0)
+            self.pairs: bool = meta.get("pairs", False)
             dtype = np.dtype(meta["dtype"])
             self._check_size("tokens.bin", self.num_tokens * dtype.itemsize)
             if self.masked:
@@ -74,6 +78,18 @@ class TokenStore:
             raise self._damaged(f"offsets.npy holds {found}, meta.json says int64{list(expected)}")
         if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or np.any(np.diff(self.offsets) <= 0):
             raise self._damaged(f"offsets.npy does not rise from 0 to {self.num_tokens}")
+        if self.pairs and self.num_documents % 2:
+            raise self._damaged(f"{self.num_documents} documents are not pairs")
+
+    @property
+    def unit(self) -> str:
+        """What a record is here."""
+        return "pair" if self.pairs else "document"
+
+    @property
+    def num_units(self) -> int:
+        """Of records that were used."""
+        return self.num_documents // 2 if self.pairs else self.num_documents
 
     @property
     def quarantine(self) -> Path:
@@ -103,21 +119,24 @@ def build_store(
     *,
     cache_dir: str | os.PathLike[str],
     max_length: int | None = None,
+    split: str = "train",
+    pairs: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
-    """Tokenise what the patterns name (see `documents_from`, and `records.encode`), unless already done.
+    """Tokenise what the patterns name (see `documents_from`, also for `split` and `pairs`), unless already done.
 
-    The cache key covers the sources, the tokenizer and the store's format, and where there are dialogs, completions or
-    bad lines `max_length`, which refuses longer ones. `workers` threads encode (default: one a core); memory stays
-    bounded by a few groups of documents. `progress(documents, tokens)` is called as they finish. A damaged store in
-    the cache is rebuilt with a warning.
+    Documents are as `records.encode` has them. Preference pairs and other records do not go together: what is not as
+    the first good one counts as bad. The cache key covers the sources, the tokenizer, `pairs` and the store's format,
+    and where there is anything but sound plain texts `max_length`, which refuses longer ones. `workers` threads encode
+    (default: one a core); memory stays bounded by a few groups of documents. `progress(documents, tokens)` is called as
+    they finish. A damaged store in the cache is rebuilt with a warning.
 
     Raises:
         ValueError: a source cannot be read, or more than 5 % of all documents cannot be used.
     """
-    sources = fingerprint_of(patterns)
-    identity = [_FORMAT, sources, tokenizer.fingerprint, tokenizer.vocab_size]
+    sources = fingerprint_of(patterns, split=split)
+    identity = [_FORMAT, sources, tokenizer.fingerprint, tokenizer.vocab_size, *(["pairs"] if pairs else [])]
     plain, masked = _key(identity), _key([*identity, max_length])
     cache = Path(cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
@@ -132,13 +151,15 @@ def build_store(
     meta = {"key": plain, "sources": list(patterns), "sources_fingerprint": sources}
     scratch = Path(tempfile.mkdtemp(prefix=f"{plain}.partial-", dir=cache))
     try:
-        encoded = _encoded(documents_from(patterns), tokenizer, max_length=max_length, workers=workers)
+        samples = documents_from(patterns, split=split, pairs=pairs)
+        encoded = _encoded(samples, tokenizer, max_length=max_length, workers=workers)
         first_bad = _write(scratch, encoded, tokenizer, meta=meta, progress=progress)
         # A line may be bad for its length alone.
         final = cache / (masked if meta["masked"] or first_bad is not None else plain)
         if first_bad is not None:
             os.replace(scratch / _QUARANTINE, _quarantine(final))
-            refuse_many_bad(meta["num_bad"], meta["num_documents"], first_bad, listed=_quarantine(final))
+            good = meta["num_documents"] // (2 if meta["pairs"] else 1)
+            refuse_many_bad(meta["num_bad"], good, first_bad, listed=_quarantine(final))
         try:
             os.rename(scratch, final)
         except OSError:  # another process finished first: its store is the same
@@ -162,11 +183,13 @@ def _key(identity: list[Any]) -> str:
 
 # The ids of a document, and where not all of them are targets, which are.
 _Encoded = tuple[np.ndarray, np.ndarray | None]
+# What a record became: its name, and its documents, two of a pair and else one.
+_Unit = tuple[str, list[_Encoded]]
 
 
 def _write(
     folder: Path,
-    encoded: Iterator[list[_Encoded | BadLine]],
+    encoded: Iterator[list[_Unit | BadLine]],
     tokenizer: Encoder,
     *,
     meta: dict[str, Any],
@@ -177,6 +200,7 @@ def _write(
     dtype = _dtype(tokenizer)
     offsets = [0]
     masked, targets, bad = False, 0, 0
+    pairs: bool | None = None  # not known before the first good record
     first_bad: BadLine | None = None
     waiting = np.zeros(0, bool)  # bits that do not fill a byte yet
 
@@ -194,19 +218,24 @@ def _write(
         for group in encoded:
             group_bits = [waiting]
             for item in group:
+                if not isinstance(item, BadLine):
+                    name, documents = item
+                    pairs = len(documents) == 2 if pairs is None else pairs
+                    if pairs != (len(documents) == 2):
+                        item = BadLine.of(name, _STRANGER[pairs])
                 if isinstance(item, BadLine):
                     bad_file.write(item.to_json() + "\n")
                     bad += 1
                     first_bad = first_bad or item
                     continue
-                tokens, mask = item
-                data = tokens.tobytes()
-                digest.update(data)
-                file.write(data)
-                offsets.append(offsets[-1] + len(tokens))
-                masked |= mask is not None
-                group_bits.append(np.ones(len(tokens), bool) if mask is None else mask)
-                targets += int(group_bits[-1][1:].sum())
+                for tokens, mask in documents:
+                    data = tokens.tobytes()
+                    digest.update(data)
+                    file.write(data)
+                    offsets.append(offsets[-1] + len(tokens))
+                    masked |= mask is not None
+                    group_bits.append(np.ones(len(tokens), bool) if mask is None else mask)
+                    targets += int(group_bits[-1][1:].sum())
             bits = np.concatenate(group_bits)
             whole = len(bits) // 8 * 8
             write_bits(bits[:whole])
@@ -238,6 +267,7 @@ def _write(
         "masked": masked,
         "num_targets": targets,
         "num_bad": bad,
+        "pairs": bool(pairs),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
@@ -246,31 +276,42 @@ def _write(
     return first_bad
 
 
+# What does not go with the records before it, by whether those are pairs.
+_STRANGER = {
+    True: "not a preference pair, as the records before it are",
+    False: "a preference pair among other records",
+}
+
+
 def _dtype(tokenizer: Encoder) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def _encoded(
     samples: Iterator[Sample | BadLine], tokenizer: Encoder, *, max_length: int | None = None, workers: int | None
-) -> Iterator[list[_Encoded | BadLine]]:
+) -> Iterator[list[_Unit | BadLine]]:
     """Encode groups of samples in threads (tiktoken lets go of the GIL) and yield them in order."""
     workers = workers or os.cpu_count() or 1
     dtype = _dtype(tokenizer)
 
-    def encode(sample: Sample | BadLine) -> _Encoded | BadLine:
+    def encode(sample: Sample | BadLine) -> _Unit | BadLine:
         found = sample if isinstance(sample, BadLine) else try_encode(sample, tokenizer, max_length=max_length)
         if isinstance(found, BadLine):
             return found
-        ids, targets = np.array(found[0]), found[1]
-        if len(ids) == 0 or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-            raise ValueError(f"{sample.name}: the tokenizer gave no ids, or ids outside [0, {tokenizer.vocab_size})")
-        return ids.astype(dtype), None if targets is None else np.array(targets, bool)
+        documents: list[_Encoded] = []
+        for given, targets in found:
+            ids = np.array(given)
+            if len(ids) == 0 or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+                limit = f"[0, {tokenizer.vocab_size})"
+                raise ValueError(f"{sample.name}: the tokenizer gave no ids, or ids outside {limit}")
+            documents.append((ids.astype(dtype), None if targets is None else np.array(targets, bool)))
+        return sample.name, documents
 
-    def encode_group(group: list[Sample | BadLine]) -> list[_Encoded | BadLine]:
+    def encode_group(group: list[Sample | BadLine]) -> list[_Unit | BadLine]:
         return [encode(sample) for sample in group]
 
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[list[_Encoded | BadLine]]] = deque()
+        waiting: deque[Future[list[_Unit | BadLine]]] = deque()
         try:
             for group in _groups(samples):
                 waiting.append(pool.submit(encode_group, group))

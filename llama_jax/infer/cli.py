@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     messages = _messages(options.messages) if options.messages else None
-    mesh = _mesh(options.mesh)
+    mesh = mesh_sizes(options.mesh)
     settings = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
 
     from llama_jax.ops.sampling import SamplingParams
@@ -187,7 +187,8 @@ def _messages(file: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _mesh(text: str | None) -> dict[str, int] | None:
+def mesh_sizes(text: str | None) -> dict[str, int] | None:
+    """What --mesh says: sizes by axis, or None without it."""
     if text is None:
         return None
     sizes = {}

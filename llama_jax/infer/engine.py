@@ -9,7 +9,8 @@ limits costs a bounded number of compilations.
 The state between calls is explicit: `state = engine.prefill(requests)`, then `state, slice = engine.decode(state,
 limit=...)` as often as one likes. `run` is that loop.
 
-Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output buffer.
+Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output buffer; in scoring C places, K ids
+scored at each, n places whose logits exist at a time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ DISPATCH = 64
 CHUNKS = (16, 64, 256, 512)
 _MIN_CAPACITY = 128
 _MIN_STOPS = 4
+_LOGITS = 1 << 26  # held at a time while scoring, at most: 256 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,7 @@ class Engine:
         self._extend = jax.jit(self._trace_extend, static_argnames="bound", donate_argnums=1)
         self._decode = jax.jit(self._trace_decode, donate_argnums=1)
         self._logits = jax.jit(self._trace_logits)
+        self._score = jax.jit(self._trace_score)
 
     def of(self, params: model.Params) -> Engine:
         """The same compiled programs over other weights; those of the same kinds and shapes compile nothing anew."""
@@ -124,7 +127,7 @@ class Engine:
     @property
     def compilations(self) -> int:
         """Programs compiled so far by this engine."""
-        programs = (self._begin, self._extend, self._decode, self._logits)
+        programs = (self._begin, self._extend, self._decode, self._logits, self._score)
         return sum(program._cache_size() for program in programs)
 
     def prefill(self, requests: Sequence[Request], *, stop_tokens: Sequence[int], rows: int = 1) -> State:
@@ -169,10 +172,7 @@ class Engine:
         with jax.transfer_guard("disallow"):
             state, out = self._decode(self.params, state, self._put(np.int32(limit)))
             tokens_BO, logprobs_BO, remaining_B = jax.device_get((*out, state.remaining_B))
-        if not np.isfinite(logprobs_BO).all():
-            raise ValueError(
-                f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
-            )
+        self._check_finite(logprobs_BO)
         counts = (tokens_BO >= 0).sum(axis=1)
         return state, Slice(
             tokens=[row[:n].tolist() for row, n in zip(tokens_BO, counts, strict=True)],
@@ -202,6 +202,32 @@ class Engine:
     def logits(self, tokens_BT: np.ndarray) -> jax.Array:
         """Logits (B, T, V) float32 of token ids (B, T), without a cache: the forward pass that training uses."""
         return self._logits(self.params, self._put(tokens_BT))
+
+    def score(
+        self, tokens_BT: np.ndarray, starts_B: np.ndarray, candidates_BCK: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How likely given ids are after what stands before them, without logits of all places at once.
+
+        Args:
+            tokens_BT: token ids, each row read from its first position.
+            starts_B: place c of row b is after the token `tokens_BT[b, starts_B[b] + c]`; later ones than the row's
+                last are its last.
+            candidates_BCK: ids to score at each place.
+
+        Returns:
+            Log-probabilities (B, C, K) float32, and whether each id is the likeliest (of equals the lowest), bool.
+        """
+        with jax.transfer_guard("disallow"):
+            given = self._put((tokens_BT, starts_B, candidates_BCK))
+            logprobs_BCK, best_BCK = jax.device_get(self._score(self.params, *given))
+        self._check_finite(logprobs_BCK)
+        return logprobs_BCK, best_BCK
+
+    def _check_finite(self, logprobs: np.ndarray) -> None:
+        if not np.isfinite(logprobs).all():
+            raise ValueError(
+                f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
+            )
 
     def _fresh(
         self,
@@ -235,6 +261,30 @@ class Engine:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
             hidden_BTD, _ = model.forward(self.config, params, tokens_BT, positions_BT, None, dtype=self.dtype)
             return model.unembed(self.config, params, hidden_BTD)
+
+    def _trace_score(
+        self, params: model.Params, tokens_BT: jax.Array, starts_B: jax.Array, candidates_BCK: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        with parallel.use(self.layout):
+            B, T = tokens_BT.shape
+            C = candidates_BCK.shape[1]
+            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+            hidden_BTD, _ = model.forward(self.config, params, tokens_BT, positions_BT, None, dtype=self.dtype)
+            places_BC = jnp.minimum(starts_B[:, None] + jnp.arange(C), T - 1)
+            hidden_BCD = jnp.take_along_axis(hidden_BTD, places_BC[..., None], axis=1)
+
+            def piece(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                hidden_BnD, ids_BnK = given
+                logits_BnV = model.unembed(self.config, params, hidden_BnD)
+                chosen_BnK = jnp.take_along_axis(logits_BnV, ids_BnK, axis=-1)
+                total_Bn1 = jax.nn.logsumexp(logits_BnV, axis=-1, keepdims=True)
+                return chosen_BnK - total_Bn1, ids_BnK == jnp.argmax(logits_BnV, axis=-1, keepdims=True)
+
+            n = min(C, max(1, _LOGITS // (B * self.config.vocab_size)))
+            pieces = -(-C // n)
+            cut = lambda a: jnp.pad(a, ((0, 0), (0, pieces * n - C), (0, 0))).reshape(B, pieces, n, -1).swapaxes(0, 1)  # noqa: E731
+            joined = lambda a: a.swapaxes(0, 1).reshape(B, pieces * n, -1)[:, :C]  # noqa: E731
+            return _all_whole(jax.tree.map(joined, lax.map(piece, (cut(hidden_BCD), cut(candidates_BCK)))))
 
     def _trace_begin(self, params: model.Params, chunk: dict, fresh: dict, *, capacity: int, bound: int) -> State:
         with parallel.use(self.layout):

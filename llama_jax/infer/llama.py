@@ -280,7 +280,7 @@ class Llama:
 
         Other arguments are those of `generate`.
         """
-        ids = self._dialog(messages, tools)
+        ids = self.encode_dialog(messages, tools)
         params = dataclasses.asdict(inputs.as_sampling(sampling, self.sampling))
         return self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stop_tokens, **params)
 
@@ -293,7 +293,7 @@ class Llama:
         **options: Any,
     ) -> Iterator[str]:
         """`chat`, as pieces of text while they come; other arguments are those of `stream`."""
-        return self.stream(self._dialog(messages, tools), max_new_tokens=max_new_tokens, **options)
+        return self.stream(self.encode_dialog(messages, tools), max_new_tokens=max_new_tokens, **options)
 
     def save(
         self,
@@ -324,7 +324,8 @@ class Llama:
         leaves = export.leaves_of(self.config, self.params)
         return export.save(path, self.config, leaves, card, format=format, dtype=dtype, shard_bytes=shard_bytes)
 
-    def _dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[int]:
+    def encode_dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """The ids that `chat` continues: the dialog and the open header of an answer. ConfigError where it cannot."""
         if self.tokenizer is None:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
         if self.chat_template is not None and "<|start_header_id|>" not in self.chat_template:

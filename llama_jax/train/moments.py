@@ -12,6 +12,8 @@ beside the memory that is read; on moments of a small model in blocks of 128 it 
 off by 1.1 % (root mean square), by the paper's table 1.6 %, by an even scale for the first moment 3.2 %. The two reach
 equally far down: gradients of 1/64,000 of their block's largest still have a first moment, and a second of their own.
 
+(On noise that never changes the table is the closer one at b2 = 0.99, 8.2 against 9.2 %, and not at 0.95 or 0.999.)
+
 First moments are rounded to the nearest. Second moments are rounded up or down at random, so that the mean is exact:
 with b2 = 0.999 they decay by 0.1 % a step, and the nearest number in few bits would always be the one they have. That
 costs some noise: on gradients that are nothing else, updates of a long run with b2 = 0.95 are off by 5.6 %, to the
@@ -80,9 +82,8 @@ def unpack(stored: Stored) -> jax.Array:
     """The moment (...) in float32."""
     if not isinstance(stored, Moment):
         return stored.astype(jnp.float32)
-    codes = stored.values.reshape(*stored.scales.shape, -1)
-    numbers = _second_of(codes) if stored.values.dtype == jnp.uint8 else _first_of(codes)
-    return (stored.scales[..., None] * numbers).reshape(stored.shape)
+    numbers = _second_of(stored.values) if stored.values.dtype == jnp.uint8 else _first_of(stored.values)
+    return _along(stored.scales, stored) * numbers
 
 
 def pack_first(x: jax.Array, like: Stored) -> Stored:
@@ -91,7 +92,7 @@ def pack_first(x: jax.Array, like: Stored) -> Stored:
         return x.astype(like.dtype)
     parts, scales = _parts(x, like)
     codes = jnp.round(_FIRST * jnp.sqrt(jnp.abs(parts)))
-    return Moment((jnp.sign(parts) * codes).astype(jnp.int8).reshape(x.shape), scales)
+    return Moment((jnp.sign(parts) * codes).astype(jnp.int8), scales)
 
 
 def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
@@ -111,9 +112,9 @@ def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
     parts, scales = _parts(x, like)
     below = jnp.clip(jnp.floor(_SECOND * jnp.sqrt(jnp.sqrt(parts))), 1, _SECOND - 1)
     low, high = _second_of(below), _second_of(below + 1)
-    chance = (random >> 8).astype(jnp.float32).reshape(parts.shape) * 2.0**-24
+    chance = (random >> 8).astype(jnp.float32) * 2.0**-24
     codes = jnp.where(parts > 0, below + (chance < (parts - low) / (high - low)), 0)
-    return Moment(codes.astype(jnp.uint8).reshape(x.shape), scales)
+    return Moment(codes.astype(jnp.uint8), scales)
 
 
 def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str]) -> optax.GradientTransformation:
@@ -179,11 +180,17 @@ def _second_of(codes: jax.Array) -> jax.Array:
     return jnp.square(jnp.square(codes.astype(jnp.float32) * (1 / _SECOND)))
 
 
+def _along(scales: jax.Array, like: Moment) -> jax.Array:
+    """Each block's scale (..., G) at each of its numbers (..., in)."""
+    return jnp.repeat(scales, like.shape[-1] // scales.shape[-1], axis=-1)
+
+
 def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
-    """Each number as a part of its block's largest magnitude (..., G, n), and those magnitudes (..., G)."""
-    blocks = x.reshape(*like.scales.shape, -1)
-    scales = jnp.max(jnp.abs(blocks), axis=-1)
-    return blocks / jnp.where(scales > 0, scales, 1)[..., None], scales
+    """Each number as a part of its block's largest magnitude (..., in), and those magnitudes (..., G)."""
+    # Reshaped to (..., G, n) for a maximum it lies otherwise in a TPU's memory, and takes 3 times as long on a CPU.
+    block = (1,) * (x.ndim - 1) + (x.shape[-1] // like.scales.shape[-1],)
+    scales = lax.reduce_window(jnp.abs(x), 0.0, lax.max, block, block, "valid")
+    return x / _along(jnp.where(scales > 0, scales, 1), like), scales
 
 
 def _random(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:

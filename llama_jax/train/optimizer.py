@@ -157,15 +157,12 @@ _MAKERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation
 }
 
 
-def opt_shardings(
-    optimizer: optax.GradientTransformation, opt_state: Any, params: Any, axes: Any, layout: parallel.Layout
-) -> Any:
+def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layout) -> Any:
     """A tree of NamedShardings for an optimizer's state: what has the shape of its weight lies where the weight lies.
 
     The rest is on every device whole: counters, and Adafactor's rows and columns (10 MB for 8B, 0.16 GB for 405B).
 
     Args:
-        optimizer: whose state it is.
         opt_state: its shapes, from jax.eval_shape of its init.
         params: the weights' shapes.
         axes: their logical axes, as `make_optimizer` has them.

@@ -44,22 +44,24 @@ def show(run: RunConfig, *, colour: bool) -> None:
     for number in range(shown):
         print(f"\nrow {number + 1} of {data.batch_size} of the first step ({marks})")
         row = {name: array[number] for name, array in batch.items()}
-        for line in render(row, tokenizer, colour=colour):
+        for line in render(row, tokenizer, colour=colour, pairs=train.parts[0].store.pairs):
             print(line)
 
 
 def _lengths(rows: Rows) -> str:
     store = rows.store
-    lengths = np.diff(store.offsets)
+    lengths = np.diff(store.offsets[:: 2 if store.pairs else 1])
     least, middle, most, longest = (int(x) for x in np.quantile(lengths, (0, 0.5, 0.95, 1), method="higher"))
     return (
-        f"tokens a document: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % of them "
-        f"up to {most:,}; {len(lengths) / len(rows):.1f} documents a row"
+        f"tokens a {store.unit}: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % of them "
+        f"up to {most:,}; {len(lengths) / len(rows):.1f} {store.unit}s a row"
     )
 
 
-def render(row: Batch, tokenizer: Tokenizer, *, colour: bool) -> Iterator[str]:
+def render(row: Batch, tokenizer: Tokenizer, *, colour: bool, pairs: bool = False) -> Iterator[str]:
     """One row, arrays (T,), as text: a line at each document's border, and its targets marked.
+
+    `pairs`: the documents are the chosen and the rejected answer of one preference pair after the other.
 
     A place's weight is that of the token after it, so that a token is marked by the place before.
     """
@@ -69,9 +71,10 @@ def render(row: Batch, tokenizer: Tokenizer, *, colour: bool) -> Iterator[str]:
         (places,) = np.nonzero(segments == segment)
         counted = int(targets[places].sum())
         continued = " (goes on from another row)" if tokens[places[0]] != tokenizer.bos_id else ""
-        yield _paint(
-            f"── document {segment}: {len(places):,} tokens, {counted:,} counted{continued} ──", "border", colour
-        )
+        number = f"document {segment}"
+        if pairs:
+            number = f"pair {(segment + 1) // 2}, {'chosen' if segment % 2 else 'rejected'}"
+        yield _paint(f"── {number}: {len(places):,} tokens, {counted:,} counted{continued} ──", "border", colour)
         places = places[: max(0, _TOKENS - int(places[0]))]
         if len(places) == 0:
             yield "..."

@@ -15,8 +15,9 @@ from llama_jax import model
 from llama_jax.config import ConfigError
 from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
-from llama_jax.data.sources import documents_from
+from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import build_store
+from llama_jax.hub import some
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_keys import DataConfig
 from llama_jax.text import tokenizer as text
@@ -45,11 +46,11 @@ def check_paths(run: RunConfig) -> None:
                 raise PermissionError(0, "not writable")
         except OSError as error:
             raise ConfigError(f"{key}={name!r} is no folder to write to ({error.strerror}): name another") from None
-    for key, patterns in (("data.train", run.data.train), ("data.validation", run.data.validation)):
+    for split, patterns in (("train", run.data.train), ("validation", run.data.validation)):
         try:
-            documents_from(patterns) if patterns else None  # resolves the patterns, and reads nothing yet
+            documents_from(patterns, split=split) if patterns else None  # resolves the patterns, and reads nothing yet
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key}: {error}") from None
+            raise ConfigError(f"data.{split}: {error}") from None
     for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
         remote = key == "init_from" and hub.is_hub_id(name)
         if name and not remote and not Path(name).expanduser().exists():
@@ -117,26 +118,40 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
     """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
 
     Raises:
+        ConfigError: preference pairs, and train.objective is another than `dpo`; or the other way round.
         ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
     """
+    pairs = run.train.objective == "dpo"
 
     def packed(patterns: Sequence[str], name: str) -> Rows:
         cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
         try:
-            store = build_store(patterns, tokens, cache_dir=cache, max_length=T)
+            store = build_store(patterns, tokens, cache_dir=cache, max_length=T, split=name, pairs=pairs)
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from None
+        if store.pairs != pairs:
+            found = "preference pairs" if store.pairs else "dialogs or completions" if store.masked else "texts"
+            mend = (
+                "set train.objective='dpo', or give the chosen answers alone, as 'messages' or as 'prompt' and "
+                "'completion'"
+                if store.pairs
+                else "give records of 'prompt', 'chosen' and 'rejected', or set train.objective='sft'"
+            )
+            what = f"data.{name}: {', '.join(patterns)} holds {found}"
+            raise ConfigError(f"{what}, which train.objective={run.train.objective!r} does not learn from: {mend}")
+        if files := hub_files(patterns, split=name):
+            say(f"{name}: {some(files)}")
         rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
         # Nothing else is worth a word of plain text: all of it is targets, and the last row alone is padded.
         targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
         waste = f" ({rows.waste:.1%} padding)" if store.masked else ""
         say(
-            f"{name}: {store.num_documents:,} documents, {store.num_tokens:,} tokens{targets}, "
+            f"{name}: {store.num_units:,} {store.unit}s, {store.num_tokens:,} tokens{targets}, "
             f"{len(rows):,} rows{waste}, fingerprint {store.fingerprint[:16]}"
         )
         if store.num_bad:
-            total = store.num_bad + store.num_documents
-            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} documents, listed in {store.quarantine}")
+            total = store.num_bad + store.num_units
+            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} {store.unit}s, listed in {store.quarantine}")
         return rows
 
     if run.data.weights:

@@ -70,7 +70,7 @@ def abstract_state(run: RunConfig, optimizer: optax.GradientTransformation, layo
     placed = TrainState(
         step=whole,
         params=places,
-        opt_state=opt_shardings(optimizer, state.opt_state, state.params, axes, layout),
+        opt_state=opt_shardings(state.opt_state, state.params, axes, layout),
         key=whole,
         skipped=whole,
         ema=None if state.ema is None else places,

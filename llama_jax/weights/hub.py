@@ -1,27 +1,19 @@
-"""Models named by their id on the Hugging Face hub: what is needed of one is downloaded, and kept in the hub's cache.
-
-huggingface_hub does the work, and its settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and so on. What is
-decided here is which files are needed, in one format of weights only, and what is said when it cannot be done.
-"""
+"""Models named by their id on the Hugging Face hub: which files are needed of one, in one format of weights only."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import glob
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from llama_jax.config import ConfigError, nearest
+from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
 from llama_jax.jsonfile import brief, read_json
 from llama_jax.weights.huggingface import read_config
 
 FORMS = "owner/name, owner/name@revision or owner/name/FILE.gguf@revision"
 
-# The hub's rule for names (huggingface_hub's validate_repo_id), less names without an owner.
-_WORD = r"\w(?:[\w.-]{0,94}\w)?"
-_ID = re.compile(rf"({_WORD}/{_WORD})(?:/([^@\s]+\.gguf))?(?:@(\w[\w.+/-]*))?", re.ASCII)
+_ID = re.compile(rf"({ID})(?:/([^@\s]+\.gguf))?(?:@(\w[\w.+/-]*))?", re.ASCII)
 _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # llama.cpp's gguf-split
 
 _SAFETENSORS, _FLAX = "model.safetensors", "flax_model.msgpack"
@@ -42,12 +34,10 @@ _WEIGHTS = (".safetensors", ".msgpack", ".gguf", ".pth", ".pt", ".bin", ".h5", "
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """The parts of an id. `file` is one of the repo's GGUF files, or None for the repo; a revision of None is main."""
+    """The parts of an id. `file` is one of the repo's GGUF files, or None for all that it takes."""
 
-    text: str
-    repo: str
+    repo: Repo
     file: str | None
-    revision: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +72,10 @@ def download(repo_id: str) -> Path:
     name = _parse(repo_id)
     if name is None:
         raise ConfigError(f"{repo_id!r} is not the id of a model on the Hugging Face hub: write {FORMS}")
-    folder = _fetch(name, name.revision, _FIRST)
-    choice = _choose(name, folder, _listing(name, folder))
-    _fetch(name, folder.name, choice.files)  # of the same commit, which need not be asked for again
-    _check_there(name, folder, choice.files)
+    folder = fetch(name.repo, _FIRST)
+    choice = _choose(name, folder, listing(name.repo, folder))
+    fetch(name.repo, choice.files, commit=folder.name)
+    check_there(name.repo, folder, choice.files)
     return folder / choice.opened
 
 
@@ -93,18 +83,8 @@ def _parse(text: str) -> _Name | None:
     found = _ID.fullmatch(text)
     if found is None or ".." in text or "--" in found[1] or found[1].endswith(".git"):
         return None
-    return _Name(text, *found.groups())
-
-
-def _listing(name: _Name, folder: Path) -> list[str]:
-    """Every file of the repo at the commit of this snapshot; those of the snapshot, where the cache has no list."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
-    try:
-        return sorted(file.path for file in get_cached_repo_tree(name.repo, revision=folder.name))
-    except CachedRepoTreeNotFoundError:  # offline, and downloaded by an older huggingface_hub
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    name, file, revision = found.groups()
+    return _Name(Repo("model", text, name, revision, FORMS), file)
 
 
 def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
@@ -112,8 +92,8 @@ def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
     ggufs = [file for file in files if file.endswith(".gguf")]
     if name.file is not None:
         if name.file not in ggufs:
-            there = f"its GGUF files: {_some(ggufs)}" if ggufs else "it has no GGUF files"
-            raise ConfigError(f"{name.repo} has no {name.file}{nearest(name.file, ggufs)}; {there}")
+            there = f"its GGUF files: {some(ggufs)}" if ggufs else "it has no GGUF files"
+            raise ConfigError(f"{name.repo.name} has no {name.file}{nearest(name.file, ggufs)}; {there}")
         return _gguf(name, name.file, files)
     beside = [file for file in _BESIDE if file in files]
     if weights := _safetensors(name, folder, files):
@@ -127,20 +107,20 @@ def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
         return _checked(name, folder, beside, weights)
     firsts = sorted({_SPLIT.sub(r"\1-00001-of-\2.gguf", file) for file in ggufs})
     if len(firsts) > 1:
-        one = f"{name.repo}/{firsts[0]}" + (f"@{name.revision}" if name.revision else "")
-        raise ConfigError(f"{name.repo} has {len(firsts)} GGUF models; name one, e.g. {one}, of: {_some(firsts)}")
+        one = f"{name.repo.name}/{firsts[0]}" + (f"@{name.repo.revision}" if name.repo.revision else "")
+        raise ConfigError(f"{name.repo.name} has {len(firsts)} GGUF models; name one, e.g. {one}, of: {some(firsts)}")
     if firsts:
         return _gguf(name, firsts[0], files)
     there = [file for file in files if file.endswith(_WEIGHTS)] or files
     raise ConfigError(
-        f"{name.repo} has no weights that can be read: wanted are config.json with *.safetensors, params.json with "
-        f"consolidated.*.pth, config.json with {_FLAX}, or *.gguf; it has {_some(there) or 'no files'}"
+        f"{name.repo.name} has no weights that can be read: wanted are config.json with *.safetensors, params.json "
+        f"with consolidated.*.pth, config.json with {_FLAX}, or *.gguf; it has {some(there) or 'no files'}"
     )
 
 
 def _checked(name: _Name, folder: Path, beside: list[str], weights: list[str]) -> _Choice:
     """The choice of a folder with config.json, which is read first: weights may take hours."""
-    _check_there(name, folder, ("config.json",))
+    check_there(name.repo, folder, ("config.json",))
     read_config(folder)
     return _Choice((*beside, *weights), "")
 
@@ -160,7 +140,7 @@ def _indexed(whole: str, name: _Name, folder: Path, files: list[str]) -> list[st
         return [whole]
     if whole + _INDEX not in files:
         return []
-    _check_there(name, folder, (whole + _INDEX,))
+    check_there(name.repo, folder, (whole + _INDEX,))
     places = read_json(folder / (whole + _INDEX)).get("weight_map")
     shards = list(dict.fromkeys(places.values())) if isinstance(places, dict) else []
     suffix = Path(whole).suffix
@@ -177,73 +157,7 @@ def _gguf(name: _Name, file: str, files: list[str]) -> _Choice:
     parts = tuple(f"{split[1]}-{i:05}-of-{split[2]}.gguf" for i in range(1, int(split[2]) + 1))
     missing = [part for part in parts if part not in files]
     if missing or not parts:
-        raise ConfigError(f"{name.repo} has not all of the split set of {file}, lacking {_some(missing)}: name another")
-    return _Choice(parts, parts[0])
-
-
-def _some(files: list[str]) -> str:
-    more = f" and {len(files) - 20} more" if len(files) > 20 else ""
-    return ", ".join(files[:20]) + more
-
-
-def _check_there(name: _Name, folder: Path, files: Sequence[str]) -> None:
-    """Raise ConfigError where a file is not in the cache: without the hub, a part of a snapshot looks like a whole."""
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise ConfigError(f"{name.text}: {_not_cached(f'{_some(missing)} of it', None)}")
-
-
-def _not_cached(what: str, error: BaseException | None) -> str:
-    """What to say where the cache has not `what`, and `error` kept it from coming."""
-    from huggingface_hub import constants
-
-    reason = f" ({type(error).__name__}: {_flat(error)})" if error else ""
-    mend = (
-        f"{constants.ENDPOINT} cannot be reached, or fails{reason}: check the network (and HF_ENDPOINT), and run again"
-    )
-    if constants.HF_HUB_OFFLINE:
-        mend = "HF_HUB_OFFLINE=1 forbids the network: unset it and run again"
-    return f"the cache {constants.HF_HUB_CACHE} does not hold {what}, and {mend}"
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _fetch(name: _Name, revision: str | None, files: Sequence[str]) -> Path:
-    """Download those of `files` that the repo has and the cache has not; the folder of this commit in the cache.
-
-    Raises ConfigError for whatever the hub's library raises.
-    """
-    from huggingface_hub import constants, errors, snapshot_download  # a quarter of a second
-
-    page = f"{constants.ENDPOINT}/{name.repo}"
-    login = "`hf auth login`, or set HF_TOKEN"
-    again = "run it again (the files that came whole are kept)"
-    try:
-        return Path(
-            snapshot_download(name.repo, revision=revision, allow_patterns=[glob.escape(file) for file in files])
+        raise ConfigError(
+            f"{name.repo.name} has not all of the split set of {file}, lacking {some(missing)}: name another"
         )
-    except KeyboardInterrupt:
-        why = f"the download was interrupted; {again}"
-    except errors.GatedRepoError:
-        why = f"it is gated: open {page}, accept the licence, then {login} (of the account that accepted)"
-    except errors.RepositoryNotFoundError:
-        why = f"no such path here, and no model {page}: check the spelling; if it is private, {login}"
-    except errors.RevisionNotFoundError:
-        why = f"no branch, tag or commit {name.revision!r}: see {page}/commits (ids are {FORMS})"
-    except errors.IncompleteSnapshotError as error:
-        return Path(error.snapshot_path)  # offline; what is needed of it is looked for afterwards
-    except errors.LocalEntryNotFoundError as error:
-        why = _not_cached("all of it", error.__cause__)
-    except Exception as error:  # the transport has errors of its own, and so has Xet
-        text = _flat(error)
-        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-            why = f"{constants.ENDPOINT} refuses the token: {login} to a valid one"
-        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-            why = f"no space left in {constants.HF_HUB_CACHE}: make some, or set HF_HOME to a larger disk; {again}"
-        elif isinstance(error, PermissionError):
-            why = f"{text}: set HF_HOME to a folder that can be written"
-        else:
-            why = f"the download failed ({type(error).__name__}: {text}); {again}"
-    raise ConfigError(f"{name.text}: {why}")
+    return _Choice(parts, parts[0])

@@ -63,7 +63,7 @@ def applied(settings: LoraConfig, base: model.Params, updates: Updates, key: jax
     layers = dict(base["layers"])
     for i, (block, name) in enumerate(_places(settings)):
         a, b = (updates["layers"][block][name][part] for part in ("a", "b"))
-        scale = jnp.full(a.shape[0], settings.scale, jnp.float32)
+        scale = jnp.full(a.shape[0], _scale(settings), jnp.float32)
         dropout = None
         if key is not None and settings.dropout:
             keys = jax.random.split(jax.random.fold_in(key, i), a.shape[0])
@@ -78,8 +78,12 @@ def by_path(settings: LoraConfig, updates: Updates) -> Mapping[table.Path, lora.
     for block, name in _places(settings):
         a, b = (updates["layers"][block][name][part] for part in ("a", "b"))
         for layer in range(a.shape[0]):
-            found["layers", layer, block, name] = lora.Update(a[layer], b[layer], jnp.float32(settings.scale))
+            found["layers", layer, block, name] = lora.Update(a[layer], b[layer], jnp.float32(_scale(settings)))
     return found
+
+
+def _scale(settings: LoraConfig) -> float:
+    return settings.alpha / (settings.rank**0.5 if settings.rslora else settings.rank)
 
 
 def _places(settings: LoraConfig) -> Iterator[tuple[str, str]]:

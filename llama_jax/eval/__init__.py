@@ -1,0 +1,23 @@
+"""Floor 5: evaluation. Perplexity (`sliding`), EleutherAI's harness, and two models side by side.
+
+All of it stands on `scoring`, which says how likely given tokens are, and on the sampler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Resolved on first use, as in `llama_jax`, so that a command line is checked before jax is imported.
+_PUBLIC = {
+    "perplexity": "llama_jax.eval.sliding",
+    "compare": "llama_jax.eval.side_by_side",
+    "harness_model": "llama_jax.eval.harness",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'llama_jax.eval' has no attribute {name!r}; it has {', '.join(_PUBLIC)}")

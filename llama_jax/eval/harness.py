@@ -1,0 +1,264 @@
+"""A model for EleutherAI's lm_eval, and its tasks run on it. Importing this needs `pip install lm_eval`.
+
+from llama_jax.eval import harness_model
+lm_eval.simple_evaluate(model=harness_model(llama), tasks=["arc_easy"])
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.config import ConfigError, nearest
+from llama_jax.eval import requests as core
+from llama_jax.eval import scoring
+from llama_jax.text import template
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable, make_table
+except ImportError as error:
+    raise ConfigError(
+        f"the tasks are EleutherAI's lm_eval, which cannot be imported ({error}): pip install lm_eval"
+    ) from error
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from llama_jax.infer.llama import Llama
+
+
+class LlamaLM(TemplateLM):
+    """What lm_eval asks, answered by a Llama; numbers are those of its HFLM on the same weights in float32."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        *,
+        name: str = "llama_jax",
+        max_length: int | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ):
+        """A model for lm_eval.
+
+        Args:
+            llama: a model with a tokenizer.
+            name: of the model, in caches of requests.
+            max_length: tokens that the model is given at most; all that it has by default.
+            batch_size: rows that run together.
+            seed: of tasks that draw their texts.
+
+        Raises:
+            ConfigError: no tokenizer, or a max_length that the model does not have.
+        """
+        super().__init__()
+        if llama.tokenizer is None:
+            raise ConfigError("lm_eval needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+        self.llama = llama
+        self.name = name
+        self.max_length = scoring.check_length(llama, max_length)
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens of a text where its task does not say."""
+        return core.MAX_GEN_TOKS
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The id that ends a text."""
+        return self.llama.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands before a text without context."""
+        return core.prefix_id(self.llama)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; see `requests.encode`."""
+        return core.encode(self.llama, string, begin=add_special_tokens)
+
+    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        return core.decode(self.llama, tokens) if skip_special_tokens else self.llama.tokenizer.decode(tokens)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        answers: list[Any] = [None] * len(requests)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        for i, found in scoring.score(
+            self.llama,
+            pairs,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            progress=False if disable_tqdm else None,
+            title="loglikelihood",
+        ):
+            answers[i] = (float(found.logprobs.sum(dtype="float64")), bool(found.greedy.all()))
+            if requests[i][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, however long."""
+        texts = [request.args[0] for request in requests]
+        totals = core.rolling(
+            self.llama,
+            texts,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            progress=False if disable_tqdm else None,
+        )
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to their stop strings."""
+        texts: list[Any] = [None] * len(requests)
+        asks = [request.args for request in requests]
+        for i, text in core.generate_until(
+            self.llama,
+            asks,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            progress=False if disable_tqdm else None,
+        ):
+            texts[i] = text
+            self.cache_hook.add_partial("generate_until", asks[i], text)
+        return texts
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What caches of requests are kept by: the model's name and what its ids depend on."""
+        return f"{self.name.replace('/', '__')}-{self.llama.tokenizer.fingerprint[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The model's own template (Jinja), or Llama 3's where it has none and the tokens of the format."""
+        if chat_template is False or chat_template is None:
+            return None
+        if isinstance(chat_template, str):
+            raise ConfigError(f"chat templates have no names here, got {chat_template!r}: ask for it without a name")
+        if self.llama.chat_template is not None:
+            return self.llama.chat_template
+        if not template.fits(self.llama.tokenizer):
+            raise ConfigError("the model has no chat template, and its tokenizer not the tokens of Llama 3's dialogs")
+        return template.CHAT_TEMPLATE
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A dialog as a text. Without a generation prompt, its last message is left open, to be continued."""
+        return render(self.chat_template(True), chat_history, self.llama, add_generation_prompt=add_generation_prompt)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the file of results."""
+        return {"model_num_parameters": self.llama.config.num_params, "model_dtype": str(self.llama.engine.dtype)}
+
+
+def harness_model(llama: Llama, **options: Any) -> LlamaLM:
+    """`llama` as lm_eval wants a model; options are those of LlamaLM."""
+    return LlamaLM(llama, **options)
+
+
+def render(source: str, messages: Sequence[dict[str, Any]], llama: Llama, *, add_generation_prompt: bool) -> str:
+    """A dialog in a chat template, run in Jinja's sandbox with what transformers gives to one.
+
+    Raises:
+        ConfigError: the template is not sound, or refuses the dialog.
+    """
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    tokenizer = llama.tokenizer
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    given = {name: "" if i is None else tokenizer.decode([i]) for name, i in names.items()}
+    try:
+        text = environment.from_string(source).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **given
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ConfigError(f"the chat template cannot write this dialog: {error}") from error
+    if add_generation_prompt:
+        return text
+    last = str(messages[-1]["content"])
+    place = text.rfind(last.strip())
+    if place < 0:
+        raise ConfigError("the chat template does not write the last message as it is, so it cannot be continued")
+    return text[: place + len(last if text.startswith(last, place) else last.strip())]
+
+
+def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager:
+    """What lm_eval knows tasks by, with those in the folders of `include` too.
+
+    Raises:
+        ConfigError: a folder that is none, or a task that is neither known nor a file, with the nearest name.
+    """
+    for folder in include:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--include {folder}: no such folder; give one that holds tasks as YAML files")
+    manager = TaskManager(include_path=list(include) or None)
+    for task in tasks:
+        if not Path(task).is_file() and not manager.match_tasks([task]):
+            near = difflib.get_close_matches(task, manager.all_tasks, n=1)  # of 14,000
+            raise ConfigError(f"lm_eval has no task {task!r}{nearest(task, near)}")
+    return manager
+
+
+def evaluate(
+    model: LlamaLM,
+    tasks: Sequence[str],
+    *,
+    manager: TaskManager | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    system: str | None = None,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """lm_eval's results of tasks by name, file or pattern; arguments as of `lm_eval.simple_evaluate`."""
+    manager = manager or find_tasks(tasks)
+    known = [name for task in tasks for name in ([task] if Path(task).is_file() else manager.match_tasks([task]))]
+    return lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(dict.fromkeys(known)),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        batch_size=model.batch_size,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system,
+        log_samples=log_samples,
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """The tables that lm_eval prints."""
+    parts = [make_table(results)] + ([make_table(results, "groups")] if "groups" in results else [])
+    return "\n".join(parts)
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """The results as JSON, samples too where they were kept."""
+    path.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")

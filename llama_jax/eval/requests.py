@@ -1,0 +1,192 @@
+"""What EleutherAI's harness asks of a model, in numbers, without the harness: `harness` is the shell around this.
+
+Text becomes ids, windows and stops as in the harness' own HFLM (lm_eval/models/huggingface.py, 0.4.13), so that scores
+can be laid beside those published with it. Three of its habits are worth knowing:
+- The name of a control token in a text is that token. The harness hands over dialogs as one string, and only names are
+  left to tell the format from what is said.
+- A rolling log-likelihood counts the token that begins a text too, given itself: a constant a document.
+  `sliding.perplexity` does not.
+- What is too long loses its beginning, begin-of-text included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.config import ConfigError, nearest
+from llama_jax.eval import scoring
+from llama_jax.eval.sliding import begin_id, windows
+from llama_jax.infer import inputs
+from llama_jax.infer.engine import Request
+from llama_jax.ops.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from llama_jax.infer.llama import Llama
+
+MAX_GEN_TOKS = 256  # where a task does not say, as in HFLM
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is there counts
+_CUTS = ("top_k", "top_p", "min_p", "repetition_penalty")
+_KNOWN = ("until", "do_sample", "temperature", *_LIMITS, *_CUTS)
+_STEPS = 16  # between two looks for stop strings
+_QUIET_GROUPS = 3
+
+
+def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
+    """The ids of a text in which names of control tokens are these tokens.
+
+    Args:
+        llama: a model with a tokenizer.
+        text: any.
+        begin: put the tokenizer's beginning first; by default where the text does not have it already.
+    """
+    tokenizer = llama.tokenizer
+    bos = tokenizer.bos_id
+    names = tokenizer.special_tokens
+    parts = _names(tuple(names)).split(text) if names else [text]
+    ids = [i for part in parts if part for i in ([names[part]] if part in names else tokenizer.encode(part))]
+    if begin is None:
+        begin = bos is None or ids[:1] != [bos]
+    return [bos, *ids] if begin and bos is not None else ids
+
+
+def decode(llama: Llama, ids: Sequence[int]) -> str:
+    """The text of ids, control tokens and rows that only pad the embedding left out."""
+    tokenizer = llama.tokenizer
+    return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size], skip_special=True)
+
+
+def rolling(
+    llama: Llama, texts: Sequence[str], *, max_length: int | None, batch_size: int, progress: bool | None = None
+) -> list[float]:
+    """The log-likelihood of each text, read in windows of max_length that share one token; 0 for a text of no token."""
+    max_length = scoring.check_length(llama, max_length)
+    requests, owners = [], []
+    for owner, text in enumerate(texts):
+        for window in windows([prefix_id(llama), *encode(llama, text)], context=max_length, stride=max_length):
+            requests.append(window)
+            owners.append(owner)
+    totals = [0.0] * len(texts)
+    for i, found in scoring.score(
+        llama, requests, max_length=max_length, batch_size=batch_size, progress=progress, title="windows"
+    ):
+        totals[owners[i]] += float(found.logprobs.sum(dtype="float64"))
+    return totals
+
+
+def prefix_id(llama: Llama) -> int:
+    """The id that stands before a text without context."""
+    begin = begin_id(llama)
+    if begin is None:
+        raise ConfigError("the tokenizer has no token that begins or ends a text: a text without context has no start")
+    return begin
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ask:
+    request: Request
+    until: tuple[str, ...]
+
+
+def generate_until(
+    llama: Llama,
+    asks: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    max_length: int | None,
+    batch_size: int,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Iterator[tuple[int, str]]:
+    """Continue each (context, settings), and yield (index, text up to the first of its stop strings) as batches end.
+
+    Args:
+        llama: a model with a tokenizer. Its stop tokens end a text too.
+        asks: settings are those of the harness' tasks: `until` (a string or a list), `max_gen_toks` or its other
+            names, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`. Greedy unless told
+            otherwise; other settings that are not given are the model's own.
+        max_length: tokens of context and text together; a longer context loses its beginning.
+        batch_size: rows that run together, the longest first.
+        seed: row i draws from seed + i.
+        progress: a bar on standard error; by default where there are more than a few batches.
+
+    Raises:
+        ConfigError: settings that are unknown or out of range, before anything runs.
+    """
+    max_length = scoring.check_length(llama, max_length)
+    batch_size = inputs.as_whole(batch_size, "batch_size")
+    ready = [_ask(llama, context, given, seed + i, max_length) for i, (context, given) in enumerate(asks)]
+    order = sorted(range(len(ready)), key=lambda i: (-len(ready[i].request.tokens), i))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    shown = len(groups) > _QUIET_GROUPS if progress is None else progress
+    with scoring.bar(len(order), "texts", shown) as bar:
+        for group in groups:
+            texts = _generate(llama, [ready[i] for i in group], batch_size if len(groups) > 1 else 1)
+            yield from zip(group, texts, strict=True)
+            bar.update(len(group))
+
+
+def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_length: int) -> _Ask:
+    unknown = [name for name in given if name not in _KNOWN]
+    if unknown:
+        raise ConfigError(
+            f"unknown setting of generation {unknown[0]!r}{nearest(unknown[0], _KNOWN)} Allowed: {', '.join(_KNOWN)}"
+        )
+    limits = [given[name] for name in _LIMITS if given.get(name) is not None]
+    new = inputs.as_whole(limits[0] if limits else MAX_GEN_TOKS, "max_gen_toks")
+    if new >= max_length:
+        raise ConfigError(f"max_gen_toks={new:,} leaves no room for a context in {max_length:,} tokens: use fewer")
+    until = given.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    if not all(isinstance(stop, str) for stop in until):
+        raise ConfigError(f"until must be a string or a list of strings, got {given['until']!r}")
+    tokens = encode(llama, context) or [prefix_id(llama)]
+    end = llama.tokenizer.eos_id
+    if end is not None:  # spelled out in plain characters it ends a text as well
+        until = (*until, llama.tokenizer.decode([end]))
+    request = Request(
+        tokens=tokens[new - max_length :], max_new_tokens=new, sampling=_sampling(llama, given), seed=seed
+    )
+    return _Ask(request, tuple(stop for stop in until if stop))
+
+
+def _sampling(llama: Llama, given: Mapping[str, Any]) -> SamplingParams:
+    """do_sample=False is greedy at any temperature; without do_sample a temperature above 0 draws."""
+    temperature = given.get("temperature")
+    if given.get("do_sample") is False or (temperature is None and not given.get("do_sample")):
+        temperature = 0.0
+    cuts = {name: given[name] for name in _CUTS if given.get(name) is not None}
+    return inputs.as_sampling({"temperature": 1.0 if temperature is None else temperature, **cuts}, llama.sampling)
+
+
+def _generate(llama: Llama, asks: Sequence[_Ask], rows: int) -> list[str]:
+    stops = llama.stop_tokens
+    end = llama.tokenizer.eos_id
+    if end is not None and end not in stops:
+        stops = (*stops, end)
+    tokens: list[list[int]] = [[] for _ in asks]
+    texts = [""] * len(asks)
+    for piece in llama.engine.run([ask.request for ask in asks], stop_tokens=stops, rows=rows, most=_STEPS):
+        for row in range(len(asks)):
+            tokens[row] += piece.tokens[row]
+            texts[row] = decode(llama, tokens[row])
+        if all(
+            done or any(stop in text for stop in ask.until)
+            for done, text, ask in zip(piece.done, texts, asks, strict=False)
+        ):
+            break
+    return [_cut(text, ask.until) for text, ask in zip(texts, asks, strict=True)]
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for stop in until:
+        text = text.partition(stop)[0]
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def _names(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the names, the longest first; `split` keeps them."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")

@@ -1,0 +1,138 @@
+"""How likely tokens are after a context, for any number of contexts: batched by length, in programs of a few shapes.
+
+Letters: B batch, T length, C places scored in a row, K ids scored at a place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llama_jax.config import ConfigError
+from llama_jax.infer import inputs
+
+if TYPE_CHECKING:
+    from llama_jax.infer.llama import Llama
+
+_MIN_LENGTH = 16
+_QUIET_ROWS = 32  # so many are done without a progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a model makes of some tokens after a context.
+
+    Attributes:
+        logprobs: of each token its natural log-probability given all before it, float32 (n,).
+        greedy: whether each of them is the likeliest where it stands, bool (n,).
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+
+def score(
+    llama: Llama,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    progress: bool | None = None,
+    title: str = "scoring",
+) -> Iterator[tuple[int, Scored]]:
+    """Score the continuation of each (context, continuation), and yield (index, Scored) as batches end.
+
+    What is too long loses tokens of its context from the left, until all but the last token fit `max_length`
+    positions. Requests that the model reads alike, as the choices of one letter after a question, are read once.
+
+    Args:
+        llama: the model.
+        requests: token ids; a context and a continuation have at least one each.
+        max_length: positions that the model is given at most; config.max_seq_len by default.
+        batch_size: rows that run together, the longest first.
+        progress: a bar on standard error; by default where there are many rows.
+        title: of the bar.
+
+    Raises:
+        ConfigError: an empty context or continuation, a continuation longer than max_length, or an unknown id; at
+            the first step of the iteration, before anything runs.
+    """
+    max_length = check_length(llama, max_length)
+    batch_size = inputs.as_whole(batch_size, "batch_size")
+    alike: dict[tuple[int, ...], list[int]] = {}  # what is read, and the requests that it answers
+    for i, (context, continuation) in enumerate(requests):
+        _check(llama, context, continuation, f"request {i}", max_length)
+        alike.setdefault(tuple([*context, *continuation][-max_length - 1 : -1]), []).append(i)
+    rows = sorted(alike.items(), key=lambda item: (-len(item[0]), item[0]))
+    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    height = batch_size if len(groups) > 1 else _power_of_two(len(rows), 1)
+    shown = len(rows) > _QUIET_ROWS if progress is None else progress
+    with bar(len(rows), title, shown) as told:
+        for group in groups:
+            yield from _batch(llama, requests, group, height, max_length)
+            told.update(len(group))
+
+
+def check_length(llama: Llama, max_length: int | None) -> int:
+    """`max_length`, or the model's own; ConfigError where the model has fewer positions."""
+    limit = llama.config.max_seq_len
+    max_length = limit if max_length is None else inputs.as_whole(max_length, "max_length")
+    if max_length > limit:
+        raise ConfigError(f"{max_length:,} positions are more than the model's max_seq_len={limit:,}")
+    return max_length
+
+
+def _check(llama: Llama, context: Sequence[int], continuation: Sequence[int], name: str, max_length: int) -> None:
+    if not continuation:
+        raise ConfigError(f"{name}: its continuation has no token, and there is nothing to score")
+    if not context:
+        raise ConfigError(f"{name}: its context has no token; put the one that begins texts there")
+    if len(continuation) > max_length:
+        raise ConfigError(
+            f"{name}: its continuation has {len(continuation):,} tokens, and the model reads at most {max_length:,} "
+            "at a time: shorten it, or take its rolling log-likelihood"
+        )
+    vocab = llama.config.vocab_size
+    if not (0 <= min(*context, *continuation) and max(*context, *continuation) < vocab):
+        raise ConfigError(f"{name} holds an id that is not in the vocabulary: 0 to {vocab - 1:,}")
+
+
+def _batch(
+    llama: Llama,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    group: Sequence[tuple[tuple[int, ...], Sequence[int]]],
+    height: int,
+    max_length: int,
+) -> Iterator[tuple[int, Scored]]:
+    """One program over rows of (input, indices of the requests that it answers)."""
+    T = min(_power_of_two(max(len(row) for row, _ in group), _MIN_LENGTH), max_length)
+    longest = [max(len(requests[i][1]) for i in answers) for _, answers in group]
+    C = next(size for size in (8, 64, 512, T) if max(longest) <= size <= T or size == T)  # few sizes, few programs
+    K = _power_of_two(max(len(answers) for _, answers in group), 1)
+    tokens_BT = np.zeros((height, T), np.int32)
+    starts_B = np.zeros(height, np.int32)
+    candidates_BCK = np.zeros((height, C, K), np.int32)
+    for b, (row, answers) in enumerate(group):
+        tokens_BT[b, : len(row)] = row
+        starts_B[b] = len(row) - longest[b]
+        for k, i in enumerate(answers):  # continuations of other lengths end where this row ends
+            candidates_BCK[b, longest[b] - len(requests[i][1]) : longest[b], k] = requests[i][1]
+    logprobs_BCK, best_BCK = llama.engine.score(tokens_BT, starts_B, candidates_BCK)
+    for b, (_, answers) in enumerate(group):
+        for k, i in enumerate(answers):
+            places = slice(longest[b] - len(requests[i][1]), longest[b])
+            yield i, Scored(logprobs_BCK[b, places, k], best_BCK[b, places, k])
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def bar(total: int, title: str, shown: bool) -> Any:
+    """A progress bar on standard error."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit="row", disable=not shown)

@@ -1,0 +1,367 @@
+"""Two models side by side on the same prompts: both answer, a judge says who did better, and the rates are drawn.
+
+All is kept in one folder as it comes, a line of JSON each, so that the same call goes on where the last one ended:
+`answers.jsonl`, `verdicts.jsonl` (of any number of judges), `settings.json`. Each call ends by writing what the judge
+at hand has said so far: `comparison.jsonl` (prompts, answers, verdicts), `summary.json` and `comparison.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.config import ConfigError
+from llama_jax.eval import judges, picture, scoring
+from llama_jax.eval.intervals import Tally, tally
+from llama_jax.eval.judges import Case, Judge, Prompt
+from llama_jax.infer import inputs
+from llama_jax.infer.llama import load
+
+if TYPE_CHECKING:
+    from llama_jax.infer.llama import Llama
+
+_JUDGE_TOKENS = 512
+_BATCHES = 4  # answered between two writes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which models answer, and how.
+
+    Attributes:
+        model_a, model_b: what `llama_jax.load` takes.
+        adapter_a, adapter_b: the folder of a LoRA adapter for each, or None.
+        chat: put a prompt that is a text as a user's message, rather than as a text to be continued.
+        max_new_tokens: of an answer.
+        temperature: 0 is greedy; None leaves all settings of sampling to each model's own.
+        seed: prompt i is answered by both with seed + i.
+        dtype: as of `llama_jax.load`.
+    """
+
+    model_a: str
+    model_b: str
+    adapter_a: str | None = None
+    adapter_b: str | None = None
+    chat: bool = False
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    seed: int = 0
+    dtype: str | None = None
+
+    @property
+    def both(self) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
+        """Model and adapter of A and of B."""
+        return (self.model_a, self.adapter_a), (self.model_b, self.adapter_b)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What to call the two: the last part of each path, and so much more of it as tells them apart."""
+        models = [(Path(model).parts, f" + {Path(adapter).name}" if adapter else "") for model, adapter in self.both]
+        for size in range(1, max(len(parts) for parts, _ in models) + 1):
+            name_a, name_b = ("/".join(parts[-size:]) + adapter for parts, adapter in models)
+            if name_a != name_b:
+                return name_a, name_b
+        return f"{name_a} (A)", f"{name_b} (B)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What came of it.
+
+    Attributes:
+        tallies: overall first, then by category.
+        judged: prompts with a verdict.
+        total: prompts.
+        unread: verdicts of a judge model that could not be read, and count as ties.
+        folder: where all of it is.
+        picture: the bars, or None before the first verdict.
+    """
+
+    tallies: list[Tally]
+    judged: int
+    total: int
+    unread: int
+    folder: Path
+    picture: Path | None
+
+
+def compare(
+    asked: Asked,
+    prompts: Sequence[Prompt],
+    *,
+    judge: str,
+    out: str | os.PathLike[str],
+    judge_function: str | None = None,
+    judge_model: str | None = None,
+    batch_size: int = 8,
+    mesh: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Have two models answer, one after the other so that one is in memory at a time, and their answers judged.
+
+    Args:
+        asked: the models and how they answer.
+        prompts: as `read_prompts` gives them.
+        judge: one of judges.KINDS.
+        out: the folder that keeps everything; a comparison of the same models and prompts that is there goes on.
+        judge_function: "FILE.py:NAME" for "function"; see `judges.by_function`.
+        judge_model: what `llama_jax.load` takes, for "model": an instruct model.
+        batch_size: answers that are made together.
+        mesh: as of `llama_jax.load`, for all models.
+        progress: bars on standard error.
+
+    Raises:
+        ConfigError: settings that cannot work, or a folder of another comparison; before a model is loaded, where
+            that can be told before.
+    """
+    _check(asked, prompts, judge, judge_function, judge_model)
+    inputs.as_whole(batch_size, "batch_size")
+    inputs.as_sampling({"temperature": asked.temperature}, inputs.SamplingParams())
+    by_function = judges.by_function(judge_function) if judge == "function" else None
+    folder = _open(Path(out), asked, prompts)
+    opened = {"mesh": mesh, "dtype": asked.dtype}
+    answers = {
+        side: _answers(folder, side, asked, prompts, opened, batch_size=batch_size, progress=progress) for side in "ab"
+    }
+    cases = [Case(i, prompt, answers["a"][i], answers["b"][i]) for i, prompt in enumerate(prompts)]
+    identity = _identity(judge, judge_function, judge_model, asked.seed)
+    told = {line["number"]: line for line in _lines(folder / "verdicts.jsonl") if line["judge"] == identity}
+    pending = [case for case in cases if case.number not in told]
+    if pending:
+        if judge == "model":
+            llama = load(judge_model, **opened)
+            ask = _asker(llama, batch_size)
+            decide: Judge = judges.by_model(ask, batch_size=batch_size)
+        elif judge == "person":
+            decide = judges.by_person(seed=asked.seed, total=len(cases))
+        else:
+            decide = by_function or judges.exact
+        shown = progress and judge == "model"
+        with scoring.bar(len(pending), "judging", shown) as bar, open(folder / "verdicts.jsonl", "a") as file:
+            for verdict in decide(pending):
+                line = {"judge": identity, **dataclasses.asdict(verdict)}
+                _append(file, line)
+                told[verdict.number] = line
+                bar.update(1)
+    return _report(folder, asked, cases, told, judge)
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+    """Prompts of a JSON-lines file.
+
+    A line is a text, or an object with "prompt" (a text) or "messages" (a dialog that ends with a user), and perhaps
+    "reference" (the right answer, or a list of them) and "category". Other keys are not read.
+
+    Raises:
+        ConfigError: names the line that is otherwise, and what it should be.
+    """
+    prompts = []
+    data = Path(path).read_bytes()
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{place} is not a line of JSON: {error}") from None
+        prompts.append(_prompt({"prompt": value} if isinstance(value, str) else value, place))
+    if not prompts:
+        raise ConfigError(f'{path} holds no prompt: give lines such as {{"prompt": "The capital of France is"}}')
+    return prompts
+
+
+def _prompt(value: Any, place: str) -> Prompt:
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+        raise ConfigError(f'{place} must be a text, or an object with either "prompt" or "messages"')
+    asked = value.get("prompt", value.get("messages"))
+    if "prompt" in value and not (isinstance(asked, str) and asked):
+        raise ConfigError(f'{place}: "prompt" must be a text that is not empty')
+    if "messages" in value and not (isinstance(asked, list) and asked and all(isinstance(m, dict) for m in asked)):
+        raise ConfigError(f'{place}: "messages" must be a list such as [{{"role": "user", "content": "Hello"}}]')
+    if "messages" in value and asked[-1].get("role") == "assistant":
+        raise ConfigError(f'{place}: "messages" ends with the assistant, and leaves nothing to answer')
+    reference, category = value.get("reference"), value.get("category")
+    several = isinstance(reference, list) and reference and all(isinstance(r, str) for r in reference)
+    if not (reference is None or isinstance(reference, str) or several):
+        raise ConfigError(f'{place}: "reference" must be a text or a list of texts')
+    if not (category is None or (isinstance(category, str) and category)):
+        raise ConfigError(f'{place}: "category" must be a text')
+    return Prompt(place, asked, reference, category)
+
+
+def _check(asked: Asked, prompts: Sequence[Prompt], judge: str, function: str | None, model: str | None) -> None:
+    if judge not in judges.KINDS:
+        raise ConfigError(f"judge must be one of {', '.join(judges.KINDS)}, got {judge!r}")
+    for kind, flag, given in (("function", "--judge_function", function), ("model", "--judge_model", model)):
+        if (judge == kind) != (given is not None):
+            raise ConfigError(f"{flag} {'is missing: it goes' if given is None else 'goes'} with --judge {kind}")
+    if judge == "exact":
+        without = [prompt.place for prompt in prompts if prompt.reference is None]
+        if without:
+            raise ConfigError(f'{without[0]} has no "reference", which --judge exact holds answers against')
+    inputs.as_whole(asked.max_new_tokens, "max_new_tokens")
+
+
+def _open(folder: Path, asked: Asked, prompts: Sequence[Prompt]) -> Path:
+    """The folder, for this comparison alone."""
+    listed = json.dumps([dataclasses.astuple(prompt)[1:] for prompt in prompts], sort_keys=True)
+    mine = {
+        **dataclasses.asdict(asked),
+        "prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty, and holds no comparison: name another folder with --out")
+        path.write_text(json.dumps(mine, indent=2) + "\n")
+        return folder
+    try:
+        there = json.loads(path.read_text())
+        changed = [key for key in mine if there.get(key) != mine[key]]
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path} is damaged: name another folder with --out") from None
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{folder} holds another comparison: its {key} is {there.get(key)!r}, and now {mine[key]!r}; name another "
+            "folder with --out"
+        )
+    return folder
+
+
+def _answers(
+    folder: Path,
+    side: str,
+    asked: Asked,
+    prompts: Sequence[Prompt],
+    opened: Mapping[str, Any],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> list[str]:
+    """One model's answers in the order of the prompts, made where they are not there yet. It is gone afterwards."""
+    path = folder / "answers.jsonl"
+    there = {line["number"]: line["text"] for line in _lines(path) if line["model"] == side}
+    todo = [i for i in range(len(prompts)) if i not in there]
+    if todo:
+        model, adapter = asked.both["ab".index(side)]
+        llama = load(model, adapters=adapter, **opened)
+        ids = {i: _ids(llama, prompts[i], asked) for i in todo}  # all of them are checked before the first is answered
+        with scoring.bar(len(todo), f"answers of {side.upper()}", progress) as bar, open(path, "a") as file:
+            for start in range(0, len(todo), _BATCHES * batch_size):
+                part = todo[start : start + _BATCHES * batch_size]
+                results = llama.generate(
+                    [ids[i] for i in part],
+                    max_new_tokens=asked.max_new_tokens,
+                    temperature=asked.temperature,
+                    seed=[asked.seed + i for i in part],
+                    batch_size=batch_size,
+                    progress=False,
+                )
+                for i, result in zip(part, results, strict=True):
+                    there[i] = result.text
+                    _append(file, {"number": i, "model": side, "text": result.text, "finish": result.finish_reason})
+                bar.update(len(part))
+        del llama
+        gc.collect()  # weights of one model at a time: what holds others' is in cycles of compiled functions
+    return [there[i] for i in range(len(prompts))]
+
+
+def _ids(llama: Llama, prompt: Prompt, asked: Asked) -> list[int]:
+    if llama.tokenizer is None:
+        raise ConfigError("a comparison needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+    messages = prompt.asked
+    if isinstance(messages, str) and asked.chat:
+        messages = [{"role": "user", "content": messages}]
+    try:
+        if isinstance(messages, str):
+            ids = llama.tokenizer.encode(messages, bos=True)
+        else:
+            ids = llama.encode_dialog(messages)
+    except ValueError as error:
+        raise ConfigError(f"{prompt.place}: {error}") from None
+    _check_room(llama, ids, asked.max_new_tokens, prompt.place)
+    return ids
+
+
+def _check_room(llama: Llama, ids: Sequence[int], new: int, place: str) -> None:
+    limit = llama.config.max_seq_len
+    if len(ids) + new > limit:
+        raise ConfigError(
+            f"{place} has {len(ids):,} tokens, and with {new:,} new ones more than the model's max_seq_len={limit:,}: "
+            "shorten it, or lower --max_new_tokens"
+        )
+
+
+def _asker(llama: Llama, batch_size: int) -> Callable[[list[str]], list[str]]:
+    """What puts questions to a judge model: greedy, each as the first message of a dialog."""
+
+    def ask(questions: list[str]) -> list[str]:
+        ids = [llama.encode_dialog([{"role": "user", "content": text}]) for text in questions]
+        for text in ids:
+            _check_room(llama, text, _JUDGE_TOKENS, "a question to the judge, with both answers,")
+        results = llama.generate(
+            ids, max_new_tokens=_JUDGE_TOKENS, temperature=0.0, batch_size=batch_size, progress=False
+        )
+        return [result.text for result in results]
+
+    return ask
+
+
+def _identity(judge: str, function: str | None, model: str | None, seed: int) -> str:
+    """What verdicts are kept by: another judge, or a function that was changed, starts anew."""
+    if function is not None:
+        file = function.rpartition(":")[0]
+        return f"function {function} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+    return f"model {model}" if model is not None else judge
+
+
+def _report(folder: Path, asked: Asked, cases: Sequence[Case], told: Mapping[int, Any], judge: str) -> Comparison:
+    judged = [case for case in cases if case.number in told]
+    tallies = tally((case.prompt.category, told[case.number]["verdict"]) for case in judged)
+    unread = sum(None in told[case.number]["notes"].get("heard", ()) for case in judged)
+    with open(folder / "comparison.jsonl", "w") as file:
+        for case in cases:
+            verdict = told.get(case.number, {"verdict": None, "notes": {}})
+            prompt = dataclasses.asdict(case.prompt)
+            _append(file, {**prompt, "a": case.a, "b": case.b, "verdict": verdict["verdict"], **verdict["notes"]})
+    name_a, name_b = asked.names
+    rows = [dataclasses.asdict(row) for row in tallies if row.n]
+    summary = {"a": name_a, "b": name_b, "judge": judge, "judged": len(judged), "prompts": len(cases), "unread": unread}
+    (folder / "summary.json").write_text(json.dumps({**summary, "tallies": rows}, indent=2) + "\n")
+    drawn = None
+    if judged:
+        said_by = {"exact": "exact match", "function": "a function", "model": "a model", "person": "a person, blind"}
+        drawn = picture.draw(tallies, folder / "comparison.png", name_a=name_a, name_b=name_b, judge=said_by[judge])
+    return Comparison(tallies, len(judged), len(cases), unread, folder, drawn)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """The whole lines of a file; one that a kill cut short is taken off, so that the next starts a line of its own."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}:{number} is damaged ({error}): take the line out, or use another --out"
+            ) from None
+
+
+def _append(file: Any, line: Any) -> None:
+    file.write(json.dumps(line, ensure_ascii=True) + "\n")
+    file.flush()

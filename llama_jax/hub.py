@@ -1,0 +1,121 @@
+"""Repos of the Hugging Face hub: what is needed of one is downloaded, and kept in the hub's cache.
+
+huggingface_hub does the work, and its settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and so on. What is
+decided here is what is said when it cannot be done; which files are needed, weights/hub.py (of models) and data/hub.py
+(of datasets) know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama_jax.config import ConfigError
+
+# The hub's rule for names (huggingface_hub's validate_repo_id), less names without an owner; for re.ASCII.
+_WORD = r"\w(?:[\w.-]{0,94}\w)?"
+ID = f"{_WORD}/{_WORD}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Repo:
+    """A repo at a revision.
+
+    Attributes:
+        kind: "model" or "dataset".
+        text: what the user wrote.
+        name: owner/name.
+        revision: a branch, tag or commit; None is main.
+        forms: how such ids are written, for errors.
+    """
+
+    kind: str
+    text: str
+    name: str
+    revision: str | None
+    forms: str
+
+
+def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Path:
+    """Download those of `files` that the repo has and the cache has not; the folder of this commit in the cache.
+
+    `commit` (the name of that folder) saves asking the hub again what the revision is, and cannot change meanwhile.
+    Raises ConfigError for whatever the hub's library raises.
+    """
+    from huggingface_hub import constants, errors, snapshot_download  # a quarter of a second
+
+    page = f"{constants.ENDPOINT}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
+    login = "`hf auth login`, or set HF_TOKEN"
+    again = "run it again (the files that came whole are kept)"
+    try:
+        patterns = [glob.escape(file) for file in files]
+        revision = commit or repo.revision
+        return Path(snapshot_download(repo.name, repo_type=repo.kind, revision=revision, allow_patterns=patterns))
+    except KeyboardInterrupt:
+        why = f"the download was interrupted; {again}"
+    except errors.GatedRepoError:
+        why = f"it is gated: open {page}, accept the licence, then {login} (of the account that accepted)"
+    except errors.RepositoryNotFoundError:
+        absent = "no such path here, and " if repo.kind == "model" else ""  # whose ids look like paths
+        why = f"{absent}no {repo.kind} {page}: check the spelling; if it is private, {login}"
+    except errors.RevisionNotFoundError:
+        why = f"no branch, tag or commit {repo.revision!r}: see {page}/commits (ids are {repo.forms})"
+    except errors.IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)  # offline; what is needed of it is looked for afterwards
+    except errors.LocalEntryNotFoundError as error:
+        why = _not_cached("all of it", error.__cause__)
+    except Exception as error:  # the transport has errors of its own, and so has Xet
+        text = _flat(error)
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+            why = f"{constants.ENDPOINT} refuses the token: {login} to a valid one"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+            why = f"no space left in {constants.HF_HUB_CACHE}: make some, or set HF_HOME to a larger disk; {again}"
+        elif isinstance(error, PermissionError):
+            why = f"{text}: set HF_HOME to a folder that can be written"
+        else:
+            why = f"the download failed ({type(error).__name__}: {text}); {again}"
+    raise ConfigError(f"{repo.text}: {why}")
+
+
+def listing(repo: Repo, folder: Path) -> list[str]:
+    """Every file of the repo at the commit of this snapshot; those of the snapshot, where the cache has no list."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return sorted(file.path for file in get_cached_repo_tree(repo.name, repo_type=repo.kind, revision=folder.name))
+    except CachedRepoTreeNotFoundError:  # offline, and downloaded by an older huggingface_hub
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def check_there(repo: Repo, folder: Path, files: Sequence[str]) -> None:
+    """Raise ConfigError where a file is not in the cache: without the hub, a part of a snapshot looks like a whole."""
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ConfigError(f"{repo.text}: {_not_cached(f'{some(missing)} of it', None)}")
+
+
+def some(files: list[str]) -> str:
+    """The names of up to twenty files, for an error."""
+    more = f" and {len(files) - 20} more" if len(files) > 20 else ""
+    return ", ".join(files[:20]) + more
+
+
+def _not_cached(what: str, error: BaseException | None) -> str:
+    """What to say where the cache has not `what`, and `error` kept it from coming."""
+    from huggingface_hub import constants
+
+    reason = f" ({type(error).__name__}: {_flat(error)})" if error else ""
+    mend = (
+        f"{constants.ENDPOINT} cannot be reached, or fails{reason}: check the network (and HF_ENDPOINT), and run again"
+    )
+    if constants.HF_HUB_OFFLINE:
+        mend = "HF_HUB_OFFLINE=1 forbids the network: unset it and run again"
+    return f"the cache {constants.HF_HUB_CACHE} does not hold {what}, and {mend}"
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
