@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
 
 
 def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
-    return checkpoint_name(linear_ops.linear(x, w.get_value()), "product")
+    return checkpoint_name(linear_ops.linear(x, w.get_value(), w.axes[-2:]), "product")
 
 
 def _rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -7,9 +7,12 @@ a LoraTensor around either.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax import parallel
 from llama_jax.config import ConfigError
@@ -48,15 +51,21 @@ def _rows_times_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
     return _rows_times(padded, w)[: flat.shape[0]].reshape(*x.shape[:-1], w.shape[0])
 
 
-def linear(x: jax.Array, w: Weight) -> jax.Array:
+def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) -> jax.Array:
     """x (..., in) times w (out, in) transposed: (..., out) in the type of x, accumulated in float32.
 
     The weight is cast to the type of x for the product, and its gradient comes back in the weight's own type, so
     that float32 master weights get float32 gradients from bfloat16 products.
+
+    Args:
+        x: activations.
+        w: the weight.
+        axes: the logical axes of w. By these a quantised weight that is split over devices is gathered before it is
+            unpacked: XLA would do it after, and four times as much would travel.
     """
     if isinstance(w, LoraTensor):
-        return linear(x, w.base) + linear(w.narrowed(linear(w.dropped(x), w.a)), w.b)
-    return _quantised_linear(x, w) if isinstance(w, QTensor) else _linear(x, w)
+        return linear(x, w.base, axes) + linear(w.narrowed(linear(w.dropped(x), w.a)), w.b)
+    return _quantised_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w)
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
@@ -96,17 +105,32 @@ def _unpacked_in_turn(x: jax.Array, w: QTensor) -> jax.Array:
     return products.swapaxes(0, 1).reshape(*x.shape[:-1], out)
 
 
-@jax.custom_vjp
-def _quantised_linear(x: jax.Array, w: QTensor) -> jax.Array:
-    return _quantised(x, w).astype(x.dtype)
+def _gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
+    """The weight whole along `embed`, still packed, with its rows one after the other in memory.
+
+    A TPU unpacks it faster the other way about. Left to itself XLA would turn for that not one layer's weight at a time
+    but all that a scan is given, which takes the memory of a second model (tests/test_aot.py).
+    """
+    by_rows = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))  # noqa: E731
+    if axes is None:
+        return jax.tree.map(by_rows, w)
+    kept = [None if axis == "embed" else axis for axis in axes]
+    return jax.tree.map(lambda a: parallel.on_each_part(by_rows, (a, kept)), w)
 
 
-def _quantised_forward(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
-    return _quantised_linear(x, w), w  # kept packed, and unpacked again: as an array it is four to eight times as large
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantised_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
+    return _quantised(x, _gathered(w, axes)).astype(x.dtype)
 
 
-def _quantised_backward(w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
-    return _dot(g, quant.dequantise(w, g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype), None
+def _quantised_forward(x, w, axes):
+    # Kept packed and split, and unpacked again: whole and as an array it is many times as large.
+    return _quantised_linear(x, w, axes), w
+
+
+def _quantised_backward(axes, w, g):
+    whole = quant.dequantise(_gathered(w, axes), g.dtype)
+    return _dot(g, whole, ((g.ndim - 1,), (0,))).astype(g.dtype), None
 
 
 _quantised_linear.defvjp(_quantised_forward, _quantised_backward)
