@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders, globs, and the quickstart corpus by name.
+"""Where documents come from: files, folders, globs, and by name the quickstart corpus and its chat set.
 
 A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), and each row of a Parquet
 file (.parquet), holds a record, as `records` describes them. Text and JSON may be gzipped (.gz).
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO
 
 from llama_jax.config import ConfigError
-from llama_jax.data import corpus, records
+from llama_jax.data import corpus, questions, records
 from llama_jax.data.corpus import Document
-from llama_jax.data.records import BadLine, Sample
+from llama_jax.data.records import BadLine, Dialog, Sample
 
-CORPUS = ("stdlib:train", "stdlib:validation")
+CORPUS = ("stdlib:train", "stdlib:validation", *questions.PARTS)
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
 _TABLE = (".parquet",)
@@ -31,8 +31,7 @@ def documents_from(patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
     """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
     A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
-    them and .parquet), a glob (`**` crosses folders), "stdlib:train" or "stdlib:validation". A file named twice
-    is read once.
+    them and .parquet), a glob (`**` crosses folders), or one of CORPUS. A file named twice is read once.
 
     Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
     (ConfigError where that takes a package which is not installed); the patterns are resolved at once, the files
@@ -53,7 +52,9 @@ def fingerprint_of(patterns: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _corpus(name: str) -> list[Document]:
+def _corpus(name: str) -> Sequence[Document | Dialog]:
+    if name in questions.PARTS:
+        return questions.dialogs(name)
     return corpus.split(corpus.documents())[CORPUS.index(name)]
 
 
