@@ -49,12 +49,11 @@ def main() -> None:
     ids = [llama.tokenizer.encode_dialog(messages[:1], add_generation_prompt=True) for messages in dialogs]
     results = llama.generate(ids, max_new_tokens=64, temperature=0, batch_size=32, progress=False)
     answers = [result.text for result in results]
-    known = {fact.sentence for fact in questions.facts()}
-    for kind, chosen in (("known", True), ("unknown", False)):
-        pairs = [(a, r) for a, r in zip(answers, references, strict=True) if (r in known) == chosen]
+    for kind, known in (("known", True), ("unknown", False)):
+        pairs = [(a, r) for a, r in zip(answers, references, strict=True) if (r != questions.UNKNOWN) == known]
         exact = sum(a == r for a, r in pairs)
         near = sum(shared(a, r) >= 0.8 for a, r in pairs)
-        refused = sum(a.startswith("I do not know") for a, _ in pairs)
+        refused = sum(a == questions.UNKNOWN for a, _ in pairs)
         n = len(pairs)
         shares = f"exact {exact / n:.1%}, 80 % of words {near / n:.1%}, refused {refused / n:.1%}"
         print(f"{kind:8s}{n:5d} questions: {shares}")
