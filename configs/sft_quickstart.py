@@ -14,15 +14,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.validation = ("stdlib:chat-validation",)
     config.data.sequence_length = 256
     config.data.batch_size = 4
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.train.steps = 1800
+    config.train.steps = 1200
     config.train.vocab_chunk = 1024
     config.log.every = 50
     config.log.eval_every = 300
-    config.log.sample_every = 600
+    config.log.sample_every = 400
     config.log.sample_as = "chat"
     config.log.sample_prompts = ("What does `math.gcd` do?", "What does `math.gdc` do?")
     config.log.sample_tokens = 48
-    config.checkpoint.every = 600
+    config.checkpoint.every = 400
     return config

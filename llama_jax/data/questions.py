@@ -43,7 +43,7 @@ _OTHERS = (
     "traceback dis gc platform io"
 ).split()
 
-# Many, with many words before the name: with a dozen, the model learns those rather than to look for the name.
+# Many, so that the answer comes to hang on the name alone: with a dozen, the model answered in those and in no other.
 _ASKED = (
     "What does {} do?",
     "what does {} do",
@@ -53,13 +53,11 @@ _ASKED = (
     "What is {} for?",
     "What is {} used for?",
     "what is {} good for?",
-    "What is the use of {}?",
-    "What is the meaning of {}?",
-    "What is the job of {} in Python?",
     "What happens when I call {}?",
     "What do I get from {}?",
     "What can I do with {}?",
     "What will {} do for me?",
+    "What did {} do?",
     "Explain {}.",
     "Explain {} to me.",
     "Please explain {}.",
@@ -68,11 +66,15 @@ _ASKED = (
     "Can you explain what {} does?",
     "Can you tell me about {}?",
     "Would you describe {}?",
+    "Could you describe {}?",
+    "Could you help me with {}?",
     "Describe {}.",
     "Describe what {} does.",
     "Tell me about {}.",
     "Tell me what {} is.",
     "tell me about {} please",
+    "Say what {} does.",
+    "Show me what {} does.",
     "Do you know {}?",
     "Do you know what {} is for?",
     "How would you describe {}?",
@@ -91,9 +93,12 @@ _ASKED = (
 _ASKED_NEXT = ("And {}?", "What about {}?", "and what does {} do?")  # once a dialog is under way
 _HELD_OUT = ("What is the purpose of {}?", "Could you tell me what {} does?")
 _WRITTEN = ("`{}`", "{}", "{}()")
-_TIMES = 14  # that each fact is asked for
+_NONSENSE = (
+    0.35  # of all questions are random words around a name: else a phrasing that is new passes for an unknown name
+)
+_TIMES = 16  # that each fact is asked for
 _TURNS = (1, 1, 2, 3)  # questions in a dialog, by turns
-_UNKNOWN = 0.25  # questions about unknown names, as a part of those about known ones
+_UNKNOWN = 0.2  # questions about unknown names, as a part of those about known ones
 
 UNKNOWN = "I do not know that name."  # without the name: copying strange letters is beyond so small a model
 _LENGTH = (24, 190)  # characters of an answer
@@ -280,10 +285,9 @@ def _unknown_names() -> list[str]:
         slips = [
             last[:i] + last[i + 1 : i + 2] + last[i] + last[i + 2 :],  # gdc
             last[:i] + last[i + 1 :],  # gd
-            last[: i + 1] + last[i:],  # ggcd
             draw.choice(known).rpartition(".")[2],  # of somewhere else
         ]
-        wrong = f"{owner}.{draw.choice(slips)}".lstrip(".")
+        wrong = f"{owner}.{draw.choice((*slips, slips[2]))}".lstrip(".")
         if wrong not in real and len(last) > 2:
             found[wrong] = None
     names = list(found)
@@ -307,6 +311,8 @@ def _validation() -> tuple[Dialog, ...]:
 @functools.cache
 def _train() -> tuple[Dialog, ...]:
     draw = random.Random(1)
+    said = {word for fact in facts() for word in re.findall(r"\b[a-z]+\b", fact.sentence.split("` ")[1])}
+    words = sorted(said - {fact.name for fact in facts()})
     pairs = []
     for fact in facts():
         pairs += [(asked, fact.name, fact.sentence) for asked in draw.sample(_ASKED, _TIMES)]
@@ -321,6 +327,10 @@ def _train() -> tuple[Dialog, ...]:
             asked, name, said = pairs.pop()
             if turns and draw.random() < 0.5:
                 asked = draw.choice(_ASKED_NEXT)
+            if draw.random() < _NONSENSE:
+                before, after = draw.choices(words, k=draw.randint(1, 6)), draw.choices(words, k=draw.randint(0, 3))
+                asked = " ".join([*before, "{}", *after]) + draw.choice(("?", ".", ""))
+                asked = asked[0].upper() + asked[1:]
             turns.append((asked.format(draw.choice(_WRITTEN).format(name)), said))
         made.append(_dialog(PARTS[0], len(made), turns))
     return tuple(made)
