@@ -21,7 +21,8 @@ from llama_jax.data import corpus, questions, records
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Dialog, Sample
 
-CORPUS = ("stdlib:train", "stdlib:validation", *questions.PARTS)
+CORPUS = ("stdlib:train", "stdlib:validation")
+_NAMED = (*CORPUS, *questions.PARTS)
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
 _TABLE = (".parquet",)
@@ -31,7 +32,8 @@ def documents_from(patterns: Sequence[str]) -> Iterator[Sample | BadLine]:
     """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
     A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
-    them and .parquet), a glob (`**` crosses folders), or one of CORPUS. A file named twice is read once.
+    them and .parquet), a glob (`**` crosses folders), or the quickstart corpus or its chat set: stdlib:train,
+    stdlib:validation, stdlib:chat-train, stdlib:chat-validation. A file named twice is read once.
 
     Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
     (ConfigError where that takes a package which is not installed); the patterns are resolved at once, the files
@@ -65,7 +67,7 @@ def _resolve(patterns: Sequence[str]) -> list[Path | str]:
         raise ValueError("no data was named: give at least one file, folder or glob, or 'stdlib:train'")
     found: dict[Path | str, None] = {}  # ordered, without repeats
     for pattern in map(os.path.expanduser, patterns):
-        if pattern in CORPUS:
+        if pattern in _NAMED:
             matches: list[Path | str] = [pattern]
         elif os.path.isfile(pattern):
             matches = [Path(pattern)]
@@ -93,7 +95,7 @@ def _kind(path: Path) -> str:
 
 def _nothing_matched(pattern: str) -> str:
     if pattern.startswith("stdlib:"):
-        return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(CORPUS)}"
+        return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(_NAMED)}"
     if os.path.isdir(pattern):
         return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON + _TABLE)}, or in .gz after it"
     folder = Path(pattern).parent
