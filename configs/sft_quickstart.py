@@ -16,13 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 4
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.train.steps = 1200
+    config.train.steps = 1000
     config.train.vocab_chunk = 1024
     config.log.every = 50
-    config.log.eval_every = 300
-    config.log.sample_every = 400
+    config.log.eval_every = 250
+    config.log.sample_every = 500
     config.log.sample_as = "chat"
-    config.log.sample_prompts = ("What does `math.gcd` do?", "What does `math.gdc` do?")
+    config.log.sample_prompts = ("What does `math.gcd` do?", "Could you tell me what str.split does?")
     config.log.sample_tokens = 48
-    config.checkpoint.every = 400
+    config.checkpoint.every = 500
     return config
