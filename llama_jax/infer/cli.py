@@ -77,6 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=8, metavar="N", help="prompts that run together (8)")
     add("--json", action="store_true", help="one JSON object a prompt: text, tokens, logprobs, finish_reason, ...")
     add("--dtype", metavar="NAME", help="float32 or bfloat16 (the checkpoint's own, where the machine is fast at it)")
+    add("--quantize", metavar="NAME", help="int8 or int4: round the matrices of all layers while they are read")
     add("--mesh", metavar="AXIS=N,...", help="devices: data=1,tensor=2 (one device)")
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -122,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
-    llama = load(options.model, dtype=options.dtype, mesh=mesh, adapters=options.adapter)
+    llama = load(options.model, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=options.adapter)
     settings["max_new_tokens"] = options.max_new_tokens or (512 if options.chat or dialogs else 128)
     settings["seed"] = options.seed
     if options.chat:
