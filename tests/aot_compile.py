@@ -30,12 +30,30 @@ def tpu_mesh(topology, sizes):
 
 def train():
     """configs/llama31_8b.py: float32 weights and moments, bfloat16 products, 8 rows of 8,192 tokens, fsdp over 8."""
+    return _train_step("v6e:2x4", recipe())
+
+
+def train_long():
+    """The same with 4 rows of 131,072 tokens, fsdp over 4 and tensor over 8."""
+    values = recipe()
+    values["model"]["max_seq_len"] = values["data"]["sequence_length"] = 131072
+    values["data"]["batch_size"] = 4
+    values["mesh"] |= {"fsdp": 4, "tensor": 8}
+    return _train_step("v5p:4x4x2", values)
+
+
+def recipe():
+    return runpy.run_path(str(ROOT / "configs/llama31_8b.py"))["get_config"]().to_dict()
+
+
+def _train_step(topology, values):
     from llama_jax.train.program import Program
 
-    run = RunConfig.from_dict(runpy.run_path(str(ROOT / "configs/llama31_8b.py"))["get_config"]().to_dict())
-    mesh = tpu_mesh("v6e:2x4", dataclasses.asdict(run.mesh))
+    run = RunConfig.from_dict(values)
+    mesh = tpu_mesh(topology, dataclasses.asdict(run.mesh))
     program = Program.make(run, mesh)
-    return mesh, program.train_step.lower(program.state, program.frozen, program.batch), {}
+    lowered = program.train_step.lower(program.state, program.frozen, program.batch)
+    return mesh, lowered, {"kernels": lowered.as_text().count("@tpu_custom_call")}
 
 
 def decode():
@@ -66,7 +84,7 @@ def decode():
 
 def main():
     started = time.monotonic()
-    mesh, lowered, more = {"train": train, "decode": decode}[sys.argv[1]]()
+    mesh, lowered, more = {"train": train, "train_long": train_long, "decode": decode}[sys.argv[1]]()
     compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0})
     memory = compiled.memory_analysis()
     found = {

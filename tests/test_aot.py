@@ -47,8 +47,18 @@ def _compiled(what: str) -> dict:
 def test_the_8b_training_step_compiles_for_eight_v6e_chips_and_fits():
     found = _compiled("train")
     assert found["devices"] == 8
-    # At least the float32 weights and moments and gradients of an eighth of the model, and within 31.25 GiB of HBM.
-    assert 8_030_261_248 * 12 / 8 < found["peak_bytes"] < 31.25 * _GIB, found
+    # At least the float32 weights and moments and gradients of an eighth of the model. HBM has 31.25 GiB; 19.2 it was.
+    assert 8_030_261_248 * 12 / 8 < found["peak_bytes"] < 20 * _GIB, found
+    assert found["kernels"] == 3  # splash forward, again where the layer is recomputed, and backward
+
+
+@pytest.mark.slow
+def test_the_8b_training_step_on_rows_of_128k_tokens_compiles_for_32_v5p_chips_and_fits():
+    found = _compiled("train_long")
+    assert found["devices"] == 32
+    # The hidden states that 32 layers keep of a row are 32 GiB, the same on all 8 chips of a tensor axis.
+    assert 8_030_261_248 * 12 / 32 < found["peak_bytes"] < 60 * _GIB, found
+    assert found["kernels"] == 4  # at this length the backward pass is two
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ def takes(q_BTNH: jax.Array, k_BKTH: jax.Array) -> bool:
     """Whether the kernel takes arrays of these shapes and types, under the active layout.
 
     The length must be a multiple of 128, the head dim 64 or 128, and tensor parallelism must divide the heads of both
-    kinds. The type must be bfloat16: the kernel multiplies float32 in bfloat16 too, where the plain attention is exact.
+    kinds. The type must be bfloat16: the kernel asks for no more than a TPU's default precision, by which float32 would
+    be rounded to bfloat16, where the plain attention asks for the highest.
     """
     _, T, N, H = q_BTNH.shape
     parts = parallel.axis_size("heads")
