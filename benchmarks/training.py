@@ -10,89 +10,136 @@ to read is the ratio: single timings on a shared machine mean little.
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 32_000, 384, 6, 6, 2, 1024
-ROWS, LENGTH = 8, 512
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the model and of a batch."""
+
+    vocab: int = 32_000
+    width: int = 384
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int = 2
+    ffn: int = 1024
+    rows: int = 8
+    length: int = 512
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch."""
+        return self.rows * self.length
 
 
-def batches():
+def batches(size: Size):
     import numpy as np
 
     rng = np.random.default_rng(0)
     while True:
-        yield rng.integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
+        yield rng.integers(0, size.vocab, (size.rows, size.length + 1)).astype(np.int32)
 
 
-def ours(dtype: str):
-    """A function that does one step."""
-    import numpy as np
-
-    from llama_jax import parallel
-    from llama_jax.run_config import RunConfig, default_dict
-    from llama_jax.train import start
-    from llama_jax.train.program import Program
+def our_config(size: Size) -> dict:
+    """A run's keys, as nested dicts."""
+    from llama_jax.run_config import default_dict
 
     values = default_dict("tiny")
     values["output"] = "unused"
-    values["data"] |= {"train": ("unused",), "batch_size": ROWS, "sequence_length": LENGTH}
-    values["train"] |= {"remat": "full", "vocab_chunk": 4096, "compute_dtype": dtype}
+    values["data"] |= {"train": ("unused",), "batch_size": size.rows, "sequence_length": size.length}
+    values["train"] |= {"remat": "full", "vocab_chunk": 4096}
     values["model"] |= {
-        "vocab_size": VOCAB,
-        "embed_dim": WIDTH,
-        "num_layers": LAYERS,
-        "num_heads": HEADS,
-        "num_kv_heads": KV_HEADS,
-        "head_dim": WIDTH // HEADS,
-        "ffn_dim": FFN,
+        "vocab_size": size.vocab,
+        "embed_dim": size.width,
+        "num_layers": size.layers,
+        "num_heads": size.heads,
+        "num_kv_heads": size.kv_heads,
+        "head_dim": size.width // size.heads,
+        "ffn_dim": size.ffn,
     }
+    return values
+
+
+def our_batches(size: Size):
+    """The batches as the train step takes them."""
+    import numpy as np
+
+    for tokens in batches(size):
+        yield {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "positions": np.broadcast_to(np.arange(size.length, dtype=np.int32), (size.rows, size.length)),
+            "segments": np.ones((size.rows, size.length), np.int32),
+            "weights": np.ones((size.rows, size.length), np.float32),
+        }
+
+
+def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({})):
+    """A function that does one step of a run with these sections and keys in place of the usual ones."""
+    import jax
+
+    from llama_jax import model, parallel
+    from llama_jax.run_config import RunConfig
+    from llama_jax.train import start
+    from llama_jax.train.program import Program
+
+    values = our_config(size) | keys
+    values["train"] |= {"compute_dtype": dtype}
     run = RunConfig.from_dict(values)
     program = Program.make(run, parallel.make_mesh({}))
     state = start.first_state(program)
-    source = batches()
+
+    def random_base():
+        params = model.init_params(run.model, jax.random.key(0))
+        return jax.tree.map(lambda weight, like: weight.astype(like.dtype), params, program.frozen)
+
+    frozen = None if program.frozen is None else jax.jit(random_base)()
+    source = our_batches(size)
 
     def one() -> float:
         nonlocal state
-        tokens = next(source)
-        batch = {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH)),
-            "segments": np.ones((ROWS, LENGTH), np.int32),
-            "weights": np.ones((ROWS, LENGTH), np.float32),
-        }
-        state, metrics = program.train_step(state, None, batch)
+        state, metrics = program.train_step(state, frozen, next(source))
         return float(metrics["loss"])
 
     return one
 
 
-def transformers(dtype: str):
-    """A function that does one step."""
+def their_model(size: Size):
+    """transformers' Llama of this size, random and in float32, with its default attention: sdpa."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(os.cpu_count() or 1)
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        vocab_size=size.vocab,
+        hidden_size=size.width,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    source = batches()
+    return LlamaForCausalLM(config).train()
+
+
+def their_step(model, dtype: str, size: Size):
+    """A function that does one step on what of the model is to be trained."""
+    import torch
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    source = batches(size)
 
     def one() -> float:
         tokens = torch.from_numpy(next(source)).long()
@@ -100,7 +147,7 @@ def transformers(dtype: str):
             logits = model(input_ids=tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -108,13 +155,9 @@ def transformers(dtype: str):
     return one
 
 
-def serve(name: str, dtype: str) -> None:
-    """Do a step for every line on standard input, and answer with its seconds."""
-    one = {"ours": ours, "transformers": transformers}[name](dtype)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss = one()
-        print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss}), flush=True)
+def transformers(dtype: str, size: Size):
+    """A function that does one step."""
+    return their_step(their_model(size), dtype, size)
 
 
 def main() -> None:
@@ -123,27 +166,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    size = Size()
     if args.serve:
-        return serve(*args.serve)
+        name, dtype = args.serve
+        return turns.serve({"ours": ours, "transformers": transformers}[name](dtype, size))
     kinds = [(name, dtype) for dtype in args.dtypes for name in ("ours", "transformers")]
-    workers = {
-        kind: subprocess.Popen(
-            [sys.executable, __file__, "--serve", *kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for kind in kinds
-    }
-    seconds: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
-    for turn in range(args.steps + 1):
-        for kind in kinds:
-            workers[kind].stdin.write("step\n")
-            workers[kind].stdin.flush()
-            answer = json.loads(workers[kind].stdout.readline())
-            if turn:  # the first compiles
-                seconds[kind].append(answer["seconds"])
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    speeds = {kind: ROWS * LENGTH / statistics.median(times) for kind, times in seconds.items()}
+    seconds = turns.race(kinds, steps=args.steps)
+    speeds = {kind: size.tokens / statistics.median(times) for kind, times in seconds.items()}
     for (name, dtype), speed in speeds.items():
         print(f"{name:13s} {dtype:9s} {speed:8,.0f} tokens/s")
     best = {name: max(speed for kind, speed in speeds.items() if kind[0] == name) for name in ("ours", "transformers")}

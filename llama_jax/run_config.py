@@ -132,6 +132,11 @@ class RunConfig:
             raise ConfigError(
                 f"optimizer.moments='int8' is AdamW's: set optimizer.name='adamw', not {optimizer.name!r}"
             )
+        unused = [key for key in ("dropout", "rslora", "base") if getattr(self.lora, key) not in (0.0, False, "auto")]
+        if unused and not self.lora.rank:
+            raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
+        if self.train.z_loss and self.train.objective == "dpo":
+            raise ConfigError("train.z_loss is not of train.objective='dpo': set it to 0")
         for what, used in (("lora.rank", self.lora.rank), ("train.objective='dpo'", self.train.objective == "dpo")):
             if used and not self.init_from:
                 raise ConfigError(f"{what} needs init_from: name the model to start from")

@@ -258,6 +258,25 @@ def test_a_lora_run_on_dialogs_goes_on_to_the_bit(tmp_path, base, compiled, kill
     )
 
 
+def test_a_lora_run_is_a_model_to_train_on_and_takes_no_second_adapter(tmp_path, base):
+    """Merged, as the base of QLoRA, of full training and as the reference of DPO."""
+    loop.train(file_run(tmp_path, base, "first", train__steps=2, optimizer__learning_rate=0.05))
+    first = llama_jax.load(tmp_path / "first", dtype="float32")
+    merged = llama_jax.load(first.save(tmp_path / "merged", "hf", dtype="float32"), dtype="float32")
+    for settings in ({"lora__rank": 0}, {"lora__base": "int4"}):
+        found = [
+            steps(on_mesh(lora_run(folder, **settings), {"tensor": 2}), 2)[2]
+            for folder in (tmp_path / "first", tmp_path / "merged")
+        ]
+        assert gap(*map(losses, found)) < ROUNDING
+    with pytest.raises(ConfigError, match="would take the place of the LoRA updates that this model's run trained"):
+        llama_jax.load(tmp_path / "first", adapters=tmp_path / "first" / "adapter")
+    tokens = [[256, 5, 6, 7]]
+    assert gap(first.logits(tokens), merged.logits(tokens)) < ROUNDING
+    assert gap(first.use(None).logits(tokens), llama_jax.load(base, dtype="float32").logits(tokens)) < ROUNDING
+    assert open_source(tmp_path / "first").identity() != open_source(tmp_path / "merged").identity()
+
+
 def test_updates_are_refused_beside_another_base(tmp_path, base):
     other = tmp_path / "base"
     other.mkdir()
@@ -291,6 +310,8 @@ def test_settings_that_cannot_work_are_refused_with_the_mend(base):
         ({"optimizer__rates": ("embed=0.1",)}, "embed is not trained in this run: LoRA trains only lora_a and lora_b"),
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),
         ({"optimizer__name": "lion", "optimizer__moments": "int8"}, "moments='int8' is AdamW's"),
+        ({"lora__rank": 0, "lora__base": "int4"}, "lora.base needs lora.rank, which is 0"),
+        ({"train__objective": "dpo", "train__z_loss": 0.1}, "train.z_loss is not of train.objective='dpo'"),
         ({"dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "label_smoothing is not of IPO"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -144,6 +144,11 @@ class Llama:
         return view
 
     def _add(self, name: str, opened: lora.Adapter) -> None:
+        if not self.adapters and lora.is_adapted(self.params):
+            raise ConfigError(
+                f"adapter {name!r} would take the place of the LoRA updates that this model's run trained: give the "
+                "base as the model, and the run's adapter/ among its adapters"
+            )
         self.adapters[name] = lora.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: model.Params | None) -> None:

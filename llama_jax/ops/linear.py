@@ -115,7 +115,7 @@ def _gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
     if axes is None:
         return jax.tree.map(by_rows, w)
     kept = [None if axis == "embed" else axis for axis in axes]
-    return jax.tree.map(lambda a: parallel.on_shards(by_rows, a, *kept), w)
+    return jax.tree.map(lambda a: parallel.on_each_part(by_rows, (a, kept)), w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

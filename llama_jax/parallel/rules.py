@@ -93,19 +93,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
 
 
-def on_shards(function: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None) -> jax.Array:
-    """function(x), of the same shape, on each device's part of x as its logical axes place it."""
-    layout = _active.get()
-    if layout is None or layout.mesh.size == 1:
-        return function(x)
-    spec = layout.spec(axes, x.shape)
-    return jax.shard_map(function, mesh=layout.mesh, in_specs=spec, out_specs=spec)(x)
-
-
 def axis_size(axis: str) -> int:
     """Devices over which the active layout splits a logical axis; 1 without a layout."""
     layout = _active.get()
     return 1 if layout is None else layout.parts(axis)
+
+
+def on_each_part(function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes]) -> jax.Array:
+    """`function` of each device's own part of some arrays, given with their logical axes; it must not look further.
+
+    The result has the shape and the axes of the first array. For what XLA cannot split by itself, as Pallas kernels.
+    """
+    layout = _active.get()
+    values = [array for array, _ in arrays]
+    if layout is None or layout.mesh.size == 1:
+        return function(*values)
+    specs = tuple(layout.spec(axes, array.shape) for array, axes in arrays)
+    # Which values are equal on which devices is not checked: kernels do not say it of their results.
+    split = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return split(*values)
 
 
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:

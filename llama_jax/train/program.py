@@ -1,7 +1,7 @@
 """A run on a mesh, before anything is computed: shapes, places and compiled steps. What runs it is `loop`.
 
     program = Program.make(run, parallel.make_mesh({"fsdp": 8}))
-    state, frozen = start.first_state(program)
+    state, frozen = start.first_state(program), start.frozen(program).params
     state, metrics = program.train_step(state, frozen, batch)
 
 It needs no weights, so that the same steps can be compiled for devices that are not there:

@@ -26,7 +26,7 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import method
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
-from llama_jax.weights import hub, transform
+from llama_jax.weights import hub, load, transform
 from llama_jax.weights.source import Source, open_source
 
 Say = Callable[..., None]
@@ -175,7 +175,7 @@ def first_state(program: Program) -> TrainState:
     init = functools.partial(init_state, run, program.optimizer)
     if run.lora.rank or not run.init_from:
         return jax.jit(init, out_shardings=shardings)()
-    params = transform.restack(_pretrained(run).load(program.layout, jnp.dtype(jnp.float32), "none"))
+    params = _loaded(_pretrained(run), program, jnp.dtype(jnp.float32), "none")
     return jax.jit(lambda params: init(params=params), out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -203,8 +203,15 @@ def frozen(program: Program) -> Frozen:
     run = program.run
     source = _pretrained(run)
     dtype = method.frozen_dtype(run, program.dtype)
-    params = source.load(program.layout, dtype, method.frozen_quantize(run))
-    return Frozen(transform.restack(params), source.identity())
+    return Frozen(_loaded(source, program, dtype, method.frozen_quantize(run)), source.identity())
+
+
+def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
+    """A model's weights, stacked, in their shards; the updates of a LoRA run are merged into them."""
+    if not source.adapted:
+        return transform.restack(source.load(program.layout, dtype, quantize))
+    params = load.merged(source.load(program.layout, dtype, "none"))
+    return transform.restack(load.quantise_layers(program.run.model, params, quantize, program.layout))
 
 
 def _pretrained(run: RunConfig) -> Source:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,6 +50,12 @@ def applied(config: ModelConfig, params: Params, updates: Mapping[table.Path, Up
         return LoraTensor(base, *updates[path]) if path in updates else base
 
     return table.build(config, ((w.path, leaf(w.path)) for w in table.weights(config, "huggingface")))
+
+
+def is_adapted(params: Params) -> bool:
+    """Whether some weights have updates beside them."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, LoraTensor))
+    return any(isinstance(leaf, LoraTensor) for leaf in leaves)
 
 
 def merge(leaves: table.Leaves, adapter: Adapter) -> table.Leaves:

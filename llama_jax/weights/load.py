@@ -16,6 +16,7 @@ from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.jsonfile import brief
 from llama_jax.model import Params, logical_axes
 from llama_jax.ops import quant
+from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout, shardings
 from llama_jax.weights import layout as table
@@ -161,6 +162,17 @@ def quantise_layers(config: ModelConfig, params: Params, quantize: str | None, l
         return _quantised(found, bits, table.get(axes, path), layout)
 
     return table.build(config, ((weight.path, leaf(weight.path)) for weight in table.weights(config, "huggingface")))
+
+
+def merged(params: Params) -> Params:
+    """Placed params whose LoRA updates are added to their weights, which stay where they lie and in their dtype."""
+
+    def leaf(weight: jax.Array | LoraTensor) -> jax.Array:
+        if not isinstance(weight, LoraTensor):
+            return weight
+        return jax.jit(lambda w: w.merged(w.dtype), out_shardings=weight.base.sharding)(weight)
+
+    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, LoraTensor))
 
 
 def _is_block_matrix(path: table.Path, shape: tuple[int, ...]) -> bool:

@@ -60,7 +60,8 @@ def open_run(folder: str | Path) -> Source:
         load=load,
         read_tokenizer=functools.partial(tokenizer_in, folder),
         fingerprint=values.get("tokenizer_fingerprint"),
-        run_identity=functools.partial(_identity, folder),
+        run_identity=functools.partial(_identity, folder, values.get("frozen")),
+        adapted=settings is not None,
     )
 
 
@@ -131,11 +132,11 @@ def _step(folder: Path, checkpoints: Checkpoints) -> int:
     return step
 
 
-def _identity(folder: Path) -> str:
+def _identity(folder: Path, base: str | None) -> str:
     checkpoints = Checkpoints(folder, create=False)
     digests = checkpoints.digests(_step(folder, checkpoints))
     checkpoints.close()
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+    return hashlib.sha256(repr((base, sorted(digests.items()))).encode()).hexdigest()
 
 
 def _one_device() -> parallel.Layout:

@@ -58,6 +58,7 @@ class Source:
         fingerprint: of the tokenizer that it was trained with, where that is known.
         tokenizer_files: what transformers would read of its tokenizer, where they are of that kind.
         run_identity: of a run, which has no leaves: its `identity`.
+        adapted: its weights come with LoRA updates beside them, as LoraTensors.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Source:
     fingerprint: str | None = None
     tokenizer_files: tuple[Path, ...] = ()
     run_identity: Callable[[], str] | None = None
+    adapted: bool = False
 
     def identity(self) -> str:
         """A hash (hex) of which model it is, whatever format, dtype or number of files it is stored in.
