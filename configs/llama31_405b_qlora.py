@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = "meta-llama/Llama-3.1-405B-Instruct"
     config.data.train = ("data/train",)
     config.data.validation = ("data/validation",)
-    config.data.sequence_length = 2048
+    config.data.sequence_length = 4096
     config.data.batch_size = 16
     config.lora.rank = 16
     config.lora.alpha = 32.0

@@ -26,10 +26,10 @@ from llama_jax.run_config import RunConfig
 
 
 def stated(path):
-    """The topology and the GiB a chip that a recipe's docstring states: "(v6e:2x4, ...", "19.0 GiB a chip at its peak"."""
+    """What a recipe's docstring states as "(v6e:2x4" and "19.0 GiB a chip at its peak": the topology and the number."""
     text = " ".join(ast.get_docstring(ast.parse(Path(path).read_text())).split())
     topology, peak = re.search(r"\((v\w+:[\dx]+)\b", text), re.search(r"([\d.]+) GiB a chip at its peak", text)
-    return (topology[1], float(peak[1])) if topology and peak else None
+    return topology[1], float(peak[1])
 
 
 def tpu_mesh(topology, sizes):
