@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Axes = tuple[str | None, ...]
 
 # Each logical axis goes to the mesh axes named here. Weights are split twice: their `embed` side over fsdp (gathered
-# a layer at a time), the other over tensor. `layers` goes to no axis: a scan over a split axis gathers it whole. Between
-# layers activations are split over tensor too (Korthikanti et al., arXiv:2205.05198, who split the length): what a layer
-# keeps for its backward pass is then held once, and each all-reduce becomes a reduce-scatter and an all-gather.
+# a layer at a time), the other over tensor. `layers` goes to no axis: a scan over a split axis gathers it whole.
+# Between layers activations are split over tensor too (as arXiv:2205.05198 splits the length over it): what a layer
+# keeps for its backward pass is held once, and each all-reduce becomes a reduce-scatter and an all-gather.
 _TRAIN: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
