@@ -1,10 +1,16 @@
-"""Compile a program of the 8B model for a TPU topology and print what the compiler says of its memory, as JSON.
+"""Compile a recipe's step, or the 8B decode loop, for TPUs that are not here; print what they would hold, as JSON.
 
-Run by test_aot.py in a process of its own: libtpu wants its environment set before jax starts.
+    TPU_LIBRARY_PATH=.../libtpu.so TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu PYTHONPATH=. \\
+        python tests/aot_compile.py configs/llama31_8b_qlora.py [TOPOLOGY [KEY=VALUE ...]]
+
+Without a topology it is the one that the recipe's docstring names. Run by test_aot.py in a process of its own: libtpu
+wants its environment set before jax starts.
 """
 
+import ast
 import dataclasses
 import json
+import re
 import runpy
 import sys
 import time
@@ -18,39 +24,32 @@ from llama_jax import model, parallel
 from llama_jax.config import size
 from llama_jax.run_config import RunConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def stated(path):
+    """What a recipe's docstring states as "(v6e:2x4" and "19.0 GiB a chip at its peak": the topology and the number."""
+    text = " ".join(ast.get_docstring(ast.parse(Path(path).read_text())).split())
+    topology, peak = re.search(r"\((v\w+:[\dx]+)\b", text), re.search(r"([\d.]+) GiB a chip at its peak", text)
+    return topology[1], float(peak[1])
 
 
 def tpu_mesh(topology, sizes):
+    bounds = (1, 1, 1) if topology.endswith(":1x1") else (2, 2, 1)
     devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, chips_per_host_bounds=(2, 2, 1), num_slices=1
+        platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, num_slices=1
     ).devices
     return parallel.make_mesh(sizes, devices)
 
 
-def train():
-    """configs/llama31_8b.py: float32 weights and moments, bfloat16 products, 8 rows of 8,192 tokens, fsdp over 8."""
-    return _train_step("v6e:2x4", recipe())
-
-
-def train_long():
-    """The same with 4 rows of 131,072 tokens, fsdp over 4 and tensor over 8."""
-    values = recipe()
-    values["model"]["max_seq_len"] = values["data"]["sequence_length"] = 131072
-    values["data"]["batch_size"] = 4
-    values["mesh"] |= {"fsdp": 4, "tensor": 8}
-    return _train_step("v5p:4x4x2", values)
-
-
-def recipe():
-    return runpy.run_path(str(ROOT / "configs/llama31_8b.py"))["get_config"]().to_dict()
-
-
-def _train_step(topology, values):
+def train(path, topology=None, *changes):
+    """The training step of a recipe."""
     from llama_jax.train.program import Program
 
-    run = RunConfig.from_dict(values)
-    mesh = tpu_mesh(topology, dataclasses.asdict(run.mesh))
+    config = runpy.run_path(path)["get_config"]()
+    for change in changes:
+        key, _, value = change.partition("=")
+        config.update_from_flattened_dict({key: ast.literal_eval(value)})
+    run = RunConfig.from_dict(config.to_dict())
+    mesh = tpu_mesh(topology or stated(path)[0], dataclasses.asdict(run.mesh))
     program = Program.make(run, mesh)
     lowered = program.train_step.lower(program.state, program.frozen, program.batch)
     return mesh, lowered, {"kernels": lowered.as_text().count("@tpu_custom_call")}
@@ -84,7 +83,7 @@ def decode():
 
 def main():
     started = time.monotonic()
-    mesh, lowered, more = {"train": train, "train_long": train_long, "decode": decode}[sys.argv[1]]()
+    mesh, lowered, more = decode() if sys.argv[1] == "decode" else train(*sys.argv[1:])
     compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0})
     memory = compiled.memory_analysis()
     found = {

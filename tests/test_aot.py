@@ -1,4 +1,4 @@
-"""The 8B programs compile for a TPU that is not here, and fit it by the compiler's own account.
+"""Every recipe's step compiles for the TPUs that its docstring names, and takes the memory that it states.
 
 libtpu compiles without a chip: `pip install libtpu==0.0.42.1` anywhere, and name its libtpu.so in TPU_LIBRARY_PATH
 (kept out of requirements: an environment that has it looks for a TPU at every start).
@@ -6,15 +6,19 @@ libtpu compiles without a chip: `pip install libtpu==0.0.42.1` anywhere, and nam
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import aot_compile
 import pytest
 
 _GIB = 1 << 30
 _PROGRAM = Path(__file__).parent / "aot_compile.py"
+_HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB a chip that the compiler lets a program have
+_RECIPES = sorted((_PROGRAM.parents[1] / "configs").glob("llama*.py"))
 
 
 def _library() -> str | None:
@@ -25,7 +29,7 @@ def _library() -> str | None:
     return None if spec is None else str(Path(spec.origin).parent / "libtpu.so")
 
 
-def _compiled(what: str) -> dict:
+def _compiled(*what: str | Path) -> dict:
     library = _library()
     if library is None:
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
@@ -37,28 +41,22 @@ def _compiled(what: str) -> dict:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     done = subprocess.run(
-        [sys.executable, _PROGRAM, what], env=environment, capture_output=True, text=True, timeout=1500
+        [sys.executable, _PROGRAM, *what], env=environment, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_the_8b_training_step_compiles_for_eight_v6e_chips_and_fits():
-    found = _compiled("train")
-    assert found["devices"] == 8
-    # At least the float32 weights and moments and gradients of an eighth of the model. HBM has 31.25 GiB; 19.2 it was.
-    assert 8_030_261_248 * 12 / 8 < found["peak_bytes"] < 20 * _GIB, found
-    assert found["kernels"] == 3  # splash forward, again where the layer is recomputed, and backward
-
-
-@pytest.mark.slow
-def test_the_8b_training_step_on_rows_of_128k_tokens_compiles_for_32_v5p_chips_and_fits():
-    found = _compiled("train_long")
-    assert found["devices"] == 32
-    # The hidden states that 32 layers keep of a row are 32 GiB, the same on all 8 chips of a tensor axis.
-    assert 8_030_261_248 * 12 / 32 < found["peak_bytes"] < 60 * _GIB, found
-    assert found["kernels"] == 4  # at this length the backward pass is two
+@pytest.mark.parametrize("path", _RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_its_chips_in_the_memory_that_it_states(path):
+    topology, gib = aot_compile.stated(path)
+    found = _compiled(path)
+    chip, shape = topology.split(":")
+    assert found["devices"] == math.prod(int(n) for n in shape.split("x"))
+    assert found["peak_bytes"] < _HBM[chip] * _GIB, found
+    assert abs(found["peak_bytes"] / _GIB / gib - 1) < 0.03, found
+    assert found["kernels"] >= 3  # splash forward, again where a layer is recomputed, and backward
 
 
 @pytest.mark.slow

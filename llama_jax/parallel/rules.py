@@ -16,6 +16,8 @@ Axes = tuple[str | None, ...]
 
 # Each logical axis goes to the mesh axes named here. Weights are split twice: their `embed` side over fsdp (gathered
 # a layer at a time), the other over tensor. `layers` goes to no axis: a scan over a split axis gathers it whole.
+# Between layers activations are split over tensor too (as arXiv:2205.05198 splits the length over it): what a layer
+# keeps for its backward pass is held once, and each all-reduce becomes a reduce-scatter and an all-gather.
 _TRAIN: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
@@ -26,12 +28,12 @@ _TRAIN: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "norm": (),
-    "act_embed": (),
+    "act_embed": ("tensor",),
 }
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": _TRAIN,
-    # Sampling gathers no weights: `embed` stays whole, and a token's length axis is one long.
-    "infer": {**_TRAIN, "embed": (), "length": ()},
+    # Sampling gathers no weights: `embed` stays whole, and a token's length axis is one long. It keeps no activations.
+    "infer": {**_TRAIN, "embed": (), "length": (), "act_embed": ()},
 }
 
 

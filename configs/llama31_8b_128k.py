@@ -1,0 +1,31 @@
+"""Llama 3.1 8B trained on, all weights, on long documents: rows of 131,072 tokens.
+
+    python train.py --config configs/llama31_8b_128k.py --config.init_from=Llama-3.1-8B \
+        --config.data.train='/data/books/*.jsonl' --config.distributed.coordinator=auto
+
+Hardware: 32 TPU v5p chips (v5p:4x4x2, 95.74 GiB each; Google calls it a v5p-64).
+Memory: 13.2 GiB a chip at its peak, by the compiler's account (tests/test_aot.py).
+"""
+
+import ml_collections
+
+from llama_jax.run_config import default_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The run; every key can be changed with --config.KEY=VALUE."""
+    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config.output = "runs/llama31_8b_128k"
+    config.init_from = "meta-llama/Llama-3.1-8B"
+    config.data.train = ("data/train",)
+    config.data.sequence_length = 131072
+    config.data.batch_size = 4
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 50
+    config.train.steps = 1000
+    config.train.compute_dtype = "bfloat16"
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 8
+    config.log.eval_every = 0
+    config.checkpoint.every = 100
+    return config
