@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 from llama_jax import cli
 from llama_jax.config import ConfigError
@@ -10,6 +11,10 @@ from llama_jax.config import ConfigError
 def main() -> int:
     """Parse, train, and say how to sample from what came of it."""
     run, resume = cli.parse_run(sys.argv)  # before jax is imported: a typo is answered at once
+    base = Path(run.init_from)
+    recipe = Path("configs", f"{base.name}.py")  # runs/NAME is what configs/NAME.py makes
+    if base.parent == Path("runs") and not base.exists() and recipe.exists():
+        cli.fail(f"init_from={run.init_from!r} is not there yet: train it first with python train.py --config {recipe}")
 
     import jax
 
@@ -28,9 +33,11 @@ def main() -> int:
         cli.fail(error)
     if jax.process_index() == 0:
         if result.finished:
-            print(f"loss: {result.folder / 'loss.png'}\nSample from it with:")
-            prompt = shlex.quote(run.log.sample_prompts[0]) if run.log.sample_prompts else '"The"'
-            print(f"  python infer.py --model {shlex.quote(str(result.folder))} --prompt {prompt}")
+            adapter = f"adapter: {result.folder / 'adapter'}\n" if run.lora.rank else ""
+            print(f"loss: {result.folder / 'loss.png'}\n{adapter}Sample from it with:")
+            flag = "--ask" if run.log.sample_as == "chat" else "--prompt"
+            prompt = (*run.log.sample_prompts, "The")[0]
+            print(f"  {shlex.join(['python', 'infer.py', '--model', str(result.folder), flag, prompt])}")
         else:
             again = ["python", *(a for a in sys.argv if a != "--noresume")]
             print(f"The same command goes on from there:\n  {shlex.join(again)}")
@@ -38,7 +45,7 @@ def main() -> int:
 
 
 def make_sampler():
-    """A function of a run's weights as they are to a text for each of log.sample_prompts, compiled once."""
+    """A function of a run's weights as they are to what follows each of log.sample_prompts, compiled once."""
     llama = None
 
     def sample(run, params, tokenizer, mesh):
@@ -52,6 +59,9 @@ def make_sampler():
         else:
             llama.set_params(params)
         prompts, length = list(run.log.sample_prompts), run.log.sample_tokens
+        if run.log.sample_as == "chat":
+            asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = [tokenizer.encode_dialog(messages, add_generation_prompt=True) for messages in asked]
         results = llama.generate(prompts, max_new_tokens=length, temperature=0.7, top_p=0.9, seed=run.seed)
         llama.set_params(None)  # no second copy of the weights while training goes on
         return [result.text for result in results]

@@ -28,9 +28,10 @@ class DataConfig:
     Attributes:
         train: files, folders, glob patterns and datasets of the hub (hf://datasets/OWNER/NAME[@REVISION][/PATH]) of
             .txt, .md, .jsonl, .json and .parquet (README.md has the keys of their records: texts, dialogs,
-            completions, preference pairs); or `stdlib:train`.
+            completions, preference pairs); or `stdlib:train`, or `stdlib:chat-train` (questions and answers).
         weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
-        validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`.
+        validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`,
+            `stdlib:chat-validation` with `stdlib:chat-train`.
         tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
         loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
             calls and ends of turns too) and completions, or `all`, which pairs refuse. Text counts whole.
@@ -202,7 +203,8 @@ class LogConfig:
         eval_batches: of validation, at most.
         sample_every: text sampled from the model as it is. It takes a copy of the weights in train.compute_dtype on
             every device (split by mesh.tensor only); leave it off where that does not fit.
-        sample_prompts: what it goes on from.
+        sample_prompts: what it goes on from, or answers.
+        sample_as: whether those are texts to go on from (`text`), or questions of a user (`chat`).
         sample_tokens: how far.
         tensorboard: event files beside metrics.jsonl.
     """
@@ -212,6 +214,7 @@ class LogConfig:
     eval_batches: int = bounded(20, low=1)
     sample_every: int = bounded(0, low=0)
     sample_prompts: tuple[str, ...] = bounded(("The",))
+    sample_as: str = bounded("text", choices=("text", "chat"))
     sample_tokens: int = bounded(64, low=1)
     tensorboard: bool = bounded(True)
 

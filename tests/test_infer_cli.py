@@ -81,6 +81,22 @@ def test_a_dialog_in_a_file_is_answered(run, small, tmp_path):
     assert out == small.chat(messages, max_new_tokens=6, temperature=0).text + "\n"
 
 
+def test_each_question_is_answered_alone(run, small):
+    options = ("--max_new_tokens", "6", "--temperature", "0.8", "--seed", "4")
+    dialogs = [[{"role": "user", "content": text}] for text in ("hi", "and you?")]
+    how = {"max_new_tokens": 6, "temperature": 0.8}
+    first, second = (small.chat(dialog, seed=4 + i, **how) for i, dialog in enumerate(dialogs))
+    assert run("--ask", "hi", *options)[1] == f"{first.text}\n"
+    asked = ("--ask", "hi", "--ask", "and you?", *options)
+    assert run(*asked)[1] == f"> hi\n{first.text}\n> and you?\n{second.text}\n"
+    assert [json.loads(line)["tokens"] for line in run(*asked, "--json")[1].splitlines()] == [
+        first.tokens,
+        second.tokens,
+    ]
+    dialog = [{"role": "system", "content": "Be brief."}, *dialogs[0]]
+    assert run("--ask", "hi", "--system", "Be brief.", *options)[1] == small.chat(dialog, seed=4, **how).text + "\n"
+
+
 def test_chat_remembers_until_reset_and_leaves_at_quit(run, small):
     lines = "hi\nagain\n/reset\nhi\n/rest\n/quit\nnever\n"
     status, out, err = run("--chat", "--max_new_tokens", "5", "--temperature", "0", stdin=lines)
@@ -113,6 +129,8 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--max_tokens=3"], "did you mean '--max_new_tokens'?"),
         ([], "give one of --prompt"),
         (["--prompt", "a", "--chat"], "got --prompt and --chat"),
+        (["--ask", "a", "--prompt", "b"], "got --prompt and --ask"),
+        (["--prompt", "a", "--system", "b"], "--system goes with --ask and --chat"),
         (["--chat", "--json"], "--json does not go with --chat"),
         (["--prompt", "a", "--temperature", "hot"], "invalid float value: 'hot'"),
         (["--prompt", "a", "--temperature", "nan"], "temperature must be"),

@@ -4,16 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sound
 from golden.make_model import random_tokens
 
+import llama_jax
 from llama_jax import model, parallel
-from llama_jax.config import SIZES
+from llama_jax.config import SIZES, ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear, quant
 from llama_jax.ops.quant import QTensor
-from llama_jax.weights import transform
+from llama_jax.weights import blocks, transform
 
 ROUNDING = 1e-5
+MESH = {"data": 2, "tensor": 4}
 TINY = {**SIZES["tiny"].to_dict(), "embed_dim": 64, "rope_scaling": SIZES["tiny"].rope_scaling}
 CONFIG = type(SIZES["tiny"])(**TINY)
 
@@ -108,3 +111,36 @@ def test_quantised_weights_stack_and_unstack():
     quantised, _ = quantised_params(4)
     again = transform.unstack(transform.stack(quantised))
     jax.tree.map(np.testing.assert_array_equal, again, quantised)
+
+
+@pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
+def test_weights_are_rounded_as_ggml_rounds_them(bits, kind):
+    rng = np.random.default_rng(bits)
+    w = (rng.standard_normal((64, 256)) * 10.0 ** rng.integers(-4, 2, (64, 1))).astype(np.float32)
+    w[3, :32], w[4, 32:64] = 0, 0.125
+    ours = jax.jit(quant.quantise, static_argnums=1)(w, bits)
+    theirs = blocks.dequantise(kind, blocks.quantise(kind, w))
+    np.testing.assert_array_equal(quant.dequantise(ours, jnp.float32), theirs)
+    assert ours.bits == bits and ours.shape == w.shape
+
+
+@pytest.mark.parametrize("sizes", [None, MESH], ids=str)
+@pytest.mark.parametrize("name, kind", [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_a_model_quantised_while_it_is_read_is_the_rounded_model(tmp_path, name, kind, sizes):
+    params = model.init_params(CONFIG, jax.random.key(3))
+    sound.save_params(tmp_path / "whole", CONFIG, params)
+
+    def rounded(leaf):
+        if leaf.ndim < 3:
+            return leaf
+        flat = np.asarray(leaf).reshape(-1, leaf.shape[-1])
+        return jnp.asarray(blocks.dequantise(kind, blocks.quantise(kind, flat)).reshape(leaf.shape))
+
+    expected = Llama(CONFIG, {**params, "layers": jax.tree.map(rounded, params["layers"])}, dtype="float32")
+    llama = llama_jax.load(tmp_path / "whole", quantize=name, dtype="float32", mesh=sizes)
+    up = llama.params["layers"][0]["ffn"]["up"]
+    assert isinstance(up, QTensor) and f"int{up.bits}" == name and not isinstance(llama.params["embed"], QTensor)
+    tokens = random_tokens(CONFIG, rows=2, length=9)
+    assert gap(llama.logits(tokens), expected.logits(tokens)) < 2e-5
+    with pytest.raises(ConfigError, match="quantize must be one of None, 'none', 'int8', 'int4', got 'int5'"):
+        llama_jax.load(tmp_path / "whole", quantize="int5")

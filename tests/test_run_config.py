@@ -22,7 +22,8 @@ train.max_skipped
 lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.base
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
-log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_tokens log.tensorboard
+log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_as log.sample_tokens
+log.tensorboard
 checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
 distributed.coordinator distributed.num_processes distributed.process_id
 model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.ffn_dim

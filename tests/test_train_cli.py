@@ -87,7 +87,7 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
         (["--config.lr=1"], "did you mean 'optimizer.learning_rate'?"),
         (["--config.train.batch_size=1"], "did you mean 'data.batch_size'?"),
-        (["--config.train=1"], "train is a section: set one of train.steps, train.accumulate"),
+        (["--config.train=1"], "train is a section: set one of train.objective, train.steps"),
         (["--config.train.steps"], "--config.train.steps=VALUE"),
         (["--config.train.steps", "5"], "--config.train.steps=VALUE"),
         (["--config.train.steps="], "train.steps"),

@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders, globs, datasets of the hub, and the quickstart corpus by name.
+"""Where documents come from: files, folders, globs, datasets of the hub, and by name the quickstart corpora.
 
 A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), each row of a Parquet
 file (.parquet), and each item of the list that a JSON file (.json) may be, holds a record, as `records` describes them.
@@ -17,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llama_jax.data import corpus, hub, records
+from llama_jax.data import corpus, hub, questions, records
 from llama_jax.data.corpus import Document
-from llama_jax.data.records import BadLine, Sample
+from llama_jax.data.records import BadLine, Dialog, Sample
 
 CORPUS = ("stdlib:train", "stdlib:validation")
+_NAMED = (*CORPUS, *questions.PARTS)
 _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines")
 _TABLE = (".parquet",)
@@ -37,8 +38,8 @@ def documents_from(patterns: Sequence[str], *, split: str = "train", pairs: bool
 
     A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
     them and .parquet), a glob (`**` crosses folders), a dataset of the hub (see `hub`; `split` says which of its files
-    when it is named without any), "stdlib:train" or "stdlib:validation". A file named twice is read once. `pairs` is
-    as in `records.parse`.
+    when it is named without any), or the quickstart corpus or its chat set: stdlib:train, stdlib:validation,
+    stdlib:chat-train, stdlib:chat-validation. A file named twice is read once. `pairs` is as in `records.parse`.
 
     Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
     (ConfigError where that takes a package which is not installed, or cannot be downloaded); the patterns are resolved,
@@ -65,7 +66,9 @@ def fingerprint_of(patterns: Sequence[str], *, split: str = "train") -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _corpus(name: str) -> list[Document]:
+def _corpus(name: str) -> Sequence[Document | Dialog]:
+    if name in questions.PARTS:
+        return questions.dialogs(name)
     return corpus.split(corpus.documents())[CORPUS.index(name)]
 
 
@@ -85,7 +88,7 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
         if pattern.startswith(hub.SCHEME):
             found |= hub.find(pattern, split)
             continue
-        if pattern in CORPUS:
+        if pattern in _NAMED:
             matches: list[Path | str] = [pattern]
         elif os.path.isfile(pattern):
             matches = [Path(pattern)]
@@ -113,7 +116,7 @@ def _kind(path: Path) -> str:
 
 def _nothing_matched(pattern: str) -> str:
     if pattern.startswith("stdlib:"):
-        return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(CORPUS)}"
+        return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(_NAMED)}"
     if os.path.isdir(pattern):
         return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON + _TABLE)}, or in .gz after it"
     folder = Path(pattern).parent

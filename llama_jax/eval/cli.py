@@ -110,6 +110,7 @@ def _compare_flags(commands: Any) -> argparse.ArgumentParser:
 def _common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows that run together (8)")
     sub.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (as infer.py)")
+    sub.add_argument("--quantize", metavar="NAME", help="int8 or int4 (as infer.py)")
     sub.add_argument("--mesh", metavar="AXIS=N,...", help="devices: data=1,tensor=2 (one device)")
 
 
@@ -127,7 +128,7 @@ def _load(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> Llama:
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
-    return load(options.model, dtype=options.dtype, mesh=mesh, adapters=options.adapter)
+    return load(options.model, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=options.adapter)
 
 
 def _perplexity(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> int:

@@ -42,6 +42,7 @@ class Asked:
         temperature: 0 is greedy; None leaves all settings of sampling to each model's own.
         seed: prompt i is answered by both with seed + i.
         dtype: as of `llama_jax.load`.
+        quantize: likewise.
     """
 
     model_a: str
@@ -53,6 +54,7 @@ class Asked:
     temperature: float | None = None
     seed: int = 0
     dtype: str | None = None
+    quantize: str | None = None
 
     @property
     def both(self) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
@@ -125,7 +127,7 @@ def compare(
     inputs.as_sampling({"temperature": asked.temperature}, inputs.SamplingParams())
     by_function = judges.by_function(judge_function) if judge == "function" else None
     folder = _open(Path(out), asked, prompts)
-    opened = {"mesh": mesh, "dtype": asked.dtype}
+    opened = {"mesh": mesh, "dtype": asked.dtype, "quantize": asked.quantize}
     answers = {
         side: _answers(folder, side, asked, prompts, opened, batch_size=batch_size, progress=progress) for side in "ab"
     }

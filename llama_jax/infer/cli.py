@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   python infer.py --model runs/quickstart --prompt "Once upon a time"
+  python infer.py --model runs/sft_quickstart --ask "What does math.gcd do?"
   python infer.py --model Llama-3.1-8B-Instruct --chat --temperature 0.7
   python infer.py --model Llama-3.1-8B --prompt_file prompts.txt --json > out.jsonl
 """
@@ -57,9 +58,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="a prompt a line, or with .jsonl one JSON value a line: a string, a list of token ids, or an object "
         'with "prompt"; - reads lines from standard input',
     )
+    add("--ask", action="append", metavar="TEXT", help="a user's question to answer; repeat it for several, each alone")
     add("--chat", action="store_true", help=f"talk to it; {_CHAT_HELP}")
     add("--messages", metavar="FILE", help='a dialog as a JSON list of {"role": ..., "content": ...}')
-    add("--system", metavar="TEXT", help="the system message of --chat")
+    add("--system", metavar="TEXT", help="the system message of --ask and --chat")
     add("--max_new_tokens", type=int, metavar="N", help="for each prompt (128; in a dialog 512)")
     add("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time (0.6)")
     add("--top_k", type=int, metavar="K", help="keep the K likeliest tokens; 0 is off (0)")
@@ -75,6 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=8, metavar="N", help="prompts that run together (8)")
     add("--json", action="store_true", help="one JSON object a prompt: text, tokens, logprobs, finish_reason, ...")
     add("--dtype", metavar="NAME", help="float32 or bfloat16 (the checkpoint's own, where the machine is fast at it)")
+    add("--quantize", metavar="NAME", help="int8 or int4: round the matrices of all layers while they are read")
     add("--mesh", metavar="AXIS=N,...", help="devices: data=1,tensor=2 (one device)")
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -83,14 +86,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unknown argument {word!r}{nearest(word, flags)}")
     if options.model is None:
         parser.error("no model: give --model PATH, a run folder, a Hugging Face folder or hub id, or a .gguf file")
-    modes = [name for name in ("prompt", "prompt_file", "chat", "messages") if getattr(options, name)]
+    modes = [name for name in ("prompt", "prompt_file", "ask", "chat", "messages") if getattr(options, name)]
     if len(modes) != 1:
         given = " and ".join(f"--{name}" for name in modes) or "nothing"
-        parser.error(f"give one of --prompt, --prompt_file, --chat and --messages; got {given}")
+        parser.error(f"give one of --prompt, --prompt_file, --ask, --chat and --messages; got {given}")
     if options.json and options.chat:
         parser.error("--json does not go with --chat; use --messages FILE --json")
-    if options.system is not None and not options.chat:
-        parser.error("--system goes with --chat; put a system message into the file of --messages")
+    if options.system is not None and not (options.chat or options.ask):
+        parser.error("--system goes with --ask and --chat; put a system message into the file of --messages")
     return options
 
 
@@ -109,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
-    messages = _messages(options.messages) if options.messages else None
+    dialogs = [_messages(options.messages)] if options.messages else _asked(options.system, options.ask or ())
     mesh = mesh_sizes(options.mesh)
     settings = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
 
@@ -120,23 +123,27 @@ def _run(options: argparse.Namespace) -> int:
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
-    llama = load(options.model, dtype=options.dtype, mesh=mesh, adapters=options.adapter)
-    dialog = options.chat or messages is not None
-    settings["max_new_tokens"] = options.max_new_tokens or (512 if dialog else 128)
+    llama = load(options.model, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=options.adapter)
+    settings["max_new_tokens"] = options.max_new_tokens or (512 if options.chat or dialogs else 128)
     settings["seed"] = options.seed
     if options.chat:
         return _chat(llama, options.system, settings)
     start = time.perf_counter()
-    if options.json or len(prompts) > 1:
-        if messages is not None:
-            results = [llama.chat(messages, **settings)]
-        else:
-            results = llama.generate(prompts, batch_size=options.batch_size, **settings)
-        ids = llama.tokenizer is None
+    ids = llama.tokenizer is None
+    if dialogs and options.json:
+        seeded = [settings | {"seed": options.seed + i} for i in range(len(dialogs))]
+        results = [llama.chat(messages, **own) for messages, own in zip(dialogs, seeded, strict=True)]
+        _print_results(results, time.perf_counter() - start, as_json=True, ids=ids)
+    elif dialogs:
+        for i, messages in enumerate(dialogs):
+            if len(dialogs) > 1:
+                print(f"> {messages[-1]['content']}")
+            _print_stream(llama.stream_chat(messages, **settings | {"seed": options.seed + i}))
+    elif options.json or len(prompts) > 1:
+        results = llama.generate(prompts, batch_size=options.batch_size, **settings)
         _print_results(results, time.perf_counter() - start, as_json=options.json, ids=ids)
-        return 0
-    pieces = llama.stream_chat(messages, **settings) if messages else llama.stream(prompts[0], **settings)
-    _print_stream(pieces)
+    else:
+        _print_stream(llama.stream(prompts[0], **settings))
     return 0
 
 
@@ -185,6 +192,12 @@ def _messages(file: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise ConfigError(f'{file} must be a JSON list of messages: [{{"role": "user", "content": "Hello"}}]')
     return messages
+
+
+def _asked(system: str | None, questions: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """A dialog of each question."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [[*first, {"role": "user", "content": question}] for question in questions]
 
 
 def mesh_sizes(text: str | None) -> dict[str, int] | None:

@@ -1,0 +1,62 @@
+"""How well configs/sft_quickstart.py teaches: trains it, and asks every question of its validation set greedily.
+
+    python train.py --config configs/quickstart.py && python benchmarks/sft_quickstart.py
+
+Flags after `--` go to train.py (`-- --config.train.steps=600`). Answers count as exact, or as essentially right where
+they have at least 80 % of the reference's words and the reference 80 % of theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def shared(answer: str, reference: str) -> float:
+    """The smaller of the shares of words, with their counts, that each has of the other."""
+    a, b = Counter(answer.split()), Counter(reference.split())
+    return (a & b).total() / max(a.total(), b.total(), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder that was trained already")
+    parser.add_argument("flags", nargs="*")
+    options = parser.parse_args()
+    folder = options.model or tempfile.mkdtemp()
+    if not options.model:
+        start = time.perf_counter()
+        command = ["train.py", "--config", "configs/sft_quickstart.py", f"--config.output={folder}", *options.flags]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        print(f"train.py took {time.perf_counter() - start:.0f} s from start to end")
+
+    import llama_jax
+    from llama_jax.data import questions
+
+    llama = llama_jax.load(folder)
+    dialogs = [dialog.messages for dialog in questions.dialogs(questions.PARTS[1])]
+    asked, references = [m[0]["content"] for m in dialogs], [m[1]["content"] for m in dialogs]
+    ids = [llama.tokenizer.encode_dialog(messages[:1], add_generation_prompt=True) for messages in dialogs]
+    results = llama.generate(ids, max_new_tokens=64, temperature=0, batch_size=32, progress=False)
+    answers = [result.text for result in results]
+    exact = sum(a == r for a, r in zip(answers, references, strict=True))
+    near = sum(shared(a, r) >= 0.8 for a, r in zip(answers, references, strict=True))
+    print(f"{len(answers)} questions: exact {exact / len(answers):.1%}, 80 % of words {near / len(answers):.1%}")
+    for i in random.Random(0).sample(range(len(answers)), 10):
+        mark = "=" if answers[i] == references[i] else "~" if shared(answers[i], references[i]) >= 0.8 else "x"
+        print(f"{mark} {asked[i]}\n    {answers[i]}")
+        if mark != "=":
+            print(f"    ({references[i]})")
+
+
+if __name__ == "__main__":
+    main()
