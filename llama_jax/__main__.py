@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from llama_jax.cli import fail, one_line, parse_run
 from llama_jax.config import ConfigError, nearest
+from llama_jax.infer.cli import quiet_pipe
 
 if TYPE_CHECKING:
     from llama_jax.weights.source import Source
@@ -70,18 +71,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Do what the command says; returns the exit status: 2 after an error, which is one line on standard error."""
     try:
-        if _asks_for_data(argv):
-            return _inspect_data(argv[2:])
-        if list(argv[:1]) == ["eval"]:
-            from llama_jax.eval import cli
-
-            return cli.main(argv[1:])
-        options = parse(argv)
-        return _convert(options) if options.command == "convert" else _inspect(options.source)
+        with quiet_pipe():
+            return _main(argv)
     except (ConfigError, ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _main(argv: Sequence[str]) -> int:
+    if _asks_for_data(argv):
+        return _inspect_data(argv[2:])
+    if list(argv[:1]) == ["eval"]:
+        from llama_jax.eval import cli
+
+        return cli.main(argv[1:])
+    options = parse(argv)
+    return _convert(options) if options.command == "convert" else _inspect(options.source)
 
 
 def _asks_for_data(argv: Sequence[str]) -> bool:

@@ -1,13 +1,19 @@
 """The splash kernel, interpreted on a CPU, against the plain attention; and where it is chosen."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-from llama_jax import parallel
+from llama_jax import model, parallel
+from llama_jax.cache import init_cache
+from llama_jax.config import SIZES
+from llama_jax.data.packing import PackedRows, WholeRows
 from llama_jax.ops.attention import splash, xla
 
 # Of float32 sums in another order, beside the largest number of the result; the most seen is 1e-6.
@@ -111,3 +117,113 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(sizes):
     layout = parallel.Layout(parallel.make_mesh(sizes), "train")
     with parallel.use(layout):
         check(4 * ROWS["padded"], N=2 * K)
+
+
+# What the kernel takes for granted.
+
+
+@pytest.mark.parametrize("kind", [PackedRows, functools.partial(WholeRows, loss_on="all")], ids=["packed", "whole"])
+def test_in_rows_of_documents_the_order_of_positions_in_a_segment_is_that_of_places(kind):
+    lengths = np.random.default_rng(0).integers(1, 90, 40)
+    total = int(lengths.sum())
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = kind(
+        SimpleNamespace(tokens=np.arange(total), offsets=offsets, num_tokens=total, fingerprint=""), sequence_length=64
+    )
+    padding = 0
+    for i in range(len(rows)):
+        segments, positions = rows[i]["segments"], rows[i]["positions"]
+        same = segments[:, None] == segments
+        of_plain, of_kernel = (same & (order[:, None] >= order) for order in (positions, np.arange(64)))
+        real = segments > 0
+        np.testing.assert_array_equal(of_plain[real], of_kernel[real])
+        padding += np.sum(~real)
+    assert padding > 0
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 256), (256, 128), (512, 512)], ids=str)
+def test_blocks_told_by_their_corners_are_those_told_by_looking(blocks):
+    def information(mask):
+        q, kv = blocks
+        sizes = library.BlockSizes(q, kv, 128, q, kv, 128, q, kv)
+        kernel = library.make_splash_mha(
+            library.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=1
+        )
+        return jax.tree.leaves((kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+
+    expected = information(library.CausalMask((1024, 1024)))
+    assert len(expected) == 9
+    for ours, theirs in zip(information(splash._Causal((1024, 1024))), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("T", [128, 384, 640, 1024, 8192, 8320, 131072])
+def test_blocks_divide_every_length_that_is_taken(T):
+    sizes = splash._block_sizes(T)
+    for q, kv, compute in (
+        (sizes.block_q, sizes.block_kv, sizes.block_kv_compute),
+        (sizes.block_q_dkv, sizes.block_kv_dkv, sizes.block_kv_dkv_compute),
+    ):
+        assert T % q == T % kv == kv % compute == compute % 128 == 0
+    assert sizes.has_backward_blocks
+
+
+# Where it is chosen: programs lowered for a platform that need not be here.
+
+CONFIG = dataclasses.replace(
+    SIZES["tiny"], vocab_size=512, embed_dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=128
+)
+
+
+def kernels(
+    *,
+    platform="tpu",
+    length=256,
+    dtype=jnp.bfloat16,
+    mesh=None,
+    config=CONFIG,
+    remat="none",
+    gradient=False,
+    cache=None,
+):
+    """How many kernels a forward pass calls, or a gradient, lowered for a platform."""
+    layout = parallel.Layout(parallel.make_mesh(mesh or {}, jax.devices()[: 8 if mesh else 1]), "train")
+
+    def run(params, tokens, positions, segments):
+        with parallel.use(layout):
+            hidden, _ = model.forward(config, params, tokens, positions, segments, cache, dtype=dtype, remat=remat)
+            return jnp.sum(hidden.astype(jnp.float32))
+
+    config = dataclasses.replace(config, max_seq_len=max(length, config.max_seq_len))
+    params = model.abstract_params(config, stacked=cache is None)
+    ids = jax.ShapeDtypeStruct((8, length), jnp.int32)
+    traced = jax.jit(jax.grad(run) if gradient else run).trace(params, ids, ids, ids)
+    return traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call")
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_on_a_tpu_the_model_runs_the_kernel(mesh):
+    assert kernels(mesh=mesh) == 1  # in the scan of the layers
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"platform": "cpu"},
+        {"platform": "cuda"},
+        {"length": 200},
+        {"dtype": jnp.float32},
+        {"config": dataclasses.replace(CONFIG, head_dim=32)},
+        {"mesh": {"context": 2, "data": 4}},
+        {"mesh": {"tensor": 4, "data": 2}},  # of two key/value heads
+        {"cache": init_cache(CONFIG, batch=8, capacity=256, dtype=jnp.bfloat16)},
+    ],
+    ids=lambda case: "-".join(case),
+)
+def test_what_the_kernel_cannot_do_is_plain_attention(case):
+    assert kernels(**case) == 0
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 2), ("dots", 2), ("full", 3)])
+def test_the_backward_pass_runs_the_kernel_again_only_where_everything_is_recomputed(remat, calls):
+    assert kernels(remat=remat, gradient=True) == calls

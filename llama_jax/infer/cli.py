@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     """Do what the flags say; returns the exit status: 2 after an error, which is one line on standard error."""
     options = parse(argv)
     try:
-        with _quiet_pipe():
+        with quiet_pipe():
             return _run(options)
     except (ConfigError, ValueError, OSError) as error:
         print("error: " + "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
@@ -297,7 +297,7 @@ def _answer(llama: Llama, messages: list[dict[str, Any]], settings: dict[str, An
     return "".join(said)
 
 
-class _quiet_pipe:
+class quiet_pipe:
     """Leave without a traceback, and with the shell's status for it, when the reader of our output has gone."""
 
     def __enter__(self) -> None:

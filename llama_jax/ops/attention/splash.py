@@ -56,19 +56,21 @@ def attention(
     Returns:
         (B, T, N, H) in the type of q; the softmax is float32. Padding (segment 0) sees the padding before it.
     """
-    q_BTNH = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
-    rows, heads, kv_heads = (
-        ("batch", "length"),
-        ("batch", "length", "heads", None),
-        ("batch", "kv_heads", "length", None),
+    B, T, _, H = q_BTNH.shape
+    q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    if segments_BT is None:
+        segments_BT = jnp.zeros((B, T), jnp.int32)
+    return parallel.on_each_part(
+        functools.partial(_rows, interpret=interpret),
+        (q_BTNH, ("batch", "length", "heads", None)),
+        (k_BKTH, ("batch", "kv_heads", "length", None)),
+        (v_BKTH, ("batch", "kv_heads", "length", None)),
+        (segments_BT, ("batch", "length")),
     )
-    arrays = [(q_BTNH, heads), (k_BKTH, kv_heads), (v_BKTH, kv_heads)]
-    arrays += [] if segments_BT is None else [(segments_BT, rows)]
-    return parallel.on_each_part(functools.partial(_rows, interpret=interpret), *arrays)
 
 
 def _rows(
-    q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: jax.Array | None = None, *, interpret: bool
+    q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: jax.Array, *, interpret: bool
 ) -> jax.Array:
     """The kernel on what one device holds."""
     _, T, N, _ = q_BTNH.shape
@@ -77,16 +79,14 @@ def _rows(
         block_sizes=_block_sizes(T),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name="product",  # so that remat="dots" (model.py) keeps it, and runs the kernel once
         interpret=interpret,
     )
-
-    # Positions are not looked at. A row's documents stand one after the other (data/packing.py), each with its own
-    # segment and positions that count up, so that within a segment the order of positions is that of places.
-    def one_row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, segments_T: jax.Array | None = None) -> jax.Array:
-        return kernel(q_NTH, k_KTH, v_KTH, None if segments_T is None else splash.SegmentIds(segments_T, segments_T))
-
-    arrays = (q_BTNH.swapaxes(1, 2), k_BKTH, v_BKTH) + (() if segments_BT is None else (segments_BT,))
-    return jax.vmap(one_row)(*arrays).swapaxes(1, 2)
+    # The kernel's mask is "not after the query's place, and in its segment"; the plain one compares positions. They are
+    # the same: a row's documents stand one after the other (data/packing.py), each with a segment of its own and with
+    # positions that count up. Only padding, whose positions are all 0, sees less here; and nothing sees padding.
+    documents_BT = splash.SegmentIds(segments_BT, segments_BT)
+    return jax.vmap(kernel)(q_BTNH.swapaxes(1, 2), k_BKTH, v_BKTH, documents_BT).swapaxes(1, 2)
 
 
 class _Causal(splash.CausalMask):
