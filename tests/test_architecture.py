@@ -2,11 +2,13 @@
 
 import ast
 import importlib.util
+import shlex
 from pathlib import Path
 
 import ml_collections
 import pytest
 
+from llama_jax import cli
 from llama_jax.run_config import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -135,12 +137,17 @@ def test_mesh_axes_are_named_only_in_parallel_and_the_config():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_recipe_is_a_run_and_opens_with_its_command(path):
+def test_every_recipe_is_a_run_and_opens_with_its_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
     assert isinstance(config, ml_collections.ConfigDict)
     run = RunConfig.from_dict(config.to_dict())
-    assert f"train.py --config configs/{path.name}" in module.__doc__
     assert run.output == f"runs/{path.stem}"
+
+    lines = [line.strip() for line in module.__doc__.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python train.py")]
+    runs = {argv[2]: cli.parse_run(argv)[0] for argv in commands}  # every flag is a key, every value allowed
+    assert runs[f"configs/{path.name}"].output == run.output
