@@ -1,9 +1,16 @@
-"""Eight virtual CPU devices for every test, and no accelerator."""
+"""Eight virtual CPU devices for every test, no accelerator, and no program compiled twice in a session."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Many tests build the same small runs anew: their programs are compiled once, and then read from this folder.
+_programs = tempfile.TemporaryDirectory(prefix="llama_jax_programs_")
+jax.config.update("jax_compilation_cache_dir", _programs.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -117,7 +117,7 @@ def test_lora_begins_as_the_base_and_trains_only_its_updates(base):
     assert set(state.opt_state[1].mu["layers"]["ffn"]) == {"up", "down"}
 
 
-@pytest.mark.parametrize("kind", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["auto", "int4"])
 def test_lora_and_qlora_train_to_the_same_numbers_on_every_mesh(base, kind):
     run = lora_run(base, lora__base=kind, train__remat="full")
     _, frozen, one = steps(on_mesh(run), 4)
@@ -147,7 +147,8 @@ def test_qlora_is_lora_beside_the_rounded_base(base, bits, tmp_path):
 def test_dropout_is_of_the_step_and_of_nothing_else(base):
     run = lora_run(base, lora__dropout=0.5)
     nothing = dataclasses.replace(run, lora=dataclasses.replace(run.lora, dropout=0.0))
-    first, again, without = (steps(on_mesh(r), 3)[2] for r in (run, run, nothing))
+    program = on_mesh(run)
+    first, again, without = (steps(p, 3)[2] for p in (program, program, on_mesh(nothing)))
     np.testing.assert_array_equal(losses(first), losses(again))
     _, _, many = steps(on_mesh(run, {"fsdp": 4, "tensor": 2}), 3)
     assert gap(losses(many), losses(first)) < ROUNDING
