@@ -1,12 +1,13 @@
-"""Llama 3.1 8B, all weights trained on dialogs: the loss counts what the assistant says.
+"""Llama 3.1 8B, all weights trained on dialogs; the loss counts what the assistant says.
 
     python train.py --config configs/llama31_8b_sft.py --config.init_from=Llama-3.1-8B \
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
-Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each), float32 weights and moments split eight ways.
-Memory: 19.0 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); a checkpoint takes 96 GB of disk.
-Expect: speed and loss are not measured. 65,536 tokens a step, padding included.
-Held-out dialogs choose the best checkpoint; without any: --config.data.validation= --config.checkpoint.keep_best=0
+Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); float32 weights and moments split eight ways.
+Memory: 20.8 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 96 GB each.
+Expect: 65,536 tokens a step, some of them padding. Speed and loss are not measured.
+Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Elsewhere: data.batch_size is a row a chip.  8 x 80 GB GPUs should take it as it is (not tried).
 """
 
 import ml_collections
