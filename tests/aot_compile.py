@@ -51,8 +51,10 @@ def train(path, topology=None, *changes):
     run = RunConfig.from_dict(config.to_dict())
     mesh = tpu_mesh(topology or stated(path)[0], dataclasses.asdict(run.mesh))
     program = Program.make(run, mesh)
-    lowered = program.train_step.lower(program.state, program.frozen, program.batch)
-    return mesh, lowered, {"kernels": lowered.as_text().count("@tpu_custom_call")}
+    steps = [program.train_step.lower(program.state, program.frozen, program.batch)]
+    if run.data.validation:
+        steps.append(program.eval_step.lower(program.state.params, program.frozen, program.batch))
+    return mesh, steps, {"kernels": steps[0].as_text().count("@tpu_custom_call")}
 
 
 def decode():
