@@ -7,7 +7,8 @@ Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); the base in bfl
 Memory: 27.5 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 2.5 GB each.
 Expect: 65,536 tokens a step, in two parts of a row a chip. Speed and loss are not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
-Elsewhere: data.batch_size / train.accumulate is a multiple of the chips. 4 x 80 GB GPUs should take it with
+Elsewhere: data.batch_size / train.accumulate is a multiple of the chips. 4 v5p chips take about 50 GiB each.
+4 x 80 GB GPUs should take it with
 --config.train.accumulate=4 (not tried).
 """
 
