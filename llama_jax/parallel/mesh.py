@@ -52,10 +52,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     Args:
         sizes: devices along each axis; an absent axis is 1, and one may be -1 (what is left).
         devices: what to build on; all devices of all processes by default.
+
+    Raises:
+        ConfigError: sizes that do not multiply to the devices, or that a TPU's grid of chips cannot be cut into.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(resolve(sizes, len(devices)).values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except NotImplementedError:  # a TPU's chips stand in a grid, which not every shape can be laid over
+        named = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n > 1)
+        raise ConfigError(
+            f"mesh {named} cannot be laid over the grid of these {len(devices)} chips: take sizes that are the grid's "
+            "own, or products of them (of 4 x 4 chips fsdp=4, tensor=4 or fsdp=16)"
+        ) from None
 
 
 def single_device_mesh() -> Mesh:
