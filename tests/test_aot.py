@@ -1,4 +1,4 @@
-"""Every recipe's step compiles for the TPUs that its docstring names, and takes the memory that it states.
+"""Every recipe's steps compile for the TPUs that its docstring names, and take the memory that it states.
 
 libtpu compiles without a chip: `pip install libtpu==0.0.42.1` anywhere, and name its libtpu.so in TPU_LIBRARY_PATH
 (kept out of requirements: an environment that has it looks for a TPU at every start).

@@ -244,8 +244,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 # Meshes
 
 
-def test_evaluation_sums_the_same_cross_entropy():
-    run, batch = make_run(train__vocab_chunk=100), batches(1)[0]
+@pytest.mark.parametrize("parts", [1, 4])
+def test_evaluation_sums_the_same_cross_entropy(parts):
+    run, batch = make_run(train__vocab_chunk=100, train__accumulate=parts), batches(1)[0]
     program = prepared(run, (("fsdp", 2), ("tensor", 4)))
     state = start.first_state(program)
     sums = program.eval_step(state.params, None, jax.device_put(batch, program.batch_sharding))

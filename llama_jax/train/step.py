@@ -41,20 +41,10 @@ def make_train_step(
     def accumulated(
         trained: method.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], method.Trained]:
-        # Every A-th row goes into the same part, so that each device cuts its own rows and none travels.
-        parts = jax.tree.map(lambda a: a.reshape(-1, A, *a.shape[1:]).swapaxes(0, 1), batch)
-        parts = {name: parallel.constrain(a, None, "batch", "length") for name, a in parts.items()}
-
         def one(part: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], method.Trained]:
             return gradients(trained, frozen, part, jax.random.fold_in(key, number))
 
-        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, one(*part)), None
-
-        numbered = (parts, jnp.arange(A))
-        shapes = jax.eval_shape(one, *jax.tree.map(lambda a: a[0], numbered))
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return jax.lax.scan(add, zero, numbered)[0]
+        return _summed(one, batch, A)
 
     def train_step(state: TrainState, frozen: model.Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with parallel.use(layout):
@@ -96,13 +86,36 @@ def make_train_step(
 def make_eval_step(
     run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
 ) -> Callable[[method.Trained, model.Params | None, Batch], Sums]:
-    """A function of what is trained, what is frozen, and a batch, to the objective's sums with their count."""
+    """A function of what is trained, what is frozen, and a batch, to the objective's sums with their count.
+
+    It takes as many rows at a time as the training step, so that it fits where that does.
+    """
 
     def eval_step(trained: method.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
+        def one(part: Batch, _: jax.Array) -> Sums:
+            return objective(run, method.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
+
         with parallel.use(layout):
-            return objective(run, method.policy(run, trained, frozen), frozen, batch, dtype=dtype)[1]
+            return _summed(one, batch, run.train.accumulate)
 
     return eval_step
+
+
+def _summed(function: Callable[[Batch, jax.Array], Any], batch: Batch, A: int) -> Any:
+    """The sum of function(part, its number) over A parts of a batch, which are computed one after the other."""
+    if A == 1:
+        return function(batch, jnp.zeros((), jnp.int32))
+    # Every A-th row goes into the same part, so that each device cuts its own rows and none travels.
+    parts = jax.tree.map(lambda a: a.reshape(-1, A, *a.shape[1:]).swapaxes(0, 1), batch)
+    parts = {name: parallel.constrain(a, None, "batch", "length") for name, a in parts.items()}
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    numbered = (parts, jnp.arange(A))
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], numbered))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(add, zero, numbered)[0]
 
 
 def _averaged(decay: float, step: jax.Array, ema: method.Trained, params: method.Trained) -> method.Trained:
