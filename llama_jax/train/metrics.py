@@ -147,15 +147,13 @@ def duration(seconds: float) -> str:
 
 def draw_loss(folder: Path) -> Path:
     """loss.png: the training loss of every step, its running mean, and the validation losses."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     lines = read_metrics(folder / "metrics.jsonl")
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     if train:
         steps, losses = zip(*train, strict=True)
         width = max(1, len(losses) // 50)
@@ -169,5 +167,4 @@ def draw_loss(folder: Path) -> Path:
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(folder / "loss.png")
-    plt.close(figure)
     return folder / "loss.png"
