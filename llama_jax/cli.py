@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,7 +65,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         there = sorted(str(p) for p in Path("configs").glob("*.py"))
         known = f" There are: {', '.join(there)}" if there else ""
         raise ConfigError(f"--config: no file {str(path)!r}{nearest(str(path), there)}{known}")
-    argv = [argv[0], *(_override(arg) for arg in argv[1:])]
+    argv = [argv[0], *_last_of_each(_override(arg) for arg in argv[1:])]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_bool("resume", True, "", flag_values=values)
@@ -96,6 +96,17 @@ def _config_path(argv: Sequence[str]) -> Path:
         if name.lstrip("-") == "config" and name != "config":
             return Path(value if equals else argv[i + 1] if i + 1 < len(argv) else "")
     raise ConfigError("no config: python train.py --config configs/quickstart.py")
+
+
+def _last_of_each(args: Iterable[str]) -> list[str]:
+    """Of a key that is given twice the last, for every kind of key: of tuples absl would take both together."""
+    last: dict[str, str] = {}
+    for i, arg in enumerate(args):
+        key = arg.partition("=")[0]
+        name = key if key.lstrip("-").startswith("config.") else str(i)
+        last.pop(name, None)
+        last[name] = arg
+    return list(last.values())
 
 
 def _override(arg: str) -> str:

@@ -93,7 +93,7 @@ class RunConfig:
                 raise ConfigError(
                     f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation loss at every checkpoint: "
                     f"set data.validation, and checkpoint.every={self.checkpoint.every} to a multiple of "
-                    f"log.eval_every={every}"
+                    f"log.eval_every={every}; or set checkpoint.keep_best=0"
                 )
         if self.mesh.stage != 1:
             raise ConfigError(
@@ -135,6 +135,11 @@ class RunConfig:
         unused = [key for key in ("dropout", "rslora", "base") if getattr(self.lora, key) not in (0.0, False, "auto")]
         if unused and not self.lora.rank:
             raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
+        if len(set(self.lora.targets)) < len(self.lora.targets):
+            raise ConfigError(f"lora.targets={self.lora.targets} names a matrix twice: name each once")
+        moved = [f.name for f in dataclasses.fields(self.dpo) if getattr(self.dpo, f.name) != f.default]
+        if moved and self.train.objective != "dpo":
+            raise ConfigError(f"dpo.{moved[0]} is read by DPO alone: set train.objective='dpo', or leave it as it is")
         if self.train.z_loss and self.train.objective == "dpo":
             raise ConfigError("train.z_loss is not of train.objective='dpo': set it to 0")
         for what, used in (("lora.rank", self.lora.rank), ("train.objective='dpo'", self.train.objective == "dpo")):

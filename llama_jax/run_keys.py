@@ -100,9 +100,12 @@ class OptimizerConfig:
         for item in self.rates:
             group, _, factor = item.partition("=")
             try:
-                found[group.strip()] = float(factor)
+                number = float(factor)
             except ValueError:
-                found[group.strip()] = math.nan
+                number = math.nan
+            if group.strip() in found:
+                raise ConfigError(f"optimizer.rates={self.rates} has {group.strip()} twice: give each group once")
+            found[group.strip()] = number
             if group.strip() not in GROUPS or not 0 <= found[group.strip()] <= 1e4:
                 raise ConfigError(
                     f"optimizer.rates: {item!r} must be GROUP=FACTOR, a factor from 0 to 10000 and a group of "

@@ -312,8 +312,11 @@ def test_settings_that_cannot_work_are_refused_with_the_mend(base):
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),
         ({"optimizer__name": "lion", "optimizer__moments": "int8"}, "moments='int8' is AdamW's"),
         ({"lora__rank": 0, "lora__base": "int4"}, "lora.base needs lora.rank, which is 0"),
+        ({"lora__targets": ("q", "q")}, "names a matrix twice"),
+        ({"optimizer__rates": ("lora_a=2", "lora_a=3")}, "has lora_a twice"),
+        ({"dpo__beta": 0.5}, "dpo.beta is read by DPO alone: set train.objective='dpo'"),
         ({"train__objective": "dpo", "train__z_loss": 0.1}, "train.z_loss is not of train.objective='dpo'"),
-        ({"dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "label_smoothing is not of IPO"),
+        ({"train__objective": "dpo", "dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "label_smoothing is not of IPO"),
     ):
         with pytest.raises(ConfigError, match=words):
             lora_run(base, **changes)

@@ -302,7 +302,8 @@ def test_load_names_what_it_looked_for(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int8"}, "quantize must be None or 'none', got 'int8'"),
+        ({"quantize": "int5"}, "quantize must be one of none, int8, int4, or be left out; got 'int5'"),
+        ({"quantize": "int8"}, "int8 takes rows of a multiple of 32 numbers, but the model has embed_dim=48"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"mesh": {"tensors": 2}}, "unknown mesh axis 'tensors'; did you mean 'tensor'"),

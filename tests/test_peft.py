@@ -234,7 +234,7 @@ def test_what_would_change_the_numbers_is_refused_by_name(copy, changes, words):
 def test_what_does_not_change_the_numbers_is_read(copy, changes):
     start = time.perf_counter()
     found = read(copy(**changes))
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 60  # an expression that was run would take for ever
     for path, parts in read(FOLDERS["all_linear"]).items():
         for mine, theirs in zip(found[path], parts, strict=True):
             np.testing.assert_array_equal(mine, theirs)

@@ -65,6 +65,18 @@ def test_flags_change_keys(tmp_path):
     assert parse("--config", config) == (parse(f"--config={config}")[0], True)
 
 
+def test_of_a_key_that_is_given_twice_the_last_counts(tmp_path):
+    config = write_config(tmp_path)
+    run, _ = parse(
+        f"--config={config}",
+        "--config.data.train=a.txt",
+        "--config.train.steps=5",
+        "--config.data.train=b.txt",
+        "--config.train.steps=6",
+    )
+    assert run.data.train == ("b.txt",) and run.train.steps == 6
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_printed_without_a_config(flag, capsys):
     with pytest.raises(SystemExit) as left:

@@ -433,8 +433,8 @@ def load(
         ValueError: a damaged file.
     """
     if quantize not in _QUANTIZE:
-        allowed = ", ".join(map(repr, _QUANTIZE))
-        raise ConfigError(f"quantize must be one of {allowed}, got {quantize!r}{nearest(str(quantize), _NAMED)}")
+        near = nearest(str(quantize), _NAMED)
+        raise ConfigError(f"quantize must be one of {', '.join(_NAMED)}, or be left out; got {quantize!r}{near}")
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
     wanted = wanted or _default_dtype(found)

@@ -54,7 +54,8 @@ def check_paths(run: RunConfig) -> None:
     for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
         remote = key == "init_from" and hub.is_hub_id(name)
         if name and not remote and not Path(name).expanduser().exists():
-            raise ConfigError(f"{key}={name!r} does not exist")
+            mend = "name a model's folder or file, or a hub id (owner/name)" if key == "init_from" else "name a file"
+            raise ConfigError(f"{key}={name!r} does not exist: {mend}")
 
 
 def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Tokenizer:
