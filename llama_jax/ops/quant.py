@@ -64,8 +64,7 @@ def quantise(w: jax.Array, bits: int) -> QTensor:
         scales = size.max(axis=-1, keepdims=True) / 127
     else:
         scales = jnp.take_along_axis(groups, size.argmax(axis=-1, keepdims=True), axis=-1) / -8
-    inverse = jnp.where(scales == 0, 0, 1 / scales)
-    inverse = jnp.where(jnp.isfinite(inverse), inverse, 0)
+    inverse = jnp.where(jnp.isfinite(1 / scales), 1 / scales, 0)  # a group of zeros, or as good as that, is zeros
     if bits == 8:
         scaled = groups * inverse
         values = (jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)).astype(jnp.int8)

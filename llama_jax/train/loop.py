@@ -106,7 +106,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
             batch_size=run.data.batch_size,
             seed=run.data.seed,
             shuffle=run.data.shuffle,
-            rows_of_host=_rows_of_host(program),
+            rows_of_host=program.rows_of_host,
         )
         if latest is None:
             _describe(program, say)
@@ -243,7 +243,7 @@ class _Loop:
             self.validation,
             batch_size=self.run.data.batch_size,
             max_batches=self.run.log.eval_batches,
-            rows_of_host=_rows_of_host(self.program),
+            rows_of_host=self.program.rows_of_host,
         )
         evaluate = functools.partial(self.program.eval_step, state.best, self.frozen.params)
         sums = jax.device_get([evaluate(batch) for batch in _to_devices(batches, self.program)])
@@ -303,20 +303,11 @@ def _any_process(layout: parallel.Layout) -> Callable[[bool], jax.Array]:
     return any_process
 
 
-def _rows_of_host(program: Program) -> list[int]:
-    """Which rows of a global batch this process's devices hold, in order."""
-    shape = program.batch["tokens"].shape
-    rows: set[int] = set()
-    for index in program.batch_sharding.addressable_devices_indices_map(shape).values():
-        rows |= set(range(*index[0].indices(shape[0])))
-    return sorted(rows)
-
-
 def _to_devices(batches: Iterator[dict[str, np.ndarray]], program: Program) -> Iterator[Batch]:
     """Global arrays of host batches: each device gets its rows and columns, and no host holds them all."""
     shape = program.batch["tokens"].shape
     sharding = program.batch_sharding
-    place = {row: i for i, row in enumerate(_rows_of_host(program))}
+    place = {row: i for i, row in enumerate(program.rows_of_host)}
 
     def shard(local: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         rows = [place[row] for row in range(*index[0].indices(shape[0]))]

@@ -81,6 +81,13 @@ class Program:
         return {k: jax.ShapeDtypeStruct(shape, kind, sharding=self.batch_sharding) for k, kind in kinds.items()}
 
     @functools.cached_property
+    def rows_of_host(self) -> list[int]:
+        """Which rows of a global batch this process's devices hold, in order."""
+        shape = self.batch["tokens"].shape
+        indices = self.batch_sharding.addressable_devices_indices_map(shape).values()
+        return sorted({row for index in indices for row in range(*index[0].indices(shape[0]))})
+
+    @functools.cached_property
     def train_step(self) -> Any:
         """The compiled step, (state, frozen, batch) -> (state, metrics): donates the state; metrics are replicated."""
         shardings = state_shardings(self.state)

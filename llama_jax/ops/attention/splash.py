@@ -116,10 +116,8 @@ def _block_sizes(T: int) -> splash.BlockSizes:
 
     Larger blocks are fetched fewer times, and more of what they hold lies above the diagonal. Not measured on a TPU.
     """
-    block_q, block_kv, compute = (
-        _divisor(T, most) for most in ((512, 1024, 512) if T <= _MAX_FUSED else (1024, 1024, 512))
-    )
     fused = T <= _MAX_FUSED
+    block_q, block_kv, compute = (_divisor(T, most) for most in (512 if fused else 1024, 1024, 512))
     return splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
