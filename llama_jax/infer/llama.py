@@ -31,6 +31,7 @@ from llama_jax.ops.sampling import SamplingParams
 from llama_jax.weights import adapter as lora
 from llama_jax.weights import export, peft, transform
 from llama_jax.weights import layout as table
+from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.source import Source, UnknownTokenizer, open_source
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ Place = str | os.PathLike[str]
 _log = logging.getLogger(__name__)
 _STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
 _QUIET_GROUPS = 3
-_NAMED = ("none", "int8", "int4")
-_QUANTIZE = (None, *_NAMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,9 +431,9 @@ def load(
         ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
-    if quantize not in _QUANTIZE:
-        near = nearest(str(quantize), _NAMED)
-        raise ConfigError(f"quantize must be one of {', '.join(_NAMED)}, or be left out; got {quantize!r}{near}")
+    if quantize is not None and quantize not in QUANTIZE:
+        near = nearest(str(quantize), QUANTIZE)
+        raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
     wanted = wanted or _default_dtype(found)

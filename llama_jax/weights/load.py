@@ -24,6 +24,7 @@ from llama_jax.weights.entry import Entry, Index, aligned, row_blocks
 
 FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _BITS = {"int8": 8, "int4": 4}
+QUANTIZE = ("none", *_BITS)  # what load_leaves takes by name
 _AT_ONCE = 2  # tensors in flight: what the host holds beyond what its devices do
 _WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
 _QUIET = 3.0  # seconds before a bar appears
