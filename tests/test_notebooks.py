@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import matplotlib
+import nbclient
 import nbformat
 import pytest
 from test_train_cli import ROOT
+
+from llama_jax.data.sources import fingerprint_of
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import execute
@@ -39,6 +42,13 @@ def missing_pictures(code):
 
 def test_every_notebook_is_listed():
     assert sorted(NAMES) == sorted(path.stem for path in execute.FOLDER.glob("*.ipynb"))
+
+
+def test_the_quickstarts_texts_are_in_a_kernel_what_they_are_outside(tmp_path):
+    source = "import llama_jax.data.sources as s; print(s.fingerprint_of(['stdlib:train', 'stdlib:chat-train']))"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert notebook.cells[0].outputs[-1].text.strip() == fingerprint_of(["stdlib:train", "stdlib:chat-train"])
 
 
 @pytest.mark.parametrize("name", NAMES)

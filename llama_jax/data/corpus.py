@@ -43,6 +43,8 @@ _COMPILED = (
     "_weakref array atexit binascii cmath errno faulthandler fcntl gc grp itertools marshal math mmap "
     "posix pwd pyexpat resource select sys syslog termios time unicodedata xxsubtype zlib"
 ).split()
+# What a notebook's kernel puts functions of its own in place of.
+_REPLACED = frozenset({"builtins.input", "faulthandler.enable", "faulthandler.register"})
 
 _MIN_PIECE = 500  # characters: a shorter class or section stays with the text before it
 _MIN_DOCUMENT = 40
@@ -81,6 +83,11 @@ def fingerprint(docs: Sequence[Document]) -> str:
         for part in (doc.name.encode(), doc.text.encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
+
+
+def is_replaced(module: str, name: str) -> bool:
+    """Whether it is a function that programs replace: left out, or the text would be another in a notebook."""
+    return name.endswith("hook") or f"{module}.{name}" in _REPLACED
 
 
 # Where the words come from.
@@ -168,8 +175,8 @@ def _compiled_pieces(name: str) -> list[_Piece]:
         return []
     pieces: list[_Piece] = [(f"compiled/{name}", [module.__doc__])]
     for key, value in sorted(vars(module).items()):
-        if getattr(value, "__name__", None) != key or key.endswith("hook"):
-            continue  # an alias such as IOError, or a function that programs replace
+        if getattr(value, "__name__", None) != key or is_replaced(name, key):
+            continue  # an alias such as IOError, or not the library's own
         if isinstance(value, types.BuiltinFunctionType):
             pieces[0][1].append(value.__doc__)
         elif isinstance(value, type):

@@ -13,9 +13,11 @@ import importlib
 import inspect
 import random
 import re
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from llama_jax.data.corpus import is_replaced
 from llama_jax.data.records import Dialog
 
 PARTS = ("stdlib:chat-train", "stdlib:chat-validation")
@@ -129,8 +131,11 @@ def _things(
     """Public functions, classes and methods by name, exceptions left out."""
     for module in modules:
         owner = importlib.import_module(module)
+        own = [(key, thing) for key, thing in _public(owner) if not is_replaced(module, key)]
+        if owner is builtins:  # to which notebooks and the interpreter's prompt add theirs, all written in Python
+            own = [(key, thing) for key, thing in own if isinstance(thing, type | types.BuiltinFunctionType)]
         prefix = "" if owner is builtins else f"{module}."
-        yield from ((prefix + key, thing) for key, thing in _public(owner))
+        yield from ((prefix + key, thing) for key, thing in own)
     for name in classes:
         module, _, key = name.rpartition(".")
         owner = getattr(importlib.import_module(module or "builtins"), key)
