@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llama_jax.cli import fail, one_line, parse_run
-from llama_jax.config import ConfigError, nearest
+from llama_jax.cli import fail, parse_run
+from llama_jax.config import ConfigError, nearest, one_line
 from llama_jax.infer.cli import quiet_pipe
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser, required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="inspect|convert|eval", parser_class=_Parser, required=True
+    )
     inspect = commands.add_parser(
         "inspect", help="print what a model is: format, size, config, types, tokenizer; or what data is"
     )

@@ -6,13 +6,14 @@ The only place, with configs/, that sees ml_collections.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama_jax.config import ConfigError, nearest
-from llama_jax.run_config import RunConfig, known_keys, unknown_key
+from llama_jax.config import ConfigError, nearest, one_line
+from llama_jax.run_config import RunConfig, kind_of, known_keys, unknown_key
 
 _TRAIN_USAGE = """\
 usage: python train.py --config configs/NAME.py [--config.KEY=VALUE ...] [--noresume]
@@ -28,11 +29,6 @@ def fail(message: object) -> NoReturn:
     """Print one line on standard error and leave with status 2."""
     print("error: " + one_line(message), file=sys.stderr)
     sys.exit(2)
-
-
-def one_line(message: object) -> str:
-    """A message without ends of lines and terminal codes, which names from files may hold."""
-    return "".join(c if c.isprintable() else " " for c in str(message))
 
 
 def reported(main: Callable[[], int | None], *errors: type[BaseException]) -> NoReturn:
@@ -75,6 +71,11 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         config = values.config
     except ConfigError:
         raise
+    except flags.IllegalFlagValueError as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if wrong and wrong[1] in known_keys():
+            raise ConfigError(f"{wrong[1]} must be {kind_of(wrong[1])}, got {wrong[2]!r}") from None
+        raise ConfigError(str(error)) from None
     except flags.Error as error:
         raise ConfigError(str(error).replace("\n", " ")) from None
     except Exception as error:  # whatever a config file raises: name the file, then say it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 from typing import Any
 
@@ -31,6 +32,19 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     known = [name for name in known[:_MOST_NAMES] if len(name) <= _LONGEST_NAME]
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(message: object) -> str:
+    """What to tell a person: without ends of lines and terminal codes, which names from files may hold.
+
+    Of the system's errors, the file and what is wrong with it, and for one that is not there the nearest that is.
+    """
+    if isinstance(message, OSError) and message.filename and message.strerror:
+        name = os.fsdecode(message.filename)
+        folder, last = os.path.split(name)
+        missing = isinstance(message, FileNotFoundError) and os.path.isdir(folder or ".")
+        message = f"{name}: {message.strerror}{nearest(last, os.listdir(folder or '.')) if missing else ''}"
+    return "".join(c if c.isprintable() else " " for c in str(message))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

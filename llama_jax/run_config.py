@@ -122,16 +122,11 @@ class RunConfig:
             )
 
     def _check_method(self) -> None:
-        optimizer = self.optimizer
-        rates = optimizer.group_rates
+        rates = self.optimizer.group_rates
         strange = [group for group in rates if group.startswith("lora") != bool(self.lora.rank)]
         if strange:
             mend = "LoRA trains only lora_a and lora_b" if self.lora.rank else "set lora.rank to train with LoRA"
             raise ConfigError(f"optimizer.rates: {strange[0]} is not trained in this run: {mend}")
-        if optimizer.moments == "int8" and optimizer.name != "adamw":
-            raise ConfigError(
-                f"optimizer.moments='int8' is AdamW's: set optimizer.name='adamw', not {optimizer.name!r}"
-            )
         unused = [key for key in ("dropout", "rslora", "base") if getattr(self.lora, key) not in (0.0, False, "auto")]
         if unused and not self.lora.rank:
             raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
@@ -215,6 +210,11 @@ def default_dict(size: str = "llama3.1-8b") -> dict[str, Any]:
 def known_keys() -> list[str]:
     """Every key by its dotted name, e.g. `optimizer.learning_rate`."""
     return list(_flat(default_dict("llama3.1-8b")))
+
+
+def kind_of(key: str) -> str:
+    """What a key must be, in words: "a whole number"."""
+    return _word(type(_flat(default_dict())[key]))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -309,7 +309,7 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
     if bounds["choices"] and value not in bounds["choices"]:
         raise ConfigError(
             f"{name} must be one of {', '.join(map(repr, bounds['choices']))}, got {value!r}"
-            + nearest(str(value), [str(c) for c in bounds["choices"]])
+            + nearest(str(value).removesuffix("_proj"), [str(c) for c in bounds["choices"]])  # peft's q_proj is q
         )
     low, high = bounds["low"], bounds["high"]
     if (low is not None and value < low) or (high is not None and value > high):

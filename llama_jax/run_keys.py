@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from llama_jax.config import ConfigError, nearest
 
 # Of weights, by where they stand: what optimizer.rates and the gradient's norms go by. The last two are LoRA's.
 GROUPS = ("embed", "unembed", "norm", "attention", "ffn", "lora_a", "lora_b")
+# What each optimizer's running averages may be kept in.
+MOMENTS = {
+    "adamw": ("float32", "bfloat16", "int8"),
+    "adafactor": ("float32",),
+    "lion": ("float32", "bfloat16"),
+    "muon": ("float32", "bfloat16"),
+}
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -62,7 +70,8 @@ class OptimizerConfig:
     Attributes:
         name: `adamw` (Loshchilov and Hutter, arXiv:1711.05101), `adafactor` (arXiv:1804.04235), `lion`
             (arXiv:2302.06675) or `muon` (matrices by Muon, the rest by AdamW).
-        moments: what running averages are kept in: `float32`, `bfloat16`, or `int8` (AdamW only, arXiv:2110.02861).
+        moments: what running averages are kept in: `float32`, `bfloat16` (not Adafactor's), or `int8` (AdamW's only,
+            arXiv:2110.02861).
         rates: of groups of weights, as parts of the learning rate: `GROUP=FACTOR`, where GROUP is one of GROUPS.
         ema_decay: of a running average of the weights, which is then what is evaluated, sampled and saved as the
             model; 0 keeps none.
@@ -78,8 +87,8 @@ class OptimizerConfig:
         clip_norm: largest global norm of the gradient; 0 turns clipping off.
     """
 
-    name: str = bounded("adamw", choices=("adamw", "adafactor", "lion", "muon"))
-    moments: str = bounded("float32", choices=("float32", "bfloat16", "int8"))
+    name: str = bounded("adamw", choices=tuple(MOMENTS))
+    moments: str = bounded("float32", choices=MOMENTS["adamw"])
     rates: tuple[str, ...] = bounded(())
     ema_decay: float = bounded(0.0, low=0.0, high=0.999999)
     learning_rate: float = bounded(3e-4, low=0.0, high=10.0)
@@ -92,6 +101,14 @@ class OptimizerConfig:
     eps: float = bounded(1e-8, low=1e-30, high=1.0)
     weight_decay: float = bounded(0.1, low=0.0, high=10.0)
     clip_norm: float = bounded(1.0, low=0.0)
+
+    def __post_init__(self) -> None:
+        allowed = MOMENTS.get(self.name, ())
+        if allowed and self.moments not in allowed:
+            raise ConfigError(
+                f"optimizer.moments={self.moments!r} is not for optimizer.name={self.name!r}: "
+                f"set {' or '.join(allowed)}"
+            )
 
     @property
     def group_rates(self) -> dict[str, float]:
@@ -107,9 +124,11 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.rates={self.rates} has {group.strip()} twice: give each group once")
             found[group.strip()] = number
             if group.strip() not in GROUPS or not 0 <= found[group.strip()] <= 1e4:
+                digits = re.search(r"[\d.]+", item)
+                near = nearest(item, [f"{group}={digits[0] if digits else 1}" for group in GROUPS])
                 raise ConfigError(
                     f"optimizer.rates: {item!r} must be GROUP=FACTOR, a factor from 0 to 10000 and a group of "
-                    f"{', '.join(GROUPS)}{nearest(group, GROUPS)}"
+                    f"{', '.join(GROUPS)}{near}"
                 )
         return found
 

@@ -242,7 +242,7 @@ def test_a_branch_that_moves_while_a_process_runs_moves_nothing_in_it(tmp_path, 
 
 def test_an_id_without_the_scheme_is_asked_after_and_a_key_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="did you mean hf://datasets/trl-lib/tldr, of the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match="of the Hugging Face hub is named hf://datasets/trl-lib/tldr"):
         documents_from(["trl-lib/tldr"])
     (tmp_path / "here").mkdir()
     for path in ("here/tldr", "data/tldr.jsonl"):

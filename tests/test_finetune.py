@@ -310,7 +310,7 @@ def test_settings_that_cannot_work_are_refused_with_the_mend(base):
         ({"lora__targets": ()}, "lora.targets is empty"),
         ({"optimizer__rates": ("embed=0.1",)}, "embed is not trained in this run: LoRA trains only lora_a and lora_b"),
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),
-        ({"optimizer__name": "lion", "optimizer__moments": "int8"}, "moments='int8' is AdamW's"),
+        ({"optimizer__name": "lion", "optimizer__moments": "int8"}, "'int8' is not for optimizer.name='lion'"),
         ({"lora__rank": 0, "lora__base": "int4"}, "lora.base needs lora.rank, which is 0"),
         ({"lora__targets": ("q", "q")}, "names a matrix twice"),
         ({"optimizer__rates": ("lora_a=2", "lora_a=3")}, "has lora_a twice"),

@@ -103,8 +103,8 @@ def test_colour_is_for_terminals_that_want_it(tmp_path, capsys, monkeypatch):
     [
         (["--config.data.loss_on=asistant"], "did you mean 'assistant'?"),
         (["--config.data.los_on=all"], "did you mean 'data.loss_on'?"),
-        (["--config.data.train=nowhere.jsonl"], "'nowhere.jsonl' matches no file"),
-        (["--config.data.tokenizer=nowhere.model"], "nowhere.model"),
+        (["--config.data.train=nowhere.jsonl"], "data.train: 'nowhere.jsonl' matches no file"),
+        (["--config.data.tokenizer=nowhere.model"], "data.tokenizer='nowhere.model' does not exist"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capsys, arguments, words):

@@ -122,11 +122,11 @@ def _nothing_matched(pattern: str) -> str:
     folder = Path(pattern).parent
     while not folder.is_dir():  # "." and "/" always are
         folder = folder.parent
-    names = sorted(os.listdir(folder))
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     near = difflib.get_close_matches(Path(pattern).name, names, n=3, cutoff=0.4) or names[:3]
     near_by = f"the nearest in {folder.as_posix()!r}: {', '.join(near)}" if near else f"{folder} is empty"
     if hub.is_bare_id(pattern) and not Path(pattern).parent.is_dir() and not _kind(Path(pattern)):
-        near_by = f"did you mean hf://datasets/{pattern}, of the Hugging Face hub? Else {near_by}"
+        near_by += f"; a dataset of the Hugging Face hub is named hf://datasets/{pattern}"
     return f"{pattern!r} matches no file; {near_by}"
 
 

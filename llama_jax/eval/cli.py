@@ -41,7 +41,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser, required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="perplexity|harness|compare", parser_class=_Parser, required=True
+    )
     each = [_perplexity_flags(commands), _harness_flags(commands), _compare_flags(commands)]
     options, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.config import ConfigError, nearest, one_line
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         with quiet_pipe():
             return _run(options)
     except (ConfigError, ValueError, OSError) as error:
-        print("error: " + "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
+        print("error: " + one_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -17,7 +17,6 @@ import optax
 from optax import contrib
 
 from llama_jax import parallel
-from llama_jax.config import ConfigError
 from llama_jax.run_keys import GROUPS, OptimizerConfig
 from llama_jax.train.moments import scale_by_adam
 
@@ -83,9 +82,6 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.G
         axes: the tree of the trained weights' logical axes: `model.logical_axes(config, stacked=True)`, or that of
             LoRA's a and b.
         steps: of the whole run, for the schedule.
-
-    Raises:
-        ConfigError: moments that the optimizer does not have.
     """
     rates = config.group_rates
     return optax.chain(
@@ -100,7 +96,6 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.G
 
 def _adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     """Adam; the decay is the chain's. In 8 bits the scales of norms, which are few, keep float32 moments."""
-    _check_moments(config, "float32", "bfloat16", "int8")
 
     def kind(path: Any) -> str:
         return "float32" if config.moments == "int8" and group_of(path) == "norm" else config.moments
@@ -117,13 +112,11 @@ def _adafactor(config: OptimizerConfig, axes: Any) -> optax.GradientTransformati
     are as AdamW's. b1, b2 and eps are not read: the decay is 1 - t^-0.8 (section 7.2), and 1e-30 is added to squares.
     Matrices with a side under 128 are not factored.
     """
-    _check_moments(config, "float32")
     return _each_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
 
 
 def _lion(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     """The sign of a mixture of gradient and momentum."""
-    _check_moments(config, "float32", "bfloat16")
     return optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.moments))
 
 
@@ -133,7 +126,6 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     The embedding, the unembedding and norms go to Adam, as its author has it. Updates are scaled to the same root mean
     square for all shapes (see _MUON_RMS).
     """
-    _check_moments(config, "float32", "bfloat16")
 
     def sides(tree: Any) -> Any:  # of trees where optax.partition has left blanks for what is Adam's
         return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2), tree)
@@ -198,14 +190,6 @@ def _each_layer(transform: optax.GradientTransformation, axes: Any) -> optax.Gra
 def _scale_each(factors: Any) -> optax.GradientTransformation:
     """Multiply each update by the number at its place in a tree."""
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: factor * u, updates, factors))
-
-
-def _check_moments(config: OptimizerConfig, *allowed: str) -> None:
-    if config.moments not in allowed:
-        raise ConfigError(
-            f"optimizer.moments={config.moments!r} is not for optimizer.name={config.name!r}: "
-            f"set {' or '.join(allowed)}"
-        )
 
 
 def _by_path(value: Callable[[Any], Any], axes: Any) -> Any:

@@ -27,9 +27,10 @@ def show(run: RunConfig, *, colour: bool) -> None:
     Targets, the tokens that the loss counts, are green, or stand in ⟦these⟧ without colour.
 
     Raises:
-        OSError: a file that is not there.
+        ConfigError: a file that is not there.
         ValueError: a tokenizer that cannot be used, or too many bad lines.
     """
+    start.check_sources(run)
     tokenizer = start.chosen_tokenizer(run, print)
     train, validation = start.rows(run, tokenizer, print)
     for rows in train.parts:

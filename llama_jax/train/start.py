@@ -46,6 +46,11 @@ def check_paths(run: RunConfig) -> None:
                 raise PermissionError(0, "not writable")
         except OSError as error:
             raise ConfigError(f"{key}={name!r} is no folder to write to ({error.strerror}): name another") from None
+    check_sources(run)
+
+
+def check_sources(run: RunConfig) -> None:
+    """Refuse data, a tokenizer or a first model that is not there; ConfigError, naming the key."""
     for split, patterns in (("train", run.data.train), ("validation", run.data.validation)):
         try:
             documents_from(patterns, split=split) if patterns else None  # resolves the patterns, and reads nothing yet
