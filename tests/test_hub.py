@@ -75,6 +75,11 @@ REPOS = {
     "someone/mistral": COMMON | {"config.json": CONFIG.replace("llama", "mistral"), "model.safetensors": "x"},
     "someone/torch": COMMON | {"config.json": CONFIG, "pytorch_model.bin": "x"},
 }
+ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": "x"}
+REPOS |= {
+    "someone/adapter": COMMON | ADAPTER | {"tokenizer.json": "x", "adapter_model.bin": "x"},
+    "someone/old-adapter": COMMON | {"adapter_config.json": "{}", "adapter_model.bin": "x"},
+}
 DATASETS: dict[str, dict[str, str]] = {}  # tests/test_datasets.py has some
 
 
@@ -202,6 +207,30 @@ def test_only_the_needed_files_are_fetched_and_the_cache_then_serves_without_a_n
     assert download(tmp_path, "http://127.0.0.1:9", *names, HF_HUB_OFFLINE="1") == first
     assert download(tmp_path, "http://127.0.0.1:9", *names) == first  # no network, and nobody said so
     assert not Hub.seen
+
+
+def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
+    script = DOWNLOAD.replace("hub.download(name)", f"hub.download_adapter(name, {tuple(ADAPTER)})")
+    assert script != DOWNLOAD
+    one, again, old, model, file = download(
+        tmp_path,
+        endpoint,
+        "someone/adapter",
+        "someone/adapter@v1",
+        "someone/old-adapter",
+        "meta/full",
+        "someone/ggufs/m-Q4_0.gguf",
+        script=script,
+    )
+    assert fetched("someone/adapter") == {".gitattributes", *ADAPTER}
+    assert all(Path(folder, name).is_file() for folder in (one, again) for name in ADAPTER)
+    assert "has no adapter_model.safetensors; it has" in old and "adapter_model.bin" in old
+    assert "meta/full is no LoRA adapter" in model
+    assert "not the id of an adapter: write owner/name" in file
+    (whole,) = download(tmp_path, endpoint, "someone/adapter")
+    assert "is a LoRA adapter, not a model" in whole and "--adapter someone/adapter" in whole
+    (offline,) = download(tmp_path, "http://127.0.0.1:9", "someone/adapter", script=script, HF_HUB_OFFLINE="1")
+    assert offline == one
 
 
 def test_the_token_is_sent_and_opens_what_is_private_or_gated(tmp_path, endpoint):

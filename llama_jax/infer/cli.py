@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="a run folder of train.py, a Hugging Face folder or hub id, Meta's download, or a .gguf file",
     )
-    add("--adapter", metavar="PATH", help="the folder of a LoRA adapter of that model, as peft writes it")
+    add("--adapter", metavar="PATH", help="a LoRA adapter of that model, as peft writes it: its folder or hub id")
     add("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for several")
     add(
         "--prompt_file",

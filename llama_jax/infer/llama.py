@@ -125,7 +125,7 @@ class Llama:
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
-        """Read a LoRA adapter as peft writes it, for `use` by this name. Raises what `load` raises."""
+        """Read a LoRA adapter, by its folder or hub id, for `use` by this name. Raises what `load` raises."""
         self._add(name, peft.open_adapter(folder, self.config))
 
     def use(self, name: str | None) -> Llama:
@@ -424,8 +424,8 @@ def load(
             they are read, which takes 0.53 and 0.28 of what they take in bfloat16.
         mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
             (of the first devices, where there are more; one axis may be -1 for what is left).
-        adapters: the folder of a LoRA adapter as peft writes it, which is then in use; or several by name, of which
-            `use` chooses.
+        adapters: a LoRA adapter (peft), by its folder or hub id, which is then in use; or several by name, of
+            which `use` chooses.
 
     Raises:
         ConfigError: not a model, or settings that cannot work; says what was looked for.

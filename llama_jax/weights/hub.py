@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_jax.config import ConfigError, nearest
@@ -79,6 +80,26 @@ def download(repo_id: str) -> Path:
     return folder / choice.opened
 
 
+def download_adapter(repo_id: str, wanted: Sequence[str]) -> Path:
+    """The folder of a LoRA adapter named by its id, as `download`: of its files only those that are `wanted`.
+
+    Raises:
+        ConfigError: as `download`; one of the files is not in the repo.
+    """
+    name = _parse(repo_id)
+    if name is None or name.file is not None:
+        raise ConfigError(f"{repo_id!r} is not the id of an adapter: write owner/name or owner/name@revision")
+    folder = fetch(name.repo, (".gitattributes", *wanted))
+    files = listing(name.repo, folder)
+    if missing := [file for file in wanted if file not in files]:
+        raise ConfigError(
+            f"{name.repo.name} is no LoRA adapter as peft writes it: it has no {some(missing)}; it has "
+            f"{some(files) or 'no files'}"
+        )
+    check_there(name.repo, folder, wanted)
+    return folder
+
+
 def _parse(text: str) -> _Name | None:
     found = _ID.fullmatch(text)
     if found is None or ".." in text or "--" in found[1] or found[1].endswith(".git"):
@@ -111,6 +132,11 @@ def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
         raise ConfigError(f"{name.repo.name} has {len(firsts)} GGUF models; name one, e.g. {one}, of: {some(firsts)}")
     if firsts:
         return _gguf(name, firsts[0], files)
+    if "adapter_config.json" in files:
+        raise ConfigError(
+            f"{name.repo.name} is a LoRA adapter, not a model: give the model that it belongs to, and with it "
+            f"--adapter {name.repo.text} (load(..., adapters=...))"
+        )
     there = [file for file in files if file.endswith(_WEIGHTS)] or files
     raise ConfigError(
         f"{name.repo.name} has no weights that can be read: wanted are config.json with *.safetensors, params.json "

@@ -22,7 +22,7 @@ import numpy as np
 from llama_jax.config import ConfigError, ModelConfig, nearest
 from llama_jax.jsonfile import brief, read_json, write_json
 from llama_jax.model import Params
-from llama_jax.weights import export, safetensors
+from llama_jax.weights import export, hub, safetensors
 from llama_jax.weights import layout as table
 from llama_jax.weights.adapter import Adapter, Stored
 from llama_jax.weights.entry import Entry, of_array
@@ -108,7 +108,7 @@ def base_of(folder: Path) -> str:
 
 
 def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """The adapter in a folder, for a model of this config; reads its config and the header of its weights.
+    """The adapter in a folder, or of an id on the hub, for a model of this config: its config, and headers of weights.
 
     `target_modules`, where it lists names, must agree with the tensors that there are. A regular expression is not run
     (one in a file that is not trusted may take for ever): the tensors say what is adapted.
@@ -117,12 +117,13 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         ConfigError: no adapter, a setting that is not implemented, or an adapter of another model.
         ValueError: a damaged file, or tensors that are not those that the config speaks of.
     """
-    folder = Path(folder).expanduser()
+    on_hub = hub.is_hub_id(str(folder))
+    folder = hub.download_adapter(str(folder), (CONFIG, WEIGHTS)) if on_hub else Path(folder).expanduser()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         absent = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
         raise ConfigError(
-            f"adapter {str(folder)!r} has no {absent}: give a folder as peft writes it, with {CONFIG} and {WEIGHTS} "
-            "(one on the hub has to be downloaded first)"
+            f"adapter {str(folder)!r} has no {absent}: give a folder as peft writes it, with {CONFIG} and {WEIGHTS}, "
+            "or its id on the Hugging Face hub (owner/name)"
         )
     where = str(folder / CONFIG)
     raw = read_json(folder / CONFIG)
