@@ -4,11 +4,14 @@
 
 Flags after `--` go to train.py (`-- --config.train.steps=600`). Answers count as exact, or as essentially right where
 they have at least 80 % of the reference's words and the reference 80 % of theirs.
+
+`--prompts FILE` writes those questions with their answers and stops; `python -m llama_jax eval compare` takes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -30,8 +33,22 @@ def shared(answer: str, reference: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder that was trained already")
+    parser.add_argument("--prompts", type=Path, help="a .jsonl to write")
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
+    from llama_jax.data import questions
+
+    dialogs = [dialog.messages for dialog in questions.dialogs(questions.PARTS[1])]
+    asked, references = [m[0]["content"] for m in dialogs], [m[1]["content"] for m in dialogs]
+    if options.prompts:
+        kinds = [answer.split("`")[1].partition(".")[0] for answer in references]  # modules; of builtins their names
+        usual = {kind for kind, _ in Counter(kinds).most_common(6)}
+        lines = [
+            json.dumps({"prompt": q, "reference": a, "category": kind if kind in usual else "others"})
+            for q, a, kind in zip(asked, references, kinds, strict=True)
+        ]
+        options.prompts.write_text("\n".join(lines) + "\n")
+        return
     folder = options.model or tempfile.mkdtemp()
     if not options.model:
         start = time.perf_counter()
@@ -40,11 +57,8 @@ def main() -> None:
         print(f"train.py took {time.perf_counter() - start:.0f} s from start to end")
 
     import llama_jax
-    from llama_jax.data import questions
 
     llama = llama_jax.load(folder)
-    dialogs = [dialog.messages for dialog in questions.dialogs(questions.PARTS[1])]
-    asked, references = [m[0]["content"] for m in dialogs], [m[1]["content"] for m in dialogs]
     ids = [llama.tokenizer.encode_dialog(messages[:1], add_generation_prompt=True) for messages in dialogs]
     results = llama.generate(ids, max_new_tokens=64, temperature=0, batch_size=32, progress=False)
     answers = [result.text for result in results]
