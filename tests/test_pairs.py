@@ -377,7 +377,7 @@ def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(t
 
 def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(start, "chosen_tokenizer", lambda run, say: tokenizer)  # that of init_from
-    show.show(pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160), colour=False)
+    show.show(pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path)), colour=False)
     one, other = (len(ids) for ids, _ in expected_pair(tokenizer, GOOD))
     both = one + other
     out = capsys.readouterr().out
