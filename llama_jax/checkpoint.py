@@ -75,6 +75,15 @@ class Checkpoints:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
+    def best(self) -> int | None:
+        """The step of the lowest validation loss of those that are kept; None where none was measured."""
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(manifest.DamagedError):
+                losses[step] = manifest.read(self.folder / str(step), step=step).loss
+        measured = [step for step, loss in losses.items() if loss is not None]
+        return min(measured, key=losses.get, default=None)
+
     def latest(self, *items: str) -> int | None:
         """The newest step whose files are as they were written, or None where there is no step at all.
 
@@ -142,14 +151,13 @@ class Checkpoints:
             loss: of validation at this step, for keep_best.
 
         Raises:
-            SaveError: this save, or the one before it.
-            RuntimeError: this step is not newer than what is there.
+            SaveError: this save, or the one before it; or this step is not newer than what is there.
         """
         _hush()
         self.wait()
         newest = max(self.steps(), default=_NONE)
         if step <= newest:
-            raise RuntimeError(f"step {step} was not saved: {self.folder} has step {newest}")
+            raise SaveError(f"step {step} was not saved: {self.folder} has step {newest}, of another run")
         try:
             self._orbax.save(
                 self.folder / f"{_SAVING}{step}",
@@ -301,7 +309,6 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:140] + ' ... ' + text[-140:]}"
 
 
-@functools.cache
 @functools.cache  # once in a process
 def _hush() -> None:
     """Let no traceback go before the line of a SaveError: what Orbax raises is also logged, by it and by asyncio, and

@@ -22,6 +22,7 @@ from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.config import ConfigError
 from llama_jax.train import loop
 from llama_jax.train.metrics import read_metrics
+from llama_jax.weights.source import open_source
 
 
 def tree(step: int) -> dict:
@@ -215,7 +216,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path / "b") == {"5", "9"} and holds(tmp_path / "b", 5)
 
 
-def test_the_validation_loss_of_a_run_decides_what_is_best(tmp_path):
+def test_the_validation_loss_of_a_run_decides_what_is_best(tmp_path, capsys):
     run = text_run(
         tmp_path,
         data__validation=(str(tmp_path / "text.txt"),),
@@ -233,6 +234,17 @@ def test_the_validation_loss_of_a_run_decides_what_is_best(tmp_path):
     assert names(folder) == {"8", *map(str, sorted(losses, key=losses.get)[:2])}
     content = json.loads((folder / "checkpoints" / "8" / manifest.FILE).read_text())
     assert content["loss"] == losses[8]
+    best = min(losses, key=losses.get)
+    assert Checkpoints(folder).best() == best
+    told = f"lowest validation loss: step {best}; as a model it is {folder / 'checkpoints' / str(best)}\n"
+    assert (told in capsys.readouterr().out) == (best != 8)
+    kept = {step: open_source(folder / "checkpoints" / step) for step in names(folder)}
+    assert kept["8"].identity() == open_source(folder).identity()
+    assert len({source.identity() for source in kept.values()}) == len(kept)
+    newest, *those = (
+        np.asarray(source.load(None, None, None)["embed"]) for source in (open_source(folder), *kept.values())
+    )
+    assert [np.array_equal(newest, table) for table in those] == [step == "8" for step in kept]
 
 
 def test_a_damaged_step_does_not_count_as_kept_and_is_not_deleted(run):

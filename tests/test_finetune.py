@@ -270,9 +270,15 @@ def test_a_lora_run_is_a_model_to_train_on_and_takes_no_second_adapter(tmp_path,
             for folder in (tmp_path / "first", tmp_path / "merged")
         ]
         assert gap(*map(losses, found)) < ROUNDING
+    second = file_run(tmp_path, tmp_path / "first", "second", train__steps=2, optimizer__learning_rate=0.05)
+    loop.train(second)
+    on_top = llama_jax.load(tmp_path / "second", dtype="float32")
+    beside = llama_jax.load(tmp_path / "merged", dtype="float32", adapters=tmp_path / "second" / "adapter")
+    tokens = [[256, 5, 6, 7]]
+    assert gap(on_top.logits(tokens), beside.logits(tokens)) < ROUNDING
+    assert gap(on_top.logits(tokens), merged.logits(tokens)) > 1e-3
     with pytest.raises(ConfigError, match="would take the place of the LoRA updates that this model's run trained"):
         llama_jax.load(tmp_path / "first", adapters=tmp_path / "first" / "adapter")
-    tokens = [[256, 5, 6, 7]]
     assert gap(first.logits(tokens), merged.logits(tokens)) < ROUNDING
     assert gap(first.use(None).logits(tokens), llama_jax.load(base, dtype="float32").logits(tokens)) < ROUNDING
     assert open_source(tmp_path / "first").identity() != open_source(tmp_path / "merged").identity()
@@ -285,8 +291,15 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
         (other / path.name).write_bytes(path.read_bytes())
     run = file_run(tmp_path, other, "run", train__steps=2)
     loop.train(run)
+    (tmp_path / "run" / "adapter" / "README.md").write_text("mine")
+    adapter = (tmp_path / "run" / "adapter" / "adapter_config.json").read_bytes()
+    assert (
+        loop.train(dataclasses.replace(run, init_from="nowhere/at-all")).step == 2
+    )  # done already: nothing is written
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").read_bytes() == adapter
     moved = dataclasses.replace(run, init_from=str(base), train=dataclasses.replace(run.train, steps=3))
     assert loop.train(moved).step == 3  # the same model elsewhere is the same model
+    assert (tmp_path / "run" / "adapter" / "README.md").read_text() == "mine"
     params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(8))
     for path in (*other.glob("*.safetensors"), other / "config.json"):
         path.unlink()

@@ -1,6 +1,7 @@
 """A run that is stopped in any way and started again does every step once, with the same numbers to the bit."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from test_train import text_run
 from test_train_cli import ROOT, write_config
 
 from llama_jax import model, parallel
-from llama_jax.checkpoint import Checkpoints
+from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.config import ConfigError
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import loop, start
@@ -274,11 +275,22 @@ def test_a_run_whose_folder_goes_away_ends_with_an_error(tmp_path):
         loop.train(run, sampler=sampler)
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_a_later_one_is_not(tmp_path):
+    run = text_run(tmp_path, train__steps=2)
+    folder = Path(run.output)
+    folder.mkdir()
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process trains in .*: wait for it, stop it, or set another"):
+            loop.train(run)
+    assert loop.train(run).finished
+
+
 def test_a_step_that_is_already_there_is_not_skipped_in_silence(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     given = {"params": {"w": jnp.ones(4)}, "rest": {"n": jnp.ones(())}, "meta": {}}
     checkpoints.save(2, **given)
-    with pytest.raises(RuntimeError, match="step 1 was not saved: .* has step 2"):
+    with pytest.raises(SaveError, match="step 1 was not saved: .* has step 2"):
         checkpoints.save(1, **given)
     checkpoints.close()
 

@@ -5,7 +5,9 @@ The step never waits for the host: its numbers are fetched one step late, while 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -89,10 +91,12 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         SaveError: a checkpoint could not be written; raised at the step after it is known.
     """
     started = time.monotonic()
-    with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
+    with StopSignal(grace=run.checkpoint.grace_seconds) as stop, contextlib.ExitStack() as held:
         program = Program.make(run, parallel.make_mesh(dataclasses.asdict(run.mesh)))
         start.check_paths(run)
         folder = Path(run.output).expanduser()
+        if jax.process_index() == 0:
+            held.enter_context(_alone(folder))
         say = print if jax.process_index() == 0 else _silent
         checkpoints = Checkpoints(folder, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
         latest = checkpoints.latest()
@@ -119,7 +123,10 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 say(f"step {latest} of {run.train.steps} is already done; raise train.steps to go on")
                 checkpoints.close()
                 loader.close()
-                _finish(program, state.best, folder)  # a kill may have come between the last save and this
+                if run.lora.rank and not (folder / "adapter").exists():  # a kill may have come after the last save
+                    _write_adapter(program, state.best, folder)
+                if jax.process_index() == 0:
+                    draw_loss(folder)
                 return Result(latest, True, folder)
             frozen = start.frozen(program)
             if before.get("frozen") != frozen.identity:
@@ -140,9 +147,15 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         except TrainingError:
             checkpoints.close()  # what is still being saved is an earlier step, and sound
             raise
-        _finish(program, best, folder)
+        if run.lora.rank:
+            _write_adapter(program, best, folder)
+        if jax.process_index() == 0:
+            draw_loss(folder)
         word = "finished" if step == run.train.steps else "stopped"
         say(f"{word} at step {step} of {run.train.steps} after {duration(time.monotonic() - started)}")
+        lowest = checkpoints.best() if run.checkpoint.keep_best else step
+        if lowest != step:
+            say(f"lowest validation loss: step {lowest}; as a model it is {checkpoints.folder / str(lowest)}")
     return Result(step, step == run.train.steps, folder)
 
 
@@ -335,20 +348,38 @@ def _describe(program: Program, say: Callable[..., None]) -> None:
         say(f"LoRA: {trained:,} weights are trained ({trained / run.model.num_params:.2%}), beside a base in {base}")
 
 
-def _finish(program: Program, best: method.Trained, folder: Path) -> None:
-    """What a run leaves beside its checkpoints: the picture of its loss, and LoRA's updates as peft reads them."""
+def _write_adapter(program: Program, best: method.Trained, folder: Path) -> None:
+    """LoRA's updates as peft reads them; what else is in their folder stays."""
     run = program.run
-    if run.lora.rank:
-        fresh, place = folder / "adapter.new", folder / "adapter"
-        adapter = export.stored(updates.by_path(run.lora, best))
-        if jax.process_index() == 0:
-            shutil.rmtree(fresh, ignore_errors=True)
-        peft.write_adapter(fresh, run.model, adapter, base_model=run.init_from, dropout=run.lora.dropout)
-        if jax.process_index() == 0:
-            shutil.rmtree(place, ignore_errors=True)
-            os.rename(fresh, place)
+    fresh, place = folder / "adapter.new", folder / "adapter"
+    adapter = export.stored(updates.by_path(run.lora, best))
     if jax.process_index() == 0:
-        draw_loss(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+    peft.write_adapter(fresh, run.model, adapter, base_model=run.init_from, dropout=run.lora.dropout)
+    if jax.process_index() == 0:
+        place.mkdir(exist_ok=True)
+        for file in fresh.iterdir():
+            os.replace(file, place / file.name)
+        fresh.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run folder against a second run in it, for as long as this one lasts; a killed process lets go.
+
+    Raises:
+        ConfigError: another process trains in it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process trains in {folder}: wait for it, stop it, or set another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _check_resume(

@@ -26,7 +26,7 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import method
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
-from llama_jax.weights import hub, load, transform
+from llama_jax.weights import hub, transform
 from llama_jax.weights.source import Source, open_source
 
 Say = Callable[..., None]
@@ -214,10 +214,7 @@ def frozen(program: Program) -> Frozen:
 
 def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
     """A model's weights, stacked, in their shards; the updates of a LoRA run are merged into them."""
-    if not source.adapted:
-        return transform.restack(source.load(program.layout, dtype, quantize))
-    params = load.merged(source.load(program.layout, dtype, "none"))
-    return transform.restack(load.quantise_layers(program.run.model, params, quantize, program.layout))
+    return transform.restack(source.load_merged(program.layout, dtype, quantize))
 
 
 def _pretrained(run: RunConfig) -> Source:

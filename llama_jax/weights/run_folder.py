@@ -36,16 +36,19 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-def open_run(folder: str | Path) -> Source:
-    """A run folder as a model: its newest weights, on any mesh, whatever mesh they were trained on."""
+def open_run(folder: str | Path, *, step: int | None = None) -> Source:
+    """A run folder as a model: its weights, on any mesh, whatever mesh they were trained on.
+
+    `step` is that of a checkpoint, and None of the newest.
+    """
     folder = Path(folder)
     values = read_run_config(folder)
     config = ModelConfig.from_dict(values["model"])
     settings = _lora(values)
     if settings is None:
-        load, kind = functools.partial(_load_params, folder, config), "run folder"
+        load, kind = functools.partial(_load_params, folder, step, config), "run folder"
     else:
-        load = functools.partial(_load_lora, folder, config, settings, values)
+        load = functools.partial(_load_lora, folder, step, config, settings, values)
         kind = f"run folder, LoRA of {values['init_from']}"
     return Source(
         path=folder,
@@ -60,7 +63,7 @@ def open_run(folder: str | Path) -> Source:
         load=load,
         read_tokenizer=functools.partial(tokenizer_in, folder),
         fingerprint=values.get("tokenizer_fingerprint"),
-        run_identity=functools.partial(_identity, folder, values.get("frozen")),
+        run_identity=functools.partial(_identity, folder, step, values.get("frozen")),
         adapted=settings is not None,
     )
 
@@ -75,6 +78,7 @@ def _lora(values: dict[str, Any]) -> LoraConfig | None:
 
 def _load_params(
     folder: Path,
+    step: int | None,
     config: ModelConfig,
     layout: parallel.Layout | None,
     dtype: jnp.dtype | None,
@@ -83,12 +87,13 @@ def _load_params(
     layout = layout or _one_device()
     # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
     shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
-    params = _newest(folder, shapes, model.logical_axes(config, stacked=True), layout)
+    params = _restored(folder, step, shapes, model.logical_axes(config, stacked=True), layout)
     return quantise_layers(config, transform.unstack(params), quantize, layout)
 
 
 def _load_lora(
     folder: Path,
+    step: int | None,
     config: ModelConfig,
     settings: LoraConfig,
     values: dict[str, Any],
@@ -110,31 +115,33 @@ def _load_lora(
             "beside another: put back the one that it was"
         )
     shapes = jax.eval_shape(lambda: updates.initial(config, settings, jax.random.key(0)))
-    trained = _newest(folder, shapes, updates.axes(config, settings), layout)
+    trained = _restored(folder, step, shapes, updates.axes(config, settings), layout)
     found = updates.by_path(settings, trained)
     found = {path: Update(u.a.astype(dtype), u.b.astype(dtype), u.scale) for path, u in found.items()}
-    return adapter.applied(config, base.load(layout, dtype, quantize), found)
+    return adapter.applied(config, base.load_merged(layout, dtype, quantize), found)
 
 
-def _newest(folder: Path, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
-    """What the newest sound checkpoint has as its weights."""
+def _restored(folder: Path, step: int | None, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
+    """What a checkpoint has as its weights: that of `step`, or the newest sound one."""
     checkpoints = Checkpoints(folder, create=False)
-    step = _step(folder, checkpoints)
+    step = _step(folder, step, checkpoints)
     found = checkpoints.restore_params(step, parallel.abstract(shapes, parallel.shardings(layout, axes, shapes)))
     checkpoints.close()
     return found
 
 
-def _step(folder: Path, checkpoints: Checkpoints) -> int:
+def _step(folder: Path, step: int | None, checkpoints: Checkpoints) -> int:
+    if step is not None:
+        return step
     step = checkpoints.latest("params")
     if step is None:
         raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
     return step
 
 
-def _identity(folder: Path, base: str | None) -> str:
+def _identity(folder: Path, step: int | None, base: str | None) -> str:
     checkpoints = Checkpoints(folder, create=False)
-    digests = checkpoints.digests(_step(folder, checkpoints))
+    digests = checkpoints.digests(_step(folder, step, checkpoints))
     checkpoints.close()
     return hashlib.sha256(repr((base, sorted(digests.items()))).encode()).hexdigest()
 

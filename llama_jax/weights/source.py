@@ -23,9 +23,9 @@ from llama_jax.weights import flax, gguf, gguf_file, hub, huggingface, load, met
 from llama_jax.weights import layout as table
 
 LOOKED_FOR = (
-    "a run folder (config.json and checkpoints/), a Hugging Face folder (config.json and *.safetensors), Meta's "
-    "download (params.json and consolidated.*.pth), a .gguf file, an old Flax folder (config.json and "
-    "flax_model.msgpack), or a hub id (owner/name)"
+    "a run folder (config.json and checkpoints/) or one of its checkpoints, a Hugging Face folder (config.json and "
+    "*.safetensors), Meta's download (params.json and consolidated.*.pth), a .gguf file, an old Flax folder "
+    "(config.json and flax_model.msgpack), or a hub id (owner/name)"
 )
 
 Load = Callable[[parallel.Layout | None, jnp.dtype | None, str | None], model.Params]
@@ -76,6 +76,15 @@ class Source:
     tokenizer_files: tuple[Path, ...] = ()
     run_identity: Callable[[], str] | None = None
     adapted: bool = False
+
+    def load_merged(
+        self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None
+    ) -> model.Params:
+        """As `load`, with the updates of a LoRA run merged into its base: what another update can go on top of."""
+        if not self.adapted:
+            return self.load(layout, dtype, quantize)
+        params = load.merged(self.load(layout, dtype, "none"))
+        return load.quantise_layers(self.config, params, quantize, layout)
 
     def identity(self) -> str:
         """A hash (hex) of which model it is, whatever format, dtype or number of files it is stored in.
@@ -151,6 +160,10 @@ def open_source(source: str | os.PathLike[str]) -> Source:
             return _open_huggingface(path, "Hugging Face folder", safetensors.open_folder, "huggingface")
         if any(path.glob("flax_model*.msgpack*")):
             return _open_huggingface(path, "old Flax folder", flax.open_folder, "flax")
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        from llama_jax.weights.run_folder import open_run
+
+        return open_run(path.parents[1], step=int(path.name))
     if (path / "params.json").is_file():
         return _open_meta(path)
     ggufs = sorted(path.glob("*.gguf"))
