@@ -35,8 +35,9 @@ class DataConfig:
 
     Attributes:
         train: files, folders, glob patterns and datasets of the hub (hf://datasets/OWNER/NAME[@REVISION][/PATH]) of
-            .txt, .md, .jsonl, .json and .parquet (README.md has the keys of their records: texts, dialogs,
-            completions, preference pairs); or `stdlib:train`, or `stdlib:chat-train` (questions and answers).
+            .txt, .md, .jsonl, .parquet and, where it is named itself, .json (README.md has the keys of their records:
+            texts, dialogs, completions, preference pairs); or `stdlib:train`, or `stdlib:chat-train` (questions and
+            answers).
         weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
         validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`,
             `stdlib:chat-validation` with `stdlib:chat-train`.
@@ -46,7 +47,7 @@ class DataConfig:
         sequence_length: tokens a row (T); longer dialogs, completions and pairs (both answers together) are left out,
             longer texts cut.
         batch_size: rows a step over all devices and accumulated parts (B).
-        shuffle: rows in a new order each epoch, else in the order of the files.
+        shuffle: rows in a new order each epoch, else always in the order that packing has put them in.
         seed: of that order.
         cache_dir: where tokenised text is kept between runs.
     """

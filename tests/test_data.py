@@ -65,6 +65,14 @@ def take(iterator, count: int) -> list:
 # Sources
 
 
+@pytest.mark.parametrize("name", ["chats.csv", "chats.JL", "chats.zst", "chats.jsonl.zst"])
+def test_tables_and_archives_are_not_taken_for_texts(tmp_path, name):
+    (tmp_path / name).write_text('{"messages": []}')
+    for pattern in (name, "chats.*"):
+        with pytest.raises(ValueError, match=r"is not read; write records as lines of a \.jsonl file"):
+            documents_from([str(tmp_path / pattern)])
+
+
 def test_sources_come_in_a_fixed_order_from_files_folders_globs_and_gzip(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "b.txt").write_text("bee")
@@ -456,7 +464,9 @@ def test_state_of_other_data_or_settings_is_refused(built, rows):
         with pytest.raises(ValueError, match=message):
             loader.restore(state)
     loader = Loader(rows, batch_size=4, seed=7)
-    with pytest.raises(ValueError, match="store was 'abc'"):
+    with pytest.raises(
+        ValueError, match="the text, tokenizer or weights of data.train are not what they were; set it back"
+    ):
         loader.restore({**state, "store": "abc"})
     with pytest.raises(ValueError, match="step must be a count of batches, got -1"):
         loader.restore({**state, "step": -1})

@@ -8,13 +8,20 @@ import math
 import shutil
 import weakref
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import sound
 
 from llama_jax import __main__ as commands
+from llama_jax import config as configs
+from llama_jax import model
 from llama_jax.config import ConfigError
 from llama_jax.eval import intervals, judges, picture, side_by_side
 from llama_jax.eval.judges import Case, Prompt
+from llama_jax.ops.lora import Update
+from llama_jax.weights import export, peft
 
 
 def case(number, a, b, reference=None, asked="2 + 2 ="):
@@ -174,7 +181,7 @@ class Fake:
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
-    Fake.alive, Fake.loads = [], []
+    Fake.alive, Fake.loads, Fake.version = [], [], 1
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)) + "\n")
 
     def load(source, *, adapters=None, **options):
@@ -187,6 +194,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     fails = {}
     monkeypatch.setattr(side_by_side, "load", load)
+    monkeypatch.setattr(side_by_side, "_model_identity", lambda *names: str((Fake.version, *names)))
 
     def run(*argv, keys=(), fail=None):
         fails.clear()
@@ -285,6 +293,35 @@ def test_a_folder_of_another_comparison_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
     assert "holds no comparison" in run("--judge", "person")[2]
+
+
+def test_answers_of_a_model_that_has_changed_since_are_not_taken_for_its_own(run, tmp_path):
+    assert run("--judge", "person", keys=["q"])[0] == 0
+    Fake.version = 2  # other weights under the same name
+    status, _, err = run("--judge", "person")
+    assert status == 2 and "has answers of what a was before it changed: name another folder with --out" in err
+    assert len(lines(tmp_path / "out" / "answers.jsonl")) == 8
+
+
+def test_a_first_run_that_failed_before_any_answer_binds_nobody(run, tmp_path):
+    assert run("--judge", "person", "--max_new_tokens", "4999")[0] == 2
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+    assert run("--judge", "person", keys=["q"])[0] == 0
+
+
+def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
+    config = configs.size("tiny")
+    for seed, name in ((0, "one"), (0, "same"), (1, "other")):
+        sound.save_params(tmp_path / name, config, model.init_params(config, jax.random.key(seed)))
+    update = Update(jnp.ones((2, config.embed_dim)), jnp.ones((config.num_heads * config.head_dim, 2)), jnp.float32(1))
+    for name, factor in (("first", 1), ("second", 2)):
+        path = ("layers", 0, "attention", "q")
+        changed = {path: update._replace(b=factor * update.b)}
+        peft.write_adapter(tmp_path / name, config, export.stored(changed), base_model=None)
+    place = lambda name: name and str(tmp_path / name)  # noqa: E731
+    given = [("one", None), ("same", None), ("other", None), ("one", "first"), ("one", "second")]
+    found = [side_by_side._model_identity(place(name), place(adapter)) for name, adapter in given]
+    assert found[0] == found[1] and len(set(found)) == 4
 
 
 @pytest.mark.parametrize(

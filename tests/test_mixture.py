@@ -67,7 +67,7 @@ def test_a_mixture_resumes_and_is_shared_out_as_rows_are(mixture):
     halves = [drawn(Loader(mixture, batch_size=6, seed=3, rows_of_host=part), 40) for part in ([0, 1, 2], [3, 4, 5])]
     assert [t for i in range(40) for half in halves for t in half[3 * i : 3 * i + 3]] == straight
     other = Mixture(mixture.parts, (2.0, 1.0, 0.6))
-    with pytest.raises(ValueError, match="store was"):
+    with pytest.raises(ValueError, match="weights of data.train are not what they were"):
         Loader(other, batch_size=6, seed=3).restore(loader.state())
     with pytest.raises(ValueError, match="a mixture has no epochs"):
         Loader(mixture, batch_size=6, seed=3, epochs=2)
@@ -133,6 +133,17 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
     wanted = store_of(tmp_path, [*records, *table[-3:]], tokenizer)
     assert documents_in(found) == documents_in(wanted) and found.num_bad == 1
     assert json.loads(found.quarantine.read_text())["line"] == 303
+
+    # Structs have the keys of all rows, null where a row has none: those are nobody's arguments.
+    call = lambda name, **given: [  # noqa: E731
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": given}}]},
+    ]
+    calls = [{"messages": call("weather", city="Paris")}, {"messages": call("add", x=1)}]
+    parquet.write_table(pyarrow.Table.from_pylist(calls), tmp_path / "calls.parquet")
+    assert parquet.read_table(tmp_path / "calls.parquet").to_pylist() != calls
+    found = build_store([str(tmp_path / "calls.parquet")], tokenizer, cache_dir=tmp_path / "cache")
+    assert documents_in(found) == documents_in(store_of(tmp_path, calls, tokenizer))
     data = (tmp_path / "t" / "data.parquet").read_bytes()
     (tmp_path / "t" / "data.parquet").write_bytes(data[:-20])
     with pytest.raises(ValueError, match=r"data\.parquet: not a whole Parquet file") as caught:

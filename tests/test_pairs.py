@@ -269,7 +269,7 @@ BAD = [
     ({**TEXTS, "prompt": None}, "'chosen' and 'rejected' are texts without a 'prompt'"),
     ({**TEXTS, "prompt": 3}, "'prompt' must be a string, found int"),
     ({**TEXTS, "prompt": [ASK]}, "'chosen' must be a list of messages, or a string where"),
-    ({**TEXTS, "system": "Be brief."}, "'system' and 'tools' go with lists of messages"),
+    ({**TEXTS, "system": "Be brief."}, "'system' is not read in a record of this kind: put all into 'prompt'"),
     (answers("Because."), "'chosen' must be a list of messages, or a string where"),
     (answers([BETTER], 3), "'rejected' must be a list of messages, or a string where"),
     (answers(["Because."]), "message 1 of 'chosen' is 'Because.'"),
@@ -351,7 +351,10 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
     assert train.parts[0].store.pairs and validation.store.pairs
     assert said[0].startswith("train: 31 pairs, 2,") and " targets), " in said[0] and " padding), " in said[0]
     assert said[1].startswith("train: left out as bad: 1 of 32 pairs, listed in ")
-    assert said[2].startswith("validation: 4 pairs, ")
+    assert said[2].startswith("train: each row is seen ") and said[2].endswith(
+        ": set train.steps lower if that is not meant"
+    )
+    assert said[3].startswith("validation: 4 pairs, ")
 
 
 def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(tmp_path, tokenizer):

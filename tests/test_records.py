@@ -199,6 +199,10 @@ def test_every_shape_of_a_dialog_becomes_the_same_ids(tokenizer):
         {"messages": [system, ASK, ANSWER], "tools": None, "text": "not read", "id": 7},
         {"conversations": [{"from": "system", "value": "Be brief."}, *turns]},
         {"conversations": turns, "system": "Be brief."},
+        {
+            "system": "Be brief.",
+            "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
+        },
         {"system": "Be brief.", "instruction": "Why?", "input": "", "output": "Because."},
         {"system": "Be brief.", "instruction": "Why?", "output": "Because.", "text": "not read"},
     ]
@@ -328,6 +332,20 @@ BAD = [
     (answered("x" * 500), "tokens are more than data.sequence_length=400, and may not be cut"),
     ({"prompt": "x" * 500, "completion": "y"}, "503 tokens are more than data.sequence_length=400"),
     ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "messages[1]: 'weight' 0 is not read"),
+    ({"messages": [ASK, {**ANSWER, "train": False}]}, "messages[1]: 'train' False is not read; every answer is learnt"),
+    (
+        {"messages": [{"role": "system", "content": "x"}, ASK, ANSWER], "system": "y"},
+        "'system' stands beside 'messages'",
+    ),
+    ({"messages": None}, "'messages' is null"),
+    ({"prompt": "a", "completion": None}, "'completion' is null"),
+    ({"prompt": "a", "completion": "b", "system": "c"}, "'system' is not read in a record of this kind: put all into"),
+    ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' is not read in a record of this kind"),
+    ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read in a record of this kind"),
+    (
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "weight": 0}]},
+        "messages[1]: 'weight' 0 is not read",
+    ),
     ({"messages": [ASK, ANSWER], "functions": [{}]}, "'functions' is not read"),
     ({"messages": [ASK, ANSWER], "tools": "add"}, "'tools' must be a list"),
     ({"messages": [ASK, ANSWER], "tools": ["ad"]}, "tools[0]: 'ad' (str) is not a built-in tool"),

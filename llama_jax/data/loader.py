@@ -94,9 +94,11 @@ class Loader:
         for key, mine in self._identity.items():
             theirs = state.get(key)
             if theirs != mine:
+                what = f"{key} was {theirs!r} when it was saved and is {mine!r} now"
+                if key == "store":
+                    what = "the text, tokenizer or weights of data.train are not what they were"
                 raise ValueError(
-                    f"cannot resume the data: {key} was {theirs!r} when it was saved and is {mine!r} now;"
-                    " set it back, or start a new run to train on from these weights"
+                    f"cannot resume the data: {what}; set it back, or start a new run to train on from these weights"
                 )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:

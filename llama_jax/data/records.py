@@ -135,18 +135,26 @@ def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
     if pairs and {"chosen", "rejected"} <= found.keys():
         return _pair(found, name)
     if "messages" in found:
-        return Dialog(name, found["messages"], _tools(found))
+        messages = found["messages"]
+        if system := _system(found):  # beside the messages, as Anthropic has it
+            first = messages[0] if isinstance(messages, list) and messages else None
+            if isinstance(first, dict) and first.get("role") == "system":
+                raise ValueError("'system' stands beside 'messages' that begin with a system message: keep one of them")
+            messages = [*system, *messages] if isinstance(messages, list) else messages
+        return Dialog(name, messages, _tools(found))
     if "conversations" in found:
         return Dialog(name, [*_system(found), *_share_gpt(found["conversations"])], _tools(found))
     if {"chosen", "rejected"} <= found.keys():
         return _pair(found, name)
     if {"prompt", "completion"} <= found.keys():
+        _refuse(found, "system", "tools", mend="put all into 'prompt', or give 'messages'")
         return Completion(name, _string(found, "prompt"), _answer(found, "completion"))
     if {"instruction", "output"} <= found.keys():
         given = _string(found, "input") if "input" in found else ""
         question = _string(found, "instruction") + (f"\n\n{given}" if given else "")
         answer = {"role": "assistant", "content": _answer(found, "output")}
-        return Dialog(name, [*_system(found), {"role": "user", "content": question}, answer], None)
+        _refuse(found, "history", mend="give the whole dialog as 'messages'")
+        return Dialog(name, [*_system(found), {"role": "user", "content": question}, answer], _tools(found))
     if "text" not in record:
         raise ValueError(_unknown(record))
     return Document(name, _string(record, "text"))
@@ -163,8 +171,7 @@ def _pair(record: Mapping[str, Any], name: str) -> Pair:
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(record.get("prompt"), list):
         if "prompt" not in record:
             raise ValueError("'chosen' and 'rejected' are texts without a 'prompt'")
-        if record.get("tools") or record.get("system"):
-            raise ValueError("'system' and 'tools' go with lists of messages, and these are texts: put all in 'prompt'")
+        _refuse(record, "system", "tools", mend="put all into 'prompt', or give lists of messages")
         prompt = _string(record, "prompt")
         if chosen == rejected:
             raise ValueError(_SAME)
@@ -197,6 +204,12 @@ def _pair(record: Mapping[str, Any], name: str) -> Pair:
     return Pair(name, *(Dialog(name, messages, tools, shared) for messages in dialogs.values()))
 
 
+def _refuse(record: Mapping[str, Any], *keys: str, mend: str) -> None:
+    """Raise ValueError for keys that a record of this kind has no place for; nothing is left out in silence."""
+    if unread := [key for key in keys if record.get(key)]:
+        raise ValueError(f"{unread[0]!r} is not read in a record of this kind: {mend}")
+
+
 _SAME = "'chosen' and 'rejected' are the same: there is nothing to prefer"
 
 
@@ -220,6 +233,7 @@ _ROLES = {
     "system": "system",
     "tool": "tool",
 }
+_LEARNT = ("weight", "train")  # of a message, by other trainers: whether it is learnt
 _PARTNERS = {
     "prompt": "completion",
     "completion": "prompt",
@@ -239,7 +253,7 @@ def _share_gpt(turns: object) -> Iterator[dict[str, Any]]:
         role = turn.get("from")
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"conversations[{i}]: from {_brief(role)} is not known; allowed: {', '.join(_ROLES)}")
-        yield {"role": _ROLES[role], "content": turn["value"]}
+        yield {"role": _ROLES[role], "content": turn["value"]} | {k: turn[k] for k in _LEARNT if k in turn}
 
 
 def _system(record: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -273,6 +287,9 @@ def _answer(record: Mapping[str, Any], key: str) -> str:
 
 
 def _unknown(record: Mapping[str, Any]) -> str:
+    empty = [key for key in ("messages", "conversations", *_PARTNERS) if key in record and record[key] is None]
+    if empty:
+        return f"{empty[0]!r} is null"
     for key in sorted(record, key=lambda key: key == "prompt"):  # whose partner may be 'chosen' too
         if key in _PARTNERS:
             return f"{key!r} without {_PARTNERS[key]!r}, found {_brief(sorted(record))}"
@@ -387,8 +404,9 @@ def _check_answers(messages: Sequence[Mapping[str, Any]], first: int) -> None:
     if not answers:
         raise ValueError("no message is the assistant's: there is nothing to learn")
     for i, message in answers:
-        if message.get("weight") not in (None, 1):
-            raise ValueError(f"messages[{i}]: 'weight' {_brief(message['weight'])} is not read; every answer is learnt")
+        for key in _LEARNT:
+            if message.get(key) not in (None, 1):  # True is 1
+                raise ValueError(f"messages[{i}]: {key!r} {_brief(message[key])} is not read; every answer is learnt")
         if not message.get("tool_calls") and not any(text.strip() for text in _texts(message.get("content"))):
             raise ValueError(f"messages[{i}]: the assistant's answer is empty")
 

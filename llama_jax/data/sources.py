@@ -1,7 +1,7 @@
 """Where documents come from: files, folders, globs, datasets of the hub, and by name the quickstart corpora.
 
-A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines), each row of a Parquet
-file (.parquet), and each item of the list that a JSON file (.json) may be, holds a record, as `records` describes them.
+A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines, .ndjson), each row of a
+Parquet file (.parquet), and each item of the list that a JSON file (.json) may be, holds a record, as `records` has it.
 Text and JSON may be gzipped (.gz).
 """
 
@@ -24,9 +24,11 @@ from llama_jax.data.records import BadLine, Dialog, Sample
 CORPUS = ("stdlib:train", "stdlib:validation")
 _NAMED = (*CORPUS, *questions.PARTS)
 _TEXT = (".txt", ".md")
-_JSON = (".jsonl", ".json-lines")
+_JSON = (".jsonl", ".json-lines", ".ndjson")
 _TABLE = (".parquet",)
 _LIST = (".json",)
+# What would be learnt as it stands, marks and all, if it were taken for a text.
+_NOT_TEXT = (".csv", ".tsv", ".jl", ".json5", ".arrow", ".orc", ".avro", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
 _MAX_LIST = 1 << 30  # bytes of a list, which is held whole in memory
 
 # What a pattern names: a file or a part of the corpus. Files of the hub come with what they are on any machine.
@@ -36,10 +38,11 @@ _Sources = dict[Path | str, tuple[str, int] | None]
 def documents_from(patterns: Sequence[str], *, split: str = "train", pairs: bool = False) -> Iterator[Sample | BadLine]:
     """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
 
-    A pattern is a file (any ending), a folder (searched to the bottom for .txt, .md, .jsonl, .json-lines, .gz of
-    them and .parquet), a glob (`**` crosses folders), a dataset of the hub (see `hub`; `split` says which of its files
-    when it is named without any), or the quickstart corpus or its chat set: stdlib:train, stdlib:validation,
-    stdlib:chat-train, stdlib:chat-validation. A file named twice is read once. `pairs` is as in `records.parse`.
+    A pattern is a file (one of an unknown ending is a text), a folder (searched to the bottom for what is named above
+    but .json, which may be anything), a glob (`**` crosses folders), a dataset of the hub (see `hub`; `split` says
+    which of its files when it is named without any), or the quickstart corpus or its chat set: stdlib:train,
+    stdlib:validation, stdlib:chat-train, stdlib:chat-validation. A file named twice is read once. `pairs` is as in
+    `records.parse`.
 
     Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
     (ConfigError where that takes a package which is not installed, or cannot be downloaded); the patterns are resolved,
@@ -102,6 +105,12 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))
         found.update(dict.fromkeys(matches))
+    for source in found:
+        if isinstance(source, Path) and source.suffix.lower() in _NOT_TEXT:
+            raise ValueError(
+                f"{source}: {source.suffix} is not read; write records as lines of a .jsonl file or as .parquet, and "
+                "texts as .txt or .md (each perhaps with .gz)"
+            )
     hub.check_readable(str(source) for source in found if isinstance(source, Path))
     return found
 
@@ -252,10 +261,17 @@ def _table_rows(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
                     number += 1
-                    yield _parse_record(record, f"{path.as_posix()}:{number}", pairs)
+                    yield _parse_record(_without_nulls(record), f"{path.as_posix()}:{number}", pairs)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
+
+
+def _without_nulls(value: object) -> object:
+    """A cell of a table without the keys that hold null: each of its structs has those of every other."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parse_record(record: object, name: str, pairs: bool) -> Sample | BadLine:

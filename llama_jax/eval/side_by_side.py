@@ -22,6 +22,8 @@ from llama_jax.eval.intervals import Tally, tally
 from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import load
+from llama_jax.weights import peft
+from llama_jax.weights.source import open_source
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -216,13 +218,14 @@ def _open(folder: Path, asked: Asked, prompts: Sequence[Prompt]) -> Path:
     listed = json.dumps([dataclasses.astuple(prompt)[1:] for prompt in prompts], sort_keys=True)
     mine = {
         **dataclasses.asdict(asked),
+        **{f"identity_{side}": _model_identity(*names) for side, names in zip("ab", asked.both, strict=True)},
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if not path.exists():
-        if any(folder.iterdir()):
+    if not (folder / "answers.jsonl").exists():  # nothing yet that would be lost
+        if any(other != path for other in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty, and holds no comparison: name another folder with --out")
         path.write_text(json.dumps(mine, indent=2) + "\n")
         return folder
@@ -233,6 +236,11 @@ def _open(folder: Path, asked: Asked, prompts: Sequence[Prompt]) -> Path:
         raise ConfigError(f"{path} is damaged: name another folder with --out") from None
     if changed:
         key = changed[0]
+        if key.startswith("identity"):
+            name = asked.both["ab".index(key[-1])][0]
+            raise ConfigError(
+                f"{folder} has answers of what {name} was before it changed: name another folder with --out"
+            )
         raise ConfigError(
             f"{folder} holds another comparison: its {key} is {there.get(key)!r}, and now {mine[key]!r}; name another "
             "folder with --out"
@@ -324,7 +332,17 @@ def _identity(judge: str, function: str | None, model: str | None, seed: int) ->
     if function is not None:
         file = function.rpartition(":")[0]
         return f"function {function} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
-    return f"model {model}" if model is not None else judge
+    return f"model {model} {_model_identity(model, None)[:16]}" if model is not None else judge
+
+
+def _model_identity(model: str, adapter: str | None) -> str:
+    """Which model it is, with its adapter: a path may hold another one tomorrow."""
+    source = open_source(model)
+    digest = hashlib.sha256(source.identity().encode())
+    for stored in peft.open_adapter(adapter, source.config).values() if adapter else ():
+        for entry in stored:
+            digest.update(entry.read().tobytes())
+    return digest.hexdigest()
 
 
 def _report(folder: Path, asked: Asked, cases: Sequence[Case], told: Mapping[int, Any], judge: str) -> Comparison:

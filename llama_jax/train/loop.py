@@ -126,7 +126,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 if run.lora.rank and not (folder / "adapter").exists():  # a kill may have come after the last save
                     _write_adapter(program, state.best, folder)
                 if jax.process_index() == 0:
-                    draw_loss(folder)
+                    draw_loss(folder, run.train.objective)
                 return Result(latest, True, folder)
             frozen = start.frozen(program)
             if before.get("frozen") != frozen.identity:
@@ -150,7 +150,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         if run.lora.rank:
             _write_adapter(program, best, folder)
         if jax.process_index() == 0:
-            draw_loss(folder)
+            draw_loss(folder, run.train.objective)
         word = "finished" if step == run.train.steps else "stopped"
         say(f"{word} at step {step} of {run.train.steps} after {duration(time.monotonic() - started)}")
         lowest = checkpoints.best() if run.checkpoint.keep_best else step

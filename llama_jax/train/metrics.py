@@ -145,8 +145,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def draw_loss(folder: Path) -> Path:
-    """loss.png: the training loss of every step, its running mean, and the validation losses."""
+_LOSSES = {"sft": "cross-entropy (nats per token)", "dpo": "preference loss (per pair)"}
+
+
+def draw_loss(folder: Path, objective: str) -> Path:
+    """loss.png: the training loss of every step, its running mean, and the validation losses, of an objective."""
     from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     lines = read_metrics(folder / "metrics.jsonl")
@@ -162,7 +165,7 @@ def draw_loss(folder: Path) -> Path:
         axes.plot(steps, means, color="#08519c", linewidth=1.6, label=f"training, mean of {width + 1}")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=folder.name)
+    axes.set(xlabel="step", ylabel=_LOSSES[objective], title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()

@@ -30,6 +30,7 @@ from llama_jax.weights import hub, transform
 from llama_jax.weights.source import Source, open_source
 
 Say = Callable[..., None]
+_OFTEN = 10  # epochs; of dialogs, few runs mean more
 
 
 def check_paths(run: RunConfig) -> None:
@@ -168,6 +169,9 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
             say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
     else:
         train = Mixture((packed(run.data.train, "train"),), (1.0,))
+        seen = run.train.steps * run.data.batch_size / len(train.parts[0])
+        if seen > _OFTEN:
+            say(f"train: each row is seen {seen:,.0f} times in this run: set train.steps lower if that is not meant")
     return train, packed(run.data.validation, "validation") if run.data.validation else None
 
 
