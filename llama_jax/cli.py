@@ -126,6 +126,8 @@ def _override(arg: str) -> str:
             parts = (parts,)
         if not isinstance(parts, (tuple, list)):
             parts = [value] if key == "log.sample_prompts" else [p.strip() for p in value.split(",") if p.strip()]
+        if key == "data.weights":
+            parts = [p if isinstance(p, (int, float)) or _literal(p) is None else _literal(p) for p in parts]
         value = repr(tuple(parts))
     return f"--config.{key}={value}"
 

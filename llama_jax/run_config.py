@@ -130,6 +130,8 @@ class RunConfig:
         unused = [key for key in ("dropout", "rslora", "base") if getattr(self.lora, key) not in (0.0, False, "auto")]
         if unused and not self.lora.rank:
             raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
+        if self.lora.targets != LORA_TARGETS and not self.lora.rank:
+            raise ConfigError("lora.targets needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
         if len(set(self.lora.targets)) < len(self.lora.targets):
             raise ConfigError(f"lora.targets={self.lora.targets} names a matrix twice: name each once")
         moved = [f.name for f in dataclasses.fields(self.dpo) if getattr(self.dpo, f.name) != f.default]

@@ -20,6 +20,7 @@ from llama_jax.config import SIZES, ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.run_config import RunConfig
+from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import loop, method, start
 from llama_jax.train.metrics import read_metrics
@@ -106,7 +107,7 @@ def test_a_step_with_lora_has_the_gradients_of_the_merged_model(base):
 def test_lora_begins_as_the_base_and_trains_only_its_updates(base):
     run = lora_run(base, lora__targets=("v", "up", "down"), optimizer__learning_rate=0.05)
     state, _, metrics = steps(on_mesh(run), 8)
-    plain = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=0))
+    plain = dataclasses.replace(run, lora=LoraConfig())
     _, _, full = steps(on_mesh(plain), 1)
     assert gap(metrics[0]["loss"], full[0]["loss"]) < ROUNDING
     assert losses(metrics)[-1] < losses(metrics)[0] - 0.2

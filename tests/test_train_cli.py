@@ -106,6 +106,8 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.train.steps=many"], "train.steps must be a whole number, got 'many'"),
         (["--config.train.steps=1.5"], "train.steps must be a whole number, got '1.5'"),
         (["--config.data.shuffle=perhaps"], "data.shuffle must be True or False, got 'perhaps'"),
+        (["--config.data.weights=3,x"], "data.weights must be a number, got 'x'"),
+        (["--config.lora.targets=q"], "lora.targets needs lora.rank, which is 0"),
         (["--config.lora.targets=q_proj"], "did you mean 'q'?"),
         (["--config.optimizer.rates=embed:0.1"], "did you mean 'embed=0.1'?"),
         (["--config.train.steps=-1"], "train.steps must be at least 1, got -1"),
