@@ -465,7 +465,7 @@ def test_state_of_other_data_or_settings_is_refused(built, rows):
             loader.restore(state)
     loader = Loader(rows, batch_size=4, seed=7)
     with pytest.raises(
-        ValueError, match="the text, tokenizer or weights of data.train are not what they were; set it back"
+        ValueError, match="the text, tokenizer, weights or loss of data.train are not what they were; set it back"
     ):
         loader.restore({**state, "store": "abc"})
     with pytest.raises(ValueError, match="step must be a count of batches, got -1"):

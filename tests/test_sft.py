@@ -176,7 +176,7 @@ def test_the_loader_resumes_rows_of_dialogs_and_refuses_another_loss(store):
     again = Loader(rows["assistant"], batch_size=4, seed=1, start_step=9)
     for batch, other in zip(batches[9:], again, strict=False):
         assert all(np.array_equal(batch[name], other[name]) for name in NAMES)
-    with pytest.raises(ValueError, match="store was"):
+    with pytest.raises(ValueError, match="are not what they were"):
         Loader(rows["all"], batch_size=4, seed=1).restore(loader.state())
     last = list(evaluation_batches(rows["assistant"], batch_size=7, max_batches=None))[-1]
     assert {name: array.shape for name, array in last.items()} == dict.fromkeys(NAMES, (7, T))

@@ -96,7 +96,7 @@ class Loader:
             if theirs != mine:
                 what = f"{key} was {theirs!r} when it was saved and is {mine!r} now"
                 if key == "store":
-                    what = "the text, tokenizer or weights of data.train are not what they were"
+                    what = "the text, tokenizer, weights or loss of data.train are not what they were"
                 raise ValueError(
                     f"cannot resume the data: {what}; set it back, or start a new run to train on from these weights"
                 )

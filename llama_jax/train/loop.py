@@ -27,6 +27,7 @@ from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Rows
 from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import method, start
 from llama_jax.train.metrics import MetricLog, Progress, draw_loss, duration
@@ -346,6 +347,8 @@ def _describe(program: Program, say: Callable[..., None]) -> None:
         base = method.frozen_dtype(run, program.dtype).name
         base = base if method.frozen_quantize(run) == "none" else run.lora.base
         say(f"LoRA: {trained:,} weights are trained ({trained / run.model.num_params:.2%}), beside a base in {base}")
+    elif run.lora != LoraConfig():
+        say("lora.rank is 0: all weights are trained, and lora.alpha is not read")
 
 
 def _write_adapter(program: Program, best: method.Trained, folder: Path) -> None:
