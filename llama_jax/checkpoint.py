@@ -77,12 +77,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the lowest validation loss of those that are kept; None where none was measured."""
-        losses = {}
-        for step in self.steps():
-            with contextlib.suppress(manifest.DamagedError):
-                losses[step] = manifest.read(self.folder / str(step), step=step).loss
-        measured = [step for step, loss in losses.items() if loss is not None]
-        return min(measured, key=losses.get, default=None)
+        return next(iter(self._by_loss(self._manifests())), None)
 
     def latest(self, *items: str) -> int | None:
         """The newest step whose files are as they were written, or None where there is no step at all.
@@ -262,15 +257,24 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._prune()
 
-    def _prune(self) -> None:
-        """Delete all steps but the newest and the best. Damaged ones do not count, and are let be."""
+    def _manifests(self) -> dict[int, manifest.Manifest]:
+        """What each step says of itself, the newest first; damaged ones are left out."""
         found = {}
         for step in self.steps():
             with contextlib.suppress(manifest.DamagedError):
                 found[step] = manifest.read(self.folder / str(step), step=step)
-        keep = list(found)[: self._keep]
+        return found
+
+    @staticmethod
+    def _by_loss(found: dict[int, manifest.Manifest]) -> list[int]:
+        """The steps whose validation loss is known, the lowest first, and of equals the newest."""
         scored = [step for step in found if found[step].loss is not None]
-        keep += sorted(scored, key=lambda step: found[step].loss)[: self._keep_best]  # stable: the newest of equals
+        return sorted(scored, key=lambda step: found[step].loss)  # stable
+
+    def _prune(self) -> None:
+        """Delete all steps but the newest and the best. Damaged ones do not count, and are let be."""
+        found = self._manifests()
+        keep = list(found)[: self._keep] + self._by_loss(found)[: self._keep_best]
         for step in found.keys() - set(keep):  # first by name, so that none is ever found half deleted
             os.rename(self.folder / str(step), self.folder / f"{_DELETING}{step}")
         self._sweep(_DELETING)

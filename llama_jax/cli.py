@@ -71,12 +71,10 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         config = values.config
     except ConfigError:
         raise
-    except flags.IllegalFlagValueError as error:
+    except flags.Error as error:
         wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         if wrong and wrong[1] in known_keys():
             raise ConfigError(f"{wrong[1]} must be {kind_of(wrong[1])}, got {wrong[2]!r}") from None
-        raise ConfigError(str(error)) from None
-    except flags.Error as error:
         raise ConfigError(str(error).replace("\n", " ")) from None
     except Exception as error:  # whatever a config file raises: name the file, then say it
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error

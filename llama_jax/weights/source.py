@@ -151,19 +151,18 @@ def open_source(source: str | os.PathLike[str]) -> Source:
             f"{path} is an adapter of {peft.base_of(path)}, not a model: give that as the model, this as its "
             f"adapter (infer.py --model MODEL --adapter {path})"
         )
-    if (path / "config.json").is_file():
-        if (path / "checkpoints").is_dir():
-            from llama_jax.weights.run_folder import open_run  # orbax takes half a second to import
+    own = (path / "config.json").is_file()
+    step = int(path.name) if path.parent.name == "checkpoints" and path.name.isdecimal() and not own else None
+    run = path if step is None else path.parents[1]
+    if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
+        from llama_jax.weights.run_folder import open_run  # orbax takes half a second to import
 
-            return open_run(path)
+        return open_run(run, step=step)
+    if own:
         if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).is_file():
             return _open_huggingface(path, "Hugging Face folder", safetensors.open_folder, "huggingface")
         if any(path.glob("flax_model*.msgpack*")):
             return _open_huggingface(path, "old Flax folder", flax.open_folder, "flax")
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        from llama_jax.weights.run_folder import open_run
-
-        return open_run(path.parents[1], step=int(path.name))
     if (path / "params.json").is_file():
         return _open_meta(path)
     ggufs = sorted(path.glob("*.gguf"))
