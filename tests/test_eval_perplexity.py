@@ -121,7 +121,8 @@ def test_scores_and_greedy_are_those_of_the_logits_whatever_shares_a_batch(llama
     for i, (context, targets) in enumerate(requests):
         row = [*context, *targets][-65:-1]
         logprobs = log_softmax(llama, row)[-len(targets) :]
-        np.testing.assert_allclose(found[i].logprobs, logprobs[range(len(targets)), targets], rtol=1e-5, atol=1e-5)
+        # logits reach 20: MATCH of that
+        np.testing.assert_allclose(found[i].logprobs, logprobs[range(len(targets)), targets], rtol=1e-5, atol=4e-5)
         assert found[i].greedy.tolist() == (logprobs.argmax(-1) == targets).tolist()
 
 

@@ -139,7 +139,12 @@ def _things(
     for name in classes:
         module, _, key = name.rpartition(".")
         owner = getattr(importlib.import_module(module or "builtins"), key)
-        yield from ((f"{name}.{key}", thing) for key, thing in _public(owner))
+        # Some versions keep part of a class in a base of the same package that has no public name (pathlib in 3.13).
+        home, package = importlib.import_module(module or "builtins"), owner.__module__.partition(".")[0]
+        hidden = [b for b in owner.__mro__[1:] if b.__module__.partition(".")[0] == package]
+        hidden = [b for b in hidden if getattr(home, b.__name__, None) is not b]
+        keys = {key for part in (owner, *hidden) for key, _ in _public(part)}
+        yield from ((f"{name}.{key}", getattr(owner, key)) for key in sorted(keys))
     for name in chosen:
         module, _, key = name.rpartition(".")
         if (thing := getattr(importlib.import_module(module), key, None)) is not None:  # not every system has all
