@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from llama_jax import config as configs
-from llama_jax import model
 from llama_jax.infer import cli
 from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
 from llama_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 def small():
     config = configs.size("tiny")
     tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
-    return Llama(config, model.init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
+    return Llama(config, init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
 
 
 @pytest.fixture

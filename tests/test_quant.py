@@ -8,13 +8,13 @@ import sound
 from golden.make_model import random_tokens
 
 import llama_jax
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear, quant
 from llama_jax.ops.quant import QTensor
-from llama_jax.params import stack, unstack
+from llama_jax.params import init_params, stack, unstack
 from llama_jax.weights.formats import gguf_blocks
 
 ROUNDING = 1e-5
@@ -85,7 +85,7 @@ def test_rows_are_looked_up_and_other_ids_are_nan(bits):
 
 def quantized_params(bits):
     """A model's unrolled weights with every matrix quantized, and the same with arrays."""
-    dense = unstack(model.init_params(CONFIG, jax.random.key(0)))
+    dense = unstack(init_params(CONFIG, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(dense)
     pairs = [
         random_quantized(leaf.shape, bits, seed) if leaf.ndim == 2 else (leaf, leaf) for seed, leaf in enumerate(leaves)
@@ -129,7 +129,7 @@ def test_weights_are_rounded_as_ggml_rounds_them(bits, kind):
 @pytest.mark.parametrize("sizes", [None, MESH], ids=str)
 @pytest.mark.parametrize("name, kind", [("int8", "Q8_0"), ("int4", "Q4_0")])
 def test_a_model_quantized_while_it_is_read_is_the_rounded_model(tmp_path, name, kind, sizes):
-    params = model.init_params(CONFIG, jax.random.key(3))
+    params = init_params(CONFIG, jax.random.key(3))
     sound.save_params(tmp_path / "whole", CONFIG, params)
 
     def rounded(leaf):
