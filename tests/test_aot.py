@@ -12,13 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import aot_compile
 import pytest
 
+from helpers import aot_compile
+from helpers.paths import ROOT, TESTS
+
 _GIB = 1 << 30
-_PROGRAM = Path(__file__).parent / "aot_compile.py"
 _HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB a chip that the compiler lets a program have
-_RECIPES = sorted((_PROGRAM.parents[1] / "configs").glob("llama*.py"))
+_RECIPES = sorted((ROOT / "configs").glob("llama*.py"))
 
 
 def _library() -> str | None:
@@ -34,15 +35,14 @@ def _compiled(*what: str | Path) -> dict:
     if library is None:
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
     environment = os.environ | {
-        "PYTHONPATH": str(_PROGRAM.parents[1]),
+        "PYTHONPATH": f"{ROOT}:{TESTS}",
         "TPU_LIBRARY_PATH": library,
         "TPU_SKIP_MDS_QUERY": "1",
         "JAX_PLATFORMS": "cpu",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    done = subprocess.run(
-        [sys.executable, _PROGRAM, *what], env=environment, capture_output=True, text=True, timeout=1500
-    )
+    command = [sys.executable, "-m", "helpers.aot_compile", *what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import ml_collections
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax import cli
 from llama_jax.run_config import RunConfig
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]

@@ -4,13 +4,13 @@ import base64
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax.text import Tokenizer, encode_dialog, parse_assistant
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "text.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((GOLDEN_FOLDER / "text.json").read_text(encoding="utf-8"))
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 21 September 2024\n\n"
 SONGS = {
     "type": "function",

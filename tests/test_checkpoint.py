@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_resume import Process, compiled, say_last  # noqa: F401  (a fixture)
-from test_train import text_run
-from test_train_cli import ROOT
 
+from helpers.paths import ROOT
 from llama_jax import manifest
 from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.config import ConfigError
 from llama_jax.train import loop
 from llama_jax.train.metrics import read_metrics
 from llama_jax.weights.source import open_source
+from test_resume import Process, compiled, say_last  # noqa: F401  (a fixture)
+from test_train import text_run
 
 
 def tree(step: int) -> dict:

@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sound
-from folders import refusal
 
 import llama_jax
+from helpers import sound
+from helpers.folders import refusal
+from helpers.paths import ROOT
 from llama_jax import __main__ as commands
 from llama_jax import parallel
 from llama_jax.config import ConfigError
@@ -338,6 +339,6 @@ def test_inspect_refuses_a_broken_model_in_one_line(folder):
         [sys.executable, "-m", "llama_jax", "inspect", str(folder)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cut off" in done.stderr and not done.stdout

@@ -5,14 +5,12 @@ import re
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax.data import corpus
 from llama_jax.data.corpus import Document
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.paths import ROOT, TESTS
 from llama_jax.data import sources, store
 from llama_jax.data.corpus import Document
 from llama_jax.data.loader import Loader, evaluation_batches
@@ -259,13 +259,13 @@ def test_a_damaged_store_is_refused_with_the_mend_and_rebuilt_in_the_cache(built
 def test_a_killed_build_leaves_no_store_and_is_swept_later(tmp_path, file):
     code = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(TESTS)!r})
 from test_data import ByteTokenizer
 from llama_jax.data import store
 def die(documents, tokens): os.kill(os.getpid(), 9)
 store.build_store([{file!r}], ByteTokenizer(), cache_dir={str(tmp_path / "cache")!r}, progress=die)
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -9
     (leftover,) = (tmp_path / "cache").iterdir()
     assert ".partial-" in leftover.name
@@ -509,5 +509,5 @@ def test_importing_the_data_floor_imports_neither_jax_nor_grain():
         "import sys, llama_jax.data.corpus, llama_jax.data.loader\n"
         "assert not {'jax', 'grain', 'flax'} & set(sys.modules), sorted(sys.modules)"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)

@@ -4,14 +4,14 @@ import json
 
 import pytest
 from huggingface_hub.utils import parse_hf_uri
-from test_hub import COMMON, DATASETS, TOKEN, Hub, download, endpoint, fetched  # noqa: F401  (a fixture)
-from test_train import text_run
 
 from llama_jax.config import ConfigError
 from llama_jax.data import hub
 from llama_jax.data.sources import documents_from
 from llama_jax.hub import Repo
 from llama_jax.train import start
+from test_hub import COMMON, DATASETS, TOKEN, Hub, download, endpoint, fetched  # noqa: F401  (a fixture)
+from test_train import text_run
 
 LINES = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(5))
 SHARDS = ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl")

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sound
 
+from helpers import sound
 from llama_jax import __main__ as commands
 from llama_jax import config as configs
 from llama_jax import model

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import make_harness as golden
 
 import llama_jax
+from golden import make_harness as golden
 from llama_jax import __main__ as commands
 from llama_jax.config import ConfigError
 from llama_jax.eval import requests, scoring

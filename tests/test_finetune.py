@@ -9,12 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sound
-from test_resume import compiled, kill_and_compare  # noqa: F401  (a fixture)
-from test_sft import write
-from test_train import batches, gap, make_run
 
 import llama_jax
+from helpers import sound
 from llama_jax import model, parallel
 from llama_jax.config import SIZES, ConfigError
 from llama_jax.ops import quant
@@ -27,6 +24,9 @@ from llama_jax.train.metrics import read_metrics
 from llama_jax.train.program import Program
 from llama_jax.weights import updates
 from llama_jax.weights.source import open_source
+from test_resume import compiled, kill_and_compare  # noqa: F401  (a fixture)
+from test_sft import write
+from test_train import batches, gap, make_run
 
 # Widths of a multiple of 32, so that it can be quantised; every one is split evenly by meshes of eight.
 MODEL = dataclasses.replace(

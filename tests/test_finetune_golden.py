@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sound
+
+import llama_jax
 from golden.make_finetune import (
     ADAMW,
     CONFIG,
@@ -28,9 +28,8 @@ from golden.make_finetune import (
     thin,
 )
 from golden.make_model import random_weights
-from test_train import gap, make_run
-
-import llama_jax
+from helpers import sound
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax import parallel
 from llama_jax.ops import quant
 from llama_jax.run_config import RunConfig
@@ -39,9 +38,9 @@ from llama_jax.train.objectives import dpo_sums, sft_sums
 from llama_jax.train.program import Program
 from llama_jax.weights import layout as table
 from llama_jax.weights import transform
+from test_train import gap, make_run
 
-HERE = Path(__file__).parent / "golden"
-GOLDEN = np.load(HERE / "finetune.npz")
+GOLDEN = np.load(GOLDEN_FOLDER / "finetune.npz")
 TOLERANCE = 1e-5  # of losses, relative; measured 1e-6
 SLOPES = 2e-5  # of gradients, relative to the largest of a matrix
 WEIGHTS = {weight.name: weight for weight in table.weights(CONFIG, "huggingface")}
@@ -232,7 +231,7 @@ def test_losses_rewards_and_gradients_of_dpo_are_trls(policy, case):
 
 def test_an_adapter_that_peft_trained_speaks_as_it_does(tmp_path):
     sound.save_params(tmp_path / "base", CONFIG, base())
-    llama = llama_jax.load(tmp_path / "base", dtype="float32", adapters=HERE / "peft_trained")
+    llama = llama_jax.load(tmp_path / "base", dtype="float32", adapters=GOLDEN_FOLDER / "peft_trained")
     logits = np.asarray(llama.logits(TOKENS))[..., ::VOCAB_STRIDE]
     assert gap(logits, GOLDEN["trained/logits"]) < TOLERANCE
     assert (

@@ -3,7 +3,6 @@
 import json
 import struct
 import tracemalloc
-from pathlib import Path
 
 import flax.serialization
 import jax.numpy as jnp
@@ -12,12 +11,13 @@ import msgpack as reference
 import numpy as np
 import pytest
 
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax import model
 from llama_jax.weights import flax as flax_folder
 from llama_jax.weights import huggingface, layout, msgpack
 from llama_jax.weights.entry import File
 
-GOLDEN = Path(__file__).parent / "golden" / "flax_folder.npz"
+GOLDEN = GOLDEN_FOLDER / "flax_folder.npz"
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int8, np.int32, np.uint16, np.uint64, np.bool_)
 
 

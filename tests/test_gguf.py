@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from golden.make_gguf import CONFIG, LENGTH, MERGES, STRIDE, factors, kind_of, vocabulary
 from golden.make_model import random_tokens, random_weights
-
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax import model
 from llama_jax.config import SIZES, ConfigError, RopeScaling
 from llama_jax.weights import blocks, gguf, gguf_file, load
 from llama_jax.weights import layout as table
 from llama_jax.weights.entry import of_array
 
-GOLDEN_FILES = Path(__file__).parent / "golden"
-GOLDEN = np.load(GOLDEN_FILES / "gguf.npz")
-TINY = GOLDEN_FILES / "gguf_tiny.gguf"
-TYPES = GOLDEN_FILES / "gguf_types.gguf"
-PARTS = sorted(GOLDEN_FILES.glob("gguf_split-*.gguf"))
+GOLDEN = np.load(GOLDEN_FOLDER / "gguf.npz")
+TINY = GOLDEN_FOLDER / "gguf_tiny.gguf"
+TYPES = GOLDEN_FOLDER / "gguf_types.gguf"
+PARTS = sorted(GOLDEN_FOLDER.glob("gguf_split-*.gguf"))
 REFERENCE = 1e-4  # asked of llama.cpp; measured 2.4e-6
 
 

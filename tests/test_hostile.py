@@ -3,19 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from helpers.paths import ROOT, TESTS
 
 
 def fuzzed(format: str, count: int) -> dict:
-    """What tests/fuzz.py says in a process of its own; it fails on the first file that misbehaves."""
-    command = [sys.executable, HERE / "fuzz.py", format, "--count", str(count)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=HERE.parent, env={"PYTHONPATH": str(HERE.parent)}
-    )
+    """What helpers/fuzz.py says in a process of its own; it fails on the first file that misbehaves."""
+    command = [sys.executable, "-m", "helpers.fuzz", format, "--count", str(count)]
+    environment = {"PYTHONPATH": f"{ROOT}:{TESTS}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout)["outcomes"])
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax.config import ConfigError
 from llama_jax.weights import hub
 
-ROOT = Path(__file__).parent.parent
 CONFIG = json.dumps(
     {
         "model_type": "llama",

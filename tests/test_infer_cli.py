@@ -5,18 +5,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax import config as configs
 from llama_jax import model
 from llama_jax.infer import cli
 from llama_jax.infer.llama import Llama
 from llama_jax.text.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

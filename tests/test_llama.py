@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sound
 
 import llama_jax
+from helpers import sound
 from llama_jax import config as configs
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints

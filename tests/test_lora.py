@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_model import random_tokens
 from jax.sharding import PartitionSpec as P
-from test_quant import CONFIG, gap, quantised_params, random_quantised
 
+from golden.make_model import random_tokens
 from llama_jax import model, parallel
 from llama_jax.config import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import transform
+from test_quant import CONFIG, gap, quantised_params, random_quantised
 
 ROUNDING = 1e-5
 RANK = 3

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import refusal
-from golden import make_meta
 
+from golden import make_meta
+from helpers.folders import refusal
 from llama_jax import model
 from llama_jax.config import SIZES, ConfigError
 from llama_jax.weights import layout, load, meta, torch_file, torch_pickle

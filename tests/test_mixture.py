@@ -6,10 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import ByteTokenizer
-from test_records import ANSWER, ASK, documents_in, random_dialog, store_of, write
-from test_sft import dialog_run, numbers
-from test_train_cli import parse, write_config
 
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader
@@ -18,6 +14,10 @@ from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
 from llama_jax.text import Tokenizer
 from llama_jax.train import loop
+from test_data import ByteTokenizer
+from test_records import ANSWER, ASK, documents_in, random_dialog, store_of, write
+from test_sft import dialog_run, numbers
+from test_train_cli import parse, write_config
 
 
 def rows_of(tmp_path: Path, name: str, count: int) -> PackedRows:

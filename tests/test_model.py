@@ -7,14 +7,14 @@ import dataclasses
 import functools
 import math
 import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_model import CASES, VOCAB_STRIDE, random_tokens, random_weights
 
+from golden.make_model import CASES, VOCAB_STRIDE, random_tokens, random_weights
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax import model, parallel
 from llama_jax.cache import init_cache
 from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling
@@ -24,7 +24,7 @@ from llama_jax.ops.attention import xla
 from llama_jax.weights import layout as table
 from llama_jax.weights import transform
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "model_logits.npz")
+GOLDEN = np.load(GOLDEN_FOLDER / "model_logits.npz")
 TINY = SIZES["tiny"]
 REFERENCE = 1e-4  # asked of the references; measured 1.4e-6 to 2.8e-6
 ROUNDING = 1e-5  # between orders of the same float32 sums; measured below 2.6e-6

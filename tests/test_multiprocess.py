@@ -9,13 +9,14 @@ import sys
 
 import numpy as np
 import pytest
-import sound
-from test_resume import SETTINGS, compiled, numbers  # noqa: F401  (a fixture)
-from test_train_cli import ROOT, write_config
 
+from helpers import sound
+from helpers.paths import ROOT
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.weights import export
 from llama_jax.weights.source import open_source
+from test_resume import SETTINGS, compiled, numbers  # noqa: F401  (a fixture)
+from test_train_cli import write_config
 
 ROUNDING = 2e-5
 

@@ -9,8 +9,8 @@ import matplotlib
 import nbclient
 import nbformat
 import pytest
-from test_train_cli import ROOT
 
+from helpers.paths import ROOT
 from llama_jax.data.sources import fingerprint_of
 
 sys.path.insert(0, str(ROOT / "notebooks"))

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax import model, parallel
 from llama_jax.config import SIZES, ConfigError
 from llama_jax.run_keys import GROUPS, OptimizerConfig
@@ -481,7 +481,7 @@ def test_adapters_alone_are_trained_by_each(name, moments):
 def trained(name, moments, rate, b2):
     """The mean loss of the last ten of 40 steps of a small model on the bytes of this repository's README."""
     config = type(TINY)(**{**TINY.to_dict(), "rope_scaling": TINY.rope_scaling, "embed_dim": 64})
-    text = np.frombuffer((Path(__file__).parent.parent / "README.md").read_bytes(), np.uint8)
+    text = np.frombuffer((ROOT / "README.md").read_bytes(), np.uint8)
     starts = np.random.default_rng(0).integers(0, len(text) - 65, (40, 8))
     tokens = np.stack([[text[s : s + 65] for s in row] for row in starts]).astype(np.int32)
     positions = np.broadcast_to(np.arange(64), (8, 64))

@@ -9,9 +9,6 @@ import re
 
 import numpy as np
 import pytest
-from test_records import ANSWER, ASK, FUNCTION, GOLDEN, documents_in, expected, random_pair, store_of, write
-from test_sft import NAMES, slow_rows
-from test_train import text_run
 
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader, evaluation_batches
@@ -21,6 +18,9 @@ from llama_jax.data.sources import documents_from, fingerprint_of
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.text import Tokenizer
 from llama_jax.train import show, start
+from test_records import ANSWER, ASK, FUNCTION, GOLDEN, documents_in, expected, random_pair, store_of, write
+from test_sft import NAMES, slow_rows
+from test_train import text_run
 
 T = 640
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in ("Because.", "No idea."))

@@ -4,17 +4,17 @@ import json
 import random
 import shutil
 import time
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import encode, make_folder, refusal
-from fuzz import mutated, mutated_text
-from golden import make_peft as golden
-from golden.make_model import VOCAB_STRIDE, random_weights
 
 import llama_jax
+from golden import make_peft as golden
+from golden.make_model import VOCAB_STRIDE, random_weights
+from helpers.folders import encode, make_folder, refusal
+from helpers.fuzz import mutated, mutated_text
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax import __main__ as commands
 from llama_jax.config import ConfigError
 from llama_jax.infer import cli
@@ -22,9 +22,8 @@ from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import adapter, peft
 from llama_jax.weights.source import open_source
 
-HERE = Path(__file__).parent / "golden"
-FOLDERS = {case: HERE / "peft" / case for case in golden.CASES}
-GOLD = np.load(HERE / "peft.npz")
+FOLDERS = {case: GOLDEN_FOLDER / "peft" / case for case in golden.CASES}
+GOLD = np.load(GOLDEN_FOLDER / "peft.npz")
 CONFIG = golden.CONFIG
 MATCH = 1e-5  # relative to the largest
 

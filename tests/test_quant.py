@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sound
-from golden.make_model import random_tokens
 
 import llama_jax
+from golden.make_model import random_tokens
+from helpers import sound
 from llama_jax import model, parallel
 from llama_jax.config import SIZES, ConfigError
 from llama_jax.infer.llama import Llama

@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax import config as configs
 from llama_jax import model, parallel
 from llama_jax.data import corpus, questions
@@ -22,7 +22,6 @@ from llama_jax.infer.llama import Llama
 from llama_jax.run_config import RunConfig, default_dict
 from llama_jax.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VALIDATION = (questions.dialogs(part) for part in questions.PARTS)
 
 

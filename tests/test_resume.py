@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sound
-from test_train import text_run
-from test_train_cli import ROOT, write_config
 
+from helpers import sound
+from helpers.paths import ROOT
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.config import ConfigError
@@ -28,6 +27,8 @@ from llama_jax.train import loop, start
 from llama_jax.train.metrics import MetricLog, read_metrics
 from llama_jax.train.program import Program
 from llama_jax.weights import transform
+from test_train import text_run
+from test_train_cli import write_config
 
 SETTINGS = (
     "config.model.num_layers = 1; config.train.steps = 40; config.checkpoint.every = 4; config.log.eval_every = 10; "

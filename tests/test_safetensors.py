@@ -7,8 +7,8 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import encode, refusal
 
+from helpers.folders import encode, refusal
 from llama_jax.weights import safetensors
 from llama_jax.weights.entry import of_array
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_records import expected, random_dialog
-from test_train import text_run
 
 from llama_jax import model
 from llama_jax.data.loader import Loader, evaluation_batches
@@ -20,6 +18,8 @@ from llama_jax.text import Tokenizer
 from llama_jax.train import loop
 from llama_jax.train.metrics import read_metrics
 from llama_jax.train.objectives import sft_sums
+from test_records import expected, random_dialog
+from test_train import text_run
 
 T = 320
 NAMES = ("tokens", "targets", "positions", "segments", "weights")

@@ -7,14 +7,15 @@ import sys
 
 import numpy as np
 import pytest
-from test_records import ANSWER, ASK, write
-from test_train_cli import ROOT, write_config
 
+from helpers.paths import ROOT
 from llama_jax import __main__ as command
 from llama_jax.data.packing import pack
 from llama_jax.data.store import build_store
 from llama_jax.text import Tokenizer
 from llama_jax.train.show import render
+from test_records import ANSWER, ASK, write
+from test_train_cli import write_config
 
 ALONE = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.paths import GOLDEN_FOLDER, ROOT
 from llama_jax.config import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, train_bpe
 from llama_jax.text.bpe import _trained_model
 from llama_jax.text.tokenizer import _pieces
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "text.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((GOLDEN_FOLDER / "text.json").read_text(encoding="utf-8"))
 STRINGS = {name: case["text"] for name, case in GOLDEN["strings"].items()}
 SURROGATES = {"lone_surrogates"}
 BYTES = {bytes([i]): i for i in range(256)}

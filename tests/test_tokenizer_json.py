@@ -18,6 +18,7 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
+from helpers.paths import GOLDEN_FOLDER
 from llama_jax.config import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, gguf, template, tokenizer_json
 from llama_jax.text import tokenizer as text
@@ -31,9 +32,8 @@ from llama_jax.text.vocabulary import (
     spelled,
 )
 
-GOLDEN_DIR = Path(__file__).parent / "golden"
-GOLDEN = json.loads((GOLDEN_DIR / "tokenizers.json").read_text(encoding="utf-8"))
-TEXT = json.loads((GOLDEN_DIR / "text.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((GOLDEN_FOLDER / "tokenizers.json").read_text(encoding="utf-8"))
+TEXT = json.loads((GOLDEN_FOLDER / "text.json").read_text(encoding="utf-8"))
 STRINGS = {name: case["text"] for name, case in TEXT["strings"].items() if name != "lone_surrogates"}
 CHARS = byte_chars()
 CUTS = ["llama3", "one_digit", "gpt2_split", "gpt2", "digits"]

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_run_config import run_dict
 
 from llama_jax import model, parallel
 from llama_jax.run_config import RunConfig
 from llama_jax.train import loop, start
 from llama_jax.train.program import Program
+from test_run_config import run_dict
 
 B, T, V = 8, 32, 512
 ROUNDING = 2e-5  # of losses after ten steps, between orders of the same float32 sums; measured below 1e-6

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from llama_jax import cli, parallel
 from llama_jax.config import ConfigError
 from llama_jax.train import start
 from llama_jax.train.loop import train
-
-ROOT = Path(__file__).parent.parent
 
 CONFIG = """\
 import ml_collections

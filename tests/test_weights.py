@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import make_folder, new_config, old_config, refusal
-from golden.make_model import CASES, random_tokens, random_weights
 
+from golden.make_model import CASES, random_tokens, random_weights
+from helpers.folders import make_folder, new_config, old_config, refusal
 from llama_jax import model, parallel
 from llama_jax.config import SIZES, ConfigError
 from llama_jax.weights import export, huggingface, transform

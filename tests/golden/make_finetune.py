@@ -49,9 +49,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from golden.make_model import VOCAB_STRIDE, _transformers_config, random_weights
 from golden.make_peft import CONFIG, LINEAR, TOKENS
-
 from llama_jax.weights import blocks, layout
 
 HERE = Path(__file__).parent

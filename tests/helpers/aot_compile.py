@@ -1,10 +1,10 @@
 """Compile a recipe's steps, or the 8B decode loop, for TPUs that are not here; print what they would hold, as JSON.
 
-    TPU_LIBRARY_PATH=.../libtpu.so TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu PYTHONPATH=. \\
-        python tests/aot_compile.py configs/llama31_8b_qlora.py [TOPOLOGY [KEY=VALUE ...]]
+    TPU_LIBRARY_PATH=.../libtpu.so TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu PYTHONPATH=.:tests \\
+        python -m helpers.aot_compile configs/llama31_8b_qlora.py [TOPOLOGY [KEY=VALUE ...]]
 
-Without a topology it is the one that the recipe's docstring names. Run by test_aot.py in a process of its own: libtpu
-wants its environment set before jax starts.
+Without a topology it is the one that the recipe's docstring names. A helper of
+tests/project/test_aot.py, which runs it in a process of its own: libtpu wants its environment set before jax starts.
 """
 
 import ast

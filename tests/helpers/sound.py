@@ -1,4 +1,4 @@
-"""Small sound models of every format, written by our own exporter."""
+"""A helper of the tests: small sound models of every format, written by our own exporter."""
 
 import dataclasses
 from pathlib import Path

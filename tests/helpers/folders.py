@@ -1,4 +1,4 @@
-"""Checkpoint folders written by the formats' descriptions, and not by the code under test."""
+"""A helper of the tests: checkpoint folders written by the formats' descriptions, and not by the code under test."""
 
 import json
 import struct

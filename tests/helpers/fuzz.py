@@ -1,8 +1,9 @@
 """Mutated checkpoints: each must open, or be refused in one line, at once and in bounded memory.
 
-    python tests/fuzz.py gguf --count 30000 --seed 1
+    PYTHONPATH=.:tests python -m helpers.fuzz gguf --count 30000 --seed 1
 
-opens so many mutations of a sound model of one format, and prints what became of them. Run by test_hostile.py.
+opens so many mutations of a sound model of one format, and prints what became of them.
+A helper of tests/weights/test_hostile.py, which runs it.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    from sound import make_sound
+    from helpers.sound import make_sound
 
     folder = Path(tempfile.mkdtemp())
     model = make_sound(folder, options.format)
