@@ -67,10 +67,3 @@ def make_folder(folder, config, tensors, *, shards=1):
     index = {"metadata": {"total_size": 0}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
-
-
-def refusal(error):
-    """The message, which must be one line of a readable length."""
-    text = str(error.value)
-    assert "\n" not in text and 10 < len(text) < 600
-    return text
