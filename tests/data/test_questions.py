@@ -1,5 +1,6 @@
 """Claims about the chat set of the standard library's documentation, and about the recipe that trains on it."""
 
+import builtins
 import importlib.util
 import inspect
 import os
@@ -74,9 +75,11 @@ def test_names_that_people_ask_for_are_known():
 
 
 def test_every_fact_is_said_by_the_documentation_of_its_name():
-    """What pydoc finds under the name has the words, endings of verbs aside."""
+    """The documentation that pydoc finds under the name has the words, endings of verbs aside."""
     for fact in questions.facts():
-        doc = set(re.findall(r"\w+", inspect.getdoc(pydoc.locate(fact.name)).lower()))
+        # pydoc would take the folder tests/eval for the builtin `eval`.
+        documented = getattr(builtins, fact.name, None) or pydoc.locate(fact.name)
+        doc = set(re.findall(r"\w+", inspect.getdoc(documented).lower()))
         said = re.findall(r"\w+", fact.sentence.removeprefix(f"`{fact.name}` ").lower())
         own = {"a", "an", "is", "the", "returns", "tells"}
         found = [w in doc or w in own or any(w[:-n] in doc for n in (1, 2)) or w[:-3] + "y" in doc for w in said]
