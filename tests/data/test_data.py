@@ -247,6 +247,7 @@ def test_a_damaged_store_is_refused_with_the_mend_and_rebuilt_in_the_cache(built
 
 def test_a_killed_build_leaves_no_store_and_is_swept_later(tmp_path, file):
     code = f"""
+"Builds a store and kills itself at the first report of progress."
 import os, sys
 sys.path.insert(0, {str(TESTS)!r})
 from helpers.tokenizers import ByteTokenizer

@@ -25,6 +25,7 @@ DATASETS |= {
     "meta/gated": COMMON | {"train.jsonl": LINES},
 }
 FIND = """
+"Prints the files and the fingerprint of each dataset in argv, or the error that refuses it, as lines of JSON."
 import json, sys
 from llama_jax.config import ConfigError
 from llama_jax.data import sources

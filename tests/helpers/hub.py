@@ -86,6 +86,7 @@ def serving():
 
 
 DOWNLOAD = """
+"Prints the path of each download in argv, or the error that refuses it, as lines of JSON."
 import json, sys
 from llama_jax.config import ConfigError
 from llama_jax.weights import hub
@@ -98,9 +99,9 @@ for name in sys.argv[1:]:
 
 
 def download(home, endpoint, *names, script=DOWNLOAD, **environment):
-    """What `hub.download` returns or says for each name, in a process of its own, whose environment it reads.
+    """The results of `hub.download`, or its refusals, one for each name; it runs in a process of its own.
 
-    Another `script` prints a line of JSON for each name, too.
+    `environment` adds variables of that process. Another `script` prints a line of JSON for each name, too.
     """
     Hub.seen.clear()
     kept = {

@@ -4,7 +4,7 @@ NAMES = ("tokens", "targets", "positions", "segments", "weights")
 
 
 def slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing as one would say it; of rows with as much room, the one that came to it last."""
+    """Best-fit decreasing in the plainest way; among rows with equal room, the row that was changed last is taken."""
     rows: list[list[int]] = []
     recent: list[int] = []  # rows, the one changed last at the end
     for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -25,9 +25,15 @@ def slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 def slow_rows(
     documents: list[tuple[list[int], list[bool]]], length: int, everything: bool, together: int = 1
 ) -> list[dict[str, list]]:
-    """The rows from the definition: pieces, the rows they share, and one prediction after the other.
+    """Packed rows built from the definition: pieces of documents, the rows that they share, one prediction at a time.
 
-    So many pieces that follow each other stay `together`.
+    This is the oracle for `data.packing.WholeRows`.
+
+    Args:
+        documents: ids and mask of each document.
+        length: tokens a row.
+        everything: every prediction has a weight, not only those in the mask.
+        together: number of consecutive pieces that stay in one row (2 for pairs).
     """
     pieces = []
     for ids, mask in documents:

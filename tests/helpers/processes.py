@@ -17,6 +17,7 @@ SETTINGS = (
 
 
 def say_last(log: Path) -> str:
+    """The last 2,000 characters of a log, for the message of a failed assertion."""
     return log.read_text()[-2000:]
 
 

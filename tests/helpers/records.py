@@ -11,10 +11,12 @@ ASK, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "conten
 
 
 def store_of(tmp_path: Path, lines: list, tokenizer, **options) -> TokenStore:
+    """A store of these JSON lines, built in tmp_path."""
     return build_store([write(tmp_path / "data.jsonl", lines)], tokenizer, cache_dir=tmp_path / "cache", **options)
 
 
 def documents_in(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
+    """Ids and targets of each document of a store."""
     ends = store.offsets.tolist()
     return [(store.tokens[a:b].tolist(), store.targets(a, b).tolist()) for a, b in zip(ends, ends[1:], strict=False)]
 
@@ -33,9 +35,14 @@ def header(tokenizer, role: str) -> list[int]:
 
 
 def expected(tokenizer, messages: list[dict], tools: list | None, first: int = 0) -> tuple[list[int], list[bool]]:
-    """Ids and mask of a dialog, turn by turn, as Meta's description of the prompt format has them.
+    """Ids and mask of a dialog, written turn by turn from Meta's description of the prompt format.
 
-    Nothing before message `first` is in the mask.
+    This is the oracle for `data.records.encode`: it shares no code with the package but the tokenizer's plain `encode`
+    and its table of control tokens. The mask is True where the loss counts: the words of the assistant, its calls of
+    tools and the token that ends its turn, in messages from `first` on.
+
+    Returns:
+        The ids, and a mask of the same length.
     """
     ids, mask = control(tokenizer, "begin_of_text"), [False]
 

@@ -28,6 +28,7 @@ def run_dict(**changes):
 
 
 def make_run(**changes) -> RunConfig:
+    """A run of the tiny model with the batches of `batches`: float32, no rematerialization, 20 steps."""
     base = {
         "model__num_layers": 2,
         "data__sequence_length": T,
@@ -44,7 +45,7 @@ def make_run(**changes) -> RunConfig:
 
 @functools.cache
 def batches(count: int) -> list[dict[str, np.ndarray]]:
-    """Packed rows of a text that can be learnt, two documents a row, and as good as empty rows among full ones."""
+    """Batches of packed rows of a text that can be learned, two documents a row; some rows are almost empty."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -67,6 +68,7 @@ def batches(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def text_run(tmp_path, **changes) -> RunConfig:
+    """A run of eight steps on a text file, with its output and its cache in tmp_path."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     base = {
@@ -80,7 +82,8 @@ def text_run(tmp_path, **changes) -> RunConfig:
     return make_run(**(base | changes))
 
 
-def dialog_run(tmp_path, name: str, records: list | None = None, **changes):
+def dialog_run(tmp_path, name: str, records: list | None = None, **changes) -> RunConfig:
+    """A run on dialogs.jsonl in tmp_path, which gets `records` or sixty random ones; its output is `name` there."""
     path = tmp_path / "dialogs.jsonl"
     if records is not None or not path.exists():
         rng = random.Random(0)
@@ -92,6 +95,7 @@ def dialog_run(tmp_path, name: str, records: list | None = None, **changes):
     return text_run(tmp_path, **(base | changes))
 
 
+# The config file that write_config writes.
 CONFIG = """\
 import ml_collections
 from llama_jax.run_config import default_dict
@@ -112,6 +116,7 @@ def get_config():
 
 
 def write_config(folder: Path, extra: str = "pass", name: str = "config.py") -> Path:
+    """A config file of a small run on a text in `folder`; `extra` is a line of Python that changes the config."""
     text = folder / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     values = {"output": str(folder / "run"), "text": str(text), "cache": str(folder / "cache"), "extra": extra}
@@ -120,7 +125,8 @@ def write_config(folder: Path, extra: str = "pass", name: str = "config.py") -> 
     return path
 
 
-def parse(*arguments):
+def parse(*arguments) -> tuple[RunConfig, bool]:
+    """The run of these arguments of train.py, and whether it may resume."""
     return cli.parse_run(["train.py", *map(str, arguments)])
 
 

@@ -227,6 +227,7 @@ def test_a_damaged_step_does_not_count_as_kept_and_is_not_deleted(run):
 # Killed, and full
 
 DIE = """
+"Saves step 6 into the run folder argv[1], and kills itself at the point of the commit that argv[2] names."
 import os, shutil, signal, sys
 sys.path.insert(0, "tests")
 import conftest
@@ -273,6 +274,7 @@ def test_a_kill_at_any_point_of_a_commit_loses_nothing(run, place, left):
 
 
 FULL = """
+"Saves step 6 under each limit of a file's size in argv[2:]: each save fails and leaves 2 and 4; the last one succeeds."
 import resource, sys
 sys.path.insert(0, "tests")
 import conftest

@@ -94,6 +94,7 @@ def test_two_processes_train_to_the_same_metrics_of(tmp_path, compiled):
 
 
 LOAD_AND_SAVE = """
+"One of two processes that load a model together and save it in three formats; prints the bytes that it read."
 import sys
 import jax
 address, index, source, folder = sys.argv[1:]
