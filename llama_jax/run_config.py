@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -36,10 +38,11 @@ class RunConfig:
     """A whole training run.
 
     Attributes:
-        output: the run folder: config, tokenizer, checkpoints, metrics, pictures.
-        seed: of the first weights and of sampling.
-        init_from: a model to start from (see `llama_jax.load`); empty starts from random weights.
-        model: the shape of the model.
+        output: The run folder, which holds the config, the tokenizer, checkpoints, metrics and the picture of the loss.
+        seed: Seed of the first weights, of dropout and of sampling.
+        init_from: The model to start from: a folder, a file or a hub id, as `llama_jax.load` takes it. Empty starts
+            from random weights.
+        model: The shape of the model.
     """
 
     output: str = bounded("")
@@ -210,6 +213,67 @@ def default_dict(size: str = "llama3.1-8b") -> dict[str, Any]:
     return {**plain, "model": SIZES[size].to_dict()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The description of one key of a run.
+
+    Attributes:
+        name: Dotted name, e.g. `optimizer.learning_rate`.
+        type: Type in words, e.g. "a whole number".
+        default: Default value, or None where the size of the model decides.
+        allowed: Bounds or choices in words; "" where the type allows every value.
+        meaning: Meaning and unit, from the Attributes of the key's section.
+    """
+
+    name: str
+    type: str
+    default: Any
+    allowed: str
+    meaning: str
+
+
+def describe() -> list[Key]:
+    """Every key of a run in the order of `known_keys`, for --keys and the reference page."""
+    keys = _described(RunConfig, "")
+    order = {name: place for place, name in enumerate(known_keys())}
+    return sorted(keys, key=lambda key: order[key.name])
+
+
+def _described(section: type, prefix: str) -> list[Key]:
+    """The keys of one section and of the sections in it."""
+    hints, meanings = typing.get_type_hints(section), _attributes(section)
+    keys: list[Key] = []
+    for field in dataclasses.fields(section):
+        hint, name = hints[field.name], prefix + field.name
+        inner = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if inner is not None:
+            keys += _described(inner, f"{name}.")
+            continue
+        default = None if field.default is dataclasses.MISSING else field.default
+        allowed = _allowed(field.metadata) if field.metadata else ""
+        if allowed and isinstance(hint, types.GenericAlias):
+            allowed = f"each item {allowed}"
+        keys.append(Key(name, _word(hint), default, allowed, meanings[field.name]))
+    return keys
+
+
+def _attributes(section: type) -> dict[str, str]:
+    """The Attributes of a class's docstring: the meaning of each field on one line."""
+    _, _, text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
+    items = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in items}
+
+
+def _allowed(bounds: Mapping[str, Any]) -> str:
+    """The bounds of a field in words."""
+    low, high, choices = bounds["low"], bounds["high"], bounds["choices"]
+    if choices:
+        return f"one of {', '.join(map(repr, choices))}"
+    if low is not None and high is not None:
+        return f"from {low} to {high}"
+    return f"at least {low}" if low is not None else f"at most {high}" if high is not None else ""
+
+
 def known_keys() -> list[str]:
     """Every key by its dotted name, e.g. `optimizer.learning_rate`."""
     return list(_flat(default_dict("llama3.1-8b")))
@@ -311,16 +375,17 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{name} must be a finite number, got {value}")
     if bounds["choices"] and value not in bounds["choices"]:
         raise ConfigError(
-            f"{name} must be one of {', '.join(map(repr, bounds['choices']))}, got {value!r}"
+            f"{name} must be {_allowed(bounds)}, got {value!r}"
             + nearest(str(value).removesuffix("_proj"), [str(c) for c in bounds["choices"]])  # peft's q_proj is q
         )
     low, high = bounds["low"], bounds["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
-        raise ConfigError(f"{name} must be {limits}, got {value}")
+        raise ConfigError(f"{name} must be {_allowed(bounds)}, got {value}")
     return value
 
 
 def _word(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-    return words.get(kind, "a tuple of non-empty strings")
+    if kind in words:
+        return words[kind]
+    return "a tuple of numbers" if kind == tuple[float, ...] else "a tuple of non-empty strings"

@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
-from llama_jax.run_config import RunConfig, default_dict, differences, known_keys
+from llama_jax.run_config import RunConfig, default_dict, describe, differences, known_keys
 
 # Every key there is. A new one belongs here, in its section's docstring, and in a test that it does something.
 KEYS = """
@@ -57,6 +57,21 @@ def refusal(**changes) -> str:
 def test_the_keys_are_these_and_fewer_than_eighty():
     assert known_keys() == KEYS
     assert len(KEYS) < 80
+
+
+def test_every_key_is_described_for_a_reader():
+    keys = describe()
+    assert [key.name for key in keys] == known_keys()
+    for key in keys:
+        assert key.meaning[:1].isupper() and key.meaning.endswith("."), key
+        assert key.meaning.split()[0] not in ("Of", "What", "Which", "Where", "How", "Whether"), key
+    schedule, rate, targets = (
+        next(key for key in keys if key.name == name)
+        for name in ("optimizer.schedule", "optimizer.learning_rate", "lora.targets")
+    )
+    assert schedule.allowed == "one of 'cosine', 'linear', 'wsd', 'constant'" and schedule.default == "cosine"
+    assert (rate.type, rate.default, rate.allowed) == ("a number", 3e-4, "from 0.0 to 10.0")
+    assert targets.type == "a tuple of non-empty strings" and targets.allowed.startswith("each item one of 'q', ")
 
 
 def test_every_key_is_read_by_the_program(request):
@@ -139,7 +154,7 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("optimizer__clip_norm", -1.0, "must be at least 0.0"),
         ("optimizer__decay_fraction", 1.5, "must be from 0.0 to 1.0"),
         ("optimizer__final_fraction", -0.5, "must be from 0.0 to 1.0"),
-        ("optimizer__schedule", "cosin", "must be one of 'cosine', 'wsd', 'constant', got 'cosin'; did you mean 'cos"),
+        ("optimizer__schedule", "cosin", "got 'cosin'; did you mean 'cosine'?"),
         ("train__steps", 0, "must be at least 1, got 0"),
         ("train__steps", "100", "must be a whole number, got '100'"),
         ("train__accumulate", 0, "must be at least 1"),
