@@ -16,10 +16,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from llama_jax import run_checks
 from llama_jax.config import SIZES, ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.run_keys import (
-    LORA_TARGETS,
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
@@ -60,127 +60,29 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
-        """The checks that need more than one key; those of the mesh need the devices (`check_mesh`)."""
-        data, train, model = self.data, self.train, self.model
+        """The checks that need more than one section; those of the mesh need the devices (`check_mesh`)."""
         if not self.output:
             raise ConfigError("output is empty: name the run folder, e.g. output='runs/my_run'")
-        if not data.train:
+        if "://" in self.output:
+            raise ConfigError(
+                f"output={self.output!r} must be a folder: mount the bucket, and name the folder where it is mounted"
+            )
+        if not self.data.train:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
-        if data.weights and (len(data.weights) != len(data.train) or min(data.weights) <= 0):
-            raise ConfigError(
-                f"data.weights={data.weights} must be one number above 0 for each of data.train, which are "
-                f"{len(data.train)}; leave it empty to take every row equally often"
-            )
-        for key, folder in (("output", self.output), ("data.cache_dir", data.cache_dir)):
-            if "://" in folder:
-                raise ConfigError(f"{key}={folder!r} must be a folder: mount the bucket, and name where it is mounted")
-        if self.log.sample_every and not self.log.sample_prompts:
-            raise ConfigError("log.sample_every needs log.sample_prompts: give at least one, or set log.sample_every=0")
-        if data.sequence_length > model.max_seq_len:
-            raise ConfigError(
-                f"data.sequence_length={data.sequence_length} is more than model.max_seq_len={model.max_seq_len}"
-            )
-        if data.batch_size % train.accumulate:
-            legal = [n for n in range(1, data.batch_size + 1) if data.batch_size % n == 0]
-            raise ConfigError(
-                f"train.accumulate={train.accumulate} must divide data.batch_size={data.batch_size}: one of {legal}"
-            )
-        self._check_method()
-        if self.optimizer.warmup_steps > train.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={train.steps}: "
-                "the peak would never be reached"
-            )
-        if self.checkpoint.keep_best:
-            every = self.log.eval_every
-            if not data.validation or not every or self.checkpoint.every % every:
-                raise ConfigError(
-                    f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation loss at every checkpoint: "
-                    f"set data.validation, and checkpoint.every={self.checkpoint.every} to a multiple of "
-                    f"log.eval_every={every}; or set checkpoint.keep_best=0"
-                )
-        if self.mesh.stage != 1:
-            raise ConfigError(
-                f"mesh.stage={self.mesh.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
-            )
-        sizes = dataclasses.asdict(self.mesh)
-        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
-            shape = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n < 1)
-            raise ConfigError(f"{shape}: every axis must be at least 1, and one of them may be -1 (what is left)")
-        connection = self.distributed
-        if connection.coordinator not in ("", "auto"):
-            host, _, port = connection.coordinator.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ConfigError(
-                    f"distributed.coordinator={connection.coordinator!r} must be HOST:PORT of process 0, 'auto', or "
-                    "empty for one process"
-                )
-        if not connection.coordinator and connection.num_processes > 1:
-            raise ConfigError(
-                f"distributed.num_processes={connection.num_processes} needs distributed.coordinator=HOST:PORT"
-            )
-        if self.distributed.process_id >= self.distributed.num_processes:
-            raise ConfigError(
-                f"distributed.process_id={self.distributed.process_id} must be below "
-                f"num_processes={self.distributed.num_processes}"
-            )
-
-    def _check_method(self) -> None:
-        rates = self.optimizer.group_rates
-        strange = [group for group in rates if group.startswith("lora") != bool(self.lora.rank)]
-        if strange:
-            mend = "LoRA trains only lora_a and lora_b" if self.lora.rank else "set lora.rank to train with LoRA"
-            raise ConfigError(f"optimizer.rates: {strange[0]} is not trained in this run: {mend}")
-        unused = [key for key in ("dropout", "rslora", "base") if getattr(self.lora, key) not in (0.0, False, "auto")]
-        if unused and not self.lora.rank:
-            raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
-        if self.lora.targets != LORA_TARGETS and not self.lora.rank:
-            raise ConfigError("lora.targets needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
-        if len(set(self.lora.targets)) < len(self.lora.targets):
-            raise ConfigError(f"lora.targets={self.lora.targets} names a matrix twice: name each once")
-        moved = [f.name for f in dataclasses.fields(self.dpo) if getattr(self.dpo, f.name) != f.default]
-        if moved and self.train.objective != "dpo":
-            raise ConfigError(f"dpo.{moved[0]} is read by DPO alone: set train.objective='dpo', or leave it as it is")
-        if self.train.z_loss and self.train.objective == "dpo":
-            raise ConfigError("train.z_loss is not of train.objective='dpo': set it to 0")
-        for what, used in (("lora.rank", self.lora.rank), ("train.objective='dpo'", self.train.objective == "dpo")):
-            if used and not self.init_from:
-                raise ConfigError(f"{what} needs init_from: name the model to start from")
-        if self.lora.rank and not self.lora.targets:
-            raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
-        if self.dpo.loss == "ipo" and self.dpo.label_smoothing:
-            raise ConfigError("dpo.label_smoothing is not of IPO: set it to 0, or dpo.loss='sigmoid'")
+        run_checks.check_length(self.data, self.model)
+        run_checks.check_batch(self.data, self.train)
+        run_checks.check_lora(self.lora, self.optimizer, self.init_from)
+        run_checks.check_objective(self.train, self.dpo, self.init_from)
+        run_checks.check_warmup(self.optimizer, self.train.steps)
+        run_checks.check_best(self.checkpoint, self.log, self.data)
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
-        """Refuse a mesh (sizes resolved, no -1) that this model and batch cannot be split over.
+        """Check that this model and batch can be split over a mesh, whose sizes are resolved (no -1).
 
         Raises:
-            ConfigError: naming the axis and its legal values.
+            ConfigError: the mesh does not fit. The message names the axis and its allowed values.
         """
-        model, tensor = self.model, sizes["tensor"]
-        for name in ("num_kv_heads", "num_heads", "ffn_dim", "vocab_size"):
-            if getattr(model, name) % tensor:
-                legal = [
-                    n for n in range(1, model.num_kv_heads + 1)
-                    if not (model.num_kv_heads % n or model.ffn_dim % n or model.vocab_size % n)
-                ]  # fmt: skip
-                raise ConfigError(
-                    f"mesh.tensor={tensor} must divide model.{name}={getattr(model, name)}: one of {legal}"
-                )
-        if model.embed_dim % sizes["fsdp"]:
-            raise ConfigError(f"mesh.fsdp={sizes['fsdp']} must divide model.embed_dim={model.embed_dim}")
-        if self.data.sequence_length % sizes["context"]:
-            raise ConfigError(
-                f"mesh.context={sizes['context']} must divide data.sequence_length={self.data.sequence_length}"
-            )
-        rows = self.data.batch_size // self.train.accumulate
-        split = sizes["data"] * sizes["fsdp"]
-        if rows % split:
-            raise ConfigError(
-                f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} splits a batch into {split} parts, but "
-                f"data.batch_size / train.accumulate is {rows}: set data.batch_size to a multiple of "
-                f"{split * self.train.accumulate}, or move devices to mesh.tensor"
-            )
+        run_checks.check_mesh(sizes, self.model, self.data, self.train)
 
     def to_dict(self) -> dict[str, Any]:
         """A nested JSON-able dict; `from_dict` reads it back."""

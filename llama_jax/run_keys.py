@@ -69,6 +69,18 @@ class DataConfig:
     seed: int = bounded(0, low=0, high=2**31 - 1)
     cache_dir: str = bounded("~/.cache/llama_jax/data")
 
+    def __post_init__(self) -> None:
+        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
+            raise ConfigError(
+                f"data.weights={self.weights} must be one number above 0 for each of data.train, which are "
+                f"{len(self.train)}; leave it empty to take every row equally often"
+            )
+        if "://" in self.cache_dir:
+            raise ConfigError(
+                f"data.cache_dir={self.cache_dir!r} must be a folder: mount the bucket, and name the folder where it "
+                "is mounted"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -172,6 +184,10 @@ class TrainConfig:
     z_loss: float = bounded(0.0, low=0.0, high=1.0)
     max_skipped: int = bounded(10, low=1)
 
+    def __post_init__(self) -> None:
+        if self.z_loss and self.objective == "dpo":
+            raise ConfigError("train.z_loss does not apply to train.objective='dpo': set it to 0")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -194,6 +210,12 @@ class LoraConfig:
     rslora: bool = bounded(False)
     base: str = bounded("auto", choices=("auto", "float32", "bfloat16", "int8", "int4"))
 
+    def __post_init__(self) -> None:
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"lora.targets={self.targets} names a matrix twice: name each once")
+        if self.rank and not self.targets:
+            raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoConfig:
@@ -209,6 +231,10 @@ class DpoConfig:
     beta: float = bounded(0.1, low=1e-6, high=100.0)
     loss: str = bounded("sigmoid", choices=("sigmoid", "ipo"))
     label_smoothing: float = bounded(0.0, low=0.0, high=0.499999)
+
+    def __post_init__(self) -> None:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ConfigError("dpo.label_smoothing does not apply to IPO: set it to 0, or dpo.loss='sigmoid'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +255,16 @@ class MeshConfig:
     stage: int = bounded(1, low=-1)
     context: int = bounded(1, low=-1)
     tensor: int = bounded(1, low=-1)
+
+    def __post_init__(self) -> None:
+        if self.stage != 1:
+            raise ConfigError(
+                f"mesh.stage={self.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
+            )
+        sizes = dataclasses.asdict(self)
+        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+            shape = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n < 1)
+            raise ConfigError(f"{shape}: every axis must be at least 1, and one of them may be -1 (what is left)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,6 +293,10 @@ class LogConfig:
     sample_as: str = bounded("text", choices=("text", "chat"))
     sample_tokens: int = bounded(64, low=1)
     tensorboard: bool = bounded(True)
+
+    def __post_init__(self) -> None:
+        if self.sample_every and not self.sample_prompts:
+            raise ConfigError("log.sample_every needs log.sample_prompts: give at least one, or set log.sample_every=0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,3 +332,18 @@ class DistributedConfig:
     coordinator: str = bounded("")
     num_processes: int = bounded(1, low=1)
     process_id: int = bounded(0, low=0)
+
+    def __post_init__(self) -> None:
+        if self.coordinator not in ("", "auto"):
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ConfigError(
+                    f"distributed.coordinator={self.coordinator!r} must be HOST:PORT of process 0, 'auto', or empty "
+                    "for one process"
+                )
+        if not self.coordinator and self.num_processes > 1:
+            raise ConfigError(f"distributed.num_processes={self.num_processes} needs distributed.coordinator=HOST:PORT")
+        if self.process_id >= self.num_processes:
+            raise ConfigError(
+                f"distributed.process_id={self.process_id} must be below num_processes={self.num_processes}"
+            )

@@ -147,6 +147,7 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("optimizer__warmup_steps", -1, "must be at least 0"),
         ("optimizer__warmup_steps", 10.5, "must be a whole number, got 10.5"),
         ("optimizer__warmup_steps", 2000, "is more than train.steps=1000"),
+        ("train__steps", 60, "set optimizer.warmup_steps=6, or raise train.steps"),
         ("optimizer__b1", 1.0, "must be from 0.0 to 0.999999"),
         ("optimizer__b2", -0.1, "must be from 0.0 to 0.999999"),
         ("optimizer__eps", 0.0, "must be from 1e-30 to 1.0"),

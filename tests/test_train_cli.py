@@ -114,7 +114,7 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate must be a finite number"),
         (["--config.optimizer.learning_rate=fast"], "optimizer.learning_rate must be a number, got 'fast'"),
         (["--config.data.shuffle=perhaps"], "data.shuffle"),
-        (["--config.optimizer.schedule=linear"], "optimizer.schedule must be one of"),
+        (["--config.optimizer.schedule=triangle"], "optimizer.schedule must be one of"),
         (["--config.model.num_kv_heads=3"], "model.num_kv_heads=3 must divide num_heads=8: one of [1, 2, 4, 8]"),
         (["--config.data.sequence_length=999999"], "is more than model.max_seq_len"),
         (["--steps=5"], "steps"),
