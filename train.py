@@ -19,7 +19,7 @@ def main() -> int:
     import jax
 
     from llama_jax import compilation_cache
-    from llama_jax.train.loop import TrainingError, train
+    from llama_jax.train.run import TrainingError, train
 
     compilation_cache.enable()
     connection = run.distributed

@@ -39,12 +39,13 @@ def check_length(data: DataConfig, model: ModelConfig) -> None:
         )
 
 
-def check_warmup(optimizer: OptimizerConfig, steps: int) -> None:
+def check_warmup(optimizer: OptimizerConfig, train: TrainConfig, steps: int) -> None:
     """Check that the warmup ends before a run of `steps` does."""
     if optimizer.warmup_steps > steps:
+        key = f"train.steps={steps}" if train.steps else f"the {steps} steps of train.epochs={train.epochs:g}"
         raise ConfigError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than train.steps={steps}, and the peak would "
-            f"never be reached: set optimizer.warmup_steps={steps // 10}, or raise train.steps"
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than {key}, and the peak would never be reached: "
+            f"set optimizer.warmup_steps={steps // 10}, or train for longer"
         )
 
 
@@ -58,6 +59,13 @@ def check_best(checkpoint: CheckpointConfig, log: LogConfig, data: DataConfig) -
             f"data.validation, and checkpoint.every={checkpoint.every} to a multiple of log.eval_every="
             f"{log.eval_every}; or set checkpoint.keep_best=0"
         )
+
+
+def check_patience(train: TrainConfig, log: LogConfig, data: DataConfig) -> None:
+    """Check that there are validation losses for train.patience to compare."""
+    if train.patience and not (data.validation and log.eval_every):
+        key = "log.eval_every" if data.validation else "data.validation"
+        raise ConfigError(f"train.patience={train.patience} needs a validation loss: set {key}, or train.patience=0")
 
 
 def check_objective(train: TrainConfig, dpo: DpoConfig, init_from: str) -> None:

@@ -73,7 +73,9 @@ class RunConfig:
         run_checks.check_batch(self.data, self.train)
         run_checks.check_lora(self.lora, self.optimizer, self.init_from)
         run_checks.check_objective(self.train, self.dpo, self.init_from)
-        run_checks.check_warmup(self.optimizer, self.train.steps)
+        if self.train.steps:
+            run_checks.check_warmup(self.optimizer, self.train, self.train.steps)
+        run_checks.check_patience(self.train, self.log, self.data)
         run_checks.check_best(self.checkpoint, self.log, self.data)
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
@@ -205,8 +207,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 _ALIASES = {
     "lr": "learning_rate",
     "wd": "weight_decay",
-    "epochs": "steps",
+    "num_train_epochs": "epochs",
     "num_steps": "steps",
+    "max_steps": "steps",
     "seq_len": "sequence_length",
     "max_length": "sequence_length",
     "bs": "batch_size",

@@ -162,7 +162,11 @@ class TrainConfig:
     Attributes:
         objective: The loss: `sft` is the cross-entropy of the target tokens, `dpo` is direct preference optimization
             on pairs of answers (see the section dpo).
-        steps: Optimizer steps of the whole run.
+        steps: Optimizer steps of the whole run; 0 takes train.epochs. Set one of the two.
+        epochs: Passes over the training rows, from which the steps are computed; a fraction is allowed, and 0 takes
+            train.steps. With data.weights, one pass is as many rows as all items of data.train have together.
+        patience: Evaluations in a row without a new lowest validation loss after which the run ends early; 0 never
+            ends it early. It needs data.validation and log.eval_every.
         accumulate: Parts that a batch is split into and computed one after the other, which lowers memory. It must
             divide data.batch_size.
         compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16, and
@@ -176,7 +180,9 @@ class TrainConfig:
     """
 
     objective: str = bounded("sft", choices=("sft", "dpo"))
-    steps: int = bounded(1000, low=1)
+    steps: int = bounded(1000, low=0)
+    epochs: float = bounded(0.0, low=0.0, high=1e6)
+    patience: int = bounded(0, low=0)
     accumulate: int = bounded(1, low=1)
     compute_dtype: str = bounded("auto", choices=("auto", "float32", "bfloat16"))
     remat: str = bounded("full", choices=("none", "dots", "full"))
@@ -187,6 +193,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.z_loss and self.objective == "dpo":
             raise ConfigError("train.z_loss does not apply to train.objective='dpo': set it to 0")
+        if not self.steps and not self.epochs:
+            raise ConfigError("train.steps and train.epochs are both 0: set one of them, e.g. train.epochs=3")
+        if self.steps and self.epochs:
+            raise ConfigError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} are both set: set train.steps=0 to train "
+                "for epochs, or train.epochs=0 to train for steps"
+            )
+
+    def steps_for(self, rows: int, batch_size: int) -> int:
+        """The optimizer steps of a run on so many training rows. The last batch of the epochs is filled up."""
+        return self.steps or max(1, math.ceil(self.epochs * rows / batch_size))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

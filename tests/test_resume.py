@@ -25,7 +25,8 @@ from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
 from llama_jax.params import is_stacked
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import loop, setup
+from llama_jax.train import run as loop
+from llama_jax.train import setup
 from llama_jax.train.metrics import MetricLog, read_metrics
 from llama_jax.train.program import Program
 

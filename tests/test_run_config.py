@@ -18,8 +18,8 @@ data.seed data.cache_dir
 optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
-train.objective train.steps train.accumulate train.compute_dtype train.remat train.vocab_chunk train.z_loss
-train.max_skipped
+train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype
+train.remat train.vocab_chunk train.z_loss train.max_skipped
 lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.base
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
@@ -54,9 +54,9 @@ def refusal(**changes) -> str:
     return message
 
 
-def test_the_keys_are_these_and_fewer_than_eighty():
+def test_the_keys_are_these_and_fewer_than_a_hundred():
     assert known_keys() == KEYS
-    assert len(KEYS) < 80
+    assert len(KEYS) < 100
 
 
 def test_every_key_is_described_for_a_reader():
@@ -147,7 +147,7 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("optimizer__warmup_steps", -1, "must be at least 0"),
         ("optimizer__warmup_steps", 10.5, "must be a whole number, got 10.5"),
         ("optimizer__warmup_steps", 2000, "is more than train.steps=1000"),
-        ("train__steps", 60, "set optimizer.warmup_steps=6, or raise train.steps"),
+        ("train__steps", 60, "set optimizer.warmup_steps=6, or train for longer"),
         ("optimizer__b1", 1.0, "must be from 0.0 to 0.999999"),
         ("optimizer__b2", -0.1, "must be from 0.0 to 0.999999"),
         ("optimizer__eps", 0.0, "must be from 1e-30 to 1.0"),
@@ -156,7 +156,10 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("optimizer__decay_fraction", 1.5, "must be from 0.0 to 1.0"),
         ("optimizer__final_fraction", -0.5, "must be from 0.0 to 1.0"),
         ("optimizer__schedule", "cosin", "got 'cosin'; did you mean 'cosine'?"),
-        ("train__steps", 0, "must be at least 1, got 0"),
+        ("train__steps", 0, "train.steps and train.epochs are both 0: set one of them"),
+        ("train__steps", -1, "must be at least 0, got -1"),
+        ("train__epochs", 2, "train.steps=1000 and train.epochs=2 are both set: set train.steps=0"),
+        ("train__patience", 3, "train.patience=3 needs a validation loss: set data.validation"),
         ("train__steps", "100", "must be a whole number, got '100'"),
         ("train__accumulate", 0, "must be at least 1"),
         ("train__accumulate", 3, "must divide data.batch_size=8: one of [1, 2, 4, 8]"),

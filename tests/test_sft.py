@@ -17,7 +17,7 @@ from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows, WholeRows, best_fit, pack
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.text import Tokenizer
-from llama_jax.train import loop
+from llama_jax.train import run as loop
 from llama_jax.train.metrics import read_metrics
 from llama_jax.train.objectives import sft_sums
 

@@ -15,7 +15,8 @@ from test_run_config import run_dict
 
 from llama_jax import model, parallel
 from llama_jax.run_config import RunConfig
-from llama_jax.train import loop, setup
+from llama_jax.train import run as loop
+from llama_jax.train import setup
 from llama_jax.train.program import Program
 
 B, T, V = 8, 32, 512

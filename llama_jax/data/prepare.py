@@ -120,15 +120,20 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
             say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} {store.unit}s, listed in {store.quarantine}")
         return rows
 
+    batch = run.data.batch_size
     if run.data.weights:
         train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
+        steps = run.train.steps_for(sum(map(len, train.parts)), batch)
         for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
             share = weight / sum(train.weights)
-            drawn = share * run.train.steps * run.data.batch_size
+            drawn = share * steps * batch
             say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
     else:
         train = Mixture((packed(run.data.train, "train"),), (1.0,))
-        seen = run.train.steps * run.data.batch_size / len(train.parts[0])
-        if seen > _OFTEN:
+        seen = run.train.steps_for(len(train.parts[0]), batch) * batch / len(train.parts[0])
+        if seen > _OFTEN and run.train.steps:
             say(f"train: each row is seen {seen:,.0f} times in this run: set train.steps lower if that is not meant")
+    total = sum(map(len, train.parts))
+    one, two, three = (-(-epochs * total // batch) for epochs in (1, 2, 3))
+    say(f"train: one, two and three epochs are {one:,}, {two:,} and {three:,} steps")
     return train, packed(run.data.validation, "validation") if run.data.validation else None
