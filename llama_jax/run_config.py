@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax import run_checks
+from llama_jax import run_checks, run_shape
 from llama_jax.config import SIZES, ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.run_keys import (
@@ -31,6 +31,7 @@ from llama_jax.run_keys import (
     TrainConfig,
     bounded,
 )
+from llama_jax.run_shape import PartialShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,14 @@ class RunConfig:
         seed: Seed of the first weights, of dropout and of sampling.
         init_from: The model to start from: a folder, a file or a hub id, as `llama_jax.load` takes it. Empty starts
             from random weights.
-        model: The shape of the model.
+        model: The shape of the model: a ModelConfig, or a PartialShape until the model of init_from has been opened
+            (`with_shape`). In a config file it is the name of a size or a section of keys.
     """
 
     output: str = bounded("")
     seed: int = bounded(0, low=0, high=2**31 - 1)
     init_from: str = bounded("")
-    model: ModelConfig
+    model: ModelConfig | PartialShape
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -69,7 +71,8 @@ class RunConfig:
             )
         if not self.data.train:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
-        run_checks.check_length(self.data, self.model)
+        if isinstance(self.model, ModelConfig):
+            run_checks.check_length(self.data, self.model)
         run_checks.check_batch(self.data, self.train)
         run_checks.check_lora(self.lora, self.optimizer, self.init_from)
         run_checks.check_objective(self.train, self.dpo, self.init_from)
@@ -86,35 +89,58 @@ class RunConfig:
         """
         run_checks.check_mesh(sizes, self.model, self.data, self.train)
 
+    def with_shape(self, config: ModelConfig) -> RunConfig:
+        """The run with the shape of the model of init_from. model.max_seq_len may differ from that of the model.
+
+        Raises:
+            ConfigError: keys of the section model that are set by hand contradict the model.
+        """
+        model = self.model if isinstance(self.model, ModelConfig) else self.model.of(config)
+        changed = differences(dataclasses.replace(config, max_seq_len=model.max_seq_len).to_dict(), model.to_dict())
+        if changed:
+            name = "" if isinstance(self.model, ModelConfig) else self.model.name
+            remedy = f"model={name!r} is not its size: leave it out" if name else "leave these keys out"
+            lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
+            raise ConfigError(
+                f"init_from={self.init_from!r} is another model: {lines}. Its shape is taken from it: {remedy}"
+            )
+        return dataclasses.replace(self, model=model)
+
     def to_dict(self) -> dict[str, Any]:
         """A nested JSON-able dict; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
+        return {**plain, "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The run of a nested dict. Keys that are absent have their defaults; `model` may be the name of a size.
 
+        train.epochs without train.steps takes the place of the default of train.steps.
+
         Raises:
             ConfigError: unknown keys, wrong types, NaN, values out of bounds, and combinations that cannot work.
         """
-        values = dict(values)
-        model = values.pop("model", None)
-        if isinstance(model, str):
-            if model not in SIZES:
-                raise ConfigError(f"model={model!r} is no known size{nearest(model, list(SIZES))}")
-            model = SIZES[model]
-        elif isinstance(model, Mapping):
-            model = ModelConfig.from_dict(_plain(model))
-        if not isinstance(model, ModelConfig):
-            raise ConfigError(f"model must be the name of a size or its fields, got {model!r}: e.g. 'llama3.1-8b'")
+        values = _plain(values)
+        model = run_shape.parse(values.pop("model", {} if values.get("init_from") else None))
+        if isinstance(model, PartialShape) and not values.get("init_from"):
+            model = model.whole()
+        train = values.get("train")
+        if isinstance(train, Mapping) and train.get("epochs") and "steps" not in train:
+            values["train"] = {**train, "steps": 0}
         return _build(cls, values, "", model=model)
 
 
-def default_dict(size: str = "llama3.1-8b") -> dict[str, Any]:
-    """Every key of a run with its default, for a config file to change: `model` has the fields of the named size."""
+def default_dict(size: str = "") -> dict[str, Any]:
+    """Every key of a run with its default, for a config file to change.
+
+    Args:
+        size: One of `config.SIZES`. Empty leaves the shape to the model of init_from. Keys of `model` that are None
+            are those of the size or of that model.
+    """
     sections = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.name != "model"}
     plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in sections.items()}
-    return {**plain, "model": SIZES[size].to_dict()}
+    return {**plain, "model": run_shape.unset(size)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +162,20 @@ class Key:
     meaning: str
 
 
+_MODEL_NAME = Key(
+    name="model.name",
+    type="a string",
+    default="",
+    allowed=f"one of {', '.join(map(repr, SIZES))}",
+    meaning="Size of the model by name; --config.model=NAME is short for it. Empty takes the shape of the model in "
+    "init_from. The other keys of this section change a key of that size; with init_from they are checked against its "
+    "model, except model.max_seq_len, which may differ.",
+)
+
+
 def describe() -> list[Key]:
     """Every key of a run in the order of `known_keys`, for --keys and the reference page."""
-    keys = _described(RunConfig, "")
+    keys = [*_described(RunConfig, ""), _MODEL_NAME]
     order = {name: place for place, name in enumerate(known_keys())}
     return sorted(keys, key=lambda key: order[key.name])
 
@@ -180,12 +217,12 @@ def _allowed(bounds: Mapping[str, Any]) -> str:
 
 def known_keys() -> list[str]:
     """Every key by its dotted name, e.g. `optimizer.learning_rate`."""
-    return list(_flat(default_dict("llama3.1-8b")))
+    return list(_flat(default_dict()))
 
 
 def kind_of(key: str) -> str:
-    """What a key must be, in words: "a whole number"."""
-    return _word(type(_flat(default_dict())[key]))
+    """The type of a key in words: "a whole number"."""
+    return next(described.type for described in describe() if described.name == key)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

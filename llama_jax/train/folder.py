@@ -18,6 +18,7 @@ from llama_jax.data.loader import Loader
 from llama_jax.errors import ConfigError
 from llama_jax.files import write_json
 from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_shape import PartialShape
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.metrics import draw_loss, say
@@ -110,14 +111,19 @@ class RunFolder:
         meta = self.checkpoints.meta(step)
         return Newest(step, meta["config"], meta.get("frozen"), Trend(**meta.get("trend", {})))
 
-    def check_resume(self, run: RunConfig, newest: Newest) -> None:
+    def check_resume(self, run: RunConfig, newest: Newest) -> RunConfig:
         """Check that `run` continues the run that saved the checkpoint, and print the keys that have changed.
+
+        Returns:
+            The run with its shape, which comes from the checkpoint: the model of init_from need not exist any more.
 
         Raises:
             ConfigError: a key differs that would make it another run.
         """
-        saved = RunConfig.from_dict(newest.config).to_dict()  # keys that an older version lacked have their defaults
-        changed = differences(saved, run.to_dict())
+        saved = RunConfig.from_dict(newest.config)  # keys that an older version lacked have their defaults
+        if isinstance(run.model, PartialShape):
+            run = dataclasses.replace(run, model=run.model.of(saved.model))
+        changed = differences(saved.to_dict(), run.to_dict())
         refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE) or key in _MAY_NOT}
         if refused:
             lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in refused.items())
@@ -127,6 +133,7 @@ class RunFolder:
             )
         for key, (old, new) in changed.items():
             say(f"{key} was {old!r}, is now {new!r}")
+        return run
 
     def check_frozen(self, run: RunConfig, newest: Newest, frozen: Frozen) -> None:
         """Check that the frozen model is the one that the run was started with; ConfigError otherwise."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -27,6 +28,9 @@ from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
 
+if TYPE_CHECKING:
+    from llama_jax.infer.llama import Llama
+
 __all__ = ["Result", "TrainingError", "train"]
 
 
@@ -39,12 +43,14 @@ class Result:
         finished: True if the run is complete; False if it was asked to stop and can be resumed.
         folder: The run folder.
         dialogs: True if the run learned answers: from dialogs, completions or preference pairs.
+        run: The run, with the shape of its model.
     """
 
     step: int
     finished: bool
     folder: Path
     dialogs: bool
+    run: RunConfig
 
     @property
     def losses(self) -> dict[int, float]:
@@ -56,6 +62,22 @@ class Result:
         """The validation loss by step, from metrics.jsonl. Step 0 is the model before training."""
         return self._metric("validation_loss")
 
+    def model(self, **options: Any) -> Llama:
+        """The trained model, ready to sample: `llama_jax.load(folder, **options)`."""
+        from llama_jax.infer import llama
+
+        return llama.load(self.folder, **options)
+
+    def command(self) -> list[str]:
+        """The command that samples from the model: a question or a chat after dialogs, else a text to continue."""
+        log = self.run.log
+        first = (*log.sample_prompts, "The")[0]
+        if log.sample_as == "chat":
+            flags = ["--ask", first]
+        else:
+            flags = ["--chat"] if self.dialogs else ["--prompt", first]
+        return ["python", "infer.py", "--model", str(self.folder), *flags]
+
     def _metric(self, name: str) -> dict[int, float]:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return {line["step"]: line[name] for line in lines if line.get(name) is not None}
@@ -66,7 +88,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
 
     Args:
         run: The run.
-        sampler: Makes the texts of log.sample_every; None makes none.
+        sampler: Makes the texts of log.sample_every; None samples from the model as `llama_jax.load` would.
         resume: False refuses a folder that already has a checkpoint.
 
     Raises:
@@ -76,13 +98,16 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
     """
     started = time.monotonic()
     with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
-        program = Program.make(run, parallel.make_mesh(dataclasses.asdict(run.mesh)))
+        mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
         with locked(Path(run.output).expanduser()):
             folder = RunFolder(run)
             newest = folder.newest(resume=resume)
-            if newest is not None:
-                folder.check_resume(run, newest)
+            if newest is None:
+                run = setup.shaped(run, mesh)
+            else:
+                run = folder.check_resume(run, newest)
+            program = Program.make(run, mesh)
             data = setup.load_data(program, folder.path, resuming=newest is not None)
             program = program.with_steps(run.train.steps_for(data.rows, run.data.batch_size))
             if newest is not None and newest.trend.is_end(run, newest.step, program.steps):
@@ -92,7 +117,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 state, finished = loop.train(), loop.is_end()
                 _say_end(program, folder, loop, time.monotonic() - started)
             folder.write_results(program, state)
-    return Result(int(state.step), finished, folder.path, data.dialogs)
+    return Result(int(state.step), finished, folder.path, data.dialogs, run)
 
 
 def _done_already(program: Program, folder: RunFolder, newest: Newest, data: setup.Data) -> TrainState:
@@ -126,7 +151,21 @@ def _begin(
         folder.check_frozen(program.run, newest, frozen)
     folder.write_config(program.run, data.tokenizer, frozen)
     folder.checkpoints.go_on_from(None if newest is None else newest.step)
-    return Loop(program, state, frozen, data, folder, trend, stop, sampler)
+    return Loop(program, state, frozen, data, folder, trend, stop, _sampler(program.run, sampler))
+
+
+def _sampler(run: RunConfig, sampler: Sampler | None) -> Sampler | None:
+    """The sampler of a run, or None if it does not sample."""
+    if not run.log.sample_every:
+        return None
+    if jax.process_count() > 1:
+        say("log.sample_every is ignored: sampling during training needs a single process")
+        return None
+    if sampler is None:
+        from llama_jax.train.samples import TrainingSampler  # a run that does not sample imports no inference
+
+        sampler = TrainingSampler()
+    return sampler
 
 
 def _say_model(program: Program) -> None:

@@ -17,7 +17,7 @@ from llama_jax.data.packing import Rows
 from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
 from llama_jax.params import restack
-from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_config import RunConfig
 from llama_jax.text import tokenizer as text
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
@@ -51,6 +51,23 @@ def check_sources(run: RunConfig) -> None:
     name = run.init_from
     if name and not hub_models.is_hub_id(name) and not Path(name).expanduser().exists():
         raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
+
+
+def shaped(run: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
+    """The run with the shape of the model of init_from, before data are prepared.
+
+    A model on the hub is compared by its config.json before its weights are downloaded.
+
+    Raises:
+        ConfigError: keys of the section model contradict the model, the mesh does not fit it, or it cannot be opened.
+    """
+    if not run.init_from:
+        return run
+    if hub_models.is_hub_id(run.init_from):
+        config = hub_models.read_shape(run.init_from)
+        if config is not None:
+            run.with_shape(config).check_mesh(dict(mesh.shape))
+    return run.with_shape(open_source(run.init_from).config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +193,7 @@ def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -
 
 
 def _pretrained(run: RunConfig) -> Source:
-    """The model of init_from, after its shape was compared with the run's."""
+    """The model of init_from; ConfigError if its shape is not the run's."""
     source = open_source(run.init_from)
-    # How far positions go is no property of the weights.
-    theirs = dataclasses.replace(source.config, max_seq_len=run.model.max_seq_len)
-    if theirs != run.model:
-        changed = differences(theirs.to_dict(), run.model.to_dict())
-        lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
-        raise ConfigError(f"init_from={run.init_from!r} is another model: {lines}")
+    run.with_shape(source.config)
     return source

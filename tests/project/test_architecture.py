@@ -24,6 +24,7 @@ FLOORS = {
     "llama_jax.config": 0,
     "llama_jax.run_keys": 0,
     "llama_jax.run_checks": 0,
+    "llama_jax.run_shape": 0,
     "llama_jax.run_config": 0,
     "llama_jax.parallel": 1,
     "llama_jax.compilation_cache": 1,
@@ -46,7 +47,7 @@ FLOORS = {
     "llama_jax.__main__": 6,
 }
 # On floor 5, who may see whom.
-NEIGHBOURS = {"eval": {"infer"}, "serve": {"infer"}}
+NEIGHBOURS = {"train": {"infer"}, "eval": {"infer"}, "serve": {"infer"}}
 MESH_AXES = {"data", "fsdp", "stage", "context", "tensor"}
 
 

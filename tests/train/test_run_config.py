@@ -28,8 +28,8 @@ log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts lo
 log.tensorboard
 checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
 distributed.coordinator distributed.num_processes distributed.process_id
-model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.ffn_dim
-model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
+model.name model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
+model.ffn_dim model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
 model.rope_scaling.high_freq_factor model.rope_scaling.original_max_seq_len model.max_seq_len model.tied_embeddings
 """.split()
 
@@ -86,7 +86,7 @@ def test_model_may_be_the_name_of_a_size():
 
 def test_differences_name_dotted_keys_with_both_values():
     a, b = run_dict(), run_dict(optimizer__learning_rate=1e-4, model__num_layers=5)
-    assert differences(a, b) == {"model.num_layers": (3, 5), "optimizer.learning_rate": (3e-4, 1e-4)}
+    assert differences(a, b) == {"model.num_layers": (None, 5), "optimizer.learning_rate": (3e-4, 1e-4)}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(key, value, words):
 
 
 def test_a_missing_field_of_the_model_is_named():
-    values = run_dict()
+    values = run_dict(model=SIZES["tiny"].to_dict())
     del values["model"]["ffn_dim"]
     with pytest.raises(ConfigError, match="model lacks ffn_dim"):
         RunConfig.from_dict(values)
