@@ -100,10 +100,12 @@ def _asks_for_data(argv: Sequence[str]) -> bool:
 
 def _inspect_data(argv: Sequence[str]) -> int:
     run, _ = parse_run(["inspect data", *argv])  # before jax is imported: a typo is answered at once
-    from llama_jax.train.show import show
+    from llama_jax.data.inspect import show
+    from llama_jax.train import setup
 
     sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
-    show(run, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    setup.check_sources(run)
+    show(run, setup.chosen_tokenizer(run, print), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return 0
 
 

@@ -11,10 +11,10 @@ from test_records import ANSWER, ASK, write
 from test_train_cli import ROOT, write_config
 
 from llama_jax import __main__ as command
+from llama_jax.data.inspect import render
 from llama_jax.data.packing import pack
 from llama_jax.data.store import build_store
 from llama_jax.text import Tokenizer
-from llama_jax.train.show import render
 
 ALONE = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"

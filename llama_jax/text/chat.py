@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HEADER_OF_ROLE = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "assistant": "assistant",
     "tool": "ipython",
@@ -48,6 +49,7 @@ def encode_dialog(
     *,
     tools: Sequence[str | Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    learn: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Return the ids of a dialog and a mask that is True for exactly the tokens the assistant spoke.
 
@@ -56,10 +58,11 @@ def encode_dialog(
 
     Args:
         tokenizer: the vocabulary.
-        messages: dicts in OpenAI's style. `role` is system (first only), user, assistant, tool or ipython
-            (one and the same). `content` is a str or a list of {"type": "text", "text": str}, each encoded by
-            itself; an assistant with `tool_calls` may leave it out, and what it has comes before the calls.
-            Keys such as `name` and `tool_call_id` have no place in the format and are not read.
+        messages: dicts in OpenAI's style. `role` is system or developer (one and the same, in any place), user,
+            assistant, tool or ipython (one and the same). `content` is a str or a list of
+            {"type": "text", "text": str}, each encoded by itself; an assistant with `tool_calls` may leave it out,
+            and what it has comes before the calls. Keys such as `name` and `tool_call_id` have no place in the format
+            and are not read.
             `tool_calls` are {"type": "function", "function": {"name": ..., "arguments": dict or JSON
             string}}. brave_search, wolfram_alpha and photogen take {"query": str}, code_interpreter takes
             {"code": str}; all four open with <|python_tag|> and close with <|eom_id|>, since a continuation
@@ -72,6 +75,8 @@ def encode_dialog(
             documents, one user message of instructions between the system message and the rest. A system
             message that itself begins with "Environment: ipython" turns it on too.
         add_generation_prompt: end with an open assistant header.
+        learn: one flag for each message. The mask leaves out the assistant's messages whose flag is False. None keeps
+            all of them.
 
     Returns:
         ids, from begin_of_text on, and the mask, of the same length.
@@ -81,8 +86,12 @@ def encode_dialog(
         ConfigError: the vocabulary lacks a control token of the format.
     """
     parsed = _parse_messages(messages)
+    flags = [True] * len(parsed) if learn is None else list(learn)
+    if len(flags) != len(parsed):
+        raise ValueError(f"learn must have one flag for each of the {len(parsed)} messages, got {len(flags)}")
     builtin, functions = _parse_tools(tools)
-    system = list(parsed.pop(0).texts) if parsed[0].role == "system" else None
+    first, rest = (parsed[:1], parsed[1:]) if HEADER_OF_ROLE[parsed[0].role] == "system" else ([], parsed)
+    system = list(first[0].texts) if first else None
     ipython = bool(builtin or functions)
     if system is not None and "".join(system).startswith("Environment:"):
         if builtin:
@@ -102,9 +111,9 @@ def encode_dialog(
     if functions:
         listing = "".join(f"{_pretty(function)}\n" for function in functions)
         out.message("user", [TOOLS_BEFORE + listing + TOOLS_AFTER])
-    for message in parsed:
+    for message, learnt in zip(rest, flags[len(first) :], strict=True):
         if message.role == "assistant":
-            out.assistant(message, ipython=ipython)
+            out.assistant(message, ipython=ipython, spoken=learnt)
         else:
             out.message(HEADER_OF_ROLE[message.role], message.texts)
     if add_generation_prompt:
@@ -191,17 +200,17 @@ class _Writer:
             self.text(text)
         self.control("<|eot_id|>")
 
-    def assistant(self, message: _Message, *, ipython: bool) -> None:
+    def assistant(self, message: _Message, *, ipython: bool, spoken: bool) -> None:
         builtin = any(name in BUILTIN_TOOLS for name, _ in message.calls)
         stop = message.stop or ("eom" if message.calls and (builtin or ipython) else "eot")
         self.header("assistant")
         for text in message.texts:
-            self.text(text, spoken=True)
+            self.text(text, spoken=spoken)
         if builtin or (message.calls and stop == "eom"):
-            self.control("<|python_tag|>", spoken=True)
+            self.control("<|python_tag|>", spoken=spoken)
         for _, call in message.calls:
-            self.text(call, spoken=True)
-        self.control(f"<|{stop}_id|>", spoken=True)
+            self.text(call, spoken=spoken)
+        self.control(f"<|{stop}_id|>", spoken=spoken)
 
 
 def _environment(builtin: Sequence[str], *, has_content: bool) -> str:
@@ -247,8 +256,6 @@ def _parse_message(message: Mapping[str, Any], index: int) -> _Message:
             f"{where}: role {_show(role)} is not known; allowed: {', '.join(HEADER_OF_ROLE)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    if role == "system" and index > 0:
-        raise ValueError(f"{where}: a system message may only come first; move it to messages[0] and join the texts")
     if role != "assistant":
         for key in ("tool_calls", "stop"):
             if message.get(key):
@@ -298,6 +305,8 @@ def _parse_call(call: Any, where: str) -> tuple[str, str]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(f"{where} must be {{'function': {{'name': str, 'arguments': ...}}}}, got {_show(call)}")
     name, arguments = function["name"], function.get("arguments")
+    if arguments is None or arguments == "":  # some servers write a call without arguments so
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

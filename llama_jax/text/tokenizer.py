@@ -199,9 +199,12 @@ class Tokenizer:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
         return_mask: bool = False,
+        learn: Sequence[bool] | None = None,
     ) -> list[int] | tuple[list[int], list[bool]]:
         """Return the ids of a dialog, with `return_mask` (ids, mask); see `llama_jax.text.chat`."""
-        ids, mask = chat.encode_dialog(self, messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        ids, mask = chat.encode_dialog(
+            self, messages, tools=tools, add_generation_prompt=add_generation_prompt, learn=learn
+        )
         return (ids, mask) if return_mask else ids
 
     def save(self, path: str | os.PathLike[str]) -> None:

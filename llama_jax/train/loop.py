@@ -22,6 +22,7 @@ import numpy as np
 
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints
+from llama_jax.data import prepare
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Rows
 from llama_jax.errors import ConfigError
@@ -106,7 +107,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         if before is not None:
             _check_resume(run, folder, before["config"], latest, resume, say)
         tokenizer = setup.tokenizer(run, folder, resuming=latest is not None, say=say)
-        train_rows, validation_rows = setup.rows(run, tokenizer, say)
+        train_rows, validation_rows = prepare.rows(run, tokenizer, say)
         loader = Loader(
             train_rows,
             batch_size=run.data.batch_size,

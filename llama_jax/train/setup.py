@@ -5,33 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax import model
-from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine, refuse_many_bad
-from llama_jax.data.sources import documents_from, hub_files
-from llama_jax.data.store import build_store
+from llama_jax.data import prepare
+from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
-from llama_jax.hub import some
 from llama_jax.params import restack
 from llama_jax.run_config import RunConfig, differences
-from llama_jax.run_keys import DataConfig
 from llama_jax.text import tokenizer as text
-from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
 from llama_jax.weights import hub_models
 from llama_jax.weights.source import Source, open_source
-
-Say = Callable[..., None]
-_OFTEN = 10  # epochs; of dialogs, few runs mean more
 
 
 def check_paths(run: RunConfig) -> None:
@@ -53,16 +44,10 @@ def check_paths(run: RunConfig) -> None:
 
 def check_sources(run: RunConfig) -> None:
     """Refuse data, a tokenizer or a first model that is not there; ConfigError, naming the key."""
-    for split, patterns in (("train", run.data.train), ("validation", run.data.validation)):
-        try:
-            documents_from(patterns, split=split) if patterns else None  # resolves the patterns, and reads nothing yet
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.{split}: {error}") from None
-    for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
-        remote = key == "init_from" and hub_models.is_hub_id(name)
-        if name and not remote and not Path(name).expanduser().exists():
-            mend = "name a model's folder or file, or a hub id (owner/name)" if key == "init_from" else "name a file"
-            raise ConfigError(f"{key}={name!r} does not exist: {mend}")
+    prepare.check_sources(run.data)
+    name = run.init_from
+    if name and not hub_models.is_hub_id(name) and not Path(name).expanduser().exists():
+        raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
 
 
 def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Tokenizer:
@@ -89,91 +74,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
 
 def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
     """The tokenizer that a new run has; ConfigError where there is none, or two that differ."""
-    known = open_source(run.init_from).tokenizer() if run.init_from else None
-    if run.data.tokenizer:
-        given = text.open(Path(run.data.tokenizer).expanduser())
-        if known is not None and known.fingerprint != given.fingerprint:
-            raise ConfigError(
-                f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
-            )
-        return given
-    if run.init_from:
-        if known is None:
-            raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
-        return known
-    say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
-    return Tokenizer.from_ranks(train_bpe(_texts(run.data), vocab_size=run.model.vocab_size))
-
-
-def _texts(data: DataConfig) -> Iterator[str]:
-    """The text of all documents; ValueError, and a list, if too many are bad, rather than a vocabulary of the rest."""
-    bad: list[BadLine] = []
-    good = 0
-    for found in documents_from(data.train):
-        if isinstance(found, BadLine):
-            bad.append(found)
-        else:
-            good += 1
-            yield found.text
-    if bad:
-        listed = Path(data.cache_dir).expanduser() / "quarantine.jsonl"
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
-        refuse_many_bad(len(bad), good, bad[0], listed=listed)
-
-
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
-    """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
-
-    Raises:
-        ConfigError: preference pairs, and train.objective is another than `dpo`; or the other way round.
-        ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
-    """
-    pairs = run.train.objective == "dpo"
-
-    def packed(patterns: Sequence[str], name: str) -> Rows:
-        cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
-        try:
-            store = build_store(patterns, tokens, cache_dir=cache, max_length=T, split=name, pairs=pairs)
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from None
-        if store.pairs != pairs:
-            found = "preference pairs" if store.pairs else "dialogs or completions" if store.masked else "texts"
-            mend = (
-                "set train.objective='dpo', or give the chosen answers alone, as 'messages' or as 'prompt' and "
-                "'completion'"
-                if store.pairs
-                else "give records of 'prompt', 'chosen' and 'rejected', or set train.objective='sft'"
-            )
-            what = f"data.{name}: {', '.join(patterns)} holds {found}"
-            raise ConfigError(f"{what}, which train.objective={run.train.objective!r} does not learn from: {mend}")
-        if files := hub_files(patterns, split=name):
-            say(f"{name}: {some(files)}")
-        rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
-        # Nothing else is worth a word of plain text: all of it is targets, and the last row alone is padded.
-        targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
-        waste = f" ({rows.waste:.1%} padding)" if store.masked else ""
-        say(
-            f"{name}: {store.num_units:,} {store.unit}s, {store.num_tokens:,} tokens{targets}, "
-            f"{len(rows):,} rows{waste}, fingerprint {store.fingerprint[:16]}"
-        )
-        if store.num_bad:
-            total = store.num_bad + store.num_units
-            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} {store.unit}s, listed in {store.quarantine}")
-        return rows
-
-    if run.data.weights:
-        train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
-        for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
-            share = weight / sum(train.weights)
-            drawn = share * run.train.steps * run.data.batch_size
-            say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
-    else:
-        train = Mixture((packed(run.data.train, "train"),), (1.0,))
-        seen = run.train.steps * run.data.batch_size / len(train.parts[0])
-        if seen > _OFTEN:
-            say(f"train: each row is seen {seen:,.0f} times in this run: set train.steps lower if that is not meant")
-    return train, packed(run.data.validation, "validation") if run.data.validation else None
+    base = open_source(run.init_from).tokenizer() if run.init_from else None
+    return prepare.choose_tokenizer(run, base, say)
 
 
 def first_state(program: Program) -> TrainState:

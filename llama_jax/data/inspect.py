@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llama_jax.data import prepare
 from llama_jax.data.loader import Batch, Loader
 from llama_jax.data.packing import Rows
 from llama_jax.run_config import RunConfig
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import setup
 
 _ROWS = 2  # that are shown of the first batch
 _TOKENS = 1500  # that are shown of a row
@@ -21,18 +21,15 @@ _OFF = "\x1b[0m"
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421, 0x9B: 0x241B}
 
 
-def show(run: RunConfig, *, colour: bool) -> None:
+def show(run: RunConfig, tokenizer: Tokenizer, *, colour: bool) -> None:
     """Print the statistics of a run's data, and the first rows of its first step.
 
     Targets, the tokens that the loss counts, are green, or stand in ⟦these⟧ without colour.
 
     Raises:
-        ConfigError: a file that is not there.
-        ValueError: a tokenizer that cannot be used, or too many bad lines.
+        ValueError: too many lines cannot be used.
     """
-    setup.check_sources(run)
-    tokenizer = setup.chosen_tokenizer(run, print)
-    train, validation = setup.rows(run, tokenizer, print)
+    train, validation = prepare.rows(run, tokenizer, print)
     for rows in train.parts:
         print(f"train: {_lengths(rows)}")
     if validation is not None:
