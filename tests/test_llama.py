@@ -20,7 +20,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
 from llama_jax.params import stack, unstack
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text import Tokenizer, encode_dialog
 from llama_jax.weights.source import open_source
 
 CONFIG = configs.size("tiny")
@@ -137,7 +137,7 @@ def test_a_stream_never_breaks_a_character_and_hides_control_tokens():
 
 def test_chat_asks_in_the_dialog_format_and_streams_the_same():
     messages = [{"role": "user", "content": "hi"}]
-    ids = tokenizer().encode_dialog(messages, add_generation_prompt=True)
+    ids = encode_dialog(tokenizer(), messages)[0]
     expected = llama().generate(ids, max_new_tokens=12, temperature=0)
     assert llama().chat(messages, max_new_tokens=12, temperature=0) == expected
     assert "".join(llama().stream_chat(messages, max_new_tokens=12, temperature=0)) == expected.text

@@ -15,12 +15,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 HEADER_OF_ROLE = {
     "system": "system",
@@ -43,7 +41,7 @@ TOOLS_AFTER = "\nReturn function calls in JSON format."
 
 
 def encode_dialog(
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[str | Mapping[str, Any]] | None = None,
@@ -112,7 +110,7 @@ def encode_dialog(
     return out.ids, out.mask
 
 
-def parse_assistant(source: str | Iterable[int], *, tokenizer: "Tokenizer | None" = None) -> dict[str, Any]:
+def parse_assistant(source: str | Iterable[int], *, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Return the message that an assistant's output stands for; the inverse of `encode_dialog`.
 
     Understood as tool calls: custom calls in JSON (also several, also `<function=name>{...}</function>`),
@@ -160,7 +158,7 @@ class _Message:
 class _Writer:
     """Collects ids, each marked as spoken by the assistant or not."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self.mask: list[bool] = []
@@ -371,7 +369,7 @@ def _cut_text(text: str) -> tuple[str, str | None, str | None]:
     return before, after if tag else None, stop
 
 
-def _cut_ids(ids: list[int], tokenizer: "Tokenizer | None") -> tuple[str, str | None, str | None]:
+def _cut_ids(ids: list[int], tokenizer: Tokenizer | None) -> tuple[str, str | None, str | None]:
     if tokenizer is None:
         raise TypeError("parse_assistant needs tokenizer= to read ids")
     special = tokenizer.special_tokens

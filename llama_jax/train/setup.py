@@ -21,7 +21,7 @@ from llama_jax.hub import some
 from llama_jax.params import restack
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_keys import DataConfig
-from llama_jax.text import tokenizer as text
+from llama_jax.text import vocabulary_files
 from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
@@ -77,8 +77,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     Raises:
         ConfigError: it has more tokens than the model.
     """
-    path = text.find(folder) if resuming else None
-    found = text.open(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
+    path = vocabulary_files.find(folder) if resuming else None
+    found = Tokenizer(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
     if found.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
@@ -91,7 +91,7 @@ def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
     """The tokenizer that a new run has; ConfigError where there is none, or two that differ."""
     known = open_source(run.init_from).tokenizer() if run.init_from else None
     if run.data.tokenizer:
-        given = text.open(Path(run.data.tokenizer).expanduser())
+        given = Tokenizer(Path(run.data.tokenizer).expanduser())
         if known is not None and known.fingerprint != given.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
