@@ -51,6 +51,7 @@ def make_sampler():
     def sample(run, params, tokenizer, mesh):
         from llama_jax import parallel
         from llama_jax.infer.llama import Llama
+        from llama_jax.text import encode_dialog
 
         nonlocal llama
         if llama is None:
@@ -61,7 +62,7 @@ def make_sampler():
         prompts, length = list(run.log.sample_prompts), run.log.sample_tokens
         if run.log.sample_as == "chat":
             asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            prompts = [tokenizer.encode_dialog(messages, add_generation_prompt=True) for messages in asked]
+            prompts = [encode_dialog(tokenizer, messages)[0] for messages in asked]
         results = llama.generate(prompts, max_new_tokens=length, temperature=0.7, top_p=0.9, seed=run.seed)
         llama.set_params(None)  # no second copy of the weights while training goes on
         return [result.text for result in results]

@@ -13,7 +13,6 @@ from llama_jax.errors import ConfigError
 from llama_jax.hub import some
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig
-from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -49,7 +48,7 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
         ValueError: too many lines of the text that a tokenizer is trained on cannot be used.
     """
     if run.data.tokenizer:
-        tokenizer = text.open(Path(run.data.tokenizer).expanduser())
+        tokenizer = Tokenizer(Path(run.data.tokenizer).expanduser())
         if base is not None and base.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from llama_jax.data.corpus import Document
 from llama_jax.errors import ConfigError, brief
+from llama_jax.text import chat
 
 
 class Encoder(Protocol):
@@ -28,18 +29,12 @@ class Encoder(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever the ids of some text would."""
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Name to id of each control token."""
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of a text."""
-
-    def encode_dialog(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None,
-        add_generation_prompt: bool,
-        return_mask: bool,
-    ) -> tuple[list[int], list[bool]]:
-        """Token ids of a dialog, and which of them the assistant spoke; ValueError for what is no dialog."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +317,7 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
     """The ids of a sample, and which of them are targets; None for all, as in a text.
 
     A text is bos + text + eos, a completion bos + prompt + completion + eos with nothing between, and a dialog what
-    `Tokenizer.encode_dialog` makes of it.
+    `chat.encode_dialog` makes of it.
 
     Args:
         sample: it.
@@ -340,11 +335,11 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
         completion = tokenizer.encode(sample.completion, eos=True)
         ids, targets = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     else:
-        options = {"tools": sample.tools, "add_generation_prompt": False, "return_mask": True}
-        ids, targets = tokenizer.encode_dialog(sample.messages, **options)
+        options = {"tools": sample.tools, "add_generation_prompt": False}
+        ids, targets = chat.encode_dialog(tokenizer, sample.messages, **options)
         _check_answers(sample.messages, sample.prompt)
         if sample.prompt:  # messages are encoded one by one, so that these ids are the first of all
-            asked = len(tokenizer.encode_dialog(sample.messages[: sample.prompt], **options)[0])
+            asked = len(chat.encode_dialog(tokenizer, sample.messages[: sample.prompt], **options)[0])
             targets = [False] * asked + targets[asked:]
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"{len(ids):,} tokens are more than data.sequence_length={max_length}, and may not be cut")

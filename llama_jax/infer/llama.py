@@ -30,6 +30,7 @@ from llama_jax.infer import engine, inputs
 from llama_jax.ops.lora import Update
 from llama_jax.params import unstack
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text import chat
 from llama_jax.weights import adapters, export, name_table
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
@@ -337,7 +338,7 @@ class Llama:
             raise ConfigError(
                 "this model's own chat template is not Llama 3's: write the dialog as it was trained, and use generate"
             )
-        return self.tokenizer.encode_dialog(messages, tools=tools, add_generation_prompt=True)
+        return chat.encode_dialog(self.tokenizer, messages, tools=tools)[0]
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
         slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)

@@ -326,8 +326,33 @@ class TemplateFormat:
         """A marked name of a control token, or a mark that a template has separated from its name."""
         return re.compile(f"{_START}({self._names.pattern}){_END}|[{_START}{_END}]")
 
-    def _ids(self, text: str) -> list[int]:
-        return [i for i, _ in self._pieces(text)]
+    def _ids(self, text: str, marked: bool) -> list[int]:
+        return [i for piece in self._pieces(text, marked) for i in piece.ids]
 
-    def _ids_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        raise NotImplementedError
+    def _pieces(self, text: str, marked: bool) -> Iterator[_Piece]:
+        """The rendering cut at its marks, each piece with its ids."""
+        at = 0
+        for match in self._marks.finditer(text) if marked else ():
+            if at < match.start():
+                yield self._piece(text[at : match.start()], at, control=True)
+            if match[1]:
+                yield self._piece(match[1], match.start(1), control=False)
+            at = match.end()
+        if at < len(text):
+            yield self._piece(text[at:], at, control=True)
+
+    def _piece(self, text: str, start: int, *, control: bool) -> _Piece:
+        """A piece and its ids, without the space that some tokenizers put before a text, unless it is the first."""
+        encode = functools.partial(self.tokenizer.encode, special_tokens=control)
+        newline = encode("\n")
+        ids = encode("\n" + text) if start else []
+        same = ids[: len(newline)] == newline
+        return _Piece(text, start, ids[len(newline) :] if start and same else encode(text))
+
+
+class _Piece(NamedTuple):
+    """Part of a rendering: its text, its place in it, and its ids."""
+
+    text: str
+    start: int
+    ids: list[int]

@@ -8,25 +8,22 @@ strings, and content that is neither text nor parts of text.
 """
 
 import json
-from typing import TYPE_CHECKING
 
-from llama_jax.text import chat
-
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text import chat, messages
+from llama_jax.text.vocabulary import Vocabulary
 
 _NEEDED = ("begin_of_text", "start_header_id", "end_header_id", "eot_id", "eom_id", "python_tag")
 
 
-def fits(tokenizer: "Tokenizer") -> bool:
+def fits(vocabulary: Vocabulary) -> bool:
     """Whether a vocabulary has every control token of the format."""
-    return all(f"<|{name}|>" in tokenizer.special_tokens for name in _NEEDED)
+    return all(f"<|{name}|>" in vocabulary.specials for name in _NEEDED)
 
 
 _SETTINGS = {
-    "query_tools": list(chat.QUERY_TOOLS),
-    "builtin_tools": list(chat.BUILTIN_TOOLS),
-    "code_tool": chat.CODE_TOOL,
+    "query_tools": list(messages.QUERY_TOOLS),
+    "builtin_tools": list(messages.BUILTIN_TOOLS),
+    "code_tool": messages.CODE_TOOL,
     "tools_before": chat.TOOLS_BEFORE,
     "tools_after": chat.TOOLS_AFTER,
 }

@@ -16,7 +16,7 @@ from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
 from llama_jax.params import restack
 from llama_jax.run_config import RunConfig, differences
-from llama_jax.text import tokenizer as text
+from llama_jax.text import vocabulary_files
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.program import Program
@@ -62,8 +62,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     Raises:
         ConfigError: it has more tokens than the model.
     """
-    path = text.find(folder) if resuming else None
-    found = text.open(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
+    path = vocabulary_files.find(folder) if resuming else None
+    found = Tokenizer(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
     if found.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "

@@ -27,6 +27,7 @@ from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import is_stacked
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text import template
 from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.formats import huggingface as huggingface_vocabulary
 from llama_jax.text.tokenizer import Tokenizer
@@ -257,6 +258,13 @@ def _free(path: Path, format: str) -> Path:
     return path
 
 
+def _chat_template(card: Card) -> str | None:
+    """The model's own chat template, else Llama 3.1's if the tokenizer has its control tokens."""
+    if card.chat_template is None and card.tokenizer is not None and template.fits(card.tokenizer.vocabulary):
+        return template.CHAT_TEMPLATE
+    return card.chat_template
+
+
 def _write_hf(
     path: Path,
     config: ModelConfig,
@@ -270,8 +278,12 @@ def _write_hf(
     for file in card.tokenizer_files:
         shutil.copyfile(file, path / file.name)
     if card.tokenizer is not None and not (path / "tokenizer.json").exists():
-        template = card.chat_template
-        huggingface_vocabulary.write(card.tokenizer, path, model_max_length=config.max_seq_len, chat_template=template)
+        huggingface_vocabulary.write(
+            card.tokenizer.vocabulary,
+            path,
+            model_max_length=config.max_seq_len,
+            chat_template=_chat_template(card),
+        )
     huggingface.save_folder(
         path,
         config,
@@ -319,9 +331,9 @@ def _write_gguf(
     shard_bytes: int,
     progress: Told,
 ) -> None:
-    fields = None if card.tokenizer is None else gguf_vocabulary.fields(card.tokenizer)
-    if fields is not None and card.chat_template is not None:
-        fields["chat_template"] = card.chat_template
+    fields = None
+    if card.tokenizer is not None:
+        fields = gguf_vocabulary.fields(card.tokenizer.vocabulary, chat_template=_chat_template(card))
     gguf.save_file(
         path,
         config,

@@ -18,7 +18,8 @@ from llama_jax import model, parallel
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.text import tokenizer as text
+from llama_jax.text import vocabulary_files
+from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import hub_models, load, name_table
 from llama_jax.weights.formats import flax, gguf, gguf_file, huggingface, meta, peft, safetensors
@@ -236,7 +237,9 @@ def _open_gguf(path: Path) -> Source:
         bos_token=gguf.bos_token(file),
         stop_tokens=gguf.stop_tokens(file),
         chat_template=None if fields is None else fields["chat_template"],
-        read_tokenizer=lambda: None if fields is None else text.from_gguf(fields),
+        read_tokenizer=lambda: (
+            None if fields is None else Tokenizer.from_vocabulary(gguf_vocabulary.vocabulary(fields))
+        ),
     )
 
 
@@ -276,5 +279,5 @@ def _source(
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, or None if there is none."""
-    path = text.find(folder)
-    return None if path is None else text.open(path)
+    path = vocabulary_files.find(folder)
+    return None if path is None else Tokenizer(path)
