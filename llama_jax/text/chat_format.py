@@ -1,70 +1,82 @@
 """The chat format of a model: how a dialog becomes token ids, and how the model's answer becomes a message again.
 
 There are two kinds. `Llama3Format` is Meta's reference format (`chat`). `TemplateFormat` is the model's own chat
-template, with the ids of transformers' `apply_chat_template`. `choose` picks one; sampling, training, evaluation and
-export all use it.
+template, with the ids of transformers' `apply_chat_template`. `choose` picks one of them for sampling, training,
+evaluation and export alike.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from llama_jax.text import chat, chat_template, rendering, template, tool_calls
+from llama_jax.text import alignment, chat, chat_template, rendering, template, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
-from llama_jax.text.messages import plain_messages
+from llama_jax.text.messages import Messages, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, Any]]
-
 AUTO, LLAMA3 = "auto", "llama3"
-_START, _END = "\U000f0000", "\U000f0001"  # around the name of a control token in a content; private-use characters
+
+# Around the name of a control token in a content, while it is rendered. Unicode keeps these for use within programs.
+_START, _END = "\ufdd0", "\ufdd1"
 _SPOKEN = re.compile(f"[{rendering.SPOKEN_START}{rendering.SPOKEN_END}]")
 _PROBE = "zq7"  # the content of an assistant's message by which the end of a turn is found
 
+Date = tuple[int, int, int]
+
 
 class ChatFormat(Protocol):
-    """What every chat format can do."""
+    """What every chat format can do.
+
+    Attributes:
+        name: "llama3" or "template".
+        template: the template that is saved with the model, or None for Meta's reference format.
+        fingerprint: hash of everything that ids depend on besides the tokenizer; "" for Meta's reference format.
+        stop_tokens: ids that end an answer in this format, in addition to those of the tokenizer.
+    """
 
     name: str
-    """"llama3" or "template"."""
-
     template: ChatTemplate | None
-    """The template that goes with the model wherever it is saved, or None for Meta's reference format."""
 
-    fingerprint: str
-    """A hash of all that ids depend on besides the tokenizer."""
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
 
-    stop_tokens: tuple[int, ...]
-    """Ids that end an answer in this format, in addition to those of the tokenizer."""
+    @property
+    def stop_tokens(self) -> tuple[int, ...]: ...  # noqa: D102
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Return the ids of a dialog."""
+        """Returns the ids of a dialog. A message that `Llama.chat` returned keeps the ids that were generated."""
 
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
+        """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
 
         `learn` has one flag for each message; the mask leaves out the assistant's messages whose flag is False.
         """
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Return the message that the ids of an answer stand for, with its tool calls; see `chat.parse_assistant`."""
+        """Returns the message that the ids of an answer stand for.
+
+        It has `role`, `content` and `tool_calls` in OpenAI's shape, and `tokens`, by which `encode` writes it again.
+        """
 
 
-def choose(tokenizer: Tokenizer, own: ChatTemplate | None, setting: str = AUTO) -> ChatFormat:
+def choose(
+    tokenizer: Tokenizer, own: ChatTemplate | None, setting: str = AUTO, *, date: Date | None = None
+) -> ChatFormat:
     """The chat format of a model.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         own: the model's own template, or None.
-        setting: "auto" takes the model's own template, and Meta's reference format where it has none; "llama3" takes
-            the reference format; anything else is the path of a file that holds a Jinja template.
+        setting: "auto" is the model's own template, and Meta's reference format where it has none. "llama3" is the
+            reference format. Anything else is the path of a file that holds a Jinja template.
+        date: year, month and day that a template's `strftime_now` has; None is the current day.
 
     Raises:
         ConfigError: a setting that is neither of the two names nor a file.
@@ -74,10 +86,10 @@ def choose(tokenizer: Tokenizer, own: ChatTemplate | None, setting: str = AUTO) 
         return Llama3Format(tokenizer)
     if setting != AUTO:
         own = chat_template.read_file(setting, own.tokens if own else tokens_of(tokenizer))
-    # The template that this package writes is the reference format itself.
+    # The template that this package writes into its exports is the reference format itself.
     if own is None or set(own.sources.values()) == {template.CHAT_TEMPLATE}:
         return Llama3Format(tokenizer)
-    return TemplateFormat(tokenizer, own)
+    return TemplateFormat(tokenizer, own, date=date)
 
 
 def tokens_of(tokenizer: Tokenizer) -> dict[str, str]:
@@ -92,50 +104,53 @@ class Llama3Format:
     name = LLAMA3
     template = None
     fingerprint = ""
-    stop_tokens = ()
+    stop_tokens: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Take the tokenizer; one without the format's control tokens is refused when a dialog is encoded."""
+        """Takes a tokenizer. One without the format's control tokens is refused when a dialog is encoded."""
         self.tokenizer = tokenizer
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Return the ids of a dialog; see `chat.encode_dialog`."""
+        """Returns the ids of a dialog; errors as in `chat.encode_dialog`."""
+        generated = _generated(messages, self.parse, self.tokenizer.vocab_size, self.tokenizer.stop_tokens)
         return chat.encode_dialog(
-            self.tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt
+            self.tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt, generated=generated
         )[0]
 
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a dialog and the mask of what the assistant says; see `chat.encode_dialog`."""
+        """Returns the ids of a dialog and the mask of what the assistant says; errors as in `chat.encode_dialog`."""
         return chat.encode_dialog(self.tokenizer, messages, tools=tools, add_generation_prompt=False, learn=learn)
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Return the message that an answer stands for; see `chat.parse_assistant`."""
-        return chat.parse_assistant(ids, tokenizer=self.tokenizer)
+        """Returns the message that an answer stands for; see `chat.parse_assistant`."""
+        tokens = _to_stop(ids, self.tokenizer.stop_tokens)
+        message = chat.parse_assistant(tokens, tokenizer=self.tokenizer)
+        return {**message, "tool_calls": tool_calls.with_ids(message["tool_calls"]), "tokens": tokens}
 
 
 class TemplateFormat:
     """A model's own chat template.
 
-    The ids are those of `apply_chat_template` in transformers, control tokens included. Contents stay text: where a
-    message or a tool holds the name of a control token, the name is marked before it is rendered, and is encoded as the
-    plain text that it is (`apply_chat_template(..., sanitize_control_tokens=True)` gives the same ids).
+    Ids are those of `apply_chat_template` in transformers. Contents stay text: where a message or a tool holds the name
+    of a control token, the name is marked before it is rendered and is encoded as the plain text that it is. The ids
+    are then those of `apply_chat_template(..., sanitize_control_tokens=True)`.
     """
 
     name = "template"
 
-    def __init__(self, tokenizer: Tokenizer, own: ChatTemplate, *, date: tuple[int, int, int] | None = None) -> None:
-        """Take a tokenizer and a template. `date`: year, month and day of `strftime_now`; None is the current day."""
+    def __init__(self, tokenizer: Tokenizer, own: ChatTemplate, *, date: Date | None = None) -> None:
+        """Takes a tokenizer, a template, and the day that `strftime_now` has (None is the current one)."""
         self.tokenizer = tokenizer
         self.template = own
         self.date = date
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the template, its tokens and the date that it sees."""
+        """Hash of the template, its tokens and the date that it reads."""
         dated = any("strftime_now" in source for source in self.template.sources.values())
         return self.template.fingerprint + (f" {self.date}" if dated else "")
 
@@ -145,7 +160,7 @@ class TemplateFormat:
         dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
         try:
             text = self._render(dialog, None, add_generation_prompt=False).text
-        except rendering.Refused:
+        except ValueError:
             return ()
         found = self._names.search(text.rpartition(_PROBE)[2]) if _PROBE in text else None
         return (self.tokenizer.special_tokens[found[0]],) if found else ()
@@ -153,68 +168,81 @@ class TemplateFormat:
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Return the ids of a dialog.
+        """Returns the ids of a dialog.
 
-        A message of `Llama.chat` that has its `tokens` keeps them, if the template writes that message and what comes
-        before it as it stands.
+        A message that `Llama.chat` returned keeps its `tokens`, if the template leaves what comes before them as it
+        was.
 
         Raises:
-            ValueError: no dialog, or one that the template refuses, with its reason.
-            ConfigError: a template that cannot be used.
+            ValueError: no dialog, or one that the template refuses; the message has the template's reason.
+            ConfigError: the template cannot be used.
         """
-        generated = self._generated(messages)
+        stops = (*self.tokenizer.stop_tokens, *self.stop_tokens) if _have_tokens(messages) else ()
+        generated = _generated(messages, self.parse, self.tokenizer.vocab_size, stops)
         cuts = [cut for i in generated for cut in ((i, True), (i + 1, False))]
         found = self._render(messages, tools, add_generation_prompt=add_generation_prompt, cuts=cuts)
         ids: list[int] = []
         at = 0
-        for number, (_, tokens) in enumerate(generated.items()):
-            (start, start_common), (end, end_common) = found.cuts[2 * number], found.cuts[2 * number + 1]
+        for tokens, before, after in zip(generated.values(), found.cuts[::2], found.cuts[1::2], strict=True):
             closing = self.tokenizer.decode(tokens[-1:])
-            place = found.text.rfind(closing, start, end)
-            if start == start_common and end == end_common and place >= 0:
-                ids += self._ids(found.text[at:start]) + tokens
+            place = found.text.rfind(closing, before.length, after.length)
+            if before.common == before.length and after.common == after.length and place >= 0:
+                ids += self._ids(found.text[at : before.length], found.marked) + tokens
                 at = place + len(closing)
-        return ids + self._ids(found.text[at:])
+        return ids + self._ids(found.text[at:], found.marked)
 
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
+        """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
 
-        What an assistant's message adds to the rendering, after the generation prompt, is what the assistant says. It
-        ends with the last control token in it; white space after that is the template's. A template with the tag
-        {% generation %} says itself where the assistant speaks.
+        The assistant says what its message adds to the rendering after the generation prompt, up to the last control
+        token in it; white space after that is the template's. A template with the tag {% generation %} says itself
+        where the assistant speaks. An assistant's message that begins the dialog is not in the mask: nothing asks for
+        it.
 
         Raises:
             ValueError: no dialog, one that the template refuses, or one in which the rendering of the longer dialog
                 does not begin with that of the shorter one.
-            ConfigError: a template that cannot be used.
+            ConfigError: the template cannot be used.
         """
         speakers = [i for i, message in enumerate(plain_messages(messages)) if message["role"] == "assistant"]
         if learn is not None and len(learn) != len(messages):
             raise ValueError(f"learn must have one flag for each of the {len(messages)} messages, got {len(learn)}")
-        text, spans = self._tagged(messages, tools, len(speakers)) or self._prefixed(messages, tools, speakers)
-        ids, offsets = self._ids_with_offsets(text)
+        tagged = self._tagged(messages, tools, len(speakers))
+        found, spans = tagged or self._added(messages, tools, speakers)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []  # in bytes of the rendering
+        for piece in self._pieces(found.text, found.marked):
+            start = _bytes(found.text[: piece.start])
+            tokens = [self.tokenizer.decode_bytes([i]) for i in piece.ids]
+            own = alignment.byte_offsets(_utf8(piece.text), tokens)
+            ids += piece.ids
+            offsets += [(start + first, start + last) for first, last in own]
         mask = [False] * len(ids)
         for speaker, (start, stop) in zip(speakers, spans, strict=True):
             if learn is None or learn[speaker]:
-                for k in self._spoken(ids, offsets, start, stop):
+                first, last = _bytes(found.text[:start]), _bytes(found.text[:stop])
+                inside = [k for k, (begin, end) in enumerate(offsets) if begin < last and end > first]
+                for k in inside if tagged else self._without_space(inside, ids):
                     mask[k] = True
         return ids, mask
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Return the message that an answer stands for.
-
-        Returns:
-            `role`, `content`, `tool_calls` in OpenAI's shape, and `tokens`, by which `encode` writes the same ids.
-        """
-        tokens = [int(i) for i in ids]
-        stops = {*self.tokenizer.stop_tokens, *self.stop_tokens}
-        end = next((k for k, i in enumerate(tokens) if i in stops), len(tokens))
-        text = self.tokenizer.decode(tokens[:end])
-        content, calls = tool_calls.parse(text)
-        content = self._names.sub("", content) if calls else self.tokenizer.decode(tokens[:end], skip_special=True)
-        return {"role": "assistant", "content": content, "tool_calls": calls, "tokens": tokens[: end + 1]}
+        """Returns the message that an answer stands for, with tool calls in any of the ways of `tool_calls`."""
+        stops = (*self.tokenizer.stop_tokens, *self.stop_tokens)
+        tokens = _to_stop(ids, stops)
+        said = tokens[:-1] if tokens and tokens[-1] in stops else tokens
+        content, calls = tool_calls.parse(self.tokenizer.decode(said))
+        if not calls:  # the name of a control token is text where it was generated as text
+            content = self.tokenizer.decode(said, skip_special=True)
+        content = self._names.sub("", content) if calls else content
+        return {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": tool_calls.with_ids(calls),
+            "tokens": tokens,
+        }
 
     # ---- rendering ----
 
@@ -226,92 +254,95 @@ class TemplateFormat:
         add_generation_prompt: bool,
         cuts: Sequence[tuple[int, bool]] = (),
         mark: bool = False,
-    ) -> rendering.Rendering:
+    ) -> _Rendered:
         source = self.template.source(tools)
         dialog = plain_messages(messages, keeps_developer="developer" in source)
         builtin = [tool for tool in tools or () if isinstance(tool, str)]
-        functions = [tool for tool in tools or () if not isinstance(tool, str)]
         if builtin and "builtin_tools" not in source:
-            raise ValueError(f"the chat template has no built-in tools: give {builtin[0]!r} as the schema of a function")
-        variables: dict[str, Any] = {
-            **self.template.tokens,
-            "messages": dialog,
-            "tools": functions or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **({"builtin_tools": builtin} if builtin else {}),
-        }
-        variables = _marked(variables, ("messages", "tools", "builtin_tools"), self._names)
+            raise ValueError(
+                f"the chat template has no built-in tools: give {builtin[0]!r} as the schema of a function"
+            )
+        given = {"messages": dialog, "tools": [tool for tool in tools or () if not isinstance(tool, str)] or None}
+        given |= {"builtin_tools": builtin} if builtin else {}
+        marked = any(self._names.search(text) for text in _strings(given))
+        if marked:
+            given = _mark(given, self._names)
+        variables = {**self.template.tokens, **given, "documents": None, "add_generation_prompt": add_generation_prompt}
+        parts = [str(message["content"]) for message in given["messages"] if _is_parts(message.get("content"))]
         try:
             found = rendering.render(source, variables, cuts=cuts, mark=mark, date=self.date)
+            if not any(text in found.text for text in parts):
+                return _Rendered(found.text, found.cuts, marked)
         except rendering.Refused:
-            if not _has_parts(dialog):
+            if not parts:
                 raise
-        else:
-            if not any(str(message["content"]) in found.text for message in variables["messages"] if _parts(message)):
-                return found
-        joined = [{**m, "content": "".join(p["text"] for p in m["content"])} if _parts(m) else m for m in dialog]
+        # The template takes only strings as contents.
+        joined = [{**m, "content": _joined(m["content"])} if _is_parts(m.get("content")) else m for m in dialog]
         return self._render(joined, tools, add_generation_prompt=add_generation_prompt, cuts=cuts, mark=mark)
 
-    def _generated(self, messages: Messages) -> dict[int, list[int]]:
-        """The tokens of those messages that are answers of the model, as `parse` has them, by their place."""
-        found = {}
-        for i, message in enumerate(messages if isinstance(messages, list | tuple) else ()):
-            tokens = message.get("tokens") if isinstance(message, Mapping) else None
-            if tool_calls.are_tokens(tokens, self.tokenizer.vocab_size) and tool_calls.same(self.parse(tokens), message):
-                if tokens[-1] in (*self.tokenizer.stop_tokens, *self.stop_tokens):
-                    found[i] = list(tokens)
-        return found
-
-    # ---- what the assistant says ----
-
-    def _tagged(self, messages: Messages, tools: Sequence[Any] | None, count: int) -> Any:
-        """The rendering and the spans that {% generation %} encloses; None where they are not one for each message."""
+    def _tagged(
+        self, messages: Messages, tools: Sequence[Any] | None, count: int
+    ) -> tuple[_Rendered, list[tuple[int, int]]] | None:
+        """The rendering and the spans that {% generation %} encloses; None if they are not one for each message."""
         if not re.search(r"\{%-?\s*generation\s*-?%\}", self.template.source(tools)):
             return None
-        text = self._render(messages, tools, add_generation_prompt=False).text
+        found = self._render(messages, tools, add_generation_prompt=False)
         parts = _SPOKEN.split(self._render(messages, tools, add_generation_prompt=False, mark=True).text)
-        if "".join(parts) != text or len(parts) != 2 * count + 1:
+        if "".join(parts) != found.text or len(parts) != 2 * count + 1:
             return None
         places = [0]
         for part in parts:
             places.append(places[-1] + len(part))
-        return text, [(places[k], places[k + 1]) for k in range(1, len(parts), 2)]
+        return found, [(places[k], places[k + 1]) for k in range(1, len(parts), 2)]
 
-    def _prefixed(
+    def _added(
         self, messages: Messages, tools: Sequence[Any] | None, speakers: Sequence[int]
-    ) -> tuple[str, list[tuple[int, int]]]:
+    ) -> tuple[_Rendered, list[tuple[int, int]]]:
         """The rendering and the span that each of the assistant's messages adds to it."""
-        cuts = [cut for i in speakers for cut in ((i, False), (i, True), (i + 1, False))]
-        found = self._render(messages, tools, add_generation_prompt=False, cuts=[c for c in cuts if c[0] > 0])
-        places = dict(zip((c for c in cuts if c[0] > 0), found.cuts, strict=True))
+        cuts = [cut for i in speakers if i for cut in ((i, False), (i, True), (i + 1, False))]
+        found = self._render(messages, tools, add_generation_prompt=False, cuts=cuts)
+        places = dict(zip(cuts, found.cuts, strict=True))
         spans = []
         for i in speakers:
-            if i == 0:  # nothing asks for it, and most templates do not write an empty dialog
+            if i == 0:
                 spans.append((0, 0))
                 continue
-            for cut in ((i, False), (i + 1, False)):
-                length, common = places[cut]
-                if common < length:
-                    raise ValueError(
-                        f"the chat template writes the first {cut[0]} messages otherwise when more follow (from "
-                        f"character {common:,} on: {found.text[common : common + 40]!r}), so that what the assistant "
-                        "says cannot be told from the rest"
-                    )
-            # A generation prompt may go on, for example with <think>, where the message does not.
-            spans.append((max(places[i, False][0], places[i, True][1]), places[i + 1, False][0]))
-        return found.text, spans
+            prompt = places[i, True]
+            if prompt.common < prompt.length:
+                # The prompt may go on, for example with <think>, where the message does not.
+                start = max(self._end(places[i, False], i, found.text), prompt.common)
+            else:
+                start = prompt.length
+            spans.append((start, self._end(places[i + 1, False], i + 1, found.text)))
+        return found, spans
 
-    def _spoken(
-        self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, stop: int
-    ) -> Iterable[int]:
-        """The places of the tokens between two characters, without white space after the last control token."""
-        inside = [k for k, (first, last) in enumerate(offsets) if first < stop and last > start and last > first]
+    def _end(self, cut: rendering.Cut, count: int, text: str) -> int:
+        """The place where the first messages of a dialog end in the rendering of the whole dialog.
+
+        Some templates write one more control token at the end of a whole dialog. It is no part of the messages.
+
+        Raises:
+            ValueError: the rendering of the first messages is not the beginning of the whole.
+        """
+        if cut.common == cut.length:
+            return cut.length
+        bare = cut.tail.rstrip()
+        last = next((match for match in self._names.finditer(bare) if match.end() == len(bare)), None)
+        if last and cut.length - len(cut.tail) + last.start() <= cut.common:
+            return cut.length - len(cut.tail) + last.start()
+        raise ValueError(
+            f"the chat template writes the first {count} messages in another way when more follow (from character "
+            f"{cut.common:,} on: {text[cut.common : cut.common + 40]!r}), so that what the assistant says cannot be "
+            "told from the rest"
+        )
+
+    def _without_space(self, places: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
+        """The places of tokens, without those of white space after the last control token among them."""
         control = set(self.tokenizer.special_tokens.values())
-        last = next((n for n in range(len(inside) - 1, -1, -1) if ids[inside[n]] in control), None)
-        if last is not None and not self.tokenizer.decode([ids[k] for k in inside[last + 1 :]]).strip():
-            return inside[: last + 1]
-        return inside
+        last = next((n for n in range(len(places) - 1, -1, -1) if ids[places[n]] in control), None)
+        if last is not None and not self.tokenizer.decode([ids[k] for k in places[last + 1 :]]).strip():
+            return places[: last + 1]
+        return places
 
     # ---- ids ----
 
@@ -323,7 +354,7 @@ class TemplateFormat:
 
     @functools.cached_property
     def _marks(self) -> re.Pattern[str]:
-        """A marked name of a control token, or a mark that a template has separated from its name."""
+        """A marked name of a control token, or a mark that the template has separated from its name."""
         return re.compile(f"{_START}({self._names.pattern}){_END}|[{_START}{_END}]")
 
     def _ids(self, text: str, marked: bool) -> list[int]:
@@ -342,12 +373,21 @@ class TemplateFormat:
             yield self._piece(text[at:], at, control=True)
 
     def _piece(self, text: str, start: int, *, control: bool) -> _Piece:
-        """A piece and its ids, without the space that some tokenizers put before a text, unless it is the first."""
+        """A piece with its ids, without the space that some tokenizers put before a text, unless it is the first."""
         encode = functools.partial(self.tokenizer.encode, special_tokens=control)
-        newline = encode("\n")
-        ids = encode("\n" + text) if start else []
-        same = ids[: len(newline)] == newline
-        return _Piece(text, start, ids[len(newline) :] if start and same else encode(text))
+        if start:
+            newline, ids = encode("\n"), encode("\n" + text)
+            if ids[: len(newline)] == newline:
+                return _Piece(text, start, ids[len(newline) :])
+        return _Piece(text, start, encode(text))
+
+
+class _Rendered(NamedTuple):
+    """A rendering (see `rendering.Rendering`), and whether names in it are marked."""
+
+    text: str
+    cuts: list[rendering.Cut]
+    marked: bool
 
 
 class _Piece(NamedTuple):
@@ -356,3 +396,65 @@ class _Piece(NamedTuple):
     text: str
     start: int
     ids: list[int]
+
+
+def _generated(
+    messages: Any, parse: Callable[[list[int]], dict[str, Any]], vocab_size: int, stops: Sequence[int]
+) -> dict[int, list[int]]:
+    """The ids of those messages that a model has generated and nobody has changed, by their place."""
+    found = {}
+    for i, message in enumerate(messages if _have_tokens(messages) else ()):
+        tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None
+        whole = tool_calls.are_tokens(tokens, vocab_size) and tokens[-1] in stops
+        if whole and tool_calls.same(parse(tokens), message):
+            found[i] = list(tokens)
+    return found
+
+
+def _have_tokens(messages: Any) -> bool:
+    listed = isinstance(messages, list | tuple)
+    return listed and any(isinstance(message, Mapping) and "tokens" in message for message in messages)
+
+
+def _to_stop(ids: Iterable[int], stops: Sequence[int]) -> list[int]:
+    """The ids up to the first stop token, and that one."""
+    tokens = [int(i) for i in ids]
+    return tokens[: next((k for k, i in enumerate(tokens) if i in stops), len(tokens)) + 1]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping | list | tuple):
+            waiting += item.values() if isinstance(item, Mapping) else item
+
+
+def _mark(value: Any, names: re.Pattern[str]) -> Any:
+    """A value with marks around the names of control tokens in its strings, but not in its keys."""
+    if isinstance(value, str):
+        return names.sub(rf"{_START}\g<0>{_END}", value.replace(_START, "").replace(_END, ""))
+    if isinstance(value, Mapping):
+        return {key: _mark(item, names) for key, item in value.items()}
+    return [_mark(item, names) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether a content is a list of parts of text."""
+    listed = isinstance(content, list | tuple) and bool(content)
+    return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
+
+
+def _joined(parts: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(part["text"] for part in parts)
+
+
+def _utf8(text: str) -> bytes:
+    """A text in UTF-8 as tokenizers read it: pairs of surrogates are characters, and lone ones are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _bytes(text: str) -> int:
+    return len(_utf8(text))

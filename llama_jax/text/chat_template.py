@@ -108,7 +108,9 @@ def named(value: Any, where: object) -> dict[str, str]:
         if isinstance(item, dict) and _NAME.fullmatch(str(item.get("name"))) and isinstance(item.get("template"), str)
     }
     if not found or len(found) != len(listed):
-        raise ValueError(f"{where}: chat_template must be a string, or a list of names and templates; got {brief(value)}")
+        raise ValueError(
+            f"{where}: chat_template must be a string, or a list of names and templates; got {brief(value)}"
+        )
     return found
 
 

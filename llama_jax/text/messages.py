@@ -73,8 +73,8 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
 def plain_messages(messages: Messages, *, keeps_developer: bool = True) -> list[dict[str, Any]]:
     """The messages as a chat template takes them.
 
-    As in transformers, keys that hold None are left out, and a message's reasoning is `reasoning_content`. Arguments
-    of calls are dicts, as templates expect. The role "developer" is "system" unless the template knows it.
+    As in transformers, keys that hold None are left out, and a message's reasoning is `reasoning_content`. So is an
+    empty list of calls. Arguments of calls are dicts, as templates expect. The role "developer" is "system" unless the template knows it.
 
     Raises:
         ValueError: something is not a list of dicts that each have a role.
@@ -82,14 +82,19 @@ def plain_messages(messages: Messages, *, keeps_developer: bool = True) -> list[
     plain = []
     for index, message in enumerate(check_list(messages)):
         if not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{index}]: role must be a string such as 'user', got {show(message.get('role'))}")
+            raise ValueError(
+                f"messages[{index}]: role must be a string such as 'user', got {show(message.get('role'))}"
+            )
         copy = {key: value for key, value in message.items() if value is not None and key not in _OURS}
         if copy["role"] == "developer" and not keeps_developer:
             copy["role"] = "system"
         reasoning = next((copy[key] for key in _REASONING if key in copy), None)
         if reasoning is not None:
             copy = {"thinking": reasoning, **copy, "reasoning_content": reasoning}
-        if calls := copy.get("tool_calls"):
+        if not copy.get("tool_calls"):
+            copy.pop("tool_calls", None)  # several templates take an empty list for a call
+        else:
+            calls = copy["tool_calls"]
             if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
                 raise ValueError(f"messages[{index}]: tool_calls must be a list of calls, got {show(calls)}")
             copy["tool_calls"] = [_plain_call(call) for call in calls]

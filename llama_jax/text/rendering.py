@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from llama_jax.errors import ConfigError
 
 _PROGRAM = Path(__file__).with_name("template_process.py")
+SPOKEN_START, SPOKEN_END = "\ufdd2", "\ufdd3"  # those of template_process
 _SECONDS = 20.0  # of waiting for one answer, beyond its CPU time: only a machine without memory or CPUs takes so long
 _SECONDS_PER_CUT = 0.1
 _MOST_BYTES = 200_000_000  # of a request
@@ -29,17 +30,25 @@ class Refused(ValueError):
     """A dialog that the template does not render, with the template's own reason."""
 
 
-class Rendering(NamedTuple):
-    """A rendered dialog.
+class Cut(NamedTuple):
+    """The rendering of the first messages of a dialog.
 
     Attributes:
-        text: the whole dialog.
-        cuts: for each cut that was asked for, the length of its rendering and the length of the beginning that this
-            rendering has in common with `text`.
+        length: length of this rendering.
+        common: length of the beginning that it has in common with the rendering of the whole dialog.
+        tail: its last 100 characters.
     """
 
+    length: int
+    common: int
+    tail: str
+
+
+class Rendering(NamedTuple):
+    """A rendered dialog: its text, and what each cut that was asked for gives."""
+
     text: str
-    cuts: list[tuple[int, int]]
+    cuts: list[Cut]
 
 
 def render(
@@ -56,7 +65,7 @@ def render(
         source: the template.
         variables: all that it can see; JSON values only. `messages` is a list.
         cuts: (number of messages, add_generation_prompt) of each shorter dialog to render too.
-        mark: put private-use characters around what the tag {% generation %} encloses (`template_process`).
+        mark: put SPOKEN_START and SPOKEN_END around what the tag {% generation %} encloses.
         date: year, month and day that `strftime_now` has; None is now.
 
     Raises:
@@ -76,7 +85,7 @@ def render(
         raise ConfigError(f"the chat template cannot be used: {answer['broken']}")
     if "refused" in answer:
         raise Refused(f"the chat template cannot write this dialog: {answer['refused']}")
-    return Rendering(answer["text"], [(length, common) for length, common in answer["cuts"]])
+    return Rendering(answer["text"], [Cut(*cut) for cut in answer["cuts"]])
 
 
 class _Worker:

@@ -10,10 +10,10 @@ big-endian).
 
     request   {"source": str, "variables": {...}, "cuts": [[messages, add_generation_prompt], ...], "mark": bool,
                "date": [year, month, day] or null}
-    answer    {"text": str, "cuts": [[length, common], ...]}, {"refused": str} or {"broken": str}
+    answer    {"text": str, "cuts": [[length, common, tail], ...]}, {"refused": str} or {"broken": str}
 
-`text` is the rendering of all messages. A cut is the rendering of only the first `messages` of them: its length, and
-the length of the beginning that it has in common with `text`. "refused" is the template's own `raise_exception`, or an
+`text` is the rendering of all messages. A cut is the rendering of only the first `messages` of them: its length, the
+length of the beginning that it has in common with `text`, and its last TAIL characters. "refused" is the template's own `raise_exception`, or an
 error while it renders this dialog; "broken" is a template that is no sound Jinja, or a limit.
 """
 
@@ -40,7 +40,8 @@ import jinja2.utils
 MEMORY = 256 << 20  # bytes of address space; Python and Jinja take 40 MB of it
 CPU_SECONDS = 1.5  # for one rendering, compilation included; real templates take milliseconds
 MOST_CHARACTERS = 8_000_000  # of one rendering
-SPOKEN_START, SPOKEN_END = "\U000f0002", "\U000f0003"  # around what {% generation %} encloses, with `mark`
+TAIL = 100
+SPOKEN_START, SPOKEN_END = "\ufdd2", "\ufdd3"  # around what {% generation %} encloses, with `mark`
 
 _TOO_LARGE = f"it needs more than the {MEMORY >> 20} MiB of memory that a template may use"
 
@@ -156,7 +157,7 @@ def answer(request: dict[str, Any], compiled: dict[str, jinja2.Template]) -> dic
                 "add_generation_prompt": generation,
             }
             part = _render(compiled[source], variables)
-            cuts.append([len(part), _common(part, text)])
+            cuts.append([len(part), _common(part, text), part[-TAIL:]])
         return {"text": text, "cuts": cuts}
     except MemoryError:
         return {"broken": _TOO_LARGE}

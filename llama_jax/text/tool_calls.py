@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.text.messages import CODE_TOOL, QUERY_TOOLS, arguments_of
@@ -48,7 +48,7 @@ def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
         before, _, after = text.partition(_DEEPSEEK_BEGIN)
         found = [(m[1], json_values(m[2])) for m in _DEEPSEEK.finditer(after)]
         if found and all(len(values) == 1 and isinstance(values[0], dict) for _, values in found):
-            return before, [call(name.strip(), values[0], n) for n, (name, values) in enumerate(found)]
+            return before, [call(name.strip(), values[0]) for name, values in found]
     return text, []
 
 
@@ -60,14 +60,24 @@ def whole_calls(text: str) -> list[dict[str, Any]]:
     if match := _FUNCTION_TAG.fullmatch(text):
         values = json_values(match[2])
         return [call(match[1].strip(), values[0])] if len(values) == 1 and isinstance(values[0], dict) else []
-    return _calls_of(json_values(text))
+    values = json_values(text)
+    return _calls_of(values) if all(isinstance(value, dict) for value in values) else []
 
 
-def call(name: str, arguments: Mapping[str, Any], number: int = 0, id: str | None = None) -> dict[str, Any]:
-    """One call in OpenAI's shape. Its id is nine letters or digits, as Mistral's templates require."""
-    written = json.dumps(arguments, ensure_ascii=False)
-    id = id or hashlib.sha256(f"{number} {name} {written}".encode("utf-8", "surrogatepass")).hexdigest()[:9]
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": written}}
+def call(name: str, arguments: Mapping[str, Any], id: str | None = None) -> dict[str, Any]:
+    """One call in OpenAI's shape, with an id if the model gave it one."""
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {**({"id": id} if id else {}), "type": "function", "function": function}
+
+
+def with_ids(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The calls, each with an id of nine letters or digits, as Mistral's templates require."""
+
+    def own(number: int, call: Mapping[str, Any]) -> str:
+        written = json.dumps([number, call["function"]])
+        return hashlib.sha256(written.encode()).hexdigest()[:9]
+
+    return [{"id": own(number, call), **call} for number, call in enumerate(calls)]
 
 
 def code_call(code: str) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def _tagged_calls(text: str) -> list[dict[str, Any]]:
         values = json_values(body[named.end() :].strip() if named else body.strip())
         if named and len(values) == 1 and isinstance(values[0], dict):
             values = [{"name": named[1], "arguments": values[0]}]
-        found = _calls_of(values, len(calls))
+        found = _calls_of(values)
         if not found:
             return []
         calls += found
@@ -131,20 +141,19 @@ def _tagged_calls(text: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _calls_of(values: list[Any], first: int = 0) -> list[dict[str, Any]]:
+def _calls_of(values: list[Any]) -> list[dict[str, Any]]:
     """The calls that JSON values stand for; [] if one of them is no call."""
     calls = []
-    for value in [item for value in values for item in (value if isinstance(value, list) else [value])]:
-        if not isinstance(value, dict):
+    for item in [item for value in values for item in (value if isinstance(value, list) else [value])]:
+        if not isinstance(item, dict):
             return []
-        function = value.get("function") if isinstance(value.get("function"), dict) else value
+        function = item["function"] if isinstance(item.get("function"), dict) else item
         name, arguments = function.get("name"), function.get("parameters", arguments_of(function))
-        if value.get("type", "function") != "function" or not isinstance(name, str) or not isinstance(arguments, dict):
+        if item.get("type", "function") != "function" or not isinstance(name, str) or not isinstance(arguments, dict):
             return []
         if "parameters" not in function and "arguments" not in function:
             return []
-        id = value.get("id") if isinstance(value.get("id"), str) else None
-        calls.append(call(name, arguments, first + len(calls), id))
+        calls.append(call(name, arguments, item["id"] if isinstance(item.get("id"), str) else None))
     return calls
 
 

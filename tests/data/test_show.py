@@ -16,7 +16,6 @@ from llama_jax import __main__ as command
 from llama_jax.data.inspect import render
 from llama_jax.data.packing import pack
 from llama_jax.data.store import build_store
-from llama_jax.text import Tokenizer
 
 ALONE = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
