@@ -73,8 +73,9 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
 def plain_messages(messages: Messages, *, keeps_developer: bool = True) -> list[dict[str, Any]]:
     """The messages as a chat template takes them.
 
-    As in transformers, keys that hold None are left out, and a message's reasoning is `reasoning_content`. So is an
-    empty list of calls. Arguments of calls are dicts, as templates expect. The role "developer" is "system" unless the template knows it.
+    As in transformers, keys that hold None are left out, and a message's reasoning is `reasoning_content`. An empty
+    list of calls is left out too. Arguments of calls are dicts, as templates expect. The role "developer" is "system"
+    unless the template knows it.
 
     Raises:
         ValueError: something is not a list of dicts that each have a role.

@@ -13,8 +13,8 @@ big-endian).
     answer    {"text": str, "cuts": [[length, common, tail], ...]}, {"refused": str} or {"broken": str}
 
 `text` is the rendering of all messages. A cut is the rendering of only the first `messages` of them: its length, the
-length of the beginning that it has in common with `text`, and its last TAIL characters. "refused" is the template's own `raise_exception`, or an
-error while it renders this dialog; "broken" is a template that is no sound Jinja, or a limit.
+length of the beginning that it has in common with `text`, and its last TAIL characters. "refused" is the template's own
+`raise_exception`, or an error while it renders this dialog. "broken" is a template that is no sound Jinja, or a limit.
 """
 
 import datetime
