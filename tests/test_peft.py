@@ -21,7 +21,7 @@ from llama_jax.infer import cli
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import adapters
 from llama_jax.weights.formats import peft
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 HERE = Path(__file__).parent / "golden"
 FOLDERS = {case: HERE / "peft" / case for case in golden.CASES}

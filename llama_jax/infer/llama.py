@@ -33,7 +33,9 @@ from llama_jax.sampling_params import SamplingParams
 from llama_jax.weights import adapters, export, name_table
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
-from llama_jax.weights.source import Source, UnknownTokenizer, open_source
+from llama_jax.weights.model_files import Metadata
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source, UnknownTokenizer
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -73,6 +75,7 @@ class Llama:
         mesh: where the weights are, or None for one device.
         stop_tokens: the ids that end a generation unless a call says otherwise.
         sampling: how tokens are drawn unless a call says otherwise.
+        metadata: token ids, sampling settings, chat template and tokenizer files that `save` writes.
         adapters: what LoRA adapters add to the weights, by the name of each; see `use`.
         engine: the compiled programs.
     """
@@ -120,6 +123,8 @@ class Llama:
         self.mesh = mesh
         self.sampling = sampling or SamplingParams()
         self.chat_template = chat_template
+        bos = None if tokenizer is None else tokenizer.bos_id
+        self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, chat_template)
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
         self.adapters: dict[str, Mapping[name_table.Path, Update]] = {}
@@ -324,10 +329,10 @@ class Llama:
             ConfigError: a format or dtype that there is not, a place that has a model already, or a model that the
                 format cannot hold.
         """
-        bos = None if self.tokenizer is None else self.tokenizer.bos_id
-        card = export.Card(self.tokenizer, bos, self.stop_tokens, self.sampling, self.chat_template)
         leaves = export.leaves_of(self.config, self.params)
-        return export.save(path, self.config, leaves, card, format=format, dtype=dtype, shard_bytes=shard_bytes)
+        return export.save(
+            path, self.config, leaves, self.metadata, format=format, dtype=dtype, shard_bytes=shard_bytes
+        )
 
     def encode_dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """The ids that `chat` continues: the dialog and the open header of an answer. ConfigError where it cannot."""
@@ -447,17 +452,18 @@ def load(
         tokenizer = pool.submit(_tokenizer, found)
         params = found.load(layout, wanted, quantize)
         tokenizer = tokenizer.result()
-    stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
+    metadata = found.metadata.with_tokenizer(tokenizer)
     llama = Llama(
         found.config,
         params,
         tokenizer,
         mesh,
-        stops,
+        metadata.stop_tokens,
         dtype=wanted,
-        sampling=found.sampling,
-        chat_template=found.chat_template,
+        sampling=metadata.sampling,
+        chat_template=metadata.chat_template,
     )
+    llama.metadata = metadata
     for name, adapter in opened.items():
         llama._add(name, adapter)
     return llama.use(*opened) if single else llama

@@ -27,8 +27,9 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
-from llama_jax.weights import hub_models
-from llama_jax.weights.source import Source, open_source
+from llama_jax.weights.locate import is_path
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source
 
 Say = Callable[..., None]
 _OFTEN = 10  # epochs; of dialogs, few runs mean more
@@ -59,8 +60,8 @@ def check_sources(run: RunConfig) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.{split}: {error}") from None
     for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
-        remote = key == "init_from" and hub_models.is_hub_id(name)
-        if name and not remote and not Path(name).expanduser().exists():
+        is_file = key != "init_from" or is_path(name)
+        if name and is_file and not Path(name).expanduser().exists():
             mend = "name a model's folder or file, or a hub id (owner/name)" if key == "init_from" else "name a file"
             raise ConfigError(f"{key}={name!r} does not exist: {mend}")
 
