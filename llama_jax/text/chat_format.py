@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from llama_jax.text import alignment, chat, chat_template, rendering, template, tool_calls
+from llama_jax.text import alignment, chat, chat_template, control_tokens, rendering, template, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.messages import Messages, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
@@ -32,7 +32,8 @@ class ChatFormat(Protocol):
 
     Attributes:
         name: "llama3" or "template".
-        template: the template that is saved with the model, or None for Meta's reference format.
+        template: the template that is saved with the model, so that others write the same dialogs. None if the
+            tokenizer lacks the control tokens of Meta's reference format.
         fingerprint: hash of everything that ids depend on besides the tokenizer; "" for Meta's reference format.
         stop_tokens: ids that end an answer in this format, in addition to those of the tokenizer.
     """
@@ -67,13 +68,13 @@ class ChatFormat(Protocol):
 
 
 def choose(
-    tokenizer: Tokenizer, own: ChatTemplate | None, setting: str = AUTO, *, date: Date | None = None
+    tokenizer: Tokenizer, own: ChatTemplate | str | None, setting: str = AUTO, *, date: Date | None = None
 ) -> ChatFormat:
     """The chat format of a model.
 
     Args:
         tokenizer: tokenizer of the model.
-        own: the model's own template, or None.
+        own: the model's own template, also as its Jinja source alone, or None.
         setting: "auto" is the model's own template, and Meta's reference format where it has none. "llama3" is the
             reference format. Anything else is the path of a file that holds a Jinja template.
         date: year, month and day that a template's `strftime_now` has; None is the current day.
@@ -84,6 +85,8 @@ def choose(
     """
     if setting == LLAMA3:
         return Llama3Format(tokenizer)
+    if isinstance(own, str):
+        own = ChatTemplate({chat_template.DEFAULT: own}, tokens_of(tokenizer))
     if setting != AUTO:
         own = chat_template.read_file(setting, own.tokens if own else tokens_of(tokenizer))
     # The template that this package writes into its exports is the reference format itself.
@@ -102,13 +105,15 @@ class Llama3Format:
     """Meta's reference format; see `chat`."""
 
     name = LLAMA3
-    template = None
     fingerprint = ""
     stop_tokens: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Takes a tokenizer. One without the format's control tokens is refused when a dialog is encoded."""
         self.tokenizer = tokenizer
+        fits = template.fits(tokenizer.vocabulary)
+        source = {chat_template.DEFAULT: template.CHAT_TEMPLATE}
+        self.template = ChatTemplate(source, tokens_of(tokenizer)) if fits else None
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
@@ -346,11 +351,9 @@ class TemplateFormat:
 
     # ---- ids ----
 
-    @functools.cached_property
+    @property
     def _names(self) -> re.Pattern[str]:
-        """Any name of a control token, the longest first."""
-        names = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        return control_tokens.pattern(self.tokenizer)
 
     @functools.cached_property
     def _marks(self) -> re.Pattern[str]:

@@ -147,6 +147,8 @@ def write(template: ChatTemplate | None, folder: str | os.PathLike[str]) -> None
     had = config.pop("chat_template", None)
     if template is not None:
         write_json(folder / CONFIG, {**config, **config_entries(template)})
+        if (folder / SPECIAL_TOKENS).is_file():  # transformers reads the tokens there first
+            write_json(folder / SPECIAL_TOKENS, {**read_json(folder / SPECIAL_TOKENS), **template.tokens})
     elif had is not None:
         write_json(folder / CONFIG, config)
 

@@ -36,7 +36,7 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
     return huggingface.read(path) if path.suffix == ".json" else meta.read(path)
 
 
-def write(vocabulary: Vocabulary, folder: str | os.PathLike[str], *, chat_template: str | None = None) -> Path:
+def write(vocabulary: Vocabulary, folder: str | os.PathLike[str]) -> Path:
     """Writes the file of `folder` from which `find` and `read` give this vocabulary again, and returns its path.
 
     It is a `tokenizer.model` in Meta's format if that can hold the vocabulary, else a `tokenizer.json` with
@@ -48,6 +48,6 @@ def write(vocabulary: Vocabulary, folder: str | os.PathLike[str], *, chat_templa
         write_whole(folder / written, ranks_file(vocabulary.tokens))
     else:
         other, written = _FILES
-        huggingface.write(vocabulary, folder, chat_template=chat_template)
+        huggingface.write(vocabulary, folder)
     (folder / other).unlink(missing_ok=True)
     return folder / written

@@ -21,8 +21,9 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
-from llama_jax.weights import hub_models
-from llama_jax.weights.source import Source, open_source
+from llama_jax.weights.locate import is_path
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source
 
 
 def check_paths(run: RunConfig) -> None:
@@ -46,7 +47,7 @@ def check_sources(run: RunConfig) -> None:
     """Refuse data, a tokenizer or a first model that is not there; ConfigError, naming the key."""
     prepare.check_sources(run.data)
     name = run.init_from
-    if name and not hub_models.is_hub_id(name) and not Path(name).expanduser().exists():
+    if name and is_path(name) and not Path(name).expanduser().exists():
         raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
 
 

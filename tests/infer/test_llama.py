@@ -22,7 +22,7 @@ from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
 from llama_jax.params import stack, unstack
 from llama_jax.text import Tokenizer, encode_dialog
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 CONFIG = configs.size("tiny")
 
@@ -290,7 +290,7 @@ def test_load_names_what_it_looked_for(tmp_path):
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(ConfigError, match="does not exist; did you mean 'quickstart'.*checkpoints/.*safetensors"):
         llama_jax.load(tmp_path / "quickstrat")
-    with pytest.raises(ConfigError, match="is none of these: a run folder"):
+    with pytest.raises(ConfigError, match="none of these. Give a run folder"):
         llama_jax.load(tmp_path / "quickstart")
     (tmp_path / "quickstart" / "params.json").write_text("{}")
     with pytest.raises(ConfigError, match="params.json"):

@@ -38,7 +38,6 @@ class Fields(TypedDict):
         bos: id that begins a text, or None.
         eos: id that ends a text, or None.
         add_bos: whether the model wants `bos` in front; None leaves it to `pre`.
-        chat_template: Jinja template of the model's dialogs, or None.
     """
 
     model: str
@@ -49,7 +48,6 @@ class Fields(TypedDict):
     bos: int | None
     eos: int | None
     add_bos: bool | None
-    chat_template: str | None
 
 
 def vocabulary(fields: Fields) -> BytePairs:
@@ -100,7 +98,7 @@ def vocabulary(fields: Fields) -> BytePairs:
     )
 
 
-def fields(held: BytePairs, *, chat_template: str | None = None) -> Fields:
+def fields(held: BytePairs) -> Fields:
     """What to write into a GGUF file so that llama.cpp, and `vocabulary`, come to the same ids.
 
     Raises:
@@ -129,7 +127,6 @@ def fields(held: BytePairs, *, chat_template: str | None = None) -> Fields:
         bos=held.bos_id,
         eos=held.eos_id,
         add_bos=held.bos_id is not None,
-        chat_template=chat_template,
     )
 
 
