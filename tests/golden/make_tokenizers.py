@@ -84,6 +84,14 @@ DIALOGS = {
             {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}] * 2},
         ]
     },
+    "systems": {
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            user("?"),
+            {"role": "system", "content": "Be long."},
+            call("f", ""),
+        ]
+    },
     "search": {"messages": [user("?"), call("brave_search", {"query": 'the "best" é'}), user("and?")]},
     "code": {"messages": [user("?"), call("code_interpreter", {"code": "print(1)\nprint(2)"}, content="")]},
 }

@@ -22,8 +22,8 @@ from helpers.tokenizers import GOLDEN as TEXT
 from helpers.tokenizers import digest, small_tokenizer
 from llama_jax.errors import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, encode_dialog, parse_assistant, template
-from llama_jax.text.chat_format import Llama3Format
 from llama_jax.text.byte_pairs import LLAMA3_SPECIALS
+from llama_jax.text.chat_format import Llama3Format
 from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.formats import huggingface as huggingface_vocabulary
 from llama_jax.text.merging import every_split, in_merge_order

@@ -187,7 +187,7 @@ def test_numbers_that_float16_cannot_hold_are_refused_by_name(tmp_path, format):
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-def test_a_chat_template_of_its_own_goes_along_and_is_never_taken_for_llamas(tmp_path, folder):
+def test_a_chat_template_of_its_own_is_saved_with_the_model_and_used(tmp_path, folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert "<|start_header_id|>" in config["chat_template"]
     config["chat_template"] = CHATML
@@ -195,10 +195,10 @@ def test_a_chat_template_of_its_own_goes_along_and_is_never_taken_for_llamas(tmp
     hf = convert(folder, tmp_path / "copy", "hf")
     assert sha256(hf / "tokenizer_config.json") == sha256(folder / "tokenizer_config.json")
     gguf = convert(hf, tmp_path / "m.gguf", "gguf")
-    assert open_source(gguf).metadata.chat_template == CHATML
+    assert open_source(gguf).metadata.chat_template.sources == {"default": CHATML}
     llama = llama_jax.load(gguf)
-    with pytest.raises(ConfigError, match="chat template is not Llama 3's"):
-        llama.chat([{"role": "user", "content": "hi"}])
+    ids = llama.encode_dialog([{"role": "user", "content": "hi"}])
+    assert ids == llama.tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n")  # its names are no tokens here
     saved = llama.save(tmp_path / "saved", "hf")
     assert json.loads((saved / "tokenizer_config.json").read_text())["chat_template"] == CHATML
 
