@@ -101,11 +101,14 @@ def _asks_for_data(argv: Sequence[str]) -> bool:
 def _inspect_data(argv: Sequence[str]) -> int:
     run, _ = parse_run(["inspect data", *argv])  # before jax is imported: a typo is answered at once
     from llama_jax.data.inspect import show
+    from llama_jax.text.record_encoder import RecordEncoder
     from llama_jax.train import setup
 
     sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
     setup.check_sources(run)
-    show(run, setup.chosen_tokenizer(run, print), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    tokenizer = setup.chosen_tokenizer(run, print)
+    encoder = RecordEncoder(tokenizer, setup.chosen_chat_format(run, tokenizer), run.data.parse_special)
+    show(run, encoder, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine, refuse_many_bad
+from llama_jax.data.records import BadLine, Encoder, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import build_store
 from llama_jax.errors import ConfigError
@@ -14,6 +14,7 @@ from llama_jax.hub import some
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig
 from llama_jax.text.bpe_training import train_bpe
+from llama_jax.text.record_encoder import NameInText
 from llama_jax.text.tokenizer import Tokenizer
 
 Say = Callable[..., None]
@@ -79,7 +80,7 @@ def _texts(data: DataConfig) -> Iterator[str]:
         refuse_many_bad(len(bad), good, bad[0], listed=listed)
 
 
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
+def rows(run: RunConfig, tokens: Encoder, say: Say) -> tuple[Mixture, Rows | None]:
     """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
 
     Raises:
@@ -92,6 +93,8 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
         cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
         try:
             store = build_store(patterns, tokens, cache_dir=cache, max_length=T, split=name, pairs=pairs)
+        except NameInText as error:
+            raise NameInText(f"data.{name}: {error}") from None
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from None
         if store.pairs != pairs:
@@ -119,15 +122,20 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
             say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} {store.unit}s, listed in {store.quarantine}")
         return rows
 
+    batch = run.data.batch_size
     if run.data.weights:
         train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
+        steps = run.train.steps_for(sum(map(len, train.parts)), batch)
         for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
             share = weight / sum(train.weights)
-            drawn = share * run.train.steps * run.data.batch_size
+            drawn = share * steps * batch
             say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
     else:
         train = Mixture((packed(run.data.train, "train"),), (1.0,))
-        seen = run.train.steps * run.data.batch_size / len(train.parts[0])
-        if seen > _OFTEN:
+        seen = run.train.steps_for(len(train.parts[0]), batch) * batch / len(train.parts[0])
+        if seen > _OFTEN and run.train.steps:
             say(f"train: each row is seen {seen:,.0f} times in this run: set train.steps lower if that is not meant")
+    total = sum(map(len, train.parts))
+    one, two, three = (-(-epochs * total // batch) for epochs in (1, 2, 3))
+    say(f"train: one, two and three epochs are {one:,}, {two:,} and {three:,} steps")
     return train, packed(run.data.validation, "validation") if run.data.validation else None

@@ -289,7 +289,8 @@ class Llama:
         Other arguments are those of `generate`. `message` of the result can be added to the dialog as it is; tool calls
         in it are parsed, and the ids of the dialog stay the same.
         """
-        ids, stops = self.encode_dialog(messages, tools), self._chat_stops(stop_tokens)
+        ids = self.encode_dialog(messages, tools)
+        stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
         params = dataclasses.asdict(inputs.as_sampling(sampling, self.sampling))
         result = self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stops, **params)
         return dataclasses.replace(result, message=self.chat_format.parse(self._known(result.tokens)))
@@ -304,7 +305,8 @@ class Llama:
         **options: Any,
     ) -> Iterator[str]:
         """`chat`, as pieces of text while they come; other arguments are those of `stream`."""
-        ids, stops = self.encode_dialog(messages, tools), self._chat_stops(stop_tokens)
+        ids = self.encode_dialog(messages, tools)
+        stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
         return self.stream(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
 
     def save(
@@ -342,9 +344,10 @@ class Llama:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
         return self.chat_format.encode(messages, tools=tools)
 
-    def _chat_stops(self, stop_tokens: Sequence[int] | None) -> Sequence[int]:
-        """The ids that end an answer: those of the call, or the model's and its chat format's."""
-        return (*self.stop_tokens, *self.chat_format.stop_tokens) if stop_tokens is None else stop_tokens
+    @property
+    def chat_stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer: `stop_tokens`, and those of the chat format."""
+        return (*self.stop_tokens, *(self.chat_format.stop_tokens if self.chat_format else ()))
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
         slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)

@@ -7,9 +7,13 @@ control tokens, and only its author knows which it is: `parse_special` says so, 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from collections.abc import Iterable
 
 from llama_jax.text.tokenizer import Tokenizer
+
+AS_TEXT = "⟨as text⟩"
 
 
 def pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
@@ -26,6 +30,15 @@ def first_name(tokenizer: Tokenizer, text: str) -> str | None:
     """The first name of a control token in a text, or None."""
     match = pattern(tokenizer).search(text)
     return None if match is None else match[0]
+
+
+def shown(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of ids for people: a control token by its name, and a name that is plain text with a mark after it."""
+    control = set(tokenizer.special_tokens.values())
+    runs = itertools.groupby(map(int, ids), key=control.__contains__)
+    names = pattern(tokenizer)
+    texts = ((is_control, tokenizer.decode(list(run))) for is_control, run in runs)
+    return "".join(text if is_control else names.sub(rf"\g<0>{AS_TEXT}", text) for is_control, text in texts)
 
 
 def encode_text(

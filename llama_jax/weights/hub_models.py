@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json
 from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
@@ -83,6 +84,19 @@ def download(repo_id: str) -> Path:
     fetch(name.repo, choice.files, commit=folder.name)
     check_there(name.repo, folder, choice.files)
     return folder / choice.opened
+
+
+def read_shape(repo_id: str) -> ModelConfig | None:
+    """The shape of a model from its config.json, without its weights; None if the repo has no such file.
+
+    Raises:
+        ConfigError: as `download`.
+    """
+    name = _parse(repo_id)
+    if name is None or name.file is not None:
+        return None
+    folder = fetch(name.repo, _FIRST)
+    return read_config(folder) if (folder / "config.json").is_file() else None
 
 
 def download_adapter(repo_id: str, wanted: Sequence[str]) -> Path:
