@@ -86,14 +86,9 @@ def render(row: Batch, tokenizer: Tokenizer, *, colour: bool, pairs: bool = Fals
             yield "..."
             continue
         cuts = np.flatnonzero(np.diff(targets[places])) + 1
-        yield "".join(
-            _paint(
-                control_tokens.shown(tokenizer, tokens[span]).translate(_PICTURES),
-                "target" if targets[span[0]] else "other",
-                colour,
-            )
-            for span in np.split(places, cuts)
-        )
+        texts = [control_tokens.shown(tokenizer, tokens[span]).translate(_PICTURES) for span in np.split(places, cuts)]
+        kinds = ["target" if targets[span[0]] else "other" for span in np.split(places, cuts)]
+        yield "".join(_paint(text, kind, colour) for text, kind in zip(texts, kinds, strict=True))
     if padding := int((segments == 0).sum()):
         yield _paint(f"── {padding:,} places of padding ──", "border", colour)
 
