@@ -318,7 +318,7 @@ def test_no_file_that_cannot_be_written_costs_a_checkpoint(run):
     assert len(errors) == len(limits) == 10
     for line in errors:
         assert line.startswith("the checkpoint of step 6 could not be saved, that of step 4 is intact (")
-        assert "File too large" in line and line.endswith("make room, or mend the folder, and start again")
+        assert "File too large" in line and line.endswith("make room, or repair the folder, and start again")
 
 
 def test_a_failed_save_is_an_error_at_the_next_step(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_a_failed_save_is_an_error_at_the_next_step(tmp_path, monkeypatch):
     check = Checkpoints.check
     # The step goes on while a save is under way: let that be over before the next one, to know which step it is.
     monkeypatch.setattr(Checkpoints, "check", lambda self: (self._saving and self._saving.exception(), check(self)))
-    with pytest.raises(SaveError, match="of step 4 could not be saved, that of step 2 stands .*No space left"):
+    with pytest.raises(SaveError, match="of step 4 could not be saved, that of step 2 is intact .*No space left"):
         loop.train(run)
     steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4] and names(tmp_path / "run") == {"2", "saving-4"}
