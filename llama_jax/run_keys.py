@@ -44,8 +44,11 @@ class DataConfig:
         tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
         loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
             calls and ends of turns too) and completions, or `all`, which pairs refuse. Text counts whole.
-        sequence_length: tokens a row (T); longer dialogs, completions and pairs (both answers together) are left out,
-            longer texts cut.
+        sequence_length: tokens a row (T). Longer texts are cut into rows; see too_long for longer dialogs, completions
+            and pairs (both answers together).
+        too_long: longer dialogs, completions and pairs: `drop` leaves them out, `cut` keeps the first sequence_length
+            tokens of dialogs and completions and leaves out pairs, `refuse` ends the run at the first of them.
+        max_bad: the largest fraction of all documents that may be unusable. Over-long ones are not counted.
         batch_size: rows a step over all devices and accumulated parts (B).
         shuffle: rows in a new order each epoch, else always in the order that packing has put them in.
         seed: of that order.
@@ -58,6 +61,8 @@ class DataConfig:
     tokenizer: str = bounded("")
     loss_on: str = bounded("assistant", choices=("assistant", "all"))
     sequence_length: int = bounded(2048, low=2)
+    too_long: str = bounded("drop", choices=("drop", "cut", "refuse"))
+    max_bad: float = bounded(0.05, low=0.0, high=1.0)
     batch_size: int = bounded(8, low=1)
     shuffle: bool = bounded(True)
     seed: int = bounded(0, low=0, high=2**31 - 1)

@@ -16,7 +16,7 @@ import pytest
 from llama_jax import config as configs
 from llama_jax import model, parallel
 from llama_jax.data import corpus, questions
-from llama_jax.data.records import encode
+from llama_jax.data.encoding import encode
 from llama_jax.data.sources import documents_from
 from llama_jax.infer.llama import Llama
 from llama_jax.run_config import RunConfig, default_dict

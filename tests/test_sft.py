@@ -138,7 +138,10 @@ def test_rows_of_a_thousand_dialogs_equal_a_slow_construction(store, records, to
     for i, row in enumerate(wanted):
         assert {name: array.tolist() for name, array in rows[i].items()} == row
     filled = sum((np.array(row["segments"]) > 0).sum() for row in wanted)
-    assert rows.waste == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12) and rows.waste < 0.06
+    assert (
+        rows.padding_fraction == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12)
+        and rows.padding_fraction < 0.06
+    )
 
 
 @pytest.mark.parametrize("length", [2, 3, 16, 100])
@@ -166,7 +169,7 @@ def test_text_alone_is_cut_as_ever(tmp_path, tokenizer):
     text = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=8)
     rows = pack(text, sequence_length=8, loss_on="assistant")
     assert isinstance(rows, PackedRows) and rows.fingerprint == text.fingerprint
-    assert rows.waste == 1 - (text.num_tokens - 1) / (2 * 8)
+    assert rows.padding_fraction == 1 - (text.num_tokens - 1) / (2 * 8)
 
 
 def test_the_loader_resumes_rows_of_dialogs_and_refuses_another_loss(store):
