@@ -181,7 +181,7 @@ def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
     if {"instruction", "output"} <= fields.keys():
         return _dialog(fields, name, _alpaca(fields))
     if "text" not in record:
-        raise ValueError(_unknown(record))
+        raise ValueError(why_unknown(record))
     return Document(name, _string(record, "text"))
 
 
@@ -338,7 +338,7 @@ def _answer(record: Mapping[str, Any], key: str) -> str:
     return record[key]
 
 
-def _unknown(record: Mapping[str, Any]) -> str:
+def why_unknown(record: Mapping[str, Any]) -> str:
     """The reason why a record has none of the known shapes."""
     empty = [key for key in (*_DIALOGS, *_PARTNERS) if key in record and record[key] is None]
     if empty:
