@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Completion, Dialog, Pair, Sample
 from llama_jax.errors import ConfigError
+from llama_jax.text.record_encoder import NameInText
 
 # Token ids, and whether each is a target. None: all are.
 Encoded = tuple[list[int], list[bool] | None]
@@ -35,10 +36,8 @@ class Encoder(Protocol):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Any] | None,
-        learn: Sequence[bool] | None,
-        add_generation_prompt: bool,
-        return_mask: bool,
+        tools: Sequence[Any] | None = None,
+        learn: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a dialog, and a mask of what the assistant says in the messages that `learn` flags.
 
@@ -71,7 +70,7 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
     """The ids of a sample, and which of them are targets.
 
     A text is bos + text + eos. A completion is bos + prompt + completion + eos with nothing between. A dialog is what
-    `Tokenizer.encode_dialog` returns.
+    the run's chat format makes of it.
 
     Args:
         sample: the sample.
@@ -90,9 +89,7 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
         completion = tokenizer.encode(sample.completion, eos=True)
         ids, targets = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     else:
-        ids, targets = tokenizer.encode_dialog(
-            sample.messages, tools=sample.tools, learn=sample.learn, add_generation_prompt=False, return_mask=True
-        )
+        ids, targets = tokenizer.encode_dialog(sample.messages, tools=sample.tools, learn=sample.learn)
         _check_answers(sample)
     if max_length is None or len(ids) <= max_length:
         return ids, targets
@@ -164,6 +161,8 @@ def try_encode(
         whole = encode(sample, tokenizer, max_length=None)
         kept = cut(whole, max_length)
         return EncodedSample(sample.name, (kept,), marked, cut=len(kept[0]) < len(whole[0]))
+    except NameInText as error:
+        raise NameInText(f"{sample.name}: {error}") from None
     except ConfigError:
         raise
     except ValueError as error:

@@ -18,7 +18,7 @@ from llama_jax.errors import brief, nearest
 
 ROLES = {
     "system": "system",
-    "developer": "system",
+    "developer": "developer",  # each chat format has its own reading of it
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -211,6 +211,8 @@ def _content(content: object, where: str) -> tuple[object, list[dict[str, Any]]]
                 f"{where}: content[{index}] must be {{'type': 'text', 'text': str}}, or a 'tool_use' or 'tool_result' "
                 f"block (the model reads text only), got {brief(part)}"
             )
+    if len(texts) == 1:
+        return texts[0]["text"], blocks
     return (texts if texts or not blocks else None), blocks
 
 

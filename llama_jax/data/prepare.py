@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from llama_jax.data.encoding import Encoder
 from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
@@ -13,8 +14,8 @@ from llama_jax.errors import ConfigError
 from llama_jax.hub import some
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig
-from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe_training import train_bpe
+from llama_jax.text.record_encoder import NameInText
 from llama_jax.text.tokenizer import Tokenizer
 
 Say = Callable[..., None]
@@ -49,7 +50,7 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
         ValueError: too many lines of the text that a tokenizer is trained on cannot be used.
     """
     if run.data.tokenizer:
-        tokenizer = text.open(Path(run.data.tokenizer).expanduser())
+        tokenizer = Tokenizer(Path(run.data.tokenizer).expanduser())
         if base is not None and base.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
@@ -84,41 +85,45 @@ def _texts(data: DataConfig) -> Iterator[str]:
         refuse_many_bad(len(bad), good, bad[0], listed=listed, allowed=data.max_bad)
 
 
-def rows(run: RunConfig, tokenizer: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
+def rows(run: RunConfig, encoder: Encoder, say: Say) -> tuple[Mixture, Rows | None]:
     """The training and validation data as rows: one part, or one for each of data.weights.
 
     Args:
         run: the run.
-        tokenizer: the run's tokenizer.
+        encoder: the run's tokenizer, chat format and reading of control tokens.
         say: prints a line.
 
     Raises:
         ConfigError: the data are preference pairs and train.objective is not `dpo`, or the other way round.
         ValueError: the data cannot be used, or too many of their records. The message names the key.
     """
-    data, steps = run.data, run.train.steps
+    data, batch = run.data, run.data.batch_size
     if data.weights:
-        train = Mixture(tuple(_packed(run, [pattern], "train", tokenizer, say) for pattern in data.train), data.weights)
+        train = Mixture(tuple(_packed(run, [pattern], "train", encoder, say) for pattern in data.train), data.weights)
+        steps = run.train.steps_for(sum(map(len, train.parts)), batch)
         for pattern, part, weight in zip(data.train, train.parts, train.weights, strict=True):
             share = weight / sum(train.weights)
-            epochs = share * steps * data.batch_size / len(part)
+            epochs = share * steps * batch / len(part)
             say(f"train: {share:.1%} of rows from {pattern}, each seen {epochs:.3g} times in this run")
     else:
-        train = Mixture((_packed(run, data.train, "train", tokenizer, say),), (1.0,))
-        epochs = steps * data.batch_size / len(train.parts[0])
-        if epochs > _MANY_EPOCHS:
+        train = Mixture((_packed(run, data.train, "train", encoder, say),), (1.0,))
+        epochs = run.train.steps_for(len(train.parts[0]), batch) * batch / len(train.parts[0])
+        if epochs > _MANY_EPOCHS and run.train.steps:
             say(f"train: each row is seen {epochs:,.0f} times in this run: set train.steps lower if that is not meant")
-    return train, _packed(run, data.validation, "validation", tokenizer, say) if data.validation else None
+    total = sum(map(len, train.parts))
+    one, two, three = (-(-epochs * total // batch) for epochs in (1, 2, 3))
+    say(f"train: one, two and three epochs are {one:,}, {two:,} and {three:,} steps")
+    return train, _packed(run, data.validation, "validation", encoder, say) if data.validation else None
 
 
-def _packed(run: RunConfig, patterns: Sequence[str], split: str, tokenizer: Tokenizer, say: Say) -> Rows:
+def _packed(run: RunConfig, patterns: Sequence[str], split: str, encoder: Encoder, say: Say) -> Rows:
     """The rows of one source, whose numbers are printed."""
     data = run.data
     pairs = run.train.objective == "dpo"
     try:
         store = build_store(
             patterns,
-            tokenizer,
+            encoder,
             cache_dir=Path(data.cache_dir).expanduser(),
             max_length=data.sequence_length,
             too_long=data.too_long,
@@ -126,6 +131,8 @@ def _packed(run: RunConfig, patterns: Sequence[str], split: str, tokenizer: Toke
             split=split,
             pairs=pairs,
         )
+    except NameInText as error:
+        raise NameInText(f"data.{split}: {error}") from None
     except ValueError as error:
         raise ValueError(f"data.{split}: {error}") from None
     if store.pairs != pairs:

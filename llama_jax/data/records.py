@@ -300,8 +300,8 @@ def _with_system(record: Mapping[str, Any], read: list[Message]) -> list[Message
     if not isinstance(record["system"], str | list):
         raise ValueError(f"'system' must be a string, found {type(record['system']).__name__}")
     (system,) = messages.read([{"role": "system", "content": record["system"]}], "system")
-    if read and read[0].content["role"] == "system":
-        if read[0].content == system.content:
+    if read and read[0].content["role"] in ("system", "developer"):
+        if read[0].content.get("content") == system.content["content"]:
             return read
         raise ValueError("'system' is given, and the messages begin with another system message: keep one of them")
     return [system, *read]
