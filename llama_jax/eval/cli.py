@@ -113,6 +113,7 @@ def _common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows that run together (8)")
     sub.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (as infer.py)")
     sub.add_argument("--quantize", metavar="NAME", help="int8 or int4 (as infer.py)")
+    sub.add_argument("--chat_format", default="auto", metavar="NAME", help="auto, llama3 or a template (as infer.py)")
     sub.add_argument("--mesh", metavar="AXIS=N,...", help="devices: data=1,tensor=2 (one device)")
 
 
@@ -130,7 +131,14 @@ def _load(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> Llama:
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
-    return load(options.model, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=options.adapter)
+    return load(
+        options.model,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        mesh=mesh,
+        adapters=options.adapter,
+        chat_format=options.chat_format,
+    )
 
 
 def _perplexity(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> int:

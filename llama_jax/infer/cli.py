@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llama_jax.errors import ConfigError, nearest, one_line
+from llama_jax.errors import ConfigError, brief, nearest, one_line
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -62,6 +62,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--chat", action="store_true", help=f"talk to it; {_CHAT_HELP}")
     add("--messages", metavar="FILE", help='a dialog as a JSON list of {"role": ..., "content": ...}')
     add("--system", metavar="TEXT", help="the system message of --ask and --chat")
+    add(
+        "--tools",
+        metavar="FILE",
+        help="functions that the model may call in a dialog: a JSON list of schemas in OpenAI's shape; the names of "
+        "Llama 3.1's built-in tools are allowed too",
+    )
+    add(
+        "--chat_format",
+        default="auto",
+        metavar="NAME",
+        help="how dialogs are written: auto is the model's own chat template, or Meta's reference format where it has "
+        "none; llama3 is the reference format; else the file of a Jinja template (auto)",
+    )
+    add(
+        "--parse_special",
+        action=argparse.BooleanOptionalAction,
+        help="read names of control tokens in prompts, such as <|eot_id|>, as these tokens: for prompts that were "
+        "rendered with a chat template (plain text, with a warning)",
+    )
     add("--max_new_tokens", type=int, metavar="N", help="for each prompt (128; in a dialog 512)")
     add("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time (0.6)")
     add("--top_k", type=int, metavar="K", help="keep the K likeliest tokens; 0 is off (0)")
@@ -94,6 +113,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--json does not go with --chat; use --messages FILE --json")
     if options.system is not None and not (options.chat or options.ask):
         parser.error("--system goes with --ask and --chat; put a system message into the file of --messages")
+    if options.tools is not None and not (options.chat or options.ask or options.messages):
+        parser.error("--tools goes with --ask, --chat and --messages")
+    if options.parse_special is not None and not (options.prompt or options.prompt_file):
+        parser.error("--parse_special goes with --prompt and --prompt_file; messages of dialogs are always plain text")
     return options
 
 
@@ -113,6 +136,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     dialogs = [_messages(options.messages)] if options.messages else _asked(options.system, options.ask or ())
+    tools = None if options.tools is None else _tools(options.tools)
     mesh = mesh_sizes(options.mesh)
     settings = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
 
@@ -123,9 +147,20 @@ def _run(options: argparse.Namespace) -> int:
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
-    llama = load(options.model, dtype=options.dtype, quantize=options.quantize, mesh=mesh, adapters=options.adapter)
+    llama = load(
+        options.model,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        mesh=mesh,
+        adapters=options.adapter,
+        chat_format=options.chat_format,
+    )
     settings["max_new_tokens"] = options.max_new_tokens or (512 if options.chat or dialogs else 128)
     settings["seed"] = options.seed
+    if options.chat or dialogs:
+        settings["tools"] = tools
+    else:
+        settings["parse_special"] = options.parse_special
     if options.chat:
         return _chat(llama, options.system, settings)
     start = time.perf_counter()
@@ -194,6 +229,19 @@ def _messages(file: str) -> list[dict[str, Any]]:
     return messages
 
 
+def _tools(file: str) -> list[Any]:
+    text = _text(file)
+    try:
+        tools = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from None
+    tools = tools.get("tools") if isinstance(tools, dict) and "tools" in tools else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, (dict, str)) for tool in tools):
+        example = '[{"type": "function", "function": {"name": ..., "parameters": {...}}}]'
+        raise ConfigError(f"{file} must be a JSON list of schemas of functions: {example}, got {brief(tools)}")
+    return tools
+
+
 def _asked(system: str | None, questions: Sequence[str]) -> list[list[dict[str, Any]]]:
     """A dialog of each question."""
     first = [{"role": "system", "content": system}] if system else []
@@ -224,6 +272,7 @@ def _print_results(results: Sequence[Any], seconds: float, *, as_json: bool, ids
                 "logprobs": result.logprobs,
                 "finish_reason": result.finish_reason,
                 "tokens_per_second": speed,
+                **({} if result.message is None else {"message": result.message}),
             }
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
@@ -280,7 +329,7 @@ def _chat(llama: Llama, system: str | None, settings: dict[str, Any]) -> int:
 
 def _answer(llama: Llama, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str | None:
     """Print the answer as it comes. What Ctrl-C left of it is the answer; None where there is no room for one."""
-    used = len(llama.encode_dialog(messages))
+    used = len(llama.encode_dialog(messages, settings.get("tools")))
     room = llama.config.max_seq_len - used
     if room < 1:
         print(f"the dialog fills the model's {llama.config.max_seq_len:,} positions: /reset", file=sys.stderr)
