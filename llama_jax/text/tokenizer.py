@@ -80,6 +80,7 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = dict(vocabulary.specials)
         self._control = frozenset(self.special_tokens.values())
         self._by_id = vocabulary.by_id
+        self._starts_with_space = vocabulary.starts_with_space
         self._encoder = encoder_of(vocabulary)
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
@@ -124,25 +125,29 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in Meta's tokenizer.
 
         Args:
             ids: integers, or a one-dimensional integer array (numpy, jax).
             skip_special: leave control tokens out; otherwise they appear by name.
+            continues: `ids` continue a text. SentencePiece vocabularies put a space in front of every text, which
+                decoding drops; in the middle of a text that space belongs to the text.
 
         Raises:
             ValueError: an id is outside 0..vocab_size-1.
             TypeError: `ids` is not a sequence of integers.
         """
-        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+        data = self.decode_bytes(ids, skip_special=skip_special, continues=continues)
+        return data.decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> bytes:
         """Returns the bytes of `ids`, which may end within a character; otherwise as `decode`."""
         checked = self._check_ids(ids)
         if skip_special:
             checked = [i for i in checked if i not in self._control]
-        return b"".join([self._by_id[i] for i in checked])
+        data = b"".join([self._by_id[i] for i in checked])
+        return data.removeprefix(b" ") if self._starts_with_space and not continues else data
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
         if hasattr(ids, "tolist"):  # one transfer for a numpy or jax array
@@ -179,22 +184,29 @@ class Tokenizer:
 class StreamDecoder:
     """Turns ids into text as they come, never splitting a UTF-8 character.
 
-    The joined results of `push` and `flush` equal `tokenizer.decode(ids, skip_special=True)`.
+    The joined results of `push` and `flush` equal `tokenizer.decode(ids, skip_special=True, continues=continues)`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Starts with no pending bytes."""
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+        """Starts with no pending bytes; `continues` is that of `Tokenizer.decode`."""
         self._tokenizer = tokenizer
+        self._continues = self._began = continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Returns the text that one id, or several, complete; control tokens print nothing."""
         if not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0:
             ids = [ids]
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=True))
+        ids = list(ids)
+        data = self._tokenizer.decode_bytes(ids, skip_special=True, continues=True)
+        if data and not self._began:
+            data = self._tokenizer.decode_bytes(ids, skip_special=True)
+            self._began = True
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """Returns the pending rest (U+FFFD for a character that never ended) and starts afresh."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
+        self._began = self._continues
         return text

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief
-from llama_jax.files import read_json, write_whole
-from llama_jax.text.byte_pairs import BytePairs
+from llama_jax.files import write_whole
+from llama_jax.text.byte_pairs import BytePairs, check_bytes
+from llama_jax.text.formats import tokenizer_config
+from llama_jax.text.formats.tokenizer_config import TokenizerConfig
+from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import Merge, every_split, in_merge_order
 from llama_jax.text.patterns import DIGITS_PATTERN, GPT2_PATTERN, ONE_DIGIT_PATTERN, SPLIT_PATTERN
 from llama_jax.text.vocabulary import spelled, unspelled
 
-_MAX_BYTES = 32_000_000  # Llama 3's has 7 to 17 million
 _BY_IDS = "the model itself can still be used with token ids"
 
 _SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
@@ -40,24 +42,21 @@ _MODEL_FREE = {"vocab", "merges", "unk_token", "fuse_unk"}  # with a token for e
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
-def read(path: str | os.PathLike[str]) -> BytePairs:
-    """The vocabulary of a `tokenizer.json`, with the end of text that the files beside it name.
-
-    Those are `tokenizer_config.json` and, where that names none, `special_tokens_map.json`. What stands in front of a
-    text is for the post-processor to say.
+def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
+    """The vocabulary of a `tokenizer.json`, with the settings of the files beside it (see tokenizer_config.py).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: its ids cannot be reproduced exactly; names the part of the file that is the reason.
+        ConfigError: neither tiktoken nor the library can give its ids; names the part of the file that is the reason.
         ValueError: a damaged file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the path of a tokenizer.json or a tokenizer.model")
-    data = read_json(path, max_bytes=_MAX_BYTES)
-    eos = _end_of_text(path.parent)
+    data = tokenizer_config.load(path)
+    config = tokenizer_config.read(path.parent)
     try:
-        return _vocabulary(data, eos)
+        return _vocabulary(data, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; {_BY_IDS}") from None
     except ValueError as error:
@@ -105,7 +104,38 @@ def write(
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def _vocabulary(data: Mapping[str, Any], eos: str | None) -> BytePairs:
+def _vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs | LibraryVocabulary:
+    """By tiktoken if that gives the same ids, else by the library."""
+    try:
+        return _byte_pairs(data, config)
+    except ConfigError:
+        return _library_vocabulary(data, config)
+    except ValueError as fault:
+        try:
+            return _library_vocabulary(data, config)
+        except ConfigError:
+            raise fault from None  # names the place of the damage
+
+
+def _library_vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> LibraryVocabulary:
+    return LibraryVocabulary.of(data, lambda ids: _named(config, ids, _bos(data.get("post_processor"), ids)))
+
+
+def _named(config: TokenizerConfig, ids: Mapping[str, int], bos: str | None) -> dict[str, int | None]:
+    """The ids that begin, end and pad a text. `bos` is the name that a post-processor puts in front."""
+    if config.add_bos is not None:
+        bos = config.bos if config.add_bos else None
+    if config.eos is not None and config.eos not in ids:
+        raise ValueError(f"eos_token {config.eos[:60]!r}, in the files beside it, is none of its tokens")
+    return {
+        "bos_id": None if bos is None else ids.get(bos),
+        "declared_eos": None if config.eos is None else ids[config.eos],
+        "declared_pad": None if config.pad is None else ids.get(config.pad),
+    }
+
+
+def _byte_pairs(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs:
+    """The vocabulary for tiktoken; ValueError if it cannot be shown that the ids are equal."""
     if data.get("normalizer") is not None:
         raise ConfigError(f"normalizer {_kind(data['normalizer'])} is not supported, only null")
     if _kind(data.get("decoder")) != "ByteLevel":
@@ -124,19 +154,17 @@ def _vocabulary(data: Mapping[str, Any], eos: str | None) -> BytePairs:
     specials, found = _added(data.get("added_tokens"), ids)
     added = {*specials, *(name for names in found for name in names)}
     plain = {token: i for token, i in ids.items() if token not in added} if added else ids
+    check_bytes({char for char in plain if len(char) == 1})
     as_bytes = {token: unspelled(token) for token in plain}
     order, silent = in_merge_order(plain, _merges(model.get("merges")), whole_words=bool(model.get("ignore_merges")))
-    known = specials | {name: i for names in found for name, i in names.items() if i is not None}
-    if eos is not None and eos not in known:
-        raise ValueError(f"eos_token {eos[:60]!r}, in the files beside it, is none of its added tokens")
+    known = {**ids, **specials, **{name: i for names in found for name, i in names.items() if i is not None}}
     return BytePairs(
         tokens={as_bytes[token]: ids[token] for token in order},
         specials=specials,
         pattern=pattern,
-        bos_id=_bos(data.get("post_processor"), specials),
-        declared_eos=None if eos is None else known[eos],
         silent={as_bytes[token]: ids[token] for token in silent},
         found=found,
+        **_named(config, known, _bos(data.get("post_processor"), specials)),
     )
 
 
@@ -192,7 +220,7 @@ def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[d
         rounds[flags["normalized"]][name] = None if flags["special"] else i
         if flags["special"]:
             specials[name] = i
-        elif flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
+        if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
             raise ConfigError(f"added token {brief(name)} has lstrip, rstrip or single_word, which is not supported")
     return specials, tuple(names for names in rounds if any(i is not None for i in names.values()))
 
@@ -210,53 +238,38 @@ def _merges(listed: Any) -> list[Merge]:
     return merges
 
 
-def _bos(processor: Any, specials: Mapping[str, int]) -> int | None:
-    """What a post-processor puts in front of a text."""
-    parts = processor.get("processors") if _kind(processor) == "Sequence" else [processor]
+def _bos(processor: Any, ids: Mapping[str, int]) -> str | None:
+    """The name that a post-processor puts in front of a text. What it puts after one is not used."""
     if processor is None:
         return None
+    parts = processor.get("processors") if _kind(processor) == "Sequence" else [processor]
     first: list[str] = []
     for part in parts if isinstance(parts, list) else [parts]:
         if _kind(part) == "TemplateProcessing" and not first:
-            first = _before_text(part, specials)
+            first = _before_text(part, ids)
+        elif _kind(part) in ("BertProcessing", "RobertaProcessing") and not first:
+            first = [part["cls"][0]] if isinstance(part.get("cls"), list) and part["cls"] else []
         elif _kind(part) != "ByteLevel":
-            raise ConfigError(
-                f"post_processor {_kind(part)} is not supported, only ByteLevel and one TemplateProcessing"
-            )
-    return specials[first[0]] if first else None
+            raise ConfigError(f"post_processor {_kind(part)} is not supported in this form")
+    return first[0] if first else None
 
 
-def _before_text(processor: Mapping[str, Any], specials: Mapping[str, int]) -> list[str]:
+def _before_text(processor: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
     single = processor.get("single")
     parts = [_object(part, "a part of the template") for part in single] if isinstance(single, list) else []
-    kinds = [list(part) for part in parts]
-    if kinds not in ([["Sequence"]], [["SpecialToken"], ["Sequence"]]):
+    kinds = [next(iter(part), None) for part in parts]
+    if kinds.count("Sequence") != 1 or (place := kinds.index("Sequence")) > 1:
         raise ConfigError(
-            f"post_processor TemplateProcessing must be one special token, then the text, got {brief(single)}"
+            f"post_processor TemplateProcessing must have at most one special token before the text, got "
+            f"{brief(single)}"
         )
-    if len(parts) == 1:
+    if place == 0:
         return []
     name = _object(parts[0]["SpecialToken"], "a part of the template").get("id")
-    if not isinstance(name, str) or name not in specials:
-        raise ConfigError(f"post_processor puts {brief(name)} in front of a text, which is not a special token")
-    given = _object(processor.get("special_tokens"), "special_tokens").get(name)
-    if _object(given, "a special token").get("ids") != [specials[name]]:
-        raise ConfigError(f"post_processor says that {name!r} is {brief(given)}, but its id is {specials[name]}")
+    given = _object(processor.get("special_tokens"), "special_tokens").get(name) if isinstance(name, str) else None
+    if name not in ids or _object(given, "a special token").get("ids") != [ids[name]]:
+        raise ConfigError(f"post_processor puts {brief(name)} in front of a text, which is not one token of it")
     return [name]
-
-
-def _end_of_text(folder: Path) -> str | None:
-    """The eos_token that the files beside a tokenizer.json name."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file():
-            continue
-        token = read_json(folder / name).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-        if token is not None:
-            raise ValueError(f"{folder / name}: eos_token must be a name, got {brief(token)}")
-    return None
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from llama_jax.errors import ConfigError, brief
 from llama_jax.files import read_small
 from llama_jax.text.byte_pairs import BytePairs, llama3
-from llama_jax.text.vocabulary import MOST_TOKENS
+from llama_jax.text.vocabulary import MOST_BYTES, MOST_TOKENS
 
 FETCH_AGAIN = "copy the file again from the checkpoint (Meta's `tokenizer.model`, `original/tokenizer.model` on HF)"
-_MAX_BYTES = 16_000_000  # Llama 3's has two
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")
 
 
@@ -38,7 +37,7 @@ def read_ranks(path: Path) -> list[bytes]:
         raise ValueError(f"{path}: is a folder; name the file in it, such as {path / 'tokenizer.model'}")
     try:
         path.stat()
-        data = read_small(path, max_bytes=_MAX_BYTES)
+        data = read_small(path, max_bytes=MOST_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such file; give the path of Meta's `tokenizer.model` "
