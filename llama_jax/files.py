@@ -57,6 +57,32 @@ def parse_json(data: bytes, where: str, *, max_values: int = MAX_VALUES) -> dict
     return value
 
 
+class File:
+    """A file read by byte range, from any thread. Raises ValueError (one line) where bytes are missing."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such file")
+        self._file = open(self.path, "rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on."""
+        out = bytearray(length)
+        self.read_into(memoryview(out), start)
+        return bytes(out)
+
+    def read_into(self, out: memoryview, start: int) -> None:
+        """Fill `out`, which holds bytes, from `start` on."""
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._file.fileno(), [out[done:]], start + done)
+            if count <= 0:
+                raise ValueError(f"{self.path}: ends at byte {start + done:,}; {len(out) - done:,} more were expected")
+            done += count
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Atomically write a value as JSON with two spaces of indent."""
     with whole_file(path) as file:
