@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief, one_line
@@ -59,10 +58,13 @@ class LibraryVocabulary(Vocabulary):
         ids = library.get_vocab(with_added_tokens=True)
         if (largest := max(ids.values(), default=0)) >= MOST_TOKENS:
             raise ConfigError(f"the largest id is {largest:,}; at most {MOST_TOKENS:,} ids are supported")
+        if len(set(ids.values())) < len(ids):
+            raise ConfigError("several tokens have the same id")
         added = library.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
         made = cls(contents=contents, decoder=data.get("decoder"), specials=specials, **named(ids))
-        made.__dict__.update(library=library, ids=ids)  # the cached properties
+        made.__dict__["ids"] = ids  # the cached property
+        made.__dict__["library"] = _without_controls(library, data, specials)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,13 +72,14 @@ class LibraryVocabulary(Vocabulary):
 
     @functools.cached_property
     def library(self) -> Any:
-        """The `tokenizers.Tokenizer`, which takes control tokens in text for text."""
-        return load_library(self.contents, special_tokens=False)
+        """The `tokenizers.Tokenizer` that makes no control token of any text."""
+        library = load_library(self.contents, special_tokens=False)
+        return _without_controls(library, json.loads(self.contents), self.specials)
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
         """All tokens, as the file spells them, to their ids."""
-        return self.library.get_vocab(with_added_tokens=True)
+        return load_library(self.contents, special_tokens=True).get_vocab(with_added_tokens=True)
 
     @functools.cached_property
     def size(self) -> int:
@@ -86,7 +89,7 @@ class LibraryVocabulary(Vocabulary):
     @functools.cached_property
     def by_id(self) -> list[bytes]:
         """The bytes of each id, in the order of ids. Control tokens have their names, unused ids no bytes."""
-        added = self.library.get_added_tokens_decoder()
+        added = {*self.library.get_added_tokens_decoder(), *self.specials.values()}
         steps = _decoding_steps(self.decoder)
         table = [b""] * self.size
         for token, i in self.ids.items():
@@ -125,6 +128,39 @@ def load_library(contents: str, *, special_tokens: bool) -> Any:
         library.no_padding()
         library.encode_special_tokens = not special_tokens
     return library
+
+
+def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[str, int]) -> Any:
+    """The library, or one that names otherwise the tokens of its model that are control tokens and come from text.
+
+    A Unigram or word-level model may list "<s>" as a piece like all others, and would make it of the text "<s>".
+    """
+    control = frozenset(specials.values())
+    names = [name for name in specials if _comes_from_text(library, name, control)]
+    if not names:
+        return library
+    hidden = {name: _NEVER + name for name in names}
+    model = dict(data["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(piece[0], piece[0]), *piece[1:]] for piece in model["vocab"]]
+    added = [token for token in data.get("added_tokens", []) if token["content"] not in hidden]
+    try:
+        library = load_library(json.dumps({**data, "model": model, "added_tokens": added}), special_tokens=False)
+    except ConfigError:
+        library = None  # merges make the token
+    if library is None or any(_comes_from_text(library, name, control) for name in names):
+        raise ConfigError(f"control token {brief(names[0])} would come from text")
+    return library
+
+
+_NEVER = 8 * "\U0010ffff"  # not a character
+
+
+def _comes_from_text(library: Any, name: str, control: Collection[int]) -> bool:
+    ids = [library.encode(text, add_special_tokens=False).ids for text in (name, f"a {name} b")]
+    return any(i in control for i in (*ids[0], *ids[1]))
 
 
 class panics_as_errors:  # noqa: N801
@@ -177,9 +213,10 @@ def check_contents(data: Mapping[str, Any]) -> None:
 def _check_character_map(encoded: Any) -> None:
     """Refuses a compiled character map (base64) that replaces characters by very long texts."""
     try:
-        check_character_map(base64.b64decode(encoded or "", validate=True))
-    except (TypeError, ValueError, binascii.Error):
+        data = base64.b64decode(encoded or "", validate=True)
+    except (TypeError, ValueError):
         raise ConfigError("normalizer Precompiled holds no character map") from None
+    check_character_map(data)
 
 
 def check_character_map(data: bytes) -> None:

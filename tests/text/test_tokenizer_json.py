@@ -174,17 +174,13 @@ def random_model(rng: random.Random) -> tuple[dict[str, int], list, bool]:
     return vocab, merges, rng.random() < 0.5
 
 
-def test_any_merge_list_gives_the_librarys_ids_or_is_refused(tmp_path):
-    rng, read, refused = random.Random(7), 0, 0
+def test_any_merge_list_gives_the_librarys_ids(tmp_path):
+    rng, read, by_library = random.Random(7), 0, 0
     while read < 150:
         vocab, merges, ignore_merges = random_model(rng)
         theirs = library(vocab, merges, kind=rng.choice(CUTS), ignore_merges=ignore_merges)
-        try:
-            ours = opened(theirs, tmp_path)
-        except ConfigError as error:
-            assert ignore_merges and "no merge makes the token" in str(error)
-            refused += 1
-            continue
+        ours = opened(theirs, tmp_path)
+        by_library += isinstance(ours.vocabulary, LibraryVocabulary)
         huggingface_vocabulary.write(ours.vocabulary, tmp_path)
         again, copy = Tokenizer(tmp_path / "tokenizer.json"), Library.from_file(str(tmp_path / "tokenizer.json"))
         copy.encode_special_tokens = True
@@ -197,7 +193,7 @@ def test_any_merge_list_gives_the_librarys_ids_or_is_refused(tmp_path):
             again.fingerprint == ours.fingerprint and pickle.loads(pickle.dumps(ours)).fingerprint == ours.fingerprint
         )
         read += 1
-    assert refused > 10
+    assert 10 < by_library < 100
 
 
 def test_a_word_that_merges_leave_in_two_pieces_is_refused_by_name():
@@ -426,7 +422,6 @@ BY_LIBRARY = {  # what tiktoken cannot do
     "a byte is missing": renamed("~", "~~"),
     "long tokens": renamed("~", "~" * 9_000),
     "a merge twice": lambda data: data["model"]["merges"].append(data["model"]["merges"][0]),
-    "an id twice": lambda data: data["model"]["vocab"].update(a=66),
     "an odd character": renamed("~", "a b"),
     "added token with a gap": added(id=301),
     "added token of two ids": added(content="a"),
@@ -450,7 +445,7 @@ UNSUPPORTED = {
         changed(normalizer={"type": "Sequence", "normalizers": [REPLACE] * 3}),
         "64,000 times as long",
     ),
-    "a damaged map": (changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "is damaged"),
+    "a damaged map": (changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}), "is damaged"),
 }
 DAMAGED = {
     "no model": (changed(model=None), "model must be an object, got None"),
@@ -461,6 +456,7 @@ DAMAGED = {
     "a number for a merge": (in_model(merges=[3]), "3, which is not a pair"),
     "a merge of no tokens": (in_model(merges=["a qqq"]), r"\('a', 'qqq'\) joins or makes what is no plain token"),
     "an id that is no number": (lambda data: data["model"]["vocab"].update(a="b"), "'a': 'b'"),
+    "an id twice": (lambda data: data["model"]["vocab"].update(a=66), "id 66 is used twice"),
     "a negative id": (lambda data: data["model"]["vocab"].update(a=-1), "has id -1"),
     "an id far out": (lambda data: data["model"]["vocab"].update(a=1 << 62), "ids of 300 tokens must be 0 to 299"),
     "added token without a name": (added(content=None), "must have content, id and flags"),
@@ -635,7 +631,7 @@ def test_find_prefers_metas_file_unless_it_is_another_format(small, tmp_path):
 
 
 def test_a_missing_json_says_what_to_give(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file; give the path of a tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="no such file; give a vocabulary file or a folder"):
         Tokenizer(tmp_path / "tokenizer.json")
 
 
@@ -690,18 +686,17 @@ def test_user_defined_tokens_of_a_gguf_are_found_in_text(small):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported.*used with token ids"),
-        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre 'deepseek-llm' is not supported, only llama-bpe.*with token ids"),
+        ({"model": "rwkv"}, "tokenizer.ggml.model 'rwkv' is not supported.*used with token ids"),
+        ({"pre": "llama-bp"}, "tokenizer.ggml.pre 'llama-bp' is not supported; did you mean 'llama-bpe'.*token ids"),
         ({"pre": None}, "tokenizer.ggml.pre None is not supported"),
         ({"token_types": None}, r"token_type has 0 types for 1,100 tokens"),
-        ({"token_types": [6] * 1_100}, "token_type of id 0 is 6, which byte-level BPE has not"),
+        ({"token_types": [6] * 1_100}, "token_type of id 0 is 6, which byte-level BPE does not have"),
         ({"tokens": ["a"] * 1_100}, "has 'a' twice, as ids 0 and 1"),
         ({"bos": 1_100}, r"bos_token_id is 1100, but there are 1,100 tokens"),
         ({"eos": -1}, "eos_token_id is -1"),
         ({"merges": ["abc"]}, "'abc', which is not two tokens"),
         ({"merges": [""]}, "'', which is not two tokens"),
         ({"merges": ["a b", "a b"]}, "is listed twice"),
-        ({"merges": []}, "merges: no merge makes the token .*with token ids"),
     ],
 )
 def test_unsound_gguf_fields_are_refused_in_one_line(change, message, small):

@@ -1,11 +1,8 @@
-"""Hugging Face's `tokenizer.json`, read into a `Vocabulary` and written from one.
+"""Hugging Face's `tokenizer.json`, read into a vocabulary and written from one.
 
-Read are byte-level BPEs whose way of cutting text is known here by name; then ids equal those of the `tokenizers`
-library on every text (with its `encode_special_tokens`, since control tokens never come from text here). Whatever else
-would change ids is refused by its name. `truncation` and `padding` are not read, as in `transformers`.
-
-Other patterns than those known are refused too: a pattern is a program that comes with a file. The engines read some of
-it differently (\\w, $, possessive intervals), and it may take for ever, or miss characters, which tiktoken would drop.
+A byte-level BPE that tiktoken reproduces exactly is read into `BytePairs`; ids then equal those of the `tokenizers`
+library on every text (with its `encode_special_tokens`, since control tokens do not come from text here). Every other
+file is run by the library itself. `truncation` and `padding` are not used, as in `transformers`.
 """
 
 import json
@@ -16,20 +13,18 @@ from typing import Any
 
 from llama_jax.errors import ConfigError, brief
 from llama_jax.files import write_whole
+from llama_jax.text import byte_level_json
+from llama_jax.text.byte_level_json import cuts_of, pre_tokenizer_of
 from llama_jax.text.byte_pairs import BytePairs, check_bytes
 from llama_jax.text.formats import tokenizer_config
 from llama_jax.text.formats.tokenizer_config import TokenizerConfig
 from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import Merge, every_split, in_merge_order
-from llama_jax.text.patterns import DIGITS_PATTERN, GPT2_PATTERN, ONE_DIGIT_PATTERN, SPLIT_PATTERN
+from llama_jax.text.patterns import DIGITS, DIGITS_PATTERN, GPT2_PATTERN, one_pattern
 from llama_jax.text.vocabulary import spelled, unspelled
 
 _BY_IDS = "the model itself can still be used with token ids"
 
-_SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-_GPT2 = _BYTES | {"use_regex": True}
-_DIGITS = {"type": "Digits", "individual_digits": True}
 _MODEL = {  # settings under which a model is plain BPE, and what they may be
     "type": ("BPE", None),
     "dropout": (None, 0),
@@ -64,7 +59,7 @@ def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
 
 
 def write(
-    vocabulary: BytePairs,
+    vocabulary: BytePairs | LibraryVocabulary,
     folder: str | os.PathLike[str],
     *,
     model_max_length: int | None = None,
@@ -93,12 +88,17 @@ def write(
     config |= named | ({"model_max_length": model_max_length} if model_max_length else {})
     if chat_template is not None:
         config["chat_template"] = chat_template
-    for name, value in (
-        ("tokenizer.json", _contents(vocabulary)),
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", named),
+    written = vocabulary.contents if isinstance(vocabulary, LibraryVocabulary) else _text(_contents(vocabulary))
+    for name, text in (
+        ("tokenizer.json", written),
+        (tokenizer_config.NAME, _text(config)),
+        ("special_tokens_map.json", _text(named)),
     ):
-        write_whole(folder / name, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+        write_whole(folder / name, text.encode())
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -170,30 +170,11 @@ def _byte_pairs(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs:
 
 def _pattern(pre: Any) -> str:
     """The one pattern that cuts text as a pre_tokenizer does."""
-    listed = pre.get("pretokenizers") if _kind(pre) == "Sequence" else [pre]
-    parts = listed if isinstance(listed, list) and all(isinstance(part, dict) for part in listed) else []
-    kinds = [_kind(part) for part in parts]
-    bare = [{"use_regex": True} | part for part in parts]
-    if kinds and kinds[-1] == "ByteLevel":
-        last = {key: bare[-1].get(key) for key in _BYTES if key != "trim_offsets"}  # which is not about ids
-        if last["add_prefix_space"] is not False:
-            raise ConfigError("pre_tokenizer ByteLevel has add_prefix_space, which is not supported")
-        if kinds == ["ByteLevel"] and last["use_regex"] is True:
-            return GPT2_PATTERN
-        if parts[:-1] == [_DIGITS] and last["use_regex"] is True:
-            return DIGITS_PATTERN
-        if kinds == ["Split", "ByteLevel"] and last["use_regex"] is False and _SPLIT == parts[0] | {"pattern": None}:
-            pattern = parts[0].get("pattern")
-            known = (SPLIT_PATTERN, ONE_DIGIT_PATTERN, GPT2_PATTERN)
-            if pattern in [{"Regex": regex} for regex in known]:
-                return pattern["Regex"]
-            raise ConfigError(
-                f"pre_tokenizer Split has the pattern {brief(pattern)}, not that of Llama 3, Qwen 2 or GPT-2"
-            )
-    raise ConfigError(
-        f"pre_tokenizer {' + '.join(kinds) or brief(pre)} is not supported in this form, only ByteLevel with use_regex "
-        "(and individual Digits before it), or Split (Regex, Isolated) before ByteLevel without use_regex"
-    )
+    cuts = cuts_of(pre)
+    pattern = None if cuts is None else one_pattern(*cuts)
+    if pattern is None:
+        raise ConfigError(f"pre_tokenizer {_kind(pre)} is not one that tiktoken can do")
+    return pattern
 
 
 def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[dict[str, int | None], ...]]:
@@ -291,61 +272,29 @@ def _contents(vocabulary: BytePairs) -> dict[str, Any]:
     """The whole of a tokenizer.json."""
     plain = {spelled(token): i for token, i in (vocabulary.tokens | vocabulary.silent).items()}
     # `tokenizers` looks first for added tokens that are not normalized. Those in no round must be in none that matters.
-    flags = {name: {"normalized": len(vocabulary.found) == 1, "special": True} for name in vocabulary.specials}
+    flags = {name: (len(vocabulary.found) == 1, True) for name in vocabulary.specials}
     ids = dict(vocabulary.specials)
     for normalized, names in zip((False, True), vocabulary.found, strict=False):
         for name, i in names.items():
-            flags[name] = {"normalized": normalized, "special": i is None}
+            flags[name] = (normalized, i is None)
             ids |= {} if i is None else {name: i}
     if both := plain.keys() & ids.keys():
         raise ConfigError(f"a tokenizer.json cannot hold both the token and the special token spelled {min(both)!r}")
     # Added tokens that the model does not list get the ids after it, so those before its last one are listed in it too.
     last = max(plain.values())
-    vocab = plain | {name: i for name, i in ids.items() if i < last}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, **flags[name]}
-            for name, i in sorted(ids.items(), key=lambda item: item[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(vocabulary.pattern),
-        "post_processor": _post_processor(vocabulary),
-        "decoder": _BYTES | {"add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # Where there are silent tokens, the merges make all others, and would not make a word one of the silent.
-            "ignore_merges": not vocabulary.silent,
-            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [f"{spelled(left)} {spelled(right)}" for left, right in every_split(list(vocabulary.tokens))],
-        },
-    }
+    bos = vocabulary.bos_id
+    return byte_level_json.contents(
+        vocab=plain | {name: i for name, i in ids.items() if i < last},
+        merges=[f"{spelled(left)} {spelled(right)}" for left, right in every_split(list(vocabulary.tokens))],
+        added=[(i, name, *flags[name]) for name, i in ids.items()],
+        pre_tokenizer=_pre_tokenizer(vocabulary.pattern),
+        bos=None if bos is None else (vocabulary.by_id[bos].decode(), bos),
+        # Where there are silent tokens, the merges make all others, and would not make a word one of the silent.
+        ignore_merges=not vocabulary.silent,
+    )
 
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     if pattern == GPT2_PATTERN:
-        return _GPT2
-    parts = [_DIGITS, _GPT2] if pattern == DIGITS_PATTERN else [_SPLIT | {"pattern": {"Regex": pattern}}, _BYTES]
-    return {"type": "Sequence", "pretokenizers": parts}
-
-
-def _post_processor(vocabulary: BytePairs) -> dict[str, Any]:
-    if vocabulary.bos_id is None:
-        return _BYTES
-    name = vocabulary.by_id[vocabulary.bos_id].decode()
-    bos = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": bos,
-        "pair": bos + second,
-        "special_tokens": {name: {"id": name, "ids": [vocabulary.bos_id], "tokens": [name]}},
-    }
+        return pre_tokenizer_of((), gpt2=True)
+    return pre_tokenizer_of((DIGITS,), gpt2=True) if pattern == DIGITS_PATTERN else pre_tokenizer_of((pattern,), False)
