@@ -51,11 +51,12 @@ def write_model(folder: Path, name: str) -> None:
     from llama_jax import config, model
     from llama_jax.params import unstack
     from llama_jax.weights import export
+    from llama_jax.weights.model_files import Metadata
 
     shape = config.size(name)
     params = unstack(jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
-    card = export.Card(None, None, (), None)
-    export.save(folder, shape, export.leaves_of(shape, params), card, format="hf", dtype="float32")
+    metadata = Metadata()
+    export.save(folder, shape, export.leaves_of(shape, params), metadata, format="hf", dtype="float32")
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:

@@ -116,6 +116,11 @@ class BytePairs(Vocabulary):
         return len(self.tokens) + len(self.silent) + len(self.specials) + found
 
     @property
+    def plain_size(self) -> int:
+        """One more than the largest id that is no added token."""
+        return 1 + max((*self.tokens.values(), *self.silent.values()))
+
+    @property
     def by_id(self) -> list[bytes]:
         """The bytes of each id, in the order of ids. Control tokens have their names."""
         table = [b""] * self.size

@@ -87,6 +87,12 @@ class LibraryVocabulary(Vocabulary):
         return max(self.ids.values(), default=-1) + 1
 
     @functools.cached_property
+    def plain_size(self) -> int:
+        """One more than the largest id that is no added token."""
+        added = {*self.library.get_added_tokens_decoder(), *self.specials.values()}
+        return 1 + max((i for i in self.ids.values() if i not in added), default=-1)
+
+    @functools.cached_property
     def by_id(self) -> list[bytes]:
         """The bytes of each id, in the order of ids. Control tokens have their names, unused ids no bytes."""
         added = {*self.library.get_added_tokens_decoder(), *self.specials.values()}

@@ -87,6 +87,12 @@ class PieceVocabulary(Vocabulary):
         """One more than the largest id."""
         return 1 + max(len(self.model.pieces) - 1, *self.specials.values(), *self.found.values(), 0)
 
+    @property
+    def plain_size(self) -> int:
+        """One more than the largest id that is no added token."""
+        added = {*self.specials.values(), *self.found.values()}
+        return 1 + max((i for i in range(len(self.model.pieces)) if i not in added), default=-1)
+
     @functools.cached_property
     def by_id(self) -> list[bytes]:
         """The bytes of each id, in the order of ids. Control tokens have their names."""

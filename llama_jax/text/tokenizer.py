@@ -5,9 +5,10 @@ Control tokens never come from text unless the caller asks for it: by default, `
 """
 
 import codecs
+import copy
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llama_jax.text import vocabulary_files
 from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
 from llama_jax.text.encoders import encoder_of
 from llama_jax.text.formats import meta
+from llama_jax.text.piece_vocabulary import PieceVocabulary
 from llama_jax.text.vocabulary import Vocabulary
 
 
@@ -29,6 +31,7 @@ class Tokenizer:
         path: file that it was read from, or None.
         vocabulary: plain data that it was built from.
         vocab_size: number of ids, special tokens included.
+        rows: number of ids that can be encoded: `vocab_size`, or fewer with `for_model`.
         special_tokens: name of each control token, such as "<|eot_id|>", to its id.
         stop_tokens: ids that end a generation (`Vocabulary.stop_ids`).
         bos_id: id that the model expects at the start of a text, or None.
@@ -73,10 +76,41 @@ class Tokenizer:
         self._setup(vocabulary, path)
         return self
 
+    def for_model(self, rows: int) -> "Tokenizer":
+        """This tokenizer, for a model that may have fewer rows than it has ids.
+
+        Tokens may have been added to a tokenizer and not to its model. They are harmless until they are used: encoding
+        a text that holds one raises ConfigError.
+
+        Raises:
+            ConfigError: ids that plain text needs have no row: it is the tokenizer of another model.
+        """
+        if rows >= self.vocab_size:
+            return self
+        vocabulary = self.vocabulary
+        if vocabulary.plain_size > rows or (vocabulary.bos_id or 0) >= rows:
+            raise ConfigError(
+                f"the tokenizer has {self.vocab_size:,} ids but the model only {rows:,}: use the tokenizer that it was "
+                "trained with"
+            )
+        other = copy.copy(self)
+        other.rows = rows
+        other.stop_tokens = tuple(i for i in self.stop_tokens if i < rows)
+        return other
+
+    def check_rows(self, ids: Sequence[int]) -> None:
+        """Refuses ids that the model has no row for, with a ConfigError that names the first of them."""
+        if self.rows < self.vocab_size and ids and max(ids) >= self.rows:
+            first = next(i for i in ids if i >= self.rows)
+            raise ConfigError(
+                f"the text holds {self.decode([first])!r} (id {first}), which the model has no row for: its ids are 0 "
+                f"to {self.rows - 1}. The token was added to the tokenizer alone; take it out of the text"
+            )
+
     def _setup(self, vocabulary: Vocabulary, path: Path | None) -> None:
         self.path = path
         self.vocabulary = vocabulary
-        self.vocab_size = vocabulary.size
+        self.vocab_size = self.rows = vocabulary.size
         self.special_tokens: dict[str, int] = dict(vocabulary.specials)
         self._control = frozenset(self.special_tokens.values())
         self._by_id = vocabulary.by_id
@@ -91,7 +125,7 @@ class Tokenizer:
         self.fingerprint = vocabulary.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer.from_vocabulary, (self.vocabulary, self.path)
+        return _rebuilt, (self.vocabulary, self.path, self.rows)
 
     def __repr__(self) -> str:
         origin = f"{str(self.path)!r}" if self.path else "from memory"
@@ -114,6 +148,7 @@ class Tokenizer:
 
         Raises:
             TypeError: `text` is not a str.
+            ConfigError: `text` holds a token that the model has no row for (see `for_model`).
             ValueError: outside Llama 3's layout, more white space in a row than can be cut into words.
         """
         if not isinstance(text, str):
@@ -123,6 +158,7 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         if eos and self.eos_id is not None:
             ids.append(self.eos_id)
+        self.check_rows(ids)
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> str:
@@ -162,13 +198,17 @@ class Tokenizer:
         return checked
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the vocabulary in Meta's format, atomically.
+        """Writes the vocabulary as the `tokenizer.model` of Meta's code, atomically.
 
-        The file holds no names of special tokens: reserved ids get the names that Meta's code gives them.
+        That is a SentencePiece model for Llama 2, and ranks for Llama 3. The latter hold no names of special tokens:
+        reserved ids get the names that Meta's code gives them.
 
         Raises:
-            ConfigError: the vocabulary is not in Meta's layout.
+            ConfigError: the vocabulary is in neither layout.
         """
+        if isinstance(self.vocabulary, PieceVocabulary) and self.vocabulary.size == len(self.vocabulary.model.pieces):
+            write_whole(path, self.vocabulary.contents)
+            return
         if not (isinstance(self.vocabulary, BytePairs) and self.vocabulary.is_llama3):
             raise ConfigError(
                 f"{path}: a tokenizer.model in Meta's format can only hold ranks before Meta's {NUM_SPECIAL} special "
@@ -179,6 +219,10 @@ class Tokenizer:
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the file of `folder` from which `Tokenizer(folder)` reads this tokenizer again; returns its path."""
         return vocabulary_files.write(self.vocabulary, folder)
+
+
+def _rebuilt(vocabulary: Vocabulary, path: Path | None, rows: int) -> Tokenizer:
+    return Tokenizer.from_vocabulary(vocabulary, path).for_model(rows)
 
 
 class StreamDecoder:

@@ -43,6 +43,11 @@ class Vocabulary(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def plain_size(self) -> int:
+        """One more than the largest id that text without added tokens can have."""
+
+    @property
+    @abc.abstractmethod
     def by_id(self) -> Sequence[bytes]:
         """The bytes of each id, in the order of ids. Control tokens have their names."""
 

@@ -72,13 +72,7 @@ def _in_folder(folder: Path) -> Path:
     return found
 
 
-def write(
-    vocabulary: Vocabulary,
-    folder: str | os.PathLike[str],
-    *,
-    model_max_length: int | None = None,
-    chat_template: str | None = None,
-) -> Path:
+def write(vocabulary: Vocabulary, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> Path:
     """Writes the file of `folder` from which `find` and `read` give this vocabulary again, and returns its path.
 
     It is a `tokenizer.model` for Meta's format and for SentencePiece, else a `tokenizer.json`. The last two come with a
@@ -88,17 +82,30 @@ def write(
         vocabulary: vocabulary to write.
         folder: existing folder.
         model_max_length: number of positions of the model, if known.
-        chat_template: Jinja template of the model's dialogs, or None.
     """
     folder = Path(folder)
-    settings = {"model_max_length": model_max_length, "chat_template": chat_template}
     written, other = _MODEL, _JSON
     if isinstance(vocabulary, BytePairs) and vocabulary.is_metas:
         write_whole(folder / written, ranks_file(vocabulary.tokens))
-    elif isinstance(vocabulary, PieceVocabulary):
-        sentencepiece.write(vocabulary, folder, **settings)
     else:
-        written, other = _JSON, _MODEL
-        huggingface.write(vocabulary, folder, **settings)
+        if not isinstance(vocabulary, PieceVocabulary):
+            written, other = _JSON, _MODEL
+        write_for_transformers(vocabulary, folder, model_max_length=model_max_length)
     (folder / other).unlink(missing_ok=True)
     return folder / written
+
+
+def write_for_transformers(
+    vocabulary: Vocabulary, folder: str | os.PathLike[str], *, model_max_length: int | None = None
+) -> None:
+    """Writes a SentencePiece `tokenizer.model` or a `tokenizer.json`, with a `tokenizer_config.json`.
+
+    Args:
+        vocabulary: vocabulary to write.
+        folder: existing folder.
+        model_max_length: number of positions of the model, if known.
+    """
+    if isinstance(vocabulary, PieceVocabulary):
+        sentencepiece.write(vocabulary, folder, model_max_length=model_max_length)
+    else:
+        huggingface.write(vocabulary, folder, model_max_length=model_max_length)

@@ -21,7 +21,7 @@ from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows, WholeRows, best_fit, pack
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.text import Tokenizer, encode_dialog
-from llama_jax.train import loop
+from llama_jax.train import run as loop
 from llama_jax.train.objectives import sft_sums
 
 T = 320

@@ -22,7 +22,7 @@ from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
 from llama_jax.params import stack, unstack
 from llama_jax.text import Tokenizer, encode_dialog
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 CONFIG = configs.size("tiny")
 
@@ -241,7 +241,7 @@ def test_load_reads_a_run_folder_on_any_mesh(tmp_path):
     assert llama_jax.load(tmp_path, mesh={"data": 2, "tensor": 2}).generate("ab", **options).tokens == expected.tokens
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
+def test_a_tokenizer_that_is_not_the_models_costs_the_tokenizer_alone(tmp_path, caplog):
     write_hugging_face(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": tokenizer().bos_id}))
@@ -251,8 +251,8 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
     assert llama_jax.load(tmp_path).tokenizer.bos_id == tokenizer().bos_id
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:256]))  # still parses
     if Tokenizer(path).vocab_size < tokenizer().vocab_size:
-        with pytest.raises(ConfigError, match="is not the tokenizer of this model.*cut short"):
-            llama_jax.load(tmp_path)
+        assert llama_jax.load(tmp_path).tokenizer is None  # the model opens with ids, and a line says why
+        assert re.search("is not the tokenizer of this model.*cut short", caplog.messages[-1])
 
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     described = {"model": CONFIG.to_dict(), "tokenizer_fingerprint": "0" * 64}
@@ -290,7 +290,7 @@ def test_load_names_what_it_looked_for(tmp_path):
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(ConfigError, match="does not exist; did you mean 'quickstart'.*checkpoints/.*safetensors"):
         llama_jax.load(tmp_path / "quickstrat")
-    with pytest.raises(ConfigError, match="is none of these: a run folder"):
+    with pytest.raises(ConfigError, match="none of these. Give a run folder"):
         llama_jax.load(tmp_path / "quickstart")
     (tmp_path / "quickstart" / "params.json").write_text("{}")
     with pytest.raises(ConfigError, match="params.json"):

@@ -295,6 +295,55 @@ def test_function_schemas_are_a_user_message_before_the_rest(byte_level):
     assert '"enum": ["é", 1, null]' in first
 
 
+def test_a_developer_is_the_system_and_system_messages_may_stand_anywhere(byte_level):
+    def ids(*messages, tools=None):
+        return encode_dialog(byte_level, [*messages], tools=tools, add_generation_prompt=False)[0]
+
+    def turn(name: str, text: str) -> str:
+        return f"<|start_header_id|>{name}<|end_header_id|>\n\n{text}<|eot_id|>"
+
+    def system(text: str, role: str = "system") -> dict:
+        return {"role": role, "content": text}
+
+    found = ids(system("A", "developer"), system("B"), user("U"), system("", "developer"), user("V"))
+    turns = [("system", "A"), ("system", "B"), ("user", "U"), ("system", ""), ("user", "V")]
+    assert byte_level.decode(found) == "<|begin_of_text|>" + "".join(turn(*each) for each in turns)
+    tools = ids(system("A", "developer"), system("B"), user("U"), tools=["brave_search"])
+    head = "Environment: ipython\nTools: brave_search\nA"
+    assert byte_level.decode(tools).startswith("<|begin_of_text|>" + turn("system", head) + turn("system", "B"))
+
+
+def test_the_mask_leaves_out_the_messages_that_are_not_to_be_learnt(byte_level):
+    messages = [
+        {"role": "system", "content": "S"},
+        user("U"),
+        {"role": "assistant", "content": "one"},
+        call("f", {"a": 1}),
+        {"role": "assistant", "content": "two"},
+    ]
+    whole, every = encode_dialog(byte_level, messages)
+    parts = {}
+    for kept in range(2, 5):
+        learn = [i == kept for i in range(5)]
+        ids, mask = encode_dialog(byte_level, messages, learn=learn)
+        assert ids == whole
+        parts[kept] = mask
+    assert byte_level.decode([i for i, spoken in zip(whole, parts[2], strict=True) if spoken]) == "one<|eot_id|>"
+    assert byte_level.decode([i for i, spoken in zip(whole, parts[4], strict=True) if spoken]) == "two<|eot_id|>"
+    assert [any(each) for each in zip(*parts.values(), strict=True)] == every
+    with pytest.raises(ValueError, match="one flag for each of the 5 messages, got 1"):
+        encode_dialog(byte_level, messages, learn=[True])
+
+
+@pytest.mark.parametrize("arguments", ["", None, {}, "{}", "absent"])
+def test_a_call_without_arguments_is_a_call_with_none(byte_level, arguments):
+    message = call("f", arguments)
+    if arguments == "absent":
+        del message["tool_calls"][0]["function"]["arguments"]
+    ids = encode_dialog(byte_level, [user("a"), message], add_generation_prompt=False)[0]
+    assert byte_level.decode(ids).endswith('{"type": "function", "name": "f", "parameters": {}}<|eot_id|>')
+
+
 BAD = {
     "nothing": ([], "messages is empty"),
     "a str": ("hi", "messages must be a list"),
@@ -302,15 +351,11 @@ BAD = {
     "a str inside": (["hi"], r"messages\[0\] must be a dict"),
     "misspelt role": (
         [user("a"), {"role": "asistant", "content": "b"}],
-        r"messages\[1\]: role 'asistant' .*allowed: system, user, .*did you mean 'assistant'\?",
+        r"messages\[1\]: role 'asistant' .*allowed: system, developer, user, .*did you mean 'assistant'\?",
     ),
     "role in capitals": ([{"role": "User", "content": "b"}], "did you mean 'user'"),
     "no role": ([{"content": "b"}], r"messages\[0\]: role None"),
     "list as role": ([{"role": ["user"], "content": "b"}], r"messages\[0\]: role \['user'\]"),
-    "late system": (
-        [user("a"), {"role": "system", "content": "b"}],
-        r"messages\[1\]: a system message may only",
-    ),
     "no content": ([{"role": "user"}], r"messages\[0\]: user message has no content"),
     "silent assistant": ([{"role": "assistant", "content": None}], "may have tool_calls instead"),
     "number as content": (

@@ -23,6 +23,7 @@ from helpers.tokenizers import digest, small_tokenizer
 from llama_jax.errors import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, encode_dialog, parse_assistant, template
 from llama_jax.text.byte_pairs import LLAMA3_SPECIALS
+from llama_jax.text.chat_format import Llama3Format
 from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.formats import huggingface as huggingface_vocabulary
 from llama_jax.text.library_vocabulary import LibraryVocabulary
@@ -342,7 +343,7 @@ def test_a_vocabulary_without_bos_and_eos_adds_none(tmp_path):
 def test_chat_needs_llama3s_control_tokens_and_says_so(tmp_path):
     ours = opened(trained("gpt2", specials=("<s>",)), tmp_path)
     with pytest.raises(
-        ConfigError, match=r"has no <\|begin_of_text\|>, .* Llama 3's dialogs: give the model text"
+        ConfigError, match=r"has no <\|begin_of_text\|>, .* Llama 3's chat format needs: give a chat template"
     ) as error:
         encode_dialog(ours, [{"role": "user", "content": "Hi"}])
     assert "\n" not in str(error.value)
@@ -584,8 +585,7 @@ def test_the_chat_template_renders_what_encode_dialog_encodes(small):
 def test_only_vocabularies_of_dialogs_fit_the_chat_template(small, tmp_path):
     for tokenizer, fits in ((small, True), (opened(trained("gpt2", specials=("<s>",)), tmp_path), False)):
         assert template.fits(tokenizer.vocabulary) == fits
-        huggingface_vocabulary.write(tokenizer.vocabulary, tmp_path, chat_template="{{ x }}" if fits else None)
-        assert ("chat_template" in json.loads((tmp_path / "tokenizer_config.json").read_text())) == fits
+        assert (Llama3Format(tokenizer).template is not None) == fits
 
 
 def test_two_tokens_of_one_spelling_cannot_be_written(small, tmp_path):
@@ -648,7 +648,7 @@ def from_gguf(fields: dict) -> Tokenizer:
 
 
 def test_llama_cpp_gives_the_ids_of_the_fields_that_are_written(small):
-    fields = gguf_vocabulary.fields(small.vocabulary, chat_template=template.CHAT_TEMPLATE)
+    fields = gguf_vocabulary.fields(small.vocabulary)
     golden = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     assert golden == GOLDEN["fields"], "run tests/golden/make_tokenizers.py: what is written has changed"
     assert GOLDEN["llama_cpp"]["with_bos"] == small.encode("with begin", bos=True)

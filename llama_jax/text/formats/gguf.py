@@ -49,7 +49,6 @@ class Fields(TypedDict):
         bos: id that begins a text.
         eos: id that ends a text.
         add_bos: whether the model wants `bos` in front; None leaves it to `model` and `pre`.
-        chat_template: Jinja template of the model's dialogs.
         scores: scores by id (SentencePiece only).
         unknown: id of the unknown piece.
         pad: id of padding.
@@ -66,7 +65,6 @@ class Fields(TypedDict):
     bos: int | None
     eos: int | None
     add_bos: bool | None
-    chat_template: str | None
     scores: Sequence[float] | None
     unknown: int | None
     pad: int | None
@@ -118,7 +116,6 @@ def fields_of(metadata: Mapping[str, Value], source: str) -> Fields | None:
         bos=special("bos"),
         eos=special("eos"),
         add_bos=typed("tokenizer.ggml.add_bos_token", bool),
-        chat_template=typed("tokenizer.chat_template", str),
         scores=numbers("scores", "iuf"),
         unknown=special("unknown"),
         pad=special("padding"),
@@ -184,7 +181,8 @@ def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
         )
     except ValueError as fault:
         try:
-            return LibraryVocabulary.of(_contents(fields, pre, specials, found, ids), lambda _: named)
+            data = _contents(fields, pre, specials, found, ids, bos)
+            return LibraryVocabulary.of(data, lambda _: named)
         except ConfigError as error:
             raise error if isinstance(fault, ConfigError) else fault from None
 
@@ -209,7 +207,12 @@ def _by_type(fields: Fields) -> tuple[dict[str, int], dict[str, int], dict[str, 
 
 
 def _contents(
-    fields: Fields, pre: Pre, specials: Mapping[str, int], found: Mapping[str, int], ids: Mapping[str, int]
+    fields: Fields,
+    pre: Pre,
+    specials: Mapping[str, int],
+    found: Mapping[str, int],
+    ids: Mapping[str, int],
+    bos: int | None,
 ) -> dict[str, Any]:
     """The tokenizer.json of the same vocabulary."""
     if both := (ids.keys() & specials.keys()) | (ids.keys() & found.keys()) | (found.keys() & specials.keys()):
@@ -221,7 +224,7 @@ def _contents(
         merges=fields["merges"],
         added=added,
         pre_tokenizer=pre_tokenizer_of(pre.splits, pre.gpt2),
-        bos=None,
+        bos=None if bos is None else (fields["tokens"][bos], bos),
         ignore_merges=pre.whole_words,
     )
 
@@ -306,8 +309,12 @@ def _typed_pieces(fields: Fields, unknown: int | None) -> list[Piece]:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def fields(held: Vocabulary, *, chat_template: str | None = None) -> Fields:
+def fields(held: Vocabulary, *, rows: int | None = None) -> Fields:
     """The metadata to write into a GGUF file so that llama.cpp, and `vocabulary`, come to the same ids.
+
+    Args:
+        held: vocabulary to write.
+        rows: number of ids that the model has; added tokens beyond them are left out. None keeps all.
 
     Raises:
         ConfigError: a GGUF file cannot describe such a vocabulary.
@@ -316,15 +323,22 @@ def fields(held: Vocabulary, *, chat_template: str | None = None) -> Fields:
         "bos": held.bos_id,
         "eos": held.eos_id,
         "add_bos": held.bos_id is not None,
-        "chat_template": chat_template,
     }
     if isinstance(held, BytePairs):
-        return _fields_of_byte_pairs(held, common)
-    if isinstance(held, LibraryVocabulary):
-        return _fields_of_library(held, common)
-    if isinstance(held, PieceVocabulary):
-        return _fields_of_pieces(held, common)
-    raise TypeError(f"no GGUF metadata for {type(held).__name__}")
+        made = _fields_of_byte_pairs(held, common)
+    elif isinstance(held, LibraryVocabulary):
+        made = _fields_of_library(held, common)
+    elif isinstance(held, PieceVocabulary):
+        made = _fields_of_pieces(held, common)
+    else:
+        raise TypeError(f"no GGUF metadata for {type(held).__name__}")
+    if rows is not None and held.plain_size <= rows < held.size:
+        for key in ("tokens", "token_types", "scores"):
+            if made.get(key) is not None:
+                made[key] = made[key][:rows]
+        for key in ("bos", "eos", "pad"):
+            made[key] = None if (made.get(key) or 0) >= rows else made.get(key)
+    return made
 
 
 def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:

@@ -63,7 +63,6 @@ def write(
     folder: str | os.PathLike[str],
     *,
     model_max_length: int | None = None,
-    chat_template: str | None = None,
 ) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into a folder.
 
@@ -73,7 +72,6 @@ def write(
         vocabulary: vocabulary to write.
         folder: existing folder.
         model_max_length: number of positions of the model, if known.
-        chat_template: Jinja template of the model's dialogs, or None.
 
     Raises:
         ConfigError: two of its tokens are spelled alike in such a file.
@@ -86,8 +84,6 @@ def write(
     }
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= named | ({"model_max_length": model_max_length} if model_max_length else {})
-    if chat_template is not None:
-        config["chat_template"] = chat_template
     written = vocabulary.contents if isinstance(vocabulary, LibraryVocabulary) else _text(_contents(vocabulary))
     for name, text in (
         ("tokenizer.json", written),

@@ -79,7 +79,6 @@ def write(
     folder: str | os.PathLike[str],
     *,
     model_max_length: int | None = None,
-    chat_template: str | None = None,
 ) -> None:
     """Writes `tokenizer.model` and `tokenizer_config.json` into a folder; `read` and transformers read them.
 
@@ -87,7 +86,6 @@ def write(
         vocabulary: vocabulary to write.
         folder: existing folder.
         model_max_length: number of positions of the model, if known.
-        chat_template: Jinja template of the model's dialogs, or None.
     """
     folder = Path(folder)
     special = set(vocabulary.specials.values())
@@ -114,6 +112,5 @@ def write(
         if i is not None:
             config[f"{kind}_token"] = vocabulary.by_id[i].decode()
     config |= {"model_max_length": model_max_length} if model_max_length else {}
-    config |= {"chat_template": chat_template} if chat_template is not None else {}
     write_whole(folder / "tokenizer.model", vocabulary.contents)
     write_whole(folder / tokenizer_config.NAME, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
