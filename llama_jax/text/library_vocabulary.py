@@ -142,7 +142,9 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
     A Unigram or word-level model may list "<s>" as a piece like all others, and would make it of the text "<s>".
     """
     control = frozenset(specials.values())
-    names = [name for name in specials if _comes_from_text(library, name, control)]
+    unknown = _unknown_of(data["model"])  # stands for characters without a token, and may come from text
+    control -= {specials.get(unknown)}
+    names = [name for name in specials if name != unknown and _comes_from_text(library, name, control)]
     if not names:
         return library
     hidden = {name: _NEVER + name for name in names}
@@ -159,6 +161,14 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
     if library is None or any(_comes_from_text(library, name, control) for name in names):
         raise ConfigError(f"control token {brief(names[0])} would come from text")
     return library
+
+
+def _unknown_of(model: Mapping[str, Any]) -> str | None:
+    """The name of a model's unknown token."""
+    place, vocab = model.get("unk_id"), model.get("vocab")
+    if isinstance(vocab, list) and isinstance(place, int) and 0 <= place < len(vocab):
+        return vocab[place][0]
+    return model.get("unk_token")
 
 
 _NEVER = 8 * "\U0010ffff"  # not a character
