@@ -246,6 +246,9 @@ def test_other_added_tokens_are_found_in_text_as_the_library_finds_them(tmp_path
         ours = opened(theirs, tmp_path)
         strings = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(40)]
         assert not differing(ours, theirs, strings)
+        theirs.encode_special_tokens = False
+        assert [ours.encode(s, special_tokens=True) for s in strings] == [theirs.encode(s).ids for s in strings]
+        theirs.encode_special_tokens = True
         huggingface_vocabulary.write(ours.vocabulary, tmp_path)
         again = Tokenizer(tmp_path / "tokenizer.json")
         assert again.fingerprint == ours.fingerprint and not differing(again, theirs, strings)
@@ -664,6 +667,11 @@ def test_gguf_fields_are_read_back_as_the_same_vocabulary(small, tmp_path):
         assert again.fingerprint == tokenizer.fingerprint and again.special_tokens == tokenizer.special_tokens
         assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
         assert again.encode("It's 123 é\n") == tokenizer.encode("It's 123 é\n")
+
+
+def test_fine_tunes_of_llama_3_by_another_name_have_its_ids(small):
+    named = from_gguf(gguf_fields(small) | {"pre": "smaug-bpe"})
+    assert all(named.encode(s) == small.encode(s) for s in STRINGS.values())
 
 
 def test_gguf_bos_follows_the_way_of_cutting_where_the_file_does_not_say(small):

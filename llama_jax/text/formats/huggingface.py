@@ -174,7 +174,7 @@ def _pattern(pre: Any) -> str:
 
 
 def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[dict[str, int | None], ...]]:
-    """The control tokens, and what is found in text (`Vocabulary.found`)."""
+    """The control tokens, and the rounds of names that are found in text (`BytePairs.found`)."""
     if not isinstance(listed, list):
         raise ValueError(f"added_tokens must be a list, got {brief(listed)}")
     specials: dict[str, int] = {}
@@ -199,7 +199,10 @@ def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[d
             specials[name] = i
         if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
             raise ConfigError(f"added token {brief(name)} has lstrip, rstrip or single_word, which is not supported")
-    return specials, tuple(names for names in rounds if any(i is not None for i in names.values()))
+    kept = tuple(names for names in rounds if any(i is not None for i in names.values()))
+    if kept == rounds[:1] and rounds[1]:
+        raise ConfigError("control tokens that are looked for after other added tokens are not supported")
+    return specials, kept
 
 
 def _merges(listed: Any) -> list[Merge]:
@@ -267,10 +270,10 @@ def _kind(value: Any) -> str:
 def _contents(vocabulary: BytePairs) -> dict[str, Any]:
     """The whole of a tokenizer.json."""
     plain = {spelled(token): i for token, i in (vocabulary.tokens | vocabulary.silent).items()}
-    # `tokenizers` looks first for added tokens that are not normalized. Those in no round must be in none that matters.
-    flags = {name: (len(vocabulary.found) == 1, True) for name in vocabulary.specials}
+    # `tokenizers` looks first for added tokens that are not normalized. Control tokens in no round come before any.
+    flags = {name: (False, True) for name in vocabulary.specials}
     ids = dict(vocabulary.specials)
-    for normalized, names in zip((False, True), vocabulary.found, strict=False):
+    for normalized, names in zip((len(vocabulary.found) == 1, True), vocabulary.found, strict=False):
         for name, i in names.items():
             flags[name] = (normalized, i is None)
             ids |= {} if i is None else {name: i}
