@@ -22,6 +22,7 @@ from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
 SPACE = "\u2581"
+_MOST_IN_PIECE = 16  # fields
 _LONGEST = 4096  # characters of a piece
 _NO_PREFIX = b"\x1a\x02\x18\x00"  # a second normalizer_spec, which protocol buffers merge: add_dummy_prefix is false
 
@@ -165,8 +166,6 @@ def parse_model(data: bytes) -> PieceModel:
     for number, value in _fields(data):
         if number == 1:
             pieces.append(_piece(value, len(pieces)))
-            if len(pieces) > MOST_TOKENS:
-                raise ConfigError(f"it has over {MOST_TOKENS:,} pieces; no more are supported")
         elif number == 2:
             trainer |= dict(_fields(value))
         elif number == 3:
@@ -220,7 +219,7 @@ def model_contents(model: PieceModel) -> bytes:
 
 
 def _piece(data: Any, number: int) -> Piece:
-    values = dict(_fields(data))
+    values = dict(_fields(data, _MOST_IN_PIECE))
     text, score, kind = _text(values.get(1, b"")), values.get(2, b"\0\0\0\0"), values.get(3, NORMAL)
     if not text or len(text) > _LONGEST:
         raise ValueError(f"piece {number} has {len(text):,} characters; 1 to {_LONGEST:,} are allowed")
@@ -241,12 +240,14 @@ def is_byte_name(text: str) -> bool:
 _HEX = set("0123456789ABCDEF")
 
 
-def _fields(data: Any) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of the fields in a message: an int for a varint, else bytes."""
+def _fields(data: Any, most: int = MOST_TOKENS + 100) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of at most `most` fields in a message: an int for a varint, else bytes."""
     if not isinstance(data, bytes):
         raise ValueError("it is not a SentencePiece model, or is damaged")
     at, end = 0, len(data)
-    while at < end:
+    for _ in range(most):
+        if at == end:
+            return
         key, at = _varint(data, at)
         kind = key & 7
         if kind == 0:
@@ -261,6 +262,7 @@ def _fields(data: Any) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError("it is not a SentencePiece model, or is cut off")
         yield key >> 3, data[at : at + length]
         at += length
+    raise ValueError("it is not a SentencePiece model, or has too many fields")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
