@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax import model
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.infer.result import Result
 from llama_jax.ops.lora import Update
-from llama_jax.params import unstack
+from llama_jax.params import Params, check_params, unstack
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
 from llama_jax.text.chat_template import ChatTemplate
@@ -70,7 +69,7 @@ class Llama:
     def __init__(
         self,
         config: ModelConfig,
-        params: model.Params,
+        params: Params,
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
         stop_tokens: Sequence[int] | None = None,
@@ -98,7 +97,7 @@ class Llama:
         Raises:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
         """
-        model.check_params(config, params)
+        check_params(config, params)
         tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
         if stop_tokens is None:
             stop_tokens = () if tokenizer is None else tokenizer.stop_tokens
@@ -142,10 +141,10 @@ class Llama:
             )
         self.adapters[name] = adapters.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
 
-    def set_params(self, params: model.Params | None) -> None:
+    def set_params(self, params: Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
         if params is not None:
-            model.check_params(self.config, params)
+            check_params(self.config, params)
             params = engine.placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
         self.params = self.engine.params = params
 
