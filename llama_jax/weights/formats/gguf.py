@@ -20,7 +20,7 @@ from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.text.chat_template import DEFAULT, ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
-from llama_jax.text.formats.gguf import Fields
+from llama_jax.text.formats.gguf import Fields, fields_of, more_metadata
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import gguf_file
@@ -209,28 +209,7 @@ def stop_tokens(gguf: GGUF) -> tuple[int, ...]:
 
 def vocabulary(gguf: GGUF) -> Fields | None:
     """The tokenizer of a file, or None if it has none. Raises ValueError for one that is not of one piece."""
-    model = _typed(gguf, "tokenizer.ggml.model", str)
-    if model is None or model in ("no_vocab", "none"):
-        return None
-    tokens = _typed(gguf, "tokenizer.ggml.tokens", list)
-    if not tokens:
-        raise ValueError(f"{gguf.path}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
-    types = _typed(gguf, "tokenizer.ggml.token_type", np.ndarray)
-    if types is not None and (types.dtype.kind not in "iu" or len(types) != len(tokens)):
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.token_type must be {len(tokens):,} whole numbers, one a token, got "
-            f"{len(types):,} of {types.dtype}"
-        )
-    return Fields(
-        model=model,
-        pre=_typed(gguf, "tokenizer.ggml.pre", str),
-        tokens=tokens,
-        token_types=types,
-        merges=_typed(gguf, "tokenizer.ggml.merges", list) or [],
-        bos=_id(gguf, "bos"),
-        eos=_id(gguf, "eos"),
-        add_bos=_typed(gguf, "tokenizer.ggml.add_bos_token", bool),
-    )
+    return fields_of(gguf.metadata, str(gguf.path))
 
 
 def chat_template(gguf: GGUF) -> ChatTemplate | None:
@@ -404,6 +383,7 @@ def _tokenizer(
         "add_bos_token": vocabulary["add_bos"],
     }
     found |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
+    found |= more_metadata(vocabulary, padding)
     return found
 
 
