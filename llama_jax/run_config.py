@@ -89,6 +89,12 @@ class RunConfig:
         """
         run_checks.check_mesh(sizes, self.model, self.data, self.train)
 
+    def steps_for(self, rows: int) -> int:
+        """The optimizer steps of this run on so many training rows; ConfigError if its warmup is longer."""
+        steps = self.train.steps_for(rows, self.data.batch_size)
+        run_checks.check_warmup(self.optimizer, self.train, steps)
+        return steps
+
     def with_shape(self, config: ModelConfig) -> RunConfig:
         """The run with the shape of the model of init_from. model.max_seq_len may differ from that of the model.
 
