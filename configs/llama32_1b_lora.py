@@ -4,10 +4,10 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one TPU v5e chip (v5e:1x1, 15.75 GiB), Colab's v5e-1; the base in bfloat16.
-Memory: @M@ GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 0.14 GB each.
-Expect: 32,768 tokens a step, two rows at a time. Speed and loss are not measured.
+Memory: 3.2 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 0.14 GB each.
+Expect: 32,768 tokens a step, a row at a time. Speed and loss are not measured.
 Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
-Elsewhere: a GPU of 8 GB or more should take it (not tried). Fewer rows at a time with --config.train.accumulate=8.
+Elsewhere: a GPU of 8 GB or more should take it (not tried). More rows at a time with --config.train.accumulate=2.
 """
 
 import ml_collections
@@ -30,8 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.0
     config.train.steps = 1000
-    config.train.accumulate = 4
+    config.train.accumulate = 8
     config.train.compute_dtype = "bfloat16"
+    config.mesh.fsdp = -1
     config.log.eval_every = 100
     config.checkpoint.every = 100
     config.checkpoint.keep_best = 1

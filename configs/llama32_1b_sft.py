@@ -4,8 +4,8 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one TPU v6e chip (v6e:1x1, 31.25 GiB), Colab's v6e-1; float32 weights and moments.
-Memory: @M@ GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 15 GB each.
-Expect: 16,384 tokens a step. Speed and loss are not measured.
+Memory: 26.1 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 15 GB each.
+Expect: 16,384 tokens a step, a row at a time. Speed and loss are not measured.
 Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: a GPU of 40 GB or more should take it (not tried).
 """
@@ -28,7 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.0  # few steps, from good weights
     config.train.steps = 1000
+    config.train.accumulate = 4
     config.train.compute_dtype = "bfloat16"
+    config.mesh.fsdp = -1
     config.log.eval_every = 100
     config.checkpoint.every = 200
     config.checkpoint.keep = 1

@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.steps = 1000
     config.train.accumulate = 8
     config.train.compute_dtype = "bfloat16"
+    config.mesh.fsdp = -1
     config.log.eval_every = 100
     config.checkpoint.every = 100
     config.checkpoint.keep_best = 1

@@ -205,10 +205,11 @@ def _described(section: type, prefix: str) -> list[Key]:
 
 
 def _attributes(section: type) -> dict[str, str]:
-    """The Attributes of a class's docstring: the meaning of each field on one line."""
+    """The Attributes of a class's docstring: the meaning of each field, as a sentence on one line."""
     _, _, text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
     items = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(meaning.split()) for name, meaning in items}
+    lines = {name: " ".join(meaning.split()).removesuffix(".") for name, meaning in items}
+    return {name: f"{line[0].upper()}{line[1:]}." for name, line in lines.items()}
 
 
 def _allowed(bounds: Mapping[str, Any]) -> str:

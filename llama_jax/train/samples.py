@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.infer.llama import Llama
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -18,9 +19,7 @@ class TrainingSampler:
     def __init__(self) -> None:
         self._llama: Llama | None = None
 
-    def __call__(
-        self, run: RunConfig, params: model.Params, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
-    ) -> list[str]:
+    def __call__(self, run: RunConfig, params: Params, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> list[str]:
         """The texts that the model of `params` continues the prompts with, or answers them with."""
         if self._llama is None:
             dtype = parallel.compute_dtype(run.train.compute_dtype)

@@ -10,13 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model
 from llama_jax.data import prepare
 from llama_jax.data.loader import Loader
 from llama_jax.data.packing import Rows
 from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
-from llama_jax.params import restack
+from llama_jax.params import Params, restack
 from llama_jax.run_config import RunConfig
 from llama_jax.text import tokenizer as text
 from llama_jax.text.tokenizer import Tokenizer
@@ -168,7 +167,7 @@ class Frozen:
         identity: Identity of the model (`Source.identity`), or None.
     """
 
-    params: model.Params | None
+    params: Params | None
     identity: str | None
 
 
@@ -187,7 +186,7 @@ def frozen(program: Program) -> Frozen:
     return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
 
 
-def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
+def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:
     """The weights of a model, stacked and sharded, with the updates of a LoRA run merged into them."""
     return restack(source.load_merged(program.layout, dtype, quantize))
 

@@ -17,6 +17,7 @@ from llama_jax import model
 from llama_jax.config import SIZES
 from llama_jax.data.loader import evaluation_batches
 from llama_jax.errors import ConfigError
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig, default_dict
 from llama_jax.train import setup
 from llama_jax.train.folder import Trend
@@ -29,7 +30,7 @@ SMALL = dataclasses.replace(SIZES["tiny"], num_layers=1, ffn_dim=64, max_seq_len
 def base(tmp_path_factory):
     """A Hugging Face folder of another shape than `tiny`, with a tokenizer of one id a byte."""
     folder = tmp_path_factory.mktemp("base")
-    params = jax.jit(model.init_params, static_argnums=0)(SMALL, jax.random.key(7))
+    params = jax.jit(init_params, static_argnums=0)(SMALL, jax.random.key(7))
     sound.save_params(folder, SMALL, params)
     byte_tokenizer().save(folder / "tokenizer.model")
     return folder
@@ -168,7 +169,7 @@ def test_the_loss_before_the_first_step_is_that_of_the_first_weights(tmp_path, c
     assert metrics_of(tmp_path / "run")[0]["step"] == 0
     assert f"step 0  validation loss {result.validation_losses[0]:.4f}" in capsys.readouterr().out
     rows = setup.prepare.rows(run, setup.text.open(setup.text.find(tmp_path / "run")), lambda *_: None)[1]
-    params = jax.jit(lambda: model.init_params(run.model, jax.random.split(jax.random.key(0))[1]))()
+    params = jax.jit(lambda: init_params(run.model, jax.random.split(jax.random.key(0))[1]))()
     total = count = 0.0
     for batch in evaluation_batches(rows, batch_size=8, max_batches=20):
         hidden, _ = model.forward(run.model, params, batch["tokens"], batch["positions"], batch["segments"])
