@@ -104,11 +104,10 @@ class RunConfig:
         model = self.model if isinstance(self.model, ModelConfig) else self.model.of(config)
         changed = differences(dataclasses.replace(config, max_seq_len=model.max_seq_len).to_dict(), model.to_dict())
         if changed:
-            name = "" if isinstance(self.model, ModelConfig) else self.model.name
-            remedy = f"model={name!r} is not its size: leave it out" if name else "leave these keys out"
             lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
             raise ConfigError(
-                f"init_from={self.init_from!r} is another model: {lines}. Its shape is taken from it: {remedy}"
+                f"init_from={self.init_from!r} is another model: {lines}. Leave the keys of the section model out: its "
+                "shape is taken from it"
             )
         return dataclasses.replace(self, model=model)
 
@@ -128,9 +127,8 @@ class RunConfig:
             ConfigError: unknown keys, wrong types, NaN, values out of bounds, and combinations that cannot work.
         """
         values = _plain(values)
-        model = run_shape.parse(values.pop("model", {} if values.get("init_from") else None))
-        if isinstance(model, PartialShape) and not values.get("init_from"):
-            model = model.whole()
+        init_from = values.get("init_from") or ""
+        model = run_shape.parse(values.pop("model", {} if init_from else None), init_from=init_from)
         train = values.get("train")
         if isinstance(train, Mapping) and train.get("epochs") and "steps" not in train:
             values["train"] = {**train, "steps": 0}

@@ -59,8 +59,8 @@ def test_the_shape_of_a_run_is_that_of_the_model_it_starts_from(tmp_path, base):
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ({"num_layers": 3}, "model.num_layers=1 there, 3 here. Its shape is taken from it: leave these keys out"),
-        ({"name": "tiny"}, "model='tiny' is not its size: leave it out"),
+        ({"num_layers": 3}, "model.num_layers=1 there, 3 here. Leave the keys of the section model out: its shape"),
+        ({"name": "tiny"}, "model.ffn_dim=64 there, 96 here; model.num_layers=1 there, 3 here"),
         ({"rope_scaling": {"factor": 4.0}}, "model.rope_scaling.factor=8.0 there, 4.0 here"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_model_on_the_hub_is_compared_before_its_weights_are_downloaded(tmp_pa
     monkeypatch.setattr(setup, "open_source", download)
     monkeypatch.setattr(setup.hub_models, "read_shape", lambda name: SIZES["llama3.2-1b"])
     run = unnamed(dialog_run(tmp_path, "run", init_from="meta-llama/Llama-3.2-1B"), name="llama3.1-8b")
-    with pytest.raises(ConfigError, match="model='llama3.1-8b' is not its size"):
+    with pytest.raises(ConfigError, match="model.num_layers=16 there, 32 here"):
         train(run)
 
 
