@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import sound
-from llama_jax import __main__ as commands
+from helpers.program import program
 from llama_jax import config as configs
 from llama_jax import model
 from llama_jax.errors import ConfigError
@@ -204,12 +204,7 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", lambda _="": next(left))
         monkeypatch.setattr(judges.by_person, "__kwdefaults__", {"ask": lambda _: next(left), "say": print})
         out = str(tmp_path / "out")
-        try:
-            status = commands.main(
-                ["eval", "compare", "a", "b", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", out, *argv]
-            )
-        except SystemExit as leave:
-            status = leave.code
+        status = program("eval", "compare", "a", "b", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", out, *argv)
         return status, *capsys.readouterr()
 
     return run
