@@ -5,10 +5,22 @@ Floor 0: no jax here.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+Group = TypeVar("Group", bound=Sized)
 
 enabled = True  # --quiet sets it to False
 _DELAY = 3.0  # seconds: what ends before needs no bar
+
+
+def counted(groups: Iterable[Group], title: str, *, unit: str, shown: bool) -> Iterator[Group]:
+    """The groups, with a bar that counts the items of those that are done."""
+    groups = list(groups)
+    with bar(sum(map(len, groups)), title, unit=unit, shown=shown, delay=0) as progress:
+        for group in groups:
+            yield group
+            progress.update(len(group))
 
 
 def bar(total: int | None, title: str, *, unit: str = "B", shown: bool = True, delay: float = _DELAY) -> Any:

@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,11 @@ from jax.sharding import Mesh
 
 from llama_jax import model
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.ops.lora import Update
 from llama_jax.params import unstack
+from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.weights import adapters, export, name_table
 from llama_jax.weights.formats import peft
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+# Several prompts. Sequence[str] would take a single str too, so that the result's type could not be known.
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | list[str | list[int]]
 Place = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
@@ -61,6 +64,21 @@ class Result:
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
+
+
+class GenerateSettings(TypedDict, total=False):
+    """The keyword arguments of `Llama.generate`, for its overloads."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | Sequence[int]
+    stop_tokens: Sequence[int] | None
+    batch_size: int
+    progress: bool | None
 
 
 class Llama:
@@ -182,9 +200,15 @@ class Llama:
         padded_BT[:, :T] = tokens_BT
         return self.engine.logits(padded_BT)[:, :T]
 
+    @overload
+    def generate(self, prompts: Prompt, **settings: Unpack[GenerateSettings]) -> Result: ...
+
+    @overload
+    def generate(self, prompts: Prompts, **settings: Unpack[GenerateSettings]) -> list[Result]: ...
+
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Prompts,
         *,
         max_new_tokens: int = 128,
         temperature: float | None = None,
@@ -236,7 +260,8 @@ class Llama:
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
         groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         results: dict[int, Result] = {}
-        for group in _with_progress(groups, progress):
+        shown = len(groups) > _QUIET_GROUPS if progress is None else progress
+        for group in counted(groups, "generating", unit="prompt", shown=shown):
             rows = batch_size if len(groups) > 1 else 1
             batch = [requests[i] for i in group]
             tokens: list[list[int]] = [[] for _ in group]
@@ -363,7 +388,7 @@ class Llama:
         return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
 
     def _known(self, tokens: list[int]) -> list[int]:
-        """The ids that the tokenizer has; a model may have more rows than its tokenizer, for padding."""
+        """The ids that the tokenizer has. A model may have more rows than its tokenizer, for padding."""
         return [i for i in tokens if i < self.tokenizer.vocab_size]
 
     def _request(
@@ -432,21 +457,22 @@ def load(
         ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ConfigError(f"the model must be the name of a folder, a file or a hub id, got {brief(source)}")
+    folders = inputs.as_folders(adapters)
     if quantize is not None and quantize not in QUANTIZE:
         near = nearest(str(quantize), QUANTIZE)
         raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
-    wanted = wanted or _default_dtype(found)
+    wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
     mesh = inputs.as_mesh(mesh)
     layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
-    single = isinstance(adapters, (str, os.PathLike))
-    folders = {Path(adapters).name: adapters} if single else adapters or {}
     opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        tokenizer = pool.submit(_tokenizer, found)
+        opening = pool.submit(_tokenizer, found)
         params = found.load(layout, wanted, quantize)
-        tokenizer = tokenizer.result()
+        tokenizer = opening.result()
     stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
     llama = Llama(
         found.config,
@@ -460,7 +486,7 @@ def load(
     )
     for name, adapter in opened.items():
         llama._add(name, adapter)
-    return llama.use(*opened) if single else llama
+    return llama.use(*opened) if isinstance(adapters, (str, os.PathLike)) else llama
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:
@@ -469,23 +495,3 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     except UnknownTokenizer as error:
         _log.warning("warning: %s: going on with token ids alone", error)
         return None
-
-
-def _default_dtype(source: Source) -> jnp.dtype:
-    """The source's own, with bfloat16 for float16, as far as the machine is fast at it."""
-    if source.quantized:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    own = jnp.bfloat16 if source.dtype == np.float16 else source.dtype
-    return inputs.default_dtype() or jnp.dtype(own)
-
-
-def _with_progress(groups: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
-    if not (len(groups) > _QUIET_GROUPS if progress is None else progress):
-        yield from groups
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=sum(map(len, groups)), unit="prompt") as bar:
-        for group in groups:
-            yield group
-            bar.update(len(group))
