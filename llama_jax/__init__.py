@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # type checkers and editors read these; at run time __getattr
     from llama_jax.config import RopeScaling as RopeScaling
     from llama_jax.errors import ConfigError as ConfigError
     from llama_jax.infer.llama import Llama as Llama
-    from llama_jax.infer.llama import Result as Result
     from llama_jax.infer.llama import load as load
+    from llama_jax.infer.result import Result as Result
     from llama_jax.run_config import RunConfig as RunConfig
     from llama_jax.sampling_params import SamplingParams as SamplingParams
     from llama_jax.text.tokenizer import Tokenizer as Tokenizer
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "load": "llama_jax.infer.llama",
     "Llama": "llama_jax.infer.llama",
-    "Result": "llama_jax.infer.llama",
+    "Result": "llama_jax.infer.result",
     "SamplingParams": "llama_jax.sampling_params",
     "Tokenizer": "llama_jax.text.tokenizer",
     "ModelConfig": "llama_jax.config",

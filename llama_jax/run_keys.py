@@ -9,6 +9,7 @@ Floor 0: no jax here.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import re
 from typing import Any
@@ -47,6 +48,13 @@ class DataConfig:
             `stdlib:validation` with `stdlib:train`, and `stdlib:chat-validation` with `stdlib:chat-train`.
         tokenizer: The tokenizer's file, tokenizer.model or tokenizer.json. Empty takes the tokenizer of init_from; a
             run without init_from then trains a tokenizer of model.vocab_size tokens on the training text.
+        chat_format: How dialogs become tokens. `auto` is the chat template of init_from, and Meta's reference format
+            where it has none; `llama3` is the reference format; anything else is the file of a Jinja template.
+        chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same
+            tokens on any day. The default is the one that Llama 3.1's own template has.
+        parse_special: What names of control tokens, such as <|eot_id|>, become in texts and completions. `yes` reads
+            them as these tokens, for texts that were rendered with a chat template; `no` reads them as plain text;
+            `stop` refuses texts that hold one. Messages of dialogs are always plain text.
         loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant
             says (its tool calls and its end-of-turn tokens too) and completions; `all` counts every token and is not
             available for preference pairs. Plain text always counts whole.
@@ -62,6 +70,9 @@ class DataConfig:
     weights: tuple[float, ...] = bounded(())
     validation: tuple[str, ...] = bounded(())
     tokenizer: str = bounded("")
+    chat_format: str = bounded("auto")
+    chat_date: str = bounded("2024-07-26")
+    parse_special: str = bounded("stop", choices=("stop", "yes", "no"))
     loss_on: str = bounded("assistant", choices=("assistant", "all"))
     sequence_length: int = bounded(2048, low=2)
     batch_size: int = bounded(8, low=1)
@@ -75,6 +86,10 @@ class DataConfig:
                 f"data.weights={self.weights} must be one number above 0 for each of data.train, which are "
                 f"{len(self.train)}; leave it empty to take every row equally often"
             )
+        try:
+            datetime.date.fromisoformat(self.chat_date)
+        except ValueError:
+            raise ConfigError(f"data.chat_date={self.chat_date!r} must be a day such as 2024-07-26") from None
         if "://" in self.cache_dir:
             raise ConfigError(
                 f"data.cache_dir={self.cache_dir!r} must be a folder: mount the bucket, and name the folder where it "

@@ -56,40 +56,33 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     from llama_jax.weights import adapters, export
     from llama_jax.weights.formats import peft
-    from llama_jax.weights.source import UnknownTokenizer, open_source
+    from llama_jax.weights.open import open_source
+    from llama_jax.weights.source import UnknownTokenizer
 
     export.check(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
     opened = {} if options.adapter is None else peft.open_adapter(options.adapter, source.config)
-    leaves = source.leaves
-    if leaves is None:
-        leaves = export.leaves_of(source.config, source.load(None, None, "none"))
-    leaves = adapters.merge(leaves, opened)
+    leaves = adapters.merge(source.merged_leaves(), opened)
     tokenizer, without = None, "the source has none"
     try:
         tokenizer = source.tokenizer()
     except UnknownTokenizer as error:
         without = str(error)
-    stops = dict.fromkeys([*source.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())])
-    bos = tokenizer.bos_id if source.bos_token is None and tokenizer else source.bos_token
-    files = source.tokenizer_files
-    if tokenizer is not None and not any(file.name == "tokenizer.json" for file in files):
-        files = ()  # transformers is given one anew
-    card = export.Card(tokenizer, bos, tuple(stops), source.sampling, source.chat_template, files)
+    metadata = source.metadata.with_tokenizer(tokenizer)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
     path = export.save(
         options.dest,
         source.config,
         leaves,
-        card,
+        metadata,
         format=options.to,
         dtype=options.dtype,
         shard_bytes=options.shard_size,
     )
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {parser.human_bytes(size_of(path))} in {seconds:.1f} s")
-    if tokenizer is None and not (files and options.to == "hf"):
+    if tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
         print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
     return 0
 

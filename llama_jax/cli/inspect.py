@@ -47,20 +47,23 @@ def _asks_for_data(argv: Sequence[str]) -> bool:
 def _inspect_data(argv: Sequence[str]) -> int:
     run, _ = parse_run(argv, command="inspect data")  # before jax is imported: a typo is answered at once
     from llama_jax.data.inspect import show
+    from llama_jax.text.record_encoder import RecordEncoder
     from llama_jax.train import setup
 
     sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
     setup.check_sources(run)
-    show(run, setup.chosen_tokenizer(run, print), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    tokenizer = setup.chosen_tokenizer(run, print)
+    encoder = RecordEncoder(tokenizer, setup.chosen_chat_format(run, tokenizer), run.data.parse_special)
+    show(run, encoder, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return 0
 
 
 def _inspect(name: str) -> int:
-    from llama_jax.weights.source import open_source
+    from llama_jax.weights.open import open_source
 
     source = open_source(name)
     config = source.config
-    print(f"{source.path}: {source.kind}, {parser.human_bytes(size_of(source.path))}")
+    print(f"{source.path}: {source.description}, {parser.human_bytes(size_of(source.path))}")
     print(f"parameters  {config.num_params:,}")
     for key, value in config.to_dict().items():
         if isinstance(value, dict):
@@ -72,7 +75,9 @@ def _inspect(name: str) -> int:
 
 
 def _print_tensors(source: Source) -> None:
-    if source.leaves is None:
+    from llama_jax.weights.source import FileSource
+
+    if not isinstance(source, FileSource):
         print("tensors     float32, in the newest of its checkpoints")
         return
     kinds: dict[str, collections.Counter[str]] = {}
@@ -98,5 +103,5 @@ def _print_tokenizer(source: Source) -> None:
         return
     print(f"tokenizer   {tokenizer.vocab_size:,} ids, sha256 {tokenizer.fingerprint[:16]}")
     print(f"  begins with      {tokenizer.bos_id}")
-    stops = dict.fromkeys([*source.stop_tokens, *tokenizer.stop_tokens])
+    stops = dict.fromkeys([*source.metadata.stop_tokens, *tokenizer.stop_tokens])
     print(f"  stops at         {', '.join(map(str, stops)) or 'nothing'}")

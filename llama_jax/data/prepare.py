@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine, refuse_many_bad
+from llama_jax.data.records import BadLine, Encoder, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import build_store
 from llama_jax.errors import ConfigError
 from llama_jax.hub import some
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig
-from llama_jax.text import tokenizer as text
 from llama_jax.text.bpe_training import train_bpe
+from llama_jax.text.record_encoder import NameInText
 from llama_jax.text.tokenizer import Tokenizer
 
 Say = Callable[..., None]
@@ -49,7 +49,7 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
         ValueError: too many lines of the text that a tokenizer is trained on cannot be used.
     """
     if run.data.tokenizer:
-        tokenizer = text.open(Path(run.data.tokenizer).expanduser())
+        tokenizer = Tokenizer(Path(run.data.tokenizer).expanduser())
         if base is not None and base.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
@@ -80,7 +80,7 @@ def _texts(data: DataConfig) -> Iterator[str]:
         refuse_many_bad(len(bad), good, bad[0], listed=listed)
 
 
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
+def rows(run: RunConfig, tokens: Encoder, say: Say) -> tuple[Mixture, Rows | None]:
     """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
 
     Raises:
@@ -93,6 +93,8 @@ def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | N
         cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
         try:
             store = build_store(patterns, tokens, cache_dir=cache, max_length=T, split=name, pairs=pairs)
+        except NameInText as error:
+            raise NameInText(f"data.{name}: {error}") from None
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from None
         if store.pairs != pairs:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,28 @@ from jax.sharding import Mesh
 from llama_jax import parallel
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text import control_tokens
+from llama_jax.text.tokenizer import Tokenizer
+
+
+class GenerateSettings(TypedDict, total=False):
+    """The keyword arguments of `Llama.generate`, for its overloads."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | Sequence[int]
+    stop_tokens: Sequence[int] | None
+    batch_size: int
+    progress: bool | None
+    parse_special: bool | None
+
 
 _DTYPES = ("float32", "bfloat16")
+_log = logging.getLogger(__name__)
 
 
 def as_list(prompts: Any) -> tuple[bool, list[Any]]:
@@ -34,6 +55,37 @@ def as_list(prompts: Any) -> tuple[bool, list[Any]]:
         raise ConfigError("no prompt: give a text, a list of token ids, or a list of either")
     single = not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
     return single, [prompts] if single else list(prompts)
+
+
+def encoded(
+    tokenizer: Tokenizer | None, prompts: Sequence[Any], names: Sequence[str], parse_special: bool | None
+) -> list[list[int]]:
+    """The ids of prompts, texts or lists of ids. See `Llama.generate` for parse_special; None warns once.
+
+    Raises:
+        ConfigError: a text without a tokenizer, or a prompt that is neither text nor ids.
+    """
+    warned = parse_special is not None
+    ids = []
+    for prompt, name in zip(prompts, names, strict=True):
+        if not isinstance(prompt, str):
+            ids.append(as_ids(prompt, name))
+            continue
+        if tokenizer is None:
+            raise ConfigError(
+                f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model "
+                "or tokenizer.json in the model's folder"
+            )
+        if not warned and (control := control_tokens.first_name(tokenizer, prompt)):
+            _log.warning(
+                "warning: %s holds %r, the name of a control token, which is read as plain text: parse_special=True "
+                "(--parse_special) reads it as the token, and False keeps it as text without this warning",
+                name,
+                control,
+            )
+            warned = True
+        ids.append(control_tokens.encode_text(tokenizer, prompt, parse_special=bool(parse_special)))
+    return ids
 
 
 def as_ids(prompt: Any, name: str) -> list[int]:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.data.loader import evaluation_batches
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import setup, trainable
@@ -26,7 +27,7 @@ from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
 
 # (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts.
-Sampler = Callable[[RunConfig, model.Params, Tokenizer, jax.sharding.Mesh], list[str]]
+Sampler = Callable[[RunConfig, Params, Tokenizer, jax.sharding.Mesh], list[str]]
 
 
 class TrainingError(RuntimeError):
@@ -258,7 +259,7 @@ def to_devices(batches: Iterator[dict[str, np.ndarray]], program: Program) -> It
         yield arrays
 
 
-def _all_finite(params: model.Params) -> jax.Array:
+def _all_finite(params: Params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import os
 from pathlib import Path
@@ -10,22 +11,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model
 from llama_jax.data import prepare
 from llama_jax.data.loader import Loader
 from llama_jax.data.packing import Rows
 from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
-from llama_jax.params import restack
+from llama_jax.params import Params, restack
 from llama_jax.run_config import RunConfig
-from llama_jax.text import tokenizer as text
+from llama_jax.text import chat_template, vocabulary_files
+from llama_jax.text.chat_format import AUTO, ChatFormat, choose
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.record_encoder import RecordEncoder
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.metrics import say
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
 from llama_jax.weights import hub_models
-from llama_jax.weights.source import Source, open_source
+from llama_jax.weights.locate import is_path
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source
 
 
 def check_paths(run: RunConfig) -> None:
@@ -49,7 +54,7 @@ def check_sources(run: RunConfig) -> None:
     """Check that the data, the tokenizer and the first model of a run exist; ConfigError names the key."""
     prepare.check_sources(run.data)
     name = run.init_from
-    if name and not hub_models.is_hub_id(name) and not Path(name).expanduser().exists():
+    if name and is_path(name) and not Path(name).expanduser().exists():
         raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
 
 
@@ -103,7 +108,8 @@ def load_data(program: Program, folder: Path, *, resuming: bool) -> Data:
     """
     run = program.run
     tokens = tokenizer(run, folder, resuming=resuming, say=say)
-    train, validation = prepare.rows(run, tokens, say)
+    chat = chat_format(run, folder, tokens, resuming=resuming)
+    train, validation = prepare.rows(run, RecordEncoder(tokens, chat, run.data.parse_special), say)
     loader = Loader(
         train,
         batch_size=run.data.batch_size,
@@ -128,14 +134,48 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     Raises:
         ConfigError: the tokenizer has more tokens than the model.
     """
-    path = text.find(folder) if resuming else None
-    chosen = text.open(path or chosen_tokenizer(run, say).save_to(folder))  # every process writes the same bytes
+    path = vocabulary_files.find(folder) if resuming else None
+    chosen = Tokenizer(path or chosen_tokenizer(run, say).save_to(folder))  # every process writes the same bytes
     if chosen.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {chosen.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
             f"model.vocab_size={chosen.vocab_size}"
         )
     return chosen
+
+
+def chat_format(run: RunConfig, folder: Path, tokens: Tokenizer, *, resuming: bool) -> ChatFormat:
+    """The chat format of a run. Its template is kept in the run folder, and in what is made of the run.
+
+    Args:
+        run: The run.
+        folder: The run folder.
+        tokens: The tokenizer of the run.
+        resuming: Take the template in the folder. Runs that have none there use Meta's reference format.
+
+    Raises:
+        ConfigError: data.chat_format is neither a name nor a file.
+        ValueError: a damaged file.
+    """
+    if resuming:
+        return _in_date(run, tokens, chat_template.read_folder(folder), AUTO)
+    chosen = chosen_chat_format(run, tokens)
+    chat_template.write(chosen.template, folder)  # every process writes the same bytes
+    return chosen
+
+
+def chosen_chat_format(run: RunConfig, tokens: Tokenizer) -> ChatFormat:
+    """The chat format that data.chat_format names for a new run."""
+    base = open_source(run.init_from).metadata.chat_template if run.init_from else None
+    try:
+        return _in_date(run, tokens, base, run.data.chat_format)
+    except ConfigError as error:
+        raise ConfigError(f"data.chat_format: {error}") from None
+
+
+def _in_date(run: RunConfig, tokens: Tokenizer, own: ChatTemplate | None, setting: str) -> ChatFormat:
+    day = datetime.date.fromisoformat(run.data.chat_date)
+    return choose(tokens, own, setting, date=(day.year, day.month, day.day))
 
 
 def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
@@ -168,7 +208,7 @@ class Frozen:
         identity: Identity of the model (`Source.identity`), or None.
     """
 
-    params: model.Params | None
+    params: Params | None
     identity: str | None
 
 
@@ -187,7 +227,7 @@ def frozen(program: Program) -> Frozen:
     return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
 
 
-def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
+def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:
     """The weights of a model, stacked and sharded, with the updates of a LoRA run merged into them."""
     return restack(source.load_merged(program.layout, dtype, quantize))
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import model, parallel
+from llama_jax import parallel
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch, Sums, objective
@@ -29,11 +30,11 @@ def make_train_step(
     schedule: optax.Schedule,
     layout: parallel.Layout,
     dtype: jnp.dtype,
-) -> Callable[[TrainState, model.Params | None, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The step as a function of the state, the frozen params and a batch; `Program` jits it with the state donated."""
     accumulated = _make_gradients(run, dtype)
 
-    def train_step(state: TrainState, frozen: model.Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with parallel.use(layout):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             (loss, sums), grads = accumulated(state.params, frozen, batch, key)
@@ -63,7 +64,7 @@ def _make_gradients(
     A = run.train.accumulate
 
     def gradients(
-        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+        trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
         def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
             return objective(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
@@ -71,7 +72,7 @@ def _make_gradients(
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
     def accumulated(
-        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+        trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
         def part(rows: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
             return gradients(trained, frozen, rows, jax.random.fold_in(key, number))
@@ -106,13 +107,13 @@ def _updated(
 
 def make_eval_step(
     run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
-) -> Callable[[trainable.Trained, model.Params | None, Batch], Sums]:
+) -> Callable[[trainable.Trained, Params | None, Batch], Sums]:
     """The evaluation as a function of the trained params, the frozen params and a batch, to the objective's sums.
 
     It computes as many rows at a time as the training step, so that it fits in the same memory.
     """
 
-    def eval_step(trained: trainable.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
+    def eval_step(trained: trainable.Trained, frozen: Params | None, batch: Batch) -> Sums:
         def one(part: Batch, _: jax.Array) -> Sums:
             return objective(run, trainable.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
 

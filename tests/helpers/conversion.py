@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from helpers.program import program
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 
 def convert(source, dest, format, *options) -> Path:

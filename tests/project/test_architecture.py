@@ -1,6 +1,7 @@
 """The floors of docs/design.md: imports go down only, and files stay small enough to read."""
 
 import ast
+import graphlib
 import importlib.util
 import shlex
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_neighbours_on_the_fifth_floor_do_not_import_each_other(path):
     mine = dotted(path).split(".")[1]
     seen = {name.split(".")[1] for name in imports(path) if floor(name) == 5} - {mine}
     assert seen <= NEIGHBOURS.get(mine, set())
+
+
+def test_text_has_no_import_cycle():
+    """Imports inside functions and for types count too; a package's __init__ is its face and imports from all."""
+    modules = {dotted(p): p for p in MODULES if within(dotted(p), "llama_jax.text") and p.name != "__init__.py"}
+    graph = {name: imports(path) & modules.keys() for name, path in modules.items()}
+    assert len(graph) > 8
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_text_and_floor_zero_import_no_jax():

@@ -21,7 +21,7 @@ from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
 from llama_jax.train import run as loop
 from llama_jax.train.metrics import read_metrics
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,19 @@ from helpers.numbers import gap
 from helpers.processes import kill_and_compare
 from helpers.runs import batches, make_run, metrics_of
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
 from llama_jax.train import run as loop
 from llama_jax.train import setup, trainable
 from llama_jax.train.program import Program
 from llama_jax.weights import lora_params
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 # Widths of a multiple of 32, so that it can be quantized; every one is split evenly by meshes of eight.
 MODEL = dataclasses.replace(
@@ -42,7 +43,7 @@ ROUNDING = 2e-5
 def base(tmp_path_factory) -> Path:
     """A Hugging Face folder with a tokenizer of one id a byte."""
     folder = tmp_path_factory.mktemp("base")
-    params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(7))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(7))
     sound.save_params(folder, MODEL, params)
     byte_tokenizer().save(folder / "tokenizer.model")
     return folder
@@ -233,7 +234,7 @@ def test_a_lora_run_resumes_to_the_bit_moves_to_another_mesh_and_speaks(tmp_path
     assert gap(llama_jax.load(tmp_path / "merged").logits(tokens), from_run.logits(tokens)) < ROUNDING
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.1)
-    assert open_source(run_folder).kind == f"run folder, LoRA of {base}"
+    assert open_source(run_folder).description == f"run folder, LoRA of {base}"
 
 
 @pytest.mark.slow
@@ -298,7 +299,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
     moved = dataclasses.replace(run, init_from=str(base), train=dataclasses.replace(run.train, steps=3))
     assert loop.train(moved).step == 3  # the same model elsewhere is the same model
     assert (tmp_path / "run" / "adapter" / "README.md").read_text() == "mine"
-    params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(8))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(8))
     for path in (*other.glob("*.safetensors"), other / "config.json"):
         path.unlink()
     sound.save_params(other, MODEL, params)
