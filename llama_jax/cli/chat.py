@@ -104,7 +104,7 @@ class Chat:
         """Print the answer to a message as it comes. An answer that Ctrl-C stopped stays in the dialog as it is."""
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
-            room = self._llama.config.max_seq_len - len(self._llama.encode_dialog(asked))
+            room = self._llama.config.max_seq_len - len(self._llama.encode_dialog(asked, self._settings.get("tools")))
         except ValueError as error:
             _say(f"error: {one_line(error)}")
             return

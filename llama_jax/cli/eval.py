@@ -125,7 +125,12 @@ def _load(options: argparse.Namespace) -> Llama:
 
     compilation_cache.enable()
     return load(
-        options.model, dtype=options.dtype, quantize=options.quantize, mesh=options.mesh, adapters=options.adapter
+        options.model,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        mesh=options.mesh,
+        adapters=options.adapter,
+        chat_format=options.chat_format,
     )
 
 

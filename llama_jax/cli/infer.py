@@ -79,6 +79,21 @@ def _add_inputs(flags: parser.Parser) -> None:
         help='dialog to answer, a JSON list of {"role": ..., "content": ...}; - reads standard input',
     )
     add("--system", metavar="TEXT", help="system message of --ask and --chat")
+    add(
+        "--tools",
+        type=parser.path,
+        metavar="FILE",
+        help="functions that the model may call in a dialog: a JSON list of schemas in OpenAI's shape; the names of "
+        "Llama 3.1's built-in tools are allowed too",
+    )
+    add(
+        "--parse_special",
+        action="store_true",
+        default=None,
+        help="read names of control tokens in prompts, such as <|eot_id|>, as these tokens: for prompts that were "
+        "rendered with a chat template (default: plain text, with a warning)",
+    )
+    add("--no_parse_special", dest="parse_special", action="store_false", help="keep them as text without a warning")
     add("--batch_size", type=parser.whole(1), default=8, metavar="N", help="prompts that run together")
     add("--json", action="store_true", help="print a JSON object a prompt: text, tokens, logprobs, finish_reason, ...")
 
@@ -92,6 +107,10 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
         flags.error("--json does not go with --chat; use --messages FILE --json")
     if options.system is not None and not (options.chat or options.ask):
         flags.error("--system goes with --ask and --chat; put a system message into the file of --messages")
+    if options.tools is not None and not (options.chat or options.ask or options.messages):
+        flags.error("--tools goes with --ask, --chat and --messages")
+    if options.parse_special is not None and not (options.prompt or options.prompt_file):
+        flags.error("--parse_special goes with --prompt and --prompt_file; messages of dialogs are always plain text")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,13 +122,22 @@ def main(argv: Sequence[str]) -> int:
     dialog = bool(options.chat or dialogs)
     settings["max_new_tokens"] = options.max_new_tokens or (512 if dialog else 128)
     settings["seed"] = options.seed
+    if dialog:
+        settings["tools"] = None if options.tools is None else _tools(options.tools)
+    else:
+        settings["parse_special"] = options.parse_special
 
     from llama_jax import compilation_cache
     from llama_jax.infer.llama import load
 
     compilation_cache.enable()
     llama = load(
-        options.model, dtype=options.dtype, quantize=options.quantize, mesh=options.mesh, adapters=options.adapter
+        options.model,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        mesh=options.mesh,
+        adapters=options.adapter,
+        chat_format=options.chat_format,
     )
     if options.chat:
         return chat.run(llama, options.system, settings, verbose=options.verbose)
@@ -205,6 +233,16 @@ def _messages(file: str) -> list[dict[str, Any]]:
     return messages
 
 
+def _tools(file: str) -> list[Any]:
+    """The schemas in a file of --tools."""
+    tools = _json(_text(file), file)
+    tools = tools.get("tools") if isinstance(tools, dict) and "tools" in tools else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, (dict, str)) for tool in tools):
+        example = '[{"type": "function", "function": {"name": ..., "parameters": {...}}}]'
+        raise ConfigError(f"{file} must be a JSON list of schemas of functions: {example}, got {brief(tools)}")
+    return tools
+
+
 def _dialogs(system: str | None, questions: Sequence[str]) -> list[list[dict[str, Any]]]:
     """A dialog for each question."""
     first = [{"role": "system", "content": system}] if system else []
@@ -222,6 +260,7 @@ def _print_results(results: Sequence[Result], seconds: float, *, as_json: bool, 
                 "logprobs": result.logprobs,
                 "finish_reason": result.finish_reason,
                 "tokens_per_second": speed,
+                **({} if result.message is None else {"message": result.message}),
             }
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:

@@ -85,25 +85,25 @@ class Parser(argparse.ArgumentParser):
             if arg == "--":
                 return [*result, arg, *rest]
             name, equals, value = arg.partition("=")
-            action = self._action(name)
-            if action is None:
+            flag = self._flag(name)
+            if flag is None:
                 result.append(arg)
                 continue
-            name = action.option_strings[-1]
-            takes_one = action.nargs is None and not isinstance(action, (argparse._HelpAction, argparse._VersionAction))
-            if not equals and takes_one and rest and self._action(rest[0].partition("=")[0]) is None:
+            takes_one = self._option_string_actions[flag].nargs is None
+            if not equals and takes_one and rest and self._flag(rest[0].partition("=")[0]) is None:
                 equals, value = "=", rest.pop(0)
-            result.append(f"{name}{equals}{value}")
+            result.append(f"{flag}{equals}{value}")
         return result
 
-    def _action(self, name: str) -> argparse.Action | None:
-        """The flag of that name or alias; ConfigError for a refused one, None for anything else."""
+    def _flag(self, name: str) -> str | None:
+        """The flag of that name or alias, with underscores; ConfigError for a refused one, None for anything else."""
         if not name.startswith("-") or name.strip("-") == "":
             return None
         plain = name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
         if plain in self.refused:
             raise ConfigError(f"{name} is not a flag of {self.prog}: {self.refused[plain]}")
-        return self._option_string_actions.get(self.aliases.get(plain, plain))
+        flag = self.aliases.get(plain, plain)
+        return flag if flag in self._option_string_actions else None
 
     def _unknown(self, arg: str) -> NoReturn:
         if not arg.startswith("-"):
@@ -243,7 +243,7 @@ mesh = _typed(_mesh, "AXIS=N,...", shown="such as data=1,tensor=2")
 
 # Flags that commands share.
 
-_MODEL_ALIASES = {"-m": "--model", "--lora": "--adapter"}
+_MODEL_ALIASES = {"-m": "--model", "--lora": "--adapter", "--chat_template": "--chat_format"}
 _SAMPLING_ALIASES = {
     "-n": "--max_new_tokens",
     "--n_predict": "--max_new_tokens",
@@ -297,6 +297,13 @@ def add_model_flags(parser: Parser, *, adapter: bool = True) -> None:
     )
     group.add_argument(
         "--mesh", type=mesh, metavar="AXIS=N,...", help="devices along the axes of the mesh (default: the first device)"
+    )
+    group.add_argument(
+        "--chat_format",
+        default="auto",
+        metavar="NAME",
+        help="how dialogs are written: auto is the model's own chat template, or Meta's reference format where it has "
+        "none; llama3 is the reference format; anything else is the file of a Jinja template",
     )
     parser.aliases |= _MODEL_ALIASES
     parser.refused |= _REFUSED
