@@ -154,6 +154,7 @@ class Fake:
 
     alive: list = []
     loads: list = []
+    stop_tokens = chat_stop_tokens = ()
 
     def __init__(self, name, fail_after=None):
         self.name, self.tokenizer, self.left = name, self, fail_after
