@@ -1,6 +1,7 @@
-"""Write the reference pages that follow from the code: config keys, command line, weight formats and recipes.
+"""Write the pages that follow from the code or from other pages: config keys, command line, weight formats, recipes, and
+the list of decisions.
 
-    python docs/generate.py            # writes docs/reference/{config,cli,formats,recipes}.md
+    python docs/generate.py            # writes docs/reference/{config,cli,formats,recipes}.md and docs/decisions/index.md
     python docs/generate.py --check    # writes nothing; exit status 1 if a page is out of date
 
 A test runs the check (tests/project/test_docs.py), so that a changed key, flag or recipe fails until the pages are
@@ -26,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "docs" / "reference"
+DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
 _HEAD = "<!-- Written by docs/generate.py from the code. Do not edit: change the code, then run the script. -->\n\n"
@@ -34,8 +35,14 @@ _HEAD = "<!-- Written by docs/generate.py from the code. Do not edit: change the
 
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
-    makers = {"config": config_page, "cli": cli_page, "formats": formats_page, "recipes": recipes_page}
-    return {FOLDER / f"{name}.md": _HEAD + make().strip() + "\n" for name, make in makers.items()}
+    makers = {
+        "reference/config": config_page,
+        "reference/cli": cli_page,
+        "reference/formats": formats_page,
+        "reference/recipes": recipes_page,
+        "decisions/index": decisions_page,
+    }
+    return {DOCS / f"{name}.md": _HEAD + make().strip() + "\n" for name, make in makers.items()}
 
 
 # Config keys
@@ -287,6 +294,31 @@ def _recipe_keys(path: Path) -> dict[str, Any]:
     default = default_dict(sizes[0])
     changed = differences(default, run)
     return {"model": sizes[0]} | {key: value for key, (_, value) in changed.items()}
+
+
+# Decisions
+
+
+def decisions_page() -> str:
+    """The list of decisions, in the order of the site's navigation, with the first sentence of each."""
+    lines = [
+        "# Decisions",
+        "",
+        "Each page records one decision: its context, what was decided, the evidence, and what would change our mind. A",
+        "measurement can overturn a decision. Then the page is changed, and the list of changes says so.",
+        "",
+        "| decision | in one sentence |",
+        "|---|---|",
+    ]
+    for name in re.findall(r"decisions/([\w-]+)\.md", (ROOT / "mkdocs.yml").read_text()):
+        if name == "index":
+            continue
+        text = (DOCS / "decisions" / f"{name}.md").read_text(encoding="utf-8")
+        title = text.partition("\n")[0].removeprefix("# ")
+        decision = " ".join(text.partition("## Decision\n")[2].partition("\n\n")[0].split())
+        sentence = re.match(r".*?[^A-Z.]\.(?= |$)", decision)
+        lines.append(f"| [{title}]({name}.md) | {_cell(sentence[0])} |")
+    return "\n".join(lines)
 
 
 # Text
