@@ -1,7 +1,8 @@
-"""Write the pages that follow from the code or from other pages: config keys, command line, weight formats, recipes, and
-the list of decisions.
+"""Write the pages that follow from the code or from other pages.
 
-    python docs/generate.py            # writes docs/reference/{config,cli,formats,recipes}.md and docs/decisions/index.md
+These are docs/reference/{config,cli,formats,recipes}.md and docs/decisions/index.md.
+
+    python docs/generate.py            # writes the pages that are out of date
     python docs/generate.py --check    # writes nothing; exit status 1 if a page is out of date
 
 A test runs the check (tests/project/test_docs.py), so that a changed key, flag or recipe fails until the pages are
@@ -304,8 +305,8 @@ def decisions_page() -> str:
     lines = [
         "# Decisions",
         "",
-        "Each page records one decision: its context, what was decided, the evidence, and what would change our mind. A",
-        "measurement can overturn a decision. Then the page is changed, and the list of changes says so.",
+        "Each page records one decision: its context, what was decided, the evidence, and what would change our mind.",
+        "A measurement can overturn a decision. Then the page is changed, and the list of changes says so.",
         "",
         "| decision | in one sentence |",
         "|---|---|",
