@@ -49,6 +49,25 @@ def test_the_reference_of_keys_has_every_key_with_its_meaning():
     assert missing == []
 
 
+def test_the_row_that_the_data_page_shows_is_the_row_that_packing_makes(tmp_path):
+    from llama_jax.data.packing import pack
+    from llama_jax.data.store import build_store
+    from llama_jax.text.tokenizer import Tokenizer
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}
+    tokenizer = Tokenizer.from_ranks(ranks)
+    lines = ['{"prompt": "ab", "completion": "c"}', '{"prompt": "d", "completion": "e"}']
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
+    store = build_store([str(tmp_path / "two.jsonl")], tokenizer, cache_dir=tmp_path, max_length=12)
+    row = pack(store, sequence_length=12, loss_on="assistant")[0]
+
+    ids = {"begin": tokenizer.bos_id, "end": tokenizer.eos_id} | {c: tokenizer.encode(c)[0] for c in ("ab", *"cde")}
+    text = (DOCS / "architecture" / "data.md").read_text(encoding="utf-8")
+    for name, array in row.items():
+        cells = re.search(rf"^\| {name} \|(.*)\|$", text, re.MULTILINE)[1].split("|")
+        assert [ids[c.strip()] if c.strip() in ids else int(c) for c in cells] == array.tolist(), name
+
+
 # ---- links, anchors, names ---------------------------------------------------------------------------------
 
 
