@@ -65,7 +65,7 @@ def config_page() -> str:
         "An unknown key, a wrong type, a value outside its bounds and a combination that cannot work are errors. Each",
         "is reported in one line, before any data or weights are read.",
         "",
-        "## Top level {#top}",
+        "## Top level",
         "",
         *_key_table(RunConfig, "", skip=set(sections)),
     ]
@@ -118,10 +118,11 @@ def cli_page() -> str:
     ]
     for command, main, argv in _commands():
         parser = _parser_of(main, argv)
-        lines += ["", f"## {command}", ""]
+        program = f"python {command}" if command.endswith(".py") else f"python -m llama_jax {command}"
+        lines += ["", f"## {command}", "", f"`{program}`", ""]
         lines += [" ".join((parser.description or "").split()), ""] if parser.description else []
         lines += _flag_tables(parser)
-    lines += ["", "## python train.py {#train}", "", "```text", _train_usage().strip(), "```", ""]
+    lines += ["", "## train.py", "", "```text", _train_usage().strip(), "```", ""]
     lines += ["The keys are in [Config keys](config.md)."]
     return "\n".join(lines)
 
@@ -130,11 +131,11 @@ def _commands() -> Iterator[tuple[str, Callable[[Sequence[str]], Any], list[str]
     from llama_jax import __main__ as tool
     from llama_jax.infer import cli as infer
 
-    yield "python infer.py {#infer}", infer.main, []
+    yield "infer.py", infer.main, []
     for name in ("inspect", "convert"):
-        yield f"python -m llama_jax {name} {{#{name}}}", tool.main, [name]
+        yield name, tool.main, [name]
     for name in ("perplexity", "harness", "compare"):
-        yield f"python -m llama_jax eval {name} {{#eval-{name}}}", tool.main, ["eval", name]
+        yield f"eval {name}", tool.main, ["eval", name]
 
 
 class _Captured(Exception):
@@ -194,7 +195,7 @@ def formats_page() -> str:
         "",
         textwrap.dedent(_FORMATS_TEXT).strip(),
         "",
-        "## Names of every weight {#names}",
+        "## Names of every weight",
         "",
         "`N` stands for the number of a layer. Shapes are those of Llama 3.1 8B, output rows first.",
         "",
@@ -258,7 +259,7 @@ def recipes_page() -> str:
         hardware = _first_clause(notes.get("Hardware", ""))
         lines.append(f"| [`{path.stem}`](#{path.stem}) | {_cell(title)} | {_cell(hardware)} |")
     for path, (title, command, notes) in texts.items():
-        lines += ["", f"## {path.stem} {{#{path.stem}}}", "", title, "", "```bash", command, "```", ""]
+        lines += ["", f"## {path.stem}", "", title, "", "```bash", command, "```", ""]
         lines += [f"- **{label}**: {notes[label]}" for label in labels if label in notes]
         lines += ["", "| key | value |", "|---|---|"]
         lines += [f"| `{key}` | `{value!r}` |" for key, value in _recipe_keys(path).items()]
