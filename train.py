@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from llama_jax import cli
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 
 
 def main() -> int:

@@ -49,10 +49,11 @@ def write_model(folder: Path, name: str) -> None:
     import jax
 
     from llama_jax import config, model
-    from llama_jax.weights import export, transform
+    from llama_jax.params import unstack
+    from llama_jax.weights import export
 
     shape = config.size(name)
-    params = transform.unstack(jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
+    params = unstack(jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
     card = export.Card(None, None, (), None)
     export.save(folder, shape, export.leaves_of(shape, params), card, format="hf", dtype="float32")
 
@@ -66,7 +67,7 @@ def ours(folder: Path, dtype: str):
     """Callables that run one turn of each task and return tokens per second."""
     from llama_jax.infer import engine
     from llama_jax.infer.llama import load
-    from llama_jax.ops.sampling import SamplingParams
+    from llama_jax.sampling_params import SamplingParams
 
     llama = load(folder, dtype=dtype)
     greedy = SamplingParams(temperature=0.0)

@@ -56,21 +56,20 @@ def _write(folder: Path, format: str, size: float) -> Path:
     import numpy as np
 
     from llama_jax.config import SIZES
-    from llama_jax.weights import export
-    from llama_jax.weights import layout as table
-    from llama_jax.weights.entry import of_array
+    from llama_jax.weights import export, name_table
+    from llama_jax.weights.tensor import of_array
 
     scaling = SIZES["llama3.1-8b"].rope_scaling
     config = dataclasses.replace(SIZES["llama3.2-1b"], vocab_size=32_768, num_layers=1, rope_scaling=scaling)
     layer = dataclasses.replace(config, num_layers=2).num_params - config.num_params
     config = dataclasses.replace(config, num_layers=max(1, round((size / 2 - config.num_params) / layer)))
-    largest = max(int(np.prod(weight.shape)) for weight in table.weights(config, "huggingface"))
+    largest = max(int(np.prod(weight.shape)) for weight in name_table.weights(config, "huggingface"))
     noise = np.random.default_rng(0).standard_normal(largest, np.float32).astype(ml_dtypes.bfloat16)
     leaves = {
         weight.path: of_array(
             lambda shape=weight.shape: noise[: int(np.prod(shape))].reshape(shape), noise.dtype, weight.shape
         )
-        for weight in table.weights(config, "huggingface")
+        for weight in name_table.weights(config, "huggingface")
     }
     card = export.Card(None, None, (), None)
     path = folder / "model.gguf" if format == "gguf" else folder

@@ -91,14 +91,14 @@ def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({
 
     from llama_jax import model, parallel
     from llama_jax.run_config import RunConfig
-    from llama_jax.train import start
+    from llama_jax.train import setup
     from llama_jax.train.program import Program
 
     values = our_config(size) | keys
     values["train"] |= {"compute_dtype": dtype}
     run = RunConfig.from_dict(values)
     program = Program.make(run, parallel.make_mesh({}))
-    state = start.first_state(program)
+    state = setup.first_state(program)
 
     def random_base():
         params = model.init_params(run.model, jax.random.key(0))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from llama_jax.cli import fail, parse_run
-from llama_jax.config import ConfigError, nearest, one_line
+from llama_jax.errors import ConfigError, nearest, one_line
 from llama_jax.infer.cli import quiet_pipe
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def _inspect_data(argv: Sequence[str]) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     size = _bytes(options.shard_size)
-    from llama_jax.weights import adapter, export, peft
+    from llama_jax.weights import adapters, export
+    from llama_jax.weights.formats import peft
     from llama_jax.weights.source import UnknownTokenizer, open_source
 
     export.check(options.to, options.dtype)
@@ -119,7 +120,7 @@ def _convert(options: argparse.Namespace) -> int:
     leaves = source.leaves
     if leaves is None:
         leaves = export.leaves_of(source.config, source.load(None, None, "none"))
-    leaves = adapter.merge(leaves, opened)
+    leaves = adapters.merge(leaves, opened)
     tokenizer, without = None, "the source has none"
     try:
         tokenizer = source.tokenizer()

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from llama_jax import manifest, model
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 
 _FOLDER = "checkpoints"
 _SAVING, _DELETING, _DAMAGED = "saving-", "deleting-", "damaged-"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama_jax.config import ConfigError, nearest, one_line
+from llama_jax.errors import ConfigError, nearest, one_line
 from llama_jax.run_config import RunConfig, kind_of, known_keys, unknown_key
 
 _TRAIN_USAGE = """\

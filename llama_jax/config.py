@@ -6,45 +6,14 @@ Floor 0: no jax here. Parameter, FLOP and byte counts are derived, never stored.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import sys
 from typing import Any
 
-from llama_jax.jsonfile import brief
+from llama_jax.errors import ConfigError, brief, nearest
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _MOST_LAYERS = 4096
 _LARGEST = 2**31 - 1  # of any whole number
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message says what was given, what is allowed and how to mend it."""
-
-
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """A `did you mean` clause for `word`, or an empty string when nothing is near.
-
-    Names from files may be many and long, for which finding the nearest would take minutes: those have none.
-    """
-    if len(str(word)) > _LONGEST_NAME:
-        return ""
-    known = [name for name in known[:_MOST_NAMES] if len(name) <= _LONGEST_NAME]
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def one_line(message: object) -> str:
-    """What to tell a person: without ends of lines and terminal codes, which names from files may hold.
-
-    Of the system's errors, the file and what is wrong with it, and for one that is not there the nearest that is.
-    """
-    if isinstance(message, OSError) and message.filename and message.strerror:
-        name = os.fsdecode(message.filename)
-        folder, last = os.path.split(name)
-        missing = isinstance(message, FileNotFoundError) and os.path.isdir(folder or ".")
-        message = f"{name}: {message.strerror}{nearest(last, os.listdir(folder or '.')) if missing else ''}"
-    return "".join(c if c.isprintable() else " " for c in str(message))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Repos of the Hugging Face hub: what is needed of one is downloaded, and kept in the hub's cache.
 
-huggingface_hub does the work, and its settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and so on. What is
-decided here is what is said when it cannot be done; which files are needed, weights/hub.py (of models) and data/hub.py
-(of datasets) know.
+huggingface_hub does the work, and its settings apply: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and so on. This
+module turns its failures into one-line errors. weights/hub_models.py and data/hub_datasets.py know which files a model
+and a dataset need.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 
 # The hub's rule for names (huggingface_hub's validate_repo_id), less names without an owner; for re.ASCII.
 _WORD = r"\w(?:[\w.-]{0,94}\w)?"

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llama_jax.jsonfile import read_json, write_json
+from llama_jax.files import read_json, write_json
 
 FILE = "manifest.json"
 _VERSION = 1

@@ -23,7 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import parallel
 from llama_jax.cache import KVCache, write
-from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
 from llama_jax.ops.attention import attention

@@ -14,7 +14,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config import SIZES, ConfigError, ModelConfig, nearest
+from llama_jax.config import SIZES, ModelConfig
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.run_keys import (
     LORA_TARGETS,
     CheckpointConfig,

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.errors import ConfigError, nearest
 
 # Of weights, by where they stand: what optimizer.rates and the gradient's norms go by. The last two are LoRA's.
 GROUPS = ("embed", "unembed", "norm", "attention", "ffn", "lora_a", "lora_b")

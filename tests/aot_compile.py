@@ -61,7 +61,7 @@ def decode():
     """bfloat16 weights and cache, 8 rows of 8,192 positions, tensor over 8: the loop that `generate` runs."""
     from llama_jax.cache import init_cache
     from llama_jax.infer import engine as engines
-    from llama_jax.ops.sampling import SamplingParams
+    from llama_jax.sampling_params import SamplingParams
 
     config, rows, capacity = size("llama3.1-8b"), 8, 8192
     mesh = tpu_mesh("v5e:2x4", {"tensor": 8})

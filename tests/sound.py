@@ -7,9 +7,8 @@ import numpy as np
 
 from llama_jax.config import SIZES
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights import export
-from llama_jax.weights import layout as table
-from llama_jax.weights.entry import of_array
+from llama_jax.weights import export, name_table
+from llama_jax.weights.tensor import of_array
 
 CONFIG = dataclasses.replace(
     SIZES["tiny"], vocab_size=520, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64
@@ -24,7 +23,7 @@ def random_leaves(config=CONFIG, seed=0):
         array = (rng.standard_normal(weight.shape) * 0.1).astype(np.float32)
         return of_array(lambda: array, array.dtype, array.shape)
 
-    return {weight.path: leaf(weight) for weight in table.weights(config, "huggingface")}
+    return {weight.path: leaf(weight) for weight in name_table.weights(config, "huggingface")}
 
 
 def tokenizer():

@@ -19,7 +19,7 @@ from test_train_cli import ROOT
 
 from llama_jax import manifest
 from llama_jax.checkpoint import Checkpoints, SaveError
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.train import loop
 from llama_jax.train.metrics import read_metrics
 from llama_jax.weights.source import open_source

@@ -8,7 +8,8 @@ import pytest
 
 from llama_jax import model
 from llama_jax.cache import init_cache
-from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling, nearest, size
+from llama_jax.config import SIZES, ModelConfig, RopeScaling, size
+from llama_jax.errors import ConfigError, nearest
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from folders import refusal
 import llama_jax
 from llama_jax import __main__ as commands
 from llama_jax import parallel
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.weights import export
-from llama_jax.weights.entry import of_array
 from llama_jax.weights.source import open_source
+from llama_jax.weights.tensor import of_array
 
 TIED = dataclasses.replace(sound.CONFIG, tied_embeddings=True)
 LONG = dataclasses.replace(sound.CONFIG, max_seq_len=131_072)
@@ -60,7 +60,7 @@ def test_a_tour_of_all_formats_comes_back_byte_for_byte(tmp_path, config):
         assert sha256(first / name) == sha256(last / name), name
     for path in (first, meta, gguf, last):
         source = open_source(path)
-        assert source.config == config and source.dtype == "bfloat16" and not source.quantised
+        assert source.config == config and source.dtype == "bfloat16" and not source.quantized
         found = source.tokenizer()
         assert found.encode("the inn, then", bos=True) == tokenizer.encode("the inn, then", bos=True)
         assert (found.special_tokens, found.stop_tokens) == (tokenizer.special_tokens, tokenizer.stop_tokens)
@@ -82,7 +82,7 @@ def test_every_format_holds_every_dtype(tmp_path, format, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
-def test_quantised_files_stay_as_they_are_in_memory_and_out_again(tmp_path, dtype):
+def test_quantized_files_stay_as_they_are_in_memory_and_out_again(tmp_path, dtype):
     card = export.Card(sound.tokenizer(), None, (), None)
     path = export.save(tmp_path / "a.gguf", sound.CONFIG, sound.random_leaves(), card, format="gguf", dtype=dtype)
     held, dense = llama_jax.load(path), llama_jax.load(path, quantize="none", dtype="float32")
@@ -91,7 +91,7 @@ def test_quantised_files_stay_as_they_are_in_memory_and_out_again(tmp_path, dtyp
     assert {leaf.dtype.name for leaf in jax.tree.leaves(dense.params)} == {"float32"}
     np.testing.assert_allclose(held.logits(TOKENS), dense.logits(TOKENS), atol=1e-5)
     again = held.save(tmp_path / "b.gguf", "gguf")  # in the type it has
-    assert open_source(again).quantised
+    assert open_source(again).quantized
     for name, array in tensors(path).items():
         np.testing.assert_array_equal(tensors(again)[name], array)
     widened = held.save(tmp_path / "c", "hf")

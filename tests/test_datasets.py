@@ -7,11 +7,11 @@ from huggingface_hub.utils import parse_hf_uri
 from test_hub import COMMON, DATASETS, TOKEN, Hub, download, endpoint, fetched  # noqa: F401  (a fixture)
 from test_train import text_run
 
-from llama_jax.config import ConfigError
-from llama_jax.data import hub
+from llama_jax.data import hub_datasets
 from llama_jax.data.sources import documents_from
+from llama_jax.errors import ConfigError
 from llama_jax.hub import Repo
-from llama_jax.train import start
+from llama_jax.train import setup
 
 LINES = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(5))
 SHARDS = ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl")
@@ -184,13 +184,13 @@ CHOICES = [
 
 @pytest.mark.parametrize(("files", "pattern", "split", "wanted"), CHOICES)
 def test_files_are_chosen_by_pattern_or_by_what_their_paths_say(files, pattern, split, wanted):
-    repo = Repo("dataset", "hf://datasets/a/b", "a/b", None, hub.FORMS)
+    repo = Repo("dataset", "hf://datasets/a/b", "a/b", None, hub_datasets.FORMS)
     if wanted is None:
         with pytest.raises(ConfigError, match=r"^hf://datasets/a/b: no file ") as caught:
-            hub._choose(repo, files, pattern=pattern, split=split)
+            hub_datasets._choose(repo, files, pattern=pattern, split=split)
         assert "\n" not in str(caught.value)
     else:
-        assert hub._choose(repo, files, pattern=pattern, split=split) == list(wanted)
+        assert hub_datasets._choose(repo, files, pattern=pattern, split=split) == list(wanted)
 
 
 NAMES = [
@@ -207,7 +207,7 @@ NAMES = [
 
 @pytest.mark.parametrize(("text", "parts"), NAMES)
 def test_a_name_is_read_as_the_hubs_own_library_reads_it(text, parts):
-    assert hub._ID.fullmatch(text).groups() == parts
+    assert hub_datasets._ID.fullmatch(text).groups() == parts
     theirs = parse_hf_uri(text)
     assert (theirs.id, theirs.revision, theirs.path_in_repo or None) == parts
 
@@ -216,7 +216,7 @@ def test_a_name_is_read_as_the_hubs_own_library_reads_it(text, parts):
     "text", ["hf://", "hf://a/b", "hf://datasets/a", "hf://datasets/a/b/../c", "hf://datasets/a b/c"]
 )
 def test_what_names_no_dataset_never_reaches_the_hub(text, monkeypatch):
-    monkeypatch.setattr(hub, "fetch", lambda *given, **named: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub_datasets, "fetch", lambda *given, **named: pytest.fail("asked the hub"))
     with pytest.raises(ConfigError, match="names no dataset of the Hugging Face hub"):
         documents_from([text])
 
@@ -231,13 +231,13 @@ def test_a_branch_that_moves_while_a_process_runs_moves_nothing_in_it(tmp_path, 
         (folder / "train.jsonl").write_text(LINES)
         return folder
 
-    monkeypatch.setattr(hub, "fetch", fetch)
-    monkeypatch.setattr(hub, "listing", lambda repo, folder: ["train.jsonl"])
+    monkeypatch.setattr(hub_datasets, "fetch", fetch)
+    monkeypatch.setattr(hub_datasets, "listing", lambda repo, folder: ["train.jsonl"])
     name = "hf://datasets/org/moving"
     for _ in range(3):
         assert len(list(documents_from([name]))) == 5
     assert asked == [None, "commit1"]
-    hub.find.cache_clear()
+    hub_datasets.find.cache_clear()
 
 
 def test_an_id_without_the_scheme_is_asked_after_and_a_key_is_named(tmp_path, monkeypatch):
@@ -251,4 +251,4 @@ def test_an_id_without_the_scheme_is_asked_after_and_a_key_is_named(tmp_path, mo
         assert "hf://" not in str(caught.value)
     for key in ("train", "validation"):
         with pytest.raises(ConfigError, match=f"^data.{key}: 'hf://trl-lib/tldr' names no dataset"):
-            start.check_paths(text_run(tmp_path, **{f"data__{key}": ("hf://trl-lib/tldr",)}))
+            setup.check_paths(text_run(tmp_path, **{f"data__{key}": ("hf://trl-lib/tldr",)}))

@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llama_jax.weights import entry
-from llama_jax.weights.entry import Entry, File
+from llama_jax import files
+from llama_jax.weights import tensor
+from llama_jax.weights.tensor import File, LazyTensor
 
 SHAPE = (24, 10)
 PARTS = [
@@ -23,14 +24,14 @@ PARTS = [
 def written(path, array, *, before=3):
     """The entry of an array in a file, `before` bytes from its start."""
     path.write_bytes(b"\xff" * before + array.tobytes() + b"\xff" * 5)
-    return entry.stored(File(path), before, array.dtype, array.shape)
+    return tensor.stored(File(path), before, array.dtype, array.shape)
 
 
 def numbers(shape, dtype=np.float32):
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
-def check(found: Entry, expected: np.ndarray, parts=PARTS):
+def check(found: LazyTensor, expected: np.ndarray, parts=PARTS):
     assert found.shape == expected.shape and found.dtype == expected.dtype
     for part, dtype in itertools.product(parts, (None, np.float32, ml_dtypes.bfloat16)):
         array = found.read(part, dtype)
@@ -47,17 +48,17 @@ def wrapped(request, tmp_path):
     if request.param == "stored":
         return written(tmp_path / "a", array), array
     if request.param == "in memory":
-        return entry.of_array(lambda: array, array.dtype, array.shape), array
+        return tensor.of_array(lambda: array, array.dtype, array.shape), array
     if request.param == "transposed":
-        return entry.transposed(written(tmp_path / "a", np.ascontiguousarray(array.T))), array
+        return tensor.transposed(written(tmp_path / "a", np.ascontiguousarray(array.T))), array
     if request.param == "reordered":
         order = np.random.default_rng(1).permutation(6)
-        return entry.reordered(written(tmp_path / "a", array), 6, order), array.reshape(4, 6, 10)[:, order].reshape(
+        return tensor.reordered(written(tmp_path / "a", array), 6, order), array.reshape(4, 6, 10)[:, order].reshape(
             SHAPE
         )
     axis = int(request.param == "joined columns")
     pieces = np.split(array, [2, 7], axis=axis)
-    return entry.joined([written(tmp_path / str(i), p.copy()) for i, p in enumerate(pieces)], axis), array
+    return tensor.joined([written(tmp_path / str(i), p.copy()) for i, p in enumerate(pieces)], axis), array
 
 
 def test_every_part_is_that_of_the_whole(wrapped):
@@ -65,13 +66,13 @@ def test_every_part_is_that_of_the_whole(wrapped):
 
 
 def test_every_part_is_that_of_the_whole_when_read_in_many_blocks(wrapped, monkeypatch):
-    monkeypatch.setattr(entry, "_BLOCK", 64)
+    monkeypatch.setattr(tensor, "_BLOCK", 64)
     check(*wrapped)
 
 
 @pytest.mark.parametrize("least", [0, 1 << 30])
 def test_columns_are_read_by_runs_or_through_whole_rows(tmp_path, monkeypatch, least):
-    monkeypatch.setattr(entry, "_LEAST_RUN", least)
+    monkeypatch.setattr(tensor, "_LEAST_RUN", least)
     array = numbers((5, 7, 6))
     found = written(tmp_path / "a", array)
     parts = [(slice(1, 3), slice(2, 7), slice(0, 6)), (slice(0, 5), slice(6, 7), slice(2, 5)), (slice(2, 3),)]
@@ -100,7 +101,7 @@ def test_casting_holds_a_block_of_the_file_and_the_result(tmp_path):
     found = written(tmp_path / "a", array)
     tracemalloc.start()
     found.read(None, np.float32)
-    assert tracemalloc.get_traced_memory()[1] < 4 * array.size + 3 * entry._BLOCK
+    assert tracemalloc.get_traced_memory()[1] < 4 * array.size + 3 * tensor._BLOCK
     tracemalloc.stop()
 
 
@@ -118,7 +119,7 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path):
 
 
 def test_a_block_of_writing_that_fails_leaves_no_file(tmp_path):
-    with pytest.raises(RuntimeError), entry.whole_file(tmp_path / "a") as file:
+    with pytest.raises(RuntimeError), files.whole_file(tmp_path / "a") as file:
         file.write(b"x")
         raise RuntimeError
     assert not list(tmp_path.iterdir())

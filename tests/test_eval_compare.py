@@ -17,11 +17,12 @@ import sound
 from llama_jax import __main__ as commands
 from llama_jax import config as configs
 from llama_jax import model
-from llama_jax.config import ConfigError
-from llama_jax.eval import intervals, judges, picture, side_by_side
+from llama_jax.errors import ConfigError
+from llama_jax.eval import comparison, intervals, judges, plot
 from llama_jax.eval.judges import Case, Prompt
 from llama_jax.ops.lora import Update
-from llama_jax.weights import export, peft
+from llama_jax.weights import export
+from llama_jax.weights.formats import peft
 
 
 def case(number, a, b, reference=None, asked="2 + 2 ="):
@@ -193,8 +194,8 @@ def run(tmp_path, monkeypatch, capsys):
         return llama
 
     fails = {}
-    monkeypatch.setattr(side_by_side, "load", load)
-    monkeypatch.setattr(side_by_side, "_model_identity", lambda *names: str((Fake.version, *names)))
+    monkeypatch.setattr(comparison, "load", load)
+    monkeypatch.setattr(comparison, "_model_identity", lambda *names: str((Fake.version, *names)))
 
     def run(*argv, keys=(), fail=None):
         fails.clear()
@@ -320,7 +321,7 @@ def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
         peft.write_adapter(tmp_path / name, config, export.stored(changed), base_model=None)
     place = lambda name: name and str(tmp_path / name)  # noqa: E731
     given = [("one", None), ("same", None), ("other", None), ("one", "first"), ("one", "second")]
-    found = [side_by_side._model_identity(place(name), place(adapter)) for name, adapter in given]
+    found = [comparison._model_identity(place(name), place(adapter)) for name, adapter in given]
     assert found[0] == found[1] and len(set(found)) == 4
 
 
@@ -342,12 +343,12 @@ def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
 def test_a_bad_line_of_prompts_is_named(tmp_path, line, said):
     (tmp_path / "p.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
     with pytest.raises(ConfigError) as error:
-        side_by_side.read_prompts(tmp_path / "p.jsonl")
+        comparison.read_prompts(tmp_path / "p.jsonl")
     assert said in str(error.value) and "p.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_names_are_as_long_as_tells_them_apart():
-    names = lambda **paths: side_by_side.Asked(**paths).names  # noqa: E731
+    names = lambda **paths: comparison.Asked(**paths).names  # noqa: E731
     assert names(model_a="runs/sft", model_b="meta-llama/Llama-3.1-8B") == ("sft", "Llama-3.1-8B")
     assert names(model_a="runs/a/last", model_b="runs/b/last") == ("a/last", "b/last")
     assert names(model_a="m", model_b="m", adapter_a="x/sql") == ("m + sql", "m")
@@ -366,7 +367,7 @@ def test_bars_are_as_wide_as_the_rates_and_say_them(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(Axes, "text", lambda s, x, y, t, **k: texts.append(t) or text(s, x, y, t, **k))
     given = [("all won", "a")] * 5 + [("all lost", "b")] * 3 + [(None, "tie")] * 2
-    picture.draw(intervals.tally(given), tmp_path / "p.png", name_a="a$", name_b="b", judge="x")
+    plot.draw(intervals.tally(given), tmp_path / "p.png", name_a="a$", name_b="b", judge="x")
     assert bars[:3] == [(0, 0.0, 50.0), (0, 50.0, 20.0), (0, 70.0, 30.0)]
     assert bars[3:] == [
         (1, 0.0, 100.0),

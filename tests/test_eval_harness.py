@@ -15,9 +15,9 @@ from golden import make_harness as golden
 
 import llama_jax
 from llama_jax import __main__ as commands
-from llama_jax.config import ConfigError
-from llama_jax.eval import requests, scoring
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.errors import ConfigError
+from llama_jax.eval import lm_eval_requests, scoring
+from llama_jax.sampling_params import SamplingParams
 
 GOLD = json.loads(golden.GOLD.read_text())
 RANKS = {bytes.fromhex(token): rank for rank, token in enumerate(GOLD["ranks"])}
@@ -40,7 +40,7 @@ def llama(folder):
 def test_ids_are_those_of_hflm_names_of_control_tokens_included(llama):
     assert len(GOLD["encode"]) > 30 and any("<|eot_id|>" in text for text, _ in GOLD["encode"])
     for text, ids in GOLD["encode"]:
-        assert requests.encode(llama, text) == ids, text
+        assert lm_eval_requests.encode(llama, text) == ids, text
 
 
 def test_loglikelihoods_are_those_of_hflm(llama):
@@ -64,8 +64,8 @@ def test_is_greedy_is_exact(llama):
 
 def test_rolling_loglikelihoods_are_those_of_hflm_over_several_windows(llama):
     texts, theirs = zip(*GOLD["rolling"], strict=True)
-    assert max(len(requests.encode(llama, text)) for text in texts) > 3 * llama.config.max_seq_len
-    ours = requests.rolling(llama, texts, max_length=None, batch_size=3)
+    assert max(len(lm_eval_requests.encode(llama, text)) for text in texts) > 3 * llama.config.max_seq_len
+    ours = lm_eval_requests.rolling(llama, texts, max_length=None, batch_size=3)
     np.testing.assert_allclose(ours, theirs, rtol=MATCH)
 
 
@@ -73,14 +73,14 @@ def test_texts_and_their_stops_are_those_of_hflm(llama):
     asks = [(context, settings) for context, settings, _ in GOLD["generate_until"]]
     theirs = [text for *_, text in GOLD["generate_until"]]
     for batch_size in (1, 5):
-        found = dict(requests.generate_until(llama, asks, max_length=None, batch_size=batch_size))
+        found = dict(lm_eval_requests.generate_until(llama, asks, max_length=None, batch_size=batch_size))
         assert [found[i] for i in range(len(asks))] == theirs
     contexts = [context for context, _ in asks]
-    assert "" in contexts and max(len(requests.encode(llama, c)) for c in contexts) > llama.config.max_seq_len
+    assert "" in contexts and max(len(lm_eval_requests.encode(llama, c)) for c in contexts) > llama.config.max_seq_len
     free = dict(zip(golden.CONTEXTS, theirs, strict=False))  # the first of each, without stops
     cut = [(settings["until"], text) for (c, settings), text in zip(asks, theirs, strict=True) if text != free[c]]
     several = [stops for stops, _ in cut if isinstance(stops, list)]
-    assert len(cut) > 5 and any(len(requests.encode(llama, stops[0], begin=False)) > 1 for stops in several)
+    assert len(cut) > 5 and any(len(lm_eval_requests.encode(llama, stops[0], begin=False)) > 1 for stops in several)
 
 
 def test_a_stop_string_ends_the_work_too(llama, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_stop_string_ends_the_work_too(llama, monkeypatch):
     real = llama.engine.decode
     monkeypatch.setattr(llama.engine, "decode", lambda s, limit: steps.append(limit) or real(s, limit=limit))
     dict(
-        requests.generate_until(
+        lm_eval_requests.generate_until(
             llama, [(context, {"until": text[0], "max_gen_toks": 48})], max_length=None, batch_size=1
         )
     )
@@ -98,8 +98,8 @@ def test_a_stop_string_ends_the_work_too(llama, monkeypatch):
 
 def test_drawn_texts_follow_their_seed_and_settings(llama):
     ask = ("The river", {"do_sample": True, "temperature": 0.9, "max_gen_toks": 12})
-    one = dict(requests.generate_until(llama, [ask] * 6, max_length=None, batch_size=4, seed=1))
-    same = dict(requests.generate_until(llama, [ask] * 6, max_length=None, batch_size=2, seed=1))
+    one = dict(lm_eval_requests.generate_until(llama, [ask] * 6, max_length=None, batch_size=4, seed=1))
+    same = dict(lm_eval_requests.generate_until(llama, [ask] * 6, max_length=None, batch_size=2, seed=1))
     assert one == same and len(set(one.values())) > 3
     result = llama.generate("The river", max_new_tokens=12, temperature=0.9, seed=3)
     assert one[2] == result.text
@@ -117,7 +117,7 @@ def test_drawn_texts_follow_their_seed_and_settings(llama):
 )
 def test_greedy_unless_told_otherwise(llama, given, temperature):
     expected = SamplingParams(**{**vars(llama.sampling), "temperature": temperature, "top_k": 3})
-    assert requests._sampling(llama, {**given, "top_k": 3}) == expected
+    assert lm_eval_requests._sampling(llama, {**given, "top_k": 3}) == expected
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_greedy_unless_told_otherwise(llama, given, temperature):
 )
 def test_settings_that_cannot_be_are_refused(llama, given, said):
     with pytest.raises(ConfigError) as error:
-        list(requests.generate_until(llama, [("a", given)], max_length=None, batch_size=1))
+        list(lm_eval_requests.generate_until(llama, [("a", given)], max_length=None, batch_size=1))
     assert said.lower() in str(error.value).lower() and "\n" not in str(error.value)
 
 

@@ -12,8 +12,8 @@ import llama_jax.eval
 from llama_jax import __main__ as commands
 from llama_jax import config as configs
 from llama_jax import model
-from llama_jax.config import ConfigError
-from llama_jax.eval import scoring, sliding
+from llama_jax.errors import ConfigError
+from llama_jax.eval import scoring, sliding_window
 from llama_jax.infer import engine
 from llama_jax.infer.llama import Llama
 from llama_jax.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def naive(llama, texts, context, stride):
 @pytest.mark.parametrize("context, stride", [(64, 64), (32, 16), (16, 5), (7, 1)])
 def test_perplexity_is_the_sum_over_logits_place_by_place(llama, context, stride):
     texts = TEXTS if stride > 5 else TEXTS[2:]
-    found = sliding.perplexity(llama, texts, context=context, stride=stride, batch_size=3)
+    found = sliding_window.perplexity(llama, texts, context=context, stride=stride, batch_size=3)
     nats, counts = naive(llama, texts, context, stride)
     bytes_ = sum(len(text.encode()) for text in texts)
     assert found.tokens == counts.sum() == found.bytes == bytes_  # a token a byte
@@ -79,7 +79,7 @@ def test_windows_predict_every_id_once_after_at_least_the_overlap():
         length, context = int(rng.integers(0, 60)), int(rng.integers(1, 20))
         stride = int(rng.integers(1, context + 1))
         ids = list(range(length))
-        found = list(sliding.windows(ids, context=context, stride=stride))
+        found = list(sliding_window.windows(ids, context=context, stride=stride))
         assert [i for _, targets in found for i in targets] == ids[1:]
         for before, targets in found:
             assert [*before, *targets] == list(range(before[0], targets[-1] + 1)) and len(before) >= 1
@@ -93,14 +93,14 @@ def test_the_standard_error_is_what_drawing_documents_again_and_again_gives():
         counts = rng.integers(20, 200, 60)
         nats = counts * (3 + rng.normal(0, 0.5, 60))  # a document's tokens are alike
         ratios.append(nats.sum() / counts.sum())
-        errors.append(sliding._ratio_error(nats, counts))
+        errors.append(sliding_window._ratio_error(nats, counts))
     assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.05)
 
 
 def test_the_error_is_over_windows_where_there_is_one_document(llama):
-    one = sliding.perplexity(llama, TEXTS[1:2], context=16, stride=8)
+    one = sliding_window.perplexity(llama, TEXTS[1:2], context=16, stride=8)
     assert (one.documents, one.windows > 5) == (1, True) and 0 < one.standard_error < one.nats_per_token
-    assert math.isnan(sliding.perplexity(llama, ["a few"], context=16).standard_error)
+    assert math.isnan(sliding_window.perplexity(llama, ["a few"], context=16).standard_error)
 
 
 def test_scores_and_greedy_are_those_of_the_logits_whatever_shares_a_batch(llama):
@@ -214,7 +214,7 @@ def run(llama, monkeypatch, capsys):
 def test_the_command_prints_what_the_function_says(run, llama, tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text)
-    expected = sliding.perplexity(llama, TEXTS, context=32, stride=8)
+    expected = sliding_window.perplexity(llama, TEXTS, context=32, stride=8)
     status, out, _ = run("--text", tmp_path, "--context", 32, "--stride", 8)
     assert status == 0
     words = {line.split("  ")[0]: line for line in out.splitlines()}

@@ -16,19 +16,20 @@ from test_train import batches, gap, make_run
 
 import llama_jax
 from llama_jax import model, parallel
-from llama_jax.config import SIZES, ConfigError
+from llama_jax.config import SIZES
+from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import loop, method, start
+from llama_jax.train import loop, setup, trainable
 from llama_jax.train.metrics import read_metrics
 from llama_jax.train.program import Program
-from llama_jax.weights import updates
+from llama_jax.weights import lora_params
 from llama_jax.weights.source import open_source
 
-# Widths of a multiple of 32, so that it can be quantised; every one is split evenly by meshes of eight.
+# Widths of a multiple of 32, so that it can be quantized; every one is split evenly by meshes of eight.
 MODEL = dataclasses.replace(
     SIZES["tiny"], num_layers=2, embed_dim=64, num_heads=8, num_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=512
 )
@@ -53,7 +54,7 @@ def lora_run(base, **changes) -> RunConfig:
 
 
 def steps(program: Program, count: int):
-    state, frozen = start.first_state(program), start.frozen(program).params
+    state, frozen = setup.first_state(program), setup.frozen(program).params
     metrics = []
     for batch in batches(count):
         state, numbers = program.train_step(state, frozen, jax.device_put(batch, program.batch_sharding))
@@ -78,20 +79,20 @@ def test_a_step_with_lora_has_the_gradients_of_the_merged_model(base):
     """By the chain rule: of W + s b a the gradient to b is s g a^T and to a is s b^T g, with g that of W itself."""
     run = lora_run(base, lora__targets=("q", "down"), lora__rslora=True)
     program, batch = on_mesh(run), batches(1)[0]
-    frozen = start.frozen(program).params
+    frozen = setup.frozen(program).params
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), program.state.params)
     from llama_jax.train.objectives import sft_sums
 
     def loss(trained):
-        return sft_sums(run, method.policy(run, trained, frozen), batch, dtype=jnp.float32)[0]
+        return sft_sums(run, trainable.policy(run, trained, frozen), batch, dtype=jnp.float32)[0]
 
     def merged_loss(params):
         return sft_sums(run, params, batch, dtype=jnp.float32)[0]
 
     is_lora = lambda x: isinstance(x, LoraTensor)  # noqa: E731
     merged = jax.tree.map(
-        lambda x: x.merged(jnp.float32) if is_lora(x) else x, method.policy(run, trained, frozen), is_leaf=is_lora
+        lambda x: x.merged(jnp.float32) if is_lora(x) else x, trainable.policy(run, trained, frozen), is_leaf=is_lora
     )
     value, slopes = jax.jit(jax.value_and_grad(loss))(trained)
     other, dense = jax.jit(jax.value_and_grad(merged_loss))(merged)
@@ -136,7 +137,7 @@ def test_qlora_is_lora_beside_the_rounded_base(base, bits, tmp_path):
     program = on_mesh(run)
     _, frozen, metrics = steps(program, 3)
     is_q = lambda x: isinstance(x, quant.QTensor)  # noqa: E731
-    dense = jax.tree.map(lambda x: quant.dequantise(x, jnp.float32) if is_q(x) else x, frozen, is_leaf=is_q)
+    dense = jax.tree.map(lambda x: quant.dequantize(x, jnp.float32) if is_q(x) else x, frozen, is_leaf=is_q)
     assert sum(map(is_q, jax.tree.leaves(frozen, is_leaf=is_q))) == 7
     sound.save_params(tmp_path / "rounded", MODEL, dense)
     _, _, plain = steps(on_mesh(dataclasses.replace(lora_run(tmp_path / "rounded"))), 3)
@@ -166,7 +167,7 @@ def test_dropout_is_of_the_step_and_of_nothing_else(base):
 def test_rates_of_a_group_and_averages_are_of_what_is_trained(base):
     run = lora_run(base, optimizer__rates=("lora_a=0",), optimizer__ema_decay=0.5)
     program = on_mesh(run)
-    begun = jax.tree.map(np.asarray, start.first_state(program).params)
+    begun = jax.tree.map(np.asarray, setup.first_state(program).params)
     state, _, metrics = steps(program, 3)
     for block in state.params["layers"].values():
         for name, pair in block.items():
@@ -344,7 +345,7 @@ def test_identity_is_of_the_model_and_not_of_its_format(tmp_path, base):
     llama = llama_jax.load(base, dtype="float32")
     others = [open_source(llama.save(tmp_path / kind, kind, dtype="float32")) for kind in ("hf", "gguf")]
     assert {whole.identity()} == {other.identity() for other in others}
-    assert updates.axes(MODEL, lora_run(base).lora)["layers"]["ffn"]["down"]["a"] == ("layers", None, "ffn")
+    assert lora_params.axes(MODEL, lora_run(base).lora)["layers"]["ffn"]["down"]["a"] == ("layers", None, "ffn")
 
 
 def test_lora_computes_no_gradient_of_its_base(base):

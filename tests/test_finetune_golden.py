@@ -33,24 +33,24 @@ from test_train import gap, make_run
 import llama_jax
 from llama_jax import parallel
 from llama_jax.ops import quant
+from llama_jax.params import stack
 from llama_jax.run_config import RunConfig
-from llama_jax.train import method, start
+from llama_jax.train import setup, trainable
 from llama_jax.train.objectives import dpo_sums, sft_sums
 from llama_jax.train.program import Program
-from llama_jax.weights import layout as table
-from llama_jax.weights import transform
+from llama_jax.weights import name_table
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = np.load(HERE / "finetune.npz")
 TOLERANCE = 1e-5  # of losses, relative; measured 1e-6
 SLOPES = 2e-5  # of gradients, relative to the largest of a matrix
-WEIGHTS = {weight.name: weight for weight in table.weights(CONFIG, "huggingface")}
+WEIGHTS = {weight.name: weight for weight in name_table.weights(CONFIG, "huggingface")}
 OURS = {"lora_A": "a", "lora_B": "b"}
 
 
 def stacked(weights: dict[str, np.ndarray]):
-    params = table.build(CONFIG, ((WEIGHTS[name].path, jnp.asarray(a)) for name, a in weights.items()))
-    return transform.stack(params)
+    params = name_table.build(CONFIG, ((WEIGHTS[name].path, jnp.asarray(a)) for name, a in weights.items()))
+    return stack(params)
 
 
 @functools.cache
@@ -88,8 +88,8 @@ def ours_of(tree, name: str) -> np.ndarray:
     module, _, part = name.rpartition(".")
     path = WEIGHTS[name if part == "weight" else module + ".weight"].path
     if path[0] != "layers":
-        return np.asarray(table.get(tree, path))
-    leaf = table.get(tree["layers"], path[2:])
+        return np.asarray(name_table.get(tree, path))
+    leaf = name_table.get(tree["layers"], path[2:])
     return np.asarray((leaf if part == "weight" else leaf[OURS[part]])[path[1]])
 
 
@@ -132,7 +132,7 @@ def loss_and_gradients(run, sums, trained, frozen, batch):
 
     @jax.jit
     def both(trained, frozen, batch):
-        loss = lambda trained: sums(run, method.policy(run, trained, frozen), frozen, batch)  # noqa: E731
+        loss = lambda trained: sums(run, trainable.policy(run, trained, frozen), frozen, batch)  # noqa: E731
         (total, found), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         return jax.tree.map(lambda a: a / found["count"], (total, found, grads))
 
@@ -159,9 +159,9 @@ def test_losses_and_gradients_of_lora_are_pefts(setting):
 def test_losses_and_gradients_of_qlora_are_pefts_beside_the_rounded_base(kind, bits):
     run, batch = lora_run("plain", lora__base=f"int{bits}"), packed(list(sft_documents()), 24, rows=2)
     held = dict(base())
-    held["layers"] = jax.tree.map(lambda a: quant.quantise(a, bits) if a.ndim == 3 else a, held["layers"])
+    held["layers"] = jax.tree.map(lambda a: quant.quantize(a, bits) if a.ndim == 3 else a, held["layers"])
     expected = stacked(rounded(kind))["layers"]["ffn"]["up"]
-    assert gap(quant.dequantise(held["layers"]["ffn"]["up"], jnp.float32), expected) == 0
+    assert gap(quant.dequantize(held["layers"]["ffn"]["up"], jnp.float32), expected) == 0
     loss, _, grads = loss_and_gradients(run, sft, updates_of(adapter("plain")), held, batch)
     assert gap(loss, GOLDEN[f"qlora/{kind}/loss"]) < TOLERANCE
     same_gradients(f"qlora/{kind}", grads, least=2 * len(ONE_OF_EACH))
@@ -181,8 +181,8 @@ def test_steps_of_lora_are_those_of_torch(tmp_path, setting, rate, prefix):
         data__sequence_length=24,
     )
     program = Program.make(run, parallel.make_mesh({}, jax.devices()[:1]))
-    frozen = start.frozen(program).params
-    state = dataclasses.replace(start.first_state(program), params=updates_of(adapter(setting, fresh=True)))
+    frozen = setup.frozen(program).params
+    state = dataclasses.replace(setup.first_state(program), params=updates_of(adapter(setting, fresh=True)))
     batch, losses, norms = packed(list(sft_documents()), 24, rows=2), [], []
     expected = GOLDEN[f"{prefix}/loss"]
     for _ in expected:

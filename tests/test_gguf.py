@@ -17,10 +17,11 @@ from golden.make_gguf import CONFIG, LENGTH, MERGES, STRIDE, factors, kind_of, v
 from golden.make_model import random_tokens, random_weights
 
 from llama_jax import model
-from llama_jax.config import SIZES, ConfigError, RopeScaling
-from llama_jax.weights import blocks, gguf, gguf_file, load
-from llama_jax.weights import layout as table
-from llama_jax.weights.entry import of_array
+from llama_jax.config import SIZES, RopeScaling
+from llama_jax.errors import ConfigError
+from llama_jax.weights import load, name_table
+from llama_jax.weights.formats import gguf, gguf_blocks, gguf_file
+from llama_jax.weights.tensor import of_array
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 GOLDEN = np.load(GOLDEN_FILES / "gguf.npz")
@@ -92,20 +93,20 @@ def test_any_part_of_a_tensor_is_read_alone(name):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_numbers_become_the_blocks_of_ggml(kind):
-    found = blocks.quantise(kind, GOLDEN["quantise/numbers"])
-    np.testing.assert_array_equal(found, GOLDEN[f"quantise/{kind}"])
+    found = gguf_blocks.quantize(kind, GOLDEN["quantize/numbers"])
+    np.testing.assert_array_equal(found, GOLDEN[f"quantize/{kind}"])
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_numbers_too_small_for_a_scale_become_zeros(kind):
     tiny = np.float32([[1e-44, -1e-39, *[0.0] * 30]])
-    assert not blocks.dequantise(kind, blocks.quantise(kind, tiny)).any()
+    assert not gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, tiny)).any()
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0"])
 def test_exact_pieces_are_the_numbers(name):
     found = gguf_file.open_file(TYPES).entries[name]
-    bits, values, scales = found.quantised
+    bits, values, scales = found.quantized
     assert (values.shape, values.dtype) == ((3, 160 * bits // 8), np.dtype(np.int8 if bits == 8 else np.uint8))
     assert (scales.shape, scales.dtype) == ((3, 5), np.dtype(np.float16))
     packed = values.read().reshape(3, 5, -1)
@@ -180,7 +181,7 @@ def test_a_written_file_reads_back(tmp_path, kind):
         if kind in gguf_file.PLAIN:
             expected = array.astype(gguf_file.PLAIN[kind])
         else:
-            expected = blocks.dequantise(kind, blocks.quantise(kind, array))
+            expected = gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, array))
         np.testing.assert_array_equal(found.entries[name].read(), expected)
 
 
@@ -189,8 +190,8 @@ def test_blocks_are_copied_exactly(tmp_path, name):
     source = gguf_file.open_file(TYPES).entries[name]
     source = dataclasses.replace(source, kind="of another format")
     gguf_file.save_file(tmp_path / "w.gguf", {}, {"t": (source, name.upper())})
-    found = gguf_file.open_file(tmp_path / "w.gguf").entries["t"].quantised
-    for mine, theirs in zip(found[1:], source.quantised[1:], strict=True):
+    found = gguf_file.open_file(tmp_path / "w.gguf").entries["t"].quantized
+    for mine, theirs in zip(found[1:], source.quantized[1:], strict=True):
         assert mine.read().tobytes() == theirs.read().tobytes()
 
 
@@ -314,14 +315,14 @@ def test_no_damage_does_worse_than_a_refusal(tmp_path):
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
 def test_a_scale_that_is_not_finite_is_refused_by_name(tmp_path, name):
-    kind, numbers = name.upper(), blocks.BLOCKS[name.upper()][0]
+    kind, numbers = name.upper(), gguf_blocks.BLOCKS[name.upper()][0]
     number = next(n for n, known in gguf_file._TYPES.items() if known == kind)
-    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0) + blocks.BLOCKS[kind][1]
-    raw = bytearray(2 * blocks.BLOCKS[kind][1])
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0) + gguf_blocks.BLOCKS[kind][1]
+    raw = bytearray(2 * gguf_blocks.BLOCKS[kind][1])
     raw[at : at + 2] = np.float16(math.nan).tobytes()
     found = gguf_file.open_file(write(tmp_path, encode([], [info("t", (numbers, 2), number)], bytes(raw)))).entries["t"]
     assert not found.read((slice(0, 1),)).any()
-    readers = [found.read] + ([found.quantised.scales.read] if found.quantised else [])
+    readers = [found.read] + ([found.quantized.scales.read] if found.quantized else [])
     for read in readers:
         with pytest.raises(ValueError, match="'t' has a scale") as error:
             read()
@@ -413,7 +414,7 @@ def logits(found, config):
 def leaves_of(config):
     """The weights of make_model.py as ours."""
     named = random_weights(config)
-    return {weight.path: entry(named[weight.name]) for weight in table.weights(config, "huggingface")}
+    return {weight.path: entry(named[weight.name]) for weight in name_table.weights(config, "huggingface")}
 
 
 def save(path, config, **changes):
@@ -440,13 +441,13 @@ def test_logits_are_those_of_llama_cpp():
 def test_weights_are_those_that_were_converted():
     found = gguf_file.open_file(TINY)
     leaves = load.check_entries(found.entries, CONFIG, format="gguf", source="test")
-    for weight, path in zip(table.weights(CONFIG, "gguf"), leaves, strict=True):
+    for weight, path in zip(name_table.weights(CONFIG, "gguf"), leaves, strict=True):
         kind, ours = kind_of(weight.name), leaves_of(CONFIG)[path].read()
         assert leaves[path].kind == kind
         expected = (
             ours.astype(gguf_file.PLAIN[kind])
             if kind in gguf_file.PLAIN
-            else blocks.dequantise(kind, blocks.quantise(kind, ours))
+            else gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, ours))
         )
         np.testing.assert_array_equal(leaves[path].read(), expected)
 
@@ -456,7 +457,7 @@ def test_weights_are_those_that_were_converted():
 def test_a_saved_model_is_the_model(tmp_path, config, dtype):
     found = save(tmp_path / "w.gguf", config, dtype=dtype)
     assert gguf.read_config(found) == config
-    kinds = {weight.name: found.entries[weight.name].kind for weight in table.weights(config, "gguf")}
+    kinds = {weight.name: found.entries[weight.name].kind for weight in name_table.weights(config, "gguf")}
     kind = gguf.DTYPES[dtype][0]
     last = "Q8_0" if dtype == "q4_0" else kind
     assert kinds["blk.1.ffn_down.weight"] == kind
@@ -468,7 +469,9 @@ def test_a_saved_model_is_the_model(tmp_path, config, dtype):
         if leaf.kind in gguf_file.PLAIN:
             np.testing.assert_array_equal(leaf.read(), ours.astype(leaf.dtype))
         else:  # blocks lie within rows, so that reordering rows does not change them
-            np.testing.assert_array_equal(leaf.read(), blocks.dequantise(leaf.kind, blocks.quantise(leaf.kind, ours)))
+            np.testing.assert_array_equal(
+                leaf.read(), gguf_blocks.dequantize(leaf.kind, gguf_blocks.quantize(leaf.kind, ours))
+            )
 
 
 def test_rows_that_are_no_multiple_of_32_stay_float16(tmp_path):
@@ -492,7 +495,7 @@ def test_every_config_survives(name, monkeypatch):
     written = {}
     monkeypatch.setattr(gguf_file, "save_file", lambda path, *given, **_: written.update(zip("mt", given, strict=True)))
     config = SIZES[name]
-    shapes = {w.path: of_array(lambda: None, np.dtype(np.float32), w.shape) for w in table.weights(config, "gguf")}
+    shapes = {w.path: of_array(lambda: None, np.dtype(np.float32), w.shape) for w in name_table.weights(config, "gguf")}
     options = dict(dtype="bfloat16", vocabulary=None, name=name, stop_tokens=(), bos_token=None)
     gguf.save_file(Path("x"), config, shapes, **options)
     metadata = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in written["m"].items()}

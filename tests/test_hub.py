@@ -14,8 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from llama_jax.config import ConfigError
-from llama_jax.weights import hub
+from llama_jax.errors import ConfigError
+from llama_jax.weights import hub_models
 
 ROOT = Path(__file__).parent.parent
 CONFIG = json.dumps(
@@ -311,7 +311,7 @@ def test_whatever_stops_a_download_is_one_line_with_its_mend(monkeypatch, error,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stopped)
     with pytest.raises(ConfigError, match=words) as found:
-        hub.download("meta/full")
+        hub_models.download("meta/full")
     assert "\n" not in str(found.value)
 
 
@@ -329,7 +329,7 @@ def test_whatever_stops_a_download_is_one_line_with_its_mend(monkeypatch, error,
     ],
 )
 def test_ids_are_known(text):
-    assert hub.is_hub_id(text)
+    assert hub_models.is_hub_id(text)
 
 
 @pytest.mark.parametrize(
@@ -372,16 +372,16 @@ def test_ids_are_known(text):
 )
 def test_what_can_only_be_a_path_is_no_id_and_never_reaches_the_hub(text, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *given, **named: pytest.fail("asked the hub"))
-    assert not hub.is_hub_id(text)
+    assert not hub_models.is_hub_id(text)
     with pytest.raises(ConfigError, match="not the id of a model"):
-        hub.download(text)
+        hub_models.download(text)
 
 
 def test_a_mistyped_path_below_a_folder_that_is_there_is_no_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub.is_hub_id("runs/quikstart")
+    assert hub_models.is_hub_id("runs/quikstart")
     (tmp_path / "runs").mkdir()
-    assert not hub.is_hub_id("runs/quikstart")
+    assert not hub_models.is_hub_id("runs/quikstart")
 
 
 LLAMA = ("config.json", "tokenizer.json", "README.md")
@@ -433,8 +433,8 @@ def local(tmp_path, monkeypatch):
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        monkeypatch.setattr(hub, "listing", lambda repo, folder: sorted(files))
-        return hub.download(name), got
+        monkeypatch.setattr(hub_models, "listing", lambda repo, folder: sorted(files))
+        return hub_models.download(name), got
 
     return serve
 
@@ -477,4 +477,4 @@ def test_an_index_that_names_anything_but_shards_is_refused(tmp_path, places):
     (tmp_path / "config.json").write_text(CONFIG)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ConfigError, match="weight_map must name .safetensors files"):
-        hub._choose(hub._parse("a/b"), tmp_path, ["config.json", "model.safetensors.index.json"])
+        hub_models._choose(hub_models._parse("a/b"), tmp_path, ["config.json", "model.safetensors.index.json"])

@@ -16,11 +16,11 @@ import llama_jax
 from llama_jax import config as configs
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
+from llama_jax.params import stack, unstack
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights import transform
 from llama_jax.weights.source import open_source
 
 CONFIG = configs.size("tiny")
@@ -34,7 +34,7 @@ def tokenizer():
 @functools.cache
 def params():
     stacked = model.init_params(CONFIG, jax.random.key(0))
-    return transform.unstack(jax.tree.map(lambda a: a * 6 if a.ndim > 2 else a, stacked))
+    return unstack(jax.tree.map(lambda a: a * 6 if a.ndim > 2 else a, stacked))
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def test_logits_are_those_of_the_forward_pass_at_every_length():
 
 
 def test_stacked_and_unrolled_weights_make_the_same_text():
-    stacked = Llama(CONFIG, transform.stack(params()))
+    stacked = Llama(CONFIG, stack(params()))
     assert stacked.generate([1, 2, 3], max_new_tokens=8, temperature=0) == bare().generate(
         [1, 2, 3], max_new_tokens=8, temperature=0
     )
@@ -145,7 +145,7 @@ def test_chat_asks_in_the_dialog_format_and_streams_the_same():
 
 def test_ids_beyond_the_tokenizer_are_left_out_of_the_text():
     wide = dataclasses.replace(CONFIG, vocab_size=600)
-    weights = transform.unstack(model.init_params(wide, jax.random.key(1)))
+    weights = unstack(model.init_params(wide, jax.random.key(1)))
     result = Llama(wide, weights, tokenizer()).generate("a", max_new_tokens=20, temperature=5.0, top_p=1.0)
     assert max(result.tokens) >= 512
     assert result.text == tokenizer().decode([i for i in result.tokens if i < 512], skip_special=True)
@@ -205,7 +205,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only():
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused():
     small = dataclasses.replace(CONFIG, vocab_size=400)
-    weights = transform.unstack(model.init_params(small, jax.random.key(0)))
+    weights = unstack(model.init_params(small, jax.random.key(0)))
     with pytest.raises(ConfigError, match="512 ids but the model only 400"):
         Llama(small, weights, tokenizer())
 
@@ -232,7 +232,7 @@ def test_load_reads_a_run_folder_on_any_mesh(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG.to_dict()}))
     tokenizer().save(tmp_path / "tokenizer.model")
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(3, params=transform.stack(params()), rest={"step": jnp.array(3)}, meta={})
+    checkpoints.save(3, params=stack(params()), rest={"step": jnp.array(3)}, meta={})
     checkpoints.close()
     options = {"max_new_tokens": 9, "temperature": 0}
     expected = llama().generate("ab", **options)
@@ -264,7 +264,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
 def test_a_run_that_cannot_be_read_says_so_in_a_line(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path)
     for step in (2, 4):
-        checkpoints.save(step, params=transform.stack(params()), rest={"step": jnp.array(step)}, meta={})
+        checkpoints.save(step, params=stack(params()), rest={"step": jnp.array(step)}, meta={})
     checkpoints.close()
     for text in ("[]", "{", '{"model": "llama3.1-8b"}'):
         (tmp_path / "config.json").write_text(text)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from golden.make_model import random_tokens
 from jax.sharding import PartitionSpec as P
-from test_quant import CONFIG, gap, quantised_params, random_quantised
+from test_quant import CONFIG, gap, quantized_params, random_quantized
 
 from llama_jax import model, parallel
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraTensor
-from llama_jax.weights import transform
+from llama_jax.params import stack, unstack
 
 ROUNDING = 1e-5
 RANK = 3
@@ -34,7 +34,7 @@ def random_lora(base, seed=0, rank=RANK):
 def bases(shape):
     """Of each kind, and their numbers."""
     dense = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
-    return {"dense": (dense, dense)} | {f"q{bits}": random_quantised(shape, bits) for bits in (8, 4)}
+    return {"dense": (dense, dense)} | {f"q{bits}": random_quantized(shape, bits) for bits in (8, 4)}
 
 
 def by_hand(w, numbers):
@@ -122,9 +122,9 @@ def test_a_scan_over_stacked_layers_gives_the_loss_and_gradients_of_the_merged_m
 @pytest.mark.parametrize("sizes, bits", [(None, 4), (MESH, None), (MESH, 8)], ids=str)
 def test_a_model_with_lora_is_the_merged_model_on_any_mesh(sizes, bits):
     if bits is None:
-        base = dense = transform.unstack(model.init_params(CONFIG, jax.random.key(0)))
+        base = dense = unstack(model.init_params(CONFIG, jax.random.key(0)))
     else:
-        base, dense = quantised_params(bits)
+        base, dense = quantized_params(bits)
     params, plain = with_lora(base, stacked=False), merged(with_lora(dense, stacked=False))
     mesh = None if sizes is None else parallel.make_mesh(sizes)
     a, b = Llama(CONFIG, params, mesh=mesh, dtype="float32"), Llama(CONFIG, plain, dtype="float32")
@@ -147,6 +147,6 @@ def test_lora_weights_stack_and_unstack_and_stay_on_their_mesh():
     up = stacked["layers"]["ffn"]["up"]
     specs = [part.sharding.spec for part in (up.a, up.b, up.scale)]
     assert specs == [P(None, None, "fsdp"), P(None, "tensor", None), P(None)]
-    again = transform.stack(transform.unstack(stacked))
+    again = stack(unstack(stacked))
     jax.tree.map(np.testing.assert_array_equal, again, stacked)
     assert jax.tree.map(lambda a: a.sharding.spec, again) == jax.tree.map(lambda a: a.sharding.spec, stacked)

@@ -19,9 +19,11 @@ from folders import refusal
 from golden import make_meta
 
 from llama_jax import model
-from llama_jax.config import SIZES, ConfigError
-from llama_jax.weights import layout, load, meta, torch_file, torch_pickle
-from llama_jax.weights.entry import of_array
+from llama_jax.config import SIZES
+from llama_jax.errors import ConfigError
+from llama_jax.weights import load, name_table
+from llama_jax.weights.formats import meta, torch_file, torch_pickle
+from llama_jax.weights.tensor import of_array
 
 GOLDEN = make_meta.HERE
 CASES = list(make_meta.CASES)
@@ -44,7 +46,7 @@ def cast(leaves, dtype):
 def random_leaves(config):
     """Weights of our own shapes, by path, in float32."""
     draw = np.random.RandomState(0)
-    arrays = {w.path: draw.standard_normal(w.shape).astype(np.float32) for w in layout.weights(config, "meta")}
+    arrays = {w.path: draw.standard_normal(w.shape).astype(np.float32) for w in name_table.weights(config, "meta")}
     return {path: of_array(lambda a=a: a, a.dtype, a.shape) for path, a in arrays.items()}
 
 
@@ -172,7 +174,7 @@ def test_saved_file_is_built_as_torchs_own(tmp_path):
     assert steps <= their_steps | {"BININT"}
     # Tied weights are one storage, which torch gives both names.
     stored = [name for name in ours.namelist() if name.startswith("archive/data/")]
-    assert len(stored) == len(layout.weights(meta.open_folder(tmp_path)[0], "meta"))
+    assert len(stored) == len(name_table.weights(meta.open_folder(tmp_path)[0], "meta"))
     assert "output.weight" in torch_file.open_file(tmp_path / "consolidated.00.pth")
 
 
@@ -565,7 +567,7 @@ HOSTILE = {
     "an unknown class": (tensor(kind=Name("torch.storage.UntypedStorage")), "torch.storage.UntypedStorage"),
     "a persistent id that is text": (program("os", b"Q"), "storage in a way"),
     "a parameter of nothing": (program(Name("torch._utils._rebuild_parameter"), (None,), b"R"), "_rebuild_parameter"),
-    "a quantised tensor": (program(Name("torch._utils._rebuild_qtensor")), "_rebuild_qtensor"),
+    "a quantized tensor": (program(Name("torch._utils._rebuild_qtensor")), "_rebuild_qtensor"),
 }
 
 

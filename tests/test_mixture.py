@@ -11,11 +11,11 @@ from test_records import ANSWER, ASK, documents_in, random_dialog, store_of, wri
 from test_sft import dialog_run, numbers
 from test_train_cli import parse, write_config
 
-from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader
 from llama_jax.data.packing import Mixture, PackedRows
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
+from llama_jax.errors import ConfigError
 from llama_jax.text import Tokenizer
 from llama_jax.train import loop
 

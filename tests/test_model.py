@@ -17,12 +17,13 @@ from golden.make_model import CASES, VOCAB_STRIDE, random_tokens, random_weights
 
 from llama_jax import model, parallel
 from llama_jax.cache import init_cache
-from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling
+from llama_jax.config import SIZES, ModelConfig, RopeScaling
+from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import rope
 from llama_jax.ops.attention import xla
-from llama_jax.weights import layout as table
-from llama_jax.weights import transform
+from llama_jax.params import stack
+from llama_jax.weights import name_table
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "model_logits.npz")
 TINY = SIZES["tiny"]
@@ -39,8 +40,8 @@ def gap(a, b) -> float:
 @functools.lru_cache
 def weights(config: ModelConfig):
     named = random_weights(config)
-    rows = table.weights(config, "huggingface")
-    return table.build(config, ((row.path, jnp.asarray(named[row.name])) for row in rows))
+    rows = name_table.weights(config, "huggingface")
+    return name_table.build(config, ((row.path, jnp.asarray(named[row.name])) for row in rows))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "remat"))
@@ -183,7 +184,7 @@ def test_stacked_layers_equal_unrolled_ones(case):
     tokens, positions = batch(config)
     params = weights(config)
     one = logits(config, params, tokens, positions)
-    assert gap(logits(config, transform.stack(params), tokens, positions), one) < ROUNDING
+    assert gap(logits(config, stack(params), tokens, positions), one) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_stacked_layers_equal_unrolled_ones(case):
 )
 def test_cached_chunks_equal_the_full_forward(chunks, stacked):
     tokens, positions = batch()
-    params = transform.stack(weights(TINY)) if stacked else weights(TINY)
+    params = stack(weights(TINY)) if stacked else weights(TINY)
     cache = init_cache(TINY, batch=2, capacity=32, dtype=jnp.float32)
     ends = np.cumsum(chunks)
     parts = []
@@ -244,7 +245,7 @@ def _gradients(params, remat):
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_remat_policies_give_equal_gradients(stacked):
-    params = transform.stack(weights(TINY)) if stacked else weights(TINY)
+    params = stack(weights(TINY)) if stacked else weights(TINY)
     plain = _gradients(params, "none")
     for remat in ("dots", "full"):
         for a, b in zip(jax.tree.leaves(_gradients(params, remat)), jax.tree.leaves(plain), strict=True):
@@ -276,7 +277,7 @@ MESHES = [
 
 def _on_mesh(sizes, rules, *, stacked):
     layout = parallel.Layout(parallel.make_mesh(sizes), rules)
-    params = transform.stack(weights(TINY)) if stacked else weights(TINY)
+    params = stack(weights(TINY)) if stacked else weights(TINY)
     shardings = parallel.shardings(layout, model.logical_axes(TINY, stacked=stacked), params)
     return layout, jax.device_put(params, shardings)
 

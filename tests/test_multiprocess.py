@@ -99,7 +99,7 @@ address, index, source, folder = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
 from llama_jax import parallel
 from llama_jax.weights import export
-from llama_jax.weights.entry import File
+from llama_jax.weights.tensor import File
 from llama_jax.weights.source import open_source
 
 found, read, read_into = open_source(source), [], File.read_into

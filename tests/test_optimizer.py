@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from llama_jax import model, parallel
-from llama_jax.config import SIZES, ConfigError
+from llama_jax.config import SIZES
+from llama_jax.errors import ConfigError
 from llama_jax.run_keys import GROUPS, OptimizerConfig
 from llama_jax.train.moments import Moment
 from llama_jax.train.optimizer import (

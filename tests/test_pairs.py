@@ -13,14 +13,14 @@ from test_records import ANSWER, ASK, FUNCTION, GOLDEN, documents_in, expected, 
 from test_sft import NAMES, slow_rows
 from test_train import text_run
 
-from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Mixture, WholeRows, pack
 from llama_jax.data.records import Pair, encode_pair, parse
 from llama_jax.data.sources import documents_from, fingerprint_of
 from llama_jax.data.store import TokenStore, build_store
+from llama_jax.errors import ConfigError
 from llama_jax.text import Tokenizer
-from llama_jax.train import show, start
+from llama_jax.train import setup, show
 
 T = 640
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in ("Because.", "No idea."))
@@ -347,7 +347,7 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
     said: list[str] = []
     lines = [GOOD] * 30 + [{**GOOD, "messages": [ASK, BETTER]}, {}]
     path = write(tmp_path / "held.jsonl", [TEXTS] * 4)
-    train, validation = start.rows(pair_run(tmp_path, lines, data__validation=(path,)), tokenizer, said.append)
+    train, validation = setup.rows(pair_run(tmp_path, lines, data__validation=(path,)), tokenizer, said.append)
     assert train.parts[0].store.pairs and validation.store.pairs
     assert said[0].startswith("train: 31 pairs, 2,") and " targets), " in said[0] and " padding), " in said[0]
     assert said[1].startswith("train: left out as bad: 1 of 32 pairs, listed in ")
@@ -360,7 +360,7 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
 def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(tmp_path, tokenizer):
     def refused(words: str, lines: list, **changes):
         with pytest.raises(ConfigError, match=words) as caught:
-            start.rows(pair_run(tmp_path, lines, **changes), tokenizer, print)
+            setup.rows(pair_run(tmp_path, lines, **changes), tokenizer, print)
         assert "\n" not in str(caught.value)
 
     dialogs = [{"messages": [ASK, ANSWER]}] * 3
@@ -379,7 +379,7 @@ def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(t
 
 
 def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(start, "chosen_tokenizer", lambda run, say: tokenizer)  # that of init_from
+    monkeypatch.setattr(setup, "chosen_tokenizer", lambda run, say: tokenizer)  # that of init_from
     show.show(pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path)), colour=False)
     one, other = (len(ids) for ids, _ in expected_pair(tokenizer, GOOD))
     both = one + other

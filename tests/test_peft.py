@@ -16,10 +16,11 @@ from golden.make_model import VOCAB_STRIDE, random_weights
 
 import llama_jax
 from llama_jax import __main__ as commands
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.infer import cli
 from llama_jax.ops.lora import LoraTensor
-from llama_jax.weights import adapter, peft
+from llama_jax.weights import adapters
+from llama_jax.weights.formats import peft
 from llama_jax.weights.source import open_source
 
 HERE = Path(__file__).parent / "golden"
@@ -83,7 +84,7 @@ def test_logits_are_pefts(llama, case):
 
 @pytest.mark.parametrize("case", golden.CASES)
 def test_merged_weights_are_pefts_and_the_others_are_the_bases(base, tmp_path, case):
-    names = {w.name: w.path for w in adapter.table.weights(CONFIG, "huggingface")}
+    names = {w.name: w.path for w in adapters.name_table.weights(CONFIG, "huggingface")}
     merged = tensors(convert(base, tmp_path / "out", "hf", "--adapter", str(FOLDERS[case])))
     for name in golden.MERGED:
         assert gap(merged[names[name]][:: golden.ROWS], GOLD[f"{case}/{name}"]) < 1e-6
@@ -104,7 +105,7 @@ def test_every_format_is_a_base_and_takes_the_merged_weights(base, llama, tmp_pa
 
 def test_merging_reads_any_part_in_any_dtype(base):
     source = open_source(base)
-    entry = adapter.merge(source.leaves, peft.open_adapter(FOLDERS["all_linear"], CONFIG))["layers", 1, "ffn", "up"]
+    entry = adapters.merge(source.leaves, peft.open_adapter(FOLDERS["all_linear"], CONFIG))["layers", 1, "ffn", "up"]
     part = (slice(7, 30), slice(5, 9))
     np.testing.assert_allclose(entry.read(part), entry.read()[part], atol=1e-6)
     assert entry.read(part, np.dtype(ml_dtypes.bfloat16)).dtype == "bfloat16"
@@ -112,7 +113,7 @@ def test_merging_reads_any_part_in_any_dtype(base):
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
-def test_a_quantised_base_stays_quantised_under_an_adapter(base, tmp_path, dtype):
+def test_a_quantized_base_stays_quantized_under_an_adapter(base, tmp_path, dtype):
     file, folder = convert(base, tmp_path / "a.gguf", "gguf", "--dtype", dtype), FOLDERS["all_linear"]
     held = llama_jax.load(file, dtype="float32", adapters=folder)
     leaf = held.params["layers"][0]["attention"]["q"]

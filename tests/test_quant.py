@@ -1,4 +1,4 @@
-"""Quantised weights: products, look-ups and whole forward passes are those of the numbers they stand for."""
+"""Quantized weights: products, look-ups and whole forward passes are those of the numbers they stand for."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,13 @@ from golden.make_model import random_tokens
 
 import llama_jax
 from llama_jax import model, parallel
-from llama_jax.config import SIZES, ConfigError
+from llama_jax.config import SIZES
+from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear, quant
 from llama_jax.ops.quant import QTensor
-from llama_jax.weights import blocks, transform
+from llama_jax.params import stack, unstack
+from llama_jax.weights.formats import gguf_blocks
 
 ROUNDING = 1e-5
 MESH = {"data": 2, "tensor": 4}
@@ -21,7 +23,7 @@ TINY = {**SIZES["tiny"].to_dict(), "embed_dim": 64, "rope_scaling": SIZES["tiny"
 CONFIG = type(SIZES["tiny"])(**TINY)
 
 
-def random_quantised(shape, bits, seed=0):
+def random_quantized(shape, bits, seed=0):
     """A QTensor, and its numbers as Q8_0 and Q4_0 are defined, one at a time."""
     rng = np.random.default_rng(seed)
     out, size = shape
@@ -43,9 +45,9 @@ def gap(a, b):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_its_shape_and_numbers_are_those_it_stands_for(bits):
-    w, numbers = random_quantised((6, 96), bits)
+    w, numbers = random_quantized((6, 96), bits)
     assert (w.shape, w.bits) == ((6, 96), bits)
-    np.testing.assert_array_equal(quant.dequantise(w, jnp.float32), numbers)
+    np.testing.assert_array_equal(quant.dequantize(w, jnp.float32), numbers)
     assert sum(a.nbytes for a in jax.tree.leaves(w)) == 6 * 3 * (34 if bits == 8 else 18)
 
 
@@ -53,7 +55,7 @@ def test_its_shape_and_numbers_are_those_it_stands_for(bits):
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_are_those_of_the_numbers(bits, rows, out):
-    w, numbers = random_quantised((out, 64), bits)
+    w, numbers = random_quantized((out, 64), bits)
     x = np.random.default_rng(1).standard_normal((2, rows, 64)).astype(np.float32)
     for product in (linear.linear, linear.linear_f32):
         result = jax.jit(product)(x, w)
@@ -65,7 +67,7 @@ def test_products_are_those_of_the_numbers(bits, rows, out):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_flow_through_it_to_the_activations(bits):
-    w, numbers = random_quantised((512, 64), bits)
+    w, numbers = random_quantized((512, 64), bits)
     x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
     gradient = jax.grad(lambda x: (linear.linear(x, w) ** 2).sum())(x)
     assert gap(gradient, 2 * (x @ numbers.T) @ numbers) < ROUNDING
@@ -73,7 +75,7 @@ def test_gradients_flow_through_it_to_the_activations(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_are_looked_up_and_other_ids_are_nan(bits):
-    w, numbers = random_quantised((50, 64), bits)
+    w, numbers = random_quantized((50, 64), bits)
     ids = jnp.array([[3, 49], [0, 50]])
     rows = jax.jit(linear.embed, static_argnums=2)(w, ids, jnp.float32)
     np.testing.assert_array_equal(rows[:, 0], numbers[[3, 0]])
@@ -81,22 +83,22 @@ def test_rows_are_looked_up_and_other_ids_are_nan(bits):
     assert jnp.isnan(rows[1, 1]).all()
 
 
-def quantised_params(bits):
-    """A model's unrolled weights with every matrix quantised, and the same with arrays."""
-    dense = transform.unstack(model.init_params(CONFIG, jax.random.key(0)))
+def quantized_params(bits):
+    """A model's unrolled weights with every matrix quantized, and the same with arrays."""
+    dense = unstack(model.init_params(CONFIG, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(dense)
     pairs = [
-        random_quantised(leaf.shape, bits, seed) if leaf.ndim == 2 else (leaf, leaf) for seed, leaf in enumerate(leaves)
+        random_quantized(leaf.shape, bits, seed) if leaf.ndim == 2 else (leaf, leaf) for seed, leaf in enumerate(leaves)
     ]
     return tuple(jax.tree.unflatten(tree, list(side)) for side in zip(*pairs, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [None, {"tensor": 4, "data": 2}], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_model_is_the_model_of_its_numbers_on_any_mesh(bits, sizes):
-    quantised, dense = quantised_params(bits)
+def test_a_quantized_model_is_the_model_of_its_numbers_on_any_mesh(bits, sizes):
+    quantized, dense = quantized_params(bits)
     mesh = None if sizes is None else parallel.make_mesh(sizes)
-    a = Llama(CONFIG, quantised, mesh=mesh, dtype="float32")
+    a = Llama(CONFIG, quantized, mesh=mesh, dtype="float32")
     b = Llama(CONFIG, dense, dtype="float32")
     held = [leaf for leaf in jax.tree.leaves(a.params) if leaf.ndim == 2]
     assert {leaf.dtype.name for leaf in held} == {"int8" if bits == 8 else "uint8", "float16"}
@@ -107,10 +109,10 @@ def test_a_quantised_model_is_the_model_of_its_numbers_on_any_mesh(bits, sizes):
     assert [r.tokens for r in a.generate(prompts, **options)] == [r.tokens for r in b.generate(prompts, **options)]
 
 
-def test_quantised_weights_stack_and_unstack():
-    quantised, _ = quantised_params(4)
-    again = transform.unstack(transform.stack(quantised))
-    jax.tree.map(np.testing.assert_array_equal, again, quantised)
+def test_quantized_weights_stack_and_unstack():
+    quantized, _ = quantized_params(4)
+    again = unstack(stack(quantized))
+    jax.tree.map(np.testing.assert_array_equal, again, quantized)
 
 
 @pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
@@ -118,15 +120,15 @@ def test_weights_are_rounded_as_ggml_rounds_them(bits, kind):
     rng = np.random.default_rng(bits)
     w = (rng.standard_normal((64, 256)) * 10.0 ** rng.integers(-4, 2, (64, 1))).astype(np.float32)
     w[3, :32], w[4, 32:64] = 0, 0.125
-    ours = jax.jit(quant.quantise, static_argnums=1)(w, bits)
-    theirs = blocks.dequantise(kind, blocks.quantise(kind, w))
-    np.testing.assert_array_equal(quant.dequantise(ours, jnp.float32), theirs)
+    ours = jax.jit(quant.quantize, static_argnums=1)(w, bits)
+    theirs = gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, w))
+    np.testing.assert_array_equal(quant.dequantize(ours, jnp.float32), theirs)
     assert ours.bits == bits and ours.shape == w.shape
 
 
 @pytest.mark.parametrize("sizes", [None, MESH], ids=str)
 @pytest.mark.parametrize("name, kind", [("int8", "Q8_0"), ("int4", "Q4_0")])
-def test_a_model_quantised_while_it_is_read_is_the_rounded_model(tmp_path, name, kind, sizes):
+def test_a_model_quantized_while_it_is_read_is_the_rounded_model(tmp_path, name, kind, sizes):
     params = model.init_params(CONFIG, jax.random.key(3))
     sound.save_params(tmp_path / "whole", CONFIG, params)
 
@@ -134,7 +136,7 @@ def test_a_model_quantised_while_it_is_read_is_the_rounded_model(tmp_path, name,
         if leaf.ndim < 3:
             return leaf
         flat = np.asarray(leaf).reshape(-1, leaf.shape[-1])
-        return jnp.asarray(blocks.dequantise(kind, blocks.quantise(kind, flat)).reshape(leaf.shape))
+        return jnp.asarray(gguf_blocks.dequantize(kind, gguf_blocks.quantize(kind, flat)).reshape(leaf.shape))
 
     expected = Llama(CONFIG, {**params, "layers": jax.tree.map(rounded, params["layers"])}, dtype="float32")
     llama = llama_jax.load(tmp_path / "whole", quantize=name, dtype="float32", mesh=sizes)

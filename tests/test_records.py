@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.config import ConfigError
 from llama_jax.data import sources
 from llama_jax.data.records import BadLine, Completion, Dialog, encode, parse, try_encode
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import TokenStore, build_store
+from llama_jax.errors import ConfigError
 from llama_jax.text import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "text.json").read_text(encoding="utf-8"))

@@ -22,12 +22,12 @@ from test_train_cli import ROOT, write_config
 
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints, SaveError
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
+from llama_jax.params import is_stacked
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import loop, start
+from llama_jax.train import loop, setup
 from llama_jax.train.metrics import MetricLog, read_metrics
 from llama_jax.train.program import Program
-from llama_jax.weights import transform
 
 SETTINGS = (
     "config.model.num_layers = 1; config.train.steps = 40; config.checkpoint.every = 4; config.log.eval_every = 10; "
@@ -223,10 +223,10 @@ def test_a_start_without_a_checkpoint_makes_its_tokenizer_anew(tmp_path):
     run = text_run(tmp_path, model__vocab_size=540)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.model").write_text("left over")
-    tokenizer = start.tokenizer(run, tmp_path / "run", resuming=False, say=lambda *_: None)
+    tokenizer = setup.tokenizer(run, tmp_path / "run", resuming=False, say=lambda *_: None)
     assert tokenizer.vocab_size == 540
     with pytest.raises(ConfigError, match="set model.vocab_size=540"):
-        start.tokenizer(text_run(tmp_path), tmp_path / "run", resuming=True, say=lambda *_: None)
+        setup.tokenizer(text_run(tmp_path), tmp_path / "run", resuming=True, say=lambda *_: None)
 
 
 # Asynchronous saving
@@ -315,13 +315,13 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
     for source, expected in ((folder, theirs), (result.folder, trained)):
         ours = dataclasses.replace(run, init_from=str(source))
         program = Program.make(ours, mesh)
-        state = start.first_state(program)
+        state = setup.first_state(program)
         for a, b, place in zip(*map(jax.tree.leaves, (state.params, expected, program.state.params)), strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.sharding.is_equivalent_to(place.sharding, a.ndim) and a.dtype == jnp.float32
-        found = start.tokenizer(ours, tmp_path, resuming=False, say=lambda *_: None)
+        found = setup.tokenizer(ours, tmp_path, resuming=False, say=lambda *_: None)
         assert found.fingerprint == tokenizer.fingerprint
-    assert state.step == 0 and transform.is_stacked(state.params)
+    assert state.step == 0 and is_stacked(state.params)
 
 
 def test_init_from_refuses_another_model_by_its_keys(tmp_path):
@@ -330,4 +330,4 @@ def test_init_from_refuses_another_model_by_its_keys(tmp_path):
     sound.save_params(tmp_path / "model", other, model.init_params(other, jax.random.key(0)))
     mesh = parallel.make_mesh({}, jax.devices()[:1])
     with pytest.raises(ConfigError, match="model.ffn_dim=64 there, 96 here; model.rope_theta=10000.0 there, 500000"):
-        start.first_state(Program.make(dataclasses.replace(run, init_from=str(tmp_path / "model")), mesh))
+        setup.first_state(Program.make(dataclasses.replace(run, init_from=str(tmp_path / "model")), mesh))

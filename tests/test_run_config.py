@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from llama_jax.config import SIZES, ConfigError
+from llama_jax.config import SIZES
+from llama_jax.errors import ConfigError
 from llama_jax.run_config import RunConfig, default_dict, differences, known_keys
 
 # Every key there is. A new one belongs here, in its section's docstring, and in a test that it does something.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from folders import encode, refusal
 
-from llama_jax.weights import safetensors
-from llama_jax.weights.entry import of_array
+from llama_jax.weights.formats import safetensors
+from llama_jax.weights.tensor import of_array
 
 
 def entries(tensors):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.ops import sampling
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 
 V = 64
 sample = jax.jit(sampling.sample)

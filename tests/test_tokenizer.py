@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, train_bpe
-from llama_jax.text.bpe import _trained_model
+from llama_jax.text.bpe_training import _trained_model
 from llama_jax.text.tokenizer import _pieces
 
 ROOT = Path(__file__).parent.parent

@@ -18,9 +18,11 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from llama_jax.config import ConfigError
-from llama_jax.text import StreamDecoder, Tokenizer, gguf, template, tokenizer_json
+from llama_jax.errors import ConfigError
+from llama_jax.text import StreamDecoder, Tokenizer, template
 from llama_jax.text import tokenizer as text
+from llama_jax.text.formats import gguf as gguf_vocabulary
+from llama_jax.text.formats import huggingface as huggingface_vocabulary
 from llama_jax.text.merging import every_split, in_merge_order
 from llama_jax.text.vocabulary import (
     GPT2_PATTERN,
@@ -191,7 +193,7 @@ def test_any_merge_list_gives_the_librarys_ids_or_is_refused(tmp_path):
             assert ignore_merges and "no merge makes the token" in str(error)
             refused += 1
             continue
-        tokenizer_json.write(ours, tmp_path)
+        huggingface_vocabulary.write(ours, tmp_path)
         again, copy = text.open(tmp_path / "tokenizer.json"), Library.from_file(str(tmp_path / "tokenizer.json"))
         copy.encode_special_tokens = True
         alphabet = "".join({char for token in vocab if len(token) > 1 for char in token})
@@ -255,7 +257,7 @@ def test_other_added_tokens_are_found_in_text_as_the_library_finds_them(tmp_path
         ours = opened(theirs, tmp_path)
         strings = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(40)]
         assert not differing(ours, theirs, strings)
-        tokenizer_json.write(ours, tmp_path)
+        huggingface_vocabulary.write(ours, tmp_path)
         again = text.open(tmp_path / "tokenizer.json")
         assert again.fingerprint == ours.fingerprint and not differing(again, theirs, strings)
         assert ours.decode(ours.encode(names[0]), skip_special=True) == names[0]
@@ -525,7 +527,7 @@ def test_an_eos_that_is_no_token_is_refused(tmp_path):
 
 
 def test_written_files_are_read_back_and_loaded_by_the_library(small, tmp_path):
-    tokenizer_json.write(small, tmp_path, model_max_length=4_096)
+    huggingface_vocabulary.write(small, tmp_path, model_max_length=4_096)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "special_tokens_map.json",
         "tokenizer.json",
@@ -564,7 +566,7 @@ def test_the_chat_template_renders_what_encode_dialog_encodes(small):
 
 def test_only_vocabularies_of_dialogs_come_with_a_chat_template(small, tmp_path):
     for tokenizer, has in ((small, True), (opened(trained("gpt2", specials=("<s>",)), tmp_path), False)):
-        tokenizer_json.write(tokenizer, tmp_path)
+        huggingface_vocabulary.write(tokenizer, tmp_path)
         assert ("chat_template" in json.loads((tmp_path / "tokenizer_config.json").read_text())) == has
 
 
@@ -572,7 +574,7 @@ def test_two_tokens_of_one_spelling_cannot_be_written(small, tmp_path):
     fields = gguf_fields(small)
     fields["tokens"][small.pad_id] = "a"
     with pytest.raises(ConfigError, match="both the token and the special token spelled 'a'"):
-        tokenizer_json.write(text.from_gguf(fields), tmp_path)
+        huggingface_vocabulary.write(text.from_gguf(fields), tmp_path)
 
 
 # ---- folders ----
@@ -620,11 +622,11 @@ def test_a_missing_json_says_what_to_give(tmp_path):
 
 def gguf_fields(tokenizer: Tokenizer) -> dict:
     """The argument of `from_gguf`."""
-    return dict(gguf.fields(tokenizer))
+    return dict(gguf_vocabulary.fields(tokenizer))
 
 
 def test_llama_cpp_gives_the_ids_of_the_fields_that_are_written(small):
-    golden = hashlib.sha256(json.dumps(gguf.fields(small)).encode()).hexdigest()
+    golden = hashlib.sha256(json.dumps(gguf_vocabulary.fields(small)).encode()).hexdigest()
     assert golden == GOLDEN["fields"], "run tests/golden/make_tokenizers.py: what is written has changed"
     assert GOLDEN["llama_cpp"]["with_bos"] == small.encode("with begin", bos=True)
     assert len(GOLDEN["llama_cpp"]["strings"]) > 200
@@ -686,4 +688,4 @@ def test_vocabularies_that_llama_cpp_cannot_have_are_not_written(tmp_path):
     for kind, ignore_merges in (("llama3", False), ("gpt2", True)):
         ours = opened(library(vocab, [("a", "b")], kind=kind, ignore_merges=ignore_merges), tmp_path)
         with pytest.raises(ConfigError, match="this vocabulary is otherwise"):
-            gguf.fields(ours)
+            gguf_vocabulary.fields(ours)

@@ -15,7 +15,7 @@ from test_run_config import run_dict
 
 from llama_jax import model, parallel
 from llama_jax.run_config import RunConfig
-from llama_jax.train import loop, start
+from llama_jax.train import loop, setup
 from llama_jax.train.program import Program
 
 B, T, V = 8, 32, 512
@@ -84,7 +84,7 @@ def prepared(run: RunConfig, sizes: tuple[tuple[str, int], ...]):
 
 def train(run: RunConfig, steps: int, *, mesh=None, given=None) -> Trained:
     program = prepared(run, tuple((mesh or {}).items()))
-    state = start.first_state(program)
+    state = setup.first_state(program)
     metrics = []
     for batch in given or batches(steps):
         state, numbers = program.train_step(state, None, jax.device_put(batch, program.batch_sharding))
@@ -176,7 +176,7 @@ def test_z_loss_adds_its_gradient_and_not_its_value():
 
 
 def test_seeds_change_the_first_weights_and_nothing_else_does():
-    states = [start.first_state(prepared(make_run(seed=s), ())) for s in (0, 0, 1)]
+    states = [setup.first_state(prepared(make_run(seed=s), ())) for s in (0, 0, 1)]
     one, again, other = (np.asarray(state.params["embed"]) for state in states)
     assert (one == again).all() and (one != other).mean() > 0.99
 
@@ -216,13 +216,13 @@ def text_run(tmp_path, **changes) -> RunConfig:
 
 def poisoned(monkeypatch):
     """Let every run start from an embedding that is not finite."""
-    first_state = start.first_state
+    first_state = setup.first_state
 
     def nan_state(*given):
         state = first_state(*given)
         return dataclasses.replace(state, params={**state.params, "embed": state.params["embed"] * jnp.nan})
 
-    monkeypatch.setattr(start, "first_state", nan_state)
+    monkeypatch.setattr(setup, "first_state", nan_state)
 
 
 def test_the_run_stops_after_max_skipped_and_saves_nothing(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 def test_evaluation_sums_the_same_cross_entropy(parts):
     run, batch = make_run(train__vocab_chunk=100, train__accumulate=parts), batches(1)[0]
     program = prepared(run, (("fsdp", 2), ("tensor", 4)))
-    state = start.first_state(program)
+    state = setup.first_state(program)
     sums = program.eval_step(state.params, None, jax.device_put(batch, program.batch_sharding))
     assert gap(sums["loss"] / sums["count"], reference().losses[0]) < ROUNDING
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llama_jax import cli, parallel
-from llama_jax.config import ConfigError
-from llama_jax.train import start
+from llama_jax.errors import ConfigError
+from llama_jax.train import setup
 from llama_jax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def paths_refused(tmp_path, **changes):
     extra = "; ".join(f"config.{key.replace('__', '.')} = {value!r}" for key, value in changes.items())
     run, _ = parse(f"--config={write_config(tmp_path, extra)}")
     with pytest.raises(ConfigError) as caught:
-        start.check_paths(run)
+        setup.check_paths(run)
     return str(caught.value)
 
 

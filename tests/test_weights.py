@@ -12,12 +12,14 @@ from folders import make_folder, new_config, old_config, refusal
 from golden.make_model import CASES, random_tokens, random_weights
 
 from llama_jax import model, parallel
-from llama_jax.config import SIZES, ConfigError
-from llama_jax.weights import export, huggingface, transform
-from llama_jax.weights import layout as table
-from llama_jax.weights.entry import of_array
+from llama_jax.config import SIZES
+from llama_jax.errors import ConfigError
+from llama_jax.params import stack, unstack
+from llama_jax.weights import export, name_table
+from llama_jax.weights.formats import huggingface
 from llama_jax.weights.load import check_entries, load_leaves
 from llama_jax.weights.source import open_source
+from llama_jax.weights.tensor import of_array
 
 TINY = SIZES["tiny"]
 TIED = CASES["tied"][0]
@@ -29,8 +31,8 @@ def load(folder, *, layout=None, dtype=None):
 
 
 def same(params, config, tensors, *, dtype=None):
-    for weight in table.weights(config, "huggingface"):
-        ours, theirs = np.asarray(table.get(params, weight.path)), tensors[weight.name]
+    for weight in name_table.weights(config, "huggingface"):
+        ours, theirs = np.asarray(name_table.get(params, weight.path)), tensors[weight.name]
         np.testing.assert_array_equal(ours, theirs if dtype is None else theirs.astype(dtype))
 
 
@@ -38,23 +40,23 @@ def same(params, config, tensors, *, dtype=None):
 
 
 @pytest.mark.parametrize("name", list(SIZES))
-@pytest.mark.parametrize("format", list(table.FORMATS))
+@pytest.mark.parametrize("format", list(name_table.FORMATS))
 def test_table_is_the_tree_of_the_model(name, format):
     config = SIZES[name]
     tree = model.abstract_params(config, stacked=False)
-    rows = table.weights(config, format)
+    rows = name_table.weights(config, format)
     assert len({row.name for row in rows}) == len(rows) == len(jax.tree.leaves(tree))
     for row in rows:
-        assert table.get(tree, row.path).shape == row.shape
-    built = table.build(config, ((row.path, table.get(tree, row.path)) for row in rows))
+        assert name_table.get(tree, row.path).shape == row.shape
+    built = name_table.build(config, ((row.path, name_table.get(tree, row.path)) for row in rows))
     assert jax.tree.structure(built) == jax.tree.structure(tree)
 
 
 def test_rotary_pairs_go_to_halves_and_back():
     H = 8
-    assert table.halves_order(H).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]  # Meta's (2i, 2i + 1) are our (i, i + H/2)
-    assert table.halves_order(H)[table.pairs_order(H)].tolist() == list(range(H))
-    q = next(row for row in table.weights(TINY, "meta") if row.path[-1] == "q")
+    assert name_table.halves_order(H).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]  # Meta's (2i, 2i + 1) are our (i, i + H/2)
+    assert name_table.halves_order(H)[name_table.pairs_order(H)].tolist() == list(range(H))
+    q = next(row for row in name_table.weights(TINY, "meta") if row.path[-1] == "q")
     theirs = np.arange(q.shape[0] * q.shape[1], dtype=np.float32).reshape(q.shape)
     ours = q.ours(of_array(lambda: theirs, theirs.dtype, theirs.shape))
     pairs = theirs.reshape(8, 8, 2, 48)
@@ -67,10 +69,10 @@ def test_rotary_pairs_go_to_halves_and_back():
 
 def test_only_q_and_k_of_meta_and_gguf_are_permuted():
     for format in ("meta", "gguf"):
-        assert {row.path[-1] for row in table.weights(TINY, format) if row.pairs} == {"q", "k"}
-    assert not any(row.pairs for row in table.weights(TINY, "huggingface"))
+        assert {row.path[-1] for row in name_table.weights(TINY, format) if row.pairs} == {"q", "k"}
+    assert not any(row.pairs for row in name_table.weights(TINY, "huggingface"))
     with pytest.raises(ConfigError, match="did you mean 'meta'"):
-        table.weights(TINY, "mete")
+        name_table.weights(TINY, "mete")
 
 
 # Loading.
@@ -89,8 +91,8 @@ def test_loaded_folder_gives_the_logits_of_its_numbers(tmp_path):
     config, params = load(make_folder(tmp_path, TINY, tensors, shards=2))
     tokens = jnp.asarray(random_tokens(TINY, rows=2, length=8))
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
-    rows = table.weights(TINY, "huggingface")
-    direct = table.build(TINY, ((row.path, jnp.asarray(tensors[row.name])) for row in rows))
+    rows = name_table.weights(TINY, "huggingface")
+    direct = name_table.build(TINY, ((row.path, jnp.asarray(tensors[row.name])) for row in rows))
     run = jax.jit(lambda p: model.forward(config, p, tokens, positions, None)[0])
     np.testing.assert_array_equal(run(params), run(direct))
 
@@ -125,7 +127,7 @@ def test_tensors_are_read_into_the_shards_of_the_layout(tmp_path, sizes, rules):
 def test_every_layout_of_numbers_loads_into_shards(format):
     tensors = random_weights(TINY)
     entries = {}
-    for ours, row in zip(table.weights(TINY, "huggingface"), table.weights(TINY, format), strict=True):
+    for ours, row in zip(name_table.weights(TINY, "huggingface"), name_table.weights(TINY, format), strict=True):
         array = tensors[ours.name]
         if row.pairs:
             array = array.reshape(-1, 2, row.pairs // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
@@ -284,7 +286,7 @@ CARD = export.Card(tokenizer=None, bos_token=2, stop_tokens=(3, 4), sampling=Non
 def test_saved_folder_loads_again_to_the_bit(tmp_path, config, shard_bytes, stacked):
     tensors = random_weights(config)
     _, params = load(make_folder(tmp_path / "a", config, tensors))
-    leaves = export.leaves_of(config, transform.stack(params) if stacked else params)
+    leaves = export.leaves_of(config, stack(params) if stacked else params)
     out = tmp_path / "b"
     options = {"format": "hf", "dtype": "bfloat16", "shard_bytes": shard_bytes}
     assert export.save(out, config, leaves, CARD, **options) == out
@@ -319,12 +321,12 @@ def test_stack_and_unstack_are_inverse_and_keep_shardings():
         for s in (True, False)
     }
     placed = jax.device_put(stacked, want[True])
-    apart = transform.unstack(placed)
-    for tree, s in ((apart, False), (transform.stack(apart), True)):
+    apart = unstack(placed)
+    for tree, s in ((apart, False), (stack(apart), True)):
         assert jax.tree.structure(tree) == jax.tree.structure(want[s])
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(want[s]), strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    jax.tree.map(np.testing.assert_array_equal, transform.stack(apart), stacked)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(transform.unstack)(stacked), apart)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(transform.stack)(apart), stacked)
-    assert transform.unstack(apart) is apart and transform.stack(stacked) is stacked
+    jax.tree.map(np.testing.assert_array_equal, stack(apart), stacked)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(unstack)(stacked), apart)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(stack)(apart), stacked)
+    assert unstack(apart) is apart and stack(stacked) is stacked

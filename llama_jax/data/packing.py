@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from llama_jax.config import ConfigError
 from llama_jax.data.store import TokenStore
+from llama_jax.errors import ConfigError
 
 
 class Rows(Protocol):

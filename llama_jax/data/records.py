@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama_jax.config import ConfigError
 from llama_jax.data.corpus import Document
+from llama_jax.errors import ConfigError, brief
 
 
 class Encoder(Protocol):
@@ -198,7 +198,7 @@ def _pair(record: Mapping[str, Any], name: str) -> Pair:
         if not isinstance(answer, dict) or answer.get("role") != "assistant":
             raise ValueError(
                 f"the answers must begin with the assistant, and share all that comes before: message {shared} of "
-                f"{key!r} is {_brief(answer)}"
+                f"{key!r} is {brief(answer)}"
             )
     tools = _tools(record)
     return Pair(name, *(Dialog(name, messages, tools, shared) for messages in dialogs.values()))
@@ -249,10 +249,10 @@ def _share_gpt(turns: object) -> Iterator[dict[str, Any]]:
         raise ValueError(f"'conversations' must be a list of {{from, value}}, found {type(turns).__name__}")
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"conversations[{i}] must be {{'from': ..., 'value': str}}, found {_brief(turn)}")
+            raise ValueError(f"conversations[{i}] must be {{'from': ..., 'value': str}}, found {brief(turn)}")
         role = turn.get("from")
         if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"conversations[{i}]: from {_brief(role)} is not known; allowed: {', '.join(_ROLES)}")
+            raise ValueError(f"conversations[{i}]: from {brief(role)} is not known; allowed: {', '.join(_ROLES)}")
         yield {"role": _ROLES[role], "content": turn["value"]} | {k: turn[k] for k in _LEARNT if k in turn}
 
 
@@ -269,7 +269,7 @@ def _tools(record: Mapping[str, Any]) -> object:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError):
-            raise ValueError(f"'tools' must be a list, or one as a string of JSON, found {_brief(tools)}") from None
+            raise ValueError(f"'tools' must be a list, or one as a string of JSON, found {brief(tools)}") from None
     return tools or None
 
 
@@ -292,11 +292,11 @@ def _unknown(record: Mapping[str, Any]) -> str:
         return f"{empty[0]!r} is null"
     for key in sorted(record, key=lambda key: key == "prompt"):  # whose partner may be 'chosen' too
         if key in _PARTNERS:
-            return f"{key!r} without {_PARTNERS[key]!r}, found {_brief(sorted(record))}"
+            return f"{key!r} without {_PARTNERS[key]!r}, found {brief(sorted(record))}"
     near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? Rename it to 'text'" if near else "put the document under 'text'"
     return (
-        f"no key 'text', found {_brief(sorted(record))}; {hint}, or give 'messages', 'conversations', 'prompt' and "
+        f"no key 'text', found {brief(sorted(record))}; {hint}, or give 'messages', 'conversations', 'prompt' and "
         "'completion', 'instruction' and 'output', or 'chosen' and 'rejected'"
     )
 
@@ -309,11 +309,6 @@ def _strings(value: object) -> Iterator[str]:
             yield item
         elif isinstance(item, dict | list):
             waiting += reversed(list(item.values() if isinstance(item, dict) else item))
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---- what it becomes ---------------------------------------------------------------------------------------
@@ -406,7 +401,7 @@ def _check_answers(messages: Sequence[Mapping[str, Any]], first: int) -> None:
     for i, message in answers:
         for key in _LEARNT:
             if message.get(key) not in (None, 1):  # True is 1
-                raise ValueError(f"messages[{i}]: {key!r} {_brief(message[key])} is not read; every answer is learnt")
+                raise ValueError(f"messages[{i}]: {key!r} {brief(message[key])} is not read; every answer is learnt")
         if not message.get("tool_calls") and not any(text.strip() for text in _texts(message.get("content"))):
             raise ValueError(f"messages[{i}]: the assistant's answer is empty")
 

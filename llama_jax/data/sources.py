@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llama_jax.data import corpus, hub, questions, records
+from llama_jax.data import corpus, hub_datasets, questions, records
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Dialog, Sample
 
@@ -77,8 +77,8 @@ def _corpus(name: str) -> Sequence[Document | Dialog]:
 
 def hub_files(patterns: Sequence[str], *, split: str) -> list[str]:
     """Which files of the hub the patterns came to, by their names with the commit."""
-    ids = [pattern for pattern in patterns if pattern.startswith(hub.SCHEME)]
-    return [name for text in ids for name, _ in hub.find(text, split).values()]
+    ids = [pattern for pattern in patterns if pattern.startswith(hub_datasets.SCHEME)]
+    return [name for text in ids for name, _ in hub_datasets.find(text, split).values()]
 
 
 def _resolve(patterns: Sequence[str], split: str) -> _Sources:
@@ -88,8 +88,8 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
         raise ValueError("no data was named: give at least one file, folder or glob, or 'stdlib:train'")
     found: _Sources = {}  # ordered, without repeats
     for pattern in map(os.path.expanduser, patterns):
-        if pattern.startswith(hub.SCHEME):
-            found |= hub.find(pattern, split)
+        if pattern.startswith(hub_datasets.SCHEME):
+            found |= hub_datasets.find(pattern, split)
             continue
         if pattern in _NAMED:
             matches: list[Path | str] = [pattern]
@@ -111,7 +111,7 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
                 f"{source}: {source.suffix} is not read; write records as lines of a .jsonl file or as .parquet, and "
                 "texts as .txt or .md (each perhaps with .gz)"
             )
-    hub.check_readable(str(source) for source in found if isinstance(source, Path))
+    hub_datasets.check_readable(str(source) for source in found if isinstance(source, Path))
     return found
 
 
@@ -134,7 +134,7 @@ def _nothing_matched(pattern: str) -> str:
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     near = difflib.get_close_matches(Path(pattern).name, names, n=3, cutoff=0.4) or names[:3]
     near_by = f"the nearest in {folder.as_posix()!r}: {', '.join(near)}" if near else f"{folder} is empty"
-    if hub.is_bare_id(pattern) and not Path(pattern).parent.is_dir() and not _kind(Path(pattern)):
+    if hub_datasets.is_bare_id(pattern) and not Path(pattern).parent.is_dir() and not _kind(Path(pattern)):
         near_by += f"; a dataset of the Hugging Face hub is named hf://datasets/{pattern}"
     return f"{pattern!r} matches no file; {near_by}"
 
@@ -195,7 +195,7 @@ def _json_lines(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
 def _json_list(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
     """The items of one list, or the lines of a file that is none: both are published as .json.
 
-    Items are numbered from 1. A list is parsed item by item: at once, it may take 25 times its size (see jsonfile).
+    Items are numbered from 1. A list is parsed item by item: at once, it may take 25 times its size (see files.py).
     """
     if not _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _json_lines(path, pairs)

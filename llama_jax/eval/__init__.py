@@ -10,8 +10,8 @@ from typing import Any
 
 # Resolved on first use, as in `llama_jax`, so that a command line is checked before jax is imported.
 _PUBLIC = {
-    "perplexity": "llama_jax.eval.sliding",
-    "compare": "llama_jax.eval.side_by_side",
+    "perplexity": "llama_jax.eval.sliding_window",
+    "compare": "llama_jax.eval.comparison",
     "harness_model": "llama_jax.eval.harness",
 }
 __all__ = list(_PUBLIC)

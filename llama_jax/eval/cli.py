@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.infer.cli import mesh_sizes
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ def _load(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> Llama:
 
 def _perplexity(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> int:
     texts = _texts(options.text)
-    from llama_jax.eval import sliding
+    from llama_jax.eval import sliding_window
 
-    found = sliding.perplexity(
+    found = sliding_window.perplexity(
         _load(options, mesh), texts, context=options.context, stride=options.stride, batch_size=options.batch_size
     )
     if options.json:
@@ -212,14 +212,14 @@ def _harness(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> int
 
 def _compare(options: argparse.Namespace, mesh: Mapping[str, int] | None) -> int:
     from llama_jax import compilation_cache
-    from llama_jax.eval import intervals, side_by_side
+    from llama_jax.eval import comparison, intervals
 
     compilation_cache.enable()
-    names = [field for field in side_by_side.Asked.__dataclass_fields__]
-    asked = side_by_side.Asked(**{name: getattr(options, name) for name in names})
-    found = side_by_side.compare(
+    names = [field for field in comparison.Asked.__dataclass_fields__]
+    asked = comparison.Asked(**{name: getattr(options, name) for name in names})
+    found = comparison.compare(
         asked,
-        side_by_side.read_prompts(options.prompts),
+        comparison.read_prompts(options.prompts),
         judge=options.judge,
         out=options.out,
         judge_function=options.judge_function,

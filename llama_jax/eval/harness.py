@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ConfigError, nearest
-from llama_jax.eval import requests as core
-from llama_jax.eval import scoring
+from llama_jax.errors import ConfigError, nearest
+from llama_jax.eval import lm_eval_requests, scoring
 from llama_jax.text import template
 
 try:
@@ -70,7 +69,7 @@ class LlamaLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         """Tokens of a text where its task does not say."""
-        return core.MAX_GEN_TOKS
+        return lm_eval_requests.MAX_GEN_TOKS
 
     @property
     def eot_token_id(self) -> int | None:
@@ -80,15 +79,17 @@ class LlamaLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The id that stands before a text without context."""
-        return core.prefix_id(self.llama)
+        return lm_eval_requests.prefix_id(self.llama)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; see `requests.encode`."""
-        return core.encode(self.llama, string, begin=add_special_tokens)
+        return lm_eval_requests.encode(self.llama, string, begin=add_special_tokens)
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
-        return core.decode(self.llama, tokens) if skip_special_tokens else self.llama.tokenizer.decode(tokens)
+        return (
+            lm_eval_requests.decode(self.llama, tokens) if skip_special_tokens else self.llama.tokenizer.decode(tokens)
+        )
 
     def _loglikelihood_tokens(
         self,
@@ -114,7 +115,7 @@ class LlamaLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, however long."""
         texts = [request.args[0] for request in requests]
-        totals = core.rolling(
+        totals = lm_eval_requests.rolling(
             self.llama,
             texts,
             max_length=self.max_length,
@@ -129,7 +130,7 @@ class LlamaLM(TemplateLM):
         """Texts up to their stop strings."""
         texts: list[Any] = [None] * len(requests)
         asks = [request.args for request in requests]
-        for i, text in core.generate_until(
+        for i, text in lm_eval_requests.generate_until(
             self.llama,
             asks,
             max_length=self.max_length,

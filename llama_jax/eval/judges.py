@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval.intervals import VERDICTS
 
 KINDS = ("exact", "function", "model", "person")

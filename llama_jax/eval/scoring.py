@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.infer import inputs
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llama_jax.config import ConfigError, nearest, one_line
+from llama_jax.errors import ConfigError, nearest, one_line
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     mesh = mesh_sizes(options.mesh)
     settings = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
 
-    from llama_jax.ops.sampling import SamplingParams
+    from llama_jax.sampling_params import SamplingParams
 
     SamplingParams(**settings)  # an absurd value is told before the weights are read
     from llama_jax import compilation_cache

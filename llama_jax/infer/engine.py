@@ -28,12 +28,13 @@ from jax.sharding import Mesh
 
 from llama_jax import model, parallel
 from llama_jax.cache import KVCache, init_cache
-from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError
 from llama_jax.ops import sampling
 from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.sampling_params import GREEDY, SamplingParams
 
 # Steps in one dispatch at most: enough to hide the host, few enough to hear of a cancelled request soon.
 DISPATCH = 64
@@ -238,7 +239,7 @@ class Engine:
     ) -> dict[str, object]:
         """The parts of a new State that come from the host."""
         padding = len(prompts_BT) - len(requests)
-        params = [r.sampling for r in requests] + [sampling.GREEDY] * padding
+        params = [r.sampling for r in requests] + [GREEDY] * padding
         stops = np.full(_power_of_two(len(stop_tokens), _MIN_STOPS), -1, np.int32)
         stops[: len(stop_tokens)] = stop_tokens
         positions_B = np.array(lengths, np.int32) - 1

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import parallel
-from llama_jax.config import ConfigError, nearest
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.errors import ConfigError, nearest
+from llama_jax.sampling_params import SamplingParams
 
 _DTYPES = ("float32", "bfloat16")
 

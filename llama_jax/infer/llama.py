@@ -24,13 +24,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import model
-from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.ops.lora import Update
-from llama_jax.ops.sampling import SamplingParams
-from llama_jax.weights import adapter as lora
-from llama_jax.weights import export, peft, transform
-from llama_jax.weights import layout as table
+from llama_jax.params import unstack
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.weights import adapters, export, name_table
+from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.source import Source, UnknownTokenizer, open_source
 
@@ -96,7 +97,7 @@ class Llama:
             tokenizer: of the same vocabulary.
             mesh: where the weights shall be; None is the first device.
             stop_tokens: the tokenizer's by default.
-            dtype: of weights, activations and KV cache; that of the embedding by default. Quantised weights stay as
+            dtype: of weights, activations and KV cache; that of the embedding by default. Quantized weights stay as
                 they are.
             sampling: SamplingParams() by default.
             chat_template: the model's own (Jinja). It is not run: it goes along when the model is saved, and where it
@@ -120,8 +121,8 @@ class Llama:
         self.sampling = sampling or SamplingParams()
         self.chat_template = chat_template
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
-        self.params = engine.placed(config, transform.unstack(params), mesh=mesh, dtype=dtype)
-        self.adapters: dict[str, Mapping[table.Path, Update]] = {}
+        self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
+        self.adapters: dict[str, Mapping[name_table.Path, Update]] = {}
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
@@ -138,23 +139,23 @@ class Llama:
             known = list(self.adapters)
             raise ConfigError(f"no adapter {name!r}{nearest(name, known)} There are: {', '.join(known) or 'none'}")
         view = copy.copy(self)
-        view.params = lora.applied(self.config, self.params, {} if name is None else self.adapters[name])
+        view.params = adapters.applied(self.config, self.params, {} if name is None else self.adapters[name])
         view.engine = self.engine.of(view.params)
         return view
 
-    def _add(self, name: str, opened: lora.Adapter) -> None:
-        if not self.adapters and lora.is_adapted(self.params):
+    def _add(self, name: str, opened: adapters.Adapter) -> None:
+        if not self.adapters and adapters.is_adapted(self.params):
             raise ConfigError(
                 f"adapter {name!r} would take the place of the LoRA updates that this model's run trained: give the "
                 "base as the model, and the run's adapter/ among its adapters"
             )
-        self.adapters[name] = lora.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
+        self.adapters[name] = adapters.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: model.Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
         if params is not None:
             model.check_params(self.config, params)
-            params = engine.placed(self.config, transform.unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
+            params = engine.placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
         self.params = self.engine.params = params
 
     def __repr__(self) -> str:
@@ -418,8 +419,8 @@ def load(
             bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which
             takes twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B.
             What a GGUF file has in Q8_0 or Q4_0 stays as it is and is multiplied in this dtype, which for a
-            quantised file is float32 on a CPU and bfloat16 elsewhere.
-        quantize: None keeps weights as they are stored; "none" turns quantised ones into arrays of `dtype`, which
+            quantized file is float32 on a CPU and bfloat16 elsewhere.
+        quantize: None keeps weights as they are stored; "none" turns quantized ones into arrays of `dtype`, which
             takes more memory; "int8" and "int4" round the matrices of all layers to groups of 32 (ops/quant.py) while
             they are read, which takes 0.53 and 0.28 of what they take in bfloat16.
         mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
@@ -472,7 +473,7 @@ def _tokenizer(source: Source) -> Tokenizer | None:
 
 def _default_dtype(source: Source) -> jnp.dtype:
     """The source's own, with bfloat16 for float16, as far as the machine is fast at it."""
-    if source.quantised:
+    if source.quantized:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     own = jnp.bfloat16 if source.dtype == np.float16 else source.dtype
     return inputs.default_dtype() or jnp.dtype(own)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax import parallel
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
@@ -25,7 +25,7 @@ Weight = jax.Array | QTensor | LoraTensor
 # A bfloat16 product of one row runs in a scalar loop on a CPU until it is padded (docs/design.md, "Measured").
 _CPU_BF16_ROWS = 8
 _BF16_NAN = 0x7FC0
-# Rows of a quantised weight that a CPU unpacks at a time, for few rows of activations and for more: they stay in the
+# Rows of a quantized weight that a CPU unpacks at a time, for few rows of activations and for more: they stay in the
 # cache, and the product runs at the speed of float32 weights rather than at a tenth of it (docs/design.md, "Measured").
 _CPU_UNPACKED = (64, 256)
 
@@ -60,19 +60,19 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
     Args:
         x: activations.
         w: the weight.
-        axes: the logical axes of w. By these a quantised weight that is split over devices is gathered before it is
+        axes: the logical axes of w. By these a quantized weight that is split over devices is gathered before it is
             unpacked: XLA would do it after, and four times as much would travel.
     """
     if isinstance(w, LoraTensor):
         return linear(x, w.base, axes) + linear(w.narrowed(linear(w.dropped(x), w.a)), w.b)
-    return _quantised_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w)
+    return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w)
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     """The same product with its float32 sums kept: what logits are made of. Not differentiable by design."""
     if isinstance(w, LoraTensor):
         return linear_f32(x, w.base) + linear_f32(w.narrowed(linear(x, w.a)), w.b)
-    return _quantised(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
+    return _quantized(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return _rows_times(x, w)
 
 
-def _quantised(x: jax.Array, w: QTensor) -> jax.Array:
+def _quantized(x: jax.Array, w: QTensor) -> jax.Array:
     layout = parallel.active()
     if layout is not None and layout.mesh.size > 1:  # rows that are split over devices cannot be taken in turn
         return _unpacked(x, w)
@@ -119,21 +119,21 @@ def _gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _quantised_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _quantised(x, _gathered(w, axes)).astype(x.dtype)
+def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
+    return _quantized(x, _gathered(w, axes)).astype(x.dtype)
 
 
-def _quantised_forward(x, w, axes):
+def _quantized_forward(x, w, axes):
     # Kept packed and split, and unpacked again: whole and as an array it is many times as large.
-    return _quantised_linear(x, w, axes), w
+    return _quantized_linear(x, w, axes), w
 
 
-def _quantised_backward(axes, w, g):
-    whole = quant.dequantise(_gathered(w, axes), g.dtype)
+def _quantized_backward(axes, w, g):
+    whole = quant.dequantize(_gathered(w, axes), g.dtype)
     return _dot(g, whole, ((g.ndim - 1,), (0,))).astype(g.dtype), None
 
 
-_quantised_linear.defvjp(_quantised_forward, _quantised_backward)
+_quantized_linear.defvjp(_quantized_forward, _quantized_backward)
 
 
 @jax.custom_vjp

@@ -1,7 +1,7 @@
 """LoRA: a weight that stays as it is, and beside it a product of two thin matrices (Hu et al., arXiv:2106.09685).
 
-x W^T becomes x W^T + scale (x a^T) b^T. It is a typed leaf, as a quantised weight is: the model does not know of it,
-and the weight within may itself be quantised, which is QLoRA (arXiv:2305.14314).
+x W^T becomes x W^T + scale (x a^T) b^T. It is a typed leaf, as a quantized weight is: the model does not know of it,
+and the weight within may itself be quantized, which is QLoRA (arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class LoraTensor:
 
     def merged(self, dtype: jnp.dtype) -> jax.Array:
         """base + scale * b a as one array, computed in float32."""
-        base = quant.dequantise(self.base, jnp.float32) if isinstance(self.base, QTensor) else self.base
+        base = quant.dequantize(self.base, jnp.float32) if isinstance(self.base, QTensor) else self.base
         update = jnp.matmul(self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         return (base.astype(jnp.float32) + self.scale[..., None, None] * update).astype(dtype)
 

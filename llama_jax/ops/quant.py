@@ -1,4 +1,4 @@
-"""Quantised weights: typed leaves that stand in a tree of params where an array would, and are multiplied as they are.
+"""Quantized weights: typed leaves that stand in a tree of params where an array would, and are multiplied as they are.
 
 A weight (out, in) is cut along `in` into groups of 32 numbers, each with one float16 scale: number = integer * scale.
 That is what GGUF calls Q8_0 and Q4_0, so that such files are held exactly.
@@ -21,7 +21,7 @@ GROUP = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A quantised weight. Its `shape` is that of the weight it stands for, not that of the arrays it is kept in.
+    """A quantized weight. Its `shape` is that of the weight it stands for, not that of the arrays it is kept in.
 
     Attributes:
         values: int8 (..., in), or uint8 (..., in / 2) of two 4-bit numbers a byte. Byte j of a group's 16 holds number
@@ -48,7 +48,7 @@ class QTensor:
         return jnp.dtype(jnp.float32)
 
 
-def quantise(w: jax.Array, bits: int) -> QTensor:
+def quantize(w: jax.Array, bits: int) -> QTensor:
     """A weight (..., in) rounded to groups of 8 or 4 bits, by the rules that ggml has for Q8_0 and Q4_0.
 
     8 bits: scale = max |w| / 127. 4 bits: scale = (the first w of the largest size) / -8, so that this number is exact
@@ -96,7 +96,7 @@ def scaled(plane: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return numbers.reshape(*plane.shape[:-2], -1).astype(dtype)
 
 
-def dequantise(w: QTensor, dtype: jnp.dtype) -> jax.Array:
+def dequantize(w: QTensor, dtype: jnp.dtype) -> jax.Array:
     """The weight as an array; exact in float32."""
     return scaled(jnp.concatenate(planes(w), axis=-1), w.scales, dtype)
 
@@ -109,4 +109,4 @@ def take(table: QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         jnp.take(values, ids, axis=0, mode="clip"),
         jnp.take(scales, ids, axis=0, mode="fill", fill_value=jnp.nan),
     )
-    return dequantise(rows, dtype)
+    return dequantize(rows, dtype)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 
 # In the order of the devices: the axes to the left talk least (gradients once a step), those to the right most.
 AXES = ("data", "fsdp", "stage", "context", "tensor")

@@ -119,7 +119,7 @@ def on_each_part(function: Callable[..., jax.Array], *arrays: tuple[jax.Array, A
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
     """A tree of NamedShardings for a tree of logical axes (tuples) and the matching tree of shaped leaves.
 
-    A leaf may be made of several arrays: with the same axes, as a quantised weight is, or with those that its
+    A leaf may be made of several arrays: with the same axes, as a quantized weight is, or with those that its
     `part_axes` gives by the name of each field, as a LoRA weight is.
     """
 

@@ -1,6 +1,6 @@
 """Text: tokenizers and the files they come from, Llama 3's dialog format, a trainer of small vocabularies (no jax)."""
 
-from llama_jax.text.bpe import train_bpe
+from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.chat import encode_dialog, parse_assistant
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ no merge joins, would tiktoken join more.
 
 from collections.abc import Mapping, Sequence
 
-from llama_jax.config import ConfigError
-from llama_jax.jsonfile import brief
+from llama_jax.errors import ConfigError, brief
 
 Merge = tuple[str, str]
 

@@ -16,8 +16,12 @@ from typing import Any
 
 import tiktoken
 
-from llama_jax.config import ConfigError
-from llama_jax.text import chat, gguf, meta_file, tokenizer_json
+from llama_jax.errors import ConfigError, brief
+from llama_jax.files import write_whole
+from llama_jax.text import chat
+from llama_jax.text.formats import gguf as gguf_vocabulary
+from llama_jax.text.formats import huggingface as huggingface_vocabulary
+from llama_jax.text.formats import meta as meta_vocabulary
 from llama_jax.text.vocabulary import LLAMA3_SPECIALS, NUM_SPECIAL, Vocabulary, llama3, ranks_file
 
 # Meta's own limits. Tokens never cross these cuts, so they are part of what the ids are.
@@ -62,19 +66,19 @@ class Tokenizer:
             ValueError: the file is damaged or of another format (one line: file, line number, fault, mend),
                 or its vocabulary is not of the expected size.
         """
-        self._setup(llama3(meta_file.read_ranks(Path(path))), Path(path))
+        self._setup(llama3(meta_vocabulary.read_ranks(Path(path))), Path(path))
         if expected_vocab_size is not None and expected_vocab_size != self.vocab_size:
             raise ValueError(
                 f"{path}: holds {self.vocab_size:,} tokens ({len(self.vocabulary.tokens):,} ranks + {NUM_SPECIAL} "
                 f"special) but the model has {expected_vocab_size:,}; the file is cut short or belongs to "
-                f"another model: {meta_file.FETCH_AGAIN}"
+                f"another model: {meta_vocabulary.FETCH_AGAIN}"
             )
 
     @classmethod
     def from_ranks(cls, ranks: Mapping[bytes, int]) -> "Tokenizer":
         """Llama 3's layout from token bytes to rank, as `train_bpe` returns; ValueError if unsound."""
         mend = "pass the ranks of a trained vocabulary"
-        return cls.from_vocabulary(llama3(meta_file.in_rank_order(ranks, source="ranks", mend=mend)))
+        return cls.from_vocabulary(llama3(meta_vocabulary.in_rank_order(ranks, source="ranks", mend=mend)))
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary, path: Path | None = None) -> "Tokenizer":
@@ -182,7 +186,7 @@ class Tokenizer:
         try:
             checked = [operator.index(i) for i in ids]
         except TypeError:
-            raise TypeError(f"decode takes a flat sequence of integer ids, got {_short(ids)}") from None
+            raise TypeError(f"decode takes a flat sequence of integer ids, got {brief(ids)}") from None
         if checked and not (min(checked) >= 0 and max(checked) < self.vocab_size):
             bad = next(i for i in checked if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {bad} is not in this vocabulary; allowed: 0 to {self.vocab_size - 1}")
@@ -213,7 +217,7 @@ class Tokenizer:
                 f"{path}: a tokenizer.model can only hold ranks before Meta's {NUM_SPECIAL} special tokens, and this "
                 "vocabulary is otherwise; use `save_to`, which writes a tokenizer.json"
             )
-        meta_file.write_whole(path, ranks_file(self.vocabulary.tokens))
+        write_whole(path, ranks_file(self.vocabulary.tokens))
 
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
         """Write the file of `folder` from which `open` reads this tokenizer again, and return its path.
@@ -226,7 +230,7 @@ class Tokenizer:
         if self._is_metas:
             self.save(folder / kept)
         else:
-            tokenizer_json.write(self, folder)
+            huggingface_vocabulary.write(self, folder)
         (folder / other).unlink(missing_ok=True)
         return folder / kept
 
@@ -268,7 +272,7 @@ def find(folder: str | os.PathLike[str]) -> Path | None:
     folder = Path(folder)
     named = [folder / "tokenizer.model", folder / "original" / "tokenizer.model", folder / "tokenizer.json"]
     there = [path for path in named if path.is_file()]
-    sound = [path for path in there if path.suffix == ".json" or meta_file.looks_like_ranks(path)]
+    sound = [path for path in there if path.suffix == ".json" or meta_vocabulary.looks_like_ranks(path)]
     return next(iter([*sound, *there]), None)
 
 
@@ -282,14 +286,14 @@ def open(path: str | os.PathLike[str]) -> Tokenizer:
     """
     path = Path(path)
     if path.suffix == ".json":
-        return Tokenizer.from_vocabulary(tokenizer_json.read(path), path)
+        return Tokenizer.from_vocabulary(huggingface_vocabulary.read(path), path)
     return Tokenizer(path)
 
 
-def from_gguf(fields: gguf.Fields) -> Tokenizer:
+def from_gguf(fields: gguf_vocabulary.Fields) -> Tokenizer:
     """The tokenizer that the metadata of a GGUF file describes; errors as in `gguf.vocabulary`."""
     described = {name: value for name, value in fields.items() if name != "chat_template"}
-    return Tokenizer.from_vocabulary(gguf.vocabulary(**described))
+    return Tokenizer.from_vocabulary(gguf_vocabulary.vocabulary(**described))
 
 
 def _pieces(text: str, *, max_piece: int, max_run: int) -> Iterator[str]:
@@ -352,8 +356,3 @@ def _check_space(text: str) -> None:
             f"the text has {longest:,} characters of white space in a row, of which this vocabulary can take "
             f"{_MAX_SPACE:,}; cut the text there"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,8 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
-from llama_jax.config import ConfigError
-from llama_jax.jsonfile import brief
+from llama_jax.errors import ConfigError, brief
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

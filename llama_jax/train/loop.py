@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import os
 import shutil
 import time
@@ -23,19 +22,21 @@ import numpy as np
 
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints
-from llama_jax.config import ConfigError
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Rows
+from llama_jax.errors import ConfigError
+from llama_jax.files import write_json
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import method, start
+from llama_jax.train import setup, trainable
 from llama_jax.train.metrics import MetricLog, Progress, draw_loss, duration
 from llama_jax.train.objectives import Batch
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
-from llama_jax.weights import export, peft, updates
+from llama_jax.weights import export, lora_params
+from llama_jax.weights.formats import peft
 from llama_jax.weights.run_folder import CONFIG_FILE
 
 # (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts. The loop does not import inference.
@@ -94,7 +95,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
     started = time.monotonic()
     with StopSignal(grace=run.checkpoint.grace_seconds) as stop, contextlib.ExitStack() as held:
         program = Program.make(run, parallel.make_mesh(dataclasses.asdict(run.mesh)))
-        start.check_paths(run)
+        setup.check_paths(run)
         folder = Path(run.output).expanduser()
         if jax.process_index() == 0:
             held.enter_context(_alone(folder))
@@ -104,8 +105,8 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         before = None if latest is None else checkpoints.meta(latest)
         if before is not None:
             _check_resume(run, folder, before["config"], latest, resume, say)
-        tokenizer = start.tokenizer(run, folder, resuming=latest is not None, say=say)
-        train_rows, validation_rows = start.rows(run, tokenizer, say)
+        tokenizer = setup.tokenizer(run, folder, resuming=latest is not None, say=say)
+        train_rows, validation_rows = setup.rows(run, tokenizer, say)
         loader = Loader(
             train_rows,
             batch_size=run.data.batch_size,
@@ -115,8 +116,8 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
         )
         if latest is None:
             _describe(program, say)
-            frozen = start.frozen(program)
-            state = start.first_state(program)
+            frozen = setup.frozen(program)
+            state = setup.first_state(program)
         else:
             state = _restore(program, checkpoints, latest, loader)
             say(f"resuming {folder} from step {latest}")
@@ -129,7 +130,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 if jax.process_index() == 0:
                     draw_loss(folder, run.train.objective)
                 return Result(latest, True, folder)
-            frozen = start.frozen(program)
+            frozen = setup.frozen(program)
             if before.get("frozen") != frozen.identity:
                 raise ConfigError(
                     f"init_from={run.init_from!r} is not the model that {folder} was begun with, and its checkpoints "
@@ -137,7 +138,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 )
         if jax.process_index() == 0:
             description = {**run.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen.identity}
-            _write_json(folder / CONFIG_FILE, description)
+            write_json(folder / CONFIG_FILE, description)
         if sampler is not None and run.log.sample_every and jax.process_count() > 1:
             say("log.sample_every is left out: sampling while training takes one process")
             sampler = None
@@ -166,7 +167,7 @@ class _Loop:
     def __init__(
         self,
         program: Program,
-        frozen: start.Frozen,
+        frozen: setup.Frozen,
         tokenizer: Tokenizer,
         checkpoints: Checkpoints,
         loader: Loader,
@@ -181,12 +182,12 @@ class _Loop:
         self.stop_seen = False
         self.main = jax.process_index() == 0
 
-    def go(self, state: TrainState, first: int) -> tuple[int, method.Trained]:
+    def go(self, state: TrainState, first: int) -> tuple[int, trainable.Trained]:
         """From step `first` to the end, or to where a stop is asked for; returns the last one, and what it has made."""
         run = self.run
         tokens = run.data.batch_size * run.data.sequence_length
         forward = run.model.flops_per_token(run.data.sequence_length, training=False)
-        flops = tokens * forward * method.forwards(run)
+        flops = tokens * forward * trainable.forwards(run)
         progress = Progress(
             start=first, steps=run.train.steps, every=run.log.every, tokens_per_step=tokens, flops_per_step=flops
         )
@@ -276,7 +277,7 @@ class _Loop:
         if self.sampler is None or self.stop.requested or not self._due(self.run.log.sample_every, step):
             return
         with jax.transfer_guard("allow"):
-            params = method.policy(self.run, state.best, self.frozen.params)
+            params = trainable.policy(self.run, state.best, self.frozen.params)
             texts = self.sampler(self.run, params, self.tokenizer, self.program.layout.mesh)
         if self.main:
             for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
@@ -344,18 +345,18 @@ def _describe(program: Program, say: Callable[..., None]) -> None:
     say(f"model: {run.model.num_params:,} weights, {products} products, on {where} {kind} device(s)")
     if run.lora.rank:
         trained = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
-        base = method.frozen_dtype(run, program.dtype).name
-        base = base if method.frozen_quantize(run) == "none" else run.lora.base
+        base = trainable.frozen_dtype(run, program.dtype).name
+        base = base if trainable.frozen_quantize(run) == "none" else run.lora.base
         say(f"LoRA: {trained:,} weights are trained ({trained / run.model.num_params:.2%}), beside a base in {base}")
     elif run.lora != LoraConfig():
         say("lora.rank is 0: all weights are trained, and lora.alpha is not read")
 
 
-def _write_adapter(program: Program, best: method.Trained, folder: Path) -> None:
+def _write_adapter(program: Program, best: trainable.Trained, folder: Path) -> None:
     """LoRA's updates as peft reads them; what else is in their folder stays."""
     run = program.run
     fresh, place = folder / "adapter.new", folder / "adapter"
-    adapter = export.stored(updates.by_path(run.lora, best))
+    adapter = export.stored(lora_params.by_path(run.lora, best))
     if jax.process_index() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
     peft.write_adapter(fresh, run.model, adapter, base_model=run.init_from, dropout=run.lora.dropout)
@@ -417,9 +418,3 @@ def _restore(program: Program, checkpoints: Checkpoints, step: int, loader: Load
     if abstract.ema is None:
         return TrainState(params=best, ema=None, **rest)
     return TrainState(ema=best, **rest)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

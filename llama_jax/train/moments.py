@@ -1,6 +1,6 @@
 """Adam's two running averages in fewer bits: bfloat16, or 8 bits in blocks (Dettmers et al., arXiv:2110.02861).
 
-A moment in 8 bits is a typed leaf that stands where the float32 array would, as a quantised weight does. The last axis
+A moment in 8 bits is a typed leaf that stands where the float32 array would, as a quantized weight does. The last axis
 is cut into blocks of at most 128 numbers, each with its largest magnitude as a float32 scale; a number is kept as a
 root of its part of that:
 

@@ -21,7 +21,7 @@ import optax
 
 from llama_jax import model, parallel
 from llama_jax.run_config import RunConfig
-from llama_jax.train import method
+from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch
 from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.state import TrainState, abstract_state, state_shardings
@@ -53,19 +53,19 @@ class Program:
         """The program of a run on a mesh.
 
         Raises:
-            ConfigError: a mesh that this model and batch cannot be split over, or a base that cannot be quantised.
+            ConfigError: a mesh that this model and batch cannot be split over, or a base that cannot be quantized.
         """
         run.check_mesh(dict(mesh.shape))
         layout = parallel.Layout(mesh, "train")
         dtype = parallel.compute_dtype(run.train.compute_dtype)
-        optimizer = make_optimizer(run.optimizer, method.trained_axes(run), steps=run.train.steps)
+        optimizer = make_optimizer(run.optimizer, trainable.trained_axes(run), steps=run.train.steps)
         return cls(
             run=run,
             layout=layout,
             dtype=dtype,
             optimizer=optimizer,
             state=abstract_state(run, optimizer, layout),
-            frozen=method.abstract_frozen(run, layout, dtype),
+            frozen=trainable.abstract_frozen(run, layout, dtype),
         )
 
     @property

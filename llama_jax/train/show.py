@@ -10,7 +10,7 @@ from llama_jax.data.loader import Batch, Loader
 from llama_jax.data.packing import Rows
 from llama_jax.run_config import RunConfig
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import start
+from llama_jax.train import setup
 
 _ROWS = 2  # that are shown of the first batch
 _TOKENS = 1500  # that are shown of a row
@@ -30,9 +30,9 @@ def show(run: RunConfig, *, colour: bool) -> None:
         ConfigError: a file that is not there.
         ValueError: a tokenizer that cannot be used, or too many bad lines.
     """
-    start.check_sources(run)
-    tokenizer = start.chosen_tokenizer(run, print)
-    train, validation = start.rows(run, tokenizer, print)
+    setup.check_sources(run)
+    tokenizer = setup.chosen_tokenizer(run, print)
+    train, validation = setup.rows(run, tokenizer, print)
     for rows in train.parts:
         print(f"train: {_lengths(rows)}")
     if validation is not None:

@@ -11,7 +11,7 @@ import optax
 
 from llama_jax import parallel
 from llama_jax.run_config import RunConfig
-from llama_jax.train import method
+from llama_jax.train import trainable
 from llama_jax.train.optimizer import opt_shardings
 
 
@@ -30,27 +30,27 @@ class TrainState:
     """
 
     step: jax.Array
-    params: method.Trained
+    params: trainable.Trained
     opt_state: Any
     key: jax.Array
     skipped: jax.Array
-    ema: method.Trained | None
+    ema: trainable.Trained | None
 
     @property
-    def best(self) -> method.Trained:
+    def best(self) -> trainable.Trained:
         """What the run has to show: the average where it keeps one, else the weights."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(
-    run: RunConfig, optimizer: optax.GradientTransformation, *, params: method.Trained | None = None
+    run: RunConfig, optimizer: optax.GradientTransformation, *, params: trainable.Trained | None = None
 ) -> TrainState:
     """A fresh state, as `method.init_trained` begins unless `params` are given.
 
     Trace it in a jit with `state_shardings` as out_shardings, so that no device holds it whole.
     """
     key, init_key = jax.random.split(jax.random.key(run.seed))
-    params = method.init_trained(run, init_key) if params is None else params
+    params = trainable.init_trained(run, init_key) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -64,7 +64,7 @@ def init_state(
 def abstract_state(run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings: moments lie where their weights lie."""
     state = jax.eval_shape(lambda: init_state(run, optimizer))
-    axes = method.trained_axes(run)
+    axes = trainable.trained_axes(run)
     places = parallel.shardings(layout, axes, state.params)
     whole = parallel.replicated(layout.mesh)
     placed = TrainState(

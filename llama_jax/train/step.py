@@ -15,7 +15,7 @@ import optax
 
 from llama_jax import model, parallel
 from llama_jax.run_config import RunConfig
-from llama_jax.train import method
+from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch, Sums, objective
 from llama_jax.train.optimizer import group_norms, make_schedule
 from llama_jax.train.state import TrainState
@@ -31,17 +31,17 @@ def make_train_step(
     schedule = make_schedule(run.optimizer, steps=run.train.steps)
 
     def gradients(
-        trained: method.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Sums], method.Trained]:
-        def loss(trained: method.Trained) -> tuple[jax.Array, Sums]:
-            return objective(run, method.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
+        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
+        def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
+            return objective(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
     def accumulated(
-        trained: method.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Sums], method.Trained]:
-        def one(part: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], method.Trained]:
+        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
+        def one(part: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
             return gradients(trained, frozen, part, jax.random.fold_in(key, number))
 
         return _summed(one, batch, A)
@@ -85,15 +85,15 @@ def make_train_step(
 
 def make_eval_step(
     run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
-) -> Callable[[method.Trained, model.Params | None, Batch], Sums]:
+) -> Callable[[trainable.Trained, model.Params | None, Batch], Sums]:
     """A function of what is trained, what is frozen, and a batch, to the objective's sums with their count.
 
     It takes as many rows at a time as the training step, so that it fits where that does.
     """
 
-    def eval_step(trained: method.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
+    def eval_step(trained: trainable.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
         def one(part: Batch, _: jax.Array) -> Sums:
-            return objective(run, method.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
+            return objective(run, trainable.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
 
         with parallel.use(layout):
             return _summed(one, batch, run.train.accumulate)
@@ -118,7 +118,7 @@ def _summed(function: Callable[[Batch, jax.Array], Any], batch: Batch, A: int) -
     return jax.lax.scan(add, zero, numbered)[0]
 
 
-def _averaged(decay: float, step: jax.Array, ema: method.Trained, params: method.Trained) -> method.Trained:
+def _averaged(decay: float, step: jax.Array, ema: trainable.Trained, params: trainable.Trained) -> trainable.Trained:
     """The running average one step on; in the first steps it forgets faster, as there is less to remember."""
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)

@@ -19,20 +19,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from llama_jax.config import ConfigError, ModelConfig, nearest
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.model import Params, check_params
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
-from llama_jax.ops.sampling import SamplingParams
-from llama_jax.text import gguf as text_gguf
-from llama_jax.text import tokenizer_json
+from llama_jax.params import is_stacked
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.text.formats import gguf as gguf_vocabulary
+from llama_jax.text.formats import huggingface as huggingface_vocabulary
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights import gguf, huggingface, meta
-from llama_jax.weights import layout as table
-from llama_jax.weights.adapter import Adapter, Stored, merged
-from llama_jax.weights.entry import Entry, Index, Quantised, of_array
-from llama_jax.weights.transform import is_stacked
+from llama_jax.weights import name_table
+from llama_jax.weights.adapters import Adapter, Stored, merged
+from llama_jax.weights.formats import gguf, huggingface, meta
+from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array
 
 # Each format and the dtypes that it is written in, with their bytes a number.
 _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -72,7 +73,7 @@ class Card:
 def save(
     path: str | os.PathLike[str],
     config: ModelConfig,
-    leaves: table.Leaves,
+    leaves: name_table.Leaves,
     card: Card,
     *,
     format: str,
@@ -108,7 +109,7 @@ def save(
             for key, leaf in leaves.items()
         }
     if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
-        for weight in table.weights(config, _COLUMNS[format]):
+        for weight in name_table.weights(config, _COLUMNS[format]):
             for _ in leaves[weight.path].blocks():
                 pass
         return path
@@ -136,16 +137,16 @@ def check(format: str, dtype: str | None) -> None:
         raise ConfigError(f"format {format!r} is not written in {dtype!r}{near}; allowed: {allowed}")
 
 
-def default_dtype(leaves: table.Leaves, format: str) -> str:
-    """What most of the numbers are: for "gguf" their quantised type, where it can be written, else their dtype."""
+def default_dtype(leaves: name_table.Leaves, format: str) -> str:
+    """What most of the numbers are: for "gguf" their quantized type, where it can be written, else their dtype."""
     sizes: collections.Counter[str] = collections.Counter()
     for entry in leaves.values():
-        kind = entry.kind.lower() if entry.quantised is not None else entry.dtype.name
+        kind = entry.kind.lower() if entry.quantized is not None else entry.dtype.name
         sizes[kind if kind in FORMATS.get(format, ()) else entry.dtype.name] += math.prod(entry.shape)
     return sizes.most_common(1)[0][0]
 
 
-def _loses(leaf: Entry, dtype: np.dtype) -> bool:
+def _loses(leaf: LazyTensor, dtype: np.dtype) -> bool:
     """Whether a tensor would not survive a cast that nobody asked for. Matrices are not read to find out."""
     if leaf.dtype == dtype:
         return False
@@ -156,11 +157,11 @@ def _loses(leaf: Entry, dtype: np.dtype) -> bool:
         return not np.array_equal(own, own.astype(dtype).astype(own.dtype))
 
 
-def _name(path: table.Path) -> str:
+def _name(path: name_table.Path) -> str:
     return ".".join(map(str, path))
 
 
-def leaves_of(config: ModelConfig, params: Params) -> table.Leaves:
+def leaves_of(config: ModelConfig, params: Params) -> name_table.Leaves:
     """Params at hand (stacked or unrolled, on the devices of all processes) as entries, one on the host at a time.
 
     LoRA updates are merged into their weights.
@@ -174,57 +175,57 @@ def adapter_of(config: ModelConfig, params: Params) -> Adapter:
     return {path: Stored(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
 
 
-def stored(updates: Mapping[table.Path, Update]) -> Adapter:
+def stored(updates: Mapping[name_table.Path, Update]) -> Adapter:
     """LoRA updates by themselves, likewise."""
 
-    def entry(array: jax.Array) -> Entry:
+    def entry(array: jax.Array) -> LazyTensor:
         return of_array(functools.partial(_on_host, array), np.dtype(array.dtype), array.shape)
 
     return {path: Stored(*map(entry, update)) for path, update in updates.items()}
 
 
-def _stored(config: ModelConfig, params: Params) -> dict[table.Path, Any]:
+def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, Any]:
     """The unrolled leaves by path, with an entry in the place of each array that they are made of."""
     check_params(config, params)
     stacked = is_stacked(params)
-    latest: dict[table.Path, tuple[np.ndarray, ...]] = {}
+    latest: dict[name_table.Path, tuple[np.ndarray, ...]] = {}
 
-    def leaf(path: table.Path) -> jax.Array | QTensor | LoraTensor:
+    def leaf(path: name_table.Path) -> jax.Array | QTensor | LoraTensor:
         if stacked and path[0] == "layers":
-            return jax.tree.map(lambda array: array[path[1]], table.get(params["layers"], path[2:]))
-        return table.get(params, path)
+            return jax.tree.map(lambda array: array[path[1]], name_table.get(params["layers"], path[2:]))
+        return name_table.get(params, path)
 
-    def arrays(path: table.Path) -> tuple[np.ndarray, ...]:
+    def arrays(path: name_table.Path) -> tuple[np.ndarray, ...]:
         if path not in latest:
             latest.clear()
             latest[path] = tuple(map(_on_host, jax.tree.leaves(leaf(path))))
         return latest[path]
 
-    def entries(path: table.Path) -> Any:
+    def entries(path: name_table.Path) -> Any:
         shapes, tree = jax.tree.flatten(jax.eval_shape(lambda: leaf(path)))
         return tree.unflatten(
             of_array(lambda i=i: arrays(path)[i], np.dtype(a.dtype), a.shape) for i, a in enumerate(shapes)
         )
 
-    return {weight.path: entries(weight.path) for weight in table.weights(config, "huggingface")}
+    return {weight.path: entries(weight.path) for weight in name_table.weights(config, "huggingface")}
 
 
-def _entry(leaf: Entry | QTensor | LoraTensor) -> Entry:
+def _entry(leaf: LazyTensor | QTensor | LoraTensor) -> LazyTensor:
     if isinstance(leaf, LoraTensor):
         return merged(_entry(leaf.base), Stored(leaf.a, leaf.b, leaf.scale))
     if isinstance(leaf, QTensor):
-        return _quantised(Quantised(8 if leaf.values.dtype == np.int8 else 4, leaf.values, leaf.scales))
+        return _quantized(QuantizedParts(8 if leaf.values.dtype == np.int8 else 4, leaf.values, leaf.scales))
     return leaf
 
 
-def _quantised(pieces: Quantised) -> Entry:
+def _quantized(pieces: QuantizedParts) -> LazyTensor:
     def fill(out: np.ndarray, index: Index) -> None:
         part = quant.QTensor(pieces.values.read(index[:1]), pieces.scales.read(index[:1]))
-        np.copyto(out, quant.dequantise(part, jnp.float32)[:, index[1]], casting="unsafe")
+        np.copyto(out, quant.dequantize(part, jnp.float32)[:, index[1]], casting="unsafe")
 
     out, groups = pieces.scales.shape
     dtype, nbytes = np.dtype(np.float32), pieces.values.nbytes + pieces.scales.nbytes
-    return Entry(dtype, (out, groups * quant.GROUP), fill, f"Q{pieces.bits}_0", nbytes, pieces)
+    return LazyTensor(dtype, (out, groups * quant.GROUP), fill, f"Q{pieces.bits}_0", nbytes, pieces)
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -257,13 +258,20 @@ def _free(path: Path, format: str) -> Path:
 
 
 def _write_hf(
-    path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
+    path: Path,
+    config: ModelConfig,
+    leaves: name_table.Leaves,
+    card: Card,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    progress: Told,
 ) -> None:
     for file in card.tokenizer_files:
         shutil.copyfile(file, path / file.name)
     if card.tokenizer is not None and not (path / "tokenizer.json").exists():
         template = card.chat_template
-        tokenizer_json.write(card.tokenizer, path, model_max_length=config.max_seq_len, chat_template=template)
+        huggingface_vocabulary.write(card.tokenizer, path, model_max_length=config.max_seq_len, chat_template=template)
     huggingface.save_folder(
         path,
         config,
@@ -277,7 +285,14 @@ def _write_hf(
 
 
 def _write_meta(
-    path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
+    path: Path,
+    config: ModelConfig,
+    leaves: name_table.Leaves,
+    card: Card,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    progress: Told,
 ) -> None:
     if card.tokenizer is not None:
         try:
@@ -295,9 +310,16 @@ def _write_meta(
 
 
 def _write_gguf(
-    path: Path, config: ModelConfig, leaves: table.Leaves, card: Card, *, dtype: str, shard_bytes: int, progress: Told
+    path: Path,
+    config: ModelConfig,
+    leaves: name_table.Leaves,
+    card: Card,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    progress: Told,
 ) -> None:
-    fields = None if card.tokenizer is None else text_gguf.fields(card.tokenizer)
+    fields = None if card.tokenizer is None else gguf_vocabulary.fields(card.tokenizer)
     if fields is not None and card.chat_template is not None:
         fields["chat_template"] = card.chat_template
     gguf.save_file(

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.config import ConfigError, ModelConfig, nearest
-from llama_jax.jsonfile import brief
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.model import Params, logical_axes
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout, shardings
-from llama_jax.weights import layout as table
-from llama_jax.weights.entry import Entry, Index, aligned, row_blocks
+from llama_jax.weights import name_table
+from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
 FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _BITS = {"int8": 8, "int4": 4}
@@ -32,7 +32,9 @@ _QUIET = 3.0  # seconds before a bar appears
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
 
-def check_entries(entries: Mapping[str, Entry], config: ModelConfig, *, format: str, source: str) -> table.Leaves:
+def check_entries(
+    entries: Mapping[str, LazyTensor], config: ModelConfig, *, format: str, source: str
+) -> name_table.Leaves:
     """The tensors of a file or folder as ours, by path; what this config has no place for is refused by name.
 
     Args:
@@ -46,11 +48,11 @@ def check_entries(entries: Mapping[str, Entry], config: ModelConfig, *, format: 
     """
     if config.num_layers > len(entries):  # before a list of a million layers is made
         raise ValueError(f"{source}: its config has {config.num_layers:,} layers, but it has {len(entries):,} tensors")
-    weights = table.weights(config, format)
+    weights = name_table.weights(config, format)
     known = {weight.name: weight for weight in weights}
     missing = [name for name in known if name not in entries]
-    extra = [name for name in entries if name not in known and not name.endswith(table.BUFFERS)]
-    embed, unembed = table.tied_names(format)
+    extra = [name for name in entries if name not in known and not name.endswith(name_table.BUFFERS)]
+    embed, unembed = name_table.tied_names(format)
     if config.tied_embeddings and unembed in extra and embed in entries:
         if not equal(entries[unembed], entries[embed]):
             raise ValueError(f"{source}: {unembed} differs from {embed}, but the config ties them")
@@ -74,7 +76,7 @@ def check_entries(entries: Mapping[str, Entry], config: ModelConfig, *, format: 
     return {weight.path: weight.ours(entries[weight.name]) for weight in weights}
 
 
-def equal(a: Entry, b: Entry) -> bool:
+def equal(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors are the same bit for bit; the first rows decide almost always."""
     if a.shape != b.shape or a.dtype != b.dtype or a.kind != b.kind or a.shape[-1] > _WIDEST:
         return False
@@ -85,7 +87,7 @@ def equal(a: Entry, b: Entry) -> bool:
 
 
 def load_leaves(
-    leaves: table.Leaves,
+    leaves: name_table.Leaves,
     config: ModelConfig,
     *,
     layout: Layout | None,
@@ -108,14 +110,14 @@ def load_leaves(
     axes = logical_axes(config, stacked=False)
     bits = group_bits(config, quantize)
 
-    def load(path: table.Path) -> jax.Array | QTensor:
-        entry, names = leaves[path], table.get(axes, path)
-        pieces, rounded = entry.quantised, bits is not None and _is_block_matrix(path, entry.shape)
+    def load(path: name_table.Path) -> jax.Array | QTensor:
+        entry, names = leaves[path], name_table.get(axes, path)
+        pieces, rounded = entry.quantized, bits is not None and _is_block_matrix(path, entry.shape)
         if pieces is not None and (pieces.bits == bits if rounded else quantize is None):
             leaf = QTensor(*(place(piece, names, piece.dtype, layout) for piece in (pieces.values, pieces.scales)))
         else:
             leaf = place(entry, names, entry.dtype if dtype is None or rounded else np.dtype(dtype), layout)
-            leaf = _quantised(leaf, bits, names, layout) if rounded else leaf
+            leaf = _quantized(leaf, bits, names, layout) if rounded else leaf
         leaf = jax.block_until_ready(leaf)
         bar.update(entry.nbytes)
         return leaf
@@ -127,7 +129,7 @@ def load_leaves(
     ):
         futures = {path: pool.submit(load, path) for path in leaves}
         try:
-            return table.build(config, ((path, future.result()) for path, future in futures.items()))
+            return name_table.build(config, ((path, future.result()) for path, future in futures.items()))
         finally:  # after an error the rest need not be read
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -149,20 +151,22 @@ def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
     return _BITS.get(quantize)
 
 
-def quantise_layers(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
+def quantize_layers(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
     """Placed unrolled params with the matrices of all layers in groups, where `quantize` is "int8" or "int4"."""
     bits = group_bits(config, quantize)
     if bits is None:
         return params
     axes = logical_axes(config, stacked=False)
 
-    def leaf(path: table.Path) -> jax.Array | QTensor:
-        found = table.get(params, path)
+    def leaf(path: name_table.Path) -> jax.Array | QTensor:
+        found = name_table.get(params, path)
         if not _is_block_matrix(path, found.shape) or isinstance(found, QTensor):
             return found
-        return _quantised(found, bits, table.get(axes, path), layout)
+        return _quantized(found, bits, name_table.get(axes, path), layout)
 
-    return table.build(config, ((weight.path, leaf(weight.path)) for weight in table.weights(config, "huggingface")))
+    return name_table.build(
+        config, ((weight.path, leaf(weight.path)) for weight in name_table.weights(config, "huggingface"))
+    )
 
 
 def merged(params: Params) -> Params:
@@ -176,23 +180,23 @@ def merged(params: Params) -> Params:
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, LoraTensor))
 
 
-def _is_block_matrix(path: table.Path, shape: tuple[int, ...]) -> bool:
+def _is_block_matrix(path: name_table.Path, shape: tuple[int, ...]) -> bool:
     return path[0] == "layers" and len(shape) == 2
 
 
-def _quantised(weight: jax.Array, bits: int, names: tuple[str | None, ...], layout: Layout | None) -> QTensor:
+def _quantized(weight: jax.Array, bits: int, names: tuple[str | None, ...], layout: Layout | None) -> QTensor:
     if layout is None:
-        return _quantiser(bits, None)(weight)
-    shapes = jax.eval_shape(functools.partial(quant.quantise, bits=bits), weight)
-    return _quantiser(bits, shardings(layout, names, shapes))(weight)
+        return _quantizer(bits, None)(weight)
+    shapes = jax.eval_shape(functools.partial(quant.quantize, bits=bits), weight)
+    return _quantizer(bits, shardings(layout, names, shapes))(weight)
 
 
 @functools.lru_cache(maxsize=64)
-def _quantiser(bits: int, places: QTensor | None) -> Callable[[jax.Array], QTensor]:
-    return jax.jit(functools.partial(quant.quantise, bits=bits), out_shardings=places)
+def _quantizer(bits: int, places: QTensor | None) -> Callable[[jax.Array], QTensor]:
+    return jax.jit(functools.partial(quant.quantize, bits=bits), out_shardings=places)
 
 
-def place(entry: Entry, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:
+def place(entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:
     """A tensor in the dtype `to` where its logical axes belong; no layout is the first device."""
     if layout is None:
         where: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -207,7 +211,7 @@ def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
-def _parts(entry: Entry, wanted: set[Bounds], dtype: np.dtype) -> dict[Bounds, np.ndarray]:
+def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype) -> dict[Bounds, np.ndarray]:
     """The parts of a tensor that the devices of this process hold, each read once.
 
     Parts that have their rows in common are read together, a block of rows at a time: the pieces of a row that go to
@@ -239,7 +243,7 @@ def _slices(bounds: Bounds) -> Index:
     return tuple(slice(start, stop) for start, stop in bounds)
 
 
-def main_dtype(leaves: table.Leaves) -> np.dtype:
+def main_dtype(leaves: name_table.Leaves) -> np.dtype:
     """The dtype of most numbers."""
     sizes: dict[np.dtype, int] = {}
     for entry in leaves.values():

@@ -13,12 +13,14 @@ import numpy as np
 
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints
-from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.jsonfile import read_json
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError
+from llama_jax.files import read_json
 from llama_jax.ops.lora import Update
+from llama_jax.params import unstack
 from llama_jax.run_keys import LoraConfig
-from llama_jax.weights import adapter, transform, updates
-from llama_jax.weights.load import quantise_layers
+from llama_jax.weights import adapters, lora_params
+from llama_jax.weights.load import quantize_layers
 from llama_jax.weights.source import Source, open_source, tokenizer_in
 
 CONFIG_FILE = "config.json"
@@ -88,7 +90,7 @@ def _load_params(
     # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
     shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
     params = _restored(folder, step, shapes, model.logical_axes(config, stacked=True), layout)
-    return quantise_layers(config, transform.unstack(params), quantize, layout)
+    return quantize_layers(config, unstack(params), quantize, layout)
 
 
 def _load_lora(
@@ -114,11 +116,11 @@ def _load_lora(
             f"{values['init_from']!r} is not the model that {folder} was trained beside, and its updates mean nothing "
             "beside another: put back the one that it was"
         )
-    shapes = jax.eval_shape(lambda: updates.initial(config, settings, jax.random.key(0)))
-    trained = _restored(folder, step, shapes, updates.axes(config, settings), layout)
-    found = updates.by_path(settings, trained)
+    shapes = jax.eval_shape(lambda: lora_params.initial(config, settings, jax.random.key(0)))
+    trained = _restored(folder, step, shapes, lora_params.axes(config, settings), layout)
+    found = lora_params.by_path(settings, trained)
     found = {path: Update(u.a.astype(dtype), u.b.astype(dtype), u.scale) for path, u in found.items()}
-    return adapter.applied(config, base.load_merged(layout, dtype, quantize), found)
+    return adapters.applied(config, base.load_merged(layout, dtype, quantize), found)
 
 
 def _restored(folder: Path, step: int | None, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import model, parallel
-from llama_jax.config import ConfigError, ModelConfig, nearest
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError, nearest
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import tokenizer as text
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights import flax, gguf, gguf_file, hub, huggingface, load, meta, peft, safetensors
-from llama_jax.weights import layout as table
+from llama_jax.weights import hub_models, load, name_table
+from llama_jax.weights.formats import flax, gguf, gguf_file, huggingface, meta, peft, safetensors
 
 LOOKED_FOR = (
     "a run folder (config.json and checkpoints/) or one of its checkpoints, a Hugging Face folder (config.json and "
@@ -50,7 +51,7 @@ class Source:
         stop_tokens: ids that end a text by its own account, beside the tokenizer's.
         sampling: how it would be sampled by its own account, or None.
         chat_template: how dialogs are written by its own account (Jinja), or None.
-        dtype: of most of its numbers; float32 for quantised ones, which are exact in it.
+        dtype: of most of its numbers; float32 for quantized ones, which are exact in it.
         leaves: its tensors by path, none of them read; None for a run, whose arrays Orbax reads.
         load: (layout, dtype, quantize) to weights in the unrolled layout. No layout is the first device, no dtype is
             the stored one; for quantize see load.load_leaves.
@@ -69,7 +70,7 @@ class Source:
     sampling: SamplingParams | None
     chat_template: str | None
     dtype: np.dtype
-    leaves: table.Leaves | None
+    leaves: name_table.Leaves | None
     load: Load
     read_tokenizer: Callable[[], Tokenizer | None]
     fingerprint: str | None = None
@@ -84,7 +85,7 @@ class Source:
         if not self.adapted:
             return self.load(layout, dtype, quantize)
         params = load.merged(self.load(layout, dtype, "none"))
-        return load.quantise_layers(self.config, params, quantize, layout)
+        return load.quantize_layers(self.config, params, quantize, layout)
 
     def identity(self) -> str:
         """A hash (hex) of which model it is, whatever format, dtype or number of files it is stored in.
@@ -101,7 +102,7 @@ class Source:
         return digest.hexdigest()
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether some of its tensors are stored in groups of a few bits."""
         return self.leaves is not None and any(entry.kind.startswith("Q") for entry in self.leaves.values())
 
@@ -139,8 +140,8 @@ def open_source(source: str | os.PathLike[str]) -> Source:
         ValueError: a damaged file.
     """
     path = Path(source).expanduser()
-    if hub.is_hub_id(str(source)):
-        path = hub.download(str(source))
+    if hub_models.is_hub_id(str(source)):
+        path = hub_models.download(str(source))
     if path.is_file():
         return _open_file(path)
     if not path.is_dir():
@@ -196,7 +197,7 @@ def _open_huggingface(path: Path, kind: str, open_folder: Callable, format: str)
     config = huggingface.read_config(path)
     entries = open_folder(path)
     if format == "flax":  # whose model took its own unembedding, whatever the config said of ties
-        config = dataclasses.replace(config, tied_embeddings=table.tied_names(format)[1] not in entries)
+        config = dataclasses.replace(config, tied_embeddings=name_table.tied_names(format)[1] not in entries)
     leaves = load.check_entries(entries, config, format=format, source=str(path))
     return _source(
         path,
@@ -243,7 +244,7 @@ def _source(
     path: Path,
     kind: str,
     config: ModelConfig,
-    leaves: table.Leaves,
+    leaves: name_table.Leaves,
     *,
     read_tokenizer: Callable[[], Tokenizer | None],
     bos_token: int | None = None,

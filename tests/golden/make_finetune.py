@@ -52,7 +52,8 @@ import numpy as np
 from golden.make_model import VOCAB_STRIDE, _transformers_config, random_weights
 from golden.make_peft import CONFIG, LINEAR, TOKENS
 
-from llama_jax.weights import blocks, layout
+from llama_jax.weights import name_table
+from llama_jax.weights.formats import gguf_blocks
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -93,7 +94,7 @@ def thin(array: np.ndarray) -> np.ndarray:
 def adapter(setting: str, *, fresh: bool = False) -> dict[str, np.ndarray]:
     """Float32 lora matrices by MODULE.X, X being lora_A (r, in) or lora_B (out, r), which is zero in a `fresh` one."""
     rank, found = SETTINGS[setting]["r"], {}
-    for weight in layout.weights(CONFIG, "huggingface"):
+    for weight in name_table.weights(CONFIG, "huggingface"):
         module = weight.name.removesuffix(".weight")
         if module.split(".")[-1] not in SETTINGS[setting]["target_modules"]:
             continue
@@ -109,7 +110,7 @@ def rounded(kind: str) -> dict[str, np.ndarray]:
     found = random_weights(CONFIG)
     for name, weight in found.items():
         if name.split(".")[-2] in LINEAR:
-            found[name] = blocks.dequantise(kind.upper(), blocks.quantise(kind.upper(), weight))
+            found[name] = gguf_blocks.dequantize(kind.upper(), gguf_blocks.quantize(kind.upper(), weight))
     return found
 
 

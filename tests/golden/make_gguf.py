@@ -214,7 +214,7 @@ def _types(kept: dict[str, np.ndarray]) -> None:
     _finish(writer)
 
 
-def _quantised(kept: dict[str, np.ndarray]) -> None:
+def _quantized(kept: dict[str, np.ndarray]) -> None:
     """Numbers, ordinary and awkward, and the blocks that they become."""
     import gguf
 
@@ -225,9 +225,9 @@ def _quantised(kept: dict[str, np.ndarray]) -> None:
     numbers[3] = np.round(numbers[3] * 8) / 8
     numbers[4] = np.arange(96) / 2 - 24  # halves, and ties for the largest
     numbers[5, :64] = 0
-    kept["quantise/numbers"] = numbers
+    kept["quantize/numbers"] = numbers
     for name in ("Q8_0", "Q4_0"):
-        kept[f"quantise/{name}"] = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[name])
+        kept[f"quantize/{name}"] = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[name])
 
 
 def _tiny(kept: dict[str, np.ndarray]) -> None:
@@ -268,7 +268,7 @@ def main() -> None:
     """Write the files beside this one."""
     kept: dict[str, np.ndarray] = {}
     _types(kept)
-    _quantised(kept)
+    _quantized(kept)
     _tiny(kept)
     _split()
     np.savez_compressed(HERE / "gguf.npz", **kept)

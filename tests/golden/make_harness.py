@@ -26,7 +26,7 @@ from golden.make_model import random_weights
 
 import llama_jax
 from llama_jax.config import SIZES
-from llama_jax.text.bpe import train_bpe
+from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
 
 GOLD = Path(__file__).parent / "harness.json"

@@ -6,7 +6,7 @@
 
 Weights are drawn by name from numpy's RandomState, whose stream never changes, so that the tests draw the same ones and
 only inputs and outputs are stored. Meta's code is given them under its own names, with the rotary pairs interleaved by
-the table in llama_jax/weights/layout.py.
+the table in llama_jax/weights/name_table.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import SIZES, ModelConfig
-from llama_jax.weights import layout
+from llama_jax.weights import name_table
 
 HERE = Path(__file__).parent
 GREEDY = 24
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[ModelConfig, tuple[int, ...]]] = {
 def random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
     """Float32 weights by Hugging Face name, large enough that attention is far from uniform."""
     found = {}
-    for weight in layout.weights(config, "huggingface"):
+    for weight in name_table.weights(config, "huggingface"):
         draw = np.random.RandomState(zlib.crc32(weight.name.encode()))
         noise = draw.standard_normal(weight.shape)
         matrix = len(weight.shape) == 2
@@ -174,10 +174,10 @@ def _meta(config: ModelConfig, tokens: np.ndarray, positions: np.ndarray) -> dic
     ).eval()
     named = random_weights(config)
     theirs = {}
-    pairs = zip(layout.weights(config, "huggingface"), layout.weights(config, "meta"), strict=True)
+    pairs = zip(name_table.weights(config, "huggingface"), name_table.weights(config, "meta"), strict=True)
     for ours, meta in pairs:
         array = named[ours.name]
-        theirs[meta.name] = torch.from_numpy(layout.to_pairs(array, meta.pairs) if meta.pairs else array)
+        theirs[meta.name] = torch.from_numpy(name_table.to_pairs(array, meta.pairs) if meta.pairs else array)
     model.load_state_dict(theirs, strict=True)
     # Their own table of angles, of which the rows of our positions take the place of the first ones.
     angles = code.precompute_freqs_cis(

@@ -21,7 +21,7 @@ from golden.make_model import VOCAB_STRIDE, _transformers_config, random_tokens,
 from llama_jax.config import SIZES
 
 HERE = Path(__file__).parent
-# Heads that fill the width, which is a multiple of 32, so that Meta's files and quantised ones hold it too.
+# Heads that fill the width, which is a multiple of 32, so that Meta's files and quantized ones hold it too.
 CONFIG = dataclasses.replace(SIZES["tiny"], num_layers=2, embed_dim=64, head_dim=8)
 TOKENS = random_tokens(CONFIG, rows=2, length=12)
 MERGED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight")

@@ -21,8 +21,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from llama_jax.text import Tokenizer, template, tokenizer_json  # noqa: E402
-from llama_jax.text import gguf as gguf_vocabulary  # noqa: E402
+from llama_jax.text import Tokenizer, template  # noqa: E402
+from llama_jax.text.formats import gguf as gguf_vocabulary  # noqa: E402
+from llama_jax.text.formats import huggingface as huggingface_vocabulary  # noqa: E402
 from llama_jax.text.vocabulary import SPLIT_PATTERN  # noqa: E402
 
 
@@ -98,7 +99,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer_json.write(ours, folder, model_max_length=4096)
+        huggingface_vocabulary.write(ours, folder, model_max_length=4096)
         theirs = AutoTokenizer.from_pretrained(folder)
         ours.save(folder / "small.model")
         converted = TikTokenConverter(vocab_file=str(folder / "small.model"), pattern=SPLIT_PATTERN).converted()

@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.config import ConfigError, ModelConfig, nearest
-from llama_jax.jsonfile import brief, read_json, write_json
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.files import read_json, write_json
 from llama_jax.model import Params
-from llama_jax.weights import export, hub, safetensors
-from llama_jax.weights import layout as table
-from llama_jax.weights.adapter import Adapter, Stored
-from llama_jax.weights.entry import Entry, of_array
+from llama_jax.weights import export, hub_models, name_table
+from llama_jax.weights.adapters import Adapter, Stored
+from llama_jax.weights.formats import safetensors
 from llama_jax.weights.load import FLOATS
+from llama_jax.weights.tensor import LazyTensor, of_array
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -117,8 +118,8 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         ConfigError: no adapter, a setting that is not implemented, or an adapter of another model.
         ValueError: a damaged file, or tensors that are not those that the config speaks of.
     """
-    on_hub = hub.is_hub_id(str(folder))
-    folder = hub.download_adapter(str(folder), (CONFIG, WEIGHTS)) if on_hub else Path(folder).expanduser()
+    on_hub = hub_models.is_hub_id(str(folder))
+    folder = hub_models.download_adapter(str(folder), (CONFIG, WEIGHTS)) if on_hub else Path(folder).expanduser()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         absent = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
         raise ConfigError(
@@ -128,8 +129,8 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     where = str(folder / CONFIG)
     raw = read_json(folder / CONFIG)
     _check_config(raw, where)
-    modules = {w.name.removesuffix(_WEIGHT): w for w in table.weights(config, "huggingface") if len(w.shape) == 2}
-    embed, unembed = (name.removesuffix(_WEIGHT) for name in table.tied_names("huggingface"))
+    modules = {w.name.removesuffix(_WEIGHT): w for w in name_table.weights(config, "huggingface") if len(w.shape) == 2}
+    embed, unembed = (name.removesuffix(_WEIGHT) for name in name_table.tied_names("huggingface"))
     targets = _targets(raw, where, modules, unembed)
     if targets is not None and embed in targets:
         raise ConfigError(f"{where}: LoRA of the embedding ({embed}) is not implemented")
@@ -138,7 +139,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     pairs = _pairs(entries, modules, targets, str(folder / WEIGHTS))
     ranks = _patterns(raw, "rank_pattern", where)
     alphas = _patterns(raw, "alpha_pattern", where)
-    found: dict[table.Path, Stored] = {}
+    found: dict[name_table.Path, Stored] = {}
     for module, (a, b) in pairs.items():
         rank, out, inner = _matching(ranks, module, raw["r"]), *modules[module].shape
         for entry, shape, end in ((a, (rank, inner), _A), (b, (out, rank), _B)):
@@ -189,7 +190,7 @@ def write_adapter(
     taken = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder} has {taken[0]} already: name another place, or remove it")
-    names = {w.path: w.name.removesuffix(_WEIGHT) for w in table.weights(config, "huggingface")}
+    names = {w.path: w.name.removesuffix(_WEIGHT) for w in name_table.weights(config, "huggingface")}
     scales = {names[path]: float(stored.scale.read()) for path, stored in adapter.items()}
     if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
         for stored in adapter.values():
@@ -201,7 +202,7 @@ def write_adapter(
     ranks = {names[path]: stored.a.shape[0] for path, stored in adapter.items()}
     alphas = {module: _near_whole(scale * ranks[module]) for module, scale in scales.items()}
     r, lora_alpha = (collections.Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, LazyTensor] = {}
     for path, stored in adapter.items():
         tensors |= {_ROOT + names[path] + _A: stored.a, _ROOT + names[path] + _B: stored.b}
     safetensors.save_file(folder / WEIGHTS, tensors, {"format": "pt"})
@@ -272,7 +273,7 @@ def _targets(raw: dict[str, Any], where: str, modules: Iterable[str], unembed: s
         return None
     excluded = set(_strings(without, f"{where}: exclude_modules"))
     if given == "all-linear":
-        embed = table.tied_names("huggingface")[0].removesuffix(_WEIGHT)
+        embed = name_table.tied_names("huggingface")[0].removesuffix(_WEIGHT)
         found = {module for module in modules if module not in (embed, unembed)}
     else:
         names = set(_strings(given, f"{where}: target_modules"))
@@ -295,8 +296,8 @@ def _ends(module: str) -> list[str]:
 
 
 def _pairs(
-    entries: Mapping[str, Entry], modules: Mapping[str, table.Weight], targets: set[str] | None, where: str
-) -> dict[str, tuple[Entry, Entry]]:
+    entries: Mapping[str, LazyTensor], modules: Mapping[str, name_table.Weight], targets: set[str] | None, where: str
+) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """lora_A and lora_B by module, in the order of the table; a tensor too few or too many is named."""
     known = {_ROOT + module + end for module in modules for end in (_A, _B)}
     for name in entries:
@@ -351,7 +352,7 @@ def _shortest(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
     return sorted(words - partial) + [m for m in adapted if m.rpartition(".")[2] in partial]
 
 
-def _number(value: float) -> Entry:
+def _number(value: float) -> LazyTensor:
     array = np.float32(value)
     return of_array(lambda: array, np.dtype(np.float32), ())
 

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
-from llama_jax.jsonfile import MAX_BYTES, brief, read_json, read_small, write_json
-from llama_jax.ops.sampling import GREEDY, SamplingParams
-from llama_jax.weights import layout as table
-from llama_jax.weights import safetensors
-from llama_jax.weights.entry import Entry
+from llama_jax.config import ModelConfig, RopeScaling
+from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.files import MAX_BYTES, read_json, read_small, write_json
+from llama_jax.sampling_params import GREEDY, SamplingParams
+from llama_jax.weights import name_table
+from llama_jax.weights.formats import safetensors
 from llama_jax.weights.load import main_dtype
+from llama_jax.weights.tensor import LazyTensor
 
 # Ours to theirs. `num_key_value_heads` and `head_dim` may be absent; theirs say how they then follow.
 _FIELDS = {
@@ -201,7 +202,7 @@ def export_config(
 def save_folder(
     folder: Path,
     config: ModelConfig,
-    leaves: table.Leaves,
+    leaves: name_table.Leaves,
     *,
     stop_tokens: tuple[int, ...],
     bos_token: int | None,
@@ -223,9 +224,9 @@ def save_folder(
         shard_bytes: start another file rather than exceed it.
         progress: told how many more bytes were written.
     """
-    shards: list[dict[str, Entry]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
-    for weight in table.weights(config, "huggingface"):
+    for weight in name_table.weights(config, "huggingface"):
         leaf = leaves[weight.path]
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if shards[-1] and filled + size > shard_bytes:

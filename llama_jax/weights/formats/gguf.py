@@ -15,14 +15,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from llama_jax.config import SIZES, ConfigError, ModelConfig, RopeScaling, nearest
-from llama_jax.jsonfile import brief
-from llama_jax.text.gguf import Fields
-from llama_jax.weights import gguf_file
-from llama_jax.weights import layout as table
-from llama_jax.weights.blocks import BLOCKS
-from llama_jax.weights.entry import of_array
-from llama_jax.weights.gguf_file import GGUF, Value, shown
+from llama_jax.config import SIZES, ModelConfig, RopeScaling
+from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.text.formats.gguf import Fields
+from llama_jax.weights import name_table
+from llama_jax.weights.formats import gguf_file
+from llama_jax.weights.formats.gguf_blocks import BLOCKS
+from llama_jax.weights.formats.gguf_file import GGUF, Value, shown
+from llama_jax.weights.tensor import of_array
 
 # What would change the model, and the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Value, ...]] = {
@@ -246,7 +246,7 @@ def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context
 def save_file(
     path: Path,
     config: ModelConfig,
-    leaves: table.Leaves,
+    leaves: name_table.Leaves,
     *,
     dtype: str,
     vocabulary: Fields | None,
@@ -258,7 +258,7 @@ def save_file(
     """Write what llama.cpp (and this file) reads; some rows of one tensor at a time are in memory.
 
     Norms are always F32. In q4_0 the unembedding (the embedding, where they are tied) is Q8_0, since it is the most
-    sensitive to rounding. A matrix whose rows are no multiple of 32 cannot be quantised and is F16, as in llama.cpp.
+    sensitive to rounding. A matrix whose rows are no multiple of 32 cannot be quantized and is F16, as in llama.cpp.
 
     Args:
         path: of the file.
@@ -278,10 +278,10 @@ def save_file(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, list(DTYPES))}")
     kind, file_type = DTYPES[dtype]
-    embed, unembed = table.tied_names("gguf")
+    embed, unembed = name_table.tied_names("gguf")
     sensitive = embed if config.tied_embeddings else unembed
     tensors = {}
-    for weight in table.weights(config, "gguf"):
+    for weight in name_table.weights(config, "gguf"):
         to = "Q8_0" if kind == "Q4_0" and weight.name == sensitive else kind
         if to in BLOCKS and weight.shape[-1] % BLOCKS[to][0]:
             to = "F16"

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import ConfigError, ModelConfig, nearest
-from llama_jax.weights.entry import Entry, reordered, transposed
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError, nearest
+from llama_jax.weights.tensor import LazyTensor, reordered, transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ FORMATS: dict[str, Format] = {
 BUFFERS = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")
 
 Path = tuple[str | int, ...]
-Leaves = Mapping[Path, Entry]  # a model that has not been read yet, in our layout
+Leaves = Mapping[Path, LazyTensor]  # a model that has not been read yet, in our layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +160,13 @@ class Weight:
         """The shape in the format's files."""
         return self.shape[::-1] if self.transposed else self.shape
 
-    def ours(self, theirs: Entry) -> Entry:
+    def ours(self, theirs: LazyTensor) -> LazyTensor:
         """The format's tensor as we have it."""
         if self.transposed:
             theirs = transposed(theirs)
         return reordered(theirs, self.pairs, halves_order(self.pairs)) if self.pairs else theirs
 
-    def theirs(self, ours: Entry) -> Entry:
+    def theirs(self, ours: LazyTensor) -> LazyTensor:
         """Our tensor as the format has it: the inverse of `ours`."""
         if self.pairs:
             ours = reordered(ours, self.pairs, pairs_order(self.pairs))

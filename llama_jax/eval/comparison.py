@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ConfigError
-from llama_jax.eval import judges, picture, scoring
+from llama_jax.errors import ConfigError
+from llama_jax.eval import judges, plot, scoring
 from llama_jax.eval.intervals import Tally, tally
 from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import load
-from llama_jax.weights import peft
+from llama_jax.weights.formats import peft
 from llama_jax.weights.source import open_source
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def _report(folder: Path, asked: Asked, cases: Sequence[Case], told: Mapping[int
     drawn = None
     if judged:
         said_by = {"exact": "exact match", "function": "a function", "model": "a model", "person": "a person, blind"}
-        drawn = picture.draw(tallies, folder / "comparison.png", name_a=name_a, name_b=name_b, judge=said_by[judge])
+        drawn = plot.draw(tallies, folder / "comparison.png", name_a=name_a, name_b=name_b, judge=said_by[judge])
     return Comparison(tallies, len(judged), len(cases), unread, folder, drawn)
 
 

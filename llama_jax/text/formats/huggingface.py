@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ConfigError
-from llama_jax.jsonfile import brief, read_json
+from llama_jax.errors import ConfigError, brief
+from llama_jax.files import read_json, write_whole
 from llama_jax.text import template
 from llama_jax.text.merging import Merge, every_split, in_merge_order
-from llama_jax.text.meta_file import write_whole
 from llama_jax.text.vocabulary import (
     DIGITS_PATTERN,
     GPT2_PATTERN,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_jax.config import ConfigError
+from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring
 from llama_jax.infer import inputs
 

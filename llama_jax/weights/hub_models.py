@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.files import read_json
 from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
-from llama_jax.jsonfile import brief, read_json
-from llama_jax.weights.huggingface import read_config
+from llama_jax.weights.formats.huggingface import read_config
 
 FORMS = "owner/name, owner/name@revision or owner/name/FILE.gguf@revision"
 

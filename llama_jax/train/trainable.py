@@ -1,7 +1,7 @@
 """Which weights a run trains, and which it only reads: all of them, or LoRA's thin matrices beside a frozen base.
 
 What is trained is a plain dict of float32 arrays, stacked: the params themselves, or LoRA's updates
-(weights/updates.py). What is frozen is params in the dtype of the computation, or quantised: LoRA's base, and the
+(weights/lora_params.py). What is frozen is params in the dtype of the computation, or quantized: LoRA's base, and the
 reference of DPO, which are what `init_from` holds. Optimizers and checkpoints see the first alone; the second is never
 donated and never saved.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llama_jax import model, parallel
 from llama_jax.ops import quant
 from llama_jax.run_config import RunConfig
-from llama_jax.weights import updates
+from llama_jax.weights import lora_params
 from llama_jax.weights.load import group_bits
 
 Trained = dict[str, Any]
@@ -24,17 +24,17 @@ Trained = dict[str, Any]
 
 def trained_axes(run: RunConfig) -> Trained:
     """The logical axes of what is trained."""
-    return updates.axes(run.model, run.lora) if run.lora.rank else model.logical_axes(run.model, stacked=True)
+    return lora_params.axes(run.model, run.lora) if run.lora.rank else model.logical_axes(run.model, stacked=True)
 
 
 def init_trained(run: RunConfig, key: jax.Array) -> Trained:
     """What is trained as it begins: random weights, or updates that change nothing."""
-    return updates.initial(run.model, run.lora, key) if run.lora.rank else model.init_params(run.model, key)
+    return lora_params.initial(run.model, run.lora, key) if run.lora.rank else model.init_params(run.model, key)
 
 
 def policy(run: RunConfig, trained: Trained, frozen: model.Params | None, key: jax.Array | None = None) -> model.Params:
     """The params that a run trains, as the model takes them; `key` is of this step, for LoRA's dropout."""
-    return updates.applied(run.lora, frozen, trained, key) if run.lora.rank else trained
+    return lora_params.applied(run.lora, frozen, trained, key) if run.lora.rank else trained
 
 
 def frozen_dtype(run: RunConfig, dtype: jnp.dtype) -> jnp.dtype:
@@ -52,14 +52,14 @@ def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -
     """What is frozen as ShapeDtypeStructs with their shardings, stacked; None where nothing is.
 
     Raises:
-        ConfigError: the model cannot be quantised.
+        ConfigError: the model cannot be quantized.
     """
     if not run.lora.rank and run.train.objective != "dpo":
         return None
     shapes = model.abstract_params(run.model, stacked=True, dtype=frozen_dtype(run, dtype))
     bits = group_bits(run.model, frozen_quantize(run))
     if bits:
-        rounded = lambda a: quant.quantise(a, bits) if a.ndim == 3 else a  # noqa: E731  (norms stay)
+        rounded = lambda a: quant.quantize(a, bits) if a.ndim == 3 else a  # noqa: E731  (norms stay)
         shapes["layers"] = jax.eval_shape(lambda layers: jax.tree.map(rounded, layers), shapes["layers"])
     return parallel.abstract(shapes, parallel.shardings(layout, model.logical_axes(run.model, stacked=True), shapes))
 

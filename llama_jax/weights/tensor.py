@@ -9,13 +9,12 @@ No jax here.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,19 +51,7 @@ class File:
             done += count
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class Quantised(NamedTuple):
+class QuantizedParts(NamedTuple):
     """The exact pieces of a tensor (out, in) that is stored in groups of 32 along `in`, each with one scale.
 
     Attributes:
@@ -74,12 +61,12 @@ class Quantised(NamedTuple):
     """
 
     bits: int
-    values: Entry
-    scales: Entry
+    values: LazyTensor
+    scales: LazyTensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LazyTensor:
     """A tensor that has not been read yet.
 
     Attributes:
@@ -88,7 +75,7 @@ class Entry:
         fill: (out, index) writes the part `index` of it into `out`, a C-contiguous array of any dtype, casting.
         kind: what its file calls the type, e.g. "BF16" or "Q4_K".
         nbytes: that it takes in its file.
-        quantised: its exact pieces, where our own quantised leaves can hold it.
+        quantized: its exact pieces, where our own quantized leaves can hold it.
     """
 
     dtype: np.dtype
@@ -96,7 +83,7 @@ class Entry:
     fill: Callable[[np.ndarray, Index], None]
     kind: str
     nbytes: int
-    quantised: Quantised | None = None
+    quantized: QuantizedParts | None = None
 
     def read(self, index: Sequence[slice] | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """The tensor or a part of it in memory of its own, on a boundary that lets jax take it over on a CPU."""
@@ -113,7 +100,7 @@ class Entry:
         for _, part in row_blocks(tuple(slice(0, n) for n in self.shape), self.dtype.itemsize):
             yield self.read(part, dtype)
 
-    def cast(self, dtype: np.dtype, what: str) -> Entry:
+    def cast(self, dtype: np.dtype, what: str) -> LazyTensor:
         """The same numbers in another dtype; `what` is what an error calls them that are too large for float16."""
         if dtype == self.dtype:
             return self
@@ -124,7 +111,7 @@ class Entry:
             if out.dtype == np.float16 and not np.isfinite(out).all():
                 raise ValueError(f"{what} holds numbers that float16 cannot: write bfloat16 or float32")
 
-        return dataclasses.replace(self, dtype=np.dtype(dtype), fill=fill, quantised=None)
+        return dataclasses.replace(self, dtype=np.dtype(dtype), fill=fill, quantized=None)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -135,7 +122,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return pool[start : start + size].view(dtype).reshape(shape)
 
 
-def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, kind: str | None = None) -> Entry:
+def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, kind: str | None = None) -> LazyTensor:
     """A tensor whose numbers stand in a file row after row, from byte `start` on."""
 
     def fill(out: np.ndarray, index: Index) -> None:
@@ -147,19 +134,19 @@ def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, k
             _read_rows(file, start, dtype, shape, part, scratch)
             np.copyto(out[at], scratch, casting="unsafe")
 
-    return Entry(dtype, shape, fill, kind or dtype.name, math.prod(shape) * dtype.itemsize)
+    return LazyTensor(dtype, shape, fill, kind or dtype.name, math.prod(shape) * dtype.itemsize)
 
 
-def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> Entry:
+def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> LazyTensor:
     """An array in memory, made when it is asked for."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         np.copyto(out, array()[index], casting="unsafe")
 
-    return Entry(dtype, shape, fill, dtype.name, math.prod(shape) * dtype.itemsize)
+    return LazyTensor(dtype, shape, fill, dtype.name, math.prod(shape) * dtype.itemsize)
 
 
-def joined(parts: Sequence[Entry], axis: int) -> Entry:
+def joined(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
     """Tensors of one dtype that continue each other along `axis`, as one."""
     ends = np.cumsum([part.shape[axis] for part in parts]).tolist()
     shape = list(parts[0].shape)
@@ -181,10 +168,10 @@ def joined(parts: Sequence[Entry], axis: int) -> Entry:
                 target[at] = part.read(block, out.dtype)
 
     total = sum(part.nbytes for part in parts)
-    return Entry(parts[0].dtype, tuple(shape), fill, parts[0].kind, total)
+    return LazyTensor(parts[0].dtype, tuple(shape), fill, parts[0].kind, total)
 
 
-def transposed(entry: Entry) -> Entry:
+def transposed(entry: LazyTensor) -> LazyTensor:
     """A matrix with its two axes swapped."""
 
     def fill(out: np.ndarray, index: Index) -> None:
@@ -192,10 +179,10 @@ def transposed(entry: Entry) -> Entry:
         for at, block in row_blocks((columns, rows), entry.dtype.itemsize):
             np.copyto(out[:, at[0]], entry.read(block).T, casting="unsafe")
 
-    return Entry(entry.dtype, entry.shape[::-1], fill, entry.kind, entry.nbytes)
+    return LazyTensor(entry.dtype, entry.shape[::-1], fill, entry.kind, entry.nbytes)
 
 
-def reordered(entry: Entry, period: int, order: np.ndarray) -> Entry:
+def reordered(entry: LazyTensor, period: int, order: np.ndarray) -> LazyTensor:
     """A tensor whose rows are permuted within each `period` of them: row p * period + i is the old one of order[i]."""
 
     def fill(out: np.ndarray, index: Index) -> None:
@@ -209,12 +196,12 @@ def reordered(entry: Entry, period: int, order: np.ndarray) -> Entry:
             first, last = max(low, start), min(high, stop)
             out[first - start : last - start] = rows[first - low : last - low]
 
-    pieces = entry.quantised
+    pieces = entry.quantized
     if pieces is not None:
-        pieces = Quantised(
+        pieces = QuantizedParts(
             pieces.bits, reordered(pieces.values, period, order), reordered(pieces.scales, period, order)
         )
-    return dataclasses.replace(entry, fill=fill, quantised=pieces)
+    return dataclasses.replace(entry, fill=fill, quantized=pieces)
 
 
 def row_blocks(index: Index, itemsize: int) -> list[tuple[Index, Index]]:

@@ -2,14 +2,12 @@
 
 import base64
 import binascii
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_jax.config import ConfigError
-from llama_jax.jsonfile import read_small
+from llama_jax.errors import ConfigError, brief
+from llama_jax.files import read_small
 from llama_jax.text.vocabulary import MOST_TOKENS
 
 FETCH_AGAIN = "copy the file again from the checkpoint (Meta's `tokenizer.model`, `original/tokenizer.model` on HF)"
@@ -21,16 +19,6 @@ def looks_like_ranks(path: Path) -> bool:
     """Whether a file begins as one in Meta's format does; Llama 2 has another one of this name."""
     with open(path, "rb") as file:
         return _LINE.fullmatch(file.readline(4096)) is not None
-
-
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path = Path(path)
-    # Several processes may save into one shared folder: each has a side file of its own, and renaming is atomic.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as partial:
-        partial.write(data)
-    os.chmod(partial.name, 0o644)  # as any other file; temporary ones are private
-    os.replace(partial.name, path)
 
 
 def read_ranks(path: Path) -> list[bytes]:
@@ -65,16 +53,16 @@ def read_ranks(path: Path) -> list[bytes]:
         where = f"{path}: line {number}"
         cut = " (the last line: the file seems cut short)" if number == len(lines) else ""
         if len(fields) != 2:
-            fault = f"expected `base64 rank`, got {_short(line)}{cut}"
+            fault = f"expected `base64 rank`, got {brief(line)}{cut}"
             raise ValueError(f"{where}: {fault}; {_mend_for(data)}")
         try:
             token = base64.b64decode(fields[0], validate=True)
         except binascii.Error:
-            raise ValueError(f"{where}: {_short(fields[0])} is not base64{cut}; {_mend_for(data)}") from None
+            raise ValueError(f"{where}: {brief(fields[0])} is not base64{cut}; {_mend_for(data)}") from None
         if not token:
             raise ValueError(f"{where}: the token is empty{cut}; {FETCH_AGAIN}")
         if not fields[1].isdigit() or len(fields[1]) > 9:
-            raise ValueError(f"{where}: rank {_short(fields[1])} is not a whole number{cut}; {_mend_for(data)}")
+            raise ValueError(f"{where}: rank {brief(fields[1])} is not a whole number{cut}; {_mend_for(data)}")
         rank = int(fields[1])
         if token in first_line:
             raise ValueError(f"{where}: token {token!r} is on line {first_line[token]} already; {FETCH_AGAIN}")
@@ -117,8 +105,3 @@ def _mend_for(data: bytes) -> str:
     if data.lstrip()[:1] == b"{":
         return "this looks like a `tokenizer.json`: give it that name, or give Llama 3's `tokenizer.model`"
     return FETCH_AGAIN
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_jax.config import nearest
-from llama_jax.jsonfile import brief, read_json
-from llama_jax.weights.entry import Entry
+from llama_jax.errors import brief, nearest
+from llama_jax.files import read_json
+from llama_jax.weights.tensor import LazyTensor
 
 _MOST_TENSORS = 20_000
 
 
-def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, Entry]]) -> dict[str, Entry]:
+def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """The tensors that an index lists, each from its file.
 
     Args:
@@ -27,7 +27,7 @@ def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, 
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(places)}")
-    shards: dict[str, dict[str, Entry]] = {}
+    shards: dict[str, dict[str, LazyTensor]] = {}
     for name, shard in places.items():
         bare = isinstance(shard, str) and shard.endswith(suffix) and shard.isprintable()
         if not bare or set(shard) & set("/\\:\0"):

@@ -17,12 +17,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval import scoring
-from llama_jax.eval.sliding import begin_id, windows
+from llama_jax.eval.sliding_window import begin_id, windows
 from llama_jax.infer import inputs
 from llama_jax.infer.engine import Request
-from llama_jax.ops.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama

@@ -17,9 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.jsonfile import brief, parse_json
-from llama_jax.weights.entry import Entry, File, stored, whole_file
-from llama_jax.weights.index import open_shards
+from llama_jax.errors import brief
+from llama_jax.files import parse_json, whole_file
+from llama_jax.weights.formats.shard_index import open_shards
+from llama_jax.weights.tensor import File, LazyTensor, stored
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -43,7 +44,7 @@ INDEX = "model.safetensors.index.json"
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
+def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of one file, by name; reads its header only. Raises ValueError (one line) if it is not sound."""
     path = Path(path)
     file = File(path)
@@ -79,7 +80,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
     }
 
 
-def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
+def open_folder(folder: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a folder: model.safetensors, else the shards that model.safetensors.index.json lists, else the
     one *.safetensors file there is.
 
@@ -108,7 +109,7 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
 
 def save_file(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Entry],
+    tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str] | None = None,
     *,
     progress: Callable[[int], None] = lambda count: None,

@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llama_jax.weights import msgpack
-from llama_jax.weights.entry import Entry, File
-from llama_jax.weights.index import open_shards
+from llama_jax.weights.formats import msgpack
+from llama_jax.weights.formats.shard_index import open_shards
+from llama_jax.weights.tensor import File, LazyTensor
 
 WEIGHTS = "flax_model.msgpack"
 INDEX = "flax_model.msgpack.index.json"
 _ROOT = "params/"  # some files hold flax's whole variables, of which the params are one collection
 
 
-def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
+def open_folder(folder: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a folder by the names of layout.FORMATS["flax"]: flax_model.msgpack, else what its index lists.
 
     Shards must be files of the folder itself. Raises ValueError (one line) for whatever is not sound.
@@ -36,5 +36,5 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, Entry]:
     return found
 
 
-def _open_file(path: Path) -> dict[str, Entry]:
+def _open_file(path: Path) -> dict[str, LazyTensor]:
     return msgpack.open_file(File(path))

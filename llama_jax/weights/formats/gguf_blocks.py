@@ -29,7 +29,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
 }
 
 
-def dequantise(kind: str, raw: np.ndarray) -> np.ndarray:
+def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
     """The numbers of whole blocks.
 
     Args:
@@ -47,7 +47,7 @@ def dequantise(kind: str, raw: np.ndarray) -> np.ndarray:
     return _DEQUANTISE[kind](raw.reshape(-1, size)).reshape(rows, width // size * numbers)
 
 
-def quantise(kind: str, values: np.ndarray) -> np.ndarray:
+def quantize(kind: str, values: np.ndarray) -> np.ndarray:
     """Blocks of numbers, rounded as ggml's `quantize_row_*_ref` rounds.
 
     Args:

@@ -8,8 +8,7 @@ text into words, which also settles whether a word that is a token needs no merg
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
-from llama_jax.config import ConfigError
-from llama_jax.jsonfile import brief
+from llama_jax.errors import ConfigError, brief
 from llama_jax.text import template
 from llama_jax.text.merging import every_split, in_merge_order
 from llama_jax.text.vocabulary import (

@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import SIZES, ConfigError, ModelConfig, nearest
-from llama_jax.jsonfile import brief, read_json, write_json
-from llama_jax.weights import layout, torch_file
-from llama_jax.weights.entry import Entry, joined
+from llama_jax.config import SIZES, ModelConfig
+from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.files import read_json, write_json
+from llama_jax.weights import name_table
+from llama_jax.weights.formats import torch_file
 from llama_jax.weights.load import equal
+from llama_jax.weights.tensor import LazyTensor, joined
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 _OPTIONAL = ("n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope")
@@ -49,7 +51,7 @@ _PUBLISHED = {
 }
 
 
-def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Entry]]:
+def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """The config of a folder and its tensors by Meta's names, the parts of each put together.
 
     A model whose `output.weight` is absent, or is its embedding bit for bit, is tied, and has no such entry.
@@ -64,13 +66,13 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
         _check_settings(raw)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'params.json'}: {error}") from None
-    parts: dict[str, dict[str, Entry]] = {}
+    parts: dict[str, dict[str, LazyTensor]] = {}
     for path in _files(folder):
         parts[path.name] = torch_file.open_file(path)
         if sum(map(len, parts.values())) > _MOST_TENSORS:
             raise ValueError(f"{folder}: its files have over {_MOST_TENSORS:,} tensors; 405B has 18,208 in 16 files")
     entries = _whole(folder, parts, raw["dim"])
-    embed, unembed = layout.tied_names("meta")
+    embed, unembed = name_table.tied_names("meta")
     if embed not in entries or len(entries[embed].shape) != 2:
         raise ValueError(f"{folder}: no matrix {embed!r}{nearest(embed, [n for n in entries if n != embed])}")
     tied = unembed not in entries or entries[unembed] is entries[embed] or equal(entries[unembed], entries[embed])
@@ -87,7 +89,7 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
 def save_folder(
     folder: Path,
     config: ModelConfig,
-    leaves: layout.Leaves,
+    leaves: name_table.Leaves,
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -105,9 +107,9 @@ def save_folder(
         ConfigError: a field of the config that Meta's code does not have, before anything is written.
     """
     settings = export_params(config)
-    tensors = {w.name: w.theirs(leaves[w.path]) for w in layout.weights(config, "meta")}
+    tensors = {w.name: w.theirs(leaves[w.path]) for w in name_table.weights(config, "meta")}
     if config.tied_embeddings:  # Meta's code has no word for it: the same storage stands there under both names
-        embed, unembed = layout.tied_names("meta")
+        embed, unembed = name_table.tied_names("meta")
         tensors[unembed] = tensors[embed]
     torch_file.save_file(folder / "consolidated.00.pth", tensors, progress=progress)
     write_json(folder / "params.json", settings)
@@ -251,7 +253,7 @@ def _files(folder: Path) -> list[Path]:
     return [folder / f"consolidated.{number:02}.pth" for number in numbers]
 
 
-def _whole(folder: Path, parts: Mapping[str, dict[str, Entry]], dim: int) -> dict[str, Entry]:
+def _whole(folder: Path, parts: Mapping[str, dict[str, LazyTensor]], dim: int) -> dict[str, LazyTensor]:
     """The tensors that the parts make up; `parts` are by the name of the file."""
     first, *others = parts
     for file in others:
@@ -261,9 +263,9 @@ def _whole(folder: Path, parts: Mapping[str, dict[str, Entry]], dim: int) -> dic
                 raise ValueError(
                     f"{folder / two}: no tensor {brief(lacking[0])}, which {one} has: is it of this model?"
                 )
-    whole: dict[str, Entry] = {}
+    whole: dict[str, LazyTensor] = {}
     for name, entry in parts[first].items():
-        if name.endswith(layout.BUFFERS):
+        if name.endswith(name_table.BUFFERS):
             continue
         pieces = [part[name] for part in parts.values()]
         for file, piece in zip(parts, pieces, strict=True):
@@ -279,23 +281,23 @@ def _whole(folder: Path, parts: Mapping[str, dict[str, Entry]], dim: int) -> dic
     return whole
 
 
-def _split_axis(name: str, part: Entry, dim: int) -> int | None:
+def _split_axis(name: str, part: LazyTensor, dim: int) -> int | None:
     """The axis along which a tensor is split over the files: 0 rows, 1 columns, None not at all."""
     if len(part.shape) != 2:
         return None
-    if name == layout.tied_names("meta")[0]:
+    if name == name_table.tied_names("meta")[0]:
         return 0 if part.shape[1] == dim else 1  # VocabParallelEmbedding in Llama 3, ParallelEmbedding before
     return 1 if name.endswith(_COLUMNS) else 0
 
 
-def _check_shapes(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
+def _check_shapes(folder: Path, config: ModelConfig, entries: Mapping[str, LazyTensor]) -> None:
     """Raise ValueError where the tensors are not of the config; those that are missing or too many are no matter."""
     layers = {name.split(".")[1] for name in entries if name.startswith("layers.")}
     if len(layers) != config.num_layers:
         raise ConfigError(
             f"{folder / 'params.json'}: n_layers={config.num_layers}, but the files hold {len(layers)} layers"
         )
-    for weight in layout.weights(config, "meta"):
+    for weight in name_table.weights(config, "meta"):
         entry = entries.get(weight.name)
         if entry is not None and entry.shape != weight.shape:
             raise ValueError(

@@ -3,7 +3,7 @@
     {"layers": {"attention": {"q": {"a": (L, rank, in), "b": (L, out, rank)}}}}
 
 Optimizers, meshes and checkpoints take it as they take params. `applied` puts it beside a base, `by_path` has it as
-adapters are written and merged (weights/adapter.py).
+adapters are written and merged (weights/adapters.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama_jax import model
 from llama_jax.config import ModelConfig
 from llama_jax.ops import lora
 from llama_jax.run_keys import LoraConfig
-from llama_jax.weights import layout as table
+from llama_jax.weights import name_table
 
 Updates = dict[str, Any]
 _ATTENTION = ("q", "k", "v", "o")
@@ -56,7 +56,7 @@ def applied(settings: LoraConfig, base: model.Params, updates: Updates, key: jax
 
     Args:
         settings: rank, alpha, dropout and targets.
-        base: stacked params, in arrays or quantised.
+        base: stacked params, in arrays or quantized.
         updates: as `initial` makes them, or what has become of them.
         key: of this step, for dropout; None drops nothing.
     """
@@ -72,7 +72,7 @@ def applied(settings: LoraConfig, base: model.Params, updates: Updates, key: jax
     return {**base, "layers": layers}
 
 
-def by_path(settings: LoraConfig, updates: Updates) -> Mapping[table.Path, lora.Update]:
+def by_path(settings: LoraConfig, updates: Updates) -> Mapping[name_table.Path, lora.Update]:
     """Each update by the path of its weight in unrolled params."""
     found = {}
     for block, name in _places(settings):

@@ -21,10 +21,11 @@ from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
-from llama_jax.jsonfile import brief
-from llama_jax.weights import torch_pickle
-from llama_jax.weights.entry import Entry, File, stored, whole_file
-from llama_jax.weights.torch_pickle import Storage, Tensor
+from llama_jax.errors import brief
+from llama_jax.files import whole_file
+from llama_jax.weights.formats import torch_pickle
+from llama_jax.weights.formats.torch_pickle import Storage, Tensor
+from llama_jax.weights.tensor import File, LazyTensor, stored
 
 _MAX_MEMBERS = 10_000
 _MAX_DIRECTORY = 4_000_000
@@ -50,8 +51,8 @@ class _Member(NamedTuple):
     crc: int
 
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
-    """The tensors of one file, by name; reads no numbers. Names of one tensor (tied weights) have one Entry.
+def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of one file, by name; reads no numbers. Names of one tensor (tied weights) have one LazyTensor.
 
     Raises:
         ValueError: (one line) the file is damaged, of another kind, or describes anything but a dict of tensors.
@@ -65,13 +66,13 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Entry]:
 
 def save_file(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Entry],
+    tensors: Mapping[str, LazyTensor],
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write what torch.load reads (with weights_only and mmap, too), a block of rows at a time.
 
-    The file appears under its name only when it is whole. An Entry that stands under two names is written once, as
+    The file appears under its name only when it is whole. A LazyTensor that stands under two names is written once, as
     torch.save does with tied weights.
 
     Args:
@@ -83,7 +84,7 @@ def save_file(
         ValueError: a dtype that the format has no name for, or thousands of tensors.
     """
     allowed = torch_pickle.STORAGES.values()
-    storages: dict[int, tuple[Storage, Entry]] = {}  # by identity
+    storages: dict[int, tuple[Storage, LazyTensor]] = {}  # by identity
     described: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in allowed:
@@ -116,7 +117,7 @@ def _new_member(archive: zipfile.ZipFile, file: BinaryIO, name: str) -> IO[bytes
     return archive.open(info, "w", force_zip64=True)
 
 
-def _tensors(file: File) -> dict[str, Entry]:
+def _tensors(file: File) -> dict[str, LazyTensor]:
     members = _members(file)
     tops = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(tops) != 1:
@@ -134,8 +135,8 @@ def _tensors(file: File) -> dict[str, Entry]:
     program = file.read(pickle.start, pickle.size)
     if zlib.crc32(program) != pickle.crc:
         raise ValueError("data.pkl is damaged (its checksum differs): download the file again")
-    entries: dict[str, Entry] = {}
-    same: dict[tuple[int, np.dtype, tuple[int, ...]], Entry] = {}
+    entries: dict[str, LazyTensor] = {}
+    same: dict[tuple[int, np.dtype, tuple[int, ...]], LazyTensor] = {}
     dtypes: dict[str, np.dtype] = {}
     for name, tensor in torch_pickle.load(program).items():
         start = _place(members.get(f"{top}/data/{tensor.storage.key}"), tensor, f"tensor {brief(name)}")

@@ -1,4 +1,4 @@
-"""Decoding from quantised weights beside the same model in arrays: python benchmarks/quantised.py
+"""Decoding from quantized weights beside the same model in arrays: python benchmarks/quantized.py
 
 One random model of the `160m` shape as a GGUF file in Q8_0 and Q4_0 and in float32, loaded as it is and as arrays.
 Each task is timed in alternating turns; the median of the turns counts. Takes about two minutes.

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llama_jax.config import ConfigError, nearest
+from llama_jax.errors import ConfigError, nearest
 from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
 
 SCHEME = "hf://"

@@ -16,7 +16,7 @@ from typing import TypeVar
 import ml_dtypes
 import numpy as np
 
-from llama_jax.jsonfile import brief
+from llama_jax.errors import brief
 
 # The classes whose names give the dtype of a storage.
 STORAGES: dict[str, np.dtype] = {

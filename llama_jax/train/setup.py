@@ -12,21 +12,22 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import model
-from llama_jax.config import ConfigError
 from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import build_store
+from llama_jax.errors import ConfigError
 from llama_jax.hub import some
+from llama_jax.params import restack
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_keys import DataConfig
 from llama_jax.text import tokenizer as text
-from llama_jax.text.bpe import train_bpe
+from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import method
+from llama_jax.train import trainable
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
-from llama_jax.weights import hub, transform
+from llama_jax.weights import hub_models
 from llama_jax.weights.source import Source, open_source
 
 Say = Callable[..., None]
@@ -58,7 +59,7 @@ def check_sources(run: RunConfig) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.{split}: {error}") from None
     for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
-        remote = key == "init_from" and hub.is_hub_id(name)
+        remote = key == "init_from" and hub_models.is_hub_id(name)
         if name and not remote and not Path(name).expanduser().exists():
             mend = "name a model's folder or file, or a hub id (owner/name)" if key == "init_from" else "name a file"
             raise ConfigError(f"{key}={name!r} does not exist: {mend}")
@@ -212,13 +213,13 @@ def frozen(program: Program) -> Frozen:
         return Frozen(None, None)
     run = program.run
     source = _pretrained(run)
-    dtype = method.frozen_dtype(run, program.dtype)
-    return Frozen(_loaded(source, program, dtype, method.frozen_quantize(run)), source.identity())
+    dtype = trainable.frozen_dtype(run, program.dtype)
+    return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
 
 
 def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
     """A model's weights, stacked, in their shards; the updates of a LoRA run are merged into them."""
-    return transform.restack(source.load_merged(program.layout, dtype, quantize))
+    return restack(source.load_merged(program.layout, dtype, quantize))
 
 
 def _pretrained(run: RunConfig) -> Source:

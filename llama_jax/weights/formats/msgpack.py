@@ -13,7 +13,7 @@ import math
 import ml_dtypes
 import numpy as np
 
-from llama_jax.weights.entry import Entry, File, Index, joined, stored
+from llama_jax.weights.tensor import File, Index, LazyTensor, joined, stored
 
 _DTYPES = {
     np.dtype(t).name: np.dtype(t)
@@ -30,10 +30,10 @@ _BLOCK = 1 << 22  # bytes of whole rows that are held while a part of a chunked 
 _EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}  # first byte -> length
 _TRUE = 0xC3
 
-Node = dict[str, "Node"] | Entry | int
+Node = dict[str, "Node"] | LazyTensor | int
 
 
-def open_file(file: File) -> dict[str, Entry]:
+def open_file(file: File) -> dict[str, LazyTensor]:
     """The arrays of a file by name, the keys that lead to one joined by "/".
 
     Raises:
@@ -43,14 +43,14 @@ def open_file(file: File) -> dict[str, Entry]:
     tree = scan.map(0)
     if scan.at != file.size:
         raise scan.error(f"{file.size - scan.at:,} bytes follow the end of its tree")
-    found: dict[str, Entry] = {}
+    found: dict[str, LazyTensor] = {}
     _collect(file, "", tree, found)
     if not found:
         raise ValueError(f"{file.path}: no arrays in this file")
     return found
 
 
-def _collect(file: File, name: str, node: Node, found: dict[str, Entry]) -> None:
+def _collect(file: File, name: str, node: Node, found: dict[str, LazyTensor]) -> None:
     """Put the arrays below `node` into `found`."""
     if isinstance(node, dict) and _CHUNKED in node:
         node = _unchunked(f"{file.path}: {name!r}", node)
@@ -59,7 +59,7 @@ def _collect(file: File, name: str, node: Node, found: dict[str, Entry]) -> None
             _collect(file, f"{name}/{key}" if name else key, below, found)
     elif len(name) > _MAX_NAME:
         raise ValueError(f"{file.path}: a name of {len(name):,} characters ({name[:40]!r}...); {_MAX_NAME} are allowed")
-    elif not isinstance(node, Entry):
+    elif not isinstance(node, LazyTensor):
         raise ValueError(f"{file.path}: {name!r} is a number, where only arrays belong: not the weights of a model")
     elif name in found:  # {"a": {"b": x}, "a/b": y}
         raise ValueError(f"{file.path}: the name {name!r} appears twice")
@@ -67,11 +67,11 @@ def _collect(file: File, name: str, node: Node, found: dict[str, Entry]) -> None
         found[name] = node
 
 
-def _unchunked(where: str, node: dict[str, Node]) -> Entry:
+def _unchunked(where: str, node: dict[str, Node]) -> LazyTensor:
     """The array whose flattened pieces {"0": ..., "1": ...} a map holds, beside its shape as such a map."""
     sizes, pieces = _counted(where, node, "shape"), _counted(where, node, "chunks")
     shape = tuple(n for n in sizes if type(n) is int)
-    parts = [piece for piece in pieces if isinstance(piece, Entry) and len(piece.shape) == 1]
+    parts = [piece for piece in pieces if isinstance(piece, LazyTensor) and len(piece.shape) == 1]
     if len(shape) != len(sizes) or not 0 < len(shape) <= _MAX_RANK:
         raise ValueError(f"{where} is an array in chunks whose shape is not 1 to {_MAX_RANK} whole numbers")
     if len(parts) != len(pieces) or len({part.dtype for part in parts}) != 1:
@@ -90,7 +90,7 @@ def _counted(where: str, node: dict[str, Node], key: str) -> list[Node]:
     return [values[str(i)] for i in range(len(values))]
 
 
-def _reshaped(flat: Entry, shape: tuple[int, ...]) -> Entry:
+def _reshaped(flat: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """A flat array as one of `shape`. Blocks of whole rows are read, and the part taken from them."""
     width = math.prod(shape[1:])
     step = max(1, _BLOCK // (width * flat.dtype.itemsize))
@@ -102,7 +102,7 @@ def _reshaped(flat: Entry, shape: tuple[int, ...]) -> Entry:
             rows = flat.read((slice(low * width, high * width),)).reshape(-1, *shape[1:])
             np.copyto(out[low - first : high - first], rows[(slice(None), *index[1:])], casting="unsafe")
 
-    return Entry(flat.dtype, shape, fill, flat.kind, flat.nbytes)
+    return LazyTensor(flat.dtype, shape, fill, flat.kind, flat.nbytes)
 
 
 class _Scan:
@@ -146,7 +146,7 @@ class _Scan:
             return True
         return self._integer("a map, an array or a whole number")
 
-    def _array(self) -> Entry:
+    def _array(self) -> LazyTensor:
         kind = self._uint(1)
         length = _EXTENSIONS.get(kind) or self._uint({0xC7: 1, 0xC8: 2, 0xC9: 4}[kind])
         code = self._uint(1)

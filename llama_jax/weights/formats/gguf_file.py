@@ -21,10 +21,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from llama_jax.config import nearest
-from llama_jax.jsonfile import brief
-from llama_jax.weights import blocks
-from llama_jax.weights.entry import Entry, File, Index, Quantised, stored, whole_file
+from llama_jax.errors import brief, nearest
+from llama_jax.files import whole_file
+from llama_jax.weights.formats import gguf_blocks
+from llama_jax.weights.tensor import File, Index, LazyTensor, QuantizedParts, stored
 
 Value = str | bool | int | float | list[str] | np.ndarray
 
@@ -33,7 +33,7 @@ PLAIN: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_BITS = {"Q8_0": 8, "Q4_0": 4}  # of the kinds that our own quantised leaves hold
+_BITS = {"Q8_0": 8, "Q4_0": 4}  # of the kinds that our own quantized leaves hold
 WRITTEN = (*PLAIN, *_BITS)
 
 # Numbers that ggml has given to types (ggml.h), those it has withdrawn among them; not all are read here.
@@ -70,14 +70,14 @@ class GGUF:
         path: that was opened.
         version: of the format.
         metadata: values by key; a float32 is the shortest decimal number that rounds to it.
-        entries: tensors by name, as (out, in). Those in blocks are float32 and dequantised as they are read.
+        entries: tensors by name, as (out, in). Those in blocks are float32 and dequantized as they are read.
         size: bytes of all parts.
     """
 
     path: Path
     version: int
     metadata: dict[str, Value]
-    entries: dict[str, Entry]
+    entries: dict[str, LazyTensor]
     size: int
 
 
@@ -92,7 +92,7 @@ def open_file(path: str | os.PathLike[str]) -> GGUF:
     if not 1 <= number <= count <= _MAX_PARTS:
         raise ValueError(f"{path}: its name says part {number} of {count}; parts are 1 to at most {_MAX_PARTS}")
     parts: list[GGUF] = []
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyTensor] = {}
     spent = 0
     for i in range(1, count + 1):
         part = path.with_name(f"{named['stem']}-{i:05}-of-{count:05}.gguf") if named else path
@@ -114,7 +114,7 @@ def open_file(path: str | os.PathLike[str]) -> GGUF:
 def save_file(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Value],
-    tensors: Mapping[str, tuple[Entry, str]],
+    tensors: Mapping[str, tuple[LazyTensor, str]],
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -286,7 +286,7 @@ def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:
         raise ValueError(f"{path}: general.alignment must be a power of two, got {shown(alignment)}")
     infos = [_tensor_info(header, i) for i in range(tensors)]
     begin = -(-header.at // alignment) * alignment
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyTensor] = {}
     end, last = 0, ""
     for name, kind, shape, start in sorted(infos, key=lambda info: info[3]):
         where = f"{path}: tensor {brief(name)}"
@@ -323,8 +323,8 @@ def _tensor_info(header: _Header, number: int) -> tuple[str, str, tuple[int, ...
         raise ValueError(f"{path}: {what} has shape {shape}; each dimension must be at least 1")
     kind = header.whole(4, what)
     known = _TYPES.get(kind, f"unknown number {kind}")
-    if known not in PLAIN and known not in blocks.BLOCKS:
-        read = ", ".join((*PLAIN, *blocks.BLOCKS))
+    if known not in PLAIN and known not in gguf_blocks.BLOCKS:
+        read = ", ".join((*PLAIN, *gguf_blocks.BLOCKS))
         raise ValueError(f"{path}: {what} is of type {known}, which is not read; read here: {read}")
     return name, known, shape, header.whole(8, what)
 
@@ -333,7 +333,7 @@ def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor takes in a file; `where` is what errors call it."""
     if kind in PLAIN:
         return math.prod(shape) * PLAIN[kind].itemsize
-    numbers, size = blocks.BLOCKS[kind]
+    numbers, size = gguf_blocks.BLOCKS[kind]
     if len(shape) < 2 or shape[-1] % numbers:
         raise ValueError(
             f"{where} is {kind} of shape {shape}: it must be a matrix, with rows of a multiple of {numbers}"
@@ -341,12 +341,12 @@ def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // numbers * size
 
 
-def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where: str) -> Entry:
+def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where: str) -> LazyTensor:
     """A tensor that stands in a file as blocks."""
-    numbers, size = blocks.BLOCKS[kind]
+    numbers, size = gguf_blocks.BLOCKS[kind]
     raw = stored(file, start, np.dtype(np.uint8), (*shape[:-1], shape[-1] // numbers * size))
 
-    def entry(per: int, dtype: type[np.generic], decode: Callable[[np.ndarray], np.ndarray]) -> Entry:
+    def entry(per: int, dtype: type[np.generic], decode: Callable[[np.ndarray], np.ndarray]) -> LazyTensor:
         """`per` elements of each block, that `decode` makes of rows of whole blocks."""
 
         def fill(out: np.ndarray, index: Index) -> None:
@@ -365,18 +365,18 @@ def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where:
                 np.copyto(out[low - rows.start : high - rows.start], decoded, casting="unsafe")
 
         full = (*shape[:-1], shape[-1] // numbers * per)
-        return Entry(np.dtype(dtype), full, fill, kind, raw.nbytes)
+        return LazyTensor(np.dtype(dtype), full, fill, kind, raw.nbytes)
 
-    whole = entry(numbers, np.float32, functools.partial(blocks.dequantise, kind))
+    whole = entry(numbers, np.float32, functools.partial(gguf_blocks.dequantize, kind))
     bits = _BITS.get(kind)
     if bits is None or len(shape) != 2:
         return whole
-    scales = entry(1, np.float16, lambda b: blocks.half(b.reshape(-1, size)[:, :2]))
+    scales = entry(1, np.float16, lambda b: gguf_blocks.half(b.reshape(-1, size)[:, :2]))
     if bits == 8:
         values = entry(32, np.int8, lambda b: b.reshape(-1, size)[:, 2:].view(np.int8))
     else:
         values = entry(16, np.uint8, lambda b: b.reshape(-1, size)[:, 2:])
-    return dataclasses.replace(whole, quantised=Quantised(bits, values, scales))
+    return dataclasses.replace(whole, quantized=QuantizedParts(bits, values, scales))
 
 
 def _check_part(part: GGUF, number: int, count: int) -> None:
@@ -390,7 +390,7 @@ def _check_part(part: GGUF, number: int, count: int) -> None:
         )
 
 
-def _encoded(entry: Entry, kind: str) -> Iterator[np.ndarray]:
+def _encoded(entry: LazyTensor, kind: str) -> Iterator[np.ndarray]:
     """The bytes of a tensor in `kind`, some rows at a time; FloatingPointError where a number is not finite in it."""
     if kind in PLAIN:
         for block in entry.blocks(PLAIN[kind]):
@@ -398,12 +398,12 @@ def _encoded(entry: Entry, kind: str) -> Iterator[np.ndarray]:
                 raise FloatingPointError
             yield block
         return
-    pieces = entry.quantised if entry.quantised is not None and entry.quantised.bits == _BITS[kind] else None
+    pieces = entry.quantized if entry.quantized is not None and entry.quantized.bits == _BITS[kind] else None
     step = max(1, _STEP // entry.shape[1])
     for low in range(0, entry.shape[0], step):
         rows = (slice(low, low + step),)
         if pieces is None:
-            yield blocks.quantise(kind, entry.read(rows, np.dtype(np.float32)))
+            yield gguf_blocks.quantize(kind, entry.read(rows, np.dtype(np.float32)))
             continue
         scales = pieces.scales.read(rows)[..., None]
         values = pieces.values.read(rows).reshape(*scales.shape[:2], -1)

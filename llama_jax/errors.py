@@ -1,0 +1,53 @@
+"""Error messages: the exception for settings, suggestions of near names, and values shortened to one line.
+
+Floor 0: no jax here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+_LONGEST_NAME, _MOST_NAMES = 100, 1500
+_REPR = reprlib.Repr()
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message says what was given, what is allowed and how to fix it."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A `; did you mean ...?` clause for `word`, or an empty string when no known name is near.
+
+    Names from files may be many and long, and a search among them would take minutes. Names over 100 characters get
+    no suggestion, and only the first 1,500 known names are searched.
+    """
+    if len(str(word)) > _LONGEST_NAME:
+        return ""
+    candidates = [name for name in known[:_MOST_NAMES] if len(name) <= _LONGEST_NAME]
+    matches = difflib.get_close_matches(str(word), candidates, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def one_line(message: object) -> str:
+    """The message without line breaks and terminal control codes, which names from files may contain.
+
+    An operating system error becomes its file and reason. If the file does not exist, the nearest existing name is
+    added.
+    """
+    if isinstance(message, OSError) and message.filename and message.strerror:
+        name = os.fsdecode(message.filename)
+        folder, last = os.path.split(name)
+        missing = isinstance(message, FileNotFoundError) and os.path.isdir(folder or ".")
+        message = f"{name}: {message.strerror}{nearest(last, os.listdir(folder or '.')) if missing else ''}"
+    return "".join(c if c.isprintable() else " " for c in str(message))
+
+
+def brief(value: Any, length: int = 80) -> str:
+    """The repr of a value, cut to `length` characters. Long values are never formatted whole."""
+    _REPR.maxstring = _REPR.maxother = _REPR.maxlong = length
+    text = _REPR.repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

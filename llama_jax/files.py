@@ -1,0 +1,102 @@
+"""Small files: untrusted JSON, read with bounds and one-line errors, and atomic writes.
+
+Floor 0: no jax here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llama_jax.errors import brief
+
+MAX_BYTES = 2_000_000  # parsed, JSON takes up to 25 times its size; a config or an index is far smaller
+_MAX_VALUES = 1_500_000  # of a larger file: a tokenizer.json of Llama 3 has half of that
+
+
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `max_bytes`. Anything else raises a one-line ValueError."""
+    return parse_json(read_small(path, max_bytes=max_bytes), str(path))
+
+
+def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a file of at most `max_bytes`. Anything else raises a one-line ValueError.
+
+    At most as many bytes are read as the file's size says, since a link may lead to an endless device.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path}: {size:,} bytes is more than the {max_bytes:,} allowed")
+    with open(path, "rb") as file:
+        return file.read(size) if size else b""
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `data`, which errors call `where`. Anything else raises a one-line ValueError."""
+    if len(data) > MAX_BYTES and sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise ValueError(f"{where} has over {_MAX_VALUES:,} values, more than any sound file of its kind")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a repeated name
+        raise ValueError(f"{where} is not sound JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, got {brief(value)}")
+    return value
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Atomically write a value as JSON with two spaces of indent."""
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file for writing that appears under its name only when it is complete.
+
+    Several processes may write the same path at once: each has a temporary file of its own, and the last rename
+    wins. An error removes the temporary file and leaves what was there before.
+    """
+    path = Path(path)
+    partial = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False)
+    try:
+        with partial:
+            yield partial
+            os.fchmod(partial.fileno(), 0o666 & ~_umask())
+        os.replace(partial.name, path)
+    finally:
+        Path(partial.name).unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Atomically write a file."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@functools.cache
+def _umask() -> int:
+    """The permission mask of this process. It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the name {brief(twice)} appears twice")
+    return found

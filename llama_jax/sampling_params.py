@@ -1,0 +1,52 @@
+"""Sampling settings: the record that users, models' own defaults and the command line share.
+
+Floor 0: no jax here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from llama_jax.errors import ConfigError
+
+_FLOAT32_MAX = 3.4e38
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a token is drawn. The defaults are those of Meta's examples.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token (greedy) and ignores the three cuts below.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens until their mass reaches p, the one that crosses included; 1 keeps all.
+        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
+        repetition_penalty: logits of tokens in the prompt or the text so far are divided by it where positive and
+            multiplied where negative (Keskar et al., arXiv:1909.05858, section 4.1); 1 is off. Greedy rows too.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "temperature", lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)")
+        _check(self, "top_p", lambda x: 1e-6 <= x <= 1, "from 0.000001 to 1 (1 keeps every token)")
+        _check(self, "min_p", lambda x: 0 <= x <= 1, "from 0 to 1 (0 keeps every token)")
+        _check(self, "repetition_penalty", lambda x: 1e-3 <= x <= 1e6, "from 0.001 to 1000000 (1 is off)")
+        k = self.top_k
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 1 << 31:
+            raise ConfigError(f"top_k must be a whole number from 0 (0 keeps every token), got {k!r}")
+
+
+def _check(params: SamplingParams, name: str, legal: Callable[[float], bool], allowed: str) -> None:
+    value = getattr(params, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) < _FLOAT32_MAX or not legal(value):  # NaN fails the second
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}")
+
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0)

@@ -1,0 +1,1 @@
+"""Vocabularies on disk, a format at a time."""
