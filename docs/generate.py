@@ -185,10 +185,10 @@ def _train_usage() -> str:
 def formats_page() -> str:
     """The table of weights: our path and shape of each, and its name in every format."""
     from llama_jax.config import size
-    from llama_jax.weights import layout as names
+    from llama_jax.weights import name_table
 
     config = size("llama3.1-8b")
-    columns = {format: names.weights(config, format) for format in names.FORMATS}
+    columns = {format: name_table.weights(config, format) for format in name_table.FORMATS}
     titles = {"huggingface": "Hugging Face", "meta": "Meta", "gguf": "GGUF", "flax": "old Flax"}
     lines = [
         "# Weight formats",
