@@ -187,7 +187,7 @@ def parsed(argv: list[str]) -> None:
     elif program == "infer.py":
         inference.parse(rest)
     elif program != "-m":
-        assert (ROOT / program).is_file()
+        return
     elif rest[1] == "eval":
         evaluation.parse(rest[2:])
     elif rest[1:3] == ["inspect", "data"]:
@@ -201,6 +201,7 @@ def test_every_command_of_a_page_parses(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     argv = shlex.split(line, comments=True)[1:]
     argv = argv[: argv.index(">")] if ">" in argv else argv
+    assert argv[0] == "-m" or (ROOT / argv[0]).is_file()
     if {"FILE", "[NAME", "--help"} & set(argv) or not any(re.search(r"[^a-z_]", arg) for arg in argv[2:]):
         return  # not a whole command: it names a program, or stands for any file
     parsed(argv)
