@@ -167,7 +167,7 @@ def commands(page: Path) -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`(python [^`]+)`", prose(page))
-    lines = [part.strip() for line in lines for part in line.split("&&")]
+    lines = [re.sub(r"^(\w+=\S+ )+", "", part.strip()) for line in lines for part in line.split("&&")]
     return [line for line in lines if re.match(r"python (-m llama_jax|train\.py|infer\.py|\w+/\w+\.py)", line)]
 
 
