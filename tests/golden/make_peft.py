@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden.make_model import VOCAB_STRIDE, _transformers_config, random_tokens, random_weights
 
+from golden.make_model import VOCAB_STRIDE, _transformers_config, random_tokens, random_weights
 from llama_jax.config import SIZES
 
 HERE = Path(__file__).parent
