@@ -10,7 +10,9 @@ import pytest
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 DOCS = ROOT / "docs"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    page for page in DOCS.rglob("*.md") if page.name != "design.md"
+)
 SOURCES = [
     *sorted(ROOT.glob("*.py")),
     *sorted((ROOT / "llama_jax").rglob("*.py")),
