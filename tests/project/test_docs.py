@@ -1,6 +1,7 @@
 """The documents: generated pages are current, links and anchors exist, commands parse, and the writing rules hold."""
 
 import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -211,6 +212,38 @@ def test_every_command_of_a_page_parses(page, line, monkeypatch):
 
 def test_pages_have_commands_that_are_parsed():
     assert len(COMMANDS) > 40
+
+
+def test_every_import_in_the_python_of_a_page_works():
+    wrong = []
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("llama_jax"):
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        path = f"{node.module}.{alias.name}"
+                        if not hasattr(module, alias.name) and importlib.util.find_spec(path) is None:
+                            wrong.append(f"{name_of(page)}: {path}")
+                if (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id == "llama_jax"
+                ):
+                    if not hasattr(importlib.import_module("llama_jax"), node.attr):
+                        wrong.append(f"{name_of(page)}: llama_jax.{node.attr}")
+    assert wrong == []
+
+
+def test_the_first_page_leads_to_what_a_newcomer_asks_in_one_click():
+    links = set(re.findall(r"\]\(([^)]+)\)", prose(DOCS / "index.md")))
+    assert links >= {
+        "architecture/add-a-weight-format.md",
+        "architecture/add-an-objective.md",
+        "architecture/add-an-attention-backend.md",
+        "architecture/index.md#a-training-step",
+        "architecture/invariants.md",
+    }
 
 
 # ---- the README --------------------------------------------------------------------------------------------
