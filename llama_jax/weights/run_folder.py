@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.files import read_json
 from llama_jax.ops.lora import Update
-from llama_jax.params import unstack
+from llama_jax.params import Params, abstract_params, logical_axes, unstack
 from llama_jax.run_keys import LoraConfig
 from llama_jax.weights import adapters, lora_params
 from llama_jax.weights.load import quantize_layers
@@ -85,11 +85,11 @@ def _load_params(
     layout: parallel.Layout | None,
     dtype: jnp.dtype | None,
     quantize: str | None,
-) -> model.Params:
+) -> Params:
     layout = layout or _one_device()
     # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
-    shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
-    params = _restored(folder, step, shapes, model.logical_axes(config, stacked=True), layout)
+    shapes = abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
+    params = _restored(folder, step, shapes, logical_axes(config, stacked=True), layout)
     return quantize_layers(config, unstack(params), quantize, layout)
 
 
@@ -102,7 +102,7 @@ def _load_lora(
     layout: parallel.Layout | None,
     dtype: jnp.dtype | None,
     quantize: str | None,
-) -> model.Params:
+) -> Params:
     layout, dtype = layout or _one_device(), jnp.dtype(dtype or jnp.float32)
     try:
         base = open_source(values["init_from"])

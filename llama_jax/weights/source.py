@@ -14,9 +14,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
+from llama_jax.params import Params
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import tokenizer as text
 from llama_jax.text.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ LOOKED_FOR = (
     "(config.json and flax_model.msgpack), or a hub id (owner/name)"
 )
 
-Load = Callable[[parallel.Layout | None, jnp.dtype | None, str | None], model.Params]
+Load = Callable[[parallel.Layout | None, jnp.dtype | None, str | None], Params]
 
 
 _log = logging.getLogger(__name__)
@@ -78,9 +79,7 @@ class Source:
     run_identity: Callable[[], str] | None = None
     adapted: bool = False
 
-    def load_merged(
-        self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None
-    ) -> model.Params:
+    def load_merged(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
         """As `load`, with the updates of a LoRA run merged into its base: what another update can go on top of."""
         if not self.adapted:
             return self.load(layout, dtype, quantize)
