@@ -100,10 +100,15 @@ def _asks_for_data(argv: Sequence[str]) -> bool:
 
 def _inspect_data(argv: Sequence[str]) -> int:
     run, _ = parse_run(["inspect data", *argv])  # before jax is imported: a typo is answered at once
-    from llama_jax.train.show import show
+    from llama_jax.data.inspect import show
+    from llama_jax.text.record_encoder import RecordEncoder
+    from llama_jax.train import setup
 
     sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
-    show(run, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    setup.check_sources(run)
+    tokenizer = setup.chosen_tokenizer(run, print)
+    encoder = RecordEncoder(tokenizer, setup.chosen_chat_format(run, tokenizer), run.data.parse_special)
+    show(run, encoder, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return 0
 
 
@@ -111,44 +116,37 @@ def _convert(options: argparse.Namespace) -> int:
     size = _bytes(options.shard_size)
     from llama_jax.weights import adapters, export
     from llama_jax.weights.formats import peft
-    from llama_jax.weights.source import UnknownTokenizer, open_source
+    from llama_jax.weights.open import open_source
+    from llama_jax.weights.source import UnknownTokenizer
 
     export.check(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
     opened = {} if options.adapter is None else peft.open_adapter(options.adapter, source.config)
-    leaves = source.leaves
-    if leaves is None:
-        leaves = export.leaves_of(source.config, source.load(None, None, "none"))
-    leaves = adapters.merge(leaves, opened)
+    leaves = adapters.merge(source.merged_leaves(), opened)
     tokenizer, without = None, "the source has none"
     try:
         tokenizer = source.tokenizer()
     except UnknownTokenizer as error:
         without = str(error)
-    stops = dict.fromkeys([*source.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())])
-    bos = tokenizer.bos_id if source.bos_token is None and tokenizer else source.bos_token
-    files = source.tokenizer_files
-    if tokenizer is not None and not any(file.name == "tokenizer.json" for file in files):
-        files = ()  # transformers is given one anew
-    card = export.Card(tokenizer, bos, tuple(stops), source.sampling, source.chat_template, files)
+    metadata = source.metadata.with_tokenizer(tokenizer)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
     path = export.save(
-        options.dest, source.config, leaves, card, format=options.to, dtype=options.dtype, shard_bytes=size
+        options.dest, source.config, leaves, metadata, format=options.to, dtype=options.dtype, shard_bytes=size
     )
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {_human(_size(path))} in {seconds:.1f} s")
-    if tokenizer is None and not (files and options.to == "hf"):
+    if tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
         print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
     return 0
 
 
 def _inspect(name: str) -> int:
-    from llama_jax.weights.source import open_source
+    from llama_jax.weights.open import open_source
 
     source = open_source(name)
     config = source.config
-    print(f"{source.path}: {source.kind}, {_human(_size(source.path))}")
+    print(f"{source.path}: {source.description}, {_human(_size(source.path))}")
     print(f"parameters  {config.num_params:,}")
     for key, value in config.to_dict().items():
         if isinstance(value, dict):
@@ -160,7 +158,9 @@ def _inspect(name: str) -> int:
 
 
 def _print_tensors(source: Source) -> None:
-    if source.leaves is None:
+    from llama_jax.weights.source import FileSource
+
+    if not isinstance(source, FileSource):
         print("tensors     float32, in the newest of its checkpoints")
         return
     kinds: dict[str, collections.Counter[str]] = {}
@@ -186,7 +186,7 @@ def _print_tokenizer(source: Source) -> None:
         return
     print(f"tokenizer   {tokenizer.vocab_size:,} ids, sha256 {tokenizer.fingerprint[:16]}")
     print(f"  begins with      {tokenizer.bos_id}")
-    stops = dict.fromkeys([*source.stop_tokens, *tokenizer.stop_tokens])
+    stops = dict.fromkeys([*source.metadata.stop_tokens, *tokenizer.stop_tokens])
     print(f"  stops at         {', '.join(map(str, stops)) or 'nothing'}")
 
 

@@ -61,7 +61,8 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         there = sorted(str(p) for p in Path("configs").glob("*.py"))
         known = f" There are: {', '.join(there)}" if there else ""
         raise ConfigError(f"--config: no file {str(path)!r}{nearest(str(path), there)}{known}")
-    argv = [argv[0], *_last_of_each(_override(arg) for arg in argv[1:])]
+    argv = [argv[0], *_one_length(_last_of_each(_override(arg) for arg in argv[1:]))]
+    argv, shape = _split_shape(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_bool("resume", True, "", flag_values=values)
@@ -82,7 +83,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         raise ConfigError(f"unexpected arguments {' '.join(rest)}: keys are set with --config.KEY=VALUE")
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, got {config!r}")
-    run = RunConfig.from_dict(config.to_dict())
+    run = RunConfig.from_dict(_with_shape(config.to_dict(), shape))
     if values.keys:
         _print_keys(run.to_dict())
         sys.exit(0)
@@ -114,7 +115,7 @@ def _override(arg: str) -> str:
     if not name.lstrip("-").startswith("config."):
         return arg
     key = name.lstrip("-").removeprefix("config.")
-    if key not in known_keys():
+    if key != "model" and key not in known_keys():
         raise unknown_key(key)
     if not equals:
         raise ConfigError(f"--config.{key} needs its value after an equals sign: --config.{key}=VALUE")
@@ -128,6 +129,46 @@ def _override(arg: str) -> str:
             parts = [p if isinstance(p, (int, float)) or _literal(p) is None else _literal(p) for p in parts]
         value = repr(tuple(parts))
     return f"--config.{key}={value}"
+
+
+def _one_length(argv: list[str]) -> list[str]:
+    """The arguments, where train.epochs or train.steps alone also clears the other one, which the recipe may set."""
+    steps, epochs = (
+        any(arg.lstrip("-").startswith(f"config.train.{key}=") for arg in argv) for key in ("steps", "epochs")
+    )
+    if steps == epochs:
+        return argv
+    return [*argv, "--config.train.epochs=0" if steps else "--config.train.steps=0"]
+
+
+def _split_shape(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without those of the section model, and these by key; `--config.model=NAME` is model.name.
+
+    ml_collections cannot set a key whose default is None.
+    """
+    rest, shape = [], {}
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        key = name.lstrip("-").removeprefix("config.")
+        if name.startswith("-") and (key == "model" or key.startswith("model.")) and key != name.lstrip("-"):
+            shape[key.removeprefix("model").removeprefix(".") or "name"] = value
+        else:
+            rest.append(arg)
+    return rest, shape
+
+
+def _with_shape(values: dict[str, Any], shape: dict[str, str]) -> dict[str, Any]:
+    """The values of a config with the flags of the section model."""
+    model = values.get("model") or {}
+    model = {"name": model} if isinstance(model, str) else dict(model)
+    for key, text in shape.items():
+        value = text if key == "name" else _literal(text)
+        section, _, last = key.rpartition(".")
+        if section:
+            model[section] = {**(model.get(section) or {}), last: text if value is None else value}
+        else:
+            model[last] = text if value is None else value
+    return {**values, "model": model} if shape else values
 
 
 _TUPLE_KEYS = (

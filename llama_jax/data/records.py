@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from llama_jax.data.corpus import Document
 from llama_jax.errors import ConfigError, brief
+from llama_jax.text.record_encoder import NameInText
 
 
 class Encoder(Protocol):
@@ -35,11 +36,10 @@ class Encoder(Protocol):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Any] | None,
-        add_generation_prompt: bool,
-        return_mask: bool,
+        tools: Sequence[Any] | None = None,
+        learn: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a dialog, and which of them the assistant spoke; ValueError for what is no dialog."""
+        """Token ids of a dialog, and which of them the assistant says in messages that `learn` flags."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
     """The ids of a sample, and which of them are targets; None for all, as in a text.
 
     A text is bos + text + eos, a completion bos + prompt + completion + eos with nothing between, and a dialog what
-    `Tokenizer.encode_dialog` makes of it.
+    `chat.encode_dialog` makes of it.
 
     Args:
         sample: it.
@@ -340,12 +340,11 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
         completion = tokenizer.encode(sample.completion, eos=True)
         ids, targets = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     else:
-        options = {"tools": sample.tools, "add_generation_prompt": False, "return_mask": True}
-        ids, targets = tokenizer.encode_dialog(sample.messages, **options)
+        ids, targets = tokenizer.encode_dialog(sample.messages, tools=sample.tools)
         _check_answers(sample.messages, sample.prompt)
         if sample.prompt:  # messages are encoded one by one, so that these ids are the first of all
-            asked = len(tokenizer.encode_dialog(sample.messages[: sample.prompt], **options)[0])
-            targets = [False] * asked + targets[asked:]
+            learn = [i >= sample.prompt for i in range(len(sample.messages))]
+            ids, targets = tokenizer.encode_dialog(sample.messages, tools=sample.tools, learn=learn)
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"{len(ids):,} tokens are more than data.sequence_length={max_length}, and may not be cut")
     return ids, targets
@@ -385,6 +384,8 @@ def try_encode(sample: Sample, tokenizer: Encoder, *, max_length: int | None) ->
         if isinstance(sample, Pair):
             return encode_pair(sample, tokenizer, max_length=max_length)
         return (encode(sample, tokenizer, max_length=max_length),)
+    except NameInText as error:
+        raise NameInText(f"{sample.name}: {error}") from None
     except ConfigError:
         raise
     except ValueError as error:

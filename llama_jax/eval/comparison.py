@@ -23,7 +23,7 @@ from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import load
 from llama_jax.weights.formats import peft
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama

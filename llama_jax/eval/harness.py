@@ -155,7 +155,7 @@ class LlamaLM(TemplateLM):
             raise ConfigError(f"chat templates have no names here, got {chat_template!r}: ask for it without a name")
         if self.llama.chat_template is not None:
             return self.llama.chat_template
-        if not template.fits(self.llama.tokenizer):
+        if not template.fits(self.llama.tokenizer.vocabulary):
             raise ConfigError("the model has no chat template, and its tokenizer not the tokens of Llama 3's dialogs")
         return template.CHAT_TEMPLATE
 

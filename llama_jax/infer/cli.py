@@ -280,7 +280,7 @@ def _chat(llama: Llama, system: str | None, settings: dict[str, Any]) -> int:
 
 def _answer(llama: Llama, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str | None:
     """Print the answer as it comes. What Ctrl-C left of it is the answer; None where there is no room for one."""
-    used = len(llama.tokenizer.encode_dialog(messages, add_generation_prompt=True))
+    used = len(llama.encode_dialog(messages))
     room = llama.config.max_seq_len - used
     if room < 1:
         print(f"the dialog fills the model's {llama.config.max_seq_len:,} positions: /reset", file=sys.stderr)

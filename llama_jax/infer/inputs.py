@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ from jax.sharding import Mesh
 from llama_jax import parallel
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text import control_tokens
+from llama_jax.text.tokenizer import Tokenizer
 
 _DTYPES = ("float32", "bfloat16")
+_log = logging.getLogger(__name__)
 
 
 def as_list(prompts: Any) -> tuple[bool, list[Any]]:
@@ -33,6 +37,37 @@ def as_list(prompts: Any) -> tuple[bool, list[Any]]:
         raise ConfigError("no prompt: give a text, a list of token ids, or a list of either")
     single = not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
     return single, [prompts] if single else list(prompts)
+
+
+def encoded(
+    tokenizer: Tokenizer | None, prompts: Sequence[Any], names: Sequence[str], parse_special: bool | None
+) -> list[list[int]]:
+    """The ids of prompts, texts or lists of ids. See `Llama.generate` for parse_special; None warns once.
+
+    Raises:
+        ConfigError: a text without a tokenizer, or a prompt that is neither text nor ids.
+    """
+    warned = parse_special is not None
+    ids = []
+    for prompt, name in zip(prompts, names, strict=True):
+        if not isinstance(prompt, str):
+            ids.append(as_ids(prompt, name))
+            continue
+        if tokenizer is None:
+            raise ConfigError(
+                f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model "
+                "or tokenizer.json in the model's folder"
+            )
+        if not warned and (control := control_tokens.first_name(tokenizer, prompt)):
+            _log.warning(
+                "warning: %s holds %r, the name of a control token, which is read as plain text: parse_special=True "
+                "(--parse_special) reads it as the token, and False keeps it as text without this warning",
+                name,
+                control,
+            )
+            warned = True
+        ids.append(control_tokens.encode_text(tokenizer, prompt, parse_special=bool(parse_special)))
+    return ids
 
 
 def as_ids(prompt: Any, name: str) -> list[int]:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llama_jax.text.vocabulary import NUM_SPECIAL, SPLIT_PATTERN, byte_chars, unspelled
+from llama_jax.text.byte_pairs import NUM_SPECIAL
+from llama_jax.text.patterns import SPLIT_PATTERN
+from llama_jax.text.vocabulary import byte_chars, unspelled
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: a status line, JSON lines, TensorBoard events, and a picture of the loss."""
+"""The reports of a run: a status line, metrics.jsonl, TensorBoard events, and a picture of the loss."""
 
 from __future__ import annotations
 
@@ -33,18 +33,24 @@ def peak_flops(device: jax.Device) -> float | None:
     return _PEAK_FLOPS.get(device.device_kind)
 
 
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 class MetricLog:
-    """metrics.jsonl and TensorBoard events of a run folder, cut back on resume to the step that is resumed from.
+    """metrics.jsonl and TensorBoard events of a run folder. A resumed run drops the lines of steps that it does again.
 
     Args:
-        folder: the run folder.
-        from_step: lines of later steps are dropped: their steps are about to be done again.
-        tensorboard: also write event files.
+        folder: The run folder.
+        from_step: The step of the checkpoint that the run resumes from; 0 starts with no lines.
+        tensorboard: Also write event files.
     """
 
     def __init__(self, folder: Path, *, from_step: int, tensorboard: bool):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        kept = [line for line in read_metrics(self.path) if from_step and line["step"] <= from_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)

@@ -27,11 +27,13 @@ _MUON_RMS = 0.2
 
 
 def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step: a linear warm-up from 0, then the named course to `steps`."""
+    """The learning rate as a function of the step: a linear warmup from 0, then the named schedule until `steps`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     rest = steps - config.warmup_steps
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, max(rest, 1))
     elif config.schedule == "wsd":  # warm-up, stable, decay (Hu et al., arXiv:2404.06395)
         decay = min(round(config.decay_fraction * steps), rest)
         fall = optax.linear_schedule(peak, final, max(decay, 1))

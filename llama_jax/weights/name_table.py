@@ -116,17 +116,17 @@ class Weight:
         """The shape in the format's files."""
         return self.shape[::-1] if self.transposed else self.shape
 
-    def ours(self, theirs: LazyTensor) -> LazyTensor:
-        """The format's tensor as we have it."""
+    def from_disk(self, tensor: LazyTensor) -> LazyTensor:
+        """Converts the format's tensor to the layout of our params."""
         if self.transposed:
-            theirs = transposed(theirs)
-        return reordered(theirs, self.pairs, halves_order(self.pairs)) if self.pairs else theirs
+            tensor = transposed(tensor)
+        return reordered(tensor, self.pairs, halves_order(self.pairs)) if self.pairs else tensor
 
-    def theirs(self, ours: LazyTensor) -> LazyTensor:
-        """Our tensor as the format has it: the inverse of `ours`."""
+    def to_disk(self, tensor: LazyTensor) -> LazyTensor:
+        """Converts a tensor of our params to the format's layout: the inverse of `from_disk`."""
         if self.pairs:
-            ours = reordered(ours, self.pairs, pairs_order(self.pairs))
-        return transposed(ours) if self.transposed else ours
+            tensor = reordered(tensor, self.pairs, pairs_order(self.pairs))
+        return transposed(tensor) if self.transposed else tensor
 
 
 def weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:

@@ -12,7 +12,7 @@ from helpers.runs import parse, write_config
 from llama_jax import cli, parallel
 from llama_jax.errors import ConfigError
 from llama_jax.train import setup
-from llama_jax.train.loop import train
+from llama_jax.train.run import train
 
 
 def test_flags_change_keys(tmp_path):
@@ -78,11 +78,11 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.lora.targets=q"], "lora.targets needs lora.rank, which is 0"),
         (["--config.lora.targets=q_proj"], "did you mean 'q'?"),
         (["--config.optimizer.rates=embed:0.1"], "did you mean 'embed=0.1'?"),
-        (["--config.train.steps=-1"], "train.steps must be at least 1, got -1"),
+        (["--config.train.steps=-1"], "train.steps must be at least 0, got -1"),
         (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate must be a finite number"),
         (["--config.optimizer.learning_rate=fast"], "optimizer.learning_rate must be a number, got 'fast'"),
         (["--config.data.shuffle=perhaps"], "data.shuffle"),
-        (["--config.optimizer.schedule=linear"], "optimizer.schedule must be one of"),
+        (["--config.optimizer.schedule=triangle"], "optimizer.schedule must be one of"),
         (["--config.model.num_kv_heads=3"], "model.num_kv_heads=3 must divide num_heads=8: one of [1, 2, 4, 8]"),
         (["--config.data.sequence_length=999999"], "is more than model.max_seq_len"),
         (["--steps=5"], "steps"),

@@ -13,6 +13,7 @@ from helpers.files import write
 from helpers.packing import NAMES, slow_rows
 from helpers.records import ANSWER, ASK, FUNCTION, documents_in, expected, random_pair, store_of
 from helpers.runs import text_run
+from llama_jax.data import inspect, prepare
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Mixture, WholeRows, pack
 from llama_jax.data.records import Pair, encode_pair, parse
@@ -20,7 +21,6 @@ from llama_jax.data.sources import documents_from, fingerprint_of
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
 from llama_jax.text import Tokenizer
-from llama_jax.train import setup, show
 
 T = 640
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in ("Because.", "No idea."))
@@ -335,7 +335,7 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
     said: list[str] = []
     lines = [GOOD] * 30 + [{**GOOD, "messages": [ASK, BETTER]}, {}]
     path = write(tmp_path / "held.jsonl", [TEXTS] * 4)
-    train, validation = setup.rows(pair_run(tmp_path, lines, data__validation=(path,)), tokenizer, said.append)
+    train, validation = prepare.rows(pair_run(tmp_path, lines, data__validation=(path,)), tokenizer, said.append)
     assert train.parts[0].store.pairs and validation.store.pairs
     assert said[0].startswith("train: 31 pairs, 2,") and " targets), " in said[0] and " padding), " in said[0]
     assert said[1].startswith("train: left out as bad: 1 of 32 pairs, listed in ")
@@ -348,7 +348,7 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
 def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(tmp_path, tokenizer):
     def refused(words: str, lines: list, **changes):
         with pytest.raises(ConfigError, match=words) as caught:
-            setup.rows(pair_run(tmp_path, lines, **changes), tokenizer, print)
+            prepare.rows(pair_run(tmp_path, lines, **changes), tokenizer, print)
         assert "\n" not in str(caught.value)
 
     dialogs = [{"messages": [ASK, ANSWER]}] * 3
@@ -366,9 +366,9 @@ def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(t
     refused("data.train: .*held.jsonl holds dialogs", [], data__train=(pairs, held), data__weights=(1.0, 1.0))
 
 
-def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(setup, "chosen_tokenizer", lambda run, say: tokenizer)  # that of init_from
-    show.show(pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path)), colour=False)
+def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, capsys):
+    run = pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path))
+    inspect.show(run, tokenizer, colour=False)
     one, other = (len(ids) for ids, _ in expected_pair(tokenizer, GOOD))
     both = one + other
     out = capsys.readouterr().out

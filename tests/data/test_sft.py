@@ -20,8 +20,8 @@ from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows, WholeRows, best_fit, pack
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.params import init_params
-from llama_jax.text import Tokenizer
-from llama_jax.train import loop
+from llama_jax.text import Tokenizer, encode_dialog
+from llama_jax.train import run as loop
 from llama_jax.train.objectives import sft_sums
 
 T = 320
@@ -33,7 +33,8 @@ def short_dialogs(count: int, seed: int, tokenizer: Tokenizer, longest: int) -> 
     found: list[dict] = []
     while len(found) < count:
         record = random_dialog(rng)
-        ids = tokenizer.encode_dialog(record["messages"], tools=record.get("tools"), add_generation_prompt=False)
+        options = {"tools": record.get("tools"), "add_generation_prompt": False}
+        ids = encode_dialog(tokenizer, record["messages"], **options)[0]
         found += [record] if len(ids) <= longest else []
     return found
 

@@ -13,9 +13,9 @@ from helpers.paths import ROOT
 from helpers.records import ANSWER, ASK
 from helpers.runs import write_config
 from llama_jax import __main__ as command
+from llama_jax.data.inspect import render
 from llama_jax.data.packing import pack
 from llama_jax.data.store import build_store
-from llama_jax.train.show import render
 
 ALONE = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"

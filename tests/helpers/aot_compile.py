@@ -41,6 +41,12 @@ def tpu_mesh(topology, sizes):
     return parallel.make_mesh(sizes, devices)
 
 
+def with_published_shape(run, path):
+    """The run of a recipe with the shape of the model that its file is named after, e.g. llama31_8b_lora.py."""
+    name = re.match(r"llama(\d)(\d)_(\d+b)", Path(path).stem)
+    return run.with_shape(size(f"llama{name[1]}.{name[2]}-{name[3]}")) if run.init_from else run
+
+
 def train(path, topology=None, *changes):
     """The steps of a recipe: training, and evaluation where it has any."""
     from llama_jax.train.program import Program
@@ -49,7 +55,7 @@ def train(path, topology=None, *changes):
     for change in changes:
         key, _, value = change.partition("=")
         config.update_from_flattened_dict({key: ast.literal_eval(value)})
-    run = RunConfig.from_dict(config.to_dict())
+    run = with_published_shape(RunConfig.from_dict(config.to_dict()), path)
     mesh = tpu_mesh(topology or stated(path)[0], dataclasses.asdict(run.mesh))
     program = Program.make(run, mesh)
     steps = [program.train_step.lower(program.state, program.frozen, program.batch)]

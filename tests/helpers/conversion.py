@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llama_jax import __main__ as commands
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 
 def convert(source, dest, format, *options) -> Path:

@@ -21,8 +21,8 @@ from llama_jax.errors import ConfigError
 from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
 from llama_jax.params import init_params, stack, unstack
-from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights.source import open_source
+from llama_jax.text import Tokenizer, encode_dialog
+from llama_jax.weights.open import open_source
 
 CONFIG = configs.size("tiny")
 
@@ -138,7 +138,7 @@ def test_a_stream_never_breaks_a_character_and_hides_control_tokens():
 
 def test_chat_asks_in_the_dialog_format_and_streams_the_same():
     messages = [{"role": "user", "content": "hi"}]
-    ids = tokenizer().encode_dialog(messages, add_generation_prompt=True)
+    ids = encode_dialog(tokenizer(), messages)[0]
     expected = llama().generate(ids, max_new_tokens=12, temperature=0)
     assert llama().chat(messages, max_new_tokens=12, temperature=0) == expected
     assert "".join(llama().stream_chat(messages, max_new_tokens=12, temperature=0)) == expected.text
@@ -290,7 +290,7 @@ def test_load_names_what_it_looked_for(tmp_path):
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(ConfigError, match="does not exist; did you mean 'quickstart'.*checkpoints/.*safetensors"):
         llama_jax.load(tmp_path / "quickstrat")
-    with pytest.raises(ConfigError, match="is none of these: a run folder"):
+    with pytest.raises(ConfigError, match="none of these. Give a run folder"):
         llama_jax.load(tmp_path / "quickstart")
     (tmp_path / "quickstart" / "params.json").write_text("{}")
     with pytest.raises(ConfigError, match="params.json"):

@@ -19,7 +19,7 @@ from helpers.tokenizers import GOLDEN, digest, small_tokenizer
 from llama_jax.errors import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, train_bpe
 from llama_jax.text.bpe_training import _trained_model
-from llama_jax.text.tokenizer import _pieces
+from llama_jax.text.byte_pairs import metas_pieces
 
 STRINGS = {name: case["text"] for name, case in GOLDEN["strings"].items()}
 SURROGATES = {"lone_surrogates"}
@@ -93,7 +93,7 @@ def test_cuts_are_metas_for_every_mix_of_runs():
         alphabet = rng.choice(["a ", "ab\n ", "a\x1c\x85\u3000\u200b", "aaaaaaaa ", "a        "])
         text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 60)))
         limits = {"max_piece": rng.randint(1, 40), "max_run": rng.randint(1, 12)}
-        assert list(_pieces(text, **limits)) == list(one_by_one(text, **limits)), (text, limits)
+        assert list(metas_pieces(text, **limits)) == list(one_by_one(text, **limits)), (text, limits)
 
 
 # ---- encode and decode ----

@@ -19,9 +19,9 @@ from helpers.runs import text_run
 from llama_jax import manifest
 from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
-from llama_jax.train import loop
+from llama_jax.train import run as loop
 from llama_jax.train.metrics import read_metrics
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,11 @@ from llama_jax.ops.lora import LoraTensor
 from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
-from llama_jax.train import loop, setup, trainable
+from llama_jax.train import run as loop
+from llama_jax.train import setup, trainable
 from llama_jax.train.program import Program
 from llama_jax.weights import lora_params
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 # Widths of a multiple of 32, so that it can be quantized; every one is split evenly by meshes of eight.
 MODEL = dataclasses.replace(
@@ -233,7 +234,7 @@ def test_a_lora_run_resumes_to_the_bit_moves_to_another_mesh_and_speaks(tmp_path
     assert gap(llama_jax.load(tmp_path / "merged").logits(tokens), from_run.logits(tokens)) < ROUNDING
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.1)
-    assert open_source(run_folder).kind == f"run folder, LoRA of {base}"
+    assert open_source(run_folder).description == f"run folder, LoRA of {base}"
 
 
 @pytest.mark.slow

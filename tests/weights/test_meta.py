@@ -24,6 +24,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.weights import load, name_table
 from llama_jax.weights.formats import meta, torch_file, torch_pickle
 from llama_jax.weights.tensor import of_array
+from llama_jax.weights.validate import match_tensors
 
 GOLDEN = make_meta.HERE
 CASES = list(make_meta.CASES)
@@ -36,7 +37,7 @@ _Q, _NORM = "layers.1.attention.wq.weight", "layers.0.ffn_norm.weight"
 
 def leaves_of(folder):
     config, entries = meta.open_folder(folder)
-    return config, load.check_entries(entries, config, format="meta", source=str(folder))
+    return match_tensors(entries, config, format="meta", source=str(folder))
 
 
 def cast(leaves, dtype):

@@ -23,7 +23,7 @@ from llama_jax.infer import cli
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import adapters
 from llama_jax.weights.formats import peft
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 FOLDERS = {case: GOLDEN_FOLDER / "peft" / case for case in golden.CASES}
 GOLD = np.load(GOLDEN_FOLDER / "peft.npz")

@@ -18,9 +18,11 @@ from llama_jax.errors import ConfigError
 from llama_jax.params import abstract_params, init_params, logical_axes, stack, unstack
 from llama_jax.weights import export, name_table
 from llama_jax.weights.formats import huggingface
-from llama_jax.weights.load import check_entries, load_leaves
-from llama_jax.weights.source import open_source
+from llama_jax.weights.load import load_leaves
+from llama_jax.weights.model_files import Metadata
+from llama_jax.weights.open import open_source
 from llama_jax.weights.tensor import of_array
+from llama_jax.weights.validate import match_tensors
 
 TINY = SIZES["tiny"]
 TIED = CASES["tied"][0]
@@ -59,13 +61,13 @@ def test_rotary_pairs_go_to_halves_and_back():
     assert name_table.halves_order(H)[name_table.pairs_order(H)].tolist() == list(range(H))
     q = next(row for row in name_table.weights(TINY, "meta") if row.path[-1] == "q")
     theirs = np.arange(q.shape[0] * q.shape[1], dtype=np.float32).reshape(q.shape)
-    ours = q.ours(of_array(lambda: theirs, theirs.dtype, theirs.shape))
+    ours = q.from_disk(of_array(lambda: theirs, theirs.dtype, theirs.shape))
     pairs = theirs.reshape(8, 8, 2, 48)
     expected = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(q.shape)
     np.testing.assert_array_equal(ours.read(), expected)
     for part in (slice(3, 77), slice(64, 128), slice(127, 128)):
         np.testing.assert_array_equal(ours.read((part, slice(2, 9))), expected[part, 2:9])
-    np.testing.assert_array_equal(q.theirs(ours).read(), theirs)
+    np.testing.assert_array_equal(q.to_disk(ours).read(), theirs)
 
 
 def test_only_q_and_k_of_meta_and_gguf_are_permuted():
@@ -134,7 +136,7 @@ def test_every_layout_of_numbers_loads_into_shards(format):
             array = array.reshape(-1, 2, row.pairs // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         array = array.T if row.transposed else array
         entries[row.name] = of_array(lambda array=array: array, array.dtype, array.shape)
-    leaves = check_entries(entries, TINY, format=format, source="here")
+    _, leaves = match_tensors(entries, TINY, format=format, source="here")
     for where in (None, parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")):
         same(load_leaves(leaves, TINY, layout=where, dtype=None, quantize=None), TINY, tensors)
 
@@ -156,9 +158,22 @@ def test_known_buffers_and_an_equal_unembedding_are_passed_over(tmp_path):
     _, params = load(make_folder(tmp_path, TIED, {**tensors, **extra}))
     same(params, TIED, tensors)
     assert "unembed" not in params
-    make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": embed + 1})
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        load(tmp_path)
+
+
+def test_an_unembedding_that_differs_from_the_tied_embedding_is_used(tmp_path, caplog):
+    """As in transformers 5: the file's numbers go before what the config says of ties."""
+    tensors = random_weights(TIED)
+    head = tensors["model.embed_tokens.weight"] + 1
+    folder = make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": head})
+    config, params = load(folder)
+    assert config == dataclasses.replace(TIED, tied_embeddings=False)
+    np.testing.assert_array_equal(params["unembed"], head)
+    same(params, config, {**tensors, "lm_head.weight": head})
+    (record,) = caplog.records
+    assert "lm_head.weight differs from model.embed_tokens.weight although the config ties them" in record.message
+    make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": head[:-1]})
+    with pytest.raises(ValueError, match="lm_head.weight has shape"):
+        load(folder)
 
 
 def _without(tensors, name):
@@ -278,7 +293,7 @@ def test_stop_tokens_that_are_no_ids_are_refused(tmp_path):
 # Saving, and the two layouts.
 
 
-CARD = export.Card(tokenizer=None, bos_token=2, stop_tokens=(3, 4), sampling=None)
+METADATA = Metadata(bos_token=2, stop_tokens=(3, 4))
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -290,25 +305,25 @@ def test_saved_folder_loads_again_to_the_bit(tmp_path, config, shard_bytes, stac
     leaves = export.leaves_of(config, stack(params) if stacked else params)
     out = tmp_path / "b"
     options = {"format": "hf", "dtype": "bfloat16", "shard_bytes": shard_bytes}
-    assert export.save(out, config, leaves, CARD, **options) == out
+    assert export.save(out, config, leaves, METADATA, **options) == out
     again, loaded = load(out)
     assert again == config and huggingface.stop_tokens(out) == (3, 4)
     same(loaded, config, tensors, dtype=ml_dtypes.bfloat16)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 50_000)
     assert not list(out.glob("*.part"))
     with pytest.raises(ConfigError, match="already"):
-        export.save(out, config, leaves, CARD, **options)
+        export.save(out, config, leaves, METADATA, **options)
 
 
 def test_saving_refuses_other_types_and_other_weights(tmp_path):
     params = init_params(TINY, jax.random.key(0))
     leaves = export.leaves_of(TINY, params)
     with pytest.raises(ConfigError, match="int8"):
-        export.save(tmp_path / "out", TINY, leaves, CARD, format="hf", dtype="int8")
+        export.save(tmp_path / "out", TINY, leaves, METADATA, format="hf", dtype="int8")
     with pytest.raises(ConfigError, match="'q8_0'; allowed: float32"):
-        export.save(tmp_path / "out", TINY, leaves, CARD, format="meta", dtype="q8_0")
+        export.save(tmp_path / "out", TINY, leaves, METADATA, format="meta", dtype="q8_0")
     with pytest.raises(ConfigError, match="did you mean 'gguf'"):
-        export.save(tmp_path / "out", TINY, leaves, CARD, format="ggup", dtype="float32")
+        export.save(tmp_path / "out", TINY, leaves, METADATA, format="ggup", dtype="float32")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="unknown weight.*unembed"):
         export.leaves_of(TIED, params)

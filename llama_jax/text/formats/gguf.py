@@ -6,23 +6,13 @@ text into words, which also settles whether a word that is a token needs no merg
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from llama_jax.errors import ConfigError, brief
-from llama_jax.text import template
+from llama_jax.text.byte_pairs import BytePairs
 from llama_jax.text.merging import every_split, in_merge_order
-from llama_jax.text.vocabulary import (
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    ONE_DIGIT_PATTERN,
-    SPLIT_PATTERN,
-    Vocabulary,
-    spelled,
-    unspelled,
-)
-
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.patterns import DIGITS_PATTERN, GPT2_PATTERN, ONE_DIGIT_PATTERN, SPLIT_PATTERN
+from llama_jax.text.vocabulary import spelled, unspelled
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _PATTERNS = {
@@ -37,7 +27,18 @@ _BY_IDS = "the model itself can still be used with token ids"
 
 
 class Fields(TypedDict):
-    """What a GGUF file says of its tokenizer: the arguments of `vocabulary`, and a chat template."""
+    """The tokenizer metadata of a GGUF file.
+
+    Attributes:
+        model: tokenizer.ggml.model; "gpt2" is byte-level BPE.
+        pre: tokenizer.ggml.pre, the name of the split pattern.
+        tokens: token texts by id.
+        token_types: types by id: 1 normal, 3 control, 4 user-defined (found in text wherever it stands), 5 unused.
+        merges: two tokens with a space between, the first merge first.
+        bos: id that begins a text, or None.
+        eos: id that ends a text, or None.
+        add_bos: whether the model wants `bos` in front; None leaves it to `pre`.
+    """
 
     model: str
     pre: str | None
@@ -47,36 +48,17 @@ class Fields(TypedDict):
     bos: int | None
     eos: int | None
     add_bos: bool | None
-    chat_template: str | None
 
 
-def vocabulary(
-    *,
-    model: str,
-    pre: str | None,
-    tokens: Sequence[str],
-    token_types: Sequence[int] | None,
-    merges: Sequence[str],
-    bos: int | None,
-    eos: int | None,
-    add_bos: bool | None,
-) -> Vocabulary:
+def vocabulary(fields: Fields) -> BytePairs:
     """The vocabulary that a file's metadata describes.
-
-    Args:
-        model: tokenizer.ggml.model; "gpt2" is byte-level BPE.
-        pre: tokenizer.ggml.pre, the way of cutting text into words.
-        tokens: by id.
-        token_types: by id: 1 normal, 3 control, 4 user-defined (found in text wherever it stands), 5 unused.
-        merges: two tokens with a space between, the first merge first.
-        bos: the id that begins a text, or None.
-        eos: the id that ends one, or None.
-        add_bos: whether the model wants `bos` in front; None leaves it to `pre`.
 
     Raises:
         ConfigError: a tokenizer that cannot be reproduced here, such as SentencePiece; says why.
         ValueError: metadata that does not agree with itself.
     """
+    model, pre, tokens, token_types = fields["model"], fields["pre"], fields["tokens"], fields["token_types"]
+    merges, bos, eos, add_bos = fields["merges"], fields["bos"], fields["eos"], fields["add_bos"]
     if model != "gpt2":
         raise ConfigError(f"tokenizer.ggml.model {brief(model)} is not supported, only 'gpt2'; {_BY_IDS}")
     if pre not in _PATTERNS:
@@ -105,24 +87,23 @@ def vocabulary(
         order, silent = in_merge_order(ids, pairs, whole_words=_takes_whole_words(pre))
     except ConfigError as error:
         raise ConfigError(f"tokenizer.ggml.merges: {error}; {_BY_IDS}") from None
-    return Vocabulary(
+    return BytePairs(
         tokens={as_bytes[token]: ids[token] for token in order},
         specials=specials,
         pattern=_PATTERNS[pre],
-        bos=bos if (_takes_whole_words(pre) if add_bos is None else add_bos) else None,
-        eos=eos,
+        bos_id=bos if (_takes_whole_words(pre) if add_bos is None else add_bos) else None,
+        declared_eos=eos,
         silent={as_bytes[token]: ids[token] for token in silent},
         found=(found,) if found else (),
     )
 
 
-def fields(tokenizer: "Tokenizer") -> Fields:
+def fields(held: BytePairs) -> Fields:
     """What to write into a GGUF file so that llama.cpp, and `vocabulary`, come to the same ids.
 
     Raises:
         ConfigError: llama.cpp has no name for such a vocabulary.
     """
-    held = tokenizer.vocabulary
     pre = next(name for name, pattern in _PATTERNS.items() if pattern == held.pattern)
     whole_words = _takes_whole_words(pre)
     plain = {spelled(token): i for token, i in held.tokens.items()}
@@ -143,10 +124,9 @@ def fields(tokenizer: "Tokenizer") -> Fields:
         tokens=[name.decode() if i in kinds else spelled(name) for i, name in enumerate(held.by_id)],
         token_types=[kinds.get(i, _NORMAL) for i in range(held.size)],
         merges=[f"{left} {right}" for left, right in merges],
-        bos=tokenizer.bos_id,
-        eos=tokenizer.eos_id,
-        add_bos=tokenizer.bos_id is not None,
-        chat_template=template.CHAT_TEMPLATE if template.fits(tokenizer) else None,
+        bos=held.bos_id,
+        eos=held.eos_id,
+        add_bos=held.bos_id is not None,
     )
 
 

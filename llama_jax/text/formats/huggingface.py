@@ -12,24 +12,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_jax.errors import ConfigError, brief
 from llama_jax.files import read_json, write_whole
-from llama_jax.text import template
+from llama_jax.text.byte_pairs import BytePairs
 from llama_jax.text.merging import Merge, every_split, in_merge_order
-from llama_jax.text.vocabulary import (
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    ONE_DIGIT_PATTERN,
-    SPLIT_PATTERN,
-    Vocabulary,
-    spelled,
-    unspelled,
-)
-
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.patterns import DIGITS_PATTERN, GPT2_PATTERN, ONE_DIGIT_PATTERN, SPLIT_PATTERN
+from llama_jax.text.vocabulary import spelled, unspelled
 
 _MAX_BYTES = 32_000_000  # Llama 3's has 7 to 17 million
 _BY_IDS = "the model itself can still be used with token ids"
@@ -50,7 +40,7 @@ _MODEL_FREE = {"vocab", "merges", "unk_token", "fuse_unk"}  # with a token for e
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
-def read(path: str | os.PathLike[str]) -> Vocabulary:
+def read(path: str | os.PathLike[str]) -> BytePairs:
     """The vocabulary of a `tokenizer.json`, with the end of text that the files beside it name.
 
     Those are `tokenizer_config.json` and, where that names none, `special_tokens_map.json`. What stands in front of a
@@ -75,37 +65,31 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def write(
-    tokenizer: "Tokenizer",
+    vocabulary: BytePairs,
     folder: str | os.PathLike[str],
     *,
     model_max_length: int | None = None,
-    chat_template: str | None = None,
 ) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into a folder.
 
     `transformers.AutoTokenizer` reads them to the same ids.
 
     Args:
-        tokenizer: any.
-        folder: there already.
-        model_max_length: positions that the model takes, if known.
-        chat_template: the model's own; by default Llama 3.1's (see `template`), where the vocabulary has its tokens.
+        vocabulary: vocabulary to write.
+        folder: existing folder.
+        model_max_length: number of positions of the model, if known.
 
     Raises:
         ConfigError: two of its tokens are spelled alike in such a file.
     """
-    vocabulary, folder = tokenizer.vocabulary, Path(folder)
+    folder = Path(folder)
     named = {
         f"{kind}_token": vocabulary.by_id[i].decode()
-        for kind, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id))
+        for kind, i in (("bos", vocabulary.bos_id), ("eos", vocabulary.eos_id), ("pad", vocabulary.pad_id))
         if i is not None
     }
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= named | ({"model_max_length": model_max_length} if model_max_length else {})
-    if chat_template is None and template.fits(tokenizer):
-        chat_template = template.CHAT_TEMPLATE
-    if chat_template is not None:
-        config["chat_template"] = chat_template
     for name, value in (
         ("tokenizer.json", _contents(vocabulary)),
         ("tokenizer_config.json", config),
@@ -117,7 +101,7 @@ def write(
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def _vocabulary(data: Mapping[str, Any], eos: str | None) -> Vocabulary:
+def _vocabulary(data: Mapping[str, Any], eos: str | None) -> BytePairs:
     if data.get("normalizer") is not None:
         raise ConfigError(f"normalizer {_kind(data['normalizer'])} is not supported, only null")
     if _kind(data.get("decoder")) != "ByteLevel":
@@ -141,12 +125,12 @@ def _vocabulary(data: Mapping[str, Any], eos: str | None) -> Vocabulary:
     known = specials | {name: i for names in found for name, i in names.items() if i is not None}
     if eos is not None and eos not in known:
         raise ValueError(f"eos_token {eos[:60]!r}, in the files beside it, is none of its added tokens")
-    return Vocabulary(
+    return BytePairs(
         tokens={as_bytes[token]: ids[token] for token in order},
         specials=specials,
         pattern=pattern,
-        bos=_bos(data.get("post_processor"), specials),
-        eos=None if eos is None else known[eos],
+        bos_id=_bos(data.get("post_processor"), specials),
+        declared_eos=None if eos is None else known[eos],
         silent={as_bytes[token]: ids[token] for token in silent},
         found=found,
     )
@@ -286,7 +270,7 @@ def _kind(value: Any) -> str:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def _contents(vocabulary: Vocabulary) -> dict[str, Any]:
+def _contents(vocabulary: BytePairs) -> dict[str, Any]:
     """The whole of a tokenizer.json."""
     plain = {spelled(token): i for token, i in (vocabulary.tokens | vocabulary.silent).items()}
     # `tokenizers` looks first for added tokens that are not normalized. Those in no round must be in none that matters.
@@ -336,15 +320,15 @@ def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": parts}
 
 
-def _post_processor(vocabulary: Vocabulary) -> dict[str, Any]:
-    if vocabulary.bos is None:
+def _post_processor(vocabulary: BytePairs) -> dict[str, Any]:
+    if vocabulary.bos_id is None:
         return _BYTES
-    name = vocabulary.by_id[vocabulary.bos].decode()
+    name = vocabulary.by_id[vocabulary.bos_id].decode()
     bos = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     return {
         "type": "TemplateProcessing",
         "single": bos,
         "pair": bos + second,
-        "special_tokens": {name: {"id": name, "ids": [vocabulary.bos], "tokens": [name]}},
+        "special_tokens": {name: {"id": name, "ids": [vocabulary.bos_id], "tokens": [name]}},
     }

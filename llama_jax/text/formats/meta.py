@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_jax.errors import ConfigError, brief
 from llama_jax.files import read_small
+from llama_jax.text.byte_pairs import BytePairs, llama3
 from llama_jax.text.vocabulary import MOST_TOKENS
 
 FETCH_AGAIN = "copy the file again from the checkpoint (Meta's `tokenizer.model`, `original/tokenizer.model` on HF)"
@@ -21,12 +22,17 @@ def looks_like_ranks(path: Path) -> bool:
         return _LINE.fullmatch(file.readline(4096)) is not None
 
 
+def read(path: Path) -> BytePairs:
+    """The vocabulary in a `tokenizer.model`, in Llama 3's layout; raises what `read_ranks` raises."""
+    return llama3(read_ranks(path))
+
+
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a `tokenizer.model` in order of rank.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or of another format; one line with the place and the mend.
+        ValueError: the file is damaged or of another format; one line with the place and the remedy.
     """
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name the file in it, such as {path / 'tokenizer.model'}")
@@ -54,15 +60,15 @@ def read_ranks(path: Path) -> list[bytes]:
         cut = " (the last line: the file seems cut short)" if number == len(lines) else ""
         if len(fields) != 2:
             fault = f"expected `base64 rank`, got {brief(line)}{cut}"
-            raise ValueError(f"{where}: {fault}; {_mend_for(data)}")
+            raise ValueError(f"{where}: {fault}; {_remedy_for(data)}")
         try:
             token = base64.b64decode(fields[0], validate=True)
         except binascii.Error:
-            raise ValueError(f"{where}: {brief(fields[0])} is not base64{cut}; {_mend_for(data)}") from None
+            raise ValueError(f"{where}: {brief(fields[0])} is not base64{cut}; {_remedy_for(data)}") from None
         if not token:
             raise ValueError(f"{where}: the token is empty{cut}; {FETCH_AGAIN}")
         if not fields[1].isdigit() or len(fields[1]) > 9:
-            raise ValueError(f"{where}: rank {brief(fields[1])} is not a whole number{cut}; {_mend_for(data)}")
+            raise ValueError(f"{where}: rank {brief(fields[1])} is not a whole number{cut}; {_remedy_for(data)}")
         rank = int(fields[1])
         if token in first_line:
             raise ValueError(f"{where}: token {token!r} is on line {first_line[token]} already; {FETCH_AGAIN}")
@@ -71,34 +77,34 @@ def read_ranks(path: Path) -> list[bytes]:
         first_line[token], ranks[token], rank_line[rank] = number, rank, number
     if not ranks:
         raise ValueError(f"{path}: line 1: the file is empty; {FETCH_AGAIN}")
-    return in_rank_order(ranks, source=str(path), mend=FETCH_AGAIN, lines=first_line)
+    return in_rank_order(ranks, source=str(path), remedy=FETCH_AGAIN, lines=first_line)
 
 
 def in_rank_order(
-    ranks: Mapping[bytes, int], *, source: str, mend: str, lines: Mapping[bytes, int] | None = None
+    ranks: Mapping[bytes, int], *, source: str, remedy: str, lines: Mapping[bytes, int] | None = None
 ) -> list[bytes]:
-    """The tokens in order of rank. ValueError (`source: ...; mend`) unless the ranks are 0 to n - 1 with every byte."""
+    """The tokens in order of rank. ValueError (`source: ...; remedy`) unless ranks are 0 to n - 1 with every byte."""
     for token, rank in ranks.items():
         if not isinstance(token, bytes) or not token or not isinstance(rank, int):
-            raise ValueError(f"{source}: {token!r}: {rank!r} is not non-empty bytes to an int; {mend}")
+            raise ValueError(f"{source}: {token!r}: {rank!r} is not non-empty bytes to an int; {remedy}")
     tokens = sorted(ranks, key=ranks.__getitem__)
     for rank, token in enumerate(tokens):
         if ranks[token] != rank:
             line = f"line {lines[token]}: " if lines else ""
             raise ValueError(
                 f"{source}: {line}token {token!r} has rank {ranks[token]} where rank {rank} is due; the "
-                f"ranks of {len(tokens):,} tokens must be 0 to {len(tokens) - 1}, each once; {mend}"
+                f"ranks of {len(tokens):,} tokens must be 0 to {len(tokens) - 1}, each once; {remedy}"
             )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
             f"{source}: {len(missing)} of the 256 single bytes have no token on any line "
-            f"(the first is 0x{missing[0]:02x}); {mend}"
+            f"(the first is 0x{missing[0]:02x}); {remedy}"
         )
     return tokens
 
 
-def _mend_for(data: bytes) -> str:
+def _remedy_for(data: bytes) -> str:
     """Name the file that was probably given in place of a `tokenizer.model`."""
     if data.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer: run `git lfs pull` to fetch the file itself"

@@ -9,6 +9,7 @@ llama-models, and fairscale/nn/model_parallel/layers.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +21,8 @@ from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json, write_json
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import torch_file
-from llama_jax.weights.load import equal
-from llama_jax.weights.tensor import LazyTensor, joined
+from llama_jax.weights.model_files import Metadata, ModelFiles, tokenizer_in
+from llama_jax.weights.tensor import LazyTensor, equal, joined
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 _OPTIONAL = ("n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope")
@@ -51,6 +52,18 @@ _PUBLISHED = {
 }
 
 
+def recognizes(path: Path) -> bool:
+    """Whether this is a folder with params.json."""
+    return (path / "params.json").is_file()
+
+
+def read(folder: Path) -> ModelFiles:
+    """Reads a folder's params.json and the headers of its weights; raises what `open_folder` raises."""
+    config, tensors = open_folder(folder)
+    tokenizer = functools.partial(tokenizer_in, folder)
+    return ModelFiles(folder, "Meta's download", "meta", config, tensors, Metadata(), tokenizer)
+
+
 def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """The config of a folder and its tensors by Meta's names, the parts of each put together.
 
@@ -75,7 +88,7 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
     embed, unembed = name_table.tied_names("meta")
     if embed not in entries or len(entries[embed].shape) != 2:
         raise ValueError(f"{folder}: no matrix {embed!r}{nearest(embed, [n for n in entries if n != embed])}")
-    tied = unembed not in entries or entries[unembed] is entries[embed] or equal(entries[unembed], entries[embed])
+    tied = unembed not in entries or equal(entries[unembed], entries[embed])
     if tied:
         entries.pop(unembed, None)
     try:
@@ -107,7 +120,7 @@ def save_folder(
         ConfigError: a field of the config that Meta's code does not have, before anything is written.
     """
     settings = export_params(config)
-    tensors = {w.name: w.theirs(leaves[w.path]) for w in name_table.weights(config, "meta")}
+    tensors = {w.name: w.to_disk(leaves[w.path]) for w in name_table.weights(config, "meta")}
     if config.tied_embeddings:  # Meta's code has no word for it: the same storage stands there under both names
         embed, unembed = name_table.tied_names("meta")
         tensors[unembed] = tensors[embed]

@@ -26,8 +26,7 @@ from llama_jax.params import Params
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import Adapter, Stored
 from llama_jax.weights.formats import safetensors
-from llama_jax.weights.load import FLOATS
-from llama_jax.weights.tensor import LazyTensor, of_array
+from llama_jax.weights.tensor import FLOATS, LazyTensor, of_array
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
