@@ -20,9 +20,8 @@ import inspect
 import re
 import sys
 import textwrap
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,10 +50,10 @@ def pages() -> dict[Path, str]:
 
 def config_page() -> str:
     """Every key of a training run: type, default, allowed values and meaning."""
-    from llama_jax.run_config import RunConfig
+    from llama_jax.run_config import RunConfig, describe
 
     hints = typing.get_type_hints(RunConfig)
-    sections = {f.name: hints[f.name] for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])}
+    sections = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     lines = [
         "# Config keys",
         "",
@@ -64,45 +63,19 @@ def config_page() -> str:
         "",
         "An unknown key, a wrong type, a value outside its bounds and a combination that cannot work are errors. Each",
         "is reported in one line, before any data or weights are read.",
-        "",
-        "## Top level",
-        "",
-        *_key_table(RunConfig, "", skip=set(sections)),
     ]
-    for name, section in sections.items():
-        lines += ["", f"## {name}", "", _summary(section), "", *_key_table(section, f"{name}.")]
+    keys = describe()
+    for title in ("", *sections):
+        heading = f"## {title}" if title else "## Top level"
+        summary = [_summary(sections[title]), ""] if title else []
+        lines += ["", heading, "", *summary, "| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+        for key in keys:
+            section = key.name.partition(".")[0] if "." in key.name else ""
+            if section == title:
+                default = "" if key.default is None else f"`{key.default!r}`"
+                cells = (f"`{key.name}`", key.type, default, key.allowed, key.meaning)
+                lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def _key_table(section: type, prefix: str, skip: set[str] = frozenset()) -> list[str]:
-    meanings = attributes(inspect.getdoc(section) or "")
-    rows = ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-    for field in dataclasses.fields(section):
-        if field.name in skip:
-            continue
-        kind = typing.get_type_hints(section)[field.name]
-        default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
-        cells = (f"`{prefix}{field.name}`", _type_name(kind), default, _allowed(field.metadata), meanings[field.name])
-        rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return rows
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "integer", float: "number", bool: "boolean", str: "string"}
-    if isinstance(kind, types.GenericAlias):
-        return f"list of {names[typing.get_args(kind)[0]]}s"
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_type_name(part) for part in typing.get_args(kind))
-    return names.get(kind, "none" if kind is type(None) else "table")
-
-
-def _allowed(bounds: Mapping[str, Any]) -> str:
-    if bounds.get("choices"):
-        return ", ".join(f"`{choice}`" for choice in bounds["choices"])
-    low, high = bounds.get("low"), bounds.get("high")
-    if low is None and high is None:
-        return ""
-    return f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
 
 
 # Command line
@@ -285,17 +258,17 @@ def _recipe_text(path: Path) -> tuple[str, str, dict[str, str]]:
 
 def _recipe_keys(path: Path) -> dict[str, Any]:
     """The keys that a recipe sets to something other than their default, with the name of its model."""
-    from llama_jax.config import SIZES, ModelConfig
+    from llama_jax.config import SIZES
     from llama_jax.run_config import RunConfig, default_dict, differences
 
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run = RunConfig.from_dict(module.get_config().to_dict()).to_dict()
-    sizes = [name for name, size in SIZES.items() if size == ModelConfig.from_dict(run["model"])]
-    default = default_dict(sizes[0])
-    changed = differences(default, run)
-    return {"model": sizes[0]} | {key: value for key, (_, value) in changed.items()}
+    default = default_dict() | {"model": {}}
+    changed = differences(default, run | {"model": {}})
+    model = run["model"].get("name") or next(name for name, size in SIZES.items() if size.to_dict() == run["model"])
+    return {"model": model} | {key: value for key, (_, value) in changed.items()}
 
 
 # Decisions
@@ -329,22 +302,6 @@ def decisions_page() -> str:
 def _summary(thing: type) -> str:
     """The first paragraph of a docstring."""
     return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
-
-
-def attributes(doc: str) -> dict[str, str]:
-    """The `Attributes:` of a docstring in Google's style: each name with its text in one line."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in doc.partition("Attributes:\n")[2].splitlines():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.startswith("        "):
-            found[name] += " " + line.strip()
-        elif line and not line.startswith(" "):
-            break
-    return found
 
 
 def _first_clause(text: str) -> str:
