@@ -190,14 +190,15 @@ A model is named by a path or a hub id. The format is recognized from what is th
 
 | format | what is named | read | written |
 |---|---|---|---|
-| Hugging Face | a folder with `config.json` and `*.safetensors`, or a hub id `owner/name[@revision]` | yes | yes |
+| Hugging Face | a folder with `config.json` and weights, or a hub id `owner/name[@revision]` | yes | yes |
 | Meta's download | a folder with `params.json` and `consolidated.*.pth`, any number of shards | yes | yes |
 | GGUF | a file (version 2 or 3, split or not), or `owner/name/FILE.gguf` on the hub | yes | yes |
 | old Flax Llama | a folder with `config.json` and `flax_model.msgpack` | yes | no |
 | a run of this project | the run folder, or one of its `checkpoints/N` | yes | by training |
 | peft's LoRA adapter | a folder with `adapter_config.json`, or a hub id | next to a model | by training |
 
-`convert --to hf`, `--to meta` and `--to gguf` write a model. PyTorch's files are read without torch.
+`convert --to hf`, `--to meta` and `--to gguf` write a model. Hugging Face's weights are safetensors, or the older
+`pytorch_model.bin`. PyTorch's files are read without torch, by a reader that runs no code.
 
 GGUF tensor types that are read: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K and Q6_K. Q8_0 and
 Q4_0 stay packed in memory. The other quantized types are dequantized exactly, to float32 unless `--dtype bfloat16` is
