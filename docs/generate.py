@@ -53,7 +53,8 @@ def config_page() -> str:
     from llama_jax.run_config import RunConfig, describe
 
     hints = typing.get_type_hints(RunConfig)
-    sections = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    kinds = {name: [hint, *typing.get_args(hint)] for name, hint in hints.items()}
+    sections = {name: kind for name, of in kinds.items() for kind in of[::-1] if dataclasses.is_dataclass(kind)}
     lines = [
         "# Config keys",
         "",
