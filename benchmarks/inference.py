@@ -48,13 +48,13 @@ def write_model(folder: Path, name: str) -> None:
     """The published shape `name` with random weights, as a Hugging Face folder in float32."""
     import jax
 
-    from llama_jax import config, model
-    from llama_jax.params import unstack
+    from llama_jax import config
+    from llama_jax.params import init_params, unstack
     from llama_jax.weights import export
     from llama_jax.weights.model_files import Metadata
 
     shape = config.size(name)
-    params = unstack(jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
+    params = unstack(jax.jit(init_params, static_argnums=0)(shape, jax.random.key(0)))
     metadata = Metadata()
     export.save(folder, shape, export.leaves_of(shape, params), metadata, format="hf", dtype="float32")
 

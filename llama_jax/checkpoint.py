@@ -26,8 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from llama_jax import manifest, model
+from llama_jax import manifest
 from llama_jax.errors import ConfigError
+from llama_jax.params import Params
 
 _FOLDER = "checkpoints"
 _SAVING, _DELETING, _DAMAGED = "saving-", "deleting-", "damaged-"
@@ -133,9 +134,7 @@ class Checkpoints:
             _warn(f"moved {self.folder / str(newer)} to {aside}")
         self._sweep(_SAVING, _DELETING)
 
-    def save(
-        self, step: int, *, params: model.Params, rest: Any, meta: dict[str, Any], loss: float | None = None
-    ) -> None:
+    def save(self, step: int, *, params: Params, rest: Any, meta: dict[str, Any], loss: float | None = None) -> None:
         """Start saving a step. Returns once the arrays are copied; the writing goes on in the background.
 
         Args:
@@ -183,7 +182,7 @@ class Checkpoints:
         self._background.shutdown()
         self._orbax.close()
 
-    def restore(self, step: int, *, params: model.Params, rest: Any) -> tuple[model.Params, Any, dict[str, Any]]:
+    def restore(self, step: int, *, params: Params, rest: Any) -> tuple[Params, Any, dict[str, Any]]:
         """A step's (params, rest, meta), with the shapes, types and shardings of the abstract trees given.
 
         Raises:
@@ -197,7 +196,7 @@ class Checkpoints:
         )
         return restored["params"], restored["rest"], restored["meta"]
 
-    def restore_params(self, step: int, params: model.Params) -> model.Params:
+    def restore_params(self, step: int, params: Params) -> Params:
         """Only the weights of a step."""
         return self._restored(step, params=ocp.args.StandardRestore(params))["params"]
 

@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax import model
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.ops.lora import Update
-from llama_jax.params import unstack
+from llama_jax.params import Params, check_params, unstack
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.weights import adapters, export, name_table
 from llama_jax.weights.formats import peft
@@ -83,7 +82,7 @@ class Llama:
     def __init__(
         self,
         config: ModelConfig,
-        params: model.Params,
+        params: Params,
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
         stop_tokens: Sequence[int] | None = None,
@@ -109,7 +108,7 @@ class Llama:
         Raises:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
         """
-        model.check_params(config, params)
+        check_params(config, params)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size:,} ids but the model only {config.vocab_size:,}: "
@@ -156,10 +155,10 @@ class Llama:
             )
         self.adapters[name] = adapters.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
 
-    def set_params(self, params: model.Params | None) -> None:
+    def set_params(self, params: Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
         if params is not None:
-            model.check_params(self.config, params)
+            check_params(self.config, params)
             params = engine.placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
         self.params = self.engine.params = params
 

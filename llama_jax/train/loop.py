@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Rows
 from llama_jax.errors import ConfigError
 from llama_jax.files import write_json
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ from llama_jax.weights.formats import peft
 from llama_jax.weights.run_folder import CONFIG_FILE
 
 # (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts. The loop does not import inference.
-Sampler = Callable[[RunConfig, model.Params, Tokenizer, jax.sharding.Mesh], list[str]]
+Sampler = Callable[[RunConfig, Params, Tokenizer, jax.sharding.Mesh], list[str]]
 
 # Keys that may differ between a run and its resumption; any other difference would make it another run.
 _MAY_CHANGE = (
@@ -302,7 +303,7 @@ def _silent(*_: object) -> None:
     pass
 
 
-def _all_finite(params: model.Params) -> jax.Array:
+def _all_finite(params: Params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 

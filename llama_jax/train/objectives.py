@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llama_jax import model
 from llama_jax.config import ModelConfig
 from llama_jax.ops.loss import cross_entropy
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DpoConfig
 
@@ -21,7 +22,7 @@ Sums = dict[str, jax.Array]  # float32 scalars; "count" is what the others are d
 
 
 def objective(
-    run: RunConfig, policy: model.Params, reference: model.Params | None, batch: Batch, *, dtype: jnp.dtype
+    run: RunConfig, policy: Params, reference: Params | None, batch: Batch, *, dtype: jnp.dtype
 ) -> tuple[jax.Array, Sums]:
     """The sum that a run minimises over a batch, and what is reported of it, among which the loss without z-term.
 
@@ -37,7 +38,7 @@ def objective(
     return sft_sums(run, policy, batch, dtype=dtype)
 
 
-def sft_sums(run: RunConfig, policy: model.Params, batch: Batch, *, dtype: jnp.dtype) -> tuple[jax.Array, Sums]:
+def sft_sums(run: RunConfig, policy: Params, batch: Batch, *, dtype: jnp.dtype) -> tuple[jax.Array, Sums]:
     """The weighted cross-entropy of all targets; counted in targets."""
     nll_BT, lse_BT = _token_losses(run, policy, batch, dtype)
     nll = jnp.sum(batch["weights"] * nll_BT)
@@ -46,7 +47,7 @@ def sft_sums(run: RunConfig, policy: model.Params, batch: Batch, *, dtype: jnp.d
 
 
 def dpo_sums(
-    run: RunConfig, policy: model.Params, reference: model.Params, batch: Batch, *, dtype: jnp.dtype
+    run: RunConfig, policy: Params, reference: Params, batch: Batch, *, dtype: jnp.dtype
 ) -> tuple[jax.Array, Sums]:
     """The loss of `dpo_losses` over all pairs, with what TRL reports of them; counted in pairs."""
     ours_BP2 = -answer_sums(_token_losses(run, policy, batch, dtype)[0], batch)
@@ -110,7 +111,7 @@ def answer_sums(values_BT: jax.Array, batch: Batch) -> jax.Array:
     return sums.reshape(B, pairs, 2)
 
 
-def _token_losses(run: RunConfig, params: model.Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _token_losses(run: RunConfig, params: Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """-log p of each target and the log-normaliser of its logits, (B, T) float32."""
     config: ModelConfig = run.model
     hidden_BTD, _ = model.forward(

@@ -17,6 +17,7 @@ import optax
 from optax import contrib
 
 from llama_jax import parallel
+from llama_jax.params import spec_of
 from llama_jax.run_keys import GROUPS, OptimizerConfig
 from llama_jax.train.moments import scale_by_adam
 
@@ -45,16 +46,18 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
 
 
 def group_of(path: Any) -> str:
-    """The one of run_keys.GROUPS that a trained weight belongs to, from its path of keys in the tree of weights."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    """The parameter group (one of run_keys.GROUPS) of a trained weight.
+
+    Args:
+        path: keys that lead to the weight, as jax.tree_util gives them; a LoRA matrix is called "a" or "b".
+    """
+    names = tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
     if names[-1] in ("a", "b"):
         return f"lora_{names[-1]}"
-    for name in names:
-        if name == "norm" or name.endswith("_norm"):
-            return "norm"
-        if name in GROUPS:
-            return name
-    raise ValueError(f"{'/'.join(names)} is in none of the groups {', '.join(GROUPS)}")
+    spec = spec_of(names)
+    if spec is None:
+        raise ValueError(f"{'/'.join(names)} is in none of the groups {', '.join(GROUPS)}")
+    return spec.group
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:
@@ -79,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.G
 
     Args:
         config: the run's.
-        axes: the tree of the trained weights' logical axes: `model.logical_axes(config, stacked=True)`, or that of
+        axes: the tree of the trained weights' logical axes: `logical_axes(config, stacked=True)`, or that of
             LoRA's a and b.
         steps: of the whole run, for the schedule.
     """

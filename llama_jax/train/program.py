@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llama_jax import model, parallel
+from llama_jax import parallel
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch
@@ -46,7 +47,7 @@ class Program:
     dtype: jnp.dtype
     optimizer: optax.GradientTransformation
     state: TrainState
-    frozen: model.Params | None
+    frozen: Params | None
 
     @classmethod
     def make(cls, run: RunConfig, mesh: jax.sharding.Mesh) -> Program:

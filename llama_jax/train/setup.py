@@ -11,14 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model
 from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import build_store
 from llama_jax.errors import ConfigError
 from llama_jax.hub import some
-from llama_jax.params import restack
+from llama_jax.params import Params, restack
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_keys import DataConfig
 from llama_jax.text import tokenizer as text
@@ -200,7 +199,7 @@ class Frozen:
         identity: of the model that it is (`Source.identity`), or None.
     """
 
-    params: model.Params | None
+    params: Params | None
     identity: str | None
 
 
@@ -218,7 +217,7 @@ def frozen(program: Program) -> Frozen:
     return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
 
 
-def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
+def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:
     """A model's weights, stacked, in their shards; the updates of a LoRA run are merged into them."""
     return restack(source.load_merged(program.layout, dtype, quantize))
 

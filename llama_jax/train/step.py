@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import model, parallel
+from llama_jax import parallel
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch, Sums, objective
@@ -25,13 +26,13 @@ Metrics = dict[str, jax.Array]
 
 def make_train_step(
     run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout, dtype: jnp.dtype
-) -> Callable[[TrainState, model.Params | None, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The step as a function of state, what is frozen, and a batch; `Program` jits it with the state donated."""
     A = run.train.accumulate
     schedule = make_schedule(run.optimizer, steps=run.train.steps)
 
     def gradients(
-        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+        trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
         def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
             return objective(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
@@ -39,14 +40,14 @@ def make_train_step(
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
     def accumulated(
-        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
+        trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
         def one(part: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
             return gradients(trained, frozen, part, jax.random.fold_in(key, number))
 
         return _summed(one, batch, A)
 
-    def train_step(state: TrainState, frozen: model.Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with parallel.use(layout):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             (loss, sums), grads = (gradients if A == 1 else accumulated)(state.params, frozen, batch, key)
@@ -85,13 +86,13 @@ def make_train_step(
 
 def make_eval_step(
     run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
-) -> Callable[[trainable.Trained, model.Params | None, Batch], Sums]:
+) -> Callable[[trainable.Trained, Params | None, Batch], Sums]:
     """A function of what is trained, what is frozen, and a batch, to the objective's sums with their count.
 
     It takes as many rows at a time as the training step, so that it fits where that does.
     """
 
-    def eval_step(trained: trainable.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
+    def eval_step(trained: trainable.Trained, frozen: Params | None, batch: Batch) -> Sums:
         def one(part: Batch, _: jax.Array) -> Sums:
             return objective(run, trainable.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
 

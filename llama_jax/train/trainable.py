@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.ops import quant
+from llama_jax.params import Params, abstract_params, init_params, logical_axes
 from llama_jax.run_config import RunConfig
 from llama_jax.weights import lora_params
 from llama_jax.weights.load import group_bits
@@ -24,15 +25,15 @@ Trained = dict[str, Any]
 
 def trained_axes(run: RunConfig) -> Trained:
     """The logical axes of what is trained."""
-    return lora_params.axes(run.model, run.lora) if run.lora.rank else model.logical_axes(run.model, stacked=True)
+    return lora_params.axes(run.model, run.lora) if run.lora.rank else logical_axes(run.model, stacked=True)
 
 
 def init_trained(run: RunConfig, key: jax.Array) -> Trained:
     """What is trained as it begins: random weights, or updates that change nothing."""
-    return lora_params.initial(run.model, run.lora, key) if run.lora.rank else model.init_params(run.model, key)
+    return lora_params.initial(run.model, run.lora, key) if run.lora.rank else init_params(run.model, key)
 
 
-def policy(run: RunConfig, trained: Trained, frozen: model.Params | None, key: jax.Array | None = None) -> model.Params:
+def policy(run: RunConfig, trained: Trained, frozen: Params | None, key: jax.Array | None = None) -> Params:
     """The params that a run trains, as the model takes them; `key` is of this step, for LoRA's dropout."""
     return lora_params.applied(run.lora, frozen, trained, key) if run.lora.rank else trained
 
@@ -48,7 +49,7 @@ def frozen_quantize(run: RunConfig) -> str:
     return run.lora.base if run.lora.rank and run.lora.base.startswith("int") else "none"
 
 
-def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -> model.Params | None:
+def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -> Params | None:
     """What is frozen as ShapeDtypeStructs with their shardings, stacked; None where nothing is.
 
     Raises:
@@ -56,12 +57,12 @@ def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -
     """
     if not run.lora.rank and run.train.objective != "dpo":
         return None
-    shapes = model.abstract_params(run.model, stacked=True, dtype=frozen_dtype(run, dtype))
+    shapes = abstract_params(run.model, stacked=True, dtype=frozen_dtype(run, dtype))
     bits = group_bits(run.model, frozen_quantize(run))
     if bits:
         rounded = lambda a: quant.quantize(a, bits) if a.ndim == 3 else a  # noqa: E731  (norms stay)
         shapes["layers"] = jax.eval_shape(lambda layers: jax.tree.map(rounded, layers), shapes["layers"])
-    return parallel.abstract(shapes, parallel.shardings(layout, model.logical_axes(run.model, stacked=True), shapes))
+    return parallel.abstract(shapes, parallel.shardings(layout, logical_axes(run.model, stacked=True), shapes))
 
 
 def forwards(run: RunConfig) -> int:

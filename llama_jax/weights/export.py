@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
-from llama_jax.model import Params, check_params
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
-from llama_jax.params import is_stacked
+from llama_jax.params import Params, check_params, is_stacked
 from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.formats import huggingface as huggingface_vocabulary
 from llama_jax.weights import name_table

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
-from llama_jax.model import Params, logical_axes
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout, shardings
+from llama_jax.params import Params, logical_axes
 from llama_jax.weights import name_table
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model
 from llama_jax.config import ModelConfig
 from llama_jax.ops import lora
+from llama_jax.params import Params, abstract_params, logical_axes
 from llama_jax.run_keys import LoraConfig
 from llama_jax.weights import name_table
 
@@ -26,7 +26,7 @@ _ATTENTION = ("q", "k", "v", "o")
 
 def axes(config: ModelConfig, settings: LoraConfig) -> Updates:
     """The logical axes of each matrix; no device splits the rank."""
-    of_weights = model.logical_axes(config, stacked=True)["layers"]
+    of_weights = logical_axes(config, stacked=True)["layers"]
 
     def pair(block: str, name: str) -> dict[str, lora.Axes]:
         names = lora.part_axes(of_weights[block][name])
@@ -40,7 +40,7 @@ def initial(config: ModelConfig, settings: LoraConfig, key: jax.Array) -> Update
 
     That is how peft begins (Kaiming's rule with a = sqrt 5).
     """
-    shapes = model.abstract_params(config, stacked=True)["layers"]
+    shapes = abstract_params(config, stacked=True)["layers"]
     keys = {place: jax.random.fold_in(key, i) for i, place in enumerate(_places(settings))}
 
     def pair(block: str, name: str) -> dict[str, jax.Array]:
@@ -51,7 +51,7 @@ def initial(config: ModelConfig, settings: LoraConfig, key: jax.Array) -> Update
     return _tree(settings, pair)
 
 
-def applied(settings: LoraConfig, base: model.Params, updates: Updates, key: jax.Array | None = None) -> model.Params:
+def applied(settings: LoraConfig, base: Params, updates: Updates, key: jax.Array | None = None) -> Params:
     """Stacked params under these updates, as LoraTensors around the base's own leaves.
 
     Args:

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.files import read_json
 from llama_jax.ops.lora import Update
-from llama_jax.params import unstack
+from llama_jax.params import Params, abstract_params, logical_axes, unstack
 from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import adapters, export, load, lora_params, name_table
@@ -120,20 +120,18 @@ class RunSource:
             )
         return base
 
-    def load(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> model.Params:
+    def load(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
         """Reads the weights as unrolled params; see `Source.load`."""
         layout = layout or _one_device()
         if self.lora is not None:
             updates = self._updates(layout, jnp.dtype(dtype or self.dtype))
             return adapters.applied(self.config, self.base.load_merged(layout, dtype, quantize), updates)
         # Orbax casts while it reads, so that the float32 master weights never exist as well as what is asked for.
-        shapes = model.abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
-        params = self._restore(shapes, model.logical_axes(self.config, stacked=True), layout)
+        shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
+        params = self._restore(shapes, logical_axes(self.config, stacked=True), layout)
         return load.quantize_layers(self.config, unstack(params), quantize, layout)
 
-    def load_merged(
-        self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None
-    ) -> model.Params:
+    def load_merged(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
         """Reads the weights with LoRA's updates merged into them; see `Source.load_merged`."""
         if self.lora is None:
             return self.load(layout, dtype, quantize)

@@ -13,8 +13,8 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
-from llama_jax.model import Params
 from llama_jax.parallel import Layout
+from llama_jax.params import Params
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import load, name_table
 from llama_jax.weights.model_files import Metadata

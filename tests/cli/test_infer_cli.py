@@ -12,16 +12,16 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax import model
 from llama_jax.infer import cli
 from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
 
 
 @pytest.fixture(scope="module")
 def small():
     config = configs.size("tiny")
     tokenizer = byte_tokenizer()
-    return Llama(config, model.init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
+    return Llama(config, init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
 
 
 @pytest.fixture

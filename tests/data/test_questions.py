@@ -16,11 +16,12 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.data import corpus, questions
 from llama_jax.data.records import encode
 from llama_jax.data.sources import documents_from
 from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig, default_dict
 
 TRAIN, VALIDATION = (questions.dialogs(part) for part in questions.PARTS)
@@ -152,7 +153,7 @@ def load_train():
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_samples_while_training_are_what_infer_says_to_the_same_question(kind):
     config, tokenizer = configs.size("tiny"), byte_tokenizer()
-    params = model.init_params(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     values = default_dict("tiny") | {"output": "x", "seed": 3}
     values["data"] |= {"train": ("a.txt",)}
     values["train"] |= {"compute_dtype": "float32"}

@@ -16,10 +16,10 @@ from helpers.packing import NAMES, slow_rows
 from helpers.records import expected, random_dialog
 from helpers.runs import dialog_run, metrics_of, text_run
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows, WholeRows, best_fit, pack
 from llama_jax.data.store import TokenStore, build_store
+from llama_jax.params import init_params
 from llama_jax.text import Tokenizer
 from llama_jax.train import loop
 from llama_jax.train.objectives import sft_sums
@@ -148,7 +148,7 @@ def test_gradients_of_a_packed_batch_equal_those_of_its_documents_one_by_one(tmp
     assert max(int(row["segments"].max()) for row in packed) >= 3
     run = text_run(tmp_path, model__num_layers=2, model__vocab_size=tokenizer.vocab_size)
     config = run.model
-    params = jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
 
     @jax.jit
     def gradients(params, batch):

@@ -16,11 +16,11 @@ import pytest
 from helpers import sound
 from llama_jax import __main__ as commands
 from llama_jax import config as configs
-from llama_jax import model
 from llama_jax.errors import ConfigError
 from llama_jax.eval import comparison, intervals, judges, plot
 from llama_jax.eval.judges import Case, Prompt
 from llama_jax.ops.lora import Update
+from llama_jax.params import init_params
 from llama_jax.weights import export
 from llama_jax.weights.formats import peft
 
@@ -313,7 +313,7 @@ def test_a_first_run_that_failed_before_any_answer_binds_nobody(run, tmp_path):
 def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
     config = configs.size("tiny")
     for seed, name in ((0, "one"), (0, "same"), (1, "other")):
-        sound.save_params(tmp_path / name, config, model.init_params(config, jax.random.key(seed)))
+        sound.save_params(tmp_path / name, config, init_params(config, jax.random.key(seed)))
     update = Update(jnp.ones((2, config.embed_dim)), jnp.ones((config.num_heads * config.head_dim, 2)), jnp.float32(1))
     for name, factor in (("first", 1), ("second", 2)):
         path = ("layers", 0, "attention", "q")

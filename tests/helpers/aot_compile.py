@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import size
+from llama_jax.params import abstract_params, logical_axes
 from llama_jax.run_config import RunConfig
 
 
@@ -68,8 +69,8 @@ def decode():
     layout = engines.layout(config, mesh)
     whole = parallel.replicated(mesh)
 
-    params = model.abstract_params(config, stacked=False, dtype=jnp.bfloat16)
-    params = parallel.abstract(params, parallel.shardings(layout, model.logical_axes(config, stacked=False), params))
+    params = abstract_params(config, stacked=False, dtype=jnp.bfloat16)
+    params = parallel.abstract(params, parallel.shardings(layout, logical_axes(config, stacked=False), params))
     engine = engines.Engine(config, params, mesh=mesh, dtype=jnp.bfloat16)
     cache = jax.eval_shape(lambda: init_cache(config, batch=rows, capacity=capacity, dtype=jnp.bfloat16))
     heads = layout.sharding(("batch", "kv_heads", None, None))

@@ -20,7 +20,7 @@ from llama_jax.checkpoint import Checkpoints
 from llama_jax.errors import ConfigError
 from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
-from llama_jax.params import stack, unstack
+from llama_jax.params import init_params, stack, unstack
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.open import open_source
 
@@ -34,7 +34,7 @@ def tokenizer():
 
 @functools.cache
 def params():
-    stacked = model.init_params(CONFIG, jax.random.key(0))
+    stacked = init_params(CONFIG, jax.random.key(0))
     return unstack(jax.tree.map(lambda a: a * 6 if a.ndim > 2 else a, stacked))
 
 
@@ -146,7 +146,7 @@ def test_chat_asks_in_the_dialog_format_and_streams_the_same():
 
 def test_ids_beyond_the_tokenizer_are_left_out_of_the_text():
     wide = dataclasses.replace(CONFIG, vocab_size=600)
-    weights = unstack(model.init_params(wide, jax.random.key(1)))
+    weights = unstack(init_params(wide, jax.random.key(1)))
     result = Llama(wide, weights, tokenizer()).generate("a", max_new_tokens=20, temperature=5.0, top_p=1.0)
     assert max(result.tokens) >= 512
     assert result.text == tokenizer().decode([i for i in result.tokens if i < 512], skip_special=True)
@@ -206,7 +206,7 @@ def test_a_model_without_a_tokenizer_takes_ids_only():
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused():
     small = dataclasses.replace(CONFIG, vocab_size=400)
-    weights = unstack(model.init_params(small, jax.random.key(0)))
+    weights = unstack(init_params(small, jax.random.key(0)))
     with pytest.raises(ConfigError, match="512 ids but the model only 400"):
         Llama(small, weights, tokenizer())
 

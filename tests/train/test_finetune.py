@@ -17,11 +17,12 @@ from helpers.numbers import gap
 from helpers.processes import kill_and_compare
 from helpers.runs import batches, make_run, metrics_of
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
 from llama_jax.train import loop, setup, trainable
@@ -41,7 +42,7 @@ ROUNDING = 2e-5
 def base(tmp_path_factory) -> Path:
     """A Hugging Face folder with a tokenizer of one id a byte."""
     folder = tmp_path_factory.mktemp("base")
-    params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(7))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(7))
     sound.save_params(folder, MODEL, params)
     byte_tokenizer().save(folder / "tokenizer.model")
     return folder
@@ -297,7 +298,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
     moved = dataclasses.replace(run, init_from=str(base), train=dataclasses.replace(run.train, steps=3))
     assert loop.train(moved).step == 3  # the same model elsewhere is the same model
     assert (tmp_path / "run" / "adapter" / "README.md").read_text() == "mine"
-    params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(8))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(8))
     for path in (*other.glob("*.safetensors"), other / "config.json"):
         path.unlink()
     sound.save_params(other, MODEL, params)

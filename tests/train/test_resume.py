@@ -16,10 +16,10 @@ import pytest
 from helpers import sound
 from helpers.processes import Process, kill_and_compare, say_last
 from helpers.runs import metrics_of, text_run
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
-from llama_jax.params import is_stacked
+from llama_jax.params import init_params, is_stacked
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import loop, setup
 from llama_jax.train.metrics import MetricLog, read_metrics
@@ -214,7 +214,7 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
     run = text_run(tmp_path, train__steps=2)
     result = loop.train(run)
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 4})
-    theirs = jax.jit(lambda: model.init_params(run.model, jax.random.key(5)))()
+    theirs = jax.jit(lambda: init_params(run.model, jax.random.key(5)))()
     folder = tmp_path / "model"
     sound.save_params(folder, run.model, theirs)
     tokenizer = Tokenizer(result.folder / "tokenizer.model")
@@ -237,7 +237,7 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
 def test_init_from_refuses_another_model_by_its_keys(tmp_path):
     run = text_run(tmp_path)
     other = dataclasses.replace(run.model, ffn_dim=64, rope_theta=1e4)
-    sound.save_params(tmp_path / "model", other, model.init_params(other, jax.random.key(0)))
+    sound.save_params(tmp_path / "model", other, init_params(other, jax.random.key(0)))
     mesh = parallel.make_mesh({}, jax.devices()[:1])
     with pytest.raises(ConfigError, match="model.ffn_dim=64 there, 96 here; model.rope_theta=10000.0 there, 500000"):
         setup.first_state(Program.make(dataclasses.replace(run, init_from=str(tmp_path / "model")), mesh))

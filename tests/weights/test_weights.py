@@ -15,7 +15,7 @@ from helpers.folders import make_folder, new_config, old_config
 from llama_jax import model, parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
-from llama_jax.params import stack, unstack
+from llama_jax.params import abstract_params, init_params, logical_axes, stack, unstack
 from llama_jax.weights import export, name_table
 from llama_jax.weights.formats import huggingface, torch_file
 from llama_jax.weights.load import load_leaves
@@ -46,7 +46,7 @@ def same(params, config, tensors, *, dtype=None):
 @pytest.mark.parametrize("format", list(name_table.FORMATS))
 def test_table_is_the_tree_of_the_model(name, format):
     config = SIZES[name]
-    tree = model.abstract_params(config, stacked=False)
+    tree = abstract_params(config, stacked=False)
     rows = name_table.weights(config, format)
     assert len({row.name for row in rows}) == len(rows) == len(jax.tree.leaves(tree))
     for row in rows:
@@ -121,7 +121,7 @@ def test_tensors_are_read_into_the_shards_of_the_layout(tmp_path, sizes, rules):
     tensors = random_weights(TINY)
     config, params = load(make_folder(tmp_path, TINY, tensors), layout=layout, dtype=jnp.bfloat16)
     same(params, config, tensors, dtype=ml_dtypes.bfloat16)
-    expected = parallel.shardings(layout, model.logical_axes(config, stacked=False), params)
+    expected = parallel.shardings(layout, logical_axes(config, stacked=False), params)
     for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
@@ -382,7 +382,7 @@ def test_saved_folder_loads_again_to_the_bit(tmp_path, config, shard_bytes, stac
 
 
 def test_saving_refuses_other_types_and_other_weights(tmp_path):
-    params = model.init_params(TINY, jax.random.key(0))
+    params = init_params(TINY, jax.random.key(0))
     leaves = export.leaves_of(TINY, params)
     with pytest.raises(ConfigError, match="int8"):
         export.save(tmp_path / "out", TINY, leaves, METADATA, format="hf", dtype="int8")
@@ -397,9 +397,9 @@ def test_saving_refuses_other_types_and_other_weights(tmp_path):
 
 def test_stack_and_unstack_are_inverse_and_keep_shardings():
     layout = parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")
-    stacked = model.init_params(TINY, jax.random.key(0))
+    stacked = init_params(TINY, jax.random.key(0))
     want = {
-        s: parallel.shardings(layout, model.logical_axes(TINY, stacked=s), model.abstract_params(TINY, stacked=s))
+        s: parallel.shardings(layout, logical_axes(TINY, stacked=s), abstract_params(TINY, stacked=s))
         for s in (True, False)
     }
     placed = jax.device_put(stacked, want[True])

@@ -22,7 +22,7 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json, write_json
-from llama_jax.model import Params
+from llama_jax.params import Params
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import Adapter, Stored
 from llama_jax.weights.formats import safetensors
