@@ -250,6 +250,24 @@ def _transformers_reads(files: Sequence[Path]) -> bool:
     )
 
 
+def write_tokenizer(folder: Path, metadata: Metadata, *, model_max_length: int) -> None:
+    """Writes the tokenizer and the chat template of a model into a folder, as transformers reads them.
+
+    The model's own tokenizer files are copied if transformers reads them.
+    """
+    files = metadata.tokenizer_files
+    if metadata.tokenizer is not None and not _transformers_reads(files):
+        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
+        vocabulary_files.write_for_transformers(
+            metadata.tokenizer.vocabulary, folder, model_max_length=model_max_length
+        )
+        chat_template.write(_chat_template(metadata), folder)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(folder):
+        chat_template.write(metadata.chat_template, folder)  # those in a folder of their own are not among the files
+
+
 def _write_hf(
     path: Path,
     config: ModelConfig,
@@ -260,17 +278,7 @@ def _write_hf(
     shard_bytes: int,
     progress: Progress,
 ) -> None:
-    files = metadata.tokenizer_files
-    if metadata.tokenizer is not None and not _transformers_reads(files):
-        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
-        vocabulary_files.write_for_transformers(
-            metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len
-        )
-        chat_template.write(_chat_template(metadata), path)
-    for file in files:
-        shutil.copyfile(file, path / file.name)
-    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(path):
-        chat_template.write(metadata.chat_template, path)  # templates in a folder of their own are not among the files
+    write_tokenizer(path, metadata, model_max_length=config.max_seq_len)
     huggingface.save_folder(path, config, leaves, metadata, shard_bytes=shard_bytes, progress=progress)
 
 
