@@ -99,16 +99,20 @@ def _asks_for_data(argv: Sequence[str]) -> bool:
 
 
 def _inspect_data(argv: Sequence[str]) -> int:
-    run, _ = parse_run(["inspect data", *argv])  # before jax is imported: a typo is answered at once
+    flags = _Parser(prog="inspect data", add_help=False, allow_abbrev=False)
+    flags.add_argument("--rows", type=int)
+    flags.add_argument("--full", action="store_true")
+    options, rest = flags.parse_known_args(argv)
+    if options.rows is not None and options.rows < 0:
+        raise ConfigError(f"--rows must be 0 or more, got {options.rows}")
+    run, _ = parse_run(["inspect data", *rest])  # before jax is imported: a typo is answered at once
     from llama_jax.data.inspect import show
-    from llama_jax.text.record_encoder import RecordEncoder
     from llama_jax.train import setup
 
     sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
     setup.check_sources(run)
-    tokenizer = setup.chosen_tokenizer(run, print)
-    encoder = RecordEncoder(tokenizer, setup.chosen_chat_format(run, tokenizer), run.data.parse_special)
-    show(run, encoder, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show(run, setup.chosen_encoder(run, print), color=color, rows=options.rows, full=options.full)
     return 0
 
 

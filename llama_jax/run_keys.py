@@ -48,11 +48,12 @@ class DataConfig:
             `stdlib:validation` with `stdlib:train`, and `stdlib:chat-validation` with `stdlib:chat-train`.
         tokenizer: The tokenizer's file, tokenizer.model or tokenizer.json. Empty takes the tokenizer of init_from; a
             run without init_from then trains a tokenizer of model.vocab_size tokens on the training text.
-        chat_format: How dialogs become tokens. `auto` is the chat template of init_from, and Meta's reference format
-            where it has none; `llama3` is the reference format; anything else is the file of a Jinja template.
+        chat_format: The form in which dialogs become tokens. `auto` is the chat template of init_from, and Meta's
+            reference format where it has none; `llama3` is the reference format; anything else is the file of a Jinja
+            template.
         chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same
             tokens on any day. The default is the one that Llama 3.1's own template has.
-        parse_special: What names of control tokens, such as <|eot_id|>, become in texts and completions. `yes` reads
+        parse_special: The reading of names of control tokens, such as <|eot_id|>, in texts and completions. `yes` reads
             them as these tokens, for texts that were rendered with a chat template; `no` reads them as plain text;
             `stop` refuses texts that hold one. Messages of dialogs are always plain text.
         loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant
@@ -60,7 +61,7 @@ class DataConfig:
             available for preference pairs. Plain text always counts whole.
         sequence_length: Length of a training row in tokens (T). Longer texts are split; too_long says what happens to
             longer dialogs, completions and pairs (both answers together).
-        too_long: What happens to dialogs, completions and pairs that are longer than a row. `drop` leaves them out;
+        too_long: The treatment of dialogs, completions and pairs that are longer than a row. `drop` leaves them out;
             `cut` keeps the first sequence_length tokens of dialogs and completions and leaves out pairs; `refuse` ends
             the run at the first of them.
         max_bad: The largest fraction of all documents that may be unusable. Those that are too long do not count.
