@@ -48,12 +48,11 @@ class DataConfig:
             `stdlib:validation` with `stdlib:train`, and `stdlib:chat-validation` with `stdlib:chat-train`.
         tokenizer: The tokenizer's file, tokenizer.model or tokenizer.json. Empty takes the tokenizer of init_from; a
             run without init_from then trains a tokenizer of model.vocab_size tokens on the training text.
-        chat_format: The form in which dialogs become tokens. `auto` is the chat template of init_from, and Meta's
-            reference format where it has none; `llama3` is the reference format; anything else is the file of a Jinja
-            template.
+        chat_format: Format of dialogs. `auto` is the chat template of init_from, and Meta's reference format if it has
+            none; `llama3` is the reference format; anything else is the file of a Jinja template.
         chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same
             tokens on any day. The default is the one that Llama 3.1's own template has.
-        parse_special: The reading of names of control tokens, such as <|eot_id|>, in texts and completions. `yes` reads
+        parse_special: Treatment of names of control tokens, such as <|eot_id|>, in texts and completions. `yes` reads
             them as these tokens, for texts that were rendered with a chat template; `no` reads them as plain text;
             `stop` refuses texts that hold one. Messages of dialogs are always plain text.
         loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant

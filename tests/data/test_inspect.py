@@ -10,9 +10,9 @@ import pytest
 
 from helpers.files import write
 from helpers.paths import ROOT
+from helpers.program import program
 from helpers.records import ANSWER, ASK
 from helpers.runs import write_config
-from llama_jax import __main__ as command
 from llama_jax.data.inspect import render
 from llama_jax.data.packing import pack
 from llama_jax.data.store import build_store
@@ -83,19 +83,19 @@ def test_nothing_is_marked_that_the_loss_does_not_count(tmp_path, tokenizer):
         assert len(marked) * 9 == np.sum(rows[i]["weights"])
 
 
-def config(tmp_path, records, extra="pass"):
+def config(tmp_path, records, extra="pass", length=64):
     path = write(tmp_path / "chats.jsonl", records)
     return [
         f"--config={write_config(tmp_path, extra)}",
         f"--config.data.train={path}",
-        "--config.data.sequence_length=64",
+        f"--config.data.sequence_length={length}",
     ]
 
 
 def test_the_command_prints_statistics_and_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LINES", "60")
     records = [{"messages": [ASK, ANSWER]}] * 30 + [{"text": "x" * 100}, {"messages": [ASK]}]
-    assert command.main(["inspect", "data", *config(tmp_path, records)]) == 0
+    assert program("inspect", "data", *config(tmp_path, records)) == 0
     out = capsys.readouterr().out
     assert "train: 31 documents, 1,182 tokens (31.4% targets), 32 rows (42.2% padding)" in out
     assert re.search(r"train: left out as bad: 1 of 32 documents, the first: \S+:32: no message .*; listed in ", out)
@@ -112,8 +112,8 @@ def test_what_is_printed_fits_a_screen(tmp_path, capsys, monkeypatch, flags, mos
     long = {"messages": [ASK, {"role": "assistant", "content": "\n".join("word " * 400 for _ in range(30))}]}
     good = [{"messages": [ASK, {"role": "assistant", "content": "line\n" * 300}]}] * 40
     records = [*good, long, {"messages": [ASK]}, {"messages": [ASK, {**ANSWER, "wieght": 0}]}]
-    arguments = [*config(tmp_path, records), "--config.data.sequence_length=2048", "--config.model.max_seq_len=2048"]
-    assert command.main(["inspect", "data", *arguments, *flags]) == 0
+    arguments = [*config(tmp_path, records, length=2048), "--config.model.max_seq_len=2048"]
+    assert program(["inspect", "data", *arguments, *flags]) == 0
     out = capsys.readouterr().out
     assert sum(-(-max(len(line), 1) // 120) for line in out.splitlines()) <= most
     assert "left out as bad: 2 of 43 documents, the first: " in out
@@ -125,8 +125,8 @@ def test_what_is_printed_fits_a_screen(tmp_path, capsys, monkeypatch, flags, mos
 
 def test_whole_rows_are_shown_where_they_are_asked_for(tmp_path, capsys):
     records = [{"messages": [ASK, {"role": "assistant", "content": "line\n" * 300}]}] * 9
-    arguments = [*config(tmp_path, records), "--config.data.sequence_length=2048", "--config.model.max_seq_len=2048"]
-    assert command.main(["inspect", "data", *arguments, "--full", "--rows=3"]) == 0
+    arguments = [*config(tmp_path, records, length=2048), "--config.model.max_seq_len=2048"]
+    assert program(["inspect", "data", *arguments, "--full", "--rows=3"]) == 0
     out = capsys.readouterr().out
     assert out.count("of 8 of the first step") == 3 and out.count("\nline") > 3 * 290 and "--full" not in out
 
@@ -135,10 +135,10 @@ def test_colour_is_for_terminals_that_want_it(tmp_path, capsys, monkeypatch):
     arguments = ["inspect", "data", *config(tmp_path, [{"messages": [ASK, ANSWER]}] * 3)]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("NO_COLOR", "")
-    command.main(arguments)
+    program(*arguments)
     assert "\x1b[32mBecause." in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
-    command.main(arguments)
+    program(*arguments)
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -152,18 +152,16 @@ def test_colour_is_for_terminals_that_want_it(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capsys, arguments, words):
-    with pytest.raises(SystemExit) as left:
-        command.main(["inspect", "data", *config(tmp_path, [{"text": "x"}]), *arguments])
+    status = program("inspect", "data", *config(tmp_path, [{"text": "x"}]), *arguments)
     error = capsys.readouterr().err
-    assert left.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
+    assert status == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_without_a_config_data_is_a_folder_like_any_other(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(SystemExit) as left:
-        command.main(["inspect", "data"])
-    assert left.value.code == 2 and "data" in capsys.readouterr().err
+    status = program("inspect", "data")
+    assert status == 2 and "data" in capsys.readouterr().err
 
 
 def test_the_program_runs_where_the_output_is_ascii(tmp_path):

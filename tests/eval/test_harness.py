@@ -15,7 +15,7 @@ import pytest
 
 import llama_jax
 from golden import make_harness as golden
-from llama_jax import __main__ as commands
+from helpers.program import program
 from llama_jax.errors import ConfigError
 from llama_jax.eval import lm_eval_requests, scoring
 from llama_jax.sampling_params import SamplingParams
@@ -139,8 +139,7 @@ def test_settings_that_cannot_be_are_refused(llama, given, said):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_without_lm_eval_the_command_says_how_to_install_it(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        commands.main(["eval", "harness", "m", "--tasks", "arc_easy", "--out", str(tmp_path / "r.json")])
+    assert program("eval", "harness", "m", "--tasks", "arc_easy", "--out", str(tmp_path / "r.json")) == 2
     err = capsys.readouterr().err
     assert "pip install lm_eval" in err and err.count("\n") == 1
 
@@ -258,7 +257,7 @@ def test_the_command_runs_whole_tasks_and_gives_hflms_results(
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
     out = tmp_path / "results.json"
     argv = ["--tasks", ",".join(TASKS), "--include", str(tasks), "--dtype", "float32", "--out", str(out)]
-    assert commands.main(["eval", "harness", str(folder), *argv]) == 0
+    assert program("eval", "harness", str(folder), *argv) == 0
     printed = capsys.readouterr().out
     results = json.loads(out.read_text())["results"]
     assert all(f"|{name}" in printed for name in TASKS) and "Stderr" in printed
@@ -314,7 +313,6 @@ def test_chat_tasks_and_fewshot_run(lm, tasks, offline):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(lm, capsys, argv, said):
-    with pytest.raises(SystemExit) as leave:
-        commands.main(["eval", "harness", "m", *argv])
+    status = program("eval", "harness", "m", *argv)
     err = capsys.readouterr().err
-    assert leave.value.code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert status == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
