@@ -113,7 +113,7 @@ def test_what_is_printed_fits_a_screen(tmp_path, capsys, monkeypatch, flags, mos
     good = [{"messages": [ASK, {"role": "assistant", "content": "line\n" * 300}]}] * 40
     records = [*good, long, {"messages": [ASK]}, {"messages": [ASK, {**ANSWER, "wieght": 0}]}]
     arguments = [*config(tmp_path, records, length=2048), "--config.model.max_seq_len=2048"]
-    assert program(["inspect", "data", *arguments, *flags]) == 0
+    assert program("inspect", "data", *arguments, *flags) == 0
     out = capsys.readouterr().out
     assert sum(-(-max(len(line), 1) // 120) for line in out.splitlines()) <= most
     assert "left out as bad: 2 of 43 documents, the first: " in out
@@ -126,7 +126,7 @@ def test_what_is_printed_fits_a_screen(tmp_path, capsys, monkeypatch, flags, mos
 def test_whole_rows_are_shown_where_they_are_asked_for(tmp_path, capsys):
     records = [{"messages": [ASK, {"role": "assistant", "content": "line\n" * 300}]}] * 9
     arguments = [*config(tmp_path, records, length=2048), "--config.model.max_seq_len=2048"]
-    assert program(["inspect", "data", *arguments, "--full", "--rows=3"]) == 0
+    assert program("inspect", "data", *arguments, "--full", "--rows=3") == 0
     out = capsys.readouterr().out
     assert out.count("of 8 of the first step") == 3 and out.count("\nline") > 3 * 290 and "--full" not in out
 
