@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import tiktoken
 
 from llama_jax.text.byte_pairs import BytePairs, metas_pieces
-from llama_jax.text.library_vocabulary import LibraryVocabulary, load_library, panics_as_errors
+from llama_jax.text.library_vocabulary import LibraryVocabulary, library_errors, load_library
 from llama_jax.text.piece_vocabulary import PieceVocabulary, load_processor
 from llama_jax.text.vocabulary import Vocabulary
 
@@ -80,7 +80,7 @@ class LibraryEncoder:
         if special_tokens and self._with_specials is None:
             self._with_specials = load_library(self._contents, special_tokens=True)
         library = self._with_specials if special_tokens else self._library
-        with panics_as_errors("the `tokenizers` library cannot encode this text"):
+        with library_errors("the `tokenizers` library cannot encode this text"):
             return library.encode(_without_surrogates(text), add_special_tokens=False).ids
 
 
