@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import tiktoken
 
+from llama_jax.errors import ConfigError, brief
 from llama_jax.text.byte_pairs import BytePairs, metas_pieces
 from llama_jax.text.library_vocabulary import LibraryVocabulary, library_errors, load_library
 from llama_jax.text.piece_vocabulary import PieceVocabulary, load_processor
@@ -74,6 +75,7 @@ class LibraryEncoder:
         self._contents = vocabulary.contents
         self._library = vocabulary.library
         self._with_specials: Any = None  # loaded when it is first needed
+        self._control = frozenset(i for name, i in vocabulary.specials.items() if name != vocabulary.unknown)
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
         """See `Encoder`. ConfigError if the library fails."""
@@ -81,7 +83,10 @@ class LibraryEncoder:
             self._with_specials = load_library(self._contents, special_tokens=True)
         library = self._with_specials if special_tokens else self._library
         with library_errors("the `tokenizers` library cannot encode this text"):
-            return library.encode(_without_surrogates(text), add_special_tokens=False).ids
+            ids = library.encode(_without_surrogates(text), add_special_tokens=False).ids
+        if not special_tokens and not self._control.isdisjoint(ids):  # the vocabulary was checked for this
+            raise ConfigError(f"the text {brief(text)} would become a control token, which text never does here")
+        return ids
 
 
 class PieceEncoder:

@@ -33,10 +33,12 @@ class LibraryVocabulary(Vocabulary):
     Attributes:
         contents: contents of a tokenizer.json, in one form for all files that mean the same.
         decoder: decoder in `contents`.
+        unknown: name of the token for characters without a token, or None.
     """
 
     contents: str
     decoder: Any
+    unknown: str | None
 
     @classmethod
     def of(
@@ -62,7 +64,8 @@ class LibraryVocabulary(Vocabulary):
             raise ConfigError("several tokens have the same id")
         added = library.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
-        made = cls(contents=contents, decoder=data.get("decoder"), specials=specials, **named(ids))
+        parts = {"decoder": data.get("decoder"), "unknown": unknown_of(data["model"])}
+        made = cls(contents=contents, specials=specials, **parts, **named(ids))
         made.__dict__["ids"] = ids  # the cached property
         made.__dict__["library"] = _without_controls(library, data, specials)
         return made
@@ -141,9 +144,8 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
 
     A Unigram or word-level model may list "<s>" as a piece like all others, and would make it of the text "<s>".
     """
-    control = frozenset(specials.values())
-    unknown = _unknown_of(data["model"])  # stands for characters without a token, and may come from text
-    control -= {specials.get(unknown)}
+    unknown = unknown_of(data["model"])
+    control = frozenset(i for name, i in specials.items() if name != unknown)
     names = [name for name in specials if name != unknown and _comes_from_text(library, name, control)]
     if not names:
         return library
@@ -163,8 +165,8 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
     return library
 
 
-def _unknown_of(model: Mapping[str, Any]) -> str | None:
-    """The name of a model's unknown token."""
+def unknown_of(model: Mapping[str, Any]) -> str | None:
+    """The name of a model's unknown token, which stands for characters without a token and may come from text."""
     place, vocab = model.get("unk_id"), model.get("vocab")
     if isinstance(vocab, list) and isinstance(place, int) and 0 <= place < len(vocab):
         return vocab[place][0]
