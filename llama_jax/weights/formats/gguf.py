@@ -86,7 +86,7 @@ DTYPES = {
 
 
 def recognizes(path: Path) -> bool:
-    """Whether this is a GGUF file, by its first bytes or its name, or a folder with one (or the parts of one)."""
+    """Returns whether this is a GGUF file (by its first bytes or its name), or a folder with one model in GGUF."""
     if path.is_file():
         with open(path, "rb") as file:
             return file.read(4) == b"GGUF" or path.suffix == ".gguf"
@@ -200,7 +200,7 @@ def _check_effects(path: Path, given: Mapping[str, Value], head_dim: int, contex
 
 
 def _is_neutral(key: str, value: Value, head_dim: int, context: int) -> bool:
-    """Whether a setting that can change the model changes nothing with this value."""
+    """Returns whether a setting that can change the model changes nothing with this value."""
     if isinstance(value, np.ndarray):  # one value a layer
         return len(value) > 0 and all(_is_neutral(key, one, head_dim, context) for one in set(value.tolist()))
     if not isinstance(value, (str, bool, int, float)):

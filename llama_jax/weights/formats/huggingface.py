@@ -35,14 +35,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_TOKENIZER_BYTES = 32_000_000  # of each of them
+_TOKENIZER_BYTES = 32_000_000  # the largest size of each of them
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
-# What generation_config.json may say of sampling, by the same names here.
+# The sampling settings of generation_config.json. SamplingParams has the same names.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def recognizes(path: Path) -> bool:
-    """Whether this is a folder with config.json and weights of one of the three kinds."""
+    """Returns whether this is a folder with config.json and weights of one of the three kinds."""
     return (path / "config.json").is_file() and _weights_of(path) is not None
 
 
