@@ -30,6 +30,7 @@ OURS_FIRST_TOKEN = """
 import sys, time
 from llama_jax import compilation_cache
 from llama_jax.infer.llama import load
+from llama_jax.params import init_params
 compilation_cache.enable()
 print(load({folder!r}, dtype={dtype!r}).generate(list(range(10, 26)), max_new_tokens=1, temperature=0).tokens)
 """

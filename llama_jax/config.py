@@ -18,16 +18,17 @@ _LARGEST = 2**31 - 1  # of any whole number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's rescaling of the rotary frequencies (Meta's `apply_scaling`, Hugging Face's `rope_type: llama3`).
+    """Llama 3.1's rescaling of the rotary frequencies (Meta's `apply_scaling`; `rope_type: llama3` elsewhere).
 
-    Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched `factor` times, those below
-    `original_max_seq_len / high_freq_factor` are kept, and those between are interpolated.
+    Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched `factor` times, wavelengths below
+    `original_max_seq_len / high_freq_factor` stay as they are, and wavelengths between them are interpolated.
 
     Attributes:
-        factor: divisor of the low frequencies, at least 1.
-        low_freq_factor: bound of the wavelengths that are stretched.
-        high_freq_factor: bound of the wavelengths that are kept; above low_freq_factor.
-        original_max_seq_len: context length before the rescaling, in positions.
+        factor: Factor by which long wavelengths are stretched, at least 1.
+        low_freq_factor: Divisor of original_max_seq_len that gives the wavelength above which all are stretched.
+        high_freq_factor: Divisor of original_max_seq_len that gives the wavelength below which none is; above
+            low_freq_factor.
+        original_max_seq_len: Longest sequence in positions that the model was trained on before the rescaling.
     """
 
     factor: float
@@ -48,21 +49,21 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and constants of a Llama decoder. Every field changes the output, or raises when it is exceeded.
+    """The shape of a Llama decoder. Every field changes the output, or raises when it is exceeded.
 
     Attributes:
-        vocab_size: rows of the embedding and of the unembedding (V).
-        embed_dim: width of the residual stream (D).
-        num_layers: decoder blocks (L).
-        num_heads: query heads (N).
-        num_kv_heads: key and value heads (K); each serves N / K query heads, so K divides N.
-        head_dim: width of one head (H); even, and independent of embed_dim / num_heads.
-        ffn_dim: width of the SwiGLU feed-forward (F).
-        norm_eps: constant added to the mean square in RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: Llama 3.1's rescaling of the frequencies, or None (Llama 3).
-        max_seq_len: most positions of a sequence; more raise ConfigError.
-        tied_embeddings: True if the unembedding is the embedding.
+        vocab_size: Rows of the embedding and of the unembedding (V).
+        embed_dim: Width of the residual stream (D).
+        num_layers: Number of decoder blocks (L).
+        num_heads: Number of query heads (N).
+        num_kv_heads: Number of key and value heads (K); each serves N / K query heads. It must divide num_heads.
+        head_dim: Width of one head (H), an even number. It need not be embed_dim / num_heads.
+        ffn_dim: Width of the SwiGLU feed-forward (F).
+        norm_eps: Number added to the mean square in RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Llama 3.1's rescaling of the rotary frequencies, or None (Llama 3).
+        max_seq_len: Longest sequence in positions; a longer one raises an error.
+        tied_embeddings: Use the embedding as the unembedding.
     """
 
     vocab_size: int
@@ -101,44 +102,44 @@ class ModelConfig:
 
     @property
     def queries_per_kv(self) -> int:
-        """Query heads for each key/value head (G)."""
+        """Query heads served by one key/value head (G)."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def matmul_params(self) -> int:
-        """Number of weights that multiply every token: all matrices, without the embedding look-up."""
+        """Weights that multiply every token: all matrices but the embedding look-up."""
         attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         ffn = 3 * self.embed_dim * self.ffn_dim
         return self.num_layers * (attention + ffn) + self.vocab_size * self.embed_dim
 
     @property
     def num_params(self) -> int:
-        """Number of weights. A tied unembedding is counted once."""
+        """All weights; a tied unembedding is counted once."""
         norms = (2 * self.num_layers + 1) * self.embed_dim
         untied = 0 if self.tied_embeddings else self.vocab_size * self.embed_dim
         return self.matmul_params + norms + untied
 
     def flops_per_token(self, context: int, *, training: bool) -> int:
-        """FLOPs of one token that attends to `context` positions; a multiply-add counts as two.
+        """Multiply-adds counted as two, for one token that attends to `context` positions.
 
-        The convention is PaLM's (arXiv:2204.02311, appendix B): two per weight, plus 4 N H `context` per layer for the
-        scores and the weighted sum of values, without a discount for the causal mask. Training costs three forward
-        passes. Recomputation is not counted.
+        The convention of PaLM (arXiv:2204.02311, appendix B): two per weight, plus 4 N H `context` per layer for the
+        scores and the mixing of values, without a discount for the causal mask; training costs three forwards, and
+        recomputation is not counted.
         """
         forward = 2 * self.matmul_params + 4 * self.num_layers * self.num_heads * self.head_dim * context
         return forward * (3 if training else 1)
 
     def cache_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Bytes of one position of one sequence in the KV cache, over all layers."""
+        """Bytes that one position of one sequence takes in the KV cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict that can be written as JSON and read by `from_dict`."""
+        """A JSON-able dict; `from_dict` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The config from a dict with every field. An unknown or missing field raises ConfigError."""
+        """The config of a dict that names every field; an unknown or missing one raises ConfigError."""
         values = dict(values)
         if isinstance(values.get("rope_scaling"), dict):
             _check_names(RopeScaling, values["rope_scaling"], "model.rope_scaling")
@@ -228,7 +229,7 @@ SIZES: dict[str, ModelConfig] = {
         head_dim=16,
         ffn_dim=96,
     ),
-    # The shape that configs/quickstart.py trains on a laptop.
+    # What configs/quickstart.py trains on a laptop.
     "quickstart": _long(
         _LLAMA3_8B,
         vocab_size=4096,
@@ -240,7 +241,7 @@ SIZES: dict[str, ModelConfig] = {
         ffn_dim=512,
         tied_embeddings=True,
     ),
-    # The shape of the benchmarks that compare with other libraries.
+    # The shape of the benchmarks beside other libraries.
     "160m": _long(
         _LLAMA3_8B,
         vocab_size=32_000,

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, check_params, is_stacked
+from llama_jax.text import chat_format, chat_template, vocabulary_files
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
-from llama_jax.text.formats import huggingface as huggingface_vocabulary
+from llama_jax.text.formats import meta as meta_vocabulary
 from llama_jax.weights import name_table
 from llama_jax.weights.adapters import Adapter, Stored, merged
 from llama_jax.weights.formats import gguf, huggingface, meta
@@ -232,6 +234,21 @@ def _free(path: Path, format: str) -> Path:
     return path
 
 
+def _chat_template(metadata: Metadata) -> ChatTemplate | None:
+    """The model's own chat template; else Meta's reference format as one, if the tokenizer has its control tokens."""
+    if metadata.chat_template is None and metadata.tokenizer is not None:
+        return chat_format.Llama3Format(metadata.tokenizer).template
+    return metadata.chat_template
+
+
+def _transformers_reads(files: Sequence[Path]) -> bool:
+    """Whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
+    return any(
+        file.name == "tokenizer.json" or (file.suffix == ".model" and not meta_vocabulary.looks_like_ranks(file))
+        for file in files
+    )
+
+
 def _write_hf(
     path: Path,
     config: ModelConfig,
@@ -243,13 +260,16 @@ def _write_hf(
     progress: Progress,
 ) -> None:
     files = metadata.tokenizer_files
-    if metadata.tokenizer is not None and not any(file.name == "tokenizer.json" for file in files):
-        files = ()  # transformers cannot read Meta's file alone: the tokenizer is written in its format
-        huggingface_vocabulary.write(
-            metadata.tokenizer, path, model_max_length=config.max_seq_len, chat_template=metadata.chat_template
+    if metadata.tokenizer is not None and not _transformers_reads(files):
+        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
+        vocabulary_files.write_for_transformers(
+            metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len
         )
+        chat_template.write(_chat_template(metadata), path)
     for file in files:
         shutil.copyfile(file, path / file.name)
+    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(path):
+        chat_template.write(metadata.chat_template, path)  # templates in a folder of their own are not among the files
     huggingface.save_folder(path, config, leaves, metadata, shard_bytes=shard_bytes, progress=progress)
 
 
@@ -288,9 +308,12 @@ def _write_gguf(
     shard_bytes: int,
     progress: Progress,
 ) -> None:
-    fields = None if metadata.tokenizer is None else gguf_vocabulary.fields(metadata.tokenizer)
-    if fields is not None and metadata.chat_template is not None:
-        fields["chat_template"] = metadata.chat_template
+    fields = None
+    if metadata.tokenizer is not None:
+        try:
+            fields = gguf_vocabulary.fields(metadata.tokenizer.vocabulary, rows=config.vocab_size)
+        except ConfigError as error:
+            _log.warning("warning: written without a tokenizer: %s", error)
     gguf.save_file(
         path,
         config,
@@ -300,6 +323,7 @@ def _write_gguf(
         name=path.stem,
         stop_tokens=metadata.stop_tokens,
         bos_token=metadata.bos_token,
+        chat_template=_chat_template(metadata),
         progress=progress,
     )
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json
 from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
@@ -24,6 +25,7 @@ _INDEX = ".index.json"
 _FIRST = (".gitattributes", "config.json", *(whole + _INDEX for whole in (_SAFETENSORS, _TORCH, _FLAX)))
 # Files that are downloaded with the weights of a Hugging Face folder.
 _SETTINGS = ("config.json", "generation_config.json", *TOKENIZER_FILES, "original/tokenizer.model")
+_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _WEIGHTS = (".safetensors", ".msgpack", ".gguf", ".pth", ".pt", ".bin", ".h5", ".onnx")
 
 
@@ -84,6 +86,19 @@ def download(repo_id: str) -> Path:
     return folder / choice.opened
 
 
+def read_shape(repo_id: str) -> ModelConfig | None:
+    """The shape of a model from its config.json, without its weights; None if the repo has no such file.
+
+    Raises:
+        ConfigError: as `download`.
+    """
+    name = _parse(repo_id)
+    if name is None or name.file is not None:
+        return None
+    folder = fetch(name.repo, _FIRST)
+    return read_config(folder) if (folder / "config.json").is_file() else None
+
+
 def download_adapter(repo_id: str, wanted: Sequence[str]) -> Path:
     """Downloads the files `wanted` of a LoRA adapter unless the cache has them, and returns their folder.
 
@@ -126,7 +141,7 @@ def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
             there = f"its GGUF files: {some(ggufs)}" if ggufs else "it has no GGUF files"
             raise ConfigError(f"{name.repo.name} has no {name.file}{nearest(name.file, ggufs)}; {there}")
         return _gguf(name, name.file, files)
-    settings = [file for file in _SETTINGS if file in files]
+    settings = [file for file in _SETTINGS if file in files] + [file for file in files if _TEMPLATES.fullmatch(file)]
     if weights := _safetensors(name, folder, files):
         return _checked(name, folder, settings, weights)
     for base in ("original/", ""):

@@ -9,7 +9,8 @@ from typing import Any
 
 from llama_jax.config import ModelConfig
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.text import tokenizer as text
+from llama_jax.text import vocabulary_files
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.tensor import LazyTensor
 
@@ -23,7 +24,7 @@ class Metadata:
         bos_token: id that begins a text, or None.
         stop_tokens: ids that end a generation.
         sampling: suggested sampling settings, or None.
-        chat_template: the model's own chat template (Jinja), or None.
+        chat_template: the model's own chat templates with their tokens, or None.
         tokenizer_files: files from which transformers reads the tokenizer. They are copied into a Hugging Face folder.
         token_ids: bos_token_id, eos_token_id and pad_token_id as config.json has them. A saved config.json repeats
             them; where there are none, it has `bos_token` and `stop_tokens`.
@@ -35,7 +36,7 @@ class Metadata:
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
     sampling: SamplingParams | None = None
-    chat_template: str | None = None
+    chat_template: ChatTemplate | None = None
     tokenizer_files: tuple[Path, ...] = ()
     token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation: Mapping[str, Any] | None = None
@@ -85,6 +86,6 @@ class ModelFiles:
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
-    """Reads the tokenizer of a folder; None if there is none. Raises what `text.tokenizer.open` raises."""
-    path = text.find(folder)
-    return None if path is None else text.open(path)
+    """Reads the tokenizer of a folder; None if there is none. Raises what `Tokenizer` raises."""
+    path = vocabulary_files.find(folder)
+    return None if path is None else Tokenizer(path)

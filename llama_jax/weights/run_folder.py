@@ -77,7 +77,10 @@ class RunSource:
 
     @functools.cached_property
     def metadata(self) -> Metadata:
-        """The metadata of the files in the run folder; for LoRA that of the base, with the run's own chat template."""
+        """The metadata of the files in the run folder; for LoRA that of the base, with the run's own chat template.
+
+        Runs of earlier versions keep no chat template: theirs is Meta's reference format.
+        """
         own = huggingface.read_metadata(self.path)
         if self.lora is None:
             return own
@@ -85,8 +88,7 @@ class RunSource:
             base = self.base.metadata
         except ConfigError:  # `load` raises it; the run can still be inspected
             return own
-        has_template = (self.path / "chat_template.jinja").is_file()
-        return dataclasses.replace(base, chat_template=own.chat_template) if has_template else base
+        return dataclasses.replace(base, chat_template=own.chat_template)
 
     @property
     def dtype(self) -> np.dtype:

@@ -25,7 +25,8 @@ from llama_jax.ops.lora import LoraTensor
 from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
-from llama_jax.train import loop, setup, trainable
+from llama_jax.train import run as loop
+from llama_jax.train import setup, trainable
 from llama_jax.train.program import Program
 from llama_jax.weights import lora_params
 from llama_jax.weights.open import open_source

@@ -349,7 +349,7 @@ def test_norms_of_groups_are_numpys_and_add_up_to_the_whole():
     ],
 )
 def test_moments_that_an_optimizer_has_not_are_refused(name, moments, allowed):
-    with pytest.raises(ConfigError, match=f"'{moments}' is not for optimizer.name='{name}': set {allowed}$"):
+    with pytest.raises(ConfigError, match=f"'{moments}' is not available for optimizer.name='{name}': set {allowed}$"):
         OptimizerConfig(name=name, moments=moments)
 
 

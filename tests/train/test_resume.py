@@ -21,7 +21,8 @@ from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
 from llama_jax.params import init_params, is_stacked
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import loop, setup
+from llama_jax.train import run as loop
+from llama_jax.train import setup
 from llama_jax.train.metrics import MetricLog, read_metrics
 from llama_jax.train.program import Program
 
@@ -45,7 +46,7 @@ def test_a_finished_run_says_so_goes_on_with_more_steps_and_refuses_other_settin
 
     assert go()[0] == 0
     code, text = go()
-    assert code == 0 and "step 4 of 4 is already done; raise train.steps to go on" in text
+    assert code == 0 and "step 4 of 4 is already done; raise train.steps to continue" in text
     code, text = go("--config.train.steps=6")
     assert code == 0 and "from step 4" in text and "finished at step 6 of 6" in text
     code, text = go("--config.data.seed=1", "--config.model.ffn_dim=64")
@@ -75,7 +76,7 @@ def test_sigterm_and_ctrl_c_leave_in_time_with_the_last_step_saved(tmp_path, com
         done = len(steps)
         text = program.log.read_text()
         assert f"stopped at step {done} of 1000000" in text
-        assert "The same command goes on from there" in text and "--config.train.steps=1000000" in text
+        assert "The same command continues from there" in text and "--config.train.steps=1000000" in text
         assert Checkpoints(program.run).latest() == done
     assert "resuming" in text
 

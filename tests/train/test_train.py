@@ -17,7 +17,8 @@ from helpers.runs import T, batches, make_run, text_run
 from llama_jax import model, parallel
 from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
-from llama_jax.train import loop, setup
+from llama_jax.train import run as loop
+from llama_jax.train import setup
 from llama_jax.train.program import Program
 
 ROUNDING = 2e-5  # of losses after ten steps, between orders of the same float32 sums; measured below 1e-6

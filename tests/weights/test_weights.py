@@ -16,11 +16,13 @@ from llama_jax import model, parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.params import abstract_params, init_params, logical_axes, stack, unstack
+from llama_jax.text import Tokenizer
 from llama_jax.weights import export, name_table
 from llama_jax.weights.formats import huggingface, torch_file
 from llama_jax.weights.load import load_leaves
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
+from llama_jax.weights.source import UnknownTokenizer, checked_tokenizer
 from llama_jax.weights.tensor import of_array
 from llama_jax.weights.validate import match_tensors
 
@@ -412,3 +414,23 @@ def test_stack_and_unstack_are_inverse_and_keep_shardings():
     jax.tree.map(np.testing.assert_array_equal, jax.jit(unstack)(stacked), apart)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(stack)(apart), stacked)
     assert unstack(apart) is apart and stack(stacked) is stacked
+
+
+@pytest.mark.parametrize("fault", ["damaged", "missing permission", "of a larger model", "of another model"])
+def test_whatever_is_wrong_with_a_tokenizer_costs_the_tokenizer_alone(fault, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    Tokenizer.from_ranks({bytes([i]): i for i in range(256)}).save(path)
+
+    def read() -> Tokenizer:
+        if fault == "missing permission":
+            raise PermissionError(13, "Permission denied", str(path))
+        if fault == "damaged":
+            path.write_bytes(path.read_bytes()[:900])
+        return Tokenizer(path)
+
+    config = dataclasses.replace(TINY, vocab_size=200 if fault == "of a larger model" else 512)
+    with pytest.raises(UnknownTokenizer) as error:
+        checked_tokenizer(read, path, config, fingerprint="0" if fault == "of another model" else None)
+    assert "\n" not in str(error.value)
+    if fault == "of a larger model":  # the ids of control tokens alone may be without rows
+        assert checked_tokenizer(read, path, dataclasses.replace(TINY, vocab_size=300)).rows == 300

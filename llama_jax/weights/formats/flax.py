@@ -1,7 +1,7 @@
 """Weights of the old Flax Llama in Hugging Face folders: flax_model.msgpack, or shards and their index.
 
 transformers wrote them (FlaxLlamaForCausalLM, 4.36 to 4.57) and no longer supports them. Names are those of its
-modules, joined by "/". Kernels are (in, out) and embeddings (V, D). The rotary pairs of a head are rows (i, i + H/2), as
+modules, joined by "/". Kernels are (in, out) and embeddings (V, D). The rotary pairs of a head are (i, i + H/2), as
 in its torch models (modeling_flax_llama.py, `rotate_half`). The params hold no frequencies.
 """
 

@@ -18,8 +18,10 @@ import numpy as np
 
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.text import tokenizer as text
-from llama_jax.text.formats.gguf import Fields
+from llama_jax.text.chat_template import DEFAULT, ChatTemplate
+from llama_jax.text.formats import gguf as gguf_vocabulary
+from llama_jax.text.formats.gguf import Fields, fields_of, more_metadata
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import gguf_file
 from llama_jax.weights.formats.gguf_blocks import BLOCKS
@@ -75,6 +77,9 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _STOPS = ("eos", "eot", "eom")
 _UNUSED = 5  # a type of token (llama.h)
+_TEMPLATE = "tokenizer.chat_template"
+# Variables of chat templates, and the special tokens that they spell.
+_TEMPLATE_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # What matrices may be saved as: their kind, and what general.file_type calls such a file (llama.h).
 DTYPES = {
     "float32": ("F32", 0),
@@ -106,7 +111,7 @@ def read(path: Path) -> ModelFiles:
     metadata = Metadata(
         bos_token=bos_token(gguf),
         stop_tokens=stop_tokens(gguf),
-        chat_template=None if fields is None else fields["chat_template"],
+        chat_template=chat_template(gguf),
     )
     description = f"GGUF version {gguf.version}"
     return ModelFiles(
@@ -116,7 +121,7 @@ def read(path: Path) -> ModelFiles:
         config,
         gguf.entries,
         metadata,
-        lambda: None if fields is None else text.from_gguf(fields),
+        lambda: None if fields is None else Tokenizer.from_vocabulary(gguf_vocabulary.vocabulary(fields)),
     )
 
 
@@ -225,29 +230,20 @@ def stop_tokens(gguf: GGUF) -> tuple[int, ...]:
 
 def vocabulary(gguf: GGUF) -> Fields | None:
     """The tokenizer of a file, or None if it has none. Raises ValueError for one that is not of one piece."""
-    model = _typed(gguf, "tokenizer.ggml.model", str)
-    if model is None or model in ("no_vocab", "none"):
+    return fields_of(gguf.metadata, str(gguf.path))
+
+
+def chat_template(gguf: GGUF) -> ChatTemplate | None:
+    """The chat templates in a file's metadata, with the spelling of the tokens that they name; None without one."""
+    sources = {}
+    for key in gguf.metadata:
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
+            sources[key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT] = _typed(gguf, key, str)
+    if not sources:
         return None
-    tokens = _typed(gguf, "tokenizer.ggml.tokens", list)
-    if not tokens:
-        raise ValueError(f"{gguf.path}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
-    types = _typed(gguf, "tokenizer.ggml.token_type", np.ndarray)
-    if types is not None and (types.dtype.kind not in "iu" or len(types) != len(tokens)):
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.token_type must be {len(tokens):,} whole numbers, one a token, got "
-            f"{len(types):,} of {types.dtype}"
-        )
-    return Fields(
-        model=model,
-        pre=_typed(gguf, "tokenizer.ggml.pre", str),
-        tokens=tokens,
-        token_types=types,
-        merges=_typed(gguf, "tokenizer.ggml.merges", list) or [],
-        bos=_id(gguf, "bos"),
-        eos=_id(gguf, "eos"),
-        add_bos=_typed(gguf, "tokenizer.ggml.add_bos_token", bool),
-        chat_template=_typed(gguf, "tokenizer.chat_template", str),
-    )
+    tokens = _typed(gguf, "tokenizer.ggml.tokens", list) or []
+    ids = {name: _id(gguf, key) for name, key in _TEMPLATE_TOKENS.items()}
+    return ChatTemplate(sources, {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)})
 
 
 def save_file(
@@ -260,6 +256,7 @@ def save_file(
     name: str,
     stop_tokens: tuple[int, ...],
     bos_token: int | None,
+    chat_template: ChatTemplate | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write what llama.cpp (and this file) reads; some rows of one tensor at a time are in memory.
@@ -276,6 +273,7 @@ def save_file(
         name: what general.name calls the model.
         stop_tokens: ids that end a generation; at most three.
         bos_token: the id that begins a text.
+        chat_template: the model's own chat templates, or None.
         progress: told how many more bytes were written.
 
     Raises:
@@ -315,7 +313,9 @@ def save_file(
     }
     if kind in BLOCKS:
         metadata["general.quantization_version"] = 2
-    metadata |= _tokenizer(config, vocabulary, stop_tokens, bos_token)
+    eos_token = _eos_of(chat_template, vocabulary, stop_tokens)
+    metadata |= _tokenizer(config, vocabulary, stop_tokens, bos_token, eos_token)
+    metadata |= _templates(chat_template)
     gguf_file.save_file(path, metadata, tensors, progress=progress)
 
 
@@ -381,7 +381,11 @@ def _scaling(gguf: GGUF, *, theta: float, head_dim: int, context: int) -> RopeSc
 
 
 def _tokenizer(
-    config: ModelConfig, vocabulary: Fields | None, stop_tokens: tuple[int, ...], bos_token: int | None
+    config: ModelConfig,
+    vocabulary: Fields | None,
+    stop_tokens: tuple[int, ...],
+    bos_token: int | None,
+    eos_token: int | None,
 ) -> dict[str, Value]:
     """The tokenizer.* metadata of a model."""
     if len(stop_tokens) > len(_STOPS):
@@ -390,7 +394,9 @@ def _tokenizer(
     tokens = vocabulary["tokens"] if vocabulary is not None else []
     if len(tokens) > config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokens):,} ids, but the model {config.vocab_size:,}")
-    ids = {} if bos_token is None else {"bos": bos_token}
+    given = {"bos": bos_token, "eos": eos_token}
+    ids = {name: token for name, token in given.items() if token is not None}
+    stop_tokens = tuple(token for token in stop_tokens if token != eos_token)
     spelled = {"<|eot_id|>": "eot", "<|eom_id|>": "eom"}
     for token in stop_tokens:  # each where its spelling says, else in the first place that is free
         place = spelled.get(tokens[token]) if token < len(tokens) else None
@@ -412,9 +418,27 @@ def _tokenizer(
         "add_bos_token": vocabulary["add_bos"],
     }
     found |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
-    if vocabulary["chat_template"] is not None:
-        found["tokenizer.chat_template"] = vocabulary["chat_template"]
+    found |= more_metadata(vocabulary, padding)
     return found
+
+
+def _eos_of(template: ChatTemplate | None, vocabulary: Fields | None, stop_tokens: tuple[int, ...]) -> int | None:
+    """The stop token that a chat template writes as `eos_token`, or None: it must be the file's end of text."""
+    if vocabulary is None or template is None or not any("eos_token" in source for source in template.sources.values()):
+        return None
+    name, tokens = template.tokens.get("eos_token"), vocabulary["tokens"]
+    return next((i for i in stop_tokens if i < len(tokens) and tokens[i] == name), None)
+
+
+def _templates(template: ChatTemplate | None) -> dict[str, Value]:
+    """The metadata of chat templates, as llama.cpp's converter writes it."""
+    if template is None:
+        return {}
+    named = [name for name in template.sources if name != DEFAULT]
+    found: dict[str, Value] = {
+        _TEMPLATE if name == DEFAULT else f"{_TEMPLATE}.{name}": source for name, source in template.sources.items()
+    }
+    return found | ({"tokenizer.chat_templates": named} if named else {})
 
 
 def _typed(gguf: GGUF, key: str, kind: type[T]) -> T | None:

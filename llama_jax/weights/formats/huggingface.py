@@ -16,8 +16,9 @@ from typing import Any
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
-from llama_jax.files import MAX_BYTES, read_json, read_small, write_json
+from llama_jax.files import read_json, write_json
 from llama_jax.sampling_params import GREEDY, SamplingParams
+from llama_jax.text import chat_template
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import flax, safetensors, torch_folder
 from llama_jax.weights.formats.huggingface_config import export_config, read_config
@@ -85,7 +86,7 @@ def read_metadata(folder: Path) -> Metadata:
         bos_token=bos_token(folder),
         stop_tokens=stop_tokens(folder),
         sampling=sampling_defaults(folder),
-        chat_template=chat_template(folder),
+        chat_template=chat_template.read_folder(folder),
         tokenizer_files=tokenizer_files(folder),
         token_ids={key: ids[key] for key in _TOKEN_IDS if key in ids},
         generation=read_json(generation) if generation.is_file() else None,
@@ -143,18 +144,6 @@ def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     homes = {folder, folder.parent.parent / "blobs"}
     paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= _TOKENIZER_BYTES)
-
-
-def chat_template(folder: str | os.PathLike[str]) -> str | None:
-    """The model's own chat template (Jinja), or None: chat_template.jinja, else what tokenizer_config.json has."""
-    path = Path(folder) / "chat_template.jinja"
-    if path.is_file() and path.stat().st_size <= MAX_BYTES:
-        return read_small(path).decode("utf-8", errors="replace")
-    path = Path(folder) / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(found, list):  # several by name, as older files have them
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
 
 
 def save_folder(
