@@ -14,6 +14,7 @@ from helpers.errors import refusal
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.errors import ConfigError
 from llama_jax.run_keys import LoraConfig
+from llama_jax.text import chat_template
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source
@@ -62,6 +63,7 @@ def make_run(folder, base, init_from):
     }
     (folder / "config.json").write_text(json.dumps(config))
     sound.tokenizer().save(folder / "tokenizer.model")
+    chat_template.write(chat_template.read_folder(base), folder)
     adapter = export.stored(lora_params.by_path(LORA, trained))
     peft.write_adapter(folder / "adapter", sound.CONFIG, adapter, base_model=str(base))
     return folder
