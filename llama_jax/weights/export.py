@@ -242,7 +242,7 @@ def _chat_template(metadata: Metadata) -> ChatTemplate | None:
 
 
 def _transformers_reads(files: Sequence[Path]) -> bool:
-    """Whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
+    """Returns whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
     return any(
         file.name == "tokenizer.json" or (file.suffix == ".model" and not meta_vocabulary.looks_like_ranks(file))
         for file in files
