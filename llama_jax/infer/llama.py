@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.infer.result import Result
 from llama_jax.ops.lora import Update
 from llama_jax.params import Params, check_params, unstack
+from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
 from llama_jax.text.chat_template import ChatTemplate
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+# Several prompts. Sequence[str] would take a single str too, so that the result's type could not be known.
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | list[str | list[int]]
 Place = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
@@ -98,11 +101,7 @@ class Llama:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
         """
         check_params(config, params)
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size:,} ids but the model only {config.vocab_size:,}: "
-                "use the tokenizer that it was trained with"
-            )
+        tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
         if stop_tokens is None:
             stop_tokens = () if tokenizer is None else tokenizer.stop_tokens
         dtype = params["embed"].dtype if dtype is None else inputs.as_dtype(dtype)
@@ -176,9 +175,15 @@ class Llama:
         padded_BT[:, :T] = tokens_BT
         return self.engine.logits(padded_BT)[:, :T]
 
+    @overload
+    def generate(self, prompts: Prompt, **settings: Unpack[inputs.GenerateSettings]) -> Result: ...
+
+    @overload
+    def generate(self, prompts: Prompts, **settings: Unpack[inputs.GenerateSettings]) -> list[Result]: ...
+
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Prompts,
         *,
         max_new_tokens: int = 128,
         temperature: float | None = None,
@@ -236,7 +241,8 @@ class Llama:
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
         groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         results: dict[int, Result] = {}
-        for group in _with_progress(groups, progress):
+        shown = len(groups) > _QUIET_GROUPS if progress is None else progress
+        for group in counted(groups, "generating", unit="prompt", shown=shown):
             rows = batch_size if len(groups) > 1 else 1
             batch = [requests[i] for i in group]
             tokens: list[list[int]] = [[] for _ in group]
@@ -356,7 +362,7 @@ class Llama:
             return
         from llama_jax.text.tokenizer import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, continues=True)
         for piece in slices:
             text = decoder.push(self._known(piece.tokens[0]))
             if text:
@@ -368,11 +374,11 @@ class Llama:
     def _result(self, tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Result:
         text = ""
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(self._known(tokens), skip_special=True)
+            text = self.tokenizer.decode(self._known(tokens), skip_special=True, continues=True)
         return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
 
     def _known(self, tokens: list[int]) -> list[int]:
-        """The ids that the tokenizer has; a model may have more rows than its tokenizer, for padding."""
+        """The ids that the tokenizer has. A model may have more rows than its tokenizer, for padding."""
         return [i for i in tokens if i < self.tokenizer.vocab_size]
 
     def _request(
@@ -434,21 +440,22 @@ def load(
         ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ConfigError(f"the model must be the name of a folder, a file or a hub id, got {brief(source)}")
+    folders = inputs.as_folders(adapters)
     if quantize is not None and quantize not in QUANTIZE:
         near = nearest(str(quantize), QUANTIZE)
         raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
-    wanted = wanted or _default_dtype(found)
+    wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
     mesh = inputs.as_mesh(mesh)
     layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
-    single = isinstance(adapters, (str, os.PathLike))
-    folders = {Path(adapters).name: adapters} if single else adapters or {}
     opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        tokenizer = pool.submit(_tokenizer, found)
+        opening = pool.submit(_tokenizer, found)
         params = found.load(layout, wanted, quantize)
-        tokenizer = tokenizer.result()
+        tokenizer = opening.result()
     metadata = found.metadata.with_tokenizer(tokenizer)
     llama = Llama(
         found.config,
@@ -467,7 +474,7 @@ def load(
         llama.metadata = dataclasses.replace(metadata, chat_template=llama.metadata.chat_template)
     for name, adapter in opened.items():
         llama._add(name, adapter)
-    return llama.use(*opened) if single else llama
+    return llama.use(*opened) if isinstance(adapters, (str, os.PathLike)) else llama
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:
@@ -476,23 +483,3 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     except UnknownTokenizer as error:
         _log.warning("warning: %s: going on with token ids alone", error)
         return None
-
-
-def _default_dtype(source: Source) -> jnp.dtype:
-    """The source's own, with bfloat16 for float16, as far as the machine is fast at it."""
-    if source.quantized:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    own = jnp.bfloat16 if source.dtype == np.float16 else source.dtype
-    return inputs.default_dtype() or jnp.dtype(own)
-
-
-def _with_progress(groups: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
-    if not (len(groups) > _QUIET_GROUPS if progress is None else progress):
-        yield from groups
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=sum(map(len, groups)), unit="prompt") as bar:
-        for group in groups:
-            yield group
-            bar.update(len(group))

@@ -249,6 +249,15 @@ class TemplateFormat:
             "tokens": tokens,
         }
 
+    def render(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """Returns the text of a dialog, in which names of control tokens stand for the tokens, as others hand it on.
+
+        Errors are those of `encode`.
+        """
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt, marked=False).text
+
     # ---- rendering ----
 
     def _render(
@@ -259,7 +268,9 @@ class TemplateFormat:
         add_generation_prompt: bool,
         cuts: Sequence[tuple[int, bool]] = (),
         mark: bool = False,
+        marked: bool | None = None,
     ) -> _Rendered:
+        """The rendering of a dialog. `marked` marks names of control tokens; None does where there are some."""
         source = self.template.source(tools)
         dialog = plain_messages(messages, keeps_developer="developer" in source)
         builtin = [tool for tool in tools or () if isinstance(tool, str)]
@@ -269,7 +280,8 @@ class TemplateFormat:
             )
         given = {"messages": dialog, "tools": [tool for tool in tools or () if not isinstance(tool, str)] or None}
         given |= {"builtin_tools": builtin} if builtin else {}
-        marked = any(self._names.search(text) for text in _strings(given))
+        if marked is None:
+            marked = any(self._names.search(text) for text in _strings(given))
         if marked:
             given = _mark(given, self._names)
         variables = {**self.template.tokens, **given, "documents": None, "add_generation_prompt": add_generation_prompt}
@@ -283,7 +295,8 @@ class TemplateFormat:
                 raise
         # The template takes only strings as contents.
         joined = [{**m, "content": _joined(m["content"])} if _is_parts(m.get("content")) else m for m in dialog]
-        return self._render(joined, tools, add_generation_prompt=add_generation_prompt, cuts=cuts, mark=mark)
+        options = {"add_generation_prompt": add_generation_prompt, "cuts": cuts, "mark": mark, "marked": marked}
+        return self._render(joined, tools, **options)
 
     def _tagged(
         self, messages: Messages, tools: Sequence[Any] | None, count: int

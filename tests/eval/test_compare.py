@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import sound
-from llama_jax import __main__ as commands
+from helpers.program import program
 from llama_jax import config as configs
 from llama_jax.errors import ConfigError
 from llama_jax.eval import comparison, intervals, judges, plot
@@ -154,6 +154,7 @@ class Fake:
 
     alive: list = []
     loads: list = []
+    stop_tokens = chat_stop_tokens = ()
 
     def __init__(self, name, fail_after=None):
         self.name, self.tokenizer, self.left = name, self, fail_after
@@ -204,12 +205,7 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", lambda _="": next(left))
         monkeypatch.setattr(judges.by_person, "__kwdefaults__", {"ask": lambda _: next(left), "say": print})
         out = str(tmp_path / "out")
-        try:
-            status = commands.main(
-                ["eval", "compare", "a", "b", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", out, *argv]
-            )
-        except SystemExit as leave:
-            status = leave.code
+        status = program("eval", "compare", "a", "b", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", out, *argv)
         return status, *capsys.readouterr()
 
     return run

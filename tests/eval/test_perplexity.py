@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import llama_jax.eval
+from helpers.program import program
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import __main__ as commands
 from llama_jax import config as configs
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring, sliding_window
@@ -202,10 +202,7 @@ def run(llama, monkeypatch, capsys):
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
 
     def run(*argv):
-        try:
-            status = commands.main(["eval", "perplexity", "m", *map(str, argv)])
-        except SystemExit as leave:
-            status = leave.code
+        status = program("eval", "perplexity", "m", *map(str, argv))
         return status, *capsys.readouterr()
 
     return run

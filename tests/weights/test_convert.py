@@ -16,7 +16,7 @@ from helpers import sound
 from helpers.conversion import convert, tensors
 from helpers.errors import refusal
 from helpers.paths import ROOT
-from llama_jax import __main__ as commands
+from helpers.program import program
 from llama_jax import parallel
 from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
@@ -274,9 +274,8 @@ def test_nothing_that_is_there_is_written_over(tmp_path, folder, capsys):
     before = sha256(folder / "model.safetensors")
     (tmp_path / "m.gguf").write_bytes(b"mine")
     for dest, format in ((folder, "hf"), (folder, "meta"), (tmp_path / "m.gguf", "gguf"), (tmp_path / "m.gguf", "hf")):
-        with pytest.raises(SystemExit) as left:
-            commands.main(["convert", str(folder), str(dest), "--to", format])
-        assert left.value.code == 2
+        status = program("convert", str(folder), str(dest), "--to", format)
+        assert status == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert sha256(folder / "model.safetensors") == before and (tmp_path / "m.gguf").read_bytes() == b"mine"
 
@@ -287,15 +286,16 @@ def test_nothing_that_is_there_is_written_over(tmp_path, folder, capsys):
         ([], "required: --to"),
         (["--to", "gguff"], "did you mean 'gguf'"),
         (["--to", "hf", "--dtype", "q8_0"], "'hf' is not written in 'q8_0'; allowed: float32, float16, bfloat16"),
-        (["--to", "hf", "--shard_size", "5X"], "--shard_size must be a size such as 500M"),
-        (["--to", "hf", "--shard_size", "0"], "--shard_size must be a size such as 500M"),
+        (["--to", "hf", "--shard_size", "5X"], "--shard_size: must be a size such as 500M"),
+        (["--to", "hf", "--shard_size", "0"], "--shard_size: must be a size such as 500M"),
+        (["--to", "hf", "--shard_size", "9" * 5000], "--shard_size: must be a size such as 500M or 5G, got '999"),
+        (["--to", "hf", "--adapter", ""], "--adapter: must be the name of a file"),
         (["--too", "hf"], "required: --to"),
     ],
 )
 def test_a_mistyped_command_is_one_line_and_makes_nothing(tmp_path, folder, capsys, options, words):
-    with pytest.raises(SystemExit) as left:
-        commands.main(["convert", str(folder), str(tmp_path / "out"), *options])
-    assert left.value.code == 2
+    status = program("convert", str(folder), str(tmp_path / "out"), *options)
+    assert status == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -319,7 +319,7 @@ def test_a_full_disk_is_told_before_and_leaves_no_model(tmp_path, folder, monkey
 
 
 def test_inspect_prints_what_a_model_is(folder, capsys):
-    assert commands.main(["inspect", str(folder)]) == 0
+    assert program("inspect", str(folder)) == 0
     out = capsys.readouterr().out
     for words in ("Hugging Face folder", "51,872", "vocab_size       520", "attention.q", "2 x ", "520 ids"):
         assert words in out, out
