@@ -89,6 +89,12 @@ class RunConfig:
         """
         run_checks.check_mesh(sizes, self.model, self.data, self.train)
 
+    def steps_for(self, rows: int) -> int:
+        """The optimizer steps of this run on so many training rows; ConfigError if its warmup is longer."""
+        steps = self.train.steps_for(rows, self.data.batch_size)
+        run_checks.check_warmup(self.optimizer, self.train, steps)
+        return steps
+
     def with_shape(self, config: ModelConfig) -> RunConfig:
         """The run with the shape of the model of init_from. model.max_seq_len may differ from that of the model.
 
@@ -98,11 +104,10 @@ class RunConfig:
         model = self.model if isinstance(self.model, ModelConfig) else self.model.of(config)
         changed = differences(dataclasses.replace(config, max_seq_len=model.max_seq_len).to_dict(), model.to_dict())
         if changed:
-            name = "" if isinstance(self.model, ModelConfig) else self.model.name
-            remedy = f"model={name!r} is not its size: leave it out" if name else "leave these keys out"
             lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
             raise ConfigError(
-                f"init_from={self.init_from!r} is another model: {lines}. Its shape is taken from it: {remedy}"
+                f"init_from={self.init_from!r} is another model: {lines}. Leave the keys of the section model out: its "
+                "shape is taken from it"
             )
         return dataclasses.replace(self, model=model)
 
@@ -122,9 +127,8 @@ class RunConfig:
             ConfigError: unknown keys, wrong types, NaN, values out of bounds, and combinations that cannot work.
         """
         values = _plain(values)
-        model = run_shape.parse(values.pop("model", {} if values.get("init_from") else None))
-        if isinstance(model, PartialShape) and not values.get("init_from"):
-            model = model.whole()
+        init_from = values.get("init_from") or ""
+        model = run_shape.parse(values.pop("model", {} if init_from else None), init_from=init_from)
         train = values.get("train")
         if isinstance(train, Mapping) and train.get("epochs") and "steps" not in train:
             values["train"] = {**train, "steps": 0}
@@ -199,10 +203,11 @@ def _described(section: type, prefix: str) -> list[Key]:
 
 
 def _attributes(section: type) -> dict[str, str]:
-    """The Attributes of a class's docstring: the meaning of each field on one line."""
+    """The Attributes of a class's docstring: the meaning of each field, as a sentence on one line."""
     _, _, text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
     items = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(meaning.split()) for name, meaning in items}
+    lines = {name: " ".join(meaning.split()).removesuffix(".") for name, meaning in items}
+    return {name: f"{line[0].upper()}{line[1:]}." for name, line in lines.items()}
 
 
 def _allowed(bounds: Mapping[str, Any]) -> str:

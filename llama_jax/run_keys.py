@@ -48,18 +48,22 @@ class DataConfig:
             `stdlib:validation` with `stdlib:train`, and `stdlib:chat-validation` with `stdlib:chat-train`.
         tokenizer: The tokenizer's file, tokenizer.model or tokenizer.json. Empty takes the tokenizer of init_from; a
             run without init_from then trains a tokenizer of model.vocab_size tokens on the training text.
-        chat_format: How dialogs become tokens. `auto` is the chat template of init_from, and Meta's reference format
-            where it has none; `llama3` is the reference format; anything else is the file of a Jinja template.
+        chat_format: Format of dialogs. `auto` is the chat template of init_from, and Meta's reference format if it has
+            none; `llama3` is the reference format; anything else is the file of a Jinja template.
         chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same
             tokens on any day. The default is the one that Llama 3.1's own template has.
-        parse_special: What names of control tokens, such as <|eot_id|>, become in texts and completions. `yes` reads
+        parse_special: Treatment of names of control tokens, such as <|eot_id|>, in texts and completions. `yes` reads
             them as these tokens, for texts that were rendered with a chat template; `no` reads them as plain text;
             `stop` refuses texts that hold one. Messages of dialogs are always plain text.
         loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant
             says (its tool calls and its end-of-turn tokens too) and completions; `all` counts every token and is not
             available for preference pairs. Plain text always counts whole.
-        sequence_length: Length of a training row in tokens (T). Longer dialogs, completions and pairs (both answers
-            together) are dropped; longer texts are split.
+        sequence_length: Length of a training row in tokens (T). Longer texts are split; too_long says what happens to
+            longer dialogs, completions and pairs (both answers together).
+        too_long: What happens to dialogs, completions and pairs that are longer than a row. `drop` leaves them out;
+            `cut` keeps the first sequence_length tokens of dialogs and completions and leaves out pairs; `refuse` ends
+            the run at the first of them.
+        max_bad: The largest fraction of all documents that may be unusable. Those that are too long do not count.
         batch_size: Rows in one optimizer step (B), over all devices and all accumulated parts.
         shuffle: Draw a new order of the rows in every epoch. False keeps the order that packing made.
         seed: Seed of the row order.
@@ -75,6 +79,8 @@ class DataConfig:
     parse_special: str = bounded("stop", choices=("stop", "yes", "no"))
     loss_on: str = bounded("assistant", choices=("assistant", "all"))
     sequence_length: int = bounded(2048, low=2)
+    too_long: str = bounded("drop", choices=("drop", "cut", "refuse"))
+    max_bad: float = bounded(0.05, low=0.0, high=1.0)
     batch_size: int = bounded(8, low=1)
     shuffle: bool = bounded(True)
     seed: int = bounded(0, low=0, high=2**31 - 1)

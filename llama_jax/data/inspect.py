@@ -59,8 +59,8 @@ def _lengths(rows: Rows) -> str:
     lengths = np.diff(store.offsets[:: 2 if store.pairs else 1])
     least, middle, most, longest = (int(x) for x in np.quantile(lengths, (0, 0.5, 0.95, 1), method="higher"))
     return (
-        f"tokens a {store.unit}: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % of them "
-        f"up to {most:,}; {len(lengths) / len(rows):.1f} {store.unit}s a row"
+        f"tokens a {store.record_kind}: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % "
+        f"of them up to {most:,}; {len(lengths) / len(rows):.1f} {store.record_kind}s a row"
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from llama_jax.data.encoding import Encoder
 from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine, Encoder, refuse_many_bad
+from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
-from llama_jax.data.store import build_store
+from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
 from llama_jax.hub import some
 from llama_jax.run_config import RunConfig
@@ -18,7 +19,7 @@ from llama_jax.text.record_encoder import NameInText
 from llama_jax.text.tokenizer import Tokenizer
 
 Say = Callable[..., None]
-_OFTEN = 10  # epochs; of dialogs, few runs mean more
+_MANY_EPOCHS = 10  # a warning is printed above: few runs mean more
 
 
 def check_sources(data: DataConfig) -> None:
@@ -64,78 +65,117 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
 
 
 def _texts(data: DataConfig) -> Iterator[str]:
-    """The text of all documents; ValueError, and a list, if too many are bad, rather than a vocabulary of the rest."""
+    """The text of all documents, for a tokenizer to be trained on.
+
+    Raises:
+        ValueError: too many documents are bad, so that a vocabulary of the rest would be of little use.
+    """
     bad: list[BadLine] = []
     good = 0
-    for found in documents_from(data.train):
-        if isinstance(found, BadLine):
-            bad.append(found)
+    for sample in documents_from(data.train):
+        if isinstance(sample, BadLine):
+            bad.append(sample)
         else:
             good += 1
-            yield found.text
+            yield sample.text
     if bad:
         listed = Path(data.cache_dir).expanduser() / "quarantine.jsonl"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
-        refuse_many_bad(len(bad), good, bad[0], listed=listed)
+        refuse_many_bad(len(bad), good, bad[0], listed=listed, allowed=data.max_bad)
 
 
-def rows(run: RunConfig, tokens: Encoder, say: Say) -> tuple[Mixture, Rows | None]:
-    """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
+def rows(run: RunConfig, encoder: Encoder, say: Say) -> tuple[Mixture, Rows | None]:
+    """The training and validation data as rows: one part, or one for each of data.weights.
+
+    Args:
+        run: the run.
+        encoder: the run's tokenizer, chat format and reading of control tokens.
+        say: prints a line.
 
     Raises:
-        ConfigError: preference pairs, and train.objective is another than `dpo`; or the other way round.
-        ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
+        ConfigError: the data are preference pairs and train.objective is not `dpo`, or the other way round.
+        ValueError: the data cannot be used, or too many of their records. The message names the key.
     """
-    pairs = run.train.objective == "dpo"
-
-    def packed(patterns: Sequence[str], name: str) -> Rows:
-        cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
-        try:
-            store = build_store(patterns, tokens, cache_dir=cache, max_length=T, split=name, pairs=pairs)
-        except NameInText as error:
-            raise NameInText(f"data.{name}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from None
-        if store.pairs != pairs:
-            found = "preference pairs" if store.pairs else "dialogs or completions" if store.masked else "texts"
-            mend = (
-                "set train.objective='dpo', or give the chosen answers alone, as 'messages' or as 'prompt' and "
-                "'completion'"
-                if store.pairs
-                else "give records of 'prompt', 'chosen' and 'rejected', or set train.objective='sft'"
-            )
-            what = f"data.{name}: {', '.join(patterns)} holds {found}"
-            raise ConfigError(f"{what}, which train.objective={run.train.objective!r} does not learn from: {mend}")
-        if files := hub_files(patterns, split=name):
-            say(f"{name}: {some(files)}")
-        rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
-        # Nothing else is worth a word of plain text: all of it is targets, and the last row alone is padded.
-        targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
-        waste = f" ({rows.waste:.1%} padding)" if store.masked else ""
-        say(
-            f"{name}: {store.num_units:,} {store.unit}s, {store.num_tokens:,} tokens{targets}, "
-            f"{len(rows):,} rows{waste}, fingerprint {store.fingerprint[:16]}"
-        )
-        if store.num_bad:
-            total = store.num_bad + store.num_units
-            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} {store.unit}s, listed in {store.quarantine}")
-        return rows
-
-    batch = run.data.batch_size
-    if run.data.weights:
-        train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
+    data, batch = run.data, run.data.batch_size
+    if data.weights:
+        train = Mixture(tuple(_packed(run, [pattern], "train", encoder, say) for pattern in data.train), data.weights)
         steps = run.train.steps_for(sum(map(len, train.parts)), batch)
-        for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
+        for pattern, part, weight in zip(data.train, train.parts, train.weights, strict=True):
             share = weight / sum(train.weights)
-            drawn = share * steps * batch
-            say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
+            epochs = share * steps * batch / len(part)
+            say(f"train: {share:.1%} of rows from {pattern}, each seen {epochs:.3g} times in this run")
     else:
-        train = Mixture((packed(run.data.train, "train"),), (1.0,))
-        seen = run.train.steps_for(len(train.parts[0]), batch) * batch / len(train.parts[0])
-        if seen > _OFTEN and run.train.steps:
-            say(f"train: each row is seen {seen:,.0f} times in this run: set train.steps lower if that is not meant")
+        train = Mixture((_packed(run, data.train, "train", encoder, say),), (1.0,))
+        epochs = run.train.steps_for(len(train.parts[0]), batch) * batch / len(train.parts[0])
+        if epochs > _MANY_EPOCHS and run.train.steps:
+            say(f"train: each row is seen {epochs:,.0f} times in this run: set train.steps lower if that is not meant")
     total = sum(map(len, train.parts))
     one, two, three = (-(-epochs * total // batch) for epochs in (1, 2, 3))
     say(f"train: one, two and three epochs are {one:,}, {two:,} and {three:,} steps")
-    return train, packed(run.data.validation, "validation") if run.data.validation else None
+    return train, _packed(run, data.validation, "validation", encoder, say) if data.validation else None
+
+
+def _packed(run: RunConfig, patterns: Sequence[str], split: str, encoder: Encoder, say: Say) -> Rows:
+    """The rows of one source, whose numbers are printed."""
+    data = run.data
+    pairs = run.train.objective == "dpo"
+    try:
+        store = build_store(
+            patterns,
+            encoder,
+            cache_dir=Path(data.cache_dir).expanduser(),
+            max_length=data.sequence_length,
+            too_long=data.too_long,
+            max_bad=data.max_bad,
+            split=split,
+            pairs=pairs,
+        )
+    except NameInText as error:
+        raise NameInText(f"data.{split}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"data.{split}: {error}") from None
+    if store.pairs != pairs:
+        raise ConfigError(f"data.{split}: {', '.join(patterns)} {_other_objective(run, store)}")
+    if files := hub_files(patterns, split=split):
+        say(f"{split}: {some(files)}")
+    packed = pack(store, sequence_length=data.sequence_length, loss_on=data.loss_on)
+    for line in describe(packed, data):
+        say(f"{split}: {line}")
+    return packed
+
+
+def _other_objective(run: RunConfig, store: TokenStore) -> str:
+    """The reason why a store is not for the run's objective, and the remedy."""
+    if store.pairs:
+        kind = "preference pairs"
+        remedy = (
+            "set train.objective='dpo', or give the chosen answers alone, as 'messages' or as 'prompt' and 'completion'"
+        )
+    else:
+        kind = "dialogs or completions" if store.masked else "texts"
+        remedy = "give records of 'prompt', 'chosen' and 'rejected', or set train.objective='sft'"
+    return f"holds {kind}, which train.objective={run.train.objective!r} does not learn from: {remedy}"
+
+
+def describe(packed: Rows, data: DataConfig) -> Iterator[str]:
+    """The numbers of a source in lines: what it holds, and what of it was left out or cut."""
+    store = packed.store
+    kind, total = f"{store.record_kind}s", store.num_records + store.num_bad + store.num_too_long
+    # For plain text nothing else is worth a word: all of it is targets, and only the last row has padding.
+    targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
+    padding = f" ({packed.padding_fraction:.1%} padding)" if store.masked else ""
+    yield (
+        f"{store.num_records:,} {kind}, {store.num_tokens:,} tokens{targets}, {len(packed):,} rows{padding}, "
+        f"fingerprint {store.fingerprint[:16]}"
+    )
+    if store.num_bad:
+        first = "" if store.first_bad is None else f"the first: {store.first_bad.name}: {store.first_bad.reason}; "
+        yield f"left out as bad: {store.num_bad:,} of {total:,} {kind}, {first}listed in {store.quarantine}"
+    if store.num_too_long:
+        yield (
+            f"left out as longer than data.sequence_length={data.sequence_length}: {store.num_too_long:,} of {total:,} "
+            f"{kind}, listed in {store.quarantine}"
+        )
+    if store.num_cut:
+        yield f"cut to data.sequence_length={data.sequence_length} tokens: {store.num_cut:,} of {total:,} {kind}"

@@ -102,11 +102,7 @@ class Llama:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
         """
         check_params(config, params)
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size:,} ids but the model only {config.vocab_size:,}: "
-                "use the tokenizer that it was trained with"
-            )
+        tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
         if stop_tokens is None:
             stop_tokens = () if tokenizer is None else tokenizer.stop_tokens
         dtype = params["embed"].dtype if dtype is None else inputs.as_dtype(dtype)
@@ -374,7 +370,7 @@ class Llama:
             return
         from llama_jax.text.tokenizer import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, continues=True)
         for piece in slices:
             text = decoder.push(self._known(piece.tokens[0]))
             if text:
@@ -386,7 +382,7 @@ class Llama:
     def _result(self, tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Result:
         text = ""
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(self._known(tokens), skip_special=True)
+            text = self.tokenizer.decode(self._known(tokens), skip_special=True, continues=True)
         return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
 
     def _known(self, tokens: list[int]) -> list[int]:

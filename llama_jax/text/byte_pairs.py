@@ -5,11 +5,11 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from llama_jax.errors import ConfigError, brief
 from llama_jax.text.patterns import SPLIT_PATTERN
-from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, is_unicode
+from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, is_unicode, spelled
 
 NUM_SPECIAL = 256
 _NAMED_SPECIAL = (
@@ -81,12 +81,7 @@ class BytePairs(Vocabulary):
         if longest := next((token for token, _ in self._every_id() if len(token) > _LONGEST), None):
             raise ConfigError(f"the token {brief(longest)} has {len(longest):,} bytes; {_LONGEST} are supported")
         self._check_ids(size)
-        lacking = [byte for byte in range(256) if bytes([byte]) not in self.tokens and byte not in _NEVER_IN_TEXT]
-        if lacking:
-            raise ConfigError(
-                f"{len(lacking)} of the single bytes that text is made of have no token (the first is "
-                f"0x{lacking[0]:02x}), so that some text would have no ids"
-            )
+        check_bytes({spelled(token) for token in self.tokens if len(token) == 1})
         if (count := sum(map(len, self.found))) > _MAX_FOUND:
             raise ConfigError(
                 f"{count:,} added tokens would be looked for in text; at most {_MAX_FOUND:,} are supported"
@@ -119,6 +114,11 @@ class BytePairs(Vocabulary):
         """The number of ids."""
         found = sum(i is not None for names in self.found for i in names.values())
         return len(self.tokens) + len(self.silent) + len(self.specials) + found
+
+    @property
+    def plain_size(self) -> int:
+        """One more than the largest id that is no added token."""
+        return 1 + max((*self.tokens.values(), *self.silent.values()))
 
     @property
     def by_id(self) -> list[bytes]:
@@ -161,6 +161,16 @@ class BytePairs(Vocabulary):
             rest = [ids, silent, self.specials, self.pattern, self.bos_id, self.declared_eos, self.found]
             digest.update(json.dumps(rest, sort_keys=True).encode())
         return digest.hexdigest()
+
+
+def check_bytes(chars: Collection[str]) -> None:
+    """Refuses a vocabulary whose tokens of one byte, spelled as `chars`, are not all bytes that text is made of."""
+    lacking = [byte for byte in range(256) if spelled(bytes([byte])) not in chars and byte not in _NEVER_IN_TEXT]
+    if lacking:
+        raise ConfigError(
+            f"{len(lacking)} of the single bytes that text is made of have no token (the first is "
+            f"0x{lacking[0]:02x}), which tiktoken needs"
+        )
 
 
 def llama3(tokens: Iterable[bytes]) -> BytePairs:

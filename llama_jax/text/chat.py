@@ -97,6 +97,7 @@ def encode_dialog(
             out.message(HEADER_OF_ROLE[message.role], message.texts)
     if add_generation_prompt:
         out.header("assistant")
+    tokenizer.check_rows(out.ids)
     return out.ids, out.mask
 
 

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import tiktoken
 
 from llama_jax.text.byte_pairs import BytePairs, metas_pieces
+from llama_jax.text.library_vocabulary import LibraryVocabulary, load_library, panics_as_errors
+from llama_jax.text.piece_vocabulary import PieceVocabulary, load_processor
 from llama_jax.text.vocabulary import Vocabulary
 
 # In characters. tiktoken's regex engine keeps a stack of a million steps within white space.
@@ -24,6 +26,10 @@ def encoder_of(vocabulary: Vocabulary) -> Encoder:
     """The encoder for a vocabulary."""
     if isinstance(vocabulary, BytePairs):
         return TiktokenEncoder(vocabulary)
+    if isinstance(vocabulary, LibraryVocabulary):
+        return LibraryEncoder(vocabulary)
+    if isinstance(vocabulary, PieceVocabulary):
+        return PieceEncoder(vocabulary)
     raise TypeError(f"no encoder for {type(vocabulary).__name__}")
 
 
@@ -59,6 +65,57 @@ class TiktokenEncoder:
         _check_space(text)
         ranks = self._encoding.encode_ordinary(text)
         return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
+
+
+class LibraryEncoder:
+    """Any tokenizer.json, by the `tokenizers` library."""
+
+    def __init__(self, vocabulary: LibraryVocabulary) -> None:
+        self._contents = vocabulary.contents
+        self._library = vocabulary.library
+        self._with_specials: Any = None  # loaded when it is first needed
+
+    def encode(self, text: str, special_tokens: bool) -> list[int]:
+        """See `Encoder`. ConfigError if the library fails."""
+        if special_tokens and self._with_specials is None:
+            self._with_specials = load_library(self._contents, special_tokens=True)
+        library = self._with_specials if special_tokens else self._library
+        with panics_as_errors("the `tokenizers` library cannot encode this text"):
+            return library.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+
+class PieceEncoder:
+    """SentencePiece models, by the `sentencepiece` library."""
+
+    def __init__(self, vocabulary: PieceVocabulary) -> None:
+        self._contents = vocabulary.contents
+        self._processor = load_processor(vocabulary.contents)
+        self._continuing = self._processor
+        if not vocabulary.space_after_special:
+            self._continuing = load_processor(vocabulary.contents, space_first=False)
+        everything = {**vocabulary.found, **vocabulary.specials}
+        self._found = (_any_of(vocabulary.found), vocabulary.found)
+        self._found_with_specials = (_any_of(everything), everything)
+
+    def encode(self, text: str, special_tokens: bool) -> list[int]:
+        """See `Encoder`."""
+        pattern, names = self._found_with_specials if special_tokens else self._found
+        ids: list[int] = []
+        processor = self._processor
+        for part in _cut(_without_surrogates(text), pattern, names) if names else [_without_surrogates(text)]:
+            if isinstance(part, str):
+                ids += processor.encode(part) if part else []
+            else:
+                ids.append(part)
+            processor = self._continuing
+        return ids
+
+
+def _without_surrogates(text: str) -> str:
+    """`text` with pairs of surrogates as the character they stand for, and U+FFFD for a lone one."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _with_specials(found: Iterable[Mapping[str, int | None]], specials: Mapping[str, int]) -> list[Mapping[str, int]]:

@@ -5,9 +5,10 @@ Control tokens never come from text unless the caller asks for it: by default, `
 """
 
 import codecs
+import copy
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llama_jax.text import vocabulary_files
 from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
 from llama_jax.text.encoders import encoder_of
 from llama_jax.text.formats import meta
+from llama_jax.text.piece_vocabulary import PieceVocabulary
 from llama_jax.text.vocabulary import Vocabulary
 
 
@@ -29,6 +31,7 @@ class Tokenizer:
         path: file that it was read from, or None.
         vocabulary: plain data that it was built from.
         vocab_size: number of ids, special tokens included.
+        rows: number of ids that can be encoded: `vocab_size`, or fewer with `for_model`.
         special_tokens: name of each control token, such as "<|eot_id|>", to its id.
         stop_tokens: ids that end a generation (`Vocabulary.stop_ids`).
         bos_id: id that the model expects at the start of a text, or None.
@@ -73,13 +76,45 @@ class Tokenizer:
         self._setup(vocabulary, path)
         return self
 
+    def for_model(self, rows: int) -> "Tokenizer":
+        """This tokenizer, for a model that may have fewer rows than it has ids.
+
+        Tokens may have been added to a tokenizer and not to its model. They are harmless until they are used: encoding
+        a text that holds one raises ConfigError.
+
+        Raises:
+            ConfigError: ids that plain text needs have no row: it is the tokenizer of another model.
+        """
+        if rows >= self.vocab_size:
+            return self
+        vocabulary = self.vocabulary
+        if vocabulary.plain_size > rows or (vocabulary.bos_id or 0) >= rows:
+            raise ConfigError(
+                f"the tokenizer has {self.vocab_size:,} ids but the model only {rows:,}: use the tokenizer that it was "
+                "trained with"
+            )
+        other = copy.copy(self)
+        other.rows = rows
+        other.stop_tokens = tuple(i for i in self.stop_tokens if i < rows)
+        return other
+
+    def check_rows(self, ids: Sequence[int]) -> None:
+        """Refuses ids that the model has no row for, with a ConfigError that names the first of them."""
+        if self.rows < self.vocab_size and ids and max(ids) >= self.rows:
+            first = next(i for i in ids if i >= self.rows)
+            raise ConfigError(
+                f"the text holds {self.decode([first])!r} (id {first}), which the model has no row for: its ids are 0 "
+                f"to {self.rows - 1}. The token was added to the tokenizer alone; take it out of the text"
+            )
+
     def _setup(self, vocabulary: Vocabulary, path: Path | None) -> None:
         self.path = path
         self.vocabulary = vocabulary
-        self.vocab_size = vocabulary.size
+        self.vocab_size = self.rows = vocabulary.size
         self.special_tokens: dict[str, int] = dict(vocabulary.specials)
         self._control = frozenset(self.special_tokens.values())
         self._by_id = vocabulary.by_id
+        self._starts_with_space = vocabulary.starts_with_space
         self._encoder = encoder_of(vocabulary)
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
@@ -90,7 +125,7 @@ class Tokenizer:
         self.fingerprint = vocabulary.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer.from_vocabulary, (self.vocabulary, self.path)
+        return _rebuilt, (self.vocabulary, self.path, self.rows)
 
     def __repr__(self) -> str:
         origin = f"{str(self.path)!r}" if self.path else "from memory"
@@ -113,6 +148,7 @@ class Tokenizer:
 
         Raises:
             TypeError: `text` is not a str.
+            ConfigError: `text` holds a token that the model has no row for (see `for_model`).
             ValueError: outside Llama 3's layout, more white space in a row than can be cut into words.
         """
         if not isinstance(text, str):
@@ -122,27 +158,32 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         if eos and self.eos_id is not None:
             ids.append(self.eos_id)
+        self.check_rows(ids)
         return ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in Meta's tokenizer.
 
         Args:
             ids: integers, or a one-dimensional integer array (numpy, jax).
             skip_special: leave control tokens out; otherwise they appear by name.
+            continues: `ids` continue a text. SentencePiece vocabularies put a space in front of every text, which
+                decoding drops; in the middle of a text that space belongs to the text.
 
         Raises:
             ValueError: an id is outside 0..vocab_size-1.
             TypeError: `ids` is not a sequence of integers.
         """
-        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+        data = self.decode_bytes(ids, skip_special=skip_special, continues=continues)
+        return data.decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> bytes:
         """Returns the bytes of `ids`, which may end within a character; otherwise as `decode`."""
         checked = self._check_ids(ids)
         if skip_special:
             checked = [i for i in checked if i not in self._control]
-        return b"".join([self._by_id[i] for i in checked])
+        data = b"".join([self._by_id[i] for i in checked])
+        return data.removeprefix(b" ") if self._starts_with_space and not continues else data
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
         if hasattr(ids, "tolist"):  # one transfer for a numpy or jax array
@@ -157,13 +198,17 @@ class Tokenizer:
         return checked
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the vocabulary in Meta's format, atomically.
+        """Writes the vocabulary as the `tokenizer.model` of Meta's code, atomically.
 
-        The file holds no names of special tokens: reserved ids get the names that Meta's code gives them.
+        That is a SentencePiece model for Llama 2, and ranks for Llama 3. The latter hold no names of special tokens:
+        reserved ids get the names that Meta's code gives them.
 
         Raises:
-            ConfigError: the vocabulary is not in Meta's layout.
+            ConfigError: the vocabulary is in neither layout.
         """
+        if isinstance(self.vocabulary, PieceVocabulary) and self.vocabulary.size == len(self.vocabulary.model.pieces):
+            write_whole(path, self.vocabulary.contents)
+            return
         if not (isinstance(self.vocabulary, BytePairs) and self.vocabulary.is_llama3):
             raise ConfigError(
                 f"{path}: a tokenizer.model in Meta's format can only hold ranks before Meta's {NUM_SPECIAL} special "
@@ -176,25 +221,36 @@ class Tokenizer:
         return vocabulary_files.write(self.vocabulary, folder)
 
 
+def _rebuilt(vocabulary: Vocabulary, path: Path | None, rows: int) -> Tokenizer:
+    return Tokenizer.from_vocabulary(vocabulary, path).for_model(rows)
+
+
 class StreamDecoder:
     """Turns ids into text as they come, never splitting a UTF-8 character.
 
-    The joined results of `push` and `flush` equal `tokenizer.decode(ids, skip_special=True)`.
+    The joined results of `push` and `flush` equal `tokenizer.decode(ids, skip_special=True, continues=continues)`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Starts with no pending bytes."""
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+        """Starts with no pending bytes; `continues` is that of `Tokenizer.decode`."""
         self._tokenizer = tokenizer
+        self._continues = self._began = continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Returns the text that one id, or several, complete; control tokens print nothing."""
         if not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0:
             ids = [ids]
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=True))
+        ids = list(ids)
+        data = self._tokenizer.decode_bytes(ids, skip_special=True, continues=True)
+        if data and not self._began:
+            data = self._tokenizer.decode_bytes(ids, skip_special=True)
+            self._began = True
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """Returns the pending rest (U+FFFD for a character that never ended) and starts afresh."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
+        self._began = self._continues
         return text

@@ -5,7 +5,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 MOST_TOKENS = 500_000
-"""Limit on the number of ids: twice the largest vocabulary in use. Limits on sizes of files follow from it."""
+"""Limit on the number of ids: twice the largest vocabulary in use."""
+
+MOST_BYTES = 256 * MOST_TOKENS
+"""Limit on the size of a vocabulary's files: Llama 3's tokenizer.json has up to 130 bytes for each id."""
+
+MOST_VALUES = 10 * MOST_TOKENS
+"""Limit on the number of JSON values in one: a token, an added token with its flags, or a merge has up to 9."""
 
 # Names that end a turn or a text wherever they are control tokens (Llama 3, and ChatML's end of a turn).
 _STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
@@ -37,6 +43,11 @@ class Vocabulary(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def plain_size(self) -> int:
+        """One more than the largest id that text without added tokens can have."""
+
+    @property
+    @abc.abstractmethod
     def by_id(self) -> Sequence[bytes]:
         """The bytes of each id, in the order of ids. Control tokens have their names."""
 
@@ -44,6 +55,11 @@ class Vocabulary(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A sha256 (hex) of everything that ids depend on."""
+
+    @property
+    def starts_with_space(self) -> bool:
+        """Whether decoding drops the space that a text begins with, because encoding puts one there."""
+        return False
 
     @property
     def is_llama3(self) -> bool:

@@ -109,7 +109,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 run = folder.check_resume(run, newest)
             program = Program.make(run, mesh)
             data = setup.load_data(program, folder.path, resuming=newest is not None)
-            program = program.with_steps(run.train.steps_for(data.rows, run.data.batch_size))
+            program = program.with_steps(run.steps_for(data.rows))
             if newest is not None and newest.trend.is_end(run, newest.step, program.steps):
                 state, finished = _done_already(program, folder, newest, data), True
             else:

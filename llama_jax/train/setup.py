@@ -136,12 +136,13 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     """
     path = vocabulary_files.find(folder) if resuming else None
     chosen = Tokenizer(path or chosen_tokenizer(run, say).save_to(folder))  # every process writes the same bytes
-    if chosen.vocab_size > run.model.vocab_size:
+    try:
+        return chosen.for_model(run.model.vocab_size)
+    except ConfigError:
         raise ConfigError(
             f"the tokenizer has {chosen.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
             f"model.vocab_size={chosen.vocab_size}"
-        )
-    return chosen
+        ) from None
 
 
 def chat_format(run: RunConfig, folder: Path, tokens: Tokenizer, *, resuming: bool) -> ChatFormat:

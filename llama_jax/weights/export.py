@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, check_params, is_stacked
 from llama_jax.progress import progress_bar
-from llama_jax.text import chat_format, chat_template
+from llama_jax.text import chat_format, chat_template, vocabulary_files
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
-from llama_jax.text.formats import huggingface as huggingface_vocabulary
+from llama_jax.text.formats import meta as meta_vocabulary
 from llama_jax.weights import name_table
 from llama_jax.weights.adapters import Adapter, Stored, merged
 from llama_jax.weights.formats import gguf, huggingface, meta
@@ -239,6 +239,14 @@ def _chat_template(metadata: Metadata) -> ChatTemplate | None:
     return metadata.chat_template
 
 
+def _transformers_reads(files: Sequence[Path]) -> bool:
+    """Whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
+    return any(
+        file.name == "tokenizer.json" or (file.suffix == ".model" and not meta_vocabulary.looks_like_ranks(file))
+        for file in files
+    )
+
+
 def _write_hf(
     path: Path,
     config: ModelConfig,
@@ -250,9 +258,11 @@ def _write_hf(
     progress: Progress,
 ) -> None:
     files = metadata.tokenizer_files
-    if metadata.tokenizer is not None and not any(file.name == "tokenizer.json" for file in files):
-        files = ()  # transformers cannot read Meta's file alone: the tokenizer is written in its format
-        huggingface_vocabulary.write(metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len)
+    if metadata.tokenizer is not None and not _transformers_reads(files):
+        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
+        vocabulary_files.write_for_transformers(
+            metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len
+        )
         chat_template.write(_chat_template(metadata), path)
     for file in files:
         shutil.copyfile(file, path / file.name)
@@ -298,7 +308,10 @@ def _write_gguf(
 ) -> None:
     fields = None
     if metadata.tokenizer is not None:
-        fields = gguf_vocabulary.fields(metadata.tokenizer.vocabulary)
+        try:
+            fields = gguf_vocabulary.fields(metadata.tokenizer.vocabulary, rows=config.vocab_size)
+        except ConfigError as error:
+            _log.warning("warning: written without a tokenizer: %s", error)
     gguf.save_file(
         path,
         config,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, one_line
 from llama_jax.parallel import Layout
 from llama_jax.params import Params
 from llama_jax.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from llama_jax.weights.tensor import main_dtype
 
 
 class UnknownTokenizer(ConfigError):
-    """A tokenizer that is not supported. The model itself can be used with token ids."""
+    """A tokenizer that cannot be used. The model itself can be used with token ids."""
 
 
 class Source(Protocol):
@@ -66,9 +66,8 @@ class Source(Protocol):
         """Reads the tokenizer; None if the model has none.
 
         Raises:
-            UnknownTokenizer: it is of a kind that is not supported; the model can be used with token ids.
-            ConfigError: it is not the one that the model was trained with.
-            ValueError: a damaged file.
+            UnknownTokenizer: it is damaged, of a kind that is not supported, or not the one that the model was trained
+                with. The model can be used with token ids.
         """
 
 
@@ -150,22 +149,21 @@ def checked_tokenizer(
         fingerprint: fingerprint of the tokenizer that the model was trained with, if it is known.
 
     Raises:
-        UnknownTokenizer: `read` raised ConfigError.
-        ConfigError: it is the tokenizer of another model.
-        ValueError: a damaged file.
+        UnknownTokenizer: it cannot be read, or is the tokenizer of another model.
     """
     try:
         tokenizer = read()
-    except ConfigError as error:
-        raise UnknownTokenizer(str(error)) from None
-    if tokenizer is None:
-        return None
-    differs = fingerprint not in (None, tokenizer.fingerprint) or tokenizer.vocab_size > config.vocab_size
+        if tokenizer is None:
+            return None
+        fitting = tokenizer.for_model(config.vocab_size)
+    except (ValueError, OSError) as error:
+        raise UnknownTokenizer(one_line(error)) from None
+    differs = fingerprint not in (None, tokenizer.fingerprint)
     of_meta = tokenizer.path is not None and tokenizer.path.suffix == ".model"
     is_smaller = of_meta and tokenizer.vocab_size < config.vocab_size
     if differs or (is_smaller and bos_token not in (None, tokenizer.bos_id)):
-        raise ConfigError(
+        raise UnknownTokenizer(
             f"{tokenizer.path or path} is not the tokenizer of this model: it has {tokenizer.vocab_size:,} ids, and "
             f"id {tokenizer.bos_id} begins a text. If the file was cut short or is another model's, copy the right one"
         )
-    return tokenizer
+    return fitting

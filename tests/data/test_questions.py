@@ -17,7 +17,7 @@ from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
 from llama_jax import parallel
 from llama_jax.data import corpus, questions
-from llama_jax.data.records import encode
+from llama_jax.data.encoding import encode
 from llama_jax.data.sources import documents_from
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params

@@ -34,7 +34,7 @@ def stated(path):
 
 
 def tpu_mesh(topology, sizes):
-    bounds = (1, 1, 1) if topology.endswith(":1x1") else (2, 2, 1)
+    bounds = (1, 1, 1) if topology.endswith((":1x1", ":1x1x1")) else (2, 2, 1)
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, num_slices=1
     ).devices

@@ -205,9 +205,9 @@ def test_a_model_without_a_tokenizer_takes_ids_only():
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused():
-    small = dataclasses.replace(CONFIG, vocab_size=400)
+    small = dataclasses.replace(CONFIG, vocab_size=200)  # fewer than plain text needs
     weights = unstack(init_params(small, jax.random.key(0)))
-    with pytest.raises(ConfigError, match="512 ids but the model only 400"):
+    with pytest.raises(ConfigError, match="512 ids but the model only 200"):
         Llama(small, weights, tokenizer())
 
 
@@ -241,7 +241,7 @@ def test_load_reads_a_run_folder_on_any_mesh(tmp_path):
     assert llama_jax.load(tmp_path, mesh={"data": 2, "tensor": 2}).generate("ab", **options).tokens == expected.tokens
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
+def test_a_tokenizer_that_is_not_the_models_costs_the_tokenizer_alone(tmp_path, caplog):
     write_hugging_face(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": tokenizer().bos_id}))
@@ -251,8 +251,8 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
     assert llama_jax.load(tmp_path).tokenizer.bos_id == tokenizer().bos_id
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:256]))  # still parses
     if Tokenizer(path).vocab_size < tokenizer().vocab_size:
-        with pytest.raises(ConfigError, match="is not the tokenizer of this model.*cut short"):
-            llama_jax.load(tmp_path)
+        assert llama_jax.load(tmp_path).tokenizer is None  # the model opens with ids, and a line says why
+        assert re.search("is not the tokenizer of this model.*cut short", caplog.messages[-1])
 
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     described = {"model": CONFIG.to_dict(), "tokenizer_fingerprint": "0" * 64}

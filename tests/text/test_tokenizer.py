@@ -254,8 +254,6 @@ DAMAGES = {
         "line 844: expected .*cut short",
     ),
     "a git lfs pointer": (lambda lines: [b"version https://git-lfs.github.com/spec/v1\n"], "git lfs pull"),
-    "a tokenizer.json": (lambda lines: [b'{\n  "version": "1.0"\n'], "line 1: .*tokenizer.json"),
-    "a SentencePiece model": (lambda lines: [b"\n\x0e\n\x05<unk>\x15\x00\x00 "], "SentencePiece"),
 }
 
 
@@ -267,7 +265,7 @@ def test_damaged_file_is_refused_in_one_line_with_place_and_mend(damage, lines, 
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-    assert any(mend in str(error.value) for mend in ("copy the file again", "git lfs pull", "give ", "only Llama 3's"))
+    assert any(remedy in str(error.value) for remedy in ("copy the file again", "git lfs pull"))
 
 
 def test_every_cut_of_a_file_is_refused_given_the_models_size(small, lines, tmp_path):
@@ -288,9 +286,9 @@ def test_file_cut_between_lines_is_known_by_the_models_size(lines, tmp_path):
 
 
 def test_missing_file_and_folder_say_what_to_give(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file; give the path"):
+    with pytest.raises(FileNotFoundError, match="no such file; give a vocabulary file"):
         Tokenizer(tmp_path / "nothing.model")
-    with pytest.raises(ValueError, match="is a folder; name the file in it"):
+    with pytest.raises(FileNotFoundError, match="has no vocabulary file"):
         Tokenizer(tmp_path)
 
 

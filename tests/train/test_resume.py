@@ -46,7 +46,7 @@ def test_a_finished_run_says_so_goes_on_with_more_steps_and_refuses_other_settin
 
     assert go()[0] == 0
     code, text = go()
-    assert code == 0 and "step 4 of 4 is already done; raise train.steps to go on" in text
+    assert code == 0 and "step 4 of 4 is already done; raise train.steps to continue" in text
     code, text = go("--config.train.steps=6")
     assert code == 0 and "from step 4" in text and "finished at step 6 of 6" in text
     code, text = go("--config.data.seed=1", "--config.model.ffn_dim=64")

@@ -15,7 +15,7 @@ from llama_jax.run_config import RunConfig, describe, differences, known_keys
 KEYS = """
 output seed init_from
 data.train data.weights data.validation data.tokenizer data.chat_format data.chat_date data.parse_special
-data.loss_on data.sequence_length data.batch_size data.shuffle
+data.loss_on data.sequence_length data.too_long data.max_bad data.batch_size data.shuffle
 data.seed data.cache_dir
 optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction

@@ -529,7 +529,7 @@ REFUSED = {
     "llama__rope__scaling__factor": [4.0, math.nan],
     "llama__rope__scale_linear": [2.0],
     "llama__expert_count": [8],
-    "llama__attention__sliding_window": [4096],
+    "llama__attention__sliding_window": [8, np.int32([8, 0])],
     "llama__attention__scale": [0.1],
     "llama__logit_scale": [0.5],
     "llama__attention__causal": [False],
@@ -554,6 +554,20 @@ def test_what_is_not_implemented_is_refused_by_name(name, value):
 def test_harmless_keys_are_ignored():
     neutral = dict(rope__scaling__type="linear", rope__scaling__factor=1.0, expert_count=0, tensor_data_layout="Meta")
     assert gguf.read_config(altered(**{f"llama__{k}": v for k, v in neutral.items()})) == CONFIG
+
+
+def test_settings_without_an_effect_are_accepted():
+    neutral = {
+        "attention.sliding_window": CONFIG.max_seq_len,  # reaches as far as the positions go
+        "attention.sliding_window_pattern": np.zeros(2, np.bool_),
+        "attention.scale": float(np.float32(CONFIG.head_dim**-0.5)),  # llama.cpp's own default
+        "expert_group_count": 0,
+        "nextn_predict_layers": 0,
+        "rope.dimension_sections": np.zeros(4, np.int32),
+        "some_flag": False,
+        "some_list": [],
+    }
+    assert gguf.read_config(altered(**{f"llama__{k.replace('.', '__')}": v for k, v in neutral.items()})) == CONFIG
 
 
 # Frequencies.

@@ -16,11 +16,13 @@ from llama_jax import model, parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.params import abstract_params, init_params, logical_axes, stack, unstack
+from llama_jax.text import Tokenizer
 from llama_jax.weights import export, name_table
-from llama_jax.weights.formats import huggingface
+from llama_jax.weights.formats import huggingface, torch_file
 from llama_jax.weights.load import load_leaves
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
+from llama_jax.weights.source import UnknownTokenizer, checked_tokenizer
 from llama_jax.weights.tensor import of_array
 from llama_jax.weights.validate import match_tensors
 
@@ -160,6 +162,32 @@ def test_known_buffers_and_an_equal_unembedding_are_passed_over(tmp_path):
     assert "unembed" not in params
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_in_torchs_files_are_the_same_model(tmp_path, shards):
+    tensors = random_weights(TINY)
+    folder = make_folder(tmp_path, TINY, tensors)
+    config, params = load(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    names = [f"pytorch_model-{i:05}-of-{shards:05}.bin" for i in range(1, shards + 1)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
+    for file in names:
+        held = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        torch_file.save_file(folder / file, {n: of_array(lambda a=a: a, a.dtype, a.shape) for n, a in held.items()})
+    if shards == 1:
+        (folder / names[0]).rename(folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    again, found = load(folder)
+    assert again == config
+    same(found, config, tensors)
+    assert open_source(folder).description == "Hugging Face folder (torch)"
+    (folder / names[-1]).unlink(missing_ok=True)
+    if shards == 2:
+        with pytest.raises(ValueError, match="pytorch_model-00002-of-00002.bin: missing"):
+            load(folder)
+
+
 def test_an_unembedding_that_differs_from_the_tied_embedding_is_used(tmp_path, caplog):
     """As in transformers 5: the file's numbers go before what the config says of ties."""
     tensors = random_weights(TIED)
@@ -241,7 +269,16 @@ def test_absent_head_dim_and_kv_heads_follow_from_the_rest(tmp_path):
         ({"mlp_bias": True}, ("mlp_bias",)),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
-        ({"sliding_window": 4096}, ("sliding_window", "4096")),
+        ({"sliding_window": 40}, ("sliding_window", "40")),
+        ({"sliding_window": 40, "use_sliding_window": True}, ("sliding_window", "use_sliding_window=false")),
+        ({"sliding_window": 40, "layer_types": ["sliding_attention"]}, ("sliding_window", "40")),
+        ({"sliding_window": "40"}, ("sliding_window", '"40"')),
+        ({"layer_types": ["chunked_attention"]}, ("layer_types", "chunked_attention", "full_attention")),
+        ({"final_logit_softcapping": 30.0}, ("final_logit_softcapping", "30")),
+        ({"rope_interleaved": True}, ("rope_interleaved", "true", "false")),
+        ({"num_local_experts": 8}, ("num_local_experts", "8")),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ("quantization_config",)),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 2.0}}, ("attention_factor",)),
         ({"rope_theta": None}, ("rope_theta", "500000")),
         ({"rope_theta": "1e4"}, ("rope_theta", "'1e4'")),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ("rope_type", "linear", "llama3")),
@@ -265,6 +302,37 @@ def test_config_that_is_not_understood_is_refused(tmp_path, change, words):
         huggingface.read_config(tmp_path)
     text = refusal(error)
     assert all(word in text for word in (*words, "config.json")), text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 2},
+        {"sliding_window": 131_072},
+        {"sliding_window": 0},
+        {"sliding_window": 32, "layer_types": ["full_attention", "full_attention"]},
+        {"layer_types": ["full_attention", "full_attention"]},
+        {"attention_bias": False, "mlp_bias": False, "qkv_bias": None, "attention_dropout": 0.1, "pretraining_tp": 1},
+        {"pretraining_tp": 2, "use_cache": False, "initializer_range": 0.5, "unsloth_version": "2025.1"},
+        {"hidden_act": "swish"},
+        {"rope_interleaved": False, "is_llama_config": True, "partial_rotary_factor": 1},
+        {"embedding_multiplier": 1.0, "residual_multiplier": 1, "final_logit_softcapping": None, "num_experts": 0},
+        {"quantization_config": {}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}},
+    ],
+    ids=str,
+)
+def test_settings_without_an_effect_are_accepted(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps({**old_config(TINY), **change}))
+    assert huggingface.read_config(tmp_path) == TINY
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_a_scaling_by_one_is_none(tmp_path, kind, key):
+    values = {**old_config(TINY), "rope_scaling": {key: kind, "factor": 1.0}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert huggingface.read_config(tmp_path) == dataclasses.replace(TINY, rope_scaling=None)
 
 
 @pytest.mark.parametrize(
@@ -346,3 +414,23 @@ def test_stack_and_unstack_are_inverse_and_keep_shardings():
     jax.tree.map(np.testing.assert_array_equal, jax.jit(unstack)(stacked), apart)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(stack)(apart), stacked)
     assert unstack(apart) is apart and stack(stacked) is stacked
+
+
+@pytest.mark.parametrize("fault", ["damaged", "missing permission", "of a larger model", "of another model"])
+def test_whatever_is_wrong_with_a_tokenizer_costs_the_tokenizer_alone(fault, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    Tokenizer.from_ranks({bytes([i]): i for i in range(256)}).save(path)
+
+    def read() -> Tokenizer:
+        if fault == "missing permission":
+            raise PermissionError(13, "Permission denied", str(path))
+        if fault == "damaged":
+            path.write_bytes(path.read_bytes()[:900])
+        return Tokenizer(path)
+
+    config = dataclasses.replace(TINY, vocab_size=200 if fault == "of a larger model" else 512)
+    with pytest.raises(UnknownTokenizer) as error:
+        checked_tokenizer(read, path, config, fingerprint="0" if fault == "of another model" else None)
+    assert "\n" not in str(error.value)
+    if fault == "of a larger model":  # the ids of control tokens alone may be without rows
+        assert checked_tokenizer(read, path, dataclasses.replace(TINY, vocab_size=300)).rows == 300

@@ -20,7 +20,7 @@ from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.text.chat_template import DEFAULT, ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
-from llama_jax.text.formats.gguf import Fields
+from llama_jax.text.formats.gguf import Fields, fields_of, more_metadata
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import gguf_file
@@ -30,11 +30,11 @@ from llama_jax.weights.formats.gguf_rope import WIDEST, rope_factors, rope_scali
 from llama_jax.weights.model_files import Metadata, ModelFiles
 from llama_jax.weights.tensor import of_array
 
-# What would change the model, and the values that leave it as it is.
+# Settings that change a model, each with the values that do not.
 _NEUTRAL: dict[str, tuple[Value, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "rope.scaling.type": ("none", "linear"),
+    "rope.scaling.type": ("none", "linear"),  # the next key has linear's factor
     "rope.scaling.factor": (0, 1),
     "rope.scaling.attn_factor": (1,),
     "rope.scale_linear": (0, 1),
@@ -51,7 +51,7 @@ _NEUTRAL: dict[str, tuple[Value, ...]] = {
     "pooling_type": (0,),
     "use_parallel_residual": (False,),
 }
-# What is read, and what changes nothing.
+# Settings that are read, and settings that change nothing.
 _READ = (
     "block_count",
     "context_length",
@@ -136,53 +136,29 @@ def read_config(gguf: GGUF) -> ModelConfig:
     """The ModelConfig of a file.
 
     Raises:
-        ConfigError: something in it that is not implemented, or that is needed and absent.
-        ValueError: damage found in the frequencies that it holds.
+        ConfigError: a setting that is not implemented, or one that is missing.
+        ValueError: damaged RoPE frequencies.
     """
     architecture = gguf.metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(f"{gguf.path}: general.architecture is {shown(architecture)}; only 'llama' is implemented")
     given = {key.removeprefix("llama."): v for key, v in gguf.metadata.items() if key.startswith("llama.")}
-    for key, value in given.items():
-        if key in _NEUTRAL:
-            allowed = _NEUTRAL[key]
-            if not isinstance(value, (str, bool, int, float)) or value not in allowed:
-                only = " or ".join(map(repr, allowed))
-                raise ConfigError(f"{gguf.path}: llama.{key}={shown(value)} is not implemented; only {only} is")
-        elif key not in (*_READ, *_HARMLESS):
-            near = nearest(key, (*_READ, *_NEUTRAL))
-            raise ConfigError(
-                f"{gguf.path}: llama.{brief(key)[1:-1]} may change the model and is not implemented{near}"
-            )
     fields = _Fields(gguf.path, given)
     layers = fields.whole("block_count")
     if layers > len(gguf.entries):
         raise ConfigError(f"{gguf.path}: llama.block_count={layers}, but there are only {len(gguf.entries)} tensors")
     embed, heads = fields.whole("embedding_length"), fields.whole("attention.head_count", layers=layers)
-    if "attention.key_length" in given:
-        head_dim = fields.whole("attention.key_length")
-    elif embed % heads:
-        raise ConfigError(
-            f"{gguf.path}: llama.embedding_length={embed} is not a multiple of llama.attention.head_count={heads}, so "
-            "that llama.attention.key_length must be given"
-        )
-    else:
-        head_dim = embed // heads
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if key in given and fields.whole(key) != head_dim:
-            raise ConfigError(
-                f"{gguf.path}: llama.{key}={given[key]}, but heads are {head_dim} wide; others are not implemented"
-            )
-    kv_heads = fields.whole("attention.head_count_kv", layers=layers) if "attention.head_count_kv" in given else heads
-    theta = fields.number("rope.freq_base") if "rope.freq_base" in given else 10_000.0
+    head_dim = _head_dim(fields, embed, heads)
     context = fields.whole("context_length")
+    _check_effects(gguf.path, given, head_dim, context)
+    theta = fields.number("rope.freq_base") if "rope.freq_base" in given else 10_000.0
     try:
         return ModelConfig(
             vocab_size=fields.whole("vocab_size") if "vocab_size" in given else _rows(gguf, "token_embd.weight"),
             embed_dim=embed,
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_kv_heads=fields.whole("attention.head_count_kv", layers=layers, default=heads),
             head_dim=head_dim,
             ffn_dim=fields.whole("feed_forward_length", layers=layers),
             norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
@@ -194,6 +170,51 @@ def read_config(gguf: GGUF) -> ModelConfig:
     except ConfigError as error:
         prefix = f"{gguf.path}: "
         raise ConfigError(prefix + str(error).removeprefix(prefix)) from None
+
+
+def _head_dim(fields: _Fields, embed: int, heads: int) -> int:
+    """The width of a head, which must be that of keys, of values and of the rotary dimensions."""
+    path = fields.path
+    head_dim = fields.whole("attention.key_length", default=embed // heads)
+    if "attention.key_length" not in fields.given and embed % heads:
+        raise ConfigError(
+            f"{path}: llama.embedding_length={embed} is not a multiple of llama.attention.head_count={heads}, so "
+            "that llama.attention.key_length must be given"
+        )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if fields.whole(key, default=head_dim) != head_dim:
+            raise ConfigError(
+                f"{path}: llama.{key}={fields.given[key]}, but heads are {head_dim} wide; others are not implemented"
+            )
+    return head_dim
+
+
+def _check_effects(path: Path, given: Mapping[str, Value], head_dim: int, context: int) -> None:
+    """Raises ConfigError for a setting that changes the model and is not implemented.
+
+    A key that is not known here is accepted if its value turns it off: zero, false, or an empty text or array.
+    """
+    for key, value in given.items():
+        if key in _NEUTRAL:
+            if not _is_neutral(key, value, head_dim, context):
+                only = " or ".join(map(repr, _NEUTRAL[key]))
+                raise ConfigError(f"{path}: llama.{key}={shown(value)} is not implemented; only {only} is")
+        elif key not in (*_READ, *_HARMLESS) and np.any(value if isinstance(value, np.ndarray) else bool(value)):
+            near = nearest(key, (*_READ, *_NEUTRAL))
+            raise ConfigError(f"{path}: llama.{brief(key)[1:-1]} may change the model and is not implemented{near}")
+
+
+def _is_neutral(key: str, value: Value, head_dim: int, context: int) -> bool:
+    """Whether a setting that can change the model changes nothing with this value."""
+    if isinstance(value, np.ndarray):  # one value a layer
+        return len(value) > 0 and all(_is_neutral(key, one, head_dim, context) for one in set(value.tolist()))
+    if not isinstance(value, (str, bool, int, float)):
+        return False
+    if key == "attention.scale" and isinstance(value, float) and math.isclose(value, head_dim**-0.5, rel_tol=1e-6):
+        return True  # llama.cpp's own default
+    if key == "attention.sliding_window" and type(value) is int and value >= context:
+        return True
+    return value in _NEUTRAL[key]
 
 
 def bos_token(gguf: GGUF) -> int | None:
@@ -209,28 +230,7 @@ def stop_tokens(gguf: GGUF) -> tuple[int, ...]:
 
 def vocabulary(gguf: GGUF) -> Fields | None:
     """The tokenizer of a file, or None if it has none. Raises ValueError for one that is not of one piece."""
-    model = _typed(gguf, "tokenizer.ggml.model", str)
-    if model is None or model in ("no_vocab", "none"):
-        return None
-    tokens = _typed(gguf, "tokenizer.ggml.tokens", list)
-    if not tokens:
-        raise ValueError(f"{gguf.path}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
-    types = _typed(gguf, "tokenizer.ggml.token_type", np.ndarray)
-    if types is not None and (types.dtype.kind not in "iu" or len(types) != len(tokens)):
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.token_type must be {len(tokens):,} whole numbers, one a token, got "
-            f"{len(types):,} of {types.dtype}"
-        )
-    return Fields(
-        model=model,
-        pre=_typed(gguf, "tokenizer.ggml.pre", str),
-        tokens=tokens,
-        token_types=types,
-        merges=_typed(gguf, "tokenizer.ggml.merges", list) or [],
-        bos=_id(gguf, "bos"),
-        eos=_id(gguf, "eos"),
-        add_bos=_typed(gguf, "tokenizer.ggml.add_bos_token", bool),
-    )
+    return fields_of(gguf.metadata, str(gguf.path))
 
 
 def chat_template(gguf: GGUF) -> ChatTemplate | None:
@@ -320,32 +320,46 @@ def save_file(
 
 
 class _Fields:
-    """The numbers among a file's llama.* keys; ConfigError for one that is absent or no number."""
+    """The numbers among a file's llama.* keys. ConfigError for one that is absent or is not a number.
+
+    Attributes:
+        path: the file, for error messages.
+        given: the values by key, without "llama.".
+    """
 
     def __init__(self, path: Path, given: Mapping[str, Value]):
-        self._path, self._given = path, given
+        self.path, self.given = path, given
 
     def number(self, key: str) -> float:
+        """A finite number above 0."""
         value = self._value(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ConfigError(f"{self._path}: llama.{key} must be a finite number above 0, got {shown(value)}")
+            raise ConfigError(f"{self.path}: llama.{key} must be a finite number above 0, got {shown(value)}")
         return float(value)
 
-    def whole(self, key: str, *, layers: int = 0) -> int:
-        """A whole number above 0; with `layers`, also an array of that many equal ones."""
+    def whole(self, key: str, *, layers: int = 0, default: int | None = None) -> int:
+        """A whole number above 0.
+
+        Args:
+            key: the key.
+            layers: also accept an array of so many equal numbers, one a layer.
+            default: the value of an absent key; None requires the key.
+        """
+        if default is not None and key not in self.given:
+            return default
         value = self._value(key)
         if layers and isinstance(value, np.ndarray) and len(value) == layers:
             if (value != value[0]).any():
-                raise ConfigError(f"{self._path}: llama.{key} differs from layer to layer, which is not implemented")
+                raise ConfigError(f"{self.path}: llama.{key} differs from layer to layer, which is not implemented")
             value = value[0].item()
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{self._path}: llama.{key} must be a whole number of at least 1, got {shown(value)}")
+            raise ConfigError(f"{self.path}: llama.{key} must be a whole number of at least 1, got {shown(value)}")
         return value
 
     def _value(self, key: str) -> Value:
-        if key not in self._given:
-            raise ConfigError(f"{self._path}: lacks llama.{key}{nearest(key, list(self._given))}")
-        return self._given[key]
+        if key not in self.given:
+            raise ConfigError(f"{self.path}: lacks llama.{key}{nearest(key, list(self.given))}")
+        return self.given[key]
 
 
 def _rows(gguf: GGUF, name: str) -> int:
@@ -404,6 +418,7 @@ def _tokenizer(
         "add_bos_token": vocabulary["add_bos"],
     }
     found |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
+    found |= more_metadata(vocabulary, padding)
     return found
 
 

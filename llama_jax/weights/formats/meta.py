@@ -187,7 +187,7 @@ def _check_settings(raw: dict[str, Any]) -> None:
         if key in _OTHER_MODELS:
             if value is not None and value != _OTHER_MODELS[key]:
                 raise ConfigError(f"{key}={brief(value)} makes it another model than is implemented here")
-        elif key not in (*_NEEDED, *_OPTIONAL, *_OF_A_RUN):
+        elif value and key not in (*_NEEDED, *_OPTIONAL, *_OF_A_RUN):  # null, false and 0 turn a setting off
             near = nearest(key, [*_NEEDED, *_OPTIONAL])
             raise ConfigError(f"{brief(key)} is not a setting that is known, and may change the model{near}")
     missing = [key for key in _NEEDED if raw.get(key) is None]
@@ -267,7 +267,21 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _whole(folder: Path, parts: Mapping[str, dict[str, LazyTensor]], dim: int) -> dict[str, LazyTensor]:
-    """The tensors that the parts make up; `parts` are by the name of the file."""
+    """Joins the tensors of all files.
+
+    Args:
+        folder: the folder, for error messages.
+        parts: the tensors of each file by name, by the name of the file. Buffers, which follow from the config, are
+            ignored: only some of the files may have them.
+        dim: width of the residual stream.
+
+    Raises:
+        ValueError: a file lacks a tensor that another has, or has it in another shape or dtype.
+    """
+    parts = {
+        file: {name: part for name, part in tensors.items() if not name.endswith(name_table.BUFFERS)}
+        for file, tensors in parts.items()
+    }
     first, *others = parts
     for file in others:
         for one, two in ((first, file), (file, first)):
@@ -278,8 +292,6 @@ def _whole(folder: Path, parts: Mapping[str, dict[str, LazyTensor]], dim: int) -
                 )
     whole: dict[str, LazyTensor] = {}
     for name, entry in parts[first].items():
-        if name.endswith(name_table.BUFFERS):
-            continue
         pieces = [part[name] for part in parts.values()]
         for file, piece in zip(parts, pieces, strict=True):
             if (piece.shape, piece.dtype) != (entry.shape, entry.dtype):
