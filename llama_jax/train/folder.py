@@ -28,6 +28,7 @@ from llama_jax.train.setup import Frozen
 from llama_jax.train.state import TrainState
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.formats import peft
+from llama_jax.weights.locate import absolute
 from llama_jax.weights.model_files import tokenizer_in
 from llama_jax.weights.open import open_source
 from llama_jax.weights.run_folder import CONFIG_FILE
@@ -159,7 +160,8 @@ class RunFolder:
         """Write config.json: the run, its tokenizer's fingerprint and the frozen model's identity."""
         if jax.process_index() == 0:
             identities = {"tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen.identity}
-            write_json(self.path / CONFIG_FILE, {**run.to_dict(), **identities})
+            values = {**run.to_dict(), "init_from": absolute(run.init_from), **identities}
+            write_json(self.path / CONFIG_FILE, values)
 
     def write_results(self, program: Program, state: TrainState) -> None:
         """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
@@ -181,7 +183,8 @@ class RunFolder:
         adapter = export.stored(lora_params.by_path(run.lora, trained))
         if jax.process_index() == 0:
             shutil.rmtree(fresh, ignore_errors=True)
-        peft.write_adapter(fresh, run.model, adapter, base_model=run.init_from, dropout=run.lora.dropout)
+        base = absolute(run.init_from)
+        peft.write_adapter(fresh, run.model, adapter, base_model=base, dropout=run.lora.dropout)
         if jax.process_index() == 0:
             metadata = open_source(run.init_from).metadata.with_tokenizer(tokenizer_in(self.path))
             metadata = dataclasses.replace(metadata, chat_template=chat_template.read_folder(self.path))
