@@ -409,9 +409,8 @@ class Llama:
     def _check_ids(self, ids: np.ndarray, name: str) -> None:
         bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if bad.size:
-            raise ConfigError(
-                f"{name} holds id {brief(bad[0])}, which is not in the vocabulary: 0 to {self.config.vocab_size - 1}"
-            )
+            last = self.config.vocab_size - 1
+            raise ConfigError(f"{name} holds id {brief(int(bad[0]))}, which is not in the vocabulary: 0 to {last}")
 
     def _stops(self, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
         return self.stop_tokens if stop_tokens is None else inputs.as_stops(stop_tokens, self.config.vocab_size)
