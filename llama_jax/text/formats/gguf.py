@@ -19,6 +19,7 @@ from llama_jax.text.byte_pairs import BytePairs, check_bytes
 from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import every_split, in_merge_order
 from llama_jax.text.patterns import PRE_TOKENIZERS, Pre, one_pattern
+from llama_jax.text.piece_conversion import to_pieces
 from llama_jax.text.piece_vocabulary import (
     BYTE,
     CONTROL,
@@ -371,9 +372,7 @@ def _fields_of_library(held: LibraryVocabulary, common: dict[str, Any]) -> Field
     model, cuts = data["model"], cuts_of(data.get("pre_tokenizer"))
     is_byte_level = held.decoder.get("type") == "ByteLevel" and data.get("normalizer") is None
     if model.get("type") != "BPE" or cuts is None or not is_byte_level or model.get("unk_token"):
-        raise ConfigError(
-            "a GGUF file can only describe byte-level BPE and SentencePiece, which this vocabulary is not"
-        )
+        return _fields_of_pieces(to_pieces(held), common)
     whole_words = bool(model.get("ignore_merges"))
     names = [n for n, pre in PRE_TOKENIZERS.items() if (pre.splits, pre.gpt2, pre.whole_words) == (*cuts, whole_words)]
     if not names:
