@@ -71,7 +71,7 @@ def to_pieces(held: LibraryVocabulary) -> PieceVocabulary:
 
 
 def _space_first(data: Mapping[str, Any]) -> bool | None:
-    """Whether a space is put in front of a text; None if the text is changed or cut in any other way."""
+    """True if a space is put in front of a text, False if not; None if the text is changed or cut in any other way."""
     normalizer, pre = data.get("normalizer"), data.get("pre_tokenizer")
     if pre is None and isinstance(normalizer, dict):
         steps = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
