@@ -382,7 +382,7 @@ def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:
 def _fields_of_library(held: LibraryVocabulary, common: dict[str, Any]) -> Fields:
     data = json.loads(held.contents)
     model, cuts = data["model"], cuts_of(data.get("pre_tokenizer"))
-    is_byte_level = held.decoder.get("type") == "ByteLevel" and data.get("normalizer") is None
+    is_byte_level = (held.decoder or {}).get("type") == "ByteLevel" and data.get("normalizer") is None
     if model.get("type") != "BPE" or cuts is None or not is_byte_level or model.get("unk_token"):
         return _fields_of_pieces(to_pieces(held), common)
     whole_words = bool(model.get("ignore_merges"))
