@@ -717,5 +717,5 @@ def test_vocabularies_that_llama_cpp_cannot_have_are_not_written(tmp_path):
     vocab = {char: byte for byte, char in CHARS.items()} | {"ab": 256, "abcd": 257}
     for kind, ignore_merges in (("llama3", False), ("gpt2", True)):
         ours = opened(library(vocab, [("a", "b")], kind=kind, ignore_merges=ignore_merges), tmp_path)
-        with pytest.raises(ConfigError, match="this vocabulary is otherwise"):
+        with pytest.raises(ConfigError, match="unlike in this vocabulary"):
             gguf_vocabulary.fields(ours.vocabulary)

@@ -362,8 +362,8 @@ def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:
     unmade = [] if whole_words else in_merge_order(plain, merges, whole_words=False)[1]
     if unmade or (whole_words and held.silent):
         raise ConfigError(
-            f"GGUF's {pre!r} has {'every' if whole_words else 'no'} word that is a token, but that no merges make, "
-            "stand for itself; this vocabulary is otherwise"
+            f"with llama.cpp's pre-tokenizer {pre!r}, a word that is a token, but that no merges make, "
+            f"{'always' if whole_words else 'never'} becomes that token, unlike in this vocabulary"
         )
     if len(held.found) > 1:
         raise ConfigError("a GGUF file holds one round of tokens that are found in text; this vocabulary has two")
