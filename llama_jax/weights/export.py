@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
@@ -24,6 +23,7 @@ from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, Update
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, check_params, is_stacked
+from llama_jax.progress import progress_bar
 from llama_jax.text import chat_format, chat_template, vocabulary_files
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
@@ -39,7 +39,6 @@ _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 FORMATS = {"hf": _FLOATS, "meta": _FLOATS, "gguf": {**_FLOATS, "q8_0": 34 / 32, "q4_0": 18 / 32}}
 _COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # columns of the table of names
 SHARD_BYTES = 5_000_000_000
-_QUIET = 3.0  # seconds before a bar appears
 _WEIGHTS = (".safetensors", ".pth", ".gguf", ".bin", ".msgpack")
 _SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and headers
 
@@ -94,9 +93,7 @@ def save(
     free = shutil.disk_usage(path.parent).free
     if total + _SPARE > free:
         raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, mininterval=1, leave=False
-    ) as bar:
+    with progress_bar(total, f"writing {path.name}") as bar:
         try:
             _WRITERS[format](path, config, leaves, metadata, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
         except OSError as error:
@@ -249,6 +246,24 @@ def _transformers_reads(files: Sequence[Path]) -> bool:
     )
 
 
+def write_tokenizer(folder: Path, metadata: Metadata, *, model_max_length: int) -> None:
+    """Writes the tokenizer and the chat template of a model into a folder, as transformers reads them.
+
+    The model's own tokenizer files are copied if transformers reads them.
+    """
+    files = metadata.tokenizer_files
+    if metadata.tokenizer is not None and not _transformers_reads(files):
+        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
+        vocabulary_files.write_for_transformers(
+            metadata.tokenizer.vocabulary, folder, model_max_length=model_max_length
+        )
+        chat_template.write(_chat_template(metadata), folder)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(folder):
+        chat_template.write(metadata.chat_template, folder)  # those in a folder of their own are not among the files
+
+
 def _write_hf(
     path: Path,
     config: ModelConfig,
@@ -259,17 +274,7 @@ def _write_hf(
     shard_bytes: int,
     progress: Progress,
 ) -> None:
-    files = metadata.tokenizer_files
-    if metadata.tokenizer is not None and not _transformers_reads(files):
-        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
-        vocabulary_files.write_for_transformers(
-            metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len
-        )
-        chat_template.write(_chat_template(metadata), path)
-    for file in files:
-        shutil.copyfile(file, path / file.name)
-    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(path):
-        chat_template.write(metadata.chat_template, path)  # templates in a folder of their own are not among the files
+    write_tokenizer(path, metadata, model_max_length=config.max_seq_len)
     huggingface.save_folder(path, config, leaves, metadata, shard_bytes=shard_bytes, progress=progress)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
@@ -18,13 +17,13 @@ from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout, shardings
 from llama_jax.params import Params, logical_axes
+from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
 _BITS = {"int8": 8, "int4": 4}
 QUANTIZE = ("none", *_BITS)  # names that `load_leaves` accepts for `quantize`
 _AT_ONCE = 2  # tensors in flight; the host holds these besides what is on its devices
-_QUIET = 3.0  # seconds before a bar appears
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
@@ -67,7 +66,7 @@ def load_leaves(
 
     total = sum(entry.nbytes for entry in leaves.values())
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=_QUIET, mininterval=1, leave=False) as bar,
+        progress_bar(total, "loading") as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         futures = {path: pool.submit(load, path) for path in leaves}

@@ -19,6 +19,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.files import read_json, write_json
 from llama_jax.sampling_params import GREEDY, SamplingParams
 from llama_jax.text import chat_template
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import flax, safetensors, torch_folder
 from llama_jax.weights.formats.huggingface_config import export_config, read_config
@@ -86,11 +87,20 @@ def read_metadata(folder: Path) -> Metadata:
         bos_token=bos_token(folder),
         stop_tokens=stop_tokens(folder),
         sampling=sampling_defaults(folder),
-        chat_template=chat_template.read_folder(folder),
+        chat_template=_chat_template(folder),
         tokenizer_files=tokenizer_files(folder),
         token_ids={key: ids[key] for key in _TOKEN_IDS if key in ids},
         generation=read_json(generation) if generation.is_file() else None,
     )
+
+
+def _chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template of a folder, or None. A damaged one costs only the template, with a warning."""
+    try:
+        return chat_template.read_folder(folder)
+    except ValueError as error:
+        _log.warning("warning: the chat template cannot be used, and dialogs are in Meta's reference format: %s", error)
+        return None
 
 
 def bos_token(folder: str | os.PathLike[str]) -> int | None:
