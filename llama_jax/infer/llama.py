@@ -33,7 +33,7 @@ from llama_jax.params import Params, check_params, unstack
 from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
-from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.chat_template import ChatTemplate, read_folder
 from llama_jax.weights import adapters, export, name_table
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
@@ -465,6 +465,8 @@ def load(
         params = found.load(layout, wanted, quantize)
         tokenizer = opening.result()
     metadata = found.metadata.with_tokenizer(tokenizer)
+    if isinstance(adapters, (str, os.PathLike)) and (own := read_folder(Path(adapters).expanduser())):
+        metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
     llama = Llama(
         found.config,
         params,
