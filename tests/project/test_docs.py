@@ -169,43 +169,56 @@ def commands(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python [^`]+)`", prose(page))
+    lines += re.findall(r"`((?:python|llama-jax) [^`]+)`", prose(page))
     lines = [re.sub(r"^(\w+=\S+ )+", "", part.strip()) for line in lines for part in line.split("&&")]
-    return [line for line in lines if re.match(r"python (-m llama_jax|train\.py|infer\.py|\w+/\w+\.py)", line)]
+    return [
+        line for line in lines if re.match(r"llama-jax |python (-m llama_jax|train\.py|infer\.py|\w+/\w+\.py)", line)
+    ]
 
 
 COMMANDS = [(name_of(page), line) for page in PAGES for line in commands(page)]
 
 
-def parsed(argv: list[str]) -> None:
-    """Parse a command line as its program does, without doing what it says."""
-    from llama_jax import __main__ as tool
-    from llama_jax import cli
-    from llama_jax.eval import cli as evaluation
-    from llama_jax.infer import cli as inference
+class Parsed(Exception):
+    """Raised in place of what a command would do after its arguments are parsed."""
 
-    program, rest = argv[0], argv[1:]
-    if program == "train.py":
-        cli.parse_run(argv)
-    elif program == "infer.py":
-        inference.parse(rest)
-    elif program != "-m":
-        return
-    elif rest[1] == "eval":
-        evaluation.parse(rest[2:])
-    elif rest[1:3] == ["inspect", "data"]:
-        cli.parse_run(["inspect data", *rest[3:]])
+
+def parsed(argv: list[str]) -> None:
+    """Parse the arguments of our program, the command's name first, without doing what they say."""
+    from llama_jax.cli import commands, convert, infer, parser, run_flags
+
+    parse = parser.Parser.parse
+
+    def stop(self: parser.Parser, arguments: list[str]) -> None:
+        raise Parsed(parse(self, arguments))
+
+    if argv[0] == "train":
+        run_flags.parse_run(argv[1:])
+    elif argv[:2] == ["inspect", "data"]:
+        run_flags.parse_run(argv[2:], command="inspect data")
+    elif argv[0] in ("infer", "convert"):
+        (infer if argv[0] == "infer" else convert).parse(argv[1:])
     else:
-        tool.parse(rest[1:])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(parser.Parser, "parse", stop)
+            commands.main(argv)
 
 
 @pytest.mark.parametrize("page, line", COMMANDS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(COMMANDS)])
 def test_every_command_of_a_page_parses(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    argv = shlex.split(line, comments=True)[1:]
+    argv = shlex.split(line, comments=True)
     argv = argv[: argv.index(">")] if ">" in argv else argv
-    assert argv[0] == "-m" or (ROOT / argv[0]).is_file()
-    if {"FILE", "[NAME", "--help"} & set(argv) or not any(re.search(r"[^a-z_]", arg) for arg in argv[2:]):
+    if argv[:3] == ["python", "-m", "llama_jax"]:
+        argv = argv[3:]
+    elif argv[0] == "python":
+        assert (ROOT / argv[1]).is_file()
+        if argv[1] not in ("train.py", "infer.py"):
+            return
+        argv = [argv[1].removesuffix(".py"), *argv[2:]]
+    else:
+        argv = argv[1:]
+    if {"FILE", "COMMAND", "--help"} & set(argv) or not any(re.search(r"[^a-z_]", arg) for arg in argv):
         return  # not a whole command: it names a program, or stands for any file
     parsed(argv)
 
