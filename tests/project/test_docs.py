@@ -11,9 +11,7 @@ import pytest
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 DOCS = ROOT / "docs"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    page for page in DOCS.rglob("*.md") if page.name != "design.md"
-)
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 SOURCES = [
     *sorted(ROOT.glob("*.py")),
     *sorted((ROOT / "llama_jax").rglob("*.py")),
@@ -140,7 +138,7 @@ def test_every_test_that_a_page_names_exists():
 
 def test_every_page_is_in_the_navigation_of_the_site_once():
     listed = re.findall(r"^\s+- (?:.*: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"design.md"}
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
     assert sorted(listed) == sorted(pages | {"contributing.md", "changelog.md"})
 
 
