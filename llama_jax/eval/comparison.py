@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import ConfigError
-from llama_jax.eval import judges, plot, scoring
+from llama_jax.eval import judges, plot
 from llama_jax.eval.intervals import Tally, tally
 from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import load
+from llama_jax.progress import progress_bar
 from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source
 
@@ -149,7 +150,10 @@ def compare(
         else:
             decide = by_function or judges.exact
         shown = progress and judge == "model"
-        with scoring.bar(len(pending), "judging", shown) as bar, open(folder / "verdicts.jsonl", "a") as file:
+        with (
+            progress_bar(len(pending), "judging", unit="row", shown=shown) as bar,
+            open(folder / "verdicts.jsonl", "a") as file,
+        ):
             for verdict in decide(pending):
                 line = {"judge": identity, **dataclasses.asdict(verdict)}
                 _append(file, line)
@@ -270,7 +274,10 @@ def _answers(
         dialogs = asked.chat or any(not isinstance(prompts[i].asked, str) for i in todo)
         stops = llama.chat_stop_tokens if dialogs else llama.stop_tokens
         ids = {i: _ids(llama, prompts[i], asked) for i in todo}  # all of them are checked before the first is answered
-        with scoring.bar(len(todo), f"answers of {side.upper()}", progress) as bar, open(path, "a") as file:
+        with (
+            progress_bar(len(todo), f"answers of {side.upper()}", unit="row", shown=progress) as bar,
+            open(path, "a") as file,
+        ):
             for start in range(0, len(todo), _BATCHES * batch_size):
                 part = todo[start : start + _BATCHES * batch_size]
                 results = llama.generate(

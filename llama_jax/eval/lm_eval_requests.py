@@ -19,7 +19,9 @@ from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval import scoring
 from llama_jax.eval.sliding_window import begin_id, windows
 from llama_jax.infer import inputs
+from llama_jax.infer.batches import longest_first
 from llama_jax.infer.engine import Request
+from llama_jax.progress import progress_bar
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 
@@ -112,10 +114,9 @@ def generate_until(
     max_length = scoring.check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")
     ready = [_ask(llama, context, given, seed + i, max_length) for i, (context, given) in enumerate(asks)]
-    order = sorted(range(len(ready)), key=lambda i: (-len(ready[i].request.tokens), i))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    groups = longest_first([len(ask.request.tokens) for ask in ready], batch_size)
     shown = len(groups) > _QUIET_GROUPS if progress is None else progress
-    with scoring.bar(len(order), "texts", shown) as bar:
+    with progress_bar(len(ready), "texts", unit="row", shown=shown, delay=0) as bar:
         for group in groups:
             texts = _generate(llama, [ready[i] for i in group], batch_size if len(groups) > 1 else 1)
             yield from zip(group, texts, strict=True)

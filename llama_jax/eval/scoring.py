@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama_jax.errors import ConfigError
 from llama_jax.infer import inputs
+from llama_jax.infer.batches import longest_first, power_of_two
+from llama_jax.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -66,14 +68,15 @@ def score(
     for i, (context, continuation) in enumerate(requests):
         _check(llama, context, continuation, f"request {i}", max_length)
         alike.setdefault(tuple([*context, *continuation][-max_length - 1 : -1]), []).append(i)
-    rows = sorted(alike.items(), key=lambda item: (-len(item[0]), item[0]))
-    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    height = batch_size if len(groups) > 1 else _power_of_two(len(rows), 1)
+    rows = sorted(alike.items())
+    batches = longest_first([len(row) for row, _ in rows], batch_size)
+    groups = [[rows[i] for i in batch] for batch in batches]
+    height = batch_size if len(groups) > 1 else power_of_two(len(rows))
     shown = len(rows) > _QUIET_ROWS if progress is None else progress
-    with bar(len(rows), title, shown) as told:
+    with progress_bar(len(rows), title, unit="row", shown=shown, delay=0) as bar:
         for group in groups:
             yield from _batch(llama, requests, group, height, max_length)
-            told.update(len(group))
+            bar.update(len(group))
 
 
 def check_length(llama: Llama, max_length: int | None) -> int:
@@ -108,10 +111,10 @@ def _batch(
     max_length: int,
 ) -> Iterator[tuple[int, Scored]]:
     """One program over rows of (input, indices of the requests that it answers)."""
-    T = min(_power_of_two(max(len(row) for row, _ in group), _MIN_LENGTH), max_length)
+    T = min(power_of_two(max(len(row) for row, _ in group), _MIN_LENGTH), max_length)
     longest = [max(len(requests[i][1]) for i in answers) for _, answers in group]
     C = next(size for size in (8, 64, 512, T) if max(longest) <= size <= T or size == T)  # few sizes, few programs
-    K = _power_of_two(max(len(answers) for _, answers in group), 1)
+    K = power_of_two(max(len(answers) for _, answers in group), 1)
     tokens_BT = np.zeros((height, T), np.int32)
     starts_B = np.zeros(height, np.int32)
     candidates_BCK = np.zeros((height, C, K), np.int32)
@@ -125,14 +128,3 @@ def _batch(
         for k, i in enumerate(answers):
             places = slice(longest[b] - len(requests[i][1]), longest[b])
             yield i, Scored(logprobs_BCK[b, places, k], best_BCK[b, places, k])
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << max(0, n - 1).bit_length())
-
-
-def bar(total: int, title: str, shown: bool) -> Any:
-    """A progress bar on standard error."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit="row", disable=not shown)

@@ -97,7 +97,7 @@ class RunSource:
 
     @property
     def quantized(self) -> bool:
-        """Whether the base of a LoRA run is quantized."""
+        """True for a LoRA run on a quantized base."""
         return self.lora is not None and self.base.quantized
 
     @functools.cached_property

@@ -13,7 +13,7 @@ from helpers import sound
 from helpers.errors import refusal
 from helpers.runs import dialog_run, metrics_of, parse, text_run, write_config
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model
+from llama_jax import model, parallel
 from llama_jax.config import SIZES
 from llama_jax.data.loader import evaluation_batches
 from llama_jax.errors import ConfigError
@@ -21,6 +21,7 @@ from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig, default_dict
 from llama_jax.train import setup
 from llama_jax.train.folder import Trend
+from llama_jax.train.program import Program
 from llama_jax.train.run import train
 
 SMALL = dataclasses.replace(SIZES["tiny"], num_layers=1, ffn_dim=64, max_seq_len=256)
@@ -168,7 +169,8 @@ def test_the_loss_before_the_first_step_is_that_of_the_first_weights(tmp_path, c
     assert list(result.validation_losses) == [0, 4, 8] and list(result.losses) == list(range(1, 9))
     assert metrics_of(tmp_path / "run")[0]["step"] == 0
     assert f"step 0  validation loss {result.validation_losses[0]:.4f}" in capsys.readouterr().out
-    rows = setup.prepare.rows(run, setup.text.open(setup.text.find(tmp_path / "run")), lambda *_: None)[1]
+    program = Program.make(run, parallel.make_mesh({}, jax.devices()[:1]))
+    rows = setup.load_data(program, tmp_path / "run", resuming=True).validation
     params = jax.jit(lambda: init_params(run.model, jax.random.split(jax.random.key(0))[1]))()
     total = count = 0.0
     for batch in evaluation_batches(rows, batch_size=8, max_batches=20):

@@ -52,6 +52,8 @@ def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
     config = tokenizer_config.read(path.parent)
     try:
         return _vocabulary(data, config)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; {_BY_IDS}") from None
     except ValueError as error:
