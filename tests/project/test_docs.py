@@ -193,7 +193,7 @@ def parsed(argv: list[str]) -> None:
     if argv[0] == "train":
         run_flags.parse_run(argv[1:])
     elif argv[:2] == ["inspect", "data"]:
-        run_flags.parse_run(argv[2:], command="inspect data")
+        run_flags.parse_run_flags(argv[2:], command="inspect data")
     elif argv[0] in ("infer", "convert"):
         (infer if argv[0] == "infer" else convert).parse(argv[1:])
     else:
