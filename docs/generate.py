@@ -117,11 +117,8 @@ def _commands() -> list[str]:
     from llama_jax.cli import eval as evaluation
     from llama_jax.cli.commands import COMMANDS
 
-    return [
-        f"{command} {part}".strip()
-        for command in COMMANDS
-        for part in (evaluation._COMMANDS if command == "eval" else [""])
-    ]
+    parts = {"eval": [*evaluation._COMMANDS], "inspect": ["", "data"]}
+    return [f"{command} {part}".strip() for command in COMMANDS for part in parts.get(command, [""])]
 
 
 class _Captured(Exception):
