@@ -430,7 +430,7 @@ def load(
 
     Args:
         source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file,
-            or an old Flax folder.
+            an old Flax folder, or the name of a model in a Python package (smollm2).
         dtype: "float32" or "bfloat16", of weights, activations and KV cache. By default the checkpoint's own, with
             bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which
             takes twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B.

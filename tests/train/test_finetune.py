@@ -308,7 +308,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
         loop.train(changed)
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"init_from": str(other)}))
-    with pytest.raises(ConfigError, match="is not the model that .* was trained beside"):
+    with pytest.raises(ConfigError, match="is not the model that .* was trained on"):
         llama_jax.load(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"init_from": str(tmp_path / "gone")}))
     with pytest.raises(ConfigError, match="which cannot be opened"):
