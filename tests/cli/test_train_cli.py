@@ -199,7 +199,7 @@ def test_a_damaged_tokenizer_is_refused_by_its_path(tmp_path):
 
 
 def test_meshes_must_use_the_devices():
-    with pytest.raises(ConfigError, match="mesh data=3 is of 3 devices, but there are 8: set one axis to -1"):
+    with pytest.raises(ConfigError, match="mesh data=3 has 3 devices, but there are 8: set one axis to -1"):
         parallel.make_mesh({"data": 3})
     with pytest.raises(ConfigError, match=r"the fixed axes must multiply to one of \[1, 2, 4, 8\]"):
         parallel.make_mesh({"data": 3, "fsdp": -1})

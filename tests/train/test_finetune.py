@@ -276,7 +276,7 @@ def test_a_lora_run_is_a_model_to_train_on_and_takes_no_second_adapter(tmp_path,
     tokens = [[256, 5, 6, 7]]
     assert gap(on_top.logits(tokens), beside.logits(tokens)) < ROUNDING
     assert gap(on_top.logits(tokens), merged.logits(tokens)) > 1e-3
-    with pytest.raises(ConfigError, match="would take the place of the LoRA updates that this model's run trained"):
+    with pytest.raises(ConfigError, match="would replace the LoRA updates that this model's run trained"):
         llama_jax.load(tmp_path / "first", adapters=tmp_path / "first" / "adapter")
     assert gap(first.logits(tokens), merged.logits(tokens)) < ROUNDING
     assert gap(first.use(None).logits(tokens), llama_jax.load(base, dtype="float32").logits(tokens)) < ROUNDING
