@@ -69,9 +69,7 @@ def test_a_run_can_take_another_format(tmp_path, base):
     assert tokenizer.decode(chat.encode(DIALOG)) == "HiYo"
     (tmp_path / "mine.jinja").unlink()
     assert setup.chat_format(run, folder, tokenizer, resuming=True).encode(DIALOG) == chat.encode(DIALOG)
-    with pytest.raises(
-        ConfigError, match="data.chat_format: chat format .*' must be auto, llama3 or the file"
-    ):
+    with pytest.raises(ConfigError, match="data.chat_format: chat format .*' must be auto, llama3 or the file"):
         setup.chat_format(run, folder, tokenizer, resuming=False)
     with pytest.raises(ConfigError, match="data.chat_date='today' must be a day such as 2024-07-26"):
         run_of(tmp_path, base, data__chat_date="today")
