@@ -360,7 +360,8 @@ class Llama:
     @property
     def chat_stop_tokens(self) -> tuple[int, ...]:
         """The ids that end an answer: `stop_tokens`, and those of the chat format."""
-        return (*self.stop_tokens, *(self.chat_format.stop_tokens if self.chat_format else ()))
+        own = self.chat_format.stop_tokens if self.chat_format else ()
+        return tuple(dict.fromkeys([*self.stop_tokens, *own]))
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
         slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)

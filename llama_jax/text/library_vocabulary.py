@@ -110,8 +110,10 @@ class LibraryVocabulary(Vocabulary):
 
     @property
     def starts_with_space(self) -> bool:
-        """Whether decoding drops the space that a text begins with."""
-        return any(_drops_first_space(part, before) for part, before in _parts_with_earlier(self.decoder))
+        """True if decoding drops the space that a text begins with."""
+        return self.decoder is None or any(
+            _drops_first_space(part, before) for part, before in _parts_with_earlier(self.decoder)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -265,7 +267,7 @@ def _decoding_steps(decoder: Any) -> list[Step]:
         ConfigError: a decoder that does not work token by token, or is not known here.
     """
     if decoder is None:
-        raise ConfigError("it has no decoder, so that its ids have no text")
+        return [_after_space]
     steps: list[Step] = []
     for part, before in _parts_with_earlier(decoder):
         kind = part.get("type")
@@ -284,6 +286,11 @@ def _decoding_steps(decoder: Any) -> list[Step]:
         elif kind != "Fuse":
             raise ConfigError(f"decoder {brief(kind)} is not supported in this form")
     return steps
+
+
+def _after_space(token: str | bytes) -> str | bytes:
+    """No decoder: tokens are joined with spaces."""
+    return f" {token}"
 
 
 def _from_byte_chars(token: str | bytes) -> str | bytes:

@@ -111,7 +111,7 @@ class PieceVocabulary(Vocabulary):
 
     @property
     def starts_with_space(self) -> bool:
-        """Whether decoding drops the space that a text begins with."""
+        """True if decoding drops the space that a text begins with."""
         return self.model.space_first or self.model.strip_spaces
 
     @functools.cached_property
@@ -233,7 +233,7 @@ def _piece(data: Any, number: int) -> Piece:
 
 
 def is_byte_name(text: str) -> bool:
-    """Whether a piece is spelled as a byte, such as <0x0A>."""
+    """True if a piece is spelled as a byte, such as <0x0A>."""
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">") and set(text[3:5]) <= _HEX
 
 

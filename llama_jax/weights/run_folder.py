@@ -184,19 +184,22 @@ class RunSource:
 
 
 def _name_of_base(folder: Path, name: str) -> str | Path:
-    """The name under which a run's `init_from` is found: as it is, or as a path below a parent of the run folder.
+    """The name under which to open a run's `init_from`: as it is, or as a path below a parent of the run folder.
 
-    A relative path was relative to the folder in which train.py ran, which is usually a parent of the run folder.
-    `RunSource.base` compares the identity of what is found with the one in the run's config.
+    A path may not exist here because it is relative to another working folder, or because the run folder and its base
+    were moved together. Then the longest end of the path that exists below a parent of the run folder is taken.
+    `RunSource.base` compares the identity of that model with the one in the run's config.
     """
     path = Path(name).expanduser()
-    if path.exists() or path.is_absolute():
+    if path.exists():
         return name
-    for parent in folder.resolve().parents:
-        if (parent / path).exists():
-            return parent / path
-    if is_path(name):
-        raise ConfigError(f"there is no {name!r} in the current folder or in a parent of {folder.resolve()}")
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    for start in range(len(parts) if path.is_absolute() else 1):
+        for parent in folder.resolve().parents:
+            if (candidate := parent.joinpath(*parts[start:])).exists():
+                return candidate
+    if is_path(name) and not path.is_absolute():
+        raise ConfigError(f"no {name!r} in the current folder or in a parent of {folder.resolve()}")
     return name
 
 

@@ -1,4 +1,4 @@
-"""The floors of docs/design.md: imports go down only, and files stay small enough to read."""
+"""The floors of docs/architecture/index.md#floors: imports go down only, and files stay small enough to read."""
 
 import ast
 import graphlib
@@ -17,7 +17,7 @@ PACKAGE = ROOT / "llama_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
 
-# The first that matches a module's dotted name, as docs/design.md stacks them.
+# The first that matches a module's dotted name, as docs/architecture/index.md#floors stacks them.
 FLOORS = {
     "llama_jax.errors": 0,
     "llama_jax.files": 0,

@@ -95,6 +95,15 @@ def test_a_relative_base_is_found_from_any_folder(tmp_path, base, monkeypatch):
     assert open_source(run).base.path.resolve() == other
 
 
+def test_a_base_that_was_moved_together_with_its_run_is_found(tmp_path, base):
+    project = tmp_path / "project"
+    (project / "models").mkdir(parents=True)
+    moved = base.rename(project / "models" / "base")
+    make_run(project / "runs" / "first", moved, str(moved))
+    project = project.rename(tmp_path / "moved")
+    assert open_source(project / "runs" / "first").base.path == project / "models" / "base"
+
+
 @pytest.mark.parametrize("name", ["models/base", "owner/name", "smollm2", ""])
 def test_a_runs_config_has_the_absolute_path_of_a_local_base(tmp_path, base, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

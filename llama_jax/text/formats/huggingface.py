@@ -261,7 +261,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """What a part of the file is called in errors: its type."""
+    """The type of a part of the file, for errors."""
     kind = value.get("type") if isinstance(value, dict) else value
     return kind if isinstance(kind, str) else brief(kind)
 

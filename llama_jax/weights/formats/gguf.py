@@ -403,23 +403,23 @@ def _tokenizer(
     """The tokenizer.* metadata of a model."""
     if len(stop_tokens) > len(_STOPS):
         _log.warning("warning: a GGUF file names %d stop tokens: of %s the last are left out", len(_STOPS), stop_tokens)
-        stop_tokens = stop_tokens[: len(_STOPS)]
+    stop_tokens = tuple(token for token in stop_tokens if token != eos_token)
+    stop_tokens = stop_tokens[: len(_STOPS) - (eos_token is not None)]  # eos has one of the three keys
     tokens = vocabulary["tokens"] if vocabulary is not None else []
     if len(tokens) > config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokens):,} ids, but the model {config.vocab_size:,}")
-    given = {"bos": bos_token, "eos": eos_token}
-    ids = {name: token for name, token in given.items() if token is not None}
-    stop_tokens = tuple(token for token in stop_tokens if token != eos_token)
+    ids = {"bos": bos_token, "eos": eos_token}
+    ids = {name: token for name, token in ids.items() if token is not None}
     spelled = {"<|eot_id|>": "eot", "<|eom_id|>": "eom"}
     for token in stop_tokens:  # each under the key of its spelling, else under the first free key
-        place = spelled.get(tokens[token]) if token < len(tokens) else None
+        key = spelled.get(tokens[token]) if token < len(tokens) else None
         free = [stop for stop in _STOPS if stop not in ids]
-        ids[place if place in free else free[0]] = token
+        ids[key if key in free else free[0]] = token
     if stop_tokens:
         ids.setdefault("eos", stop_tokens[0])
-    found: dict[str, Value] = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    metadata: dict[str, Value] = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
     if vocabulary is None:
-        return {"tokenizer.ggml.model": "no_vocab", **found}
+        return {"tokenizer.ggml.model": "no_vocab", **metadata}
     padding = config.vocab_size - len(tokens)
     types = np.asarray(vocabulary["token_types"], np.int32)
     named = {
@@ -430,9 +430,9 @@ def _tokenizer(
         "merges": vocabulary["merges"] or None,
         "add_bos_token": vocabulary["add_bos"],
     }
-    found |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
-    found |= more_metadata(vocabulary, padding)
-    return found
+    metadata |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
+    metadata |= more_metadata(vocabulary, padding)
+    return metadata
 
 
 def _eos_of(template: ChatTemplate | None, vocabulary: Fields | None, stop_tokens: tuple[int, ...]) -> int | None:
@@ -448,10 +448,10 @@ def _templates(template: ChatTemplate | None) -> dict[str, Value]:
     if template is None:
         return {}
     named = [name for name in template.sources if name != DEFAULT]
-    found: dict[str, Value] = {
+    metadata: dict[str, Value] = {
         _TEMPLATE if name == DEFAULT else f"{_TEMPLATE}.{name}": source for name, source in template.sources.items()
     }
-    return found | ({"tokenizer.chat_templates": named} if named else {})
+    return metadata | ({"tokenizer.chat_templates": named} if named else {})
 
 
 def _typed(gguf: GGUF, key: str, kind: type[T]) -> T | None:

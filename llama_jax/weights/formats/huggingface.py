@@ -20,6 +20,7 @@ from llama_jax.files import read_json, write_json
 from llama_jax.sampling_params import GREEDY, SamplingParams
 from llama_jax.text import chat_template
 from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.vocabulary import MOST_BYTES
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import flax, safetensors, torch_folder
 from llama_jax.weights.formats.huggingface_config import export_config, read_config
@@ -37,7 +38,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_TOKENIZER_BYTES = 32_000_000  # the largest size of each of them
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
 # The sampling settings of generation_config.json. SamplingParams has the same names.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -153,7 +153,7 @@ def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     folder = Path(folder).resolve()
     homes = {folder, folder.parent.parent / "blobs"}
     paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= _TOKENIZER_BYTES)
+    return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= MOST_BYTES)
 
 
 def save_folder(
