@@ -116,11 +116,12 @@ def _convert(options: argparse.Namespace) -> int:
     export.check(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
-    opened = {} if options.adapter is None else peft.open_adapter(options.adapter, source.config)
-    leaves = source.leaves
+    opened = None if options.adapter is None else peft.open_adapter(options.adapter, source.config)
+    leaves, config = source.leaves, source.config
     if leaves is None:
-        leaves = export.leaves_of(source.config, source.load(None, None, "none"))
-    leaves = adapters.merge(leaves, opened)
+        leaves = export.leaves_of(config, source.load(None, None, "none"))
+    if opened is not None:
+        leaves, config = adapters.merge_adapter(leaves, opened), opened.config
     tokenizer, without = None, "the source has none"
     try:
         tokenizer = source.tokenizer()
@@ -133,9 +134,7 @@ def _convert(options: argparse.Namespace) -> int:
         files = ()  # transformers is given one anew
     card = export.Card(tokenizer, bos, tuple(stops), source.sampling, source.chat_template, files)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
-    path = export.save(
-        options.dest, source.config, leaves, card, format=options.to, dtype=options.dtype, shard_bytes=size
-    )
+    path = export.save(options.dest, config, leaves, card, format=options.to, dtype=options.dtype, shard_bytes=size)
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {_human(_size(path))} in {seconds:.1f} s")
     if tokenizer is None and not (files and options.to == "hf"):

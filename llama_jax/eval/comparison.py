@@ -339,9 +339,8 @@ def _model_identity(model: str, adapter: str | None) -> str:
     """Which model it is, with its adapter: a path may hold another one tomorrow."""
     source = open_source(model)
     digest = hashlib.sha256(source.identity().encode())
-    for stored in peft.open_adapter(adapter, source.config).values() if adapter else ():
-        for entry in stored:
-            digest.update(entry.read().tobytes())
+    for _, tensor in peft.open_adapter(adapter, source.config).tensors() if adapter else ():
+        digest.update(tensor.read().tobytes())
     return digest.hexdigest()
 
 

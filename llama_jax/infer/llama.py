@@ -27,10 +27,9 @@ from llama_jax import model
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.infer import engine, inputs
-from llama_jax.ops.lora import Update
 from llama_jax.params import unstack
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.weights import adapters, export, name_table
+from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.source import Source, UnknownTokenizer, open_source
@@ -122,12 +121,13 @@ class Llama:
         self.chat_template = chat_template
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
-        self.adapters: dict[str, Mapping[name_table.Path, Update]] = {}
+        self.adapters: dict[str, adapters.AdapterWeights] = {}
+        self._base: Llama | None = None  # of a view with an adapter: the model without it
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
         """Read a LoRA adapter, by its folder or hub id, for `use` by this name. Raises what `load` raises."""
-        self._add(name, peft.open_adapter(folder, self.config))
+        self._add(name, peft.open_adapter(folder, (self._base or self).config))
 
     def use(self, name: str | None) -> Llama:
         """The same model under one of `adapters`, or under none.
@@ -138,18 +138,29 @@ class Llama:
         if name is not None and name not in self.adapters:
             known = list(self.adapters)
             raise ConfigError(f"no adapter {name!r}{nearest(name, known)} There are: {', '.join(known) or 'none'}")
-        view = copy.copy(self)
-        view.params = adapters.applied(self.config, self.params, {} if name is None else self.adapters[name])
-        view.engine = self.engine.of(view.params)
+        base = self._base or self
+        view = copy.copy(base)
+        view._base = base
+        if name is None:
+            view.params = adapters.without_adapter(base.config, base.params)
+        else:
+            view.config = self.adapters[name].config
+            view.params = adapters.with_adapter(base.params, self.adapters[name])
+        if view.config == base.config:
+            view.engine = base.engine.of(view.params)
+        else:  # more rows of the vocabulary, or an embedding that is tied no more: other programs
+            dtype = base.engine.dtype
+            view.params = engine.placed(view.config, view.params, mesh=self.mesh, dtype=dtype)
+            view.engine = engine.Engine(view.config, view.params, mesh=self.mesh, dtype=dtype)
         return view
 
     def _add(self, name: str, opened: adapters.Adapter) -> None:
-        if not self.adapters and adapters.is_adapted(self.params):
+        if not self.adapters and adapters.has_lora(self.params):
             raise ConfigError(
                 f"adapter {name!r} would take the place of the LoRA updates that this model's run trained: give the "
                 "base as the model, and the run's adapter/ among its adapters"
             )
-        self.adapters[name] = adapters.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
+        self.adapters[name] = adapters.read_adapter(opened, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: model.Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""

@@ -36,6 +36,7 @@ from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
 from llama_jax.weights import export, lora_params
+from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
 from llama_jax.weights.run_folder import CONFIG_FILE
 
@@ -356,10 +357,10 @@ def _write_adapter(program: Program, best: trainable.Trained, folder: Path) -> N
     """LoRA's updates as peft reads them; what else is in their folder stays."""
     run = program.run
     fresh, place = folder / "adapter.new", folder / "adapter"
-    adapter = export.stored(lora_params.by_path(run.lora, best))
+    adapter = Adapter(run.model, export.lazy_lora(lora_params.by_path(run.lora, best)))
     if jax.process_index() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
-    peft.write_adapter(fresh, run.model, adapter, base_model=run.init_from, dropout=run.lora.dropout)
+    peft.write_adapter(fresh, adapter, base_model=run.init_from, dropout=run.lora.dropout)
     if jax.process_index() == 0:
         place.mkdir(exist_ok=True)
         for file in fresh.iterdir():

@@ -80,23 +80,31 @@ def download(repo_id: str) -> Path:
     return folder / choice.opened
 
 
-def download_adapter(repo_id: str, wanted: Sequence[str]) -> Path:
-    """The folder of a LoRA adapter named by its id, as `download`: of its files only those that are `wanted`.
+def download_adapter(repo_id: str, config: str, weights: Sequence[str], optional: Sequence[str]) -> Path:
+    """The folder of a LoRA adapter named by its id, downloaded as `download` does.
+
+    Args:
+        repo_id: owner/name, with @revision for a branch, a tag or a commit other than main.
+        config: the file that an adapter must have.
+        weights: files of weights, of which the first that is there is downloaded.
+        optional: files that are downloaded if they are there.
 
     Raises:
-        ConfigError: as `download`; one of the files is not in the repo.
+        ConfigError: what `download` raises, or the repo has no config or no weights.
     """
     name = _parse(repo_id)
     if name is None or name.file is not None:
         raise ConfigError(f"{repo_id!r} is not the id of an adapter: write owner/name or owner/name@revision")
-    folder = fetch(name.repo, (".gitattributes", *wanted))
+    folder = fetch(name.repo, (".gitattributes", config, *optional))
     files = listing(name.repo, folder)
-    if missing := [file for file in wanted if file not in files]:
+    chosen = [file for file in weights if file in files][:1]
+    if missing := [file for file in (config, *(chosen or weights[:1])) if file not in files]:
         raise ConfigError(
             f"{name.repo.name} is no LoRA adapter as peft writes it: it has no {some(missing)}; it has "
             f"{some(files) or 'no files'}"
         )
-    check_there(name.repo, folder, wanted)
+    fetch(name.repo, chosen, commit=folder.name)
+    check_there(name.repo, folder, (config, *chosen))
     return folder
 
 

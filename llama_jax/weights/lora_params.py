@@ -8,7 +8,7 @@ adapters are written and merged (weights/adapters.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -72,13 +72,13 @@ def applied(settings: LoraConfig, base: model.Params, updates: Updates, key: jax
     return {**base, "layers": layers}
 
 
-def by_path(settings: LoraConfig, updates: Updates) -> Mapping[name_table.Path, lora.Update]:
+def by_path(settings: LoraConfig, updates: Updates) -> dict[name_table.Path, lora.LoraWeights]:
     """Each update by the path of its weight in unrolled params."""
     found = {}
     for block, name in _places(settings):
         a, b = (updates["layers"][block][name][part] for part in ("a", "b"))
         for layer in range(a.shape[0]):
-            found["layers", layer, block, name] = lora.Update(a[layer], b[layer], jnp.float32(_scale(settings)))
+            found["layers", layer, block, name] = lora.LoraWeights(a[layer], b[layer], jnp.float32(_scale(settings)))
     return found
 
 

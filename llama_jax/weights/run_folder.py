@@ -16,7 +16,7 @@ from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.files import read_json
-from llama_jax.ops.lora import Update
+from llama_jax.ops.lora import LoraWeights
 from llama_jax.params import unstack
 from llama_jax.run_keys import LoraConfig
 from llama_jax.weights import adapters, lora_params
@@ -118,9 +118,9 @@ def _load_lora(
         )
     shapes = jax.eval_shape(lambda: lora_params.initial(config, settings, jax.random.key(0)))
     trained = _restored(folder, step, shapes, lora_params.axes(config, settings), layout)
-    found = lora_params.by_path(settings, trained)
-    found = {path: Update(u.a.astype(dtype), u.b.astype(dtype), u.scale) for path, u in found.items()}
-    return adapters.applied(config, base.load_merged(layout, dtype, quantize), found)
+    lora = lora_params.by_path(settings, trained)
+    lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
+    return adapters.with_adapter(base.load_merged(layout, dtype, quantize), adapters.AdapterWeights(config, lora))
 
 
 def _restored(folder: Path, step: int | None, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
