@@ -4,7 +4,7 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl --config.distributed.coordinator=auto
 
 Hardware: 16 TPU v6e chips (v6e:4x4, 31.25 GiB each) in four hosts; weights split 4 x 4 over fsdp and tensor.
-Memory: 23.2 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 7.5 GB each.
+Memory: 23.2 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 7.5 GB each.
 Expect: 65,536 tokens a step, in four parts of a row for each four chips. Speed and loss are not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: tensor may be up to 8; data.batch_size / train.accumulate is a multiple of fsdp. 8 x 80 GB GPUs should take

@@ -4,7 +4,7 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); the base in bfloat16 split eight ways.
-Memory: 27.5 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 2.5 GB each.
+Memory: 27.5 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 2.5 GB each.
 Expect: 65,536 tokens a step, in two parts of a row a chip. Speed and loss are not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: data.batch_size / train.accumulate is a multiple of the chips. 4 v5p chips take about 50 GiB each.

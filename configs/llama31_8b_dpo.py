@@ -4,7 +4,7 @@
         --config.data.train=pairs.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); the reference in bfloat16 beside float32 weights.
-Memory: 22.6 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 96 GB each.
+Memory: 22.6 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 65,536 tokens a step, which is some 60 pairs of 1,000 tokens. Loss begins at 0.693. Speed and where it ends are
 not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0

@@ -4,7 +4,7 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one TPU v6e chip (v6e:1x1, 31.25 GiB), Colab's v6e-1; the base in bfloat16.
-Memory: 17.9 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 0.5 GB each.
+Memory: 17.9 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 0.5 GB each.
 Expect: 32,768 tokens a step, a row at a time. Speed and loss are not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: on 8 chips a row goes to each with --config.train.accumulate=1. A GPU of 40 GB or more should

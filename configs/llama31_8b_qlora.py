@@ -4,7 +4,7 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one TPU v5e chip (v5e:1x1, 15.75 GiB), Colab's v5e-1.
-Memory: 10.7 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 0.5 GB each.
+Memory: 10.7 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 0.5 GB each.
 Expect: 16,384 tokens a step, two rows at a time. Speed and loss are not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: rows at a time are data.batch_size / train.accumulate; four on a v6e chip. A GPU of 16 GB should take it

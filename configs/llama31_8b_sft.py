@@ -4,7 +4,7 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); float32 weights and moments split eight ways.
-Memory: 20.8 GiB a chip at its peak, by the compiler's account (tests/test_aot.py); checkpoints take 96 GB each.
+Memory: 20.8 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 65,536 tokens a step, some of them padding. Speed and loss are not measured.
 Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: data.batch_size is a row a chip. 16 v5e chips take about 12 GiB each, 4 v5p 34.

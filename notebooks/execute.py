@@ -3,8 +3,8 @@
     python notebooks/execute.py [NAME ...]
 
 It takes pip install -r requirements-dev.txt, and on two cores about a quarter of an hour for all. Each runs in an empty
-folder, so that it finds nothing but itself. tests/test_notebooks.py runs them the same way with LLAMA_JAX_QUICK=1, and
-stores nothing.
+folder, so that it finds nothing but itself. tests/project/test_notebooks.py runs them the same way with
+LLAMA_JAX_QUICK=1, and stores nothing.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -14,3 +15,14 @@ _programs = tempfile.TemporaryDirectory(prefix="llama_jax_programs_")
 jax.config.update("jax_compilation_cache_dir", _programs.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+pytest.register_assert_rewrite("helpers")  # before any of them is imported
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """The address of a small hub of our own (helpers/hub.py), which answers for as long as a test file runs."""
+    from helpers import hub
+
+    with hub.serving() as address:
+        yield address

@@ -113,7 +113,7 @@ def _gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
     """The weight whole along `embed`, still packed, with its rows one after the other in memory.
 
     A TPU unpacks it faster the other way about. Left to itself XLA would turn for that not one layer's weight at a time
-    but all that a scan is given, which takes the memory of a second model (tests/test_aot.py).
+    but all that a scan is given, which takes the memory of a second model (tests/project/test_aot.py).
     """
     by_rows = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))  # noqa: E731
     if axes is None:

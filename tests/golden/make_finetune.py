@@ -49,9 +49,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from golden.make_model import VOCAB_STRIDE, _transformers_config, random_weights
 from golden.make_peft import CONFIG, LINEAR, TOKENS
-
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import gguf_blocks
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from golden.make_model import random_tokens, random_weights
 
+from golden.make_model import random_tokens, random_weights
 from llama_jax.config import SIZES, ModelConfig, RopeScaling
 
 if TYPE_CHECKING:

@@ -21,10 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from folders import make_folder
-from golden.make_model import random_weights
-
 import llama_jax
+from golden.make_model import random_weights
+from helpers.folders import make_folder
 from llama_jax.config import SIZES
 from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.tokenizer import Tokenizer

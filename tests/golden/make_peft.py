@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden.make_model import VOCAB_STRIDE, _transformers_config, random_tokens, random_weights
 
+from golden.make_model import VOCAB_STRIDE, _transformers_config, random_tokens, random_weights
 from llama_jax.config import SIZES, ModelConfig
 
 HERE = Path(__file__).parent

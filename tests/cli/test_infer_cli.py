@@ -1,0 +1,192 @@
+"""infer.py from outside: one process for what only a process shows, `cli.main` with a small model for the rest."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from helpers.paths import ROOT
+from helpers.tokenizers import byte_tokenizer
+from llama_jax import config as configs
+from llama_jax import model
+from llama_jax.infer import cli
+from llama_jax.infer.llama import Llama
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = configs.size("tiny")
+    tokenizer = byte_tokenizer()
+    return Llama(config, model.init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
+
+
+@pytest.fixture
+def run(small, monkeypatch, capsys):
+    monkeypatch.setattr("llama_jax.infer.llama.load", lambda source, **_: small)
+    monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            status = cli.main(["--model", "m", *argv])
+        except SystemExit as leave:
+            status = leave.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_one_prompt_streams_the_text_of_generate(run, small):
+    status, out, _ = run("--prompt", "hello", "--max_new_tokens", "12", "--seed", "5", "--temperature", "0.8")
+    expected = small.generate("hello", max_new_tokens=12, seed=5, temperature=0.8)
+    assert (status, out) == (0, expected.text + "\n")
+
+
+def test_json_is_one_object_a_prompt(run, small):
+    status, out, _ = run("--prompt", "a", "--prompt", "b", "--json", "--max_new_tokens", "4", "--top_k", "3")
+    rows = [json.loads(line) for line in out.splitlines()]
+    expected = small.generate(["a", "b"], max_new_tokens=4, top_k=3)
+    assert status == 0
+    assert [(r["text"], r["tokens"]) for r in rows] == [(e.text, e.tokens) for e in expected]
+    assert rows[0].keys() == {"text", "tokens", "logprobs", "finish_reason", "tokens_per_second"}
+    assert rows[0]["finish_reason"] == "length" and rows[0]["tokens_per_second"] > 0
+
+
+def test_prompts_come_from_lines_from_json_lines_and_from_standard_input(run, tmp_path):
+    options = ("--json", "--max_new_tokens", "3", "--temperature", "0")
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_text("one\n\ntwo\n")
+    lines.write_text('"one"\n{"prompt": "two"}\n')
+    outs = [
+        run("--prompt_file", str(plain), *options)[1],
+        run("--prompt_file", str(lines), *options)[1],
+        run("--prompt_file", "-", *options, stdin="one\ntwo\n")[1],
+    ]
+    tokens = [[json.loads(line)["tokens"] for line in out.splitlines()] for out in outs]
+    assert len(tokens[0]) == 2 and tokens[0] == tokens[1] == tokens[2]
+    assert run("--prompt_file", str(plain), *options[1:])[1].count("=== prompt") == 2
+
+
+def test_a_dialog_in_a_file_is_answered(run, small, tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    (tmp_path / "dialog.json").write_text(json.dumps(messages))
+    _, out, _ = run("--messages", str(tmp_path / "dialog.json"), "--max_new_tokens", "6", "--temperature", "0")
+    assert out == small.chat(messages, max_new_tokens=6, temperature=0).text + "\n"
+
+
+def test_each_question_is_answered_alone(run, small):
+    options = ("--max_new_tokens", "6", "--temperature", "0.8", "--seed", "4")
+    dialogs = [[{"role": "user", "content": text}] for text in ("hi", "and you?")]
+    how = {"max_new_tokens": 6, "temperature": 0.8}
+    first, second = (small.chat(dialog, seed=4 + i, **how) for i, dialog in enumerate(dialogs))
+    assert run("--ask", "hi", *options)[1] == f"{first.text}\n"
+    asked = ("--ask", "hi", "--ask", "and you?", *options)
+    assert run(*asked)[1] == f"> hi\n{first.text}\n> and you?\n{second.text}\n"
+    assert [json.loads(line)["tokens"] for line in run(*asked, "--json")[1].splitlines()] == [
+        first.tokens,
+        second.tokens,
+    ]
+    dialog = [{"role": "system", "content": "Be brief."}, *dialogs[0]]
+    assert run("--ask", "hi", "--system", "Be brief.", *options)[1] == small.chat(dialog, seed=4, **how).text + "\n"
+
+
+def test_chat_remembers_until_reset_and_leaves_at_quit(run, small):
+    lines = "hi\nagain\n/reset\nhi\n/rest\n/quit\nnever\n"
+    status, out, err = run("--chat", "--max_new_tokens", "5", "--temperature", "0", stdin=lines)
+    first = small.chat([{"role": "user", "content": "hi"}], max_new_tokens=5, temperature=0).text
+    dialog = [("user", "hi"), ("assistant", first), ("user", "again")]
+    messages = [{"role": role, "content": content} for role, content in dialog]
+    second = small.chat(messages, max_new_tokens=5, temperature=0).text
+    assert status == 0 and "unknown command /rest" in err
+    assert out == f"> {first}\n> {second}\n> > {first}\n> > "
+
+
+def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch):
+    asked = []
+
+    def interrupted(messages, **_):
+        asked.append([m["content"] for m in messages])
+        yield "par"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small, "stream_chat", interrupted, raising=False)
+    status, out, _ = run("--chat", stdin="hi\nmore\n")
+    assert status == 0 and out.startswith("> par\n> par\n")
+    assert asked == [["hi"], ["hi", "par", "more"]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "a", "--temprature", "1"], "unknown argument '--temprature'; did you mean '--temperature'?"),
+        (["--prompt", "a", "--max_tokens=3"], "did you mean '--max_new_tokens'?"),
+        ([], "give one of --prompt"),
+        (["--prompt", "a", "--chat"], "got --prompt and --chat"),
+        (["--ask", "a", "--prompt", "b"], "got --prompt and --ask"),
+        (["--prompt", "a", "--system", "b"], "--system goes with --ask and --chat"),
+        (["--chat", "--json"], "--json does not go with --chat"),
+        (["--prompt", "a", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature must be"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be"),
+        (["--prompt", "a", "--top_p", "0"], "top_p must be from 0.000001 to 1"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--prompt", "a", "--max_new_tokens", "999999"], "max_seq_len=131,072"),
+        (["--prompt", "a", "--mesh", "tensor"], "expected AXIS=N"),
+        (["--prompt_file", "missing/a.txt"], "error: missing/a.txt: No such file or directory\n"),
+        (["--prompt_file", str(ROOT / "requirement.txt")], "directory; did you mean 'requirements.txt'?"),
+        (["--messages", "missing.json"], "missing.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_status_2(run, argv, message):
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_bad_line_of_a_prompt_file_is_named(run, tmp_path):
+    (tmp_path / "p.jsonl").write_text('"fine"\n{"text": 3}\n')
+    assert "line 2 must be a string" in run("--prompt_file", str(tmp_path / "p.jsonl"))[2]
+    (tmp_path / "p.jsonl").write_text('"fine"\n{\n')
+    assert "line 2 is not JSON" in run("--prompt_file", str(tmp_path / "p.jsonl"))[2]
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "holds no prompt" in run("--prompt_file", str(tmp_path / "empty.txt"))[2]
+
+
+def test_a_missing_model_is_told_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "infer.py", "--model", "llama_jaxx", "--prompt", "a"],
+        cwd=ROOT,
+        env={**os.environ, "LLAMA_JAX_CACHE": "off"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "did you mean 'llama_jax'" in done.stderr
+
+
+def test_a_typo_is_answered_before_jax_is_imported():
+    code = "import sys; from llama_jax.infer import cli\ntry: cli.main(['--modle', 'x'])\nexcept SystemExit: pass\n"
+    code += "print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = (
+        "import sys\nfrom llama_jax.infer import cli\n"
+        "def run(options):\n    for _ in range(99999): print('text')\n"
+        "cli._run = run\nsys.exit(cli.main(['--model', 'm', '--prompt', 'a']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141

@@ -1,0 +1,221 @@
+"""train.py from outside: one line on standard error that mends the mistake, exit status 2, no traceback."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers.paths import ROOT
+from helpers.runs import parse, write_config
+from llama_jax import cli, parallel
+from llama_jax.errors import ConfigError
+from llama_jax.train import setup
+from llama_jax.train.loop import train
+
+
+def test_flags_change_keys(tmp_path):
+    config = write_config(tmp_path)
+    run, resume = parse(
+        f"--config={config}",
+        "--config.optimizer.learning_rate=1e-4",
+        "--config.data.shuffle=False",
+        "--config.data.train=a.txt,b.txt",
+        "--config.log.sample_prompts=('One, two', 'Three')",
+        "--config.model.num_layers=7",
+        "--config.model.rope_scaling.factor=4",
+        "--noresume",
+    )
+    assert (run.optimizer.learning_rate, run.data.shuffle, run.model.num_layers) == (1e-4, False, 7)
+    assert run.data.train == ("a.txt", "b.txt") and run.log.sample_prompts == ("One, two", "Three")
+    assert run.model.rope_scaling.factor == 4 and not resume
+    assert parse("--config", config) == (parse(f"--config={config}")[0], True)
+
+
+def test_of_a_key_that_is_given_twice_the_last_counts(tmp_path):
+    config = write_config(tmp_path)
+    run, _ = parse(
+        f"--config={config}",
+        "--config.data.train=a.txt",
+        "--config.train.steps=5",
+        "--config.data.train=b.txt",
+        "--config.train.steps=6",
+    )
+    assert run.data.train == ("b.txt",) and run.train.steps == 6
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_printed_without_a_config(flag, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(flag)
+    assert left.value.code == 0 and "--config.KEY=VALUE" in capsys.readouterr().out
+
+
+def test_keys_are_listed_with_their_values(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(f"--config={write_config(tmp_path)}", "--keys", "--config.train.z_loss=1e-4")
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "train.z_loss = 0.0001" in out and "model.rope_scaling.factor = 8.0" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.optimizer.lerning_rate=1"], "unknown key 'optimizer.lerning_rate': did you mean 'optimizer.lear"),
+        (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.train.batch_size=1"], "did you mean 'data.batch_size'?"),
+        (["--config.train=1"], "train is a section: set one of train.objective, train.steps"),
+        (["--config.train.steps"], "--config.train.steps=VALUE"),
+        (["--config.train.steps", "5"], "--config.train.steps=VALUE"),
+        (["--config.train.steps="], "train.steps"),
+        (["--config.train.steps=many"], "train.steps must be a whole number, got 'many'"),
+        (["--config.train.steps=1.5"], "train.steps must be a whole number, got '1.5'"),
+        (["--config.data.shuffle=perhaps"], "data.shuffle must be True or False, got 'perhaps'"),
+        (["--config.data.weights=3,x"], "data.weights must be a number, got 'x'"),
+        (["--config.lora.targets=q"], "lora.targets needs lora.rank, which is 0"),
+        (["--config.lora.targets=q_proj"], "did you mean 'q'?"),
+        (["--config.optimizer.rates=embed:0.1"], "did you mean 'embed=0.1'?"),
+        (["--config.train.steps=-1"], "train.steps must be at least 1, got -1"),
+        (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate must be a finite number"),
+        (["--config.optimizer.learning_rate=fast"], "optimizer.learning_rate must be a number, got 'fast'"),
+        (["--config.data.shuffle=perhaps"], "data.shuffle"),
+        (["--config.optimizer.schedule=linear"], "optimizer.schedule must be one of"),
+        (["--config.model.num_kv_heads=3"], "model.num_kv_heads=3 must divide num_heads=8: one of [1, 2, 4, 8]"),
+        (["--config.data.sequence_length=999999"], "is more than model.max_seq_len"),
+        (["--steps=5"], "steps"),
+        (["--resum"], "resum"),
+        (["more"], "unexpected arguments more: keys are set with --config.KEY=VALUE"),
+    ],
+)
+def test_a_wrong_flag_is_named(tmp_path, arguments, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--config={write_config(tmp_path)}", *arguments)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def get_config(:\n", "SyntaxError"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("import no_such_module\n", "no_such_module"),
+        ("def get_config():\n    return None\n", "get_config() must return an ml_collections.ConfigDict"),
+        ("def get_config():\n    return {'output': 'x'}\n", "get_config() must return an ml_collections.ConfigDict"),
+    ],
+)
+def test_a_broken_config_file_is_named_with_what_is_wrong(tmp_path, source, words):
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    done, _ = program(tmp_path, f"--config={path}")
+    line = done.stderr.splitlines()[-1]  # absl may warn of its own before
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert line.startswith("error: ") and words in line and "broken.py" in line
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("config.optimizer.lerning_rate = 1.0", "unknown key 'optimizer.lerning_rate'"),
+        ("config.train.steps = '5'", "TypeError"),  # ml_collections guards the type; its words name the field
+        ("config.optimizer.learning_rate = float('inf')", "optimizer.learning_rate must be a finite number"),
+        ("config.mesh.tensor = 0", "mesh.tensor=0"),
+    ],
+)
+def test_a_wrong_key_in_a_config_file_is_named(tmp_path, extra, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--config={write_config(tmp_path, extra)}")
+    assert words in str(caught.value) and extra.split(" =")[0].split(".")[-1] in str(caught.value)
+
+
+def test_no_config_says_how_to_give_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="python train.py --config configs/quickstart.py"):
+        parse()
+    with pytest.raises(ConfigError, match="did you mean 'configs/quickstart.py'"):
+        parse("--config=configs/quickstrat.py")
+    with pytest.raises(ConfigError, match="--config: no file"):
+        parse("--config")
+
+
+def paths_refused(tmp_path, **changes):
+    extra = "; ".join(f"config.{key.replace('__', '.')} = {value!r}" for key, value in changes.items())
+    run, _ = parse(f"--config={write_config(tmp_path, extra)}")
+    with pytest.raises(ConfigError) as caught:
+        setup.check_paths(run)
+    return str(caught.value)
+
+
+def test_paths_that_cannot_work_are_refused_by_key(tmp_path):
+    blocked = tmp_path / "a_file"
+    blocked.write_text("")
+    assert "output=" in paths_refused(tmp_path, output=str(blocked))
+    assert "output=" in paths_refused(tmp_path, output=str(blocked / "below"))
+    assert "data.cache_dir=" in paths_refused(tmp_path, data__cache_dir=str(blocked))
+    assert paths_refused(tmp_path, data__train=(str(tmp_path / "no*.txt"),)).startswith("data.train: ")
+    assert paths_refused(tmp_path, data__validation=(str(tmp_path / "none"),)).startswith("data.validation: ")
+    assert "data.tokenizer=" in paths_refused(tmp_path, data__tokenizer=str(tmp_path / "none.model"))
+    assert "init_from=" in paths_refused(tmp_path, init_from=str(tmp_path / "none"))
+
+
+def test_an_unwritable_output_is_refused(tmp_path, monkeypatch):
+    # By patching: permission bits do not bind the superuser, as whom containers often run.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "not writable" in paths_refused(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_refused_by_its_path(tmp_path):
+    bad = tmp_path / "bad.model"
+    bad.write_text("this is no vocabulary\n")
+    run, _ = parse(f"--config={write_config(tmp_path)}", f"--config.data.tokenizer={bad}")
+    with pytest.raises(ValueError, match="bad.model"):
+        train(run)
+
+
+def test_meshes_must_use_the_devices():
+    with pytest.raises(ConfigError, match="mesh data=3 is of 3 devices, but there are 8: set one axis to -1"):
+        parallel.make_mesh({"data": 3})
+    with pytest.raises(ConfigError, match=r"the fixed axes must multiply to one of \[1, 2, 4, 8\]"):
+        parallel.make_mesh({"data": 3, "fsdp": -1})
+    with pytest.raises(ConfigError, match="one of them may be -1"):
+        parallel.make_mesh({"data": -1, "fsdp": -1})
+
+
+def program(folder, *arguments, devices=1):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "LLAMA_JAX_CACHE": str(folder / "compiled"),
+    }
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return done, time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.data.train=missing.txt"], "data.train: "),
+        (["--config.mesh.tensor=8", "--config.mesh.fsdp=1"], "must divide model.num_kv_heads=4: one of [1, 2, 4]"),
+    ],
+)
+def test_the_program_leaves_with_one_line_and_status_2(tmp_path, arguments, words):
+    done, seconds = program(tmp_path, f"--config={write_config(tmp_path)}", *arguments, devices=8)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert seconds < 20  # 2 to 4 alone on two cores; this bound is for a busy machine
+
+
+def test_errors_of_many_lines_are_told_in_one(capsys):
+    def main():
+        raise ConfigError("first\nsecond")
+
+    with pytest.raises(SystemExit) as left:
+        cli.reported(main, ConfigError)
+    assert left.value.code == 2 and capsys.readouterr().err == "error: first second\n"

@@ -1,0 +1,312 @@
+"""Claims about records: the shapes that data comes in, what each becomes, and what happens to bad lines."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.files import write
+from helpers.records import (
+    ANSWER,
+    ASK,
+    FUNCTION,
+    documents_in,
+    expected,
+    random_dialog,
+    random_pair,
+    store_of,
+)
+from llama_jax.data import sources
+from llama_jax.data.records import BadLine, Completion, Dialog, encode, parse, try_encode
+from llama_jax.data.sources import documents_from
+from llama_jax.data.store import TokenStore, build_store
+from llama_jax.errors import ConfigError
+
+# ---- a construction of its own, from the format's description ------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "merging"])
+def test_a_thousand_dialogs_have_the_ids_and_targets_of_an_independent_construction(tmp_path, request, which):
+    vocabulary, rng = request.getfixturevalue(which), random.Random(1)
+    records = [random_dialog(rng) for _ in range(1000)]
+    assert sum("tools" in record for record in records) > 300
+    found = documents_in(store_of(tmp_path, records, vocabulary, workers=2))
+    for record, document in zip(records, found, strict=True):
+        assert document == expected(vocabulary, record["messages"], record.get("tools"))
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------
+
+
+def test_every_shape_of_a_dialog_becomes_the_same_ids(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    records = [
+        {"messages": [system, ASK, ANSWER]},
+        {"messages": [system, ASK, ANSWER], "tools": None, "text": "not read", "id": 7},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *turns]},
+        {"conversations": turns, "system": "Be brief."},
+        {
+            "system": "Be brief.",
+            "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
+        },
+        {"system": "Be brief.", "instruction": "Why?", "input": "", "output": "Because."},
+        {"system": "Be brief.", "instruction": "Why?", "output": "Because.", "text": "not read"},
+    ]
+    found = [encode(parse(record, "r"), tokenizer, max_length=None) for record in records]
+    assert found == [expected(tokenizer, [system, ASK, ANSWER], None)] * len(records)
+
+
+def test_the_input_of_an_instruction_follows_after_an_empty_line(tokenizer):
+    found = encode(parse({"instruction": "Add.", "input": "1 2", "output": "3"}, "r"), tokenizer, max_length=None)
+    user = {"role": "user", "content": "Add.\n\n1 2"}
+    assert found == expected(tokenizer, [user, {"role": "assistant", "content": "3"}], None)
+
+
+def test_tools_may_be_a_string_of_json_and_results_come_from_the_tool(tokenizer):
+    turns = [("human", "Add."), ("gpt", '{"name": "add"}'), ("tool", "3"), ("gpt", "It is 3.")]
+    record = {"conversations": [{"from": a, "value": b} for a, b in turns], "tools": json.dumps([FUNCTION])}
+    roles = {"human": "user", "gpt": "assistant", "tool": "tool"}
+    messages = [{"role": roles[a], "content": b} for a, b in turns]
+    assert encode(parse(record, "r"), tokenizer, max_length=None) == expected(tokenizer, messages, [FUNCTION])
+
+
+def test_a_completion_is_plain_text_of_which_the_prompt_is_no_target(merging):
+    found = encode(parse({"prompt": "The sum of", "completion": " two"}, "r"), merging, max_length=None)
+    prompt, completion = merging.encode("The sum of", bos=True), merging.encode(" two", eos=True)
+    assert found == (prompt + completion, [False] * len(prompt) + [True] * len(completion))
+    assert merging.eot_id not in found[0]
+
+
+def test_a_text_is_learnt_whole_also_beside_dialogs(tmp_path, tokenizer):
+    store = store_of(tmp_path, [{"text": "plain"}, {"messages": [ASK, ANSWER]}], tokenizer)
+    assert store.masked
+    text, dialog = documents_in(store)
+    assert text == (tokenizer.encode("plain", bos=True, eos=True), [True] * 7)
+    assert dialog == expected(tokenizer, [ASK, ANSWER], None)
+    assert store.num_targets == 6 + sum(dialog[1])
+
+
+def test_targets_of_any_range_are_those_of_the_whole(tmp_path, tokenizer):
+    rng = random.Random(0)
+    store = store_of(tmp_path, [random_dialog(rng) for _ in range(5)], tokenizer)
+    whole = store.targets(0, store.num_tokens)
+    for _ in range(200):
+        a, b = sorted(rng.choices(range(store.num_tokens + 1), k=2))
+        np.testing.assert_array_equal(store.targets(a, b), whole[a:b])
+
+
+# ---- lists of records ----------------------------------------------------------------------------------------
+
+
+def test_a_list_of_records_gives_what_lines_of_them_give(tmp_path, tokenizer):
+    rng = random.Random(4)
+    records = [random_dialog(rng) for _ in range(50)] + [{"text": 3}, {"text": "last"}]
+    wanted = store_of(tmp_path, records, tokenizer)
+    layouts = {
+        "a.json": json.dumps(records),
+        "b.json": "\ufeff \n" + json.dumps(records, indent=2, ensure_ascii=False) + "\n",
+        "c.json": "\n".join(map(json.dumps, records)),  # lines, as many files of this name are
+    }
+    for name, text in layouts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = build_store([str(tmp_path / name)], tokenizer, cache_dir=tmp_path / "cache")
+        assert documents_in(found) == documents_in(wanted)
+        listed = json.loads(found.quarantine.read_text())
+        assert (listed["file"], listed["line"]) == (str(tmp_path / name), 51)
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(layouts["a.json"].encode()))
+    assert sum(not isinstance(sample, BadLine) for sample in documents_from([str(tmp_path / "d.json.gz")])) == 51
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"text": "a"}, {"text": "b"', "not a whole JSON list: item 2: Expecting"),
+        ('[{"text": "a"}', "not a whole JSON list: item 1: no , or ] at character 14"),
+        ('[{"text": "a"} {"text": "b"}]', "item 1: no , or ] at character 15"),
+        ('[{"text": "a"},', "not a whole JSON list: item 2: Expecting value"),
+        ('[{"text": "a"}] []', "something follows it, at character 15"),
+        ("[" * 100_000, "item 1: nested too deeply"),
+        ('[{"text": ' + "1" * 5000 + "}]", "item 1: Exceeds the limit"),
+        ("[]", "every document found is empty"),
+        ("[" + " " * 100 + "]", r"a JSON list of more than 0 MiB is not read; .* with jq -c '\.\[\]'"),
+    ],
+    ids=range(9),
+)
+def test_a_list_that_is_not_whole_or_too_large_stops_with_the_item(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(sources, "_MAX_LIST", 100 if "MiB" in words else 1 << 20)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        list(documents_from([str(tmp_path / "a.json")]))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_is_not_searched_for_lists_which_may_be_settings(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "settings.json").write_text('{"text": "not read"}')
+    assert [sample.text for sample in documents_from([str(tmp_path)])] == ["a"]
+    assert len(list(documents_from([str(tmp_path / "*")]))) == 2
+
+
+# ---- bad lines -----------------------------------------------------------------------------------------------
+
+
+def answered(content) -> dict:
+    return {"messages": [ASK, {"role": "assistant", "content": content}]}
+
+
+BAD = [
+    (b'{"text": oops}', "not a line of JSON (Expecting value at column 10)"),
+    (b'{"text": "' + b"\xff" + b'"}', "not UTF-8 at byte 10 of the line (0xff)"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+    ([1], "expected a record such as"),
+    ({"text": 3}, "'text' must be a string, found int"),
+    ({"prompt": "a"}, "'prompt' without 'completion'"),
+    ({"prompt": [ASK], "completion": [ANSWER]}, "'prompt' must be a string, found list; put a list of messages under"),
+    ({"prompt": "a", "completion": " "}, "'completion' is empty"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference pair among other records"),
+    ({"prompt": "a", "chosen": "b"}, "'chosen' without 'rejected', found ['chosen', 'prompt']"),
+    ({"instruction": "a", "output": ""}, "'output' is empty"),
+    ({"messages": "Hi"}, "messages must be a list of dicts"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": [ASK]}, "no message is the assistant's"),
+    ({"messages": [{"role": "asistant", "content": "Hi"}]}, "did you mean 'assistant'?"),
+    ({"messages": [ASK, ANSWER, {"role": "system", "content": "x"}]}, "a system message may only come first"),
+    (answered(""), "messages[1]: the assistant's answer is empty"),
+    (answered([{"type": "text", "text": " \n"}]), "messages[1]: the assistant's answer is empty"),
+    (answered(None), "assistant message has no content"),
+    (answered("x" * 500), "tokens are more than data.sequence_length=400, and may not be cut"),
+    ({"prompt": "x" * 500, "completion": "y"}, "503 tokens are more than data.sequence_length=400"),
+    ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "messages[1]: 'weight' 0 is not read"),
+    ({"messages": [ASK, {**ANSWER, "train": False}]}, "messages[1]: 'train' False is not read; every answer is learnt"),
+    (
+        {"messages": [{"role": "system", "content": "x"}, ASK, ANSWER], "system": "y"},
+        "'system' stands beside 'messages'",
+    ),
+    ({"messages": None}, "'messages' is null"),
+    ({"prompt": "a", "completion": None}, "'completion' is null"),
+    ({"prompt": "a", "completion": "b", "system": "c"}, "'system' is not read in a record of this kind: put all into"),
+    ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' is not read in a record of this kind"),
+    ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read in a record of this kind"),
+    (
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "weight": 0}]},
+        "messages[1]: 'weight' 0 is not read",
+    ),
+    ({"messages": [ASK, ANSWER], "functions": [{}]}, "'functions' is not read"),
+    ({"messages": [ASK, ANSWER], "tools": "add"}, "'tools' must be a list"),
+    ({"messages": [ASK, ANSWER], "tools": ["ad"]}, "tools[0]: 'ad' (str) is not a built-in tool"),
+    ({"conversations": {}}, "'conversations' must be a list"),
+    ({"conversations": [{"from": "human"}]}, "conversations[0] must be {'from': ..., 'value': str}"),
+    ({"conversations": [{"from": "humn", "value": "x"}]}, "conversations[0]: from 'humn' is not known; allowed: human"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD, ids=range(len(BAD)))
+def test_a_bad_line_goes_to_quarantine_with_file_line_and_reason(tmp_path, tokenizer, line, reason):
+    good = {"messages": [ASK, ANSWER]}
+    store = store_of(tmp_path, [*[good] * 20, line, b"", good], tokenizer, max_length=400)
+    assert (store.num_documents, store.num_bad) == (21, 1)
+    (listed,) = [json.loads(text) for text in store.quarantine.read_text().splitlines()]
+    assert (listed["file"], listed["line"]) == (str(tmp_path / "data.jsonl"), 21)
+    assert reason in listed["reason"] and listed["reason"].isprintable()
+
+
+def test_more_than_five_percent_of_bad_lines_stop_with_the_first_of_them(tmp_path, tokenizer):
+    lines = [{"messages": [ASK, ANSWER]}] * 19
+    assert store_of(tmp_path, [*lines, {}], tokenizer).num_bad == 1
+    with pytest.raises(
+        ValueError, match=r"^2 of 21 documents cannot be used \(9.5%; at most 5% .* the first: "
+    ) as caught:
+        store_of(tmp_path, [{"txt": "\n\x1b"}, *lines, {}], tokenizer)
+    assert f"{tmp_path / 'data.jsonl'}:1: no key 'text', found ['txt']; did you mean 'txt'?" in str(caught.value)
+    listed = Path(str(caught.value).rpartition(" listed in ")[2])
+    assert [json.loads(line)["line"] for line in listed.read_text().splitlines()] == [1, 21]
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*.partial-*"))
+
+
+def test_a_text_of_any_length_is_sound_and_only_dialogs_depend_on_the_length(tmp_path, tokenizer):
+    def stores(name: str, lines: list, lengths: list[int]) -> list[TokenStore]:
+        path = write(tmp_path / name, lines)
+        return [build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=n) for n in lengths]
+
+    texts = stores("text.jsonl", [{"text": "x" * 500}], [100, 200])
+    assert texts[0].path == texts[1].path and texts[0].num_tokens == 502 and not texts[0].masked
+    found = stores("dialogs.jsonl", [{"messages": [ASK, ANSWER]}] * 20 + [answered("x" * 200)], [100, 300, 100])
+    assert [store.num_documents for store in found] == [20, 21, 20]
+    assert found[0].path == found[2].path != found[1].path
+    found = stores("one.jsonl", [{"text": "x"}] * 20 + [answered("x" * 200)], [100, 300])
+    assert [(store.num_documents, store.masked) for store in found] == [(20, False), (21, True)]
+
+
+def test_a_vocabulary_without_control_tokens_stops_the_run_rather_than_the_line(tmp_path):
+    class Plain:
+        vocab_size, fingerprint = 256, "plain"
+
+        def encode_dialog(self, messages, **options):
+            raise ConfigError("the tokenizer has no <|begin_of_text|>")
+
+    with pytest.raises(ConfigError, match="has no <|begin_of_text|>"):
+        store_of(tmp_path, [{"messages": [ASK, ANSWER]}], Plain())
+
+
+def test_a_damaged_file_of_targets_is_refused_and_rebuilt(tmp_path, tokenizer):
+    lines = [{"messages": [ASK, ANSWER]}]
+    path = store_of(tmp_path, lines, tokenizer).path
+    (path / "targets.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"targets.bin has 0 bytes, meta.json says"):
+        TokenStore(path)
+    with pytest.warns(UserWarning, match="rebuilding it now"):
+        build_store([str(tmp_path / "data.jsonl")], tokenizer, cache_dir=tmp_path / "cache")
+
+
+def test_a_vocabulary_is_learnt_from_all_that_is_said(tmp_path):
+    lines = [{"messages": [ASK, ANSWER]}, {"prompt": "one", "completion": " two"}, b"broken", {"text": "three"}]
+    found = list(documents_from([write(tmp_path / "data.jsonl", lines)]))
+    assert [type(sample) for sample in found][:3] == [Dialog, Completion, BadLine]
+    text = "\n".join(sample.text for sample in found if not isinstance(sample, BadLine))
+    assert all(word in text for word in ("Why?", "Because.", "one two", "three"))
+
+
+def test_random_lines_are_read_or_listed_and_never_crash(tmp_path, tokenizer):
+    rng = random.Random(5)
+    keys = (
+        "messages conversations prompt completion instruction output input text system tools functions chosen".split()
+    )
+    keys += ["rejected", "role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "weight"]
+    leaves = [None, True, 0, 1.5, "", "x", "assistant", "user", "human", "gpt", "\ud800\n\x1b", "add", "{}", "[1]"]
+
+    def value(depth: int):
+        kind = rng.random()
+        if depth == 0 or kind < 0.4:
+            return rng.choice(leaves)
+        if kind < 0.65:
+            return [value(depth - 1) for _ in range(rng.randint(0, 3))]
+        return {rng.choice(keys): value(depth - 1) for _ in range(rng.randint(0, 4))}
+
+    lines: list[bytes] = []
+    for _ in range(4000):
+        kind = rng.random()
+        record = random_dialog(rng) if kind < 0.3 else random_pair(rng) if kind < 0.5 else value(4)
+        line = bytearray(json.dumps(record).encode())
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            line[rng.randrange(len(line))] = rng.choice(b'\xff\x00{}[]":,\\a1')
+        lines.append(bytes(line).replace(b"\n", b" "))
+    path = write(tmp_path / "data.jsonl", lines)
+    good, bad = 0, 0
+    for sample in documents_from([path]):
+        if not isinstance(sample, BadLine):
+            sample = try_encode(sample, tokenizer, max_length=None)
+        if not isinstance(sample, BadLine):
+            assert all(targets is None or len(targets) == len(ids) and any(targets) for ids, targets in sample)
+            good += 1
+            continue
+        assert sample.reason.isprintable() and json.loads(sample.to_json())["line"] >= 1
+        bad += 1
+    assert good > 300 and bad > 1000
+    with pytest.raises(ValueError, match="documents cannot be used"):
+        build_store([path], tokenizer, cache_dir=tmp_path / "cache")

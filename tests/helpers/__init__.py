@@ -1,0 +1,1 @@
+"""Helpers that test files share; no file here holds a test."""

@@ -1,0 +1,103 @@
+"""Compile a recipe's steps, or the 8B decode loop, for TPUs that are not here; print what they would hold, as JSON.
+
+    TPU_LIBRARY_PATH=.../libtpu.so TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu PYTHONPATH=.:tests \\
+        python -m helpers.aot_compile configs/llama31_8b_qlora.py [TOPOLOGY [KEY=VALUE ...]]
+
+Without a topology it is the one that the recipe's docstring names. A helper of
+tests/project/test_aot.py, which runs it in a process of its own: libtpu wants its environment set before jax starts.
+"""
+
+import ast
+import dataclasses
+import json
+import re
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from llama_jax import model, parallel
+from llama_jax.config import size
+from llama_jax.run_config import RunConfig
+
+
+def stated(path):
+    """What a recipe's docstring states as "(v6e:2x4" and "19.0 GiB a chip at its peak": the topology and the number."""
+    text = " ".join(ast.get_docstring(ast.parse(Path(path).read_text())).split())
+    topology, peak = re.search(r"\((v\w+:[\dx]+)\b", text), re.search(r"([\d.]+) GiB a chip at its peak", text)
+    return topology[1], float(peak[1])
+
+
+def tpu_mesh(topology, sizes):
+    bounds = (1, 1, 1) if topology.endswith(":1x1") else (2, 2, 1)
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, num_slices=1
+    ).devices
+    return parallel.make_mesh(sizes, devices)
+
+
+def train(path, topology=None, *changes):
+    """The steps of a recipe: training, and evaluation where it has any."""
+    from llama_jax.train.program import Program
+
+    config = runpy.run_path(path)["get_config"]()
+    for change in changes:
+        key, _, value = change.partition("=")
+        config.update_from_flattened_dict({key: ast.literal_eval(value)})
+    run = RunConfig.from_dict(config.to_dict())
+    mesh = tpu_mesh(topology or stated(path)[0], dataclasses.asdict(run.mesh))
+    program = Program.make(run, mesh)
+    steps = [program.train_step.lower(program.state, program.frozen, program.batch)]
+    if run.data.validation:
+        steps.append(program.eval_step.lower(program.state.params, program.frozen, program.batch))
+    return mesh, steps, {"kernels": steps[0].as_text().count("@tpu_custom_call")}
+
+
+def decode():
+    """bfloat16 weights and cache, 8 rows of 8,192 positions, tensor over 8: the loop that `generate` runs."""
+    from llama_jax.cache import init_cache
+    from llama_jax.infer import engine as engines
+    from llama_jax.sampling_params import SamplingParams
+
+    config, rows, capacity = size("llama3.1-8b"), 8, 8192
+    mesh = tpu_mesh("v5e:2x4", {"tensor": 8})
+    layout = engines.layout(config, mesh)
+    whole = parallel.replicated(mesh)
+
+    params = model.abstract_params(config, stacked=False, dtype=jnp.bfloat16)
+    params = parallel.abstract(params, parallel.shardings(layout, model.logical_axes(config, stacked=False), params))
+    engine = engines.Engine(config, params, mesh=mesh, dtype=jnp.bfloat16)
+    cache = jax.eval_shape(lambda: init_cache(config, batch=rows, capacity=capacity, dtype=jnp.bfloat16))
+    heads = layout.sharding(("batch", "kv_heads", None, None))
+    request = engines.Request(tokens=[1], max_new_tokens=64, sampling=SamplingParams(), seed=0)
+    fresh = engine._fresh([request] * rows, jnp.zeros((rows, 2), jnp.int32), [1] * rows, [1, 2, 3])
+    fresh["seen_BV"] = jax.ShapeDtypeStruct((rows, config.vocab_size), bool)
+    fresh = parallel.abstract(fresh, jax.tree.map(lambda _: whole, fresh))
+    state = engines.State(cache=parallel.abstract(cache, jax.tree.map(lambda _: heads, cache)), **fresh)
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    cache_bytes = rows * capacity * config.cache_bytes_per_token(2)
+    return mesh, [engine._decode.lower(params, state, limit)], {"cache_bytes": cache_bytes}
+
+
+def main():
+    started = time.monotonic()
+    mesh, steps, more = decode() if sys.argv[1] == "decode" else train(*sys.argv[1:])
+    # As a run is: with less effort (exec_time_optimization_effort) memory comes out up to 8 % off.
+    memory = [lowered.compile().memory_analysis() for lowered in steps]
+    found = {
+        "devices": mesh.size,
+        "peak_bytes": max(m.peak_memory_in_bytes for m in memory),
+        "peak_bytes_of_each": [m.peak_memory_in_bytes for m in memory],
+        "aliased_bytes": memory[0].alias_size_in_bytes,
+        "seconds": round(time.monotonic() - started, 1),
+        **more,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

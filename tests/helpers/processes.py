@@ -1,0 +1,91 @@
+"""A helper of the tests: train.py in processes of its own, some of which are killed."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from helpers.paths import ROOT
+from helpers.runs import metrics_of, write_config
+
+SETTINGS = (
+    "config.model.num_layers = 1; config.train.steps = 40; config.checkpoint.every = 4; config.log.eval_every = 10; "
+    "config.data.validation = config.data.train; config.train.compute_dtype = 'float32'"
+)
+
+
+def say_last(log: Path) -> str:
+    """The last 2,000 characters of a log, for the message of a failed assertion."""
+    return log.read_text()[-2000:]
+
+
+class Process:
+    """train.py in a process of its own."""
+
+    def __init__(self, folder: Path, compiled: Path | str, *arguments, devices=1, settings=SETTINGS):
+        self.run = folder / "run"
+        self.log = folder / f"log{time.monotonic_ns()}.txt"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "LLAMA_JAX_CACHE": str(compiled),
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = [sys.executable, str(ROOT / "train.py"), f"--config={write_config(folder, settings)}", *arguments]
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    def wait(self, seconds: float = 120) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+
+    def until(self, happened, seconds: float = 120) -> None:
+        """Wait for a condition, or for the process to end."""
+        end = time.monotonic() + seconds
+        while not happened() and self.process.poll() is None:
+            assert time.monotonic() < end, say_last(self.log)
+            time.sleep(0.005)
+
+    def lines(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_and_compare(tmp_path, compiled, *, devices, kills, arguments=(), data=None):
+    """Compare a run that is killed and started again, `kills` times at random instants, with one that is left alone.
+
+    Both must log every step once, with the same metrics to the bit. Returns the last process of the killed run.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    # The same text under the same path: what a store is made of is part of the run.
+    text = data or whole / "text.txt"
+    shared = [
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+        *(f"--config.data.{part}={text}" for part in ("train", "validation")),
+        *arguments,
+    ]
+    first = Process(whole, compiled, *shared, devices=devices)
+    assert first.wait() == 0, say_last(first.log)
+    rng = random.Random(devices)
+    killed = 0
+    for _ in range(kills):
+        program = Process(broken, compiled, *shared, devices=devices)
+        lines = program.lines()
+        program.until(lambda program=program, lines=lines: program.lines() > lines)
+        time.sleep(rng.uniform(0.0, 0.3))
+        if program.process.poll() is None:
+            program.process.kill()
+            killed += 1
+        program.wait()
+    last = Process(broken, compiled, *shared, devices=devices)
+    assert last.wait() == 0, say_last(last.log)
+    expected, found = metrics_of(whole / "run"), metrics_of(broken / "run")
+    assert killed >= min(2, kills)
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 41))
+    assert found == expected
+    return last

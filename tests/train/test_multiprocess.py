@@ -1,0 +1,173 @@
+"""Two processes of four devices each do what one process of eight does."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from helpers import sound
+from helpers.paths import ROOT
+from helpers.processes import SETTINGS
+from helpers.runs import metrics_of, write_config
+from llama_jax.checkpoint import Checkpoints
+from llama_jax.weights import export
+from llama_jax.weights.source import open_source
+
+ROUNDING = 2e-5
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Processes:
+    """train.py in `count` processes that share eight devices."""
+
+    def __init__(self, folder, compiled, count, *arguments):
+        config = write_config(folder, SETTINGS)
+        self.run = folder / "run"
+        self.logs = [folder / f"log{count}_{i}.txt" for i in range(count)]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "LLAMA_JAX_CACHE": str(compiled),
+        }
+        address = f"127.0.0.1:{free_port()}"
+        self.processes = []
+        for i in range(count):
+            command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", *arguments]
+            if count > 1:
+                connection = {"coordinator": address, "num_processes": count, "process_id": i}
+                command += [f"--config.distributed.{k}={v}" for k, v in connection.items()]
+            with self.logs[i].open("w") as out:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                )
+
+    def wait(self, *, code=0):
+        try:
+            codes = [process.wait(180) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        assert codes == [code] * len(codes), "\n".join(log.read_text()[-1500:] for log in self.logs)
+        return self
+
+
+def compare(tmp_path, compiled, *arguments, steps=6):
+    """Both ways, and each folder gone on with the other way."""
+    arguments = [*arguments, "--config.optimizer.schedule=constant", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    runs = {}
+    for first, second in ((2, 1), (1, 2)):
+        folder = tmp_path / f"{first}{second}"
+        folder.mkdir()
+        Processes(folder, compiled, first, *arguments, f"--config.train.steps={steps}").wait()
+        Processes(folder, compiled, second, *arguments, f"--config.train.steps={2 * steps}").wait()
+        runs[first] = metrics_of(folder / "run")
+    losses = {k: [line["loss"] for line in lines if "loss" in line] for k, lines in runs.items()}
+    valid = {k: [line["validation_loss"] for line in lines if "validation_loss" in line] for k, lines in runs.items()}
+    assert len(losses[1]) == len(losses[2]) == 2 * steps and len(valid[1]) == 3
+    np.testing.assert_allclose(losses[2], losses[1], rtol=ROUNDING)
+    np.testing.assert_allclose(valid[2], valid[1], rtol=ROUNDING)
+
+
+def test_two_processes_train_to_the_same_metrics_of(tmp_path, compiled):
+    """The weights lie split over both; the checkpoint of both is gone on with by one."""
+    arguments = ["--config.train.steps=4", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    runs = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        Processes(folder, compiled, count, *arguments).wait()
+        runs[count] = metrics_of(folder / "run")
+    assert [line["step"] for line in runs[2]] == [1, 2, 3, 4, 4]  # and the validation loss at the end
+    for a, b in zip(runs[1], runs[2], strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=10 * ROUNDING)
+
+
+LOAD_AND_SAVE = """
+"One of two processes that load a model together and save it in three formats; prints the bytes that it read."
+import sys
+import jax
+address, index, source, folder = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+from llama_jax import parallel
+from llama_jax.weights import export
+from llama_jax.weights.tensor import File
+from llama_jax.weights.source import open_source
+
+found, read, read_into = open_source(source), [], File.read_into
+File.read_into = lambda self, out, start: (read.append(len(out)), read_into(self, out, start))
+layout = parallel.Layout(parallel.make_mesh({"fsdp": 8}), "train")
+params = found.load(layout, None, "none")
+print(sum(read), flush=True)
+card = export.Card(None, None, (), None)
+leaves = export.leaves_of(found.config, params)
+for format, name in (("hf", "hf"), ("meta", "meta"), ("gguf", "m.gguf")):
+    export.save(folder + "/" + name, found.config, leaves, card, format=format, dtype="float32")
+"""
+
+
+def test_each_process_reads_only_its_part_and_the_first_saves_the_whole(tmp_path):
+    card = export.Card(None, None, (), None)
+    config = dataclasses.replace(sound.CONFIG, embed_dim=512, head_dim=128)  # half a row is 1 KB, and read alone
+    source = export.save(tmp_path / "in", config, sound.random_leaves(config), card, format="hf", dtype="float32")
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD_AND_SAVE, address, str(i), str(source), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    read = [int(process.communicate(timeout=120)[0].split()[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    matrices = sum(entry.nbytes for entry in open_source(source).leaves.values() if len(entry.shape) == 2)
+    norms = sum(entry.nbytes for entry in open_source(source).leaves.values()) - matrices
+    assert read == [matrices // 2 + norms] * 2  # the devices of a process hold the same norms
+    for name in ("hf", "meta", "m.gguf"):
+        for path, entry in open_source(tmp_path / name).leaves.items():
+            np.testing.assert_array_equal(entry.read(), open_source(source).leaves[path].read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ["--config.mesh.fsdp=8"],
+        ["--config.mesh.fsdp=1", "--config.mesh.tensor=8", "--config.model.num_kv_heads=8"],
+        ["--config.mesh.fsdp=1", "--config.mesh.context=8"],
+        ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.accumulate=2"],
+    ],
+    ids=["fsdp", "tensor", "context", "mixed"],
+)
+def test_processes_and_meshes_across_them_change_no_number_and_no_checkpoint(tmp_path, compiled, mesh):
+    compare(tmp_path, compiled, *mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [[0], [1], [0, 1]], ids=str)
+def test_sigterm_of_any_process_stops_all_after_the_same_step(tmp_path, compiled, told):
+    endless = ["--config.train.steps=1000000", "--config.checkpoint.every=1000000", "--config.log.eval_every=0"]
+    job = Processes(tmp_path, compiled, 2, *endless)
+    try:
+        while len(metrics_of(job.run)) < 5:
+            assert all(process.poll() is None for process in job.processes)
+        for i in told:
+            job.processes[i].send_signal(signal.SIGTERM)
+    finally:
+        job.wait(code=143)
+    steps = [line["step"] for line in metrics_of(job.run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert Checkpoints(job.run).latest() == len(steps)
