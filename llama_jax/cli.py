@@ -124,14 +124,15 @@ def _override(arg: str) -> str:
             parts = (parts,)
         if not isinstance(parts, (tuple, list)):
             parts = [value] if key == "log.sample_prompts" else [p.strip() for p in value.split(",") if p.strip()]
-        if key == "data.weights":
+        if key in ("data.weights", "lora.trained_tokens"):
             parts = [p if isinstance(p, (int, float)) or _literal(p) is None else _literal(p) for p in parts]
         value = repr(tuple(parts))
     return f"--config.{key}={value}"
 
 
 _TUPLE_KEYS = (
-    "data.train", "data.weights", "data.validation", "optimizer.rates", "lora.targets", "log.sample_prompts",
+    "data.train", "data.weights", "data.validation", "optimizer.rates", "lora.targets", "lora.trained_tokens",
+    "log.sample_prompts",
 )  # fmt: skip
 
 

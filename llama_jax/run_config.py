@@ -124,17 +124,22 @@ class RunConfig:
 
     def _check_method(self) -> None:
         rates = self.optimizer.group_rates
-        strange = [group for group in rates if group.startswith("lora") != bool(self.lora.rank)]
+        trained = {"embed", "unembed"} if self.lora.trained_tokens else set()
+        strange = [
+            group for group in rates if group.startswith("lora") != bool(self.lora.rank) and group not in trained
+        ]
         if strange:
             mend = "LoRA trains only lora_a and lora_b" if self.lora.rank else "set lora.rank to train with LoRA"
             raise ConfigError(f"optimizer.rates: {strange[0]} is not trained in this run: {mend}")
-        unused = [key for key in ("dropout", "rslora", "base") if getattr(self.lora, key) not in (0.0, False, "auto")]
+        keys = ("dropout", "rslora", "base", "trained_tokens")
+        unused = [key for key in keys if getattr(self.lora, key) not in (0.0, False, "auto", ())]
         if unused and not self.lora.rank:
             raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
         if self.lora.targets != LORA_TARGETS and not self.lora.rank:
             raise ConfigError("lora.targets needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
         if len(set(self.lora.targets)) < len(self.lora.targets):
             raise ConfigError(f"lora.targets={self.lora.targets} names a matrix twice: name each once")
+        self._check_trained_tokens()
         moved = [f.name for f in dataclasses.fields(self.dpo) if getattr(self.dpo, f.name) != f.default]
         if moved and self.train.objective != "dpo":
             raise ConfigError(f"dpo.{moved[0]} is read by DPO alone: set train.objective='dpo', or leave it as it is")
@@ -147,6 +152,18 @@ class RunConfig:
             raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
         if self.dpo.loss == "ipo" and self.dpo.label_smoothing:
             raise ConfigError("dpo.label_smoothing is not of IPO: set it to 0, or dpo.loss='sigmoid'")
+
+    def _check_trained_tokens(self) -> None:
+        ids, targets = self.lora.trained_tokens, {"embed", "unembed"}.intersection(self.lora.targets)
+        if ids and targets:
+            raise ConfigError(
+                f"lora.trained_tokens and lora.targets={sorted(targets)} train the same matrices: leave one of them out"
+            )
+        if ids and max(ids) >= self.model.vocab_size:
+            raise ConfigError(
+                f"lora.trained_tokens has id {max(ids)}, but the model has {self.model.vocab_size:,} rows: name ids "
+                "below that, such as those of reserved special tokens"
+            )
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
         """Refuse a mesh (sizes resolved, no -1) that this model and batch cannot be split over.
@@ -323,4 +340,4 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
 
 def _word(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-    return words.get(kind, "a tuple of non-empty strings")
+    return words.get(kind, "a tuple of whole numbers" if kind == tuple[int, ...] else "a tuple of non-empty strings")

@@ -22,6 +22,10 @@ MOMENTS = {
     "muon": ("float32", "bfloat16"),
 }
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# The other matrices that LoRA may go on, and peft's names of all of them.
+_PEFT_TARGETS = {f"{name}_proj": (name,) for name in LORA_TARGETS}
+_PEFT_TARGETS |= {"embed_tokens": ("embed",), "lm_head": ("unembed",), "all-linear": LORA_TARGETS}
+_MAX_TRAINED_TOKENS = 1024
 
 
 def bounded(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple[Any, ...] = ()) -> Any:
@@ -168,7 +172,9 @@ class LoraConfig:
         rank: of the update; 0 trains all weights instead.
         alpha: the update is scaled by alpha / rank.
         dropout: of what meets the update's first matrix, while training.
-        targets: the matrices of every layer that have one.
+        targets: the matrices that have one: of every layer, and `embed` and `unembed`. peft's names mean the same:
+            q_proj, lm_head, embed_tokens, and all-linear for those of every layer.
+        trained_tokens: ids of tokens whose rows of the embedding and the unembedding are trained, for new tokens.
         rslora: scale by alpha / sqrt(rank) instead (arXiv:2312.03732).
         base: what the base is held in: `auto` is train.compute_dtype; `int8` and `int4` (in groups of 32) are QLoRA
             (arXiv:2305.14314), and leave the embedding and the unembedding in train.compute_dtype.
@@ -177,9 +183,16 @@ class LoraConfig:
     rank: int = bounded(0, low=0, high=4096)
     alpha: float = bounded(16.0, low=0.0, high=1e6)
     dropout: float = bounded(0.0, low=0.0, high=0.99)
-    targets: tuple[str, ...] = bounded(LORA_TARGETS, choices=LORA_TARGETS)
+    targets: tuple[str, ...] = bounded(LORA_TARGETS, choices=(*LORA_TARGETS, "embed", "unembed", *_PEFT_TARGETS))
+    trained_tokens: tuple[int, ...] = bounded((), low=0)
     rslora: bool = bounded(False)
     base: str = bounded("auto", choices=("auto", "float32", "bfloat16", "int8", "int4"))
+
+    def __post_init__(self) -> None:
+        targets = [name for given in self.targets for name in _PEFT_TARGETS.get(given, (given,))]
+        object.__setattr__(self, "targets", tuple(targets))
+        if len(set(self.trained_tokens)) < len(self.trained_tokens) or len(self.trained_tokens) > _MAX_TRAINED_TOKENS:
+            raise ConfigError(f"lora.trained_tokens must be at most {_MAX_TRAINED_TOKENS:,} ids, each of them once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

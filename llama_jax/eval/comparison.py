@@ -339,8 +339,11 @@ def _model_identity(model: str, adapter: str | None) -> str:
     """Which model it is, with its adapter: a path may hold another one tomorrow."""
     source = open_source(model)
     digest = hashlib.sha256(source.identity().encode())
-    for _, tensor in peft.open_adapter(adapter, source.config).tensors() if adapter else ():
-        digest.update(tensor.read().tobytes())
+    if adapter:
+        opened = peft.open_adapter(adapter, source.config)
+        digest.update(repr([(path, rows.ids) for path, rows in opened.rows.items()]).encode())
+        for path, tensor in opened.tensors():
+            digest.update(repr(path).encode() + tensor.read().tobytes())
     return digest.hexdigest()
 
 

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.ops.linear import linear
+from llama_jax.ops.lora import LoraTensor
 
 _HIGHEST = lax.Precision.HIGHEST
 
+Arrays = tuple[jax.Array, ...]
+
 
 def cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_chunk: int
+    hidden_BTD: jax.Array, table_VD: jax.Array | LoraTensor, targets_BT: jax.Array, *, vocab_chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """-log softmax(hidden table^T)[target] and log sum exp of the logits, each (B, T) float32.
 
@@ -26,7 +30,8 @@ def cross_entropy(
 
     Args:
         hidden_BTD: hidden states after the final norm.
-        table_VD: the unembedding, in any float type; products are taken in the type of hidden, summed in float32.
+        table_VD: the unembedding, in any float type; products are taken in the type of hidden, summed in float32. Under
+            LoRA the logits are the sum of two products, hidden with the base and LoRA's activations with b.
         targets_BT: the ids to predict.
         vocab_chunk: rows of the vocabulary per piece and device; 0 for all at once.
     """
@@ -34,82 +39,96 @@ def cross_entropy(
     parts = parallel.axis_size("vocab")
     parts = parts if V % parts == 0 else 1
     pieces = 1 if vocab_chunk == 0 else -(-(V // parts) // vocab_chunk)
-    return _cross_entropy(hidden_BTD, table_VD, targets_BT, parts, pieces)
+    if not isinstance(table_VD, LoraTensor):
+        return _cross_entropy((hidden_BTD,), (table_VD,), targets_BT, parts, pieces)
+    lora = table_VD
+    activations_BTR = lora.scaled(linear(lora.dropped(hidden_BTD), lora.a))
+    return _cross_entropy((hidden_BTD, activations_BTR), (lora.base, lora.b), targets_BT, parts, pieces)
 
 
-def _pieces(table_VD: jax.Array, parts: int, pieces: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """The vocabulary as (C, P, n, D) and the ids of its rows (C, P, n), -1 where a row is padding.
-
-    Every device's share is cut, rather than the whole, so that no piece has to travel.
-    """
+def _pieces(table_VD: jax.Array, parts: int, pieces: int, dtype: jnp.dtype) -> jax.Array:
+    """The vocabulary as (C, P, n, D). Every device's share is cut, rather than the whole, so that no piece travels."""
     V, D = table_VD.shape
     share = V // parts
     n = -(-share // pieces)
     table = jnp.pad(table_VD.astype(dtype).reshape(parts, share, D), ((0, 0), (0, pieces * n - share), (0, 0)))
-    column = jnp.arange(pieces * n)
+    return table.reshape(parts, pieces, n, D).swapaxes(0, 1)
+
+
+def _ids(V: int, parts: int, pieces: int) -> jax.Array:
+    """The ids of the rows of `_pieces`, (C, P, n), -1 where a row is padding."""
+    share = V // parts
+    column = jnp.arange(pieces * -(-share // pieces))
     ids = jnp.where(column < share, jnp.arange(parts)[:, None] * share + column, -1)
-    split = lambda a: a.reshape(parts, pieces, n, *a.shape[2:]).swapaxes(0, 1)  # noqa: E731
-    return split(table), split(ids)
+    return ids.reshape(parts, pieces, -1).swapaxes(0, 1)
 
 
-def _logits(hidden: jax.Array, table: jax.Array, ids: jax.Array) -> jax.Array:
-    """(B, T, P, n) float32, -inf at padding."""
-    precision = _HIGHEST if hidden.dtype == jnp.float32 else None
-    logits = lax.dot_general(
-        hidden, table, (((2,), (2,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    logits = parallel.constrain(logits, "batch", "length", "vocab", None)
+def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
+    """The sum of all products, (B, T, P, n) float32, -inf at padding."""
+    precision = _HIGHEST if hiddens[0].dtype == jnp.float32 else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    products = [dot(hidden, table, (((2,), (2,)), ((), ()))) for hidden, table in zip(hiddens, tables, strict=True)]
+    logits = parallel.constrain(sum(products[1:], products[0]), "batch", "length", "vocab", None)
     return jnp.where(ids >= 0, logits, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, parts: int, pieces: int
+    hiddens: Arrays, tables: Arrays, targets: jax.Array, parts: int, pieces: int
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(hidden, table, targets, parts, pieces)[0]
+    return _forward(hiddens, tables, targets, parts, pieces)[0]
 
 
-def _forward(hidden, table, targets, parts, pieces):
-    tables, ids = _pieces(table, parts, pieces, hidden.dtype)
+def _forward(hiddens, tables, targets, parts, pieces):
+    cut = tuple(_pieces(table, parts, pieces, hiddens[0].dtype) for table in tables)
 
     def walk(carry, piece):
         peak, total, score = carry
-        logits = _logits(hidden, *piece)
+        rows, ids = piece
+        logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
-        hit = piece[1] == targets[..., None, None]
+        hit = ids == targets[..., None, None]
         score = score + jnp.where(hit, logits, 0.0).sum(axis=(2, 3))
         return (new_peak, total, score), logits if pieces == 1 else None
 
     low = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
     zero = jnp.zeros(targets.shape, jnp.float32)
-    (peak, total, score), kept = lax.scan(walk, (low, zero, zero), (tables, ids))
+    ids = _ids(tables[0].shape[0], parts, pieces)
+    (peak, total, score), kept = lax.scan(walk, (low, zero, zero), (cut, ids))
     lse = peak + jnp.log(total)
-    return (lse - score, lse), (hidden, table, targets, lse, kept)
+    return (lse - score, lse), (hiddens, tables, targets, lse, kept)
 
 
 def _backward(parts, pieces, residuals, cotangents):
-    hidden, table, targets, lse, kept = residuals
-    tables, ids = _pieces(table, parts, pieces, hidden.dtype)
+    hiddens, tables, targets, lse, kept = residuals
+    dtype, V = hiddens[0].dtype, tables[0].shape[0]
+    cut = tuple(_pieces(table, parts, pieces, dtype) for table in tables)
     g_nll, g_lse = cotangents
-    precision = _HIGHEST if hidden.dtype == jnp.float32 else None
+    precision = _HIGHEST if dtype == jnp.float32 else None
 
-    def walk(dx, piece):
+    def walk(dxs, piece):
         rows, row_ids, logits = piece
-        logits = _logits(hidden, rows, row_ids) if logits is None else logits
+        logits = _logits(hiddens, rows, row_ids) if logits is None else logits
         probability = jnp.exp(logits - lse[..., None, None])
         hit = row_ids == targets[..., None, None]
         g = (g_nll + g_lse)[..., None, None] * probability - jnp.where(hit, g_nll[..., None, None], 0.0)
-        g = g.astype(hidden.dtype)
+        g = g.astype(dtype)
         dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-        dx = dx + dot(g, rows, (((2, 3), (0, 1)), ((), ())))
-        return dx, dot(g, hidden, (((0, 1), (0, 1)), ((), ())))
+        dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
+        return dxs, tuple(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))) for hidden in hiddens)
 
-    dx = parallel.constrain(jnp.zeros(hidden.shape, jnp.float32), "batch", "length", "act_embed")
-    dx, d_tables = lax.scan(walk, dx, (tables, ids, kept))
-    V, D = table.shape
-    d_table = d_tables.swapaxes(0, 1).reshape(parts, -1, D)[:, : V // parts].reshape(V, D)
-    return dx.astype(hidden.dtype), d_table.astype(table.dtype), None
+    zeros = (jnp.zeros(hidden.shape, jnp.float32) for hidden in hiddens)
+    names = ("act_embed",) + (None,) * (len(hiddens) - 1)  # LoRA's activations (B, T, rank) are not split by rank
+    dxs = tuple(parallel.constrain(z, "batch", "length", name) for z, name in zip(zeros, names, strict=True))
+    dxs, d_cut = lax.scan(walk, dxs, (cut, _ids(V, parts, pieces), kept))
+
+    def whole(d_pieces: jax.Array, table: jax.Array) -> jax.Array:
+        d_table = d_pieces.swapaxes(0, 1).reshape(parts, -1, table.shape[1])[:, : V // parts]
+        return d_table.reshape(table.shape).astype(table.dtype)
+
+    d_hiddens = tuple(dx.astype(hidden.dtype) for dx, hidden in zip(dxs, hiddens, strict=True))
+    return d_hiddens, tuple(map(whole, d_cut, tables)), None
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -36,7 +36,7 @@ from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
 from llama_jax.weights import export, lora_params
-from llama_jax.weights.adapters import Adapter
+from llama_jax.weights.adapters import Adapter, LazyRows
 from llama_jax.weights.formats import peft
 from llama_jax.weights.run_folder import CONFIG_FILE
 
@@ -127,7 +127,8 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 checkpoints.close()
                 loader.close()
                 if run.lora.rank and not (folder / "adapter").exists():  # a kill may have come after the last save
-                    _write_adapter(program, state.best, folder)
+                    base = setup.frozen(program).params if run.lora.trained_tokens else {}
+                    _write_adapter(program, base, state.best, folder)
                 if jax.process_index() == 0:
                     draw_loss(folder, run.train.objective)
                 return Result(latest, True, folder)
@@ -151,7 +152,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
             checkpoints.close()  # what is still being saved is an earlier step, and sound
             raise
         if run.lora.rank:
-            _write_adapter(program, best, folder)
+            _write_adapter(program, frozen.params, best, folder)
         if jax.process_index() == 0:
             draw_loss(folder, run.train.objective)
         word = "finished" if step == run.train.steps else "stopped"
@@ -279,7 +280,8 @@ class _Loop:
             return
         with jax.transfer_guard("allow"):
             params = trainable.policy(self.run, state.best, self.frozen.params)
-            texts = self.sampler(self.run, params, self.tokenizer, self.program.layout.mesh)
+            run = dataclasses.replace(self.run, model=trainable.policy_config(self.run))
+            texts = self.sampler(run, params, self.tokenizer, self.program.layout.mesh)
         if self.main:
             for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
                 progress.say(f"step {step}  sample: {prompt}" + f"|{text}".replace("\n", "\n    "))
@@ -353,11 +355,16 @@ def _describe(program: Program, say: Callable[..., None]) -> None:
         say("lora.rank is 0: all weights are trained, and lora.alpha is not read")
 
 
-def _write_adapter(program: Program, best: trainable.Trained, folder: Path) -> None:
-    """LoRA's updates as peft reads them; what else is in their folder stays."""
+def _write_adapter(program: Program, base: model.Params, best: trainable.Trained, folder: Path) -> None:
+    """Write what LoRA trained on a base as peft reads it. Other files in the folder stay."""
     run = program.run
     fresh, place = folder / "adapter.new", folder / "adapter"
-    adapter = Adapter(run.model, export.lazy_lora(lora_params.by_path(run.lora, best)))
+    rows = lora_params.token_rows(run.lora, best, base)
+    adapter = Adapter(
+        trainable.policy_config(run),
+        lora=export.lazy_lora(lora_params.lora_by_path(run.lora, best)),
+        rows={path: LazyRows(ids, export.lazy_array(array)) for path, (ids, array) in rows.items()},
+    )
     if jax.process_index() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
     peft.write_adapter(fresh, adapter, base_model=run.init_from, dropout=run.lora.dropout)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import model, parallel
+from llama_jax.config import ModelConfig
 from llama_jax.ops import quant
 from llama_jax.run_config import RunConfig
 from llama_jax.weights import lora_params
@@ -34,7 +35,12 @@ def init_trained(run: RunConfig, key: jax.Array) -> Trained:
 
 def policy(run: RunConfig, trained: Trained, frozen: model.Params | None, key: jax.Array | None = None) -> model.Params:
     """The params that a run trains, as the model takes them; `key` is of this step, for LoRA's dropout."""
-    return lora_params.applied(run.lora, frozen, trained, key) if run.lora.rank else trained
+    return lora_params.with_lora(run.lora, frozen, trained, key) if run.lora.rank else trained
+
+
+def policy_config(run: RunConfig) -> ModelConfig:
+    """The config of the params that `policy` gives: that of the run, untied where LoRA unties the embeddings."""
+    return lora_params.adapted_config(run.model, run.lora) if run.lora.rank else run.model
 
 
 def frozen_dtype(run: RunConfig, dtype: jnp.dtype) -> jnp.dtype:

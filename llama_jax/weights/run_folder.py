@@ -55,7 +55,7 @@ def open_run(folder: str | Path, *, step: int | None = None) -> Source:
     return Source(
         path=folder,
         kind=kind,
-        config=config,
+        config=config if settings is None else lora_params.adapted_config(config, settings),
         bos_token=None,
         stop_tokens=(),
         sampling=None,
@@ -75,7 +75,7 @@ def _lora(values: dict[str, Any]) -> LoraConfig | None:
     section = values.get("lora") or {}
     if not section.get("rank"):
         return None
-    return LoraConfig(**{**section, "targets": tuple(section["targets"])})
+    return LoraConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
 
 
 def _load_params(
@@ -118,9 +118,12 @@ def _load_lora(
         )
     shapes = jax.eval_shape(lambda: lora_params.initial(config, settings, jax.random.key(0)))
     trained = _restored(folder, step, shapes, lora_params.axes(config, settings), layout)
-    lora = lora_params.by_path(settings, trained)
+    lora = lora_params.lora_by_path(settings, trained)
     lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
-    return adapters.with_adapter(base.load_merged(layout, dtype, quantize), adapters.AdapterWeights(config, lora))
+    params = base.load_merged(layout, dtype, quantize)
+    rows = lora_params.token_rows(settings, trained, params)
+    adapted = lora_params.adapted_config(config, settings)
+    return adapters.with_adapter(params, adapters.AdapterWeights(adapted, lora, rows=rows))
 
 
 def _restored(folder: Path, step: int | None, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:

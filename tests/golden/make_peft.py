@@ -80,6 +80,10 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "resized_modules": ({"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}, RESIZED),
     "tokens": ({"target_modules": Q, "trainable_token_indices": [1, 5]}, {}),
     "tokens_both": ({"target_modules": Q, "trainable_token_indices": {"embed_tokens": [9, 5], "lm_head": [7]}}, {}),
+    "tokens_alike": (
+        {"target_modules": ["o_proj"], "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}},
+        {},
+    ),
     "tokens_saved": ({"target_modules": Q, "trainable_token_indices": {"lm_head": [7, 2]}}, SAVED),
     "tokens_new": ({"target_modules": Q, "trainable_token_indices": {"embed_tokens": NEW, "lm_head": NEW}}, RESIZED),
     "dora": ({"target_modules": "all-linear", "use_dora": True}, {}),
@@ -103,6 +107,8 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied_tokens_new": ({"target_modules": Q, "trainable_token_indices": NEW}, TIED | RESIZED),
     "tied_resized": ({"target_modules": Q}, TIED | SAVED | RESIZED),
 }
+# The cases of MORE whose loss on SMALL_TOKENS and its gradients are kept, for training.
+TRAINED = ("vocabulary", "tied_lm_head", "tied_embed", "tokens_alike", "tied_tokens")
 
 
 def small_config(case: str) -> ModelConfig:
@@ -178,6 +184,14 @@ def _more(case: str, kept: dict[str, np.ndarray]) -> None:
         f"{case:20} change {np.abs(logits[..., :64] - before).max():.3f}, opened again {np.abs(again - logits).max()}"
     )
     kept[f"{case}/logits"] = again[..., ::SMALL_STRIDE]
+    if case in TRAINED:
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        kept[f"{case}/loss"] = loss.detach().numpy()
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                short = name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight")
+                kept[f"{case}/grad/{short}"] = weight.grad.numpy()
 
 
 def main() -> None:
