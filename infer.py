@@ -2,7 +2,7 @@
 
 import sys
 
-from llama_jax.infer import cli
+from llama_jax.cli import exits, infer
 
 if __name__ == "__main__":
-    sys.exit(cli.main(sys.argv[1:]))
+    exits.leave(infer.main, sys.argv[1:])

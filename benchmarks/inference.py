@@ -30,6 +30,7 @@ OURS_FIRST_TOKEN = """
 import sys, time
 from llama_jax import compilation_cache
 from llama_jax.infer.llama import load
+from llama_jax.params import init_params
 compilation_cache.enable()
 print(load({folder!r}, dtype={dtype!r}).generate(list(range(10, 26)), max_new_tokens=1, temperature=0).tokens)
 """
@@ -48,14 +49,15 @@ def write_model(folder: Path, name: str) -> None:
     """The published shape `name` with random weights, as a Hugging Face folder in float32."""
     import jax
 
-    from llama_jax import config, model
-    from llama_jax.params import unstack
+    from llama_jax import config
+    from llama_jax.params import init_params, unstack
     from llama_jax.weights import export
+    from llama_jax.weights.model_files import Metadata
 
     shape = config.size(name)
-    params = unstack(jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
-    card = export.Card(None, None, (), None)
-    export.save(folder, shape, export.leaves_of(shape, params), card, format="hf", dtype="float32")
+    params = unstack(jax.jit(init_params, static_argnums=0)(shape, jax.random.key(0)))
+    metadata = Metadata()
+    export.save(folder, shape, export.leaves_of(shape, params), metadata, format="hf", dtype="float32")
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:

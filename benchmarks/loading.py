@@ -24,7 +24,7 @@ _LOAD = """
 import json, sys, time
 import jax
 sys.path.insert(0, {root!r})
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 jax.devices()
 status = lambda: dict(line.split(":", 1) for line in open("/proc/self/status"))
 start = time.perf_counter()
@@ -57,6 +57,7 @@ def _write(folder: Path, format: str, size: float) -> Path:
 
     from llama_jax.config import SIZES
     from llama_jax.weights import export, name_table
+    from llama_jax.weights.model_files import Metadata
     from llama_jax.weights.tensor import of_array
 
     scaling = SIZES["llama3.1-8b"].rope_scaling
@@ -71,9 +72,9 @@ def _write(folder: Path, format: str, size: float) -> Path:
         )
         for weight in name_table.weights(config, "huggingface")
     }
-    card = export.Card(None, None, (), None)
+    metadata = Metadata()
     path = folder / "model.gguf" if format == "gguf" else folder
-    return export.save(path, config, leaves, card, format=format, dtype="bfloat16")
+    return export.save(path, config, leaves, metadata, format=format, dtype="bfloat16")
 
 
 def _measure(path: Path, repeat: int) -> dict[str, float]:

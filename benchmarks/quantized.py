@@ -24,10 +24,11 @@ def main() -> None:
     options = parser.parse_args()
     import jax
 
-    from llama_jax import config, model
+    from llama_jax import config
     from llama_jax.infer.llama import Llama, load
+    from llama_jax.params import init_params
 
-    dense = Llama(config.size("160m"), model.init_params(config.size("160m"), jax.random.key(0)), dtype="float32")
+    dense = Llama(config.size("160m"), init_params(config.size("160m"), jax.random.key(0)), dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         held = {"float32": dense}
         for dtype in ("q8_0", "q4_0"):

@@ -59,7 +59,7 @@ def main() -> None:
     import llama_jax
 
     llama = llama_jax.load(folder)
-    ids = [llama.tokenizer.encode_dialog(messages[:1], add_generation_prompt=True) for messages in dialogs]
+    ids = [llama.encode_dialog(messages[:1]) for messages in dialogs]
     results = llama.generate(ids, max_new_tokens=64, temperature=0, batch_size=32, progress=False)
     answers = [result.text for result in results]
     exact = sum(a == r for a, r in zip(answers, references, strict=True))

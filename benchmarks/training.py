@@ -89,7 +89,8 @@ def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({
     """A function that does one step of a run with these sections and keys in place of the usual ones."""
     import jax
 
-    from llama_jax import model, parallel
+    from llama_jax import parallel
+    from llama_jax.params import init_params
     from llama_jax.run_config import RunConfig
     from llama_jax.train import setup
     from llama_jax.train.program import Program
@@ -101,7 +102,7 @@ def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({
     state = setup.first_state(program)
 
     def random_base():
-        params = model.init_params(run.model, jax.random.key(0))
+        params = init_params(run.model, jax.random.key(0))
         return jax.tree.map(lambda weight, like: weight.astype(like.dtype), params, program.frozen)
 
     frozen = None if program.frozen is None else jax.jit(random_base)()

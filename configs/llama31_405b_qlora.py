@@ -6,7 +6,7 @@
 Hardware: 16 TPU v6e chips (v6e:4x4, 31.25 GiB each) in four hosts; weights split 4 x 4 over fsdp and tensor.
 Memory: 23.2 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 7.5 GB each.
 Expect: 65,536 tokens a step, in four parts of a row for each four chips. Speed and loss are not measured.
-Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: tensor may be up to 8; data.batch_size / train.accumulate is a multiple of fsdp. 8 x 80 GB GPUs should take
 it with --config.mesh.tensor=8 (not tried).
 """
@@ -18,7 +18,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-405b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_405b_qlora"
     config.init_from = "meta-llama/Llama-3.1-405B-Instruct"
     config.data.train = ("data/train",)

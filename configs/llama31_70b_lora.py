@@ -6,7 +6,7 @@
 Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); the base in bfloat16 split eight ways.
 Memory: 27.5 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 2.5 GB each.
 Expect: 65,536 tokens a step, in two parts of a row a chip. Speed and loss are not measured.
-Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: data.batch_size / train.accumulate is a multiple of the chips. 4 v5p chips take about 50 GiB each.
 4 x 80 GB GPUs should take it with
 --config.train.accumulate=4 (not tried).
@@ -19,7 +19,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-70b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_70b_lora"
     config.init_from = "meta-llama/Llama-3.1-70B-Instruct"
     config.data.train = ("data/train",)

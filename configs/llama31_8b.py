@@ -16,8 +16,9 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_8b"
+    config.init_from = "meta-llama/Llama-3.1-8B"
     config.data.train = ("data/train",)
     config.data.sequence_length = 8192
     config.data.batch_size = 8

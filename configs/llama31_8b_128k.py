@@ -17,7 +17,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_8b_128k"
     config.init_from = "meta-llama/Llama-3.1-8B"
     config.data.train = ("data/train",)

@@ -7,7 +7,7 @@ Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); the reference i
 Memory: 22.6 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 65,536 tokens a step, which is some 60 pairs of 1,000 tokens. Loss begins at 0.693. Speed and where it ends are
 not measured.
-Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: data.batch_size is two rows a chip. 8 x 80 GB GPUs should take it as it is (not tried). For less,
 add LoRA: --config.lora.rank=16 --config.lora.alpha=32 --config.optimizer.learning_rate=5e-6
 """
@@ -19,7 +19,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_8b_dpo"
     config.init_from = "meta-llama/Llama-3.1-8B-Instruct"
     config.data.train = ("data/train",)

@@ -6,7 +6,7 @@
 Hardware: one TPU v6e chip (v6e:1x1, 31.25 GiB), Colab's v6e-1; the base in bfloat16.
 Memory: 17.9 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 0.5 GB each.
 Expect: 32,768 tokens a step, a row at a time. Speed and loss are not measured.
-Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: on 8 chips a row goes to each with --config.train.accumulate=1. A GPU of 40 GB or more should
 take it (not tried); with less, llama31_8b_qlora.py.
 """
@@ -18,7 +18,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_8b_lora"
     config.init_from = "meta-llama/Llama-3.1-8B-Instruct"
     config.data.train = ("data/train",)

@@ -6,7 +6,7 @@
 Hardware: one TPU v5e chip (v5e:1x1, 15.75 GiB), Colab's v5e-1.
 Memory: 10.7 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 0.5 GB each.
 Expect: 16,384 tokens a step, two rows at a time. Speed and loss are not measured.
-Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: rows at a time are data.batch_size / train.accumulate; four on a v6e chip. A GPU of 16 GB should take it
 (not tried).
 """
@@ -18,7 +18,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_8b_qlora"
     config.init_from = "meta-llama/Llama-3.1-8B-Instruct"
     config.data.train = ("data/train",)

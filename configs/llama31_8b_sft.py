@@ -6,7 +6,7 @@
 Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); float32 weights and moments split eight ways.
 Memory: 20.8 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 65,536 tokens a step, some of them padding. Speed and loss are not measured.
-Nothing held out: --config.data.validation= --config.checkpoint.keep_best=0
+Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: data.batch_size is a row a chip. 16 v5e chips take about 12 GiB each, 4 v5p 34.
 8 x 80 GB GPUs should take it as it is (not tried).
 """
@@ -18,7 +18,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("llama3.1-8b"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/llama31_8b_sft"
     config.init_from = "meta-llama/Llama-3.1-8B"
     config.data.train = ("data/train",)

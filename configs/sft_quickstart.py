@@ -18,7 +18,7 @@ from llama_jax.run_config import default_dict
 
 def get_config() -> ml_collections.ConfigDict:
     """The run; every key can be changed with --config.KEY=VALUE."""
-    config = ml_collections.ConfigDict(default_dict("quickstart"))
+    config = ml_collections.ConfigDict(default_dict())
     config.output = "runs/sft_quickstart"
     config.init_from = "runs/quickstart"
     config.data.train = ("stdlib:chat-train",)

@@ -1,4 +1,4 @@
-"""The KV cache: what a token left behind for those after it.
+"""The KV cache: keys and values of the tokens so far, for the tokens after them.
 
 Letters: B batch, K key/value heads, S positions, T new tokens, H head dim.
 """
@@ -19,11 +19,15 @@ _AXES = ("batch", "kv_heads", None, None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values, one array (B, K, S, H) each a layer; slot s holds position s of its row.
+    """Rotated keys and values. Slot s of a row holds position s of that row.
 
-    Lengths are not kept here: a query sees the slots up to its own position, so what lies beyond is never read, and
-    is overwritten when its position comes. One array a layer lets a decode step update each in place when the cache
-    is donated; stacked and carried through a scan it would be copied whole.
+    Lengths are not stored. A query attends to the slots up to its own position, so later slots are never read before
+    they are overwritten. One array a layer lets a decode step update a donated cache in place; a stacked cache carried
+    through a scan would be copied whole.
+
+    Attributes:
+        k: one array (B, K, S, H) a layer.
+        v: likewise.
     """
 
     k: tuple[jax.Array, ...]
@@ -31,12 +35,12 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that a row can hold (S)."""
+        """Number of positions that a row can hold (S)."""
         return self.k[0].shape[2]
 
 
 def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for `batch` rows of `capacity` positions; trace it under `parallel.use` to have it sharded."""
+    """An empty cache for `batch` rows of `capacity` positions. Traced under `parallel.use`, it is sharded."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
 
     def empty() -> tuple[jax.Array, ...]:
@@ -46,7 +50,7 @@ def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dty
 
 
 def write(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The slots with `new` at each row's positions. Positions outside 0..S-1 (padding) are dropped."""
+    """Writes new keys or values to the slots of their positions. Positions outside 0..S-1 (padding) are dropped."""
     new_BTKH = new_BTKH.astype(slots_BKSH.dtype)
     if slots_BKSH.dtype == jnp.bfloat16:
         out = jax.lax.platform_dependent(slots_BKSH, new_BTKH, positions_BT, cpu=_scatter_bits, default=_scatter)
@@ -61,6 +65,6 @@ def _scatter(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array
 
 
 def _scatter_bits(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The same on 16-bit integers: XLA on a CPU would scatter into a float32 copy of the whole cache."""
+    """The scatter on 16-bit integers. XLA on a CPU would scatter into a float32 copy of the whole cache."""
     slots, new = (jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (slots_BKSH, new_BTKH))
     return jax.lax.bitcast_convert_type(_scatter(slots, new, positions_BT), jnp.bfloat16)

@@ -1,9 +1,9 @@
-"""Checkpoints: weights, the rest of the state, and what is not arrays, saved together or not at all.
+"""Checkpoints: weights, the rest of the state and metadata, saved together or not at all.
 
-Orbax writes a step into `checkpoints/saving-STEP`. A background thread then hashes the files, puts a manifest beside
-them, and renames the folder to `checkpoints/STEP` once all of it is on the disk: that rename is the commit, and only
-after it are older steps deleted. A process that is killed, or a disk that is full, at any instant leaves the
-checkpoints as they were. Nothing is read from a step before its files were held against its manifest.
+Orbax writes a step into `checkpoints/saving-STEP`. A background thread then hashes the files, adds a manifest, and
+renames the folder to `checkpoints/STEP` once all of it is on disk. That rename is the commit, and older steps are
+deleted only after it. A process that is killed or a disk that is full, at any time, leaves the earlier checkpoints
+intact. Nothing is read from a step before its files are validated against its manifest.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from llama_jax import manifest, model
+from llama_jax import manifest
 from llama_jax.errors import ConfigError
+from llama_jax.params import Params
 
 _FOLDER = "checkpoints"
 _SAVING, _DELETING, _DAMAGED = "saving-", "deleting-", "damaged-"
 _NONE, _ALL_DAMAGED = -1, -2
-_PATIENCE_MS = 24 * 3600 * 1000  # for process 0 to hash; one that is lost ends the others by itself
-_meetings = itertools.count()  # all processes meet in the same order
+_BARRIER_TIMEOUT_MS = 24 * 3600 * 1000  # for process 0 to hash; the runtime itself ends the others if it is lost
+_barriers = itertools.count()  # all processes reach the barriers in the same order
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written. Those before it are as they were."""
+    """A checkpoint could not be written. The checkpoints before it are intact."""
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Where there are several processes, all of them make every call.
+    """The checkpoints of one run folder. With several processes, every process must make every call.
 
     Args:
-        run_folder: where `checkpoints/` is or will be.
-        keep: newest steps to keep; None keeps all.
-        keep_best: steps of the lowest validation loss that are kept besides.
-        create: make the folder where it is not there; False to read only.
+        run_folder: the folder that contains `checkpoints/`.
+        keep: number of newest steps to keep; None keeps all.
+        keep_best: number of steps of the lowest validation loss to keep in addition.
+        create: create the folder if it does not exist; False for reading only.
     """
 
     def __init__(self, run_folder: str | Path, *, keep: int | None = None, keep_best: int = 0, create: bool = True):
@@ -63,32 +64,32 @@ class Checkpoints:
         handlers.add("meta", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(handler_registry=handlers),
-            # Made in the background, a folder that cannot be made is an error only after minutes of waiting for it.
+            # If folders are created in the background, a failure to create one raises only after minutes.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
-        self._sound: set[tuple[int, str]] = set()  # (step, item) that were held against the manifest
+        self._validated: set[tuple[int, str]] = set()  # (step, item) pairs that were validated
 
     def steps(self) -> list[int]:
-        """Every step that was committed, whether or not its files are still sound; the newest first."""
+        """All committed steps, the newest first. Their files are not validated."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
     def best(self) -> int | None:
-        """The step of the lowest validation loss of those that are kept; None where none was measured."""
+        """The kept step of the lowest validation loss, or None if no loss was measured."""
         return next(iter(self._by_loss(self._manifests())), None)
 
     def latest(self, *items: str) -> int | None:
-        """The newest step whose files are as they were written, or None where there is no step at all.
+        """The newest step whose files are intact, or None if there is no step at all.
 
-        Says in a line which newer ones are passed over, and why.
+        A warning names each newer step that is skipped, and the reason.
 
         Args:
-            *items: of "params", "rest" and "meta", what will be read; all by default.
+            *items: the items that will be read, of "params", "rest" and "meta"; all by default.
 
         Raises:
-            ConfigError: there are steps, and every one is damaged.
+            ConfigError: there are steps, but all of them are damaged.
         """
         items = items or ("params", "rest", "meta")
         why = ""
@@ -96,8 +97,8 @@ class Checkpoints:
         def choose() -> int:
             nonlocal why
             steps = self.steps()
-            if steps and self._unproven():
-                _warn(f"no checkpoint in {self.folder} has a manifest (it is from an older version): unchecked")
+            if steps and self._without_manifests():
+                _warn(f"no checkpoint in {self.folder} has a manifest (they are of an older version): not validated")
             for step, older in itertools.zip_longest(steps, steps[1:]):
                 problem = self._problem(step, items)
                 if problem is None:
@@ -107,22 +108,22 @@ class Checkpoints:
                     _warn(f"{why}; trying step {older}")
             return _ALL_DAMAGED if steps else _NONE
 
-        step = _decided_by_first(choose)
+        step = _broadcast_decision(choose)
         if step == _ALL_DAMAGED:
             raise ConfigError(
-                f"{why or f'no checkpoint in {self.folder} is sound'}, and no older one is left: copy one from a "
-                "backup, or set another output to start anew"
+                f"{why or f'no checkpoint in {self.folder} is intact'}, and there is no older one: restore one from a "
+                "backup, or set another output to start a new run"
             )
         if step == _NONE:
             return None
-        self._sound |= {(step, item) for item in items}
+        self._validated |= {(step, item) for item in items}
         return step
 
     def go_on_from(self, step: int | None) -> None:
-        """Make ready to save what comes after `step` (None: from the start).
+        """Prepares the folder for saves after `step` (None: from the start).
 
-        Newer steps were passed over as damaged: they are moved aside, not deleted. What a save that was killed or
-        failed has left is deleted.
+        Newer steps were skipped as damaged. They are renamed to `damaged-STEP` and not deleted. Remains of saves that
+        were killed or failed are deleted.
         """
         if jax.process_index() or not self.folder.is_dir():
             return
@@ -133,26 +134,24 @@ class Checkpoints:
             _warn(f"moved {self.folder / str(newer)} to {aside}")
         self._sweep(_SAVING, _DELETING)
 
-    def save(
-        self, step: int, *, params: model.Params, rest: Any, meta: dict[str, Any], loss: float | None = None
-    ) -> None:
-        """Start saving a step. Returns once the arrays are copied; the writing goes on in the background.
+    def save(self, step: int, *, params: Params, rest: Any, meta: dict[str, Any], loss: float | None = None) -> None:
+        """Starts saving a step. Returns once the arrays are copied; writing continues in the background.
 
         Args:
-            step: the name of the checkpoint.
-            params: weights, stacked.
-            rest: any pytree of arrays that goes with them.
-            meta: JSON-able: the data position, the config.
-            loss: of validation at this step, for keep_best.
+            step: the training step, which names the checkpoint.
+            params: stacked weights.
+            rest: a pytree of the other arrays of the state.
+            meta: metadata that can be written as JSON: the data position, the config.
+            loss: validation loss at this step, for keep_best; None if it was not measured.
 
         Raises:
-            SaveError: this save, or the one before it; or this step is not newer than what is there.
+            SaveError: this save or the previous one failed, or a step that is not older exists.
         """
-        _hush()
+        _silence_tracebacks()
         self.wait()
         newest = max(self.steps(), default=_NONE)
         if step <= newest:
-            raise SaveError(f"step {step} was not saved: {self.folder} has step {newest}, of another run")
+            raise SaveError(f"step {step} was not saved: {self.folder} already has step {newest}, from another run")
         try:
             self._orbax.save(
                 self.folder / f"{_SAVING}{step}",
@@ -167,27 +166,27 @@ class Checkpoints:
         self._saving = self._background.submit(self._commit, step, loss)
 
     def check(self) -> None:
-        """Raise what a save failed with, if one has. Costs nothing: for every step."""
+        """Raises the SaveError of a save that failed in the background. It costs nothing, so call it every step."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when the last save is committed, or raise the SaveError that it failed with."""
+        """Returns when the last save is committed, or raises its SaveError."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def close(self) -> None:
-        """Wait, and let go of the background threads."""
+        """Waits for the last save, and ends the background threads."""
         self.wait()
         self._background.shutdown()
         self._orbax.close()
 
-    def restore(self, step: int, *, params: model.Params, rest: Any) -> tuple[model.Params, Any, dict[str, Any]]:
-        """A step's (params, rest, meta), with the shapes, types and shardings of the abstract trees given.
+    def restore(self, step: int, *, params: Params, rest: Any) -> tuple[Params, Any, dict[str, Any]]:
+        """The (params, rest, meta) of a step, with the shapes, dtypes and shardings of the abstract trees.
 
         Raises:
-            ConfigError: the step is damaged, or is not of these trees. So do the next two.
+            ConfigError: the step is damaged, or its trees are others.
         """
         restored = self._restored(
             step,
@@ -197,16 +196,16 @@ class Checkpoints:
         )
         return restored["params"], restored["rest"], restored["meta"]
 
-    def restore_params(self, step: int, params: model.Params) -> model.Params:
-        """Only the weights of a step."""
+    def restore_params(self, step: int, params: Params) -> Params:
+        """The weights of a step alone. Raises as `restore`."""
         return self._restored(step, params=ocp.args.StandardRestore(params))["params"]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Only what is not arrays."""
+        """The metadata of a step alone. Raises as `restore`."""
         return self._restored(step, meta=ocp.args.JsonRestore())["meta"]
 
     def digests(self, step: int) -> dict[str, str]:
-        """What tells the weights of a step from all others: the SHA-256 of their files, by name."""
+        """SHA-256 of each file of a step's weights, by name. Together they identify the weights."""
         files = manifest.read(self.folder / str(step), step=step).files
         return {name: digest for name, (_, digest) in files.items() if name.startswith("params/")}
 
@@ -214,23 +213,23 @@ class Checkpoints:
         folder = self.folder / str(step)
         why = ""
 
-        def sound() -> int:
+        def intact() -> int:
             nonlocal why
             why = self._problem(step, items) or ""
             return not why
 
-        if not self._sound.issuperset((step, item) for item in items) and not _decided_by_first(sound):
-            raise ConfigError(f"checkpoint {folder} is damaged: {why or 'see process 0'}; go on from another step")
+        if not self._validated.issuperset((step, item) for item in items) and not _broadcast_decision(intact):
+            raise ConfigError(f"checkpoint {folder} is damaged: {why or 'see process 0'}; continue from another step")
         try:
             return self._orbax.restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and TensorStore raise
             older = [s for s in self.steps() if s < step]
-            mend = f"move it away to go on from step {max(older)}" if older else "it is the only one"
-            raise ConfigError(f"checkpoint {folder} cannot be read: {mend} ({_brief(error)})") from error
+            remedy = f"move it away to continue from step {max(older)}" if older else "it is the only one"
+            raise ConfigError(f"checkpoint {folder} cannot be read: {remedy} ({_one_line(error)})") from error
 
     def _problem(self, step: int, items: Collection[str]) -> str | None:
-        """What is wrong with a step, as far as its manifest knows."""
-        if self._unproven():
+        """The damage of a step by its manifest, in words, or None if it is intact."""
+        if self._without_manifests():
             return None
         try:
             manifest.check(self.folder / str(step), step=step, items=items)
@@ -238,12 +237,12 @@ class Checkpoints:
             return str(error)
         return None
 
-    def _unproven(self) -> bool:
-        """Whether all steps were made before there were manifests; one without among others is damaged."""
+    def _without_manifests(self) -> bool:
+        """True if no step has a manifest, because an older version wrote them. One without among others is damaged."""
         return not any((self.folder / str(step) / manifest.FILE).exists() for step in self.steps())
 
     def _commit(self, step: int, loss: float | None) -> None:
-        """In the background: when Orbax is done, prove the step, let it count, and delete what it makes superfluous."""
+        """Waits for Orbax, hashes and commits the step, and prunes older ones. It runs in the background."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -251,85 +250,87 @@ class Checkpoints:
                 manifest.write(whole, step=step, loss=loss if loss is not None and math.isfinite(loss) else None)
                 os.rename(whole, self.folder / str(step))
                 manifest.sync(self.folder)
-            _meet(f"{self.folder} {step}")
+            _barrier(f"{self.folder} {step}")
         except Exception as error:
             raise self._save_error(step, error) from error
         if jax.process_index() == 0:
             self._prune()
 
     def _manifests(self) -> dict[int, manifest.Manifest]:
-        """What each step says of itself, the newest first; damaged ones are left out."""
-        found = {}
+        """The manifest of each step, the newest first, without damaged ones."""
+        manifests = {}
         for step in self.steps():
             with contextlib.suppress(manifest.DamagedError):
-                found[step] = manifest.read(self.folder / str(step), step=step)
-        return found
+                manifests[step] = manifest.read(self.folder / str(step), step=step)
+        return manifests
 
     @staticmethod
-    def _by_loss(found: dict[int, manifest.Manifest]) -> list[int]:
-        """The steps whose validation loss is known, the lowest first, and of equals the newest."""
-        scored = [step for step in found if found[step].loss is not None]
-        return sorted(scored, key=lambda step: found[step].loss)  # stable
+    def _by_loss(manifests: dict[int, manifest.Manifest]) -> list[int]:
+        """The steps with a validation loss, sorted by it. Equal losses are sorted from new to old."""
+        scored = [step for step in manifests if manifests[step].loss is not None]
+        return sorted(scored, key=lambda step: manifests[step].loss)  # stable
 
     def _prune(self) -> None:
-        """Delete all steps but the newest and the best. Damaged ones do not count, and are let be."""
-        found = self._manifests()
-        keep = list(found)[: self._keep] + self._by_loss(found)[: self._keep_best]
-        for step in found.keys() - set(keep):  # first by name, so that none is ever found half deleted
+        """Deletes all steps but the newest and the best. Damaged steps are not counted and not deleted."""
+        manifests = self._manifests()
+        keep = list(manifests)[: self._keep] + self._by_loss(manifests)[: self._keep_best]
+        for step in manifests.keys() - set(keep):  # renamed first, so that no step is ever seen half deleted
             os.rename(self.folder / str(step), self.folder / f"{_DELETING}{step}")
         self._sweep(_DELETING)
 
     def _sweep(self, *prefixes: str) -> None:
         for path in self.folder.iterdir():
             if path.name.startswith(prefixes):
-                shutil.rmtree(path, ignore_errors=True)  # one that another process still reads goes the next time
+                shutil.rmtree(path, ignore_errors=True)  # one that a process still reads is deleted next time
 
     def _save_error(self, step: int, error: Exception) -> SaveError:
         newest = max(self.steps(), default=None)
-        stands = "none was saved before" if newest is None else f"that of step {newest} stands"
+        remaining = "none was saved before" if newest is None else f"that of step {newest} is intact"
         return SaveError(
-            f"the checkpoint of step {step} could not be saved, {stands} ({_brief(error)}): make room, or mend the "
-            "folder, and start again"
+            f"the checkpoint of step {step} could not be saved, {remaining} ({_one_line(error)}): make room, or repair "
+            "the folder, and start again"
         )
 
 
-def _decided_by_first(decide: Callable[[], int]) -> int:
-    """What process 0 decides, in every process: only it reads and hashes files."""
+def _broadcast_decision(decide: Callable[[], int]) -> int:
+    """Broadcasts a decision of process 0, which alone reads and hashes files, to every process."""
     if jax.process_count() == 1:
         return decide()
     decision = decide() if jax.process_index() == 0 else 0
-    _meet(f"decision {next(_meetings)}")  # a collective would not wait for so long
+    _barrier(f"decision {next(_barriers)}")  # a collective would time out earlier
     return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
 
 
-def _meet(name: str) -> None:
-    """Wait for all processes; from any thread."""
-    ocp.multihost.get_barrier_sync_fn()(key=f"llama_jax {name}", timeout_ms=_PATIENCE_MS)
+def _barrier(name: str) -> None:
+    """A barrier of all processes, which any thread may call."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"llama_jax {name}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
 
-def _brief(error: Exception) -> str:
-    """An error of another's making in one line; what the system said is at the end of TensorStore's."""
+def _one_line(error: Exception) -> str:
+    """An error of a library in one line. The system's reason is at the end of TensorStore's errors."""
     text = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:140] + ' ... ' + text[-140:]}"
 
 
 @functools.cache  # once in a process
-def _hush() -> None:
-    """Let no traceback go before the line of a SaveError: what Orbax raises is also logged, by it and by asyncio, and
-    what TensorStore still had to write then finds its event loop closed."""
-    for logger in map(logging.getLogger, ("absl", "asyncio")):
-        logger.addFilter(lambda record: not (record.exc_info and _is_orbaxs(record)))
-    show = sys.unraisablehook
+def _silence_tracebacks() -> None:
+    """Silences the tracebacks that Orbax and asyncio log before the one line of a SaveError.
 
-    def hook(found: sys.UnraisableHookArgs) -> None:
-        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
-            show(found)
+    Writes that TensorStore had still to do then find their event loop closed, which is silenced too.
+    """
+    for logger in map(logging.getLogger, ("absl", "asyncio")):
+        logger.addFilter(lambda record: not (record.exc_info and _is_from_orbax(record)))
+    previous_hook = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            previous_hook(unraisable)
 
     sys.unraisablehook = hook
 
 
-def _is_orbaxs(record: logging.LogRecord) -> bool:
-    """asyncio runs here for Orbax alone: what it finds that nobody waited for is an error of the same save."""
+def _is_from_orbax(record: logging.LogRecord) -> bool:
+    """True for a record of Orbax or asyncio. asyncio runs for Orbax alone, so its errors belong to the same save."""
     return record.name == "asyncio" or "orbax" in record.pathname + record.getMessage()
 
 

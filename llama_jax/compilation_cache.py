@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a program compiled once starts at once the next time, in any process."""
+"""The persistent compilation cache: a program that was compiled once starts without compiling, in any process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENV = "LLAMA_JAX_CACHE"
 
 
 def folder() -> Path | None:
-    """Where compiled programs go: $LLAMA_JAX_CACHE/jax, or the user's cache folder; None where the former is "off"."""
+    """The folder of compiled programs, or None if $LLAMA_JAX_CACHE is "off". By default it is in the user's cache."""
     chosen = os.environ.get(ENV, "")
     if chosen.lower() == "off":
         return None
@@ -21,12 +21,12 @@ def folder() -> Path | None:
 
 
 def enable() -> Path | None:
-    """Turn the cache on for this process, before anything compiles; jax's own setting, where there is one, wins.
+    """Turns the cache on for this process, before anything compiles. A setting of jax's own takes precedence.
 
-    Programs are kept however short they took: a small model is many short ones.
+    Programs are cached however little time they took, since a small model consists of many such programs.
 
     Returns:
-        The folder, or None where it is off or cannot be written (which is said once, on standard error).
+        The folder, or None if the cache is off or the folder cannot be written, which one line on standard error says.
     """
     import jax
 

@@ -20,8 +20,15 @@ _LARGEST = 2**31 - 1  # of any whole number
 class RopeScaling:
     """Llama 3.1's rescaling of the rotary frequencies (Meta's `apply_scaling`; `rope_type: llama3` elsewhere).
 
-    Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched `factor` times, those below
-    `original_max_seq_len / high_freq_factor` are left alone, and those between are interpolated.
+    Wavelengths above `original_max_seq_len / low_freq_factor` positions are stretched `factor` times, wavelengths below
+    `original_max_seq_len / high_freq_factor` stay as they are, and wavelengths between them are interpolated.
+
+    Attributes:
+        factor: Factor by which long wavelengths are stretched, at least 1.
+        low_freq_factor: Divisor of original_max_seq_len that gives the wavelength above which all are stretched.
+        high_freq_factor: Divisor of original_max_seq_len that gives the wavelength below which none is; above
+            low_freq_factor.
+        original_max_seq_len: Longest sequence in positions that the model was trained on before the rescaling.
     """
 
     factor: float
@@ -42,21 +49,21 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a Llama decoder is. Every field changes the output, or raises when it is exceeded.
+    """The shape of a Llama decoder. Every field changes the output, or raises when it is exceeded.
 
     Attributes:
-        vocab_size: rows of the embedding and of the unembedding (V).
-        embed_dim: width of the residual stream (D).
-        num_layers: decoder blocks (L).
-        num_heads: query heads (N).
-        num_kv_heads: key and value heads (K); each serves N / K query heads.
-        head_dim: width of one head (H); even, and free of embed_dim / num_heads.
-        ffn_dim: width of the SwiGLU feed-forward (F).
-        norm_eps: added to the mean square in RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: Llama 3.1's rescaling of them, or None (Llama 3).
-        max_seq_len: positions the model may be given; more raises.
-        tied_embeddings: the unembedding is the embedding.
+        vocab_size: Rows of the embedding and of the unembedding (V).
+        embed_dim: Width of the residual stream (D).
+        num_layers: Number of decoder blocks (L).
+        num_heads: Number of query heads (N).
+        num_kv_heads: Number of key and value heads (K); each serves N / K query heads. It must divide num_heads.
+        head_dim: Width of one head (H), an even number. It need not be embed_dim / num_heads.
+        ffn_dim: Width of the SwiGLU feed-forward (F).
+        norm_eps: Number added to the mean square in RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Llama 3.1's rescaling of the rotary frequencies, or None (Llama 3).
+        max_seq_len: Longest sequence in positions; a longer one raises an error.
+        tied_embeddings: Use the embedding as the unembedding.
     """
 
     vocab_size: int

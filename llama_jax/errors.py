@@ -19,8 +19,10 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message says what was given, what is allowed and how to fix it."""
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str], *, cutoff: float = 0.5) -> str:
     """A `; did you mean ...?` clause for `word`, or an empty string when no known name is near.
+
+    Names are near when difflib's ratio (from 0 to 1) reaches `cutoff`.
 
     Names from files may be many and long, and a search among them would take minutes. Names over 100 characters get
     no suggestion, and only the first 1,500 known names are searched.
@@ -28,7 +30,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if len(str(word)) > _LONGEST_NAME:
         return ""
     candidates = [name for name in known[:_MOST_NAMES] if len(name) <= _LONGEST_NAME]
-    matches = difflib.get_close_matches(str(word), candidates, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(word), candidates, n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -17,12 +17,14 @@ from typing import Any, BinaryIO
 from llama_jax.errors import brief
 
 MAX_BYTES = 2_000_000  # parsed, JSON takes up to 25 times its size; a config or an index is far smaller
-_MAX_VALUES = 1_500_000  # of a larger file: a tokenizer.json of Llama 3 has half of that
+MAX_VALUES = 1_500_000  # in a larger file
 
 
-def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_json(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
     """The JSON object in a file of at most `max_bytes`. Anything else raises a one-line ValueError."""
-    return parse_json(read_small(path, max_bytes=max_bytes), str(path))
+    return parse_json(read_small(path, max_bytes=max_bytes), str(path), max_values=max_values)
 
 
 def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -40,10 +42,10 @@ def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> b
         return file.read(size) if size else b""
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes, where: str, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object in `data`, which errors call `where`. Anything else raises a one-line ValueError."""
-    if len(data) > MAX_BYTES and sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
-        raise ValueError(f"{where} has over {_MAX_VALUES:,} values, more than any sound file of its kind")
+    if len(data) > MAX_BYTES and sum(map(data.count, (b",", b"[", b"{"))) > max_values:
+        raise ValueError(f"{where} has over {max_values:,} values, more than any sound file of its kind")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
@@ -53,6 +55,32 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object, got {brief(value)}")
     return value
+
+
+class File:
+    """A file read by byte range, from any thread. Raises ValueError (one line) where bytes are missing."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such file")
+        self._file = open(self.path, "rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on."""
+        out = bytearray(length)
+        self.read_into(memoryview(out), start)
+        return bytes(out)
+
+    def read_into(self, out: memoryview, start: int) -> None:
+        """Fill `out`, which holds bytes, from `start` on."""
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._file.fileno(), [out[done:]], start + done)
+            if count <= 0:
+                raise ValueError(f"{self.path}: ends at byte {start + done:,}; {len(out) - done:,} more were expected")
+            done += count
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Repos of the Hugging Face hub: what is needed of one is downloaded, and kept in the hub's cache.
+"""Repositories of the Hugging Face hub: the files that are needed are downloaded into the hub's cache.
 
 huggingface_hub does the work, and its settings apply: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and so on. This
 module turns its failures into one-line errors. weights/hub_models.py and data/hub_datasets.py know which files a model
@@ -15,21 +15,21 @@ from pathlib import Path
 
 from llama_jax.errors import ConfigError
 
-# The hub's rule for names (huggingface_hub's validate_repo_id), less names without an owner; for re.ASCII.
+# The hub's rule for names (huggingface_hub's validate_repo_id), but with an owner. Use it with re.ASCII.
 _WORD = r"\w(?:[\w.-]{0,94}\w)?"
 ID = f"{_WORD}/{_WORD}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Repo:
-    """A repo at a revision.
+    """A repository at a revision.
 
     Attributes:
         kind: "model" or "dataset".
-        text: what the user wrote.
+        text: the id as the user wrote it, for errors.
         name: owner/name.
         revision: a branch, tag or commit; None is main.
-        forms: how such ids are written, for errors.
+        forms: the forms of such ids, for errors.
     """
 
     kind: str
@@ -40,16 +40,22 @@ class Repo:
 
 
 def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Path:
-    """Download those of `files` that the repo has and the cache has not; the folder of this commit in the cache.
+    """Downloads the files that are not cached yet, and returns the folder of the commit in the cache.
 
-    `commit` (the name of that folder) saves asking the hub again what the revision is, and cannot change meanwhile.
-    Raises ConfigError for whatever the hub's library raises.
+    Args:
+        repo: the repository.
+        files: paths of the files to download; those that the repository lacks are ignored.
+        commit: a commit that an earlier call resolved (the name of its folder). It saves a request, and the revision
+            cannot change in between.
+
+    Raises:
+        ConfigError: the download failed. The message has the reason and the remedy.
     """
     from huggingface_hub import constants, errors, snapshot_download  # a quarter of a second
 
     page = f"{constants.ENDPOINT}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
     login = "`hf auth login`, or set HF_TOKEN"
-    again = "run it again (the files that came whole are kept)"
+    again = "run it again (complete files are kept)"
     try:
         patterns = [glob.escape(file) for file in files]
         revision = commit or repo.revision
@@ -64,10 +70,10 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
     except errors.RevisionNotFoundError:
         why = f"no branch, tag or commit {repo.revision!r}: see {page}/commits (ids are {repo.forms})"
     except errors.IncompleteSnapshotError as error:
-        return Path(error.snapshot_path)  # offline; what is needed of it is looked for afterwards
+        return Path(error.snapshot_path)  # offline; the caller checks for the files that it needs
     except errors.LocalEntryNotFoundError as error:
         why = _not_cached("all of it", error.__cause__)
-    except Exception as error:  # the transport has errors of its own, and so has Xet
+    except Exception as error:  # the transport and Xet raise errors of their own
         text = _flat(error)
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
             why = f"{constants.ENDPOINT} refuses the token: {login} to a valid one"
@@ -81,18 +87,18 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
 
 
 def listing(repo: Repo, folder: Path) -> list[str]:
-    """Every file of the repo at the commit of this snapshot; those of the snapshot, where the cache has no list."""
+    """All files of the repository at the commit of this snapshot, or those of the snapshot if no list is cached."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
         return sorted(file.path for file in get_cached_repo_tree(repo.name, repo_type=repo.kind, revision=folder.name))
-    except CachedRepoTreeNotFoundError:  # offline, and downloaded by an older huggingface_hub
+    except CachedRepoTreeNotFoundError:  # offline, and an older huggingface_hub downloaded it
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def check_there(repo: Repo, folder: Path, files: Sequence[str]) -> None:
-    """Raise ConfigError where a file is not in the cache: without the hub, a part of a snapshot looks like a whole."""
+    """Raises ConfigError if a file is not cached. Offline, a partial snapshot looks like a complete one."""
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ConfigError(f"{repo.text}: {_not_cached(f'{some(missing)} of it', None)}")
@@ -105,16 +111,16 @@ def some(files: list[str]) -> str:
 
 
 def _not_cached(what: str, error: BaseException | None) -> str:
-    """What to say where the cache has not `what`, and `error` kept it from coming."""
+    """The message for `what` missing in the cache, where `error` prevented its download."""
     from huggingface_hub import constants
 
     reason = f" ({type(error).__name__}: {_flat(error)})" if error else ""
-    mend = (
+    remedy = (
         f"{constants.ENDPOINT} cannot be reached, or fails{reason}: check the network (and HF_ENDPOINT), and run again"
     )
     if constants.HF_HUB_OFFLINE:
-        mend = "HF_HUB_OFFLINE=1 forbids the network: unset it and run again"
-    return f"the cache {constants.HF_HUB_CACHE} does not hold {what}, and {mend}"
+        remedy = "HF_HUB_OFFLINE=1 forbids the network: unset it and run again"
+    return f"the cache {constants.HF_HUB_CACHE} does not hold {what}, and {remedy}"
 
 
 def _flat(error: BaseException) -> str:

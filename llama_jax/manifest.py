@@ -1,7 +1,7 @@
-"""What a checkpoint consists of: the size and SHA-256 of each of its files, held against them before they are used.
+"""Manifests of checkpoints: the size and SHA-256 of each file, against which the files are validated before use.
 
-Knows folders and files only, nothing of arrays. A manifest carries a hash of itself, so that a bit flipped in it is
-found like one in any other file.
+This module knows folders and files and nothing of arrays. A manifest contains a hash of itself, so that a flipped bit
+in it is detected as in any other file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from llama_jax.files import read_json, write_json
 
 FILE = "manifest.json"
 _VERSION = 1
-_MAX_BYTES = 1 << 26  # of a manifest: half a million files
+_MAX_BYTES = 1 << 26  # largest manifest, of half a million files
 _BLOCK = 1 << 20
-_THREADS = 8  # hashlib lets go of the interpreter lock
+_THREADS = 8  # hashlib releases the interpreter lock
 _QUIET = 3.0  # seconds before a bar appears
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what its manifest says, or has none: which file, and what is wrong with it."""
+    """A checkpoint that differs from its manifest or has none. The message names the file and the damage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Manifest:
     """The files of one checkpoint.
 
     Attributes:
-        step: of the checkpoint.
-        loss: of validation at that step, or None.
-        files: path below the folder, with slashes -> (bytes, SHA-256 in hex).
+        step: step of the checkpoint.
+        loss: validation loss at that step, or None.
+        files: (bytes, SHA-256 in hex) of each file, by its path below the folder, with slashes.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Manifest:
 
 
 def write(folder: Path, *, step: int, loss: float | None) -> None:
-    """Hash every file of `folder`, write the manifest beside them, and return when all of it is on the disk."""
+    """Hashes every file of `folder` and writes the manifest. Returns when all of it is on disk."""
     sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
     digests = _digests(folder, sizes)
     files = {name: [size, digests[name]] for name, size in sizes.items()}
@@ -59,45 +59,45 @@ def write(folder: Path, *, step: int, loss: float | None) -> None:
 
 
 def read(folder: Path, *, step: int) -> Manifest:
-    """The manifest of `folder`, after just its files were found there in their sizes; DamagedError otherwise."""
+    """The manifest of `folder`. Raises DamagedError unless exactly its files exist, with the right sizes."""
     if not (folder / FILE).is_file():
         raise DamagedError(f"{FILE} is missing")
     try:
         content = read_json(folder / FILE, max_bytes=_MAX_BYTES)
         if content.pop("sha256", None) != _own_digest(content):
-            raise DamagedError(f"{FILE} is not as it was written")
+            raise DamagedError(f"{FILE} was changed after it was written")
         if content["version"] != _VERSION:
             raise DamagedError(f"{FILE} has version {content['version']}, and this program reads {_VERSION}")
         if content["step"] != step:
             raise DamagedError(f"{FILE} is of step {content['step']}")
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
         loss = None if content["loss"] is None else float(content["loss"])
-        # Only what lies below the folder is ever opened, whatever a manifest names.
-        there = {name: os.path.getsize(path) for name, path in _files(folder)}
+        # Only files below the folder are ever opened, whatever the manifest names.
+        sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
     except DamagedError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{FILE} cannot be read: {type(error).__name__}: {error}") from None
     for name, (size, _) in files.items():
-        if name not in there:
+        if name not in sizes:
             raise DamagedError(f"{name} is missing")
-        if there[name] != size:
-            raise DamagedError(f"{name} has {there[name]:,} bytes, not {size:,}")
-    for name in there.keys() - files.keys():  # Orbax reads all that it finds in some folders
-        raise DamagedError(f"{name} is none of its files: delete it")
+        if sizes[name] != size:
+            raise DamagedError(f"{name} has {sizes[name]:,} bytes, not {size:,}")
+    for name in sizes.keys() - files.keys():  # Orbax reads every file of some folders
+        raise DamagedError(f"{name} is not in the manifest: delete it")
     return Manifest(step, loss, files)
 
 
 def check(folder: Path, *, step: int, items: Collection[str] = ()) -> None:
-    """Hold the sizes of all files and the hashes of those that will be read against the manifest.
+    """Validates the sizes of all files, and the hashes of the files that will be read.
 
     Args:
-        folder: of the checkpoint.
-        step: that it must be of.
-        items: the folders in it whose files will be read; all by default. Files at the top are always hashed.
+        folder: folder of the checkpoint.
+        step: step that its manifest must have.
+        items: subfolders whose files will be read; all by default. Files at the top are always hashed.
 
     Raises:
-        DamagedError: naming the file.
+        DamagedError: a file differs. The message names it.
     """
     files = {
         name: entry
@@ -110,11 +110,11 @@ def check(folder: Path, *, step: int, items: Collection[str] = ()) -> None:
         raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from None
     for name, (_, digest) in files.items():
         if digests[name] != digest:
-            raise DamagedError(f"{name} is not as it was written")
+            raise DamagedError(f"{name} was changed after it was written")
 
 
 def sync(path: Path) -> None:
-    """Return when a file or folder is on the disk."""
+    """Flushes a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,7 +123,7 @@ def sync(path: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Regular files below a folder by their paths in it, but for the manifest and hidden ones."""
+    """Yields (relative path, path) of each regular file below a folder, except the manifest and hidden files."""
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in sorted(names)):
             name = path.relative_to(folder).as_posix()
@@ -132,17 +132,17 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _digests(folder: Path, sizes: Mapping[str, int], title: str | None = None) -> dict[str, str]:
-    """SHA-256 of files, several at a time, with a bar if it takes long and has a title."""
+    """SHA-256 of each file, computed in threads. A title gives a progress bar if it takes long."""
     total, quiet = sum(sizes.values()), title is None
     bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=_QUIET, leave=False, disable=quiet)
 
     def digest(name: str) -> str:
-        found, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+        hasher, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
         with (folder / name).open("rb", buffering=0) as file:
             while count := file.readinto(block):
-                found.update(block[:count])
+                hasher.update(block[:count])
                 bar.update(count)
-        return found.hexdigest()
+        return hasher.hexdigest()
 
     largest_first = sorted(sizes, key=lambda name: -sizes[name])
     with bar, concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -1,11 +1,10 @@
-"""The decoder: Llama 3.1's forward pass, written once, for training, prefill and decoding. The only file with flax.
+"""The decoder: Llama 3.1's forward pass, written once for training, prefill and decoding. The only file with flax.
 
-Modules hold parameters and say what each axis is; mathematics lives in `ops`. Outside this file parameters are a plain
-dict, in one of two layouts: `layers` is a dict of arrays with a leading layer axis (stacked: scanned, for training) or
-a tuple of dicts (unrolled, for decoding).
+Modules are built around parameters that exist already (a plain dict, see `params.py`), inside the traced function:
+construction costs nothing at run time, and only plain dicts cross the borders of jit and scan. Mathematics is in `ops`.
 
 Letters: B batch, T length, S cache slots, D embedding, N query heads, K key/value heads, H head dim, F ffn, V vocab,
-L layers.
+L layers, R rotary pairs (H / 2).
 """
 
 from __future__ import annotations
@@ -28,41 +27,50 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
 from llama_jax.ops.attention import attention
+from llama_jax.params import BY_PATH, Params, check_params
 
-Params = dict[str, Any]
 LayerCache = tuple[jax.Array, jax.Array]
 
-# What a block keeps for its backward pass: everything, the results of its products, or only its input.
+# Values that a block keeps for its backward pass: all, the results of matrix products, or only its input.
 REMAT = ("none", "dots", "full")
-_INIT_STD = 0.02  # of every matrix; those that write to the residual stream are scaled down by depth (GPT-2's rule)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where the tokens of a batch stand: what every layer needs to know beside their hidden states."""
+    """Positions and cache slots of a batch of tokens, computed once and shared by all layers.
+
+    Attributes:
+        positions_BT: position of each token within its document.
+        segments_BT: document number of each token, or None if every row is one document.
+        k_positions_BS: position of each key.
+        slots_BT: cache slot to write each token to; padding has a slot beyond the capacity.
+        cos_BTR: cosine of each rotary angle, float32.
+        sin_BTR: sine of each rotary angle, float32.
+    """
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None
     k_positions_BS: jax.Array
-    slots_BT: jax.Array  # of the cache, to write to; beyond its capacity for padding
-    cos_BTR: jax.Array  # R = H / 2
+    slots_BT: jax.Array
+    cos_BTR: jax.Array
     sin_BTR: jax.Array
 
 
-def _matrix(rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
-    if rngs is None:  # only shapes are wanted: tracing the draws of 126 unrolled layers would take 12 s, not 0.3
-        return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
-    value = std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
-    return nnx.Param(value, axes=axes)
+def _weight(params: Params, *path: str) -> nnx.Param:
+    """The weight at the end of `path` as a Param with its logical axes; `params` is the dict of its own module."""
+    return nnx.Param(params[path[-1]], axes=BY_PATH[path].axes)
+
+
+def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
+    return checkpoint_name(linear_ops.linear(x, w.get_value(), w.axes), "product")
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation with a learned scale (D,)."""
+    """Root mean square normalization with a learned scale (D,) (Zhang and Sennrich, arXiv:1910.07467)."""
 
-    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...] = ()):
-        axes = ("layers",) * len(stack) + ("norm",)
-        self.scale = nnx.Param(jnp.ones((*stack, config.embed_dim), jnp.float32), axes=axes)
+    def __init__(self, config: ModelConfig, params: Params):
+        self.scale = nnx.Param(params["scale"])
         self.eps = config.norm_eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -72,18 +80,12 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stack: tuple[int, ...] = ()):
+    def __init__(self, config: ModelConfig, params: Params):
         self.config = config
-        D, NH, KH = (
-            config.embed_dim,
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
-        lead = ("layers",) * len(stack)
-        self.q = _matrix(rngs, (*stack, NH, D), (*lead, "heads", "embed"), std=_INIT_STD)
-        self.k = _matrix(rngs, (*stack, KH, D), (*lead, "kv_heads", "embed"), std=_INIT_STD)
-        self.v = _matrix(rngs, (*stack, KH, D), (*lead, "kv_heads", "embed"), std=_INIT_STD)
-        self.o = _matrix(rngs, (*stack, D, NH), (*lead, "embed", "heads"), std=_residual_std(config))
+        self.q = _weight(params, "attention", "q")
+        self.k = _weight(params, "attention", "k")
+        self.v = _weight(params, "attention", "v")
+        self.o = _weight(params, "attention", "o")
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
@@ -124,12 +126,10 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stack: tuple[int, ...] = ()):
-        D, F = config.embed_dim, config.ffn_dim
-        lead = ("layers",) * len(stack)
-        self.gate = _matrix(rngs, (*stack, F, D), (*lead, "ffn", "embed"), std=_INIT_STD)
-        self.up = _matrix(rngs, (*stack, F, D), (*lead, "ffn", "embed"), std=_INIT_STD)
-        self.down = _matrix(rngs, (*stack, D, F), (*lead, "embed", "ffn"), std=_residual_std(config))
+    def __init__(self, params: Params):
+        self.gate = _weight(params, "ffn", "gate")
+        self.up = _weight(params, "ffn", "up")
+        self.down = _weight(params, "ffn", "down")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         hidden_BTF = jax.nn.silu(_linear(x_BTD, self.gate)) * _linear(x_BTD, self.up)
@@ -137,13 +137,13 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer; with `stack=(L,)`, the parameters of L of them with a leading layer axis."""
+    """One pre-norm decoder layer around the weights of that layer."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stack: tuple[int, ...] = ()):
-        self.attention_norm = RMSNorm(config, stack=stack)
-        self.attention = Attention(config, rngs=rngs, stack=stack)
-        self.ffn_norm = RMSNorm(config, stack=stack)
-        self.ffn = FeedForward(config, rngs=rngs, stack=stack)
+    def __init__(self, config: ModelConfig, params: Params):
+        self.attention_norm = RMSNorm(config, params["attention_norm"])
+        self.attention = Attention(config, params["attention"])
+        self.ffn_norm = RMSNorm(config, params["ffn_norm"])
+        self.ffn = FeedForward(params["ffn"])
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         with jax.named_scope("attention"):
@@ -155,19 +155,13 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm and unembedding."""
+    """Embedding, blocks and final norm. `unembed` turns its output into logits."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stacked: bool):
-        V, D, L = config.vocab_size, config.embed_dim, config.num_layers
+    def __init__(self, config: ModelConfig, params: Params):
         self.config = config
-        self.embed = _matrix(rngs, (V, D), ("vocab", "embed"), std=_INIT_STD)
-        if stacked:
-            self.layers = Block(config, rngs=rngs, stack=(L,))
-        else:
-            self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(L)])
-        self.norm = RMSNorm(config)
-        if not config.tied_embeddings:
-            self.unembed = _matrix(rngs, (V, D), ("vocab", "embed"), std=_INIT_STD)
+        self.embed = _weight(params, "embed")
+        self.layers = nnx.data(params["layers"])  # plain dicts: each becomes a Block where it runs
+        self.norm = RMSNorm(config, params["norm"])
 
     def __call__(
         self, tokens_BT: jax.Array, where: Where, cache: KVCache | None, dtype: jnp.dtype, remat: str
@@ -175,27 +169,23 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = linear_ops.embed(self.embed.get_value(), tokens_BT, dtype)
             x_BTD = parallel.constrain(x_BTD, "batch", "length", "act_embed")
-        if isinstance(self.layers, Block) and cache is None:
-            x_BTD = _scan(self.layers, x_BTD, where, remat)
+        if isinstance(self.layers, dict) and cache is None:
+            x_BTD = _scan(self.config, self.layers, x_BTD, where, remat)
+        elif cache is None:
+            x_BTD = _unroll(self.config, self.layers, x_BTD, where, remat)
         else:
-            x_BTD, cache = _unroll(self._each_layer(), x_BTD, where, cache, remat)
+            x_BTD, cache = _unroll_cached(self.config, self._each_layer(), x_BTD, where, cache)
         with jax.named_scope("norm"):
             return self.norm(x_BTD), cache
 
-    def _each_layer(self) -> Sequence[Block]:
-        if not isinstance(self.layers, Block):
+    def _each_layer(self) -> Sequence[Params]:
+        if not isinstance(self.layers, dict):
             return self.layers
-        graph, stacked = nnx.split(self.layers)
-        slices = (jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.config.num_layers))
-        return [nnx.merge(graph, layer) for layer in slices]
+        return [jax.tree.map(operator.itemgetter(i), self.layers) for i in range(self.config.num_layers)]
 
 
-def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
-    return checkpoint_name(linear_ops.linear(x, w.get_value(), w.axes[-2:]), "product")
-
-
-def _rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`function` with its intermediates kept for the backward pass as `remat` says (see REMAT)."""
+def _with_remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Wraps a layer so that its backward pass recomputes what `remat` does not keep (see REMAT)."""
     if remat == "none":
         return function
     if remat == "dots":
@@ -203,45 +193,46 @@ def _rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., A
     return jax.checkpoint(function)
 
 
-def _scan(layers: Block, x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
-    """All layers as one scan over their stacked parameters: compiled once, whatever the depth."""
-    graph, stacked = nnx.split(layers)
+def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
+    """Runs stacked layers as one scan, which is compiled once whatever the depth."""
 
-    def body(x_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, layer)(x_BTD, where, None)[0], None
+    def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        return Block(config, layer)(x_BTD, where, None)[0], None
 
-    return jax.lax.scan(_rematerialised(body, remat), x_BTD, stacked)[0]
+    return jax.lax.scan(_with_remat(body, remat), x_BTD, layers)[0]
 
 
-def _unroll(
-    layers: Sequence[Block], x_BTD: jax.Array, where: Where, cache: KVCache | None, remat: str
-) -> tuple[jax.Array, KVCache | None]:
-    """The layers one after the other, each with its own cache arrays, so that a donated cache is updated in place."""
-    if cache is None:
-        for layer in layers:
-            x_BTD = _rematerialised(lambda x, layer=layer: layer(x, where, None)[0], remat)(x_BTD)
-        return x_BTD, None
-    slots = []
-    for layer, slot in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
-        graph, weights = nnx.split(layer)
-        x_BTD, slot = _cached_layer(graph, parallel.active(), weights, x_BTD, where, slot)
-        slots.append(slot)
-    k, v = zip(*slots, strict=True)
+def _unroll(config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
+    """Runs unrolled layers one after the other, without a cache."""
+    for layer in layers:
+        x_BTD = _with_remat(lambda x_BTD, layer: Block(config, layer)(x_BTD, where, None)[0], remat)(x_BTD, layer)
+    return x_BTD
+
+
+def _unroll_cached(
+    config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, where: Where, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Runs the layers one after the other, each with cache arrays of its own: a donated cache is updated in place."""
+    updated = []
+    for layer, layer_cache in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
+        x_BTD, layer_cache = _cached_layer(config, parallel.active(), layer, x_BTD, where, layer_cache)
+        updated.append(layer_cache)
+    k, v = zip(*updated, strict=True)
     return x_BTD, KVCache(k=k, v=v)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _cached_layer(
-    graph: nnx.GraphDef,
+    config: ModelConfig,
     layout: parallel.Layout | None,
-    weights: nnx.State,
+    params: Params,
     x_BTD: jax.Array,
     where: Where,
-    slot: LayerCache,
+    cache: LayerCache,
 ) -> tuple[jax.Array, LayerCache]:
-    """One layer of `_unroll`. All layers are alike, so that within a jit they are traced and lowered only once."""
+    """One layer of `_unroll_cached`. A jit of its own lets all layers share one trace and one lowering."""
     with parallel.use(layout):
-        return nnx.merge(graph, weights)(x_BTD, where, slot)
+        return Block(config, params)(x_BTD, where, cache)
 
 
 def forward(
@@ -259,20 +250,20 @@ def forward(
 
     Args:
         config: the model's shape.
-        params: its weights, stacked or unrolled (see the head of this file).
+        params: the weights, stacked or unrolled (see `params.py`).
         tokens_BT: token ids.
         positions_BT: positions within each document; with a cache, also the slots to write.
         segments_BT: document numbers of packed rows (equal numbers attend to each other), or None for one document
             a row. With a cache, 0 marks padding, whose keys and values are not kept.
-        cache: keys and values of what came before, or None. Donate it.
-        dtype: of the activations and of the products' operands; the embedding's own by default.
-        remat: one of REMAT; only without a cache.
+        cache: keys and values of the tokens before these, or None. Donate it.
+        dtype: dtype of the activations and of the products' operands; by default the embedding's own.
+        remat: one of REMAT; it has no effect with a cache.
 
     Returns:
-        hidden_BTD in dtype, and the cache with these tokens in it (None without one).
+        hidden_BTD in `dtype`, and the cache with these tokens in it (None without one).
 
     Raises:
-        ConfigError: more positions than config.max_seq_len, or weights that are not of this config.
+        ConfigError: there are more positions than config.max_seq_len, or the weights do not belong to this config.
     """
     T = tokens_BT.shape[1]
     capacity = T if cache is None else cache.capacity
@@ -280,6 +271,7 @@ def forward(
         raise ConfigError(f"{capacity} positions are more than the model's max_seq_len={config.max_seq_len}")
     if remat not in REMAT:
         raise ConfigError(f"remat must be one of {REMAT}, got {remat!r}")
+    check_params(config, params)
     slots_BT, k_positions_BS = positions_BT, positions_BT
     if cache is not None:
         k_positions_BS = jnp.broadcast_to(jnp.arange(capacity), (tokens_BT.shape[0], capacity))
@@ -287,13 +279,12 @@ def forward(
             slots_BT = jnp.where(segments_BT > 0, positions_BT, capacity)
     cos_BTR, sin_BTR = rope.rotations(config, positions_BT)
     where = Where(positions_BT, segments_BT, k_positions_BS, slots_BT, cos_BTR, sin_BTR)
-    decoder = _bind(config, params)
-    dtype = decoder.embed.dtype if dtype is None else jnp.dtype(dtype)
-    return decoder(tokens_BT, where, cache, dtype, remat)
+    dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
+    return Decoder(config, params)(tokens_BT, where, cache, dtype, remat)
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
-    """The (V, D) matrix that scores hidden states: the embedding itself where they are tied."""
+    """The (V, D) matrix that scores hidden states: the embedding itself in a tied model."""
     return params["embed"] if config.tied_embeddings else params["unembed"]
 
 
@@ -303,62 +294,3 @@ def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array
         logits = linear_ops.linear_f32(hidden, unembedding(config, params))
         middle = ("length",) if hidden.ndim == 3 else ()
         return parallel.constrain(logits, "batch", *middle, "vocab")
-
-
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 weights in the stacked layout: normal, with the deviations said at the head of this file."""
-    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key), stacked=True)))
-
-
-def abstract_params(config: ModelConfig, *, stacked: bool, dtype: jnp.dtype = jnp.float32) -> Params:
-    """The tree of weights as ShapeDtypeStructs: what init, loading, sharding and compiling ahead of time start from."""
-    _, state = _abstract(config, stacked)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), nnx.to_pure_dict(state))
-    return shapes if stacked else {**shapes, "layers": tuple(shapes["layers"][i] for i in range(config.num_layers))}
-
-
-def logical_axes(config: ModelConfig, *, stacked: bool) -> Params:
-    """The same tree with the logical names of each weight's axes, e.g. ("layers", "heads", "embed")."""
-    _, state = _abstract(config, stacked)
-    axes = nnx.to_pure_dict(jax.tree.map(lambda p: p.axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable)))
-    return axes if stacked else {**axes, "layers": tuple(axes["layers"][i] for i in range(config.num_layers))}
-
-
-def check_params(config: ModelConfig, params: Params) -> None:
-    """Refuse weights that are not of this config, naming the first that is missing, unknown or of another shape."""
-    stacked = isinstance(params.get("layers"), dict)
-    expected = _paths(abstract_params(config, stacked=stacked))
-    given = _paths(params)
-    for path in sorted(expected.keys() | given.keys()):
-        if path not in given or path not in expected:
-            word = "missing" if path not in given else "unknown"
-            raise ConfigError(f"{word} weight {path}: the weights are not those of this config")
-        if given[path].shape != expected[path].shape:
-            raise ConfigError(
-                f"weight {path} has shape {given[path].shape}, but this config needs {expected[path].shape}"
-            )
-
-
-def _paths(tree: Params) -> dict[str, Any]:
-    is_leaf = lambda x: hasattr(x, "shape")  # noqa: E731
-    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
-
-
-def _residual_std(config: ModelConfig) -> float:
-    return _INIT_STD / (2 * config.num_layers) ** 0.5
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    make = lambda: Decoder(config, rngs=None, stacked=stacked)  # noqa: E731
-    return nnx.split(nnx.eval_shape(make))
-
-
-def _bind(config: ModelConfig, params: Params) -> Decoder:
-    """The module that holds `params`; merging happens while tracing and costs nothing at run time."""
-    check_params(config, params)
-    stacked = isinstance(params["layers"], dict)
-    graph, state = _abstract(config, stacked)
-    state = jax.tree.map(lambda a: a, state)  # a copy: the next line writes into it
-    nnx.replace_by_pure_dict(state, params if stacked else {**params, "layers": dict(enumerate(params["layers"]))})
-    return nnx.merge(graph, state)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from llama_jax import run_checks, run_shape
 from llama_jax.config import SIZES, ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.run_keys import (
-    LORA_TARGETS,
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
@@ -29,6 +31,7 @@ from llama_jax.run_keys import (
     TrainConfig,
     bounded,
 )
+from llama_jax.run_shape import PartialShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,16 +39,18 @@ class RunConfig:
     """A whole training run.
 
     Attributes:
-        output: the run folder: config, tokenizer, checkpoints, metrics, pictures.
-        seed: of the first weights and of sampling.
-        init_from: a model to start from (see `llama_jax.load`); empty starts from random weights.
-        model: the shape of the model.
+        output: The run folder, which holds the config, the tokenizer, checkpoints, metrics and the picture of the loss.
+        seed: Seed of the first weights, of dropout and of sampling.
+        init_from: The model to start from: a folder, a file or a hub id, as `llama_jax.load` takes it. Empty starts
+            from random weights.
+        model: The shape of the model: a ModelConfig, or a PartialShape until the model of init_from has been opened
+            (`with_shape`). In a config file it is the name of a size or a section of keys.
     """
 
     output: str = bounded("")
     seed: int = bounded(0, low=0, high=2**31 - 1)
     init_from: str = bounded("")
-    model: ModelConfig
+    model: ModelConfig | PartialShape
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -57,184 +62,173 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
-        """The checks that need more than one key; those of the mesh need the devices (`check_mesh`)."""
-        data, train, model = self.data, self.train, self.model
+        """The checks that need more than one section; those of the mesh need the devices (`check_mesh`)."""
         if not self.output:
             raise ConfigError("output is empty: name the run folder, e.g. output='runs/my_run'")
-        if not data.train:
+        if "://" in self.output:
+            raise ConfigError(
+                f"output={self.output!r} must be a folder: mount the bucket, and name the folder where it is mounted"
+            )
+        if not self.data.train:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
-        if data.weights and (len(data.weights) != len(data.train) or min(data.weights) <= 0):
-            raise ConfigError(
-                f"data.weights={data.weights} must be one number above 0 for each of data.train, which are "
-                f"{len(data.train)}; leave it empty to take every row equally often"
-            )
-        for key, folder in (("output", self.output), ("data.cache_dir", data.cache_dir)):
-            if "://" in folder:
-                raise ConfigError(f"{key}={folder!r} must be a folder: mount the bucket, and name where it is mounted")
-        if self.log.sample_every and not self.log.sample_prompts:
-            raise ConfigError("log.sample_every needs log.sample_prompts: give at least one, or set log.sample_every=0")
-        if data.sequence_length > model.max_seq_len:
-            raise ConfigError(
-                f"data.sequence_length={data.sequence_length} is more than model.max_seq_len={model.max_seq_len}"
-            )
-        if data.batch_size % train.accumulate:
-            legal = [n for n in range(1, data.batch_size + 1) if data.batch_size % n == 0]
-            raise ConfigError(
-                f"train.accumulate={train.accumulate} must divide data.batch_size={data.batch_size}: one of {legal}"
-            )
-        self._check_method()
-        if self.optimizer.warmup_steps > train.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={train.steps}: "
-                "the peak would never be reached"
-            )
-        if self.checkpoint.keep_best:
-            every = self.log.eval_every
-            if not data.validation or not every or self.checkpoint.every % every:
-                raise ConfigError(
-                    f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation loss at every checkpoint: "
-                    f"set data.validation, and checkpoint.every={self.checkpoint.every} to a multiple of "
-                    f"log.eval_every={every}; or set checkpoint.keep_best=0"
-                )
-        if self.mesh.stage != 1:
-            raise ConfigError(
-                f"mesh.stage={self.mesh.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
-            )
-        sizes = dataclasses.asdict(self.mesh)
-        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
-            shape = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n < 1)
-            raise ConfigError(f"{shape}: every axis must be at least 1, and one of them may be -1 (what is left)")
-        connection = self.distributed
-        if connection.coordinator not in ("", "auto"):
-            host, _, port = connection.coordinator.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ConfigError(
-                    f"distributed.coordinator={connection.coordinator!r} must be HOST:PORT of process 0, 'auto', or "
-                    "empty for one process"
-                )
-        if not connection.coordinator and connection.num_processes > 1:
-            raise ConfigError(
-                f"distributed.num_processes={connection.num_processes} needs distributed.coordinator=HOST:PORT"
-            )
-        if self.distributed.process_id >= self.distributed.num_processes:
-            raise ConfigError(
-                f"distributed.process_id={self.distributed.process_id} must be below "
-                f"num_processes={self.distributed.num_processes}"
-            )
-
-    def _check_method(self) -> None:
-        rates = self.optimizer.group_rates
-        trained = {"embed", "unembed"} if self.lora.trained_tokens else set()
-        strange = [
-            group for group in rates if group.startswith("lora") != bool(self.lora.rank) and group not in trained
-        ]
-        if strange:
-            mend = "LoRA trains only lora_a and lora_b" if self.lora.rank else "set lora.rank to train with LoRA"
-            raise ConfigError(f"optimizer.rates: {strange[0]} is not trained in this run: {mend}")
-        keys = ("dropout", "rslora", "base", "trained_tokens")
-        unused = [key for key in keys if getattr(self.lora, key) not in (0.0, False, "auto", ())]
-        if unused and not self.lora.rank:
-            raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
-        if self.lora.targets != LORA_TARGETS and not self.lora.rank:
-            raise ConfigError("lora.targets needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
-        if len(set(self.lora.targets)) < len(self.lora.targets):
-            raise ConfigError(f"lora.targets={self.lora.targets} names a matrix twice: name each once")
-        self._check_trained_tokens()
-        moved = [f.name for f in dataclasses.fields(self.dpo) if getattr(self.dpo, f.name) != f.default]
-        if moved and self.train.objective != "dpo":
-            raise ConfigError(f"dpo.{moved[0]} is read by DPO alone: set train.objective='dpo', or leave it as it is")
-        if self.train.z_loss and self.train.objective == "dpo":
-            raise ConfigError("train.z_loss is not of train.objective='dpo': set it to 0")
-        for what, used in (("lora.rank", self.lora.rank), ("train.objective='dpo'", self.train.objective == "dpo")):
-            if used and not self.init_from:
-                raise ConfigError(f"{what} needs init_from: name the model to start from")
-        if self.lora.rank and not self.lora.targets:
-            raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
-        if self.dpo.loss == "ipo" and self.dpo.label_smoothing:
-            raise ConfigError("dpo.label_smoothing is not of IPO: set it to 0, or dpo.loss='sigmoid'")
-
-    def _check_trained_tokens(self) -> None:
-        ids, targets = self.lora.trained_tokens, {"embed", "unembed"}.intersection(self.lora.targets)
-        if ids and targets:
-            raise ConfigError(
-                f"lora.trained_tokens and lora.targets={sorted(targets)} train the same matrices: leave one of them out"
-            )
-        if ids and max(ids) >= self.model.vocab_size:
-            raise ConfigError(
-                f"lora.trained_tokens has id {max(ids)}, but the model has {self.model.vocab_size:,} rows: name ids "
-                "below that, such as those of reserved special tokens"
-            )
+        if isinstance(self.model, ModelConfig):
+            run_checks.check_length(self.data, self.model)
+            run_checks.check_trained_tokens(self.lora, self.model)
+        run_checks.check_batch(self.data, self.train)
+        run_checks.check_lora(self.lora, self.optimizer, self.init_from)
+        run_checks.check_objective(self.train, self.dpo, self.init_from)
+        if self.train.steps:
+            run_checks.check_warmup(self.optimizer, self.train, self.train.steps)
+        run_checks.check_patience(self.train, self.log, self.data)
+        run_checks.check_best(self.checkpoint, self.log, self.data)
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
-        """Refuse a mesh (sizes resolved, no -1) that this model and batch cannot be split over.
+        """Check that this model and batch can be split over a mesh, whose sizes are resolved (no -1).
 
         Raises:
-            ConfigError: naming the axis and its legal values.
+            ConfigError: the mesh does not fit. The message names the axis and its allowed values.
         """
-        model, tensor = self.model, sizes["tensor"]
-        for name in ("num_kv_heads", "num_heads", "ffn_dim", "vocab_size"):
-            if getattr(model, name) % tensor:
-                legal = [
-                    n for n in range(1, model.num_kv_heads + 1)
-                    if not (model.num_kv_heads % n or model.ffn_dim % n or model.vocab_size % n)
-                ]  # fmt: skip
-                raise ConfigError(
-                    f"mesh.tensor={tensor} must divide model.{name}={getattr(model, name)}: one of {legal}"
-                )
-        if model.embed_dim % sizes["fsdp"]:
-            raise ConfigError(f"mesh.fsdp={sizes['fsdp']} must divide model.embed_dim={model.embed_dim}")
-        if self.data.sequence_length % sizes["context"]:
+        run_checks.check_mesh(sizes, self.model, self.data, self.train)
+
+    def steps_for(self, rows: int) -> int:
+        """The optimizer steps of this run on so many training rows; ConfigError if its warmup is longer."""
+        steps = self.train.steps_for(rows, self.data.batch_size)
+        run_checks.check_warmup(self.optimizer, self.train, steps)
+        return steps
+
+    def with_shape(self, config: ModelConfig) -> RunConfig:
+        """The run with the shape of the model of init_from. model.max_seq_len may differ from that of the model.
+
+        Raises:
+            ConfigError: keys of the section model that are set by hand contradict the model.
+        """
+        model = self.model if isinstance(self.model, ModelConfig) else self.model.of(config)
+        changed = differences(dataclasses.replace(config, max_seq_len=model.max_seq_len).to_dict(), model.to_dict())
+        if changed:
+            lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
             raise ConfigError(
-                f"mesh.context={sizes['context']} must divide data.sequence_length={self.data.sequence_length}"
+                f"init_from={self.init_from!r} is another model: {lines}. Leave the keys of the section model out: its "
+                "shape is taken from it"
             )
-        rows = self.data.batch_size // self.train.accumulate
-        split = sizes["data"] * sizes["fsdp"]
-        if rows % split:
-            raise ConfigError(
-                f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} splits a batch into {split} parts, but "
-                f"data.batch_size / train.accumulate is {rows}: set data.batch_size to a multiple of "
-                f"{split * self.train.accumulate}, or move devices to mesh.tensor"
-            )
+        return dataclasses.replace(self, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         """A nested JSON-able dict; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
+        return {**plain, "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The run of a nested dict. Keys that are absent have their defaults; `model` may be the name of a size.
 
+        train.epochs without train.steps takes the place of the default of train.steps.
+
         Raises:
             ConfigError: unknown keys, wrong types, NaN, values out of bounds, and combinations that cannot work.
         """
-        values = dict(values)
-        model = values.pop("model", None)
-        if isinstance(model, str):
-            if model not in SIZES:
-                raise ConfigError(f"model={model!r} is no known size{nearest(model, list(SIZES))}")
-            model = SIZES[model]
-        elif isinstance(model, Mapping):
-            model = ModelConfig.from_dict(_plain(model))
-        if not isinstance(model, ModelConfig):
-            raise ConfigError(f"model must be the name of a size or its fields, got {model!r}: e.g. 'llama3.1-8b'")
+        values = _plain(values)
+        init_from = values.get("init_from") or ""
+        model = run_shape.parse(values.pop("model", {} if init_from else None), init_from=init_from)
+        train = values.get("train")
+        if isinstance(train, Mapping) and train.get("epochs") and "steps" not in train:
+            values["train"] = {**train, "steps": 0}
         return _build(cls, values, "", model=model)
 
 
-def default_dict(size: str = "llama3.1-8b") -> dict[str, Any]:
-    """Every key of a run with its default, for a config file to change: `model` has the fields of the named size."""
+def default_dict(size: str = "") -> dict[str, Any]:
+    """Every key of a run with its default, for a config file to change.
+
+    Args:
+        size: One of `config.SIZES`. Empty leaves the shape to the model of init_from. Keys of `model` that are None
+            are those of the size or of that model.
+    """
     sections = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.name != "model"}
     plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in sections.items()}
-    return {**plain, "model": SIZES[size].to_dict()}
+    return {**plain, "model": run_shape.unset(size)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The description of one key of a run.
+
+    Attributes:
+        name: Dotted name, e.g. `optimizer.learning_rate`.
+        type: Type in words, e.g. "a whole number".
+        default: Default value, or None where the size of the model decides.
+        allowed: Bounds or choices in words; "" where the type allows every value.
+        meaning: Meaning and unit, from the Attributes of the key's section.
+    """
+
+    name: str
+    type: str
+    default: Any
+    allowed: str
+    meaning: str
+
+
+_MODEL_NAME = Key(
+    name="model.name",
+    type="a string",
+    default="",
+    allowed=f"one of {', '.join(map(repr, SIZES))}",
+    meaning="Size of the model by name; --config.model=NAME is short for it. Empty takes the shape of the model in "
+    "init_from. The other keys of this section change a key of that size; with init_from they are checked against its "
+    "model, except model.max_seq_len, which may differ.",
+)
+
+
+def describe() -> list[Key]:
+    """Every key of a run in the order of `known_keys`, for --keys and the reference page."""
+    keys = [*_described(RunConfig, ""), _MODEL_NAME]
+    order = {name: place for place, name in enumerate(known_keys())}
+    return sorted(keys, key=lambda key: order[key.name])
+
+
+def _described(section: type, prefix: str) -> list[Key]:
+    """The keys of one section and of the sections in it."""
+    hints, meanings = typing.get_type_hints(section), _attributes(section)
+    keys: list[Key] = []
+    for field in dataclasses.fields(section):
+        hint, name = hints[field.name], prefix + field.name
+        inner = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if inner is not None:
+            keys += _described(inner, f"{name}.")
+            continue
+        default = None if field.default is dataclasses.MISSING else field.default
+        allowed = _allowed(field.metadata) if field.metadata else ""
+        if allowed and isinstance(hint, types.GenericAlias):
+            allowed = f"each item {allowed}"
+        keys.append(Key(name, _word(hint), default, allowed, meanings[field.name]))
+    return keys
+
+
+def _attributes(section: type) -> dict[str, str]:
+    """The Attributes of a class's docstring: the meaning of each field, as a sentence on one line."""
+    _, _, text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
+    items = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
+    lines = {name: " ".join(meaning.split()).removesuffix(".") for name, meaning in items}
+    return {name: f"{line[0].upper()}{line[1:]}." for name, line in lines.items()}
+
+
+def _allowed(bounds: Mapping[str, Any]) -> str:
+    """The bounds of a field in words."""
+    low, high, choices = bounds["low"], bounds["high"], bounds["choices"]
+    if choices:
+        return f"one of {', '.join(map(repr, choices))}"
+    if low is not None and high is not None:
+        return f"from {low} to {high}"
+    return f"at least {low}" if low is not None else f"at most {high}" if high is not None else ""
 
 
 def known_keys() -> list[str]:
     """Every key by its dotted name, e.g. `optimizer.learning_rate`."""
-    return list(_flat(default_dict("llama3.1-8b")))
+    return list(_flat(default_dict()))
 
 
 def kind_of(key: str) -> str:
-    """What a key must be, in words: "a whole number"."""
-    return _word(type(_flat(default_dict())[key]))
+    """The type of a key in words: "a whole number"."""
+    return next(described.type for described in describe() if described.name == key)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -256,8 +250,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 _ALIASES = {
     "lr": "learning_rate",
     "wd": "weight_decay",
-    "epochs": "steps",
+    "num_train_epochs": "epochs",
     "num_steps": "steps",
+    "max_steps": "steps",
     "seq_len": "sequence_length",
     "max_length": "sequence_length",
     "bs": "batch_size",
@@ -328,16 +323,19 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{name} must be a finite number, got {value}")
     if bounds["choices"] and value not in bounds["choices"]:
         raise ConfigError(
-            f"{name} must be one of {', '.join(map(repr, bounds['choices']))}, got {value!r}"
-            + nearest(str(value).removesuffix("_proj"), [str(c) for c in bounds["choices"]])  # peft's q_proj is q
+            f"{name} must be {_allowed(bounds)}, got {value!r}"
+            + nearest(str(value), [str(c) for c in bounds["choices"]])
         )
     low, high = bounds["low"], bounds["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
-        raise ConfigError(f"{name} must be {limits}, got {value}")
+        raise ConfigError(f"{name} must be {_allowed(bounds)}, got {value}")
     return value
 
 
 def _word(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-    return words.get(kind, "a tuple of whole numbers" if kind == tuple[int, ...] else "a tuple of non-empty strings")
+    if kind in words:
+        return words[kind]
+    if kind == tuple[int, ...]:
+        return "a tuple of whole numbers"
+    return "a tuple of numbers" if kind == tuple[float, ...] else "a tuple of non-empty strings"

@@ -1,20 +1,24 @@
 """The sections of a run's config: every key with its default, its bounds and its meaning. `run_config` joins them.
 
+The Attributes of each section are the reference of its keys: `run_config.describe` reads them. A section checks the
+keys that depend on one another inside it; `run_checks` has the checks between sections.
+
 Floor 0: no jax here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import re
 from typing import Any
 
 from llama_jax.errors import ConfigError, nearest
 
-# Of weights, by where they stand: what optimizer.rates and the gradient's norms go by. The last two are LoRA's.
+# Parameter groups: optimizer.rates and the metrics grad_norm/GROUP use these names. The last two are LoRA's matrices.
 GROUPS = ("embed", "unembed", "norm", "attention", "ffn", "lora_a", "lora_b")
-# What each optimizer's running averages may be kept in.
+# The dtypes that each optimizer can keep its moments in.
 MOMENTS = {
     "adamw": ("float32", "bfloat16", "int8"),
     "adafactor": ("float32",),
@@ -22,74 +26,115 @@ MOMENTS = {
     "muon": ("float32", "bfloat16"),
 }
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# The other matrices that LoRA may go on, and peft's names of all of them.
-_PEFT_TARGETS = {f"{name}_proj": (name,) for name in LORA_TARGETS}
-_PEFT_TARGETS |= {"embed_tokens": ("embed",), "lm_head": ("unembed",), "all-linear": LORA_TARGETS}
+# peft's names of these, and of the other two matrices that LoRA may go on.
+_PEFT_TARGETS: dict[str, tuple[str, ...]] = {
+    **{f"{name}_proj": (name,) for name in LORA_TARGETS},
+    "embed_tokens": ("embed",),
+    "lm_head": ("unembed",),
+    "all-linear": LORA_TARGETS,
+}
 _MAX_TRAINED_TOKENS = 1024
 
 
 def bounded(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple[Any, ...] = ()) -> Any:
-    """A field of a section with its bounds; those of a tuple are of each of its items."""
+    """A field of a section with its bounds. The bounds of a tuple apply to each of its items."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from and how it is cut into batches.
+    """The training and validation data, and how they are cut into batches.
 
     Attributes:
-        train: files, folders, glob patterns and datasets of the hub (hf://datasets/OWNER/NAME[@REVISION][/PATH]) of
-            .txt, .md, .jsonl, .parquet and, where it is named itself, .json (README.md has the keys of their records:
-            texts, dialogs, completions, preference pairs); or `stdlib:train`, or `stdlib:chat-train` (questions and
-            answers).
-        weights: of a mixture, one for each of data.train: its share of all rows; empty takes every row equally often.
-        validation: the same, for the validation loss; may be empty. `stdlib:validation` goes with `stdlib:train`,
-            `stdlib:chat-validation` with `stdlib:chat-train`.
-        tokenizer: a tokenizer.model or .json; empty trains one of model.vocab_size on the training text at first use.
-        loss_on: the tokens of dialogs and completions that the loss counts: `assistant`, what the assistant says (its
-            calls and ends of turns too) and completions, or `all`, which pairs refuse. Text counts whole.
-        sequence_length: tokens a row (T); longer dialogs, completions and pairs (both answers together) are left out,
-            longer texts cut.
-        batch_size: rows a step over all devices and accumulated parts (B).
-        shuffle: rows in a new order each epoch, else always in the order that packing has put them in.
-        seed: of that order.
-        cache_dir: where tokenised text is kept between runs.
+        train: Training data: files, folders and glob patterns of .txt, .md, .jsonl, .parquet and .json, and datasets of
+            the hub as hf://datasets/OWNER/NAME[@REVISION][/PATH]. A .json file is read only where it is named itself.
+            `stdlib:train` is the documentation of the installed Python; `stdlib:chat-train` is questions and answers
+            made from it.
+        weights: Mixture weights, one number above 0 for each item of data.train: the share of all rows that the item
+            contributes. Empty takes every row equally often.
+        validation: Validation data, in the forms of data.train; empty computes no validation loss. Use
+            `stdlib:validation` with `stdlib:train`, and `stdlib:chat-validation` with `stdlib:chat-train`.
+        tokenizer: The tokenizer's file, tokenizer.model or tokenizer.json. Empty takes the tokenizer of init_from; a
+            run without init_from then trains a tokenizer of model.vocab_size tokens on the training text.
+        chat_format: Format of dialogs. `auto` is the chat template of init_from, and Meta's reference format if it has
+            none; `llama3` is the reference format; anything else is the file of a Jinja template.
+        chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same
+            tokens on any day. The default is the one that Llama 3.1's own template has.
+        parse_special: Treatment of names of control tokens, such as <|eot_id|>, in texts and completions. `yes` reads
+            them as these tokens, for texts that were rendered with a chat template; `no` reads them as plain text;
+            `stop` refuses texts that hold one. Messages of dialogs are always plain text.
+        loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant
+            says (its tool calls and its end-of-turn tokens too) and completions; `all` counts every token and is not
+            available for preference pairs. Plain text always counts whole.
+        sequence_length: Length of a training row in tokens (T). Longer texts are split; too_long says what happens to
+            longer dialogs, completions and pairs (both answers together).
+        too_long: What happens to dialogs, completions and pairs that are longer than a row. `drop` leaves them out;
+            `cut` keeps the first sequence_length tokens of dialogs and completions and leaves out pairs; `refuse` ends
+            the run at the first of them.
+        max_bad: The largest fraction of all documents that may be unusable. Those that are too long do not count.
+        batch_size: Rows in one optimizer step (B), over all devices and all accumulated parts.
+        shuffle: Draw a new order of the rows in every epoch. False keeps the order that packing made.
+        seed: Seed of the row order.
+        cache_dir: Folder that keeps tokenized data between runs.
     """
 
     train: tuple[str, ...] = bounded(())
     weights: tuple[float, ...] = bounded(())
     validation: tuple[str, ...] = bounded(())
     tokenizer: str = bounded("")
+    chat_format: str = bounded("auto")
+    chat_date: str = bounded("2024-07-26")
+    parse_special: str = bounded("stop", choices=("stop", "yes", "no"))
     loss_on: str = bounded("assistant", choices=("assistant", "all"))
     sequence_length: int = bounded(2048, low=2)
+    too_long: str = bounded("drop", choices=("drop", "cut", "refuse"))
+    max_bad: float = bounded(0.05, low=0.0, high=1.0)
     batch_size: int = bounded(8, low=1)
     shuffle: bool = bounded(True)
     seed: int = bounded(0, low=0, high=2**31 - 1)
     cache_dir: str = bounded("~/.cache/llama_jax/data")
 
+    def __post_init__(self) -> None:
+        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
+            raise ConfigError(
+                f"data.weights={self.weights} must be one number above 0 for each of data.train, which are "
+                f"{len(self.train)}; leave it empty to take every row equally often"
+            )
+        try:
+            datetime.date.fromisoformat(self.chat_date)
+        except ValueError:
+            raise ConfigError(f"data.chat_date={self.chat_date!r} must be a day such as 2024-07-26") from None
+        if "://" in self.cache_dir:
+            raise ConfigError(
+                f"data.cache_dir={self.cache_dir!r} must be a folder: mount the bucket, and name the folder where it "
+                "is mounted"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer and its schedule.
+    """The optimizer and its learning-rate schedule.
 
     Attributes:
-        name: `adamw` (Loshchilov and Hutter, arXiv:1711.05101), `adafactor` (arXiv:1804.04235), `lion`
-            (arXiv:2302.06675) or `muon` (matrices by Muon, the rest by AdamW).
-        moments: what running averages are kept in: `float32`, `bfloat16` (not Adafactor's), or `int8` (AdamW's only,
-            arXiv:2110.02861).
-        rates: of groups of weights, as parts of the learning rate: `GROUP=FACTOR`, where GROUP is one of GROUPS.
-        ema_decay: of a running average of the weights, which is then what is evaluated, sampled and saved as the
-            model; 0 keeps none.
-        learning_rate: at the peak.
-        schedule: after the warm-up: `cosine` to the end, `constant`, or `wsd` (constant, then linear decay).
-        warmup_steps: of linear rise from 0.
-        decay_fraction: of all steps that `wsd` decays in, at the end.
-        final_fraction: of the peak, that cosine and wsd end at.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, on matrices only; norms have none.
-        clip_norm: largest global norm of the gradient; 0 turns clipping off.
+        name: The optimizer: `adamw` (Loshchilov and Hutter, arXiv:1711.05101), `adafactor` (arXiv:1804.04235), `lion`
+            (arXiv:2302.06675), or `muon` (Muon for matrices, AdamW for the embedding, the unembedding and norms).
+        moments: Dtype of the optimizer's moments: `float32`; `bfloat16`, except with Adafactor; or `int8`, with AdamW
+            only (arXiv:2110.02861).
+        rates: Learning-rate multipliers of parameter groups, each written GROUP=FACTOR. The groups are embed, unembed,
+            norm, attention, ffn, lora_a and lora_b; the factor is from 0 to 10,000. Groups without a multiplier have 1.
+        ema_decay: Decay of an exponential moving average of the weights. If it is set, the average is what is
+            evaluated, sampled and saved as the model. 0 keeps no average.
+        learning_rate: Peak learning rate.
+        schedule: Learning rate after the warmup: `cosine` and `linear` fall until the last step, `wsd` is constant and
+            falls linearly over the last part of the run (arXiv:2404.06395), `constant` does not fall.
+        warmup_steps: Steps of linear warmup from 0 to the peak. At most the steps of the run.
+        decay_fraction: Fraction of all steps, at the end, in which `wsd` decays.
+        final_fraction: Final learning rate as a fraction of the peak, for `cosine`, `linear` and `wsd`.
+        b1: Decay of the first moment; for Muon, its momentum. Adafactor has no first moment.
+        b2: Decay of the second moment; for Lion, of its momentum. Adafactor computes its own decay.
+        eps: Number added to the root of the second moment.
+        weight_decay: Decoupled weight decay. It applies to matrices; the weights of norms have none.
+        clip_norm: Largest global norm of the gradient; a larger gradient is scaled down to it. 0 turns clipping off.
     """
 
     name: str = bounded("adamw", choices=tuple(MOMENTS))
@@ -97,7 +142,7 @@ class OptimizerConfig:
     rates: tuple[str, ...] = bounded(())
     ema_decay: float = bounded(0.0, low=0.0, high=0.999999)
     learning_rate: float = bounded(3e-4, low=0.0, high=10.0)
-    schedule: str = bounded("cosine", choices=("cosine", "wsd", "constant"))
+    schedule: str = bounded("cosine", choices=("cosine", "linear", "wsd", "constant"))
     warmup_steps: int = bounded(100, low=0)
     decay_fraction: float = bounded(0.2, low=0.0, high=1.0)
     final_fraction: float = bounded(0.1, low=0.0, high=1.0)
@@ -111,51 +156,62 @@ class OptimizerConfig:
         allowed = MOMENTS.get(self.name, ())
         if allowed and self.moments not in allowed:
             raise ConfigError(
-                f"optimizer.moments={self.moments!r} is not for optimizer.name={self.name!r}: "
+                f"optimizer.moments={self.moments!r} is not available for optimizer.name={self.name!r}: "
                 f"set {' or '.join(allowed)}"
             )
 
     @property
     def group_rates(self) -> dict[str, float]:
-        """`rates` by group; ConfigError for what is none."""
-        found = {}
+        """The multipliers in `rates` by group; ConfigError for an item that is not GROUP=FACTOR."""
+        factors: dict[str, float] = {}
         for item in self.rates:
-            group, _, factor = item.partition("=")
+            group, _, text = item.partition("=")
+            group = group.strip()
             try:
-                number = float(factor)
+                factor = float(text)
             except ValueError:
-                number = math.nan
-            if group.strip() in found:
-                raise ConfigError(f"optimizer.rates={self.rates} has {group.strip()} twice: give each group once")
-            found[group.strip()] = number
-            if group.strip() not in GROUPS or not 0 <= found[group.strip()] <= 1e4:
+                factor = math.nan
+            if group in factors:
+                raise ConfigError(f"optimizer.rates={self.rates} has {group} twice: give each group once")
+            if group not in GROUPS or not 0 <= factor <= 1e4:
                 digits = re.search(r"[\d.]+", item)
-                near = nearest(item, [f"{group}={digits[0] if digits else 1}" for group in GROUPS])
+                near = nearest(item, [f"{known}={digits[0] if digits else 1}" for known in GROUPS])
                 raise ConfigError(
                     f"optimizer.rates: {item!r} must be GROUP=FACTOR, a factor from 0 to 10000 and a group of "
                     f"{', '.join(GROUPS)}{near}"
                 )
-        return found
+            factors[group] = factor
+        return factors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The step.
+    """The training step, and how many of them.
 
     Attributes:
-        objective: `sft`, the cross-entropy of targets, or `dpo`, of preference pairs (see `dpo`).
-        steps: optimizer steps in all.
-        accumulate: parts that a batch is computed in, one after the other, for less memory.
-        compute_dtype: of activations and products; master weights and moments are float32. `auto` is bfloat16, and
+        objective: The loss: `sft` is the cross-entropy of the target tokens, `dpo` is direct preference optimization
+            on pairs of answers (see the section dpo).
+        steps: Optimizer steps of the whole run; 0 takes train.epochs. Set one of the two.
+        epochs: Passes over the training rows, from which the steps are computed; a fraction is allowed, and 0 takes
+            train.steps. With data.weights, one pass is as many rows as all items of data.train have together.
+        patience: Evaluations in a row without a new lowest validation loss after which the run ends early; 0 never
+            ends it early. It needs data.validation and log.eval_every.
+        accumulate: Parts that a batch is split into and computed one after the other, which lowers memory. It must
+            divide data.batch_size.
+        compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16, and
             float32 on a CPU.
-        remat: what a layer keeps for its backward pass: `none` recomputed, `dots` (products kept), `full` recomputed.
-        vocab_chunk: rows of the vocabulary whose logits exist at a time, per device; 0 for all.
-        z_loss: weight of the squared log-normaliser (PaLM, section 5).
-        max_skipped: consecutive steps with a non-finite loss or gradient, which are skipped, before the run stops.
+        remat: Rematerialization in the backward pass: `none` keeps every activation of a layer, `dots` keeps the
+            results of its matrix products, `full` keeps only its input.
+        vocab_chunk: Rows of the vocabulary whose logits exist at one time on a device; 0 computes all at once.
+        z_loss: Weight of the squared log-normalizer in the loss (PaLM, arXiv:2204.02311, section 5).
+        max_skipped: Consecutive steps with a non-finite loss or gradient after which the run stops. Such a step is
+            skipped: it changes no weight.
     """
 
     objective: str = bounded("sft", choices=("sft", "dpo"))
-    steps: int = bounded(1000, low=1)
+    steps: int = bounded(1000, low=0)
+    epochs: float = bounded(0.0, low=0.0, high=1e6)
+    patience: int = bounded(0, low=0)
     accumulate: int = bounded(1, low=1)
     compute_dtype: str = bounded("auto", choices=("auto", "float32", "bfloat16"))
     remat: str = bounded("full", choices=("none", "dots", "full"))
@@ -163,21 +219,36 @@ class TrainConfig:
     z_loss: float = bounded(0.0, low=0.0, high=1.0)
     max_skipped: int = bounded(10, low=1)
 
+    def __post_init__(self) -> None:
+        if self.z_loss and self.objective == "dpo":
+            raise ConfigError("train.z_loss does not apply to train.objective='dpo': set it to 0")
+        if not self.steps and not self.epochs:
+            raise ConfigError("train.steps and train.epochs are both 0: set one of them, e.g. train.epochs=3")
+        if self.steps and self.epochs:
+            raise ConfigError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} are both set: set train.steps=0 to train "
+                "for epochs, or train.epochs=0 to train for steps"
+            )
+
+    def steps_for(self, rows: int, batch_size: int) -> int:
+        """The optimizer steps of a run on so many training rows. The last batch of the epochs is filled up."""
+        return self.steps or max(1, math.ceil(self.epochs * rows / batch_size))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """LoRA (Hu et al., arXiv:2106.09685): two thin matrices beside each target are trained, the base stays as it is.
+    """LoRA (Hu et al., arXiv:2106.09685): two thin matrices are trained for each target, and the base stays frozen.
 
     Attributes:
-        rank: of the update; 0 trains all weights instead.
-        alpha: the update is scaled by alpha / rank.
-        dropout: of what meets the update's first matrix, while training.
-        targets: the matrices that have one: of every layer, and `embed` and `unembed`. peft's names mean the same:
-            q_proj, lm_head, embed_tokens, and all-linear for those of every layer.
-        trained_tokens: ids of tokens whose rows of the embedding and the unembedding are trained, for new tokens.
-        rslora: scale by alpha / sqrt(rank) instead (arXiv:2312.03732).
-        base: what the base is held in: `auto` is train.compute_dtype; `int8` and `int4` (in groups of 32) are QLoRA
-            (arXiv:2305.14314), and leave the embedding and the unembedding in train.compute_dtype.
+        rank: Rank of the update. 0 trains all weights instead.
+        alpha: Numerator of the update's scale, which is alpha / rank.
+        dropout: Dropout probability of the input of the update's first matrix, in training only.
+        targets: Matrices that get an update: those of every layer, `embed` and `unembed`. peft's names mean the same:
+            q_proj and the like, embed_tokens, lm_head, and all-linear for the matrices of every layer.
+        trained_tokens: Token ids whose rows of the embedding and the unembedding are trained, for new tokens.
+        rslora: Scale the update by alpha / sqrt(rank) instead (arXiv:2312.03732).
+        base: Dtype of the frozen base. `auto` is train.compute_dtype. `int8` and `int4` quantize its layers in groups
+            of 32 (QLoRA, arXiv:2305.14314) and leave the embedding and the unembedding in train.compute_dtype.
     """
 
     rank: int = bounded(0, low=0, high=4096)
@@ -191,35 +262,50 @@ class LoraConfig:
     def __post_init__(self) -> None:
         targets = [name for given in self.targets for name in _PEFT_TARGETS.get(given, (given,))]
         object.__setattr__(self, "targets", tuple(targets))
-        if len(set(self.trained_tokens)) < len(self.trained_tokens) or len(self.trained_tokens) > _MAX_TRAINED_TOKENS:
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"lora.targets={self.targets} names a matrix twice: name each once")
+        if self.rank and not self.targets:
+            raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
+        ids, alike = self.trained_tokens, sorted({"embed", "unembed"}.intersection(self.targets))
+        if len(set(ids)) < len(ids) or len(ids) > _MAX_TRAINED_TOKENS:
             raise ConfigError(f"lora.trained_tokens must be at most {_MAX_TRAINED_TOKENS:,} ids, each of them once")
+        if ids and alike:
+            raise ConfigError(
+                f"lora.trained_tokens and lora.targets={alike} train the same matrices: leave one of them out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoConfig:
-    """Direct preference optimisation (Rafailov et al., arXiv:2305.18290); the reference is the model of init_from.
+    """Direct preference optimization (Rafailov et al., arXiv:2305.18290); its reference is the model of init_from.
 
     Attributes:
-        beta: how dearly leaving the reference is paid for.
-        loss: `sigmoid`, or `ipo` (Azar et al., arXiv:2310.12036).
-        label_smoothing: the part of pairs that are taken to be the wrong way round (conservative DPO); sigmoid only.
+        beta: Strength of the penalty for moving away from the reference.
+        loss: The loss of a pair: `sigmoid` (DPO) or `ipo` (Azar et al., arXiv:2310.12036).
+        label_smoothing: Assumed fraction of pairs whose answers are in the wrong order (conservative DPO). It applies
+            to `sigmoid` only.
     """
 
     beta: float = bounded(0.1, low=1e-6, high=100.0)
     loss: str = bounded("sigmoid", choices=("sigmoid", "ipo"))
     label_smoothing: float = bounded(0.0, low=0.0, high=0.499999)
 
+    def __post_init__(self) -> None:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ConfigError("dpo.label_smoothing does not apply to IPO: set it to 0, or dpo.loss='sigmoid'")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one may be -1, for what is left.
+    """The number of devices along each axis of the mesh. One axis may be -1, which takes the devices that are left.
 
     Attributes:
-        data: copies of the model, each with its part of the batch.
-        fsdp: parts that weights, gradients and moments are stored in; each with its part of the batch.
-        stage: pipeline stages. Only 1 for now.
-        context: parts of each row (sequence parallelism).
-        tensor: parts that heads, the feed-forward and the vocabulary are computed in.
+        data: Copies of the model; each computes its part of the batch.
+        fsdp: Shards of weights, gradients and moments; each computes its part of the batch.
+        stage: Pipeline stages. Only 1 is built.
+        context: Parts of each row along its length (sequence parallelism). It must divide data.sequence_length.
+        tensor: Parts of the heads, the feed-forward and the vocabulary. It must divide model.num_kv_heads,
+            model.ffn_dim and model.vocab_size.
     """
 
     data: int = bounded(1, low=-1)
@@ -228,21 +314,33 @@ class MeshConfig:
     context: int = bounded(1, low=-1)
     tensor: int = bounded(1, low=-1)
 
+    def __post_init__(self) -> None:
+        if self.stage != 1:
+            raise ConfigError(
+                f"mesh.stage={self.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
+            )
+        sizes = dataclasses.asdict(self)
+        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+            shape = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n < 1)
+            raise ConfigError(f"{shape}: every axis must be at least 1, and one of them may be -1 (what is left)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is said, and when. Steps; 0 turns a thing off.
+    """Logging, evaluation and sampling intervals in steps; 0 turns evaluation or sampling off.
 
     Attributes:
-        every: a line of loss, learning rate, tokens/s and time left.
-        eval_every: validation loss.
-        eval_batches: of validation, at most.
-        sample_every: text sampled from the model as it is. It takes a copy of the weights in train.compute_dtype on
-            every device (split by mesh.tensor only); leave it off where that does not fit.
-        sample_prompts: what it goes on from, or answers.
-        sample_as: whether those are texts to go on from (`text`), or questions of a user (`chat`).
-        sample_tokens: how far.
-        tensorboard: event files beside metrics.jsonl.
+        every: Steps between printed lines of loss, learning rate, tokens/s and time left. metrics.jsonl has every step.
+        eval_every: Steps between evaluations of the validation loss; 0 evaluates never. A new run is also evaluated
+            before its first step.
+        eval_batches: Largest number of validation batches in one evaluation.
+        sample_every: Steps between samples from the model in training; 0 samples never. Sampling takes a copy of the
+            weights in train.compute_dtype on every device (split by mesh.tensor only): leave it 0 where that does not
+            fit.
+        sample_prompts: Prompts of the samples.
+        sample_as: Kind of the prompts: `text` continues them, `chat` answers them as questions of a user.
+        sample_tokens: New tokens in each sample, at most.
+        tensorboard: Also write TensorBoard event files to OUTPUT/tensorboard.
     """
 
     every: int = bounded(10, low=1)
@@ -254,18 +352,22 @@ class LogConfig:
     sample_tokens: int = bounded(64, low=1)
     tensorboard: bool = bounded(True)
 
+    def __post_init__(self) -> None:
+        if self.sample_every and not self.sample_prompts:
+            raise ConfigError("log.sample_every needs log.sample_prompts: give at least one, or set log.sample_every=0")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and how many are kept.
+    """Checkpoints: when they are saved, and how many are kept.
 
     Attributes:
-        every: steps between checkpoints; the last step is always saved.
-        keep: newest checkpoints that are kept.
-        keep_best: those of the lowest validation loss that are kept besides; 0 for none. Takes a validation loss at
-            every checkpoint.
-        grace_seconds: after SIGTERM, for the step under way to end; then the run leaves without it. Schedulers often
-            kill after 10.
+        every: Steps between checkpoints. The last step is always saved.
+        keep: Number of newest checkpoints that are kept.
+        keep_best: Number of checkpoints with the lowest validation loss that are kept in addition; 0 keeps none. It
+            needs a validation loss at every checkpoint.
+        grace_seconds: Seconds that the running step has to end after SIGTERM; after them the process exits without
+            saving it. Schedulers often kill after 10.
     """
 
     every: int = bounded(500, low=1)
@@ -276,14 +378,30 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """Several processes. `auto` where the cluster tells jax (TPU pods, Slurm, GKE); else the first process's address.
+    """The connection of several processes, one on each host.
 
     Attributes:
-        coordinator: empty for one process, `auto`, or HOST:PORT of process 0.
-        num_processes: in all; not read under `auto`.
-        process_id: of this one; not read under `auto`.
+        coordinator: Address of process 0 as HOST:PORT. `auto` takes it from the cluster (TPU pods, Slurm, GKE); empty
+            runs one process.
+        num_processes: Number of processes. Not read with `auto`.
+        process_id: Number of this process, from 0. Not read with `auto`.
     """
 
     coordinator: str = bounded("")
     num_processes: int = bounded(1, low=1)
     process_id: int = bounded(0, low=0)
+
+    def __post_init__(self) -> None:
+        if self.coordinator not in ("", "auto"):
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ConfigError(
+                    f"distributed.coordinator={self.coordinator!r} must be HOST:PORT of process 0, 'auto', or empty "
+                    "for one process"
+                )
+        if not self.coordinator and self.num_processes > 1:
+            raise ConfigError(f"distributed.num_processes={self.num_processes} needs distributed.coordinator=HOST:PORT")
+        if self.process_id >= self.num_processes:
+            raise ConfigError(
+                f"distributed.process_id={self.process_id} must be below num_processes={self.num_processes}"
+            )

@@ -22,7 +22,7 @@ class Rows(Protocol):
     store: TokenStore
     sequence_length: int
     fingerprint: str  # of all that rows depend on but T
-    waste: float  # the part of all places that is padding
+    padding_fraction: float  # the part of all places that is padding
 
     def __len__(self) -> int:
         """Rows in one epoch."""
@@ -103,7 +103,7 @@ class PackedRows:
         self.store = store
         self.sequence_length = sequence_length
         self.fingerprint = store.fingerprint
-        self.waste = 1 - (store.num_tokens - 1) / (len(self) * sequence_length)
+        self.padding_fraction = 1 - (store.num_tokens - 1) / (len(self) * sequence_length)
 
     def __len__(self) -> int:
         """Rows in one epoch: the last may be part padding."""
@@ -158,6 +158,11 @@ class WholeRows:
         self.sequence_length = sequence_length
         kind = "pairs" if store.pairs else "whole"
         self.fingerprint = hashlib.sha256(f"{store.fingerprint} {kind} {loss_on}".encode()).hexdigest()
+        if store.marked and loss_on == "all":
+            raise ConfigError(
+                "data.loss_on='all' would count messages that the data mark as not to be learnt: set it to "
+                "'assistant', or remove the marks"
+            )
         self._all = loss_on == "all"
         starts, lengths = _pieces(np.asarray(store.offsets), sequence_length)
         if store.pairs:
@@ -173,7 +178,7 @@ class WholeRows:
         order = np.argsort(row_of_piece, kind="stable")
         self._starts, self._lengths = starts[order], lengths[order]
         self._first = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
-        self.waste = 1 - int(lengths.sum()) / (len(self) * sequence_length)
+        self.padding_fraction = 1 - int(lengths.sum()) / (len(self) * sequence_length)
 
     def __len__(self) -> int:
         """Rows in one epoch."""

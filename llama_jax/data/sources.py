@@ -7,17 +7,13 @@ Text and JSON may be gzipped (.gz).
 
 import difflib
 import glob
-import gzip
 import hashlib
 import json
 import os
-import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
-from llama_jax.data import corpus, hub_datasets, questions, records
+from llama_jax.data import corpus, hub_datasets, questions, readers
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Dialog, Sample
 
@@ -29,7 +25,6 @@ _TABLE = (".parquet",)
 _LIST = (".json",)
 # What would be learnt as it stands, marks and all, if it were taken for a text.
 _NOT_TEXT = (".csv", ".tsv", ".jl", ".json5", ".arrow", ".orc", ".avro", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
-_MAX_LIST = 1 << 30  # bytes of a list, which is held whole in memory
 
 # What a pattern names: a file or a part of the corpus. Files of the hub come with what they are on any machine.
 _Sources = dict[Path | str, tuple[str, int] | None]
@@ -142,17 +137,7 @@ def _nothing_matched(pattern: str) -> str:
 def _read(sources: Sequence[Path | str], patterns: Sequence[str], pairs: bool) -> Iterator[Sample | BadLine]:
     empty = True
     for source in sources:
-        if isinstance(source, str):
-            documents: Iterator[Sample | BadLine] = iter(_corpus(source))
-        elif _kind(source) == "json":
-            documents = _json_lines(source, pairs)
-        elif _kind(source) == "list":
-            documents = _json_list(source, pairs)
-        elif _kind(source) == "table":
-            documents = _table_rows(source, pairs)
-        else:
-            documents = iter([Document(source.as_posix(), _decode(_bytes(source), source))])
-        for document in documents:
+        for document in _documents_of(source, pairs):
             if not isinstance(document, Document) or document.text.strip():
                 empty = False
                 yield document
@@ -160,124 +145,12 @@ def _read(sources: Sequence[Path | str], patterns: Sequence[str], pairs: bool) -
         raise ValueError(f"{list(patterns)} holds no text: every document found is empty")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
-def _bytes(path: Path, most: int = -1) -> bytes:
-    try:
-        with _open(path) as file:
-            return file.read(most)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
-
-
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); convert it, for example with"
-            f" iconv -f latin1 -t utf-8"
-        ) from error
-
-
-def _json_lines(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
-    try:
-        with _open(path) as file:
-            for number, data in enumerate(file, start=1):
-                if data.strip():
-                    yield _parse_line(data, f"{path.as_posix()}:{number}", first=number == 1, pairs=pairs)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
-
-
-def _json_list(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
-    """The items of one list, or the lines of a file that is none: both are published as .json.
-
-    Items are numbered from 1. A list is parsed item by item: at once, it may take 25 times its size (see files.py).
-    """
-    if not _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _json_lines(path, pairs)
-        return
-    data = _bytes(path, _MAX_LIST + 1)
-    if len(data) > _MAX_LIST:
-        raise ValueError(
-            f"{path}: a JSON list of more than {_MAX_LIST >> 20:,} MiB is not read; write its items as lines of a "
-            f".jsonl file, for example with jq -c '.[]'"
-        )
-    text = _decode(data, path)
-    del data
-    decoder, number = json.JSONDecoder(), 0
-    at = _after_space(text, text.index("[") + 1)
-    while text[at : at + 1] != "]":
-        number += 1
-        try:
-            record, at = decoder.raw_decode(text, at)
-            at = _after_space(text, at)
-            if text[at : at + 1] not in ("]", ","):
-                raise ValueError(f"no , or ] at character {at}")
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-            raise ValueError(
-                f"{path}: not a whole JSON list: item {number}: {reason}; fetch or write it again"
-            ) from None
-        yield _parse_record(record, f"{path.as_posix()}:{number}", pairs)
-        if text[at] == ",":
-            at = _after_space(text, at + 1)
-    if text[at + 1 :].strip():
-        raise ValueError(f"{path}: not one JSON list: something follows it, at character {at + 1}")
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _after_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()
-
-
-def _parse_line(data: bytes, name: str, *, first: bool, pairs: bool) -> Sample | BadLine:
-    try:
-        line = data.decode("utf-8-sig" if first else "utf-8")
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        return BadLine.of(name, f"not UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})")
-    except json.JSONDecodeError as error:
-        return BadLine.of(name, f"not a line of JSON ({error.msg} at column {error.colno}): {line.strip()[:60]!r}")
-    except RecursionError:
-        return BadLine.of(name, "nested too deeply")
-    except ValueError as error:  # a number of thousands of digits
-        return BadLine.of(name, error)
-    return _parse_record(record, name, pairs)
-
-
-def _table_rows(path: Path, pairs: bool) -> Iterator[Sample | BadLine]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield _parse_record(_without_nulls(record), f"{path.as_posix()}:{number}", pairs)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
-
-
-def _without_nulls(value: object) -> object:
-    """A cell of a table without the keys that hold null: each of its structs has those of every other."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _parse_record(record: object, name: str, pairs: bool) -> Sample | BadLine:
-    try:
-        return records.parse(record, name, pairs=pairs)
-    except RecursionError:
-        return BadLine.of(name, "nested too deeply")
-    except ValueError as error:
-        return BadLine.of(name, error)
+def _documents_of(source: Path | str, pairs: bool) -> Iterator[Sample | BadLine]:
+    if isinstance(source, str):
+        return iter(_corpus(source))
+    kind = _kind(source)
+    if kind == "json":
+        return readers.json_lines(source, pairs=pairs)
+    if kind == "list":
+        return readers.json_list(source, pairs=pairs)
+    return readers.table(source, pairs=pairs) if kind == "table" else readers.text_file(source)

@@ -1,17 +1,16 @@
-"""The token store: every document tokenised once, in one flat file that is mapped into memory.
+"""The token store: every document tokenized once, in one flat file that is mapped into memory.
 
-A store is a folder: `tokens.bin` (uint16 where the vocabulary fits, otherwise uint32, little-endian),
-`offsets.npy` (int64, where each document starts, and the end), `targets.bin` (a bit a token, whether the loss counts
-it; only where some document is not a plain text) and `meta.json`, written last. It is built
-beside its final place and renamed into it, so whatever is found there is whole, however the builder ended.
-Bad lines are listed beside it, in `KEY.quarantine.jsonl`. A store of preference pairs holds nothing else: of each pair
-the chosen answer, then the rejected one, as two documents.
+A store is a folder: `tokens.bin` (uint16 where the vocabulary fits, otherwise uint32, little-endian), `offsets.npy`
+(int64: where each document starts, and the end), `targets.bin` (one bit a token: whether the loss counts it; only where
+some document is not a plain text) and `meta.json`, written last. A store is built next to its final path and renamed,
+so that a store under its own name is complete, however the builder ended. Records that were left out are listed next
+to it, in `KEY.quarantine.jsonl`. A store of preference pairs holds nothing else: of each pair the chosen answer, then
+the rejected one, as two documents.
 """
 
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -24,85 +23,136 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.records import BadLine, Encoder, Sample, refuse_many_bad, try_encode
+from llama_jax.data.encoding import TOO_LONG, EncodedSample, Encoder, try_encode
+from llama_jax.data.records import MAX_BAD, BadLine, Sample, refuse_many_bad
 from llama_jax.data.sources import documents_from, fingerprint_of
+from llama_jax.data.store_writer import FORMAT, QUARANTINE, StoreWriter, token_dtype
 
-_FORMAT = 1  # part of the cache key: raise it when the files' meaning changes
+# Part of the cache key of everything but plain texts: raise it when a record may become other ids or targets, or may
+# be refused where it was not. 2: marks of messages, developer, system messages anywhere.
+_DIALOG_ENCODING = 2
 _GROUP_CHARACTERS = 1 << 18  # text given to a thread at a time
-_ABANDONED_S = 3600  # a leftover build that nobody has written to for this long is swept away
+_BLOCK = 1 << 23  # bytes that are hashed at a time
+_ABANDONED_S = 3600  # an unfinished build that nobody has written to for this long is deleted
+# Reading stops at this many records if more than half of them are bad: then it is the data, or their format.
+_HOPELESS_AT = 10_000
+_HOPELESS = 0.5
 
 
 class DamagedStore(ValueError):
-    """A store whose files are missing, cut short or contradict each other."""
+    """A store whose files are missing, cut short, changed or contradict each other."""
 
 
 class TokenStore:
-    """A store on disk, mapped: `tokens` (num_tokens,) uint16 or uint32, `offsets` (num_documents + 1,) int64.
+    """A store on disk, mapped into memory.
 
-    Document d is `tokens[offsets[d]:offsets[d + 1]]`. `fingerprint` (hex) is a hash of the arrays' contents.
-    `masked`: some documents are dialogs or completions, so that not every token is a target. `num_targets` are,
-    each document's first token aside. `num_bad` lines were left out; `quarantine` lists them. `pairs`: documents 2k and
-    2k + 1 are the chosen and the rejected answer of pair k. A `unit` is what its records are: a "pair" or a "document",
-    of which there are `num_units`.
+    Attributes:
+        tokens: (num_tokens,) uint16 or uint32. Document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        offsets: (num_documents + 1,) int64.
+        fingerprint: hash (hex) of the contents of the arrays.
+        masked: some documents are dialogs or completions, so that not every token is a target.
+        marked: some message of the assistant carries a mark that it is not to be learnt.
+        num_targets: targets, the first token of each document excluded.
+        num_bad: records that cannot be used, which were left out.
+        first_bad: the first of them, or None.
+        num_too_long: records that are longer than a row, which were left out.
+        num_cut: records without their last tokens, because they are longer than a row.
+        pairs: documents 2k and 2k + 1 are the chosen and the rejected answer of pair k.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a store; raises DamagedStore (a ValueError) where it cannot be trusted."""
+        """Open a store. Its files are compared with meta.json by their sizes; `verify` compares their contents.
+
+        Raises:
+            DamagedStore: a file is missing, or contradicts another.
+        """
         self.path = Path(path)
         try:
             meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
-            if meta["format"] != _FORMAT:
-                raise self._damaged(f"format {meta['format']}, this version reads {_FORMAT}")
-            self.num_tokens: int = meta["num_tokens"]
-            self.num_documents: int = meta["num_documents"]
-            self.fingerprint: str = meta["fingerprint"]
-            self.masked: bool = meta.get("masked", False)
-            self.num_targets: int = meta.get("num_targets", self.num_tokens - self.num_documents)
-            self.num_bad: int = meta.get("num_bad", 0)
-            self.pairs: bool = meta.get("pairs", False)
-            dtype = np.dtype(meta["dtype"])
-            self._check_size("tokens.bin", self.num_tokens * dtype.itemsize)
-            if self.masked:
-                self._check_size("targets.bin", -(-self.num_tokens // 8))
-                self._targets = np.memmap(self.path / "targets.bin", dtype=np.uint8, mode="r")
-            self.tokens = np.memmap(self.path / "tokens.bin", dtype=dtype, mode="r")
-            self.offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
+            self._read(meta)
         except DamagedStore:
             raise
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
         self.meta: dict[str, Any] = meta
+        self._check_offsets()
+
+    def _read(self, meta: dict[str, Any]) -> None:
+        if meta["format"] != FORMAT:
+            raise self._damaged(f"format {meta['format']}, this version reads {FORMAT}")
+        self.num_tokens: int = meta["num_tokens"]
+        self.num_documents: int = meta["num_documents"]
+        self.fingerprint: str = meta["fingerprint"]
+        self.masked: bool = meta.get("masked", False)
+        self.marked: bool = meta.get("marked", False)
+        self.num_targets: int = meta.get("num_targets", self.num_tokens - self.num_documents)
+        self.num_bad: int = meta.get("num_bad", 0)
+        self.num_too_long: int = meta.get("num_too_long", 0)
+        self.num_cut: int = meta.get("num_cut", 0)
+        self.pairs: bool = meta.get("pairs", False)
+        self.first_bad = BadLine(*meta["first_bad"]) if meta.get("first_bad") else None
+        dtype = np.dtype(meta["dtype"])
+        self._check_size("tokens.bin", self.num_tokens * dtype.itemsize)
+        if self.masked:
+            self._check_size("targets.bin", -(-self.num_tokens // 8))
+            self._targets = np.memmap(self.path / "targets.bin", dtype=np.uint8, mode="r")
+        self.tokens = np.memmap(self.path / "tokens.bin", dtype=dtype, mode="r")
+        self.offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
+
+    def _check_offsets(self) -> None:
         expected = (self.num_documents + 1,)
         if self.offsets.shape != expected or self.offsets.dtype != np.int64:
-            found = f"{self.offsets.dtype}{list(self.offsets.shape)}"
-            raise self._damaged(f"offsets.npy holds {found}, meta.json says int64{list(expected)}")
+            actual = f"{self.offsets.dtype}{list(self.offsets.shape)}"
+            raise self._damaged(f"offsets.npy holds {actual}, meta.json says int64{list(expected)}")
         if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or np.any(np.diff(self.offsets) <= 0):
             raise self._damaged(f"offsets.npy does not rise from 0 to {self.num_tokens}")
         if self.pairs and self.num_documents % 2:
             raise self._damaged(f"{self.num_documents} documents are not pairs")
 
     @property
-    def unit(self) -> str:
-        """What a record is here."""
+    def record_kind(self) -> str:
+        """The noun for a record of this store: "pair" or "document"."""
         return "pair" if self.pairs else "document"
 
     @property
-    def num_units(self) -> int:
-        """Of records that were used."""
+    def num_records(self) -> int:
+        """Records that were used."""
         return self.num_documents // 2 if self.pairs else self.num_documents
 
     @property
     def quarantine(self) -> Path:
-        """Where bad lines are listed, if there were any."""
+        """The file that lists the records that were left out, if there were any."""
         return _quarantine(self.path)
 
+    def rejected(self) -> Iterator[BadLine]:
+        """The records that were left out, in order."""
+        if self.quarantine.is_file():
+            with open(self.quarantine, encoding="utf-8") as file:
+                yield from map(BadLine.from_json, file)
+
     def targets(self, start: int, stop: int) -> np.ndarray:
-        """Whether the loss counts each of `tokens[start:stop]`, bool."""
+        """Whether each of `tokens[start:stop]` is a target, bool."""
         if not self.masked:
             return np.ones(stop - start, bool)
         first = start // 8
         bits = np.unpackbits(self._targets[first : -(-stop // 8)])
         return bits[start - first * 8 : stop - first * 8].astype(bool)
+
+    def verify(self) -> None:
+        """Hash the arrays and compare the result with `fingerprint`.
+
+        Raises:
+            DamagedStore: they differ.
+        """
+        digest = hashlib.sha256()
+        _hash_file(digest, self.path / "tokens.bin")
+        digest.update(np.ascontiguousarray(self.offsets).tobytes())
+        if self.masked:
+            bits = hashlib.sha256()
+            _hash_file(bits, self.path / "targets.bin")
+            digest.update(bits.digest())
+        if digest.hexdigest() != self.fingerprint:
+            raise self._damaged("its contents are not those that its fingerprint was computed from")
 
     def _check_size(self, name: str, wanted: int) -> None:
         size = (self.path / name).stat().st_size
@@ -119,230 +169,227 @@ def build_store(
     *,
     cache_dir: str | os.PathLike[str],
     max_length: int | None = None,
+    too_long: str = "drop",
+    max_bad: float = MAX_BAD,
     split: str = "train",
     pairs: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
-    """Tokenise what the patterns name (see `documents_from`, also for `split` and `pairs`), unless already done.
+    """The store of the documents that the patterns name: from the cache, or tokenized now.
 
-    Documents are as `records.encode` has them. Preference pairs and other records do not go together: what is not as
-    the first good one counts as bad. The cache key covers the sources, the tokenizer, `pairs` and the store's format,
-    and where there is anything but sound plain texts `max_length`, which refuses longer ones. `workers` threads encode
-    (default: one a core); memory stays bounded by a few groups of documents. `progress(documents, tokens)` is called as
-    they finish. A damaged store in the cache is rebuilt with a warning.
+    Preference pairs and other records do not go together: a record of another kind than the first good one counts as
+    bad. The cache key covers the sources, the tokenizer, `pairs` and the store's format. Where there is anything but
+    sound plain texts it also covers `max_length`, `too_long` and the version of the encoding of dialogs. A store from
+    the cache is verified, and rebuilt with a warning if it is damaged. Memory stays bounded by a few groups of
+    documents, or by one long document for each thread.
+
+    Args:
+        patterns: patterns as in `documents_from`.
+        tokenizer: the run's tokenizer.
+        cache_dir: folder of stores.
+        max_length: tokens of a row, which dialogs, completions and pairs have to fit into. None sets no limit.
+        too_long: what happens to longer ones. "drop" leaves them out, "cut" keeps the first max_length tokens of
+            dialogs and completions, "refuse" raises ValueError for the first of them.
+        max_bad: the fraction of all documents that may be unusable.
+        split: as in `documents_from`.
+        pairs: as in `documents_from`.
+        workers: threads that encode. None: one for each core.
+        progress: called as progress(documents, tokens) from time to time.
 
     Raises:
-        ValueError: a source cannot be read, or more than 5 % of all documents cannot be used.
+        ValueError: a source cannot be read, a record is too long and too_long is "refuse", or more than max_bad of all
+            documents cannot be used.
     """
+    if too_long not in TOO_LONG:
+        raise ValueError(f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
     sources = fingerprint_of(patterns, split=split)
-    identity = [_FORMAT, sources, tokenizer.fingerprint, tokenizer.vocab_size, *(["pairs"] if pairs else [])]
-    plain, masked = _key(identity), _key([*identity, max_length])
+    identity = [FORMAT, sources, tokenizer.fingerprint, tokenizer.vocab_size, *(["pairs"] if pairs else [])]
+    keys = _key(identity), _key([*identity, max_length, _DIALOG_ENCODING, too_long])
     cache = Path(cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
-    for key in (plain, masked):
+    store = _from_cache(cache, keys)
+    if store is not None:
+        _refuse_bad(store, max_bad, listed=store.quarantine)
+    else:
+        samples = documents_from(patterns, split=split, pairs=pairs)
+        encoded = _encoded(samples, tokenizer, max_length=max_length, too_long=too_long, workers=workers)
+        with tempfile.TemporaryDirectory(prefix=f"{keys[0]}.partial-", dir=cache, ignore_cleanup_errors=True) as folder:
+            with StoreWriter(Path(folder), tokenizer) as writer:
+                for _ in _written(writer, encoded, too_long=too_long, progress=progress):
+                    _refuse_hopeless(writer, max_bad, listed=_quarantine(cache / keys[1]))
+                writer.close(key=keys[0], sources=list(patterns), sources_fingerprint=sources)
+            store = _publish(writer, cache, keys, max_bad)
+    return store
+
+
+def _from_cache(cache: Path, keys: tuple[str, str]) -> TokenStore | None:
+    """The store of one of the keys, or None. A damaged one is deleted with a warning."""
+    for key in keys:
         _sweep(cache, key)
         if (cache / key).exists():
             try:
-                return TokenStore(cache / key)
+                store = TokenStore(cache / key)
+                store.verify()
+                return store
             except DamagedStore as error:
-                warnings.warn(f"{error}: rebuilding it now", stacklevel=2)
+                warnings.warn(f"{error}: rebuilding it now", stacklevel=3)
                 _remove(cache / key)
-    meta = {"key": plain, "sources": list(patterns), "sources_fingerprint": sources}
-    scratch = Path(tempfile.mkdtemp(prefix=f"{plain}.partial-", dir=cache))
+    return None
+
+
+def _written(
+    writer: StoreWriter,
+    encoded: Iterator[list[EncodedSample | BadLine]],
+    *,
+    too_long: str,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[None]:
+    """Write all records, and yield after each group of them."""
+    for group in encoded:
+        for sample in group:
+            if isinstance(sample, EncodedSample):
+                writer.add(sample)
+                continue
+            if sample.too_long and too_long == "refuse":
+                raise ValueError(
+                    f"{sample.name}: {sample.reason}, and data.too_long='refuse': raise data.sequence_length, or set "
+                    "data.too_long to 'drop' or 'cut'"
+                )
+            writer.reject(sample)
+        if progress:
+            progress(writer.num_documents, writer.num_tokens)
+        yield
+
+
+def _refuse_hopeless(writer: StoreWriter, max_bad: float, *, listed: Path) -> None:
+    """Raise ValueError if so many of the records so far are bad that there is no use in reading on."""
+    seen = writer.num_bad + writer.num_records
+    if writer.first_bad is not None and seen >= _HOPELESS_AT and writer.num_bad > max(_HOPELESS, max_bad) * seen:
+        writer.flush_rejected()
+        os.replace(writer.folder / QUARANTINE, listed)
+        _refuse_bad(writer, max_bad, listed=listed)
+
+
+def _refuse_bad(store: StoreWriter | TokenStore, max_bad: float, *, listed: Path) -> None:
+    """Raise ValueError if too many records are bad."""
+    if store.first_bad is not None:
+        refuse_many_bad(store.num_bad, store.num_records, store.first_bad, listed=listed, allowed=max_bad)
+
+
+def _publish(writer: StoreWriter, cache: Path, keys: tuple[str, str], max_bad: float) -> TokenStore:
+    """Rename a complete store to its path in the cache, its list of what was left out first.
+
+    Raises:
+        ValueError: it is of no use, because too many records are bad, or all are too long.
+    """
+    plain, masked = keys
+    left_out = writer.num_bad or writer.num_too_long  # a record may be left out for its length alone
+    final = cache / (masked if writer.masked or left_out else plain)
+    if left_out:
+        os.replace(writer.folder / QUARANTINE, _quarantine(final))
+    _refuse_bad(writer, max_bad, listed=_quarantine(final))
+    if not writer.num_records:
+        raise ValueError(
+            f"all {writer.num_too_long:,} documents are longer than data.sequence_length: raise it, or set "
+            f"data.too_long='cut'; they are listed in {_quarantine(final)}"
+        )
     try:
-        samples = documents_from(patterns, split=split, pairs=pairs)
-        encoded = _encoded(samples, tokenizer, max_length=max_length, workers=workers)
-        first_bad = _write(scratch, encoded, tokenizer, meta=meta, progress=progress)
-        # A line may be bad for its length alone.
-        final = cache / (masked if meta["masked"] or first_bad is not None else plain)
-        if first_bad is not None:
-            os.replace(scratch / _QUARANTINE, _quarantine(final))
-            good = meta["num_documents"] // (2 if meta["pairs"] else 1)
-            refuse_many_bad(meta["num_bad"], good, first_bad, listed=_quarantine(final))
-        try:
-            os.rename(scratch, final)
-        except OSError:  # another process finished first: its store is the same
-            if not final.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.rename(writer.folder, final)
+    except OSError:  # another process finished first, with the same store
+        if not final.exists():
+            raise
     return TokenStore(final)
 
 
-_QUARANTINE = "quarantine.jsonl"
-
-
 def _quarantine(store: Path) -> Path:
-    return store.with_name(f"{store.name}.{_QUARANTINE}")
+    return store.with_name(f"{store.name}.{QUARANTINE}")
 
 
 def _key(identity: list[Any]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-# The ids of a document, and where not all of them are targets, which are.
-_Encoded = tuple[np.ndarray, np.ndarray | None]
-# What a record became: its name, and its documents, two of a pair and else one.
-_Unit = tuple[str, list[_Encoded]]
-
-
-def _write(
-    folder: Path,
-    encoded: Iterator[list[_Unit | BadLine]],
-    tokenizer: Encoder,
-    *,
-    meta: dict[str, Any],
-    progress: Callable[[int, int], None] | None,
-) -> BadLine | None:
-    """Write the files of a store into `folder`, and what is known into `meta` too; return the first bad line."""
-    digest, bits_digest = hashlib.sha256(), hashlib.sha256()
-    dtype = _dtype(tokenizer)
-    offsets = [0]
-    masked, targets, bad = False, 0, 0
-    pairs: bool | None = None  # not known before the first good record
-    first_bad: BadLine | None = None
-    waiting = np.zeros(0, bool)  # bits that do not fill a byte yet
-
-    with (
-        open(folder / "tokens.bin", "wb") as file,
-        open(folder / "targets.bin", "wb") as bits_file,
-        open(folder / _QUARANTINE, "w", encoding="utf-8") as bad_file,
-    ):
-
-        def write_bits(bits: np.ndarray) -> None:
-            data = np.packbits(bits).tobytes()
-            bits_digest.update(data)
-            bits_file.write(data)
-
-        for group in encoded:
-            group_bits = [waiting]
-            for item in group:
-                if not isinstance(item, BadLine):
-                    name, documents = item
-                    pairs = len(documents) == 2 if pairs is None else pairs
-                    if pairs != (len(documents) == 2):
-                        item = BadLine.of(name, _STRANGER[pairs])
-                if isinstance(item, BadLine):
-                    bad_file.write(item.to_json() + "\n")
-                    bad += 1
-                    first_bad = first_bad or item
-                    continue
-                for tokens, mask in documents:
-                    data = tokens.tobytes()
-                    digest.update(data)
-                    file.write(data)
-                    offsets.append(offsets[-1] + len(tokens))
-                    masked |= mask is not None
-                    group_bits.append(np.ones(len(tokens), bool) if mask is None else mask)
-                    targets += int(group_bits[-1][1:].sum())
-            bits = np.concatenate(group_bits)
-            whole = len(bits) // 8 * 8
-            write_bits(bits[:whole])
-            waiting = bits[whole:]
-            if progress:
-                progress(len(offsets) - 1, offsets[-1])
-        write_bits(waiting)
-        for each in (file, bits_file, bad_file):
-            _flush(each)
-    starts = np.array(offsets, dtype=np.int64)
-    digest.update(starts.tobytes())
-    if masked:
-        digest.update(bits_digest.digest())
-    else:
-        (folder / "targets.bin").unlink()
-    if not bad:
-        (folder / _QUARANTINE).unlink()
-    with open(folder / "offsets.npy", "wb") as file:
-        np.save(file, starts)
-        _flush(file)
-    meta |= {
-        "format": _FORMAT,
-        "fingerprint": digest.hexdigest(),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype.str,
-        "num_tokens": offsets[-1],
-        "num_documents": len(offsets) - 1,
-        "masked": masked,
-        "num_targets": targets,
-        "num_bad": bad,
-        "pairs": bool(pairs),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-    }
-    with open(folder / "meta.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        _flush(file)
-    return first_bad
-
-
-# What does not go with the records before it, by whether those are pairs.
-_STRANGER = {
-    True: "not a preference pair, as the records before it are",
-    False: "a preference pair among other records",
-}
-
-
-def _dtype(tokenizer: Encoder) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def _hash_file(digest: Any, path: Path) -> None:
+    """Add a file's bytes to a hash."""
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
 
 
 def _encoded(
-    samples: Iterator[Sample | BadLine], tokenizer: Encoder, *, max_length: int | None = None, workers: int | None
-) -> Iterator[list[_Unit | BadLine]]:
-    """Encode groups of samples in threads (tiktoken lets go of the GIL) and yield them in order."""
+    samples: Iterator[Sample | BadLine],
+    tokenizer: Encoder,
+    *,
+    max_length: int | None = None,
+    too_long: str = "drop",
+    workers: int | None,
+) -> Iterator[list[EncodedSample | BadLine]]:
+    """Encode groups of samples in threads (tiktoken releases the GIL) and yield them in order."""
     workers = workers or os.cpu_count() or 1
-    dtype = _dtype(tokenizer)
 
-    def encode(sample: Sample | BadLine) -> _Unit | BadLine:
-        found = sample if isinstance(sample, BadLine) else try_encode(sample, tokenizer, max_length=max_length)
-        if isinstance(found, BadLine):
-            return found
-        documents: list[_Encoded] = []
-        for given, targets in found:
-            ids = np.array(given)
-            if len(ids) == 0 or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-                limit = f"[0, {tokenizer.vocab_size})"
-                raise ValueError(f"{sample.name}: the tokenizer gave no ids, or ids outside {limit}")
-            documents.append((ids.astype(dtype), None if targets is None else np.array(targets, bool)))
-        return sample.name, documents
-
-    def encode_group(group: list[Sample | BadLine]) -> list[_Unit | BadLine]:
-        return [encode(sample) for sample in group]
+    def encode_group(group: list[Sample | BadLine]) -> list[EncodedSample | BadLine]:
+        return [
+            sample
+            if isinstance(sample, BadLine)
+            else _as_arrays(try_encode(sample, tokenizer, max_length=max_length, too_long=too_long), tokenizer)
+            for sample in group
+        ]
 
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[list[_Unit | BadLine]]] = deque()
+        waiting: deque[tuple[int, Future[list[EncodedSample | BadLine]]]] = deque()
         try:
-            for group in _groups(samples):
-                waiting.append(pool.submit(encode_group, group))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
+            for size, group in _groups(samples):
+                waiting.append((size, pool.submit(encode_group, group)))
+                del group
+                while len(waiting) > 2 * workers or sum(size for size, _ in waiting) > _most_waiting(workers):
+                    yield waiting.popleft()[1].result()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[1].result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _groups(samples: Iterator[Sample | BadLine]) -> Iterator[list[Sample | BadLine]]:
+def _most_waiting(workers: int) -> int:
+    """Characters of text that may wait to be encoded or written."""
+    return 4 * workers * _GROUP_CHARACTERS
+
+
+def _as_arrays(sample: EncodedSample | BadLine, tokenizer: Encoder) -> EncodedSample | BadLine:
+    """An encoded sample with arrays in the place of lists, which take ten times as much memory.
+
+    Raises:
+        ValueError: a document has no ids, or ids that are not of the vocabulary.
+    """
+    if isinstance(sample, BadLine):
+        return sample
+    documents = []
+    for ids, targets in sample.documents:
+        tokens = np.array(ids)
+        if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
+            limit = f"[0, {tokenizer.vocab_size})"
+            raise ValueError(f"{sample.name}: the tokenizer gave no ids, or ids outside {limit}")
+        mask = None if targets is None else np.array(targets, bool)
+        documents.append((tokens.astype(token_dtype(tokenizer)), mask))
+    return sample._replace(documents=tuple(documents))
+
+
+def _groups(samples: Iterator[Sample | BadLine]) -> Iterator[tuple[int, list[Sample | BadLine]]]:
+    """Samples in groups of about _GROUP_CHARACTERS, each with the number of characters that it has."""
     group: list[Sample | BadLine] = []
     size = 0
     for sample in samples:
         group.append(sample)
         size += len(sample.reason if isinstance(sample, BadLine) else sample.text)
         if size >= _GROUP_CHARACTERS:
-            yield group
+            yield size, group
             group, size = [], 0
     if group:
-        yield group
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        yield size, group
 
 
 def _remove(folder: Path) -> None:
-    """Take a folder out of its place at once, then delete it."""
+    """Rename a folder, so that nobody opens it any more, then delete it."""
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
         os.rename(folder, aside / "damaged")
@@ -352,7 +399,7 @@ def _remove(folder: Path) -> None:
 
 
 def _sweep(cache: Path, key: str) -> None:
-    """Delete what killed builds of this store left behind; a live one is written to all the time."""
+    """Delete what killed builds of this store left behind. A live one is written to all the time."""
     for leftover in cache.glob(f"{key}.partial-*"):
         try:
             newest = max(path.stat().st_mtime for path in [leftover, *leftover.iterdir()])

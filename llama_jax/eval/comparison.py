@@ -23,7 +23,7 @@ from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import load
 from llama_jax.weights.formats import peft
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -45,6 +45,7 @@ class Asked:
         seed: prompt i is answered by both with seed + i.
         dtype: as of `llama_jax.load`.
         quantize: likewise.
+        chat_format: likewise, of both models.
     """
 
     model_a: str
@@ -57,6 +58,7 @@ class Asked:
     seed: int = 0
     dtype: str | None = None
     quantize: str | None = None
+    chat_format: str = "auto"
 
     @property
     def both(self) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
@@ -264,13 +266,16 @@ def _answers(
     todo = [i for i in range(len(prompts)) if i not in there]
     if todo:
         model, adapter = asked.both["ab".index(side)]
-        llama = load(model, adapters=adapter, **opened)
+        llama = load(model, adapters=adapter, chat_format=asked.chat_format, **opened)
+        dialogs = asked.chat or any(not isinstance(prompts[i].asked, str) for i in todo)
+        stops = llama.chat_stop_tokens if dialogs else llama.stop_tokens
         ids = {i: _ids(llama, prompts[i], asked) for i in todo}  # all of them are checked before the first is answered
         with scoring.bar(len(todo), f"answers of {side.upper()}", progress) as bar, open(path, "a") as file:
             for start in range(0, len(todo), _BATCHES * batch_size):
                 part = todo[start : start + _BATCHES * batch_size]
                 results = llama.generate(
                     [ids[i] for i in part],
+                    stop_tokens=stops,
                     max_new_tokens=asked.max_new_tokens,
                     temperature=asked.temperature,
                     seed=[asked.seed + i for i in part],
@@ -320,7 +325,12 @@ def _asker(llama: Llama, batch_size: int) -> Callable[[list[str]], list[str]]:
         for text in ids:
             _check_room(llama, text, _JUDGE_TOKENS, "a question to the judge, with both answers,")
         results = llama.generate(
-            ids, max_new_tokens=_JUDGE_TOKENS, temperature=0.0, batch_size=batch_size, progress=False
+            ids,
+            max_new_tokens=_JUDGE_TOKENS,
+            temperature=0.0,
+            batch_size=batch_size,
+            progress=False,
+            stop_tokens=llama.chat_stop_tokens,
         )
         return [result.text for result in results]
 

@@ -6,7 +6,6 @@ lm_eval.simple_evaluate(model=harness_model(llama), tasks=["arc_easy"])
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import json
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval import lm_eval_requests, scoring
-from llama_jax.text import template
+from llama_jax.text.chat_format import ChatFormat, TemplateFormat
 
 try:
     import lm_eval
@@ -148,20 +147,41 @@ class LlamaLM(TemplateLM):
         return f"{self.name.replace('/', '__')}-{self.llama.tokenizer.fingerprint[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The model's own template (Jinja), or Llama 3's where it has none and the tokens of the format."""
+        """The template of the model's chat format (Jinja), by which results and caches of requests are named."""
         if chat_template is False or chat_template is None:
             return None
         if isinstance(chat_template, str):
             raise ConfigError(f"chat templates have no names here, got {chat_template!r}: ask for it without a name")
-        if self.llama.chat_template is not None:
-            return self.llama.chat_template
-        if not template.fits(self.llama.tokenizer):
-            raise ConfigError("the model has no chat template, and its tokenizer not the tokens of Llama 3's dialogs")
-        return template.CHAT_TEMPLATE
+        return self._format().template.source(None)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialog as a text. Without a generation prompt, its last message is left open, to be continued."""
-        return render(self.chat_template(True), chat_history, self.llama, add_generation_prompt=add_generation_prompt)
+        """A dialog as a text. Without a generation prompt, its last message is left open, to be continued.
+
+        Raises:
+            ConfigError: the template refuses the dialog, or cannot be used.
+        """
+        chat = self._format()
+        try:
+            text = TemplateFormat(self.llama.tokenizer, chat.template).render(
+                chat_history, add_generation_prompt=add_generation_prompt
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if add_generation_prompt:
+            return text
+        last = str(chat_history[-1]["content"])
+        place = text.rfind(last.strip())
+        if place < 0:
+            raise ConfigError("the chat template does not write the last message as it is, so it cannot be continued")
+        return text[: place + len(last if text.startswith(last, place) else last.strip())]
+
+    def _format(self) -> ChatFormat:
+        if self.llama.chat_format.template is None:
+            raise ConfigError(
+                "the model has no chat template, and its tokenizer lacks the control tokens of Llama 3's chat format: "
+                "give a template with --chat_format FILE"
+            )
+        return self.llama.chat_format
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the file of results."""
@@ -171,43 +191,6 @@ class LlamaLM(TemplateLM):
 def harness_model(llama: Llama, **options: Any) -> LlamaLM:
     """`llama` as lm_eval wants a model; options are those of LlamaLM."""
     return LlamaLM(llama, **options)
-
-
-def render(source: str, messages: Sequence[dict[str, Any]], llama: Llama, *, add_generation_prompt: bool) -> str:
-    """A dialog in a chat template, run in Jinja's sandbox with what transformers gives to one.
-
-    Raises:
-        ConfigError: the template is not sound, or refuses the dialog.
-    """
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    tokenizer = llama.tokenizer
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    given = {name: "" if i is None else tokenizer.decode([i]) for name, i in names.items()}
-    try:
-        text = environment.from_string(source).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **given
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise ConfigError(f"the chat template cannot write this dialog: {error}") from error
-    if add_generation_prompt:
-        return text
-    last = str(messages[-1]["content"])
-    place = text.rfind(last.strip())
-    if place < 0:
-        raise ConfigError("the chat template does not write the last message as it is, so it cannot be continued")
-    return text[: place + len(last if text.startswith(last, place) else last.strip())]
 
 
 def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager:

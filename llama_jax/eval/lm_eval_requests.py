@@ -12,8 +12,6 @@ can be laid beside those published with it. Three of its habits are worth knowin
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from llama_jax.eval.sliding_window import begin_id, windows
 from llama_jax.infer import inputs
 from llama_jax.infer.engine import Request
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text import control_tokens
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -43,14 +42,9 @@ def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
         text: any.
         begin: put the tokenizer's beginning first; by default where the text does not have it already.
     """
-    tokenizer = llama.tokenizer
-    bos = tokenizer.bos_id
-    names = tokenizer.special_tokens
-    parts = _names(tuple(names)).split(text) if names else [text]
-    ids = [i for part in parts if part for i in ([names[part]] if part in names else tokenizer.encode(part))]
     if begin is None:
-        begin = bos is None or ids[:1] != [bos]
-    return [bos, *ids] if begin and bos is not None else ids
+        return control_tokens.encode_text(llama.tokenizer, text, parse_special=True)
+    return llama.tokenizer.encode(text, bos=begin, special_tokens=True)
 
 
 def decode(llama: Llama, ids: Sequence[int]) -> str:
@@ -184,9 +178,3 @@ def _cut(text: str, until: Sequence[str]) -> str:
     for stop in until:
         text = text.partition(stop)[0]
     return text
-
-
-@functools.lru_cache(maxsize=8)
-def _names(names: tuple[str, ...]) -> re.Pattern[str]:
-    """Any of the names, the longest first; `split` keeps them."""
-    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")

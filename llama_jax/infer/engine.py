@@ -34,6 +34,7 @@ from llama_jax.ops import sampling
 from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
+from llama_jax.params import Params, logical_axes
 from llama_jax.sampling_params import GREEDY, SamplingParams
 
 # Steps in one dispatch at most: enough to hide the host, few enough to hear of a cancelled request soon.
@@ -100,7 +101,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        params: model.Params,
+        params: Params,
         *,
         mesh: Mesh | None,
         dtype: jnp.dtype,
@@ -119,7 +120,7 @@ class Engine:
         self._logits = jax.jit(self._trace_logits)
         self._score = jax.jit(self._trace_score)
 
-    def of(self, params: model.Params) -> Engine:
+    def of(self, params: Params) -> Engine:
         """The same compiled programs over other weights; those of the same kinds and shapes compile nothing anew."""
         other = copy.copy(self)
         other.params = params
@@ -257,14 +258,14 @@ class Engine:
 
     # What follows is traced.
 
-    def _trace_logits(self, params: model.Params, tokens_BT: jax.Array) -> jax.Array:
+    def _trace_logits(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
         with parallel.use(self.layout):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
             hidden_BTD, _ = model.forward(self.config, params, tokens_BT, positions_BT, None, dtype=self.dtype)
             return model.unembed(self.config, params, hidden_BTD)
 
     def _trace_score(
-        self, params: model.Params, tokens_BT: jax.Array, starts_B: jax.Array, candidates_BCK: jax.Array
+        self, params: Params, tokens_BT: jax.Array, starts_B: jax.Array, candidates_BCK: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         with parallel.use(self.layout):
             B, T = tokens_BT.shape
@@ -287,7 +288,7 @@ class Engine:
             joined = lambda a: a.swapaxes(0, 1).reshape(B, pieces * n, -1)[:, :C]  # noqa: E731
             return _all_whole(jax.tree.map(joined, lax.map(piece, (cut(hidden_BCD), cut(candidates_BCK)))))
 
-    def _trace_begin(self, params: model.Params, chunk: dict, fresh: dict, *, capacity: int, bound: int) -> State:
+    def _trace_begin(self, params: Params, chunk: dict, fresh: dict, *, capacity: int, bound: int) -> State:
         with parallel.use(self.layout):
             rows = chunk["tokens_BT"].shape[0]
             cache = init_cache(self.config, batch=rows, capacity=capacity, dtype=self.dtype)
@@ -296,11 +297,11 @@ class Engine:
             state = State(cache=cache, seen_BV=seen_BV, **fresh)
             return self._feed(params, state, chunk, bound)
 
-    def _trace_extend(self, params: model.Params, state: State, chunk: dict, *, bound: int) -> State:
+    def _trace_extend(self, params: Params, state: State, chunk: dict, *, bound: int) -> State:
         with parallel.use(self.layout):
             return self._feed(params, state, chunk, bound)
 
-    def _feed(self, params: model.Params, state: State, chunk: dict, bound: int) -> State:
+    def _feed(self, params: Params, state: State, chunk: dict, bound: int) -> State:
         """One prefill chunk. Only the first `bound` slots of the cache are attended to: no later one is filled."""
         tokens_BT = chunk["tokens_BT"]
         rows, size = tokens_BT.shape
@@ -317,7 +318,7 @@ class Engine:
         return _settled(dataclasses.replace(state, cache=cache, seen_BV=seen_BV))
 
     def _trace_decode(
-        self, params: model.Params, state: State, limit: jax.Array
+        self, params: Params, state: State, limit: jax.Array
     ) -> tuple[State, tuple[jax.Array, jax.Array]]:
         with parallel.use(self.layout):
             rows = state.tokens_B.shape[0]
@@ -329,7 +330,7 @@ class Engine:
             )
             return state, out
 
-    def _step(self, params: model.Params, carry: tuple) -> tuple:
+    def _step(self, params: Params, carry: tuple) -> tuple:
         """One token for every row that is not done; done rows keep their state and write nothing."""
         step, state, (tokens_BO, logprobs_BO) = carry
         live_B = state.remaining_B > 0
@@ -385,7 +386,7 @@ def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
     return layout
 
 
-def placed(config: ModelConfig, params: model.Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> model.Params:
+def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> Params:
     """Unrolled weights in `dtype`, spread over the mesh; what is there already is not moved or copied."""
 
     def cast(leaf: Weight) -> Weight:
@@ -397,7 +398,7 @@ def placed(config: ModelConfig, params: model.Params, *, mesh: Mesh | None, dtyp
     where = layout(config, mesh)
     if where is None:
         return jax.device_put(params)
-    axes = model.logical_axes(config, stacked=False)
+    axes = logical_axes(config, stacked=False)
     return jax.device_put(params, parallel.shardings(where, axes, params))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import parallel
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text import control_tokens
+from llama_jax.text.tokenizer import Tokenizer
+
+
+class GenerateSettings(TypedDict, total=False):
+    """The keyword arguments of `Llama.generate`, for its overloads."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | Sequence[int]
+    stop_tokens: Sequence[int] | None
+    batch_size: int
+    progress: bool | None
+    parse_special: bool | None
+
 
 _DTYPES = ("float32", "bfloat16")
+_log = logging.getLogger(__name__)
 
 
 def as_list(prompts: Any) -> tuple[bool, list[Any]]:
@@ -33,6 +55,37 @@ def as_list(prompts: Any) -> tuple[bool, list[Any]]:
         raise ConfigError("no prompt: give a text, a list of token ids, or a list of either")
     single = not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
     return single, [prompts] if single else list(prompts)
+
+
+def encoded(
+    tokenizer: Tokenizer | None, prompts: Sequence[Any], names: Sequence[str], parse_special: bool | None
+) -> list[list[int]]:
+    """The ids of prompts, texts or lists of ids. See `Llama.generate` for parse_special; None warns once.
+
+    Raises:
+        ConfigError: a text without a tokenizer, or a prompt that is neither text nor ids.
+    """
+    warned = parse_special is not None
+    ids = []
+    for prompt, name in zip(prompts, names, strict=True):
+        if not isinstance(prompt, str):
+            ids.append(as_ids(prompt, name))
+            continue
+        if tokenizer is None:
+            raise ConfigError(
+                f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model "
+                "or tokenizer.json in the model's folder"
+            )
+        if not warned and (control := control_tokens.first_name(tokenizer, prompt)):
+            _log.warning(
+                "warning: %s holds %r, the name of a control token, which is read as plain text: parse_special=True "
+                "(--parse_special) reads it as the token, and False keeps it as text without this warning",
+                name,
+                control,
+            )
+            warned = True
+        ids.append(control_tokens.encode_text(tokenizer, prompt, parse_special=bool(parse_special)))
+    return ids
 
 
 def as_ids(prompt: Any, name: str) -> list[int]:
@@ -92,21 +145,56 @@ def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def default_dtype() -> jnp.dtype | None:
-    """None (the checkpoint's own), or float32 on a CPU that would emulate bfloat16 (measured: benchmarks/)."""
-    if jax.default_backend() != "cpu":
-        return None
+def default_dtype(stored: np.dtype, *, quantized: bool) -> jnp.dtype:
+    """The dtype to compute in where the caller names none.
+
+    It is the stored dtype, with bfloat16 for float16. A CPU without bfloat16 instructions would emulate them, and
+    computes in float32 instead (measured: benchmarks/); so does every CPU for quantized weights.
+
+    Args:
+        stored: dtype of the stored weights.
+        quantized: True if the stored weights are quantized; other devices than CPUs then compute in bfloat16.
+    """
+    cpu = jax.default_backend() == "cpu"
+    if quantized:
+        return jnp.dtype(jnp.float32 if cpu else jnp.bfloat16)
+    if cpu and not _has_bfloat16():
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if stored == np.float16 else stored)
+
+
+def _has_bfloat16() -> bool:
+    """True if this machine's CPU has instructions for bfloat16, as far as Linux says."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
-        flags = []
-    return None if {"amx_bf16", "avx512_bf16"} & set(flags) else jnp.dtype(jnp.float32)
+        return False
+    return bool({"amx_bf16", "avx512_bf16"} & set(flags))
+
+
+def as_folders(adapters: Any) -> dict[str, str | os.PathLike[str]]:
+    """LoRA adapters by name: a single folder is named after itself, and None is no adapter."""
+    if isinstance(adapters, (str, os.PathLike)):
+        adapters = {Path(adapters).name: adapters}
+    elif adapters is None:
+        adapters = {}
+    if not isinstance(adapters, Mapping) or not all(
+        isinstance(name, str) and isinstance(folder, (str, os.PathLike)) and os.fspath(folder)
+        for name, folder in adapters.items()
+    ):
+        raise ConfigError(
+            f'adapters must be one folder or hub id, or several by name such as {{"mine": "runs/sft/adapter"}}, got '
+            f"{brief(adapters)}"
+        )
+    return dict(adapters)
 
 
 def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh | None:
     """The mesh of axis sizes, on the first devices where there are more than it needs."""
     if mesh is None or isinstance(mesh, Mesh):
         return mesh
+    if not isinstance(mesh, Mapping):
+        raise ConfigError(f'mesh must be a jax Mesh or sizes by axis such as {{"tensor": 2}}, got {brief(mesh)}')
     for axis, size in mesh.items():
         if axis not in parallel.AXES:
             raise ConfigError(

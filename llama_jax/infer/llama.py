@@ -16,50 +16,40 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax import model
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.infer import engine, inputs
-from llama_jax.params import unstack
+from llama_jax.infer.result import Result
+from llama_jax.params import Params, check_params, unstack
+from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text.chat_format import AUTO, choose
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
-from llama_jax.weights.source import Source, UnknownTokenizer, open_source
+from llama_jax.weights.model_files import Metadata
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source, UnknownTokenizer
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+# Several prompts. Sequence[str] would take a single str too, so that the result's type could not be known.
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | list[str | list[int]]
 Place = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
 _STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
 _QUIET_GROUPS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What one prompt became.
-
-    Attributes:
-        text: the new tokens as text, control tokens left out; "" without a tokenizer.
-        tokens: the new ids, the stop token that ended them included.
-        logprobs: for each its log-probability under the model's own distribution, before temperature and cuts.
-        finish_reason: "stop" after a stop token, "length" after max_new_tokens.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
 
 
 class Llama:
@@ -72,6 +62,8 @@ class Llama:
         mesh: where the weights are, or None for one device.
         stop_tokens: the ids that end a generation unless a call says otherwise.
         sampling: how tokens are drawn unless a call says otherwise.
+        chat_format: how dialogs become ids, and answers messages; None without a tokenizer.
+        metadata: token ids, sampling settings, chat template and tokenizer files that `save` writes.
         adapters: what LoRA adapters add to the weights, by the name of each; see `use`.
         engine: the compiled programs.
     """
@@ -79,14 +71,15 @@ class Llama:
     def __init__(
         self,
         config: ModelConfig,
-        params: model.Params,
+        params: Params,
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
         stop_tokens: Sequence[int] | None = None,
         *,
         dtype: str | jnp.dtype | None = None,
         sampling: SamplingParams | None = None,
-        chat_template: str | None = None,
+        chat_template: str | ChatTemplate | None = None,
+        chat_format: str = AUTO,
     ):
         """A model of weights at hand.
 
@@ -99,18 +92,15 @@ class Llama:
             dtype: of weights, activations and KV cache; that of the embedding by default. Quantized weights stay as
                 they are.
             sampling: SamplingParams() by default.
-            chat_template: the model's own (Jinja). It is not run: it goes along when the model is saved, and where it
-                is not Llama 3's kind, `chat` refuses rather than write dialogs as the model never saw them.
+            chat_template: the model's own (Jinja), if it has one.
+            chat_format: "auto" talks to the model through its own chat template, or in Meta's reference format if it
+                has none; "llama3" is the reference format; anything else is the file of a Jinja template.
 
         Raises:
             ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
         """
-        model.check_params(config, params)
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size:,} ids but the model only {config.vocab_size:,}: "
-                "use the tokenizer that it was trained with"
-            )
+        check_params(config, params)
+        tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
         if stop_tokens is None:
             stop_tokens = () if tokenizer is None else tokenizer.stop_tokens
         dtype = params["embed"].dtype if dtype is None else inputs.as_dtype(dtype)
@@ -118,11 +108,14 @@ class Llama:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.sampling = sampling or SamplingParams()
-        self.chat_template = chat_template
+        self.chat_format = None if tokenizer is None else choose(tokenizer, chat_template, chat_format)
+        bos = None if tokenizer is None else tokenizer.bos_id
+        template = self.chat_format.template if self.chat_format else chat_template
+        self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, template)
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
         self.adapters: dict[str, adapters.AdapterWeights] = {}
-        self._base: Llama | None = None  # of a view with an adapter: the model without it
+        self._base: Llama | None = None  # the model without an adapter, of a view that `use` gives
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
@@ -162,10 +155,10 @@ class Llama:
             )
         self.adapters[name] = adapters.read_adapter(opened, layout=self.engine.layout, dtype=self.engine.dtype)
 
-    def set_params(self, params: model.Params | None) -> None:
+    def set_params(self, params: Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
         if params is not None:
-            model.check_params(self.config, params)
+            check_params(self.config, params)
             params = engine.placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
         self.params = self.engine.params = params
 
@@ -193,9 +186,15 @@ class Llama:
         padded_BT[:, :T] = tokens_BT
         return self.engine.logits(padded_BT)[:, :T]
 
+    @overload
+    def generate(self, prompts: Prompt, **settings: Unpack[inputs.GenerateSettings]) -> Result: ...
+
+    @overload
+    def generate(self, prompts: Prompts, **settings: Unpack[inputs.GenerateSettings]) -> list[Result]: ...
+
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Prompts,
         *,
         max_new_tokens: int = 128,
         temperature: float | None = None,
@@ -207,6 +206,7 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
         batch_size: int = 8,
         progress: bool | None = None,
+        parse_special: bool | None = None,
     ) -> Result | list[Result]:
         """Continue one prompt (a Result) or each of a list of prompts (a list of Results, in its order).
 
@@ -225,6 +225,8 @@ class Llama:
             stop_tokens: ids that end a text, instead of the model's own; () for none.
             batch_size: prompts that run together, longest first. More is faster and takes more memory.
             progress: a bar on standard error; by default where there are more than a few groups.
+            parse_special: True reads names of control tokens in texts, such as <|eot_id|>, as these tokens: for a
+                text that was rendered with a chat template. By default they are plain text, with a warning.
 
         Raises:
             ConfigError: anything that cannot work, with what is allowed.
@@ -241,13 +243,17 @@ class Llama:
         batch_size = inputs.as_whole(batch_size, "batch_size")
         stops = self._stops(stop_tokens)
         seeds = inputs.as_seeds(seed, len(listed))
+        names = [f"prompt {i}" for i in range(len(listed))]
+        listed = inputs.encoded(self.tokenizer, listed, names, parse_special)
         requests = [
-            self._request(prompt, f"prompt {i}", max_new_tokens, sampling, seeds[i]) for i, prompt in enumerate(listed)
+            self._request(*prompt, max_new_tokens, sampling, own)
+            for *prompt, own in zip(listed, names, seeds, strict=True)
         ]
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
         groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         results: dict[int, Result] = {}
-        for group in _with_progress(groups, progress):
+        shown = len(groups) > _QUIET_GROUPS if progress is None else progress
+        for group in counted(groups, "generating", unit="prompt", shown=shown):
             rows = batch_size if len(groups) > 1 else 1
             batch = [requests[i] for i in group]
             tokens: list[list[int]] = [[] for _ in group]
@@ -267,6 +273,7 @@ class Llama:
         max_new_tokens: int = 128,
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
+        parse_special: bool | None = None,
         **sampling: Any,
     ) -> Iterator[str] | Iterator[int]:
         """The same tokens as `generate`, as they come: pieces of text that never break a character.
@@ -280,7 +287,8 @@ class Llama:
         stops = self._stops(stop_tokens)
         (seed,) = inputs.as_seeds(seed, 1)
         params = inputs.as_sampling(sampling, self.sampling)
-        return self._pieces(self._request(prompt, "the prompt", max_new_tokens, params, seed), stops)
+        (ids,) = inputs.encoded(self.tokenizer, [prompt], ["the prompt"], parse_special)
+        return self._pieces(self._request(ids, "the prompt", max_new_tokens, params, seed), stops)
 
     def chat(
         self,
@@ -292,13 +300,16 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Result:
-        """The assistant's next message in a dialog of {"role": ..., "content": ...}; see `text.chat` for the format.
+        """The assistant's next message in a dialog of {"role": ..., "content": ...}, written in `chat_format`.
 
-        Other arguments are those of `generate`.
+        Other arguments are those of `generate`. `message` of the result can be added to the dialog as it is; tool calls
+        in it are parsed, and the ids of the dialog stay the same.
         """
         ids = self.encode_dialog(messages, tools)
+        stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
         params = dataclasses.asdict(inputs.as_sampling(sampling, self.sampling))
-        return self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stop_tokens, **params)
+        result = self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stops, **params)
+        return dataclasses.replace(result, message=self.chat_format.parse(self._known(result.tokens)))
 
     def stream_chat(
         self,
@@ -306,10 +317,13 @@ class Llama:
         *,
         tools: Sequence[Any] | None = None,
         max_new_tokens: int = 512,
+        stop_tokens: Sequence[int] | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """`chat`, as pieces of text while they come; other arguments are those of `stream`."""
-        return self.stream(self.encode_dialog(messages, tools), max_new_tokens=max_new_tokens, **options)
+        ids = self.encode_dialog(messages, tools)
+        stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
+        return self.stream(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
 
     def save(
         self,
@@ -335,20 +349,21 @@ class Llama:
             ConfigError: a format or dtype that there is not, a place that has a model already, or a model that the
                 format cannot hold.
         """
-        bos = None if self.tokenizer is None else self.tokenizer.bos_id
-        card = export.Card(self.tokenizer, bos, self.stop_tokens, self.sampling, self.chat_template)
         leaves = export.leaves_of(self.config, self.params)
-        return export.save(path, self.config, leaves, card, format=format, dtype=dtype, shard_bytes=shard_bytes)
+        return export.save(
+            path, self.config, leaves, self.metadata, format=format, dtype=dtype, shard_bytes=shard_bytes
+        )
 
     def encode_dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """The ids that `chat` continues: the dialog and the open header of an answer. ConfigError where it cannot."""
         if self.tokenizer is None:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
-        if self.chat_template is not None and "<|start_header_id|>" not in self.chat_template:
-            raise ConfigError(
-                "this model's own chat template is not Llama 3's: write the dialog as it was trained, and use generate"
-            )
-        return self.tokenizer.encode_dialog(messages, tools=tools, add_generation_prompt=True)
+        return self.chat_format.encode(messages, tools=tools)
+
+    @property
+    def chat_stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer: `stop_tokens`, and those of the chat format."""
+        return (*self.stop_tokens, *(self.chat_format.stop_tokens if self.chat_format else ()))
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
         slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)
@@ -358,7 +373,7 @@ class Llama:
             return
         from llama_jax.text.tokenizer import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, continues=True)
         for piece in slices:
             text = decoder.push(self._known(piece.tokens[0]))
             if text:
@@ -370,25 +385,16 @@ class Llama:
     def _result(self, tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Result:
         text = ""
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(self._known(tokens), skip_special=True)
+            text = self.tokenizer.decode(self._known(tokens), skip_special=True, continues=True)
         return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
 
     def _known(self, tokens: list[int]) -> list[int]:
-        """The ids that the tokenizer has; a model may have more rows than its tokenizer, for padding."""
+        """The ids that the tokenizer has. A model may have more rows than its tokenizer, for padding."""
         return [i for i in tokens if i < self.tokenizer.vocab_size]
 
     def _request(
-        self, prompt: Prompt, name: str, max_new_tokens: int, sampling: SamplingParams, seed: int
+        self, ids: list[int], name: str, max_new_tokens: int, sampling: SamplingParams, seed: int
     ) -> engine.Request:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError(
-                    f"{name} is text, but this model has no tokenizer: give token ids, or put tokenizer.model "
-                    "or tokenizer.json in the model's folder"
-                )
-            ids = self.tokenizer.encode(prompt, bos=True)
-        else:
-            ids = inputs.as_ids(prompt, name)
         if not ids:
             raise ConfigError(f"{name} is empty: give it at least one token id, such as begin_of_text")
         self._check_ids(np.array(ids), name)
@@ -420,6 +426,7 @@ def load(
     quantize: str | None = None,
     mesh: Mesh | Mapping[str, int] | None = None,
     adapters: Place | Mapping[str, Place] | None = None,
+    chat_format: str = AUTO,
 ) -> Llama:
     """A model ready to be sampled, from whatever shape its files have.
 
@@ -438,40 +445,47 @@ def load(
             (of the first devices, where there are more; one axis may be -1 for what is left).
         adapters: a LoRA adapter (peft), by its folder or hub id, which is then in use; or several by name, of
             which `use` chooses.
+        chat_format: "auto", "llama3" or the file of a Jinja template; see `Llama`.
 
     Raises:
         ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ConfigError(f"the model must be the name of a folder, a file or a hub id, got {brief(source)}")
+    folders = inputs.as_folders(adapters)
     if quantize is not None and quantize not in QUANTIZE:
         near = nearest(str(quantize), QUANTIZE)
         raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
-    wanted = wanted or _default_dtype(found)
+    wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
     mesh = inputs.as_mesh(mesh)
     layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
-    single = isinstance(adapters, (str, os.PathLike))
-    folders = {Path(adapters).name: adapters} if single else adapters or {}
     opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        tokenizer = pool.submit(_tokenizer, found)
+        opening = pool.submit(_tokenizer, found)
         params = found.load(layout, wanted, quantize)
-        tokenizer = tokenizer.result()
-    stops = [*found.stop_tokens, *(tokenizer.stop_tokens if tokenizer else ())]
+        tokenizer = opening.result()
+    metadata = found.metadata.with_tokenizer(tokenizer)
     llama = Llama(
         found.config,
         params,
         tokenizer,
         mesh,
-        stops,
+        metadata.stop_tokens,
         dtype=wanted,
-        sampling=found.sampling,
-        chat_template=found.chat_template,
+        sampling=metadata.sampling,
+        chat_template=metadata.chat_template,
+        chat_format=chat_format,
     )
+    if chat_format == AUTO:
+        llama.metadata = metadata
+    else:
+        llama.metadata = dataclasses.replace(metadata, chat_template=llama.metadata.chat_template)
     for name, adapter in opened.items():
         llama._add(name, adapter)
-    return llama.use(*opened) if single else llama
+    return llama.use(*opened) if isinstance(adapters, (str, os.PathLike)) else llama
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:
@@ -480,23 +494,3 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     except UnknownTokenizer as error:
         _log.warning("warning: %s: going on with token ids alone", error)
         return None
-
-
-def _default_dtype(source: Source) -> jnp.dtype:
-    """The source's own, with bfloat16 for float16, as far as the machine is fast at it."""
-    if source.quantized:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    own = jnp.bfloat16 if source.dtype == np.float16 else source.dtype
-    return inputs.default_dtype() or jnp.dtype(own)
-
-
-def _with_progress(groups: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
-    if not (len(groups) > _QUIET_GROUPS if progress is None else progress):
-        yield from groups
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=sum(map(len, groups)), unit="prompt") as bar:
-        for group in groups:
-            yield group
-            bar.update(len(group))

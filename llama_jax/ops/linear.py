@@ -1,8 +1,8 @@
-"""The one function that multiplies by a weight.
+"""Products with weights, and embedding look-ups.
 
-Weights are stored output-major, (out, in), as Hugging Face's and Meta's files are. Products accumulate in float32
-whatever the type of their operands, and the result has the type of the activations. A weight is an array, a QTensor, or
-a LoraTensor around either.
+Weights are stored output-major, (out, in), as in Hugging Face's and Meta's files. Products accumulate in float32
+whatever the dtype of their operands, and the result has the dtype of the activations. A weight is an array, a QTensor,
+or a LoraTensor around either.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from llama_jax.ops.quant import QTensor
 
 Weight = jax.Array | QTensor | LoraTensor
 
-# A bfloat16 product of one row runs in a scalar loop on a CPU until it is padded (docs/design.md, "Measured").
+# On a CPU, XLA runs a bfloat16 product of fewer than 8 rows as a scalar loop, so rows are padded to 8
+# (docs/design.md, "Measured").
 _CPU_BF16_ROWS = 8
 _BF16_NAN = 0x7FC0
-# Rows of a quantized weight that a CPU unpacks at a time, for few rows of activations and for more: they stay in the
-# cache, and the product runs at the speed of float32 weights rather than at a tenth of it (docs/design.md, "Measured").
-_CPU_UNPACKED = (64, 256)
+# Rows of a quantized weight that a CPU dequantizes at a time, for fewer than 8 rows of activations and for more. They
+# stay in the processor's cache, and the product runs at the speed of float32 weights rather than at a tenth of it
+# (docs/design.md, "Measured").
+_CPU_BLOCK_ROWS = (64, 256)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
@@ -51,16 +53,16 @@ def _rows_times_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) -> jax.Array:
-    """x (..., in) times w (out, in) transposed: (..., out) in the type of x, accumulated in float32.
+    """The product x w^T: (..., out) in the dtype of x, accumulated in float32.
 
-    The weight is cast to the type of x for the product, and its gradient comes back in the weight's own type, so
-    that float32 master weights get float32 gradients from bfloat16 products.
+    The weight is cast to the dtype of x for the product. Its gradient has the weight's own dtype, so that float32
+    master weights get float32 gradients from bfloat16 products.
 
     Args:
-        x: activations.
-        w: the weight.
-        axes: the logical axes of w. By these a quantized weight that is split over devices is gathered before it is
-            unpacked: XLA would do it after, and four times as much would travel.
+        x: activations (..., in).
+        w: weight (out, in).
+        axes: logical axes of w. A quantized weight that is sharded is all-gathered by these before it is dequantized.
+            XLA would gather it afterwards, and communicate four times as much.
     """
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear(x, w.base, axes) + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
@@ -68,7 +70,7 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
-    """The same product with its float32 sums kept: what logits are made of. Not differentiable by design."""
+    """The product x w^T in float32, as logits need it. It has no gradient for quantized weights."""
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear_f32(x, w.base) + linear_f32(w.scaled(linear(x, w.a)), w.b))
     return _quantized(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
@@ -88,34 +90,37 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _quantized(x: jax.Array, w: QTensor) -> jax.Array:
     layout = parallel.active()
-    if layout is not None and layout.mesh.size > 1:  # rows that are split over devices cannot be taken in turn
-        return _unpacked(x, w)
-    return lax.platform_dependent(x, w, cpu=_unpacked_in_turn, default=_unpacked)
+    if layout is not None and layout.mesh.size > 1:  # a loop over rows would need them on one device
+        return _dequantized_product(x, w)
+    return lax.platform_dependent(x, w, cpu=_dequantized_by_blocks, default=_dequantized_product)
 
 
-def _unpacked(x: jax.Array, w: QTensor) -> jax.Array:
+def _dequantized_product(x: jax.Array, w: QTensor) -> jax.Array:
     parts = zip(quant.inputs_of_planes(w, x), quant.planes(w), strict=True)
     return sum(_product(part, quant.scaled(plane, w.scales, x.dtype)) for part, plane in parts)
 
 
-def _unpacked_in_turn(x: jax.Array, w: QTensor) -> jax.Array:
+def _dequantized_by_blocks(x: jax.Array, w: QTensor) -> jax.Array:
     out = w.shape[0]
     rows = x.size // x.shape[-1]
-    block = _CPU_UNPACKED[rows >= _CPU_BF16_ROWS]
+    block = _CPU_BLOCK_ROWS[rows >= _CPU_BF16_ROWS]
     if out % block:
-        return _unpacked(x, w)
+        return _dequantized_product(x, w)
     blocks = jax.tree.map(lambda a: a.reshape(out // block, block, -1), w)
-    products = lax.map(lambda part: _unpacked(x.reshape(rows, -1), part), blocks)
+    products = lax.map(lambda part: _dequantized_product(x.reshape(rows, -1), part), blocks)
     return products.swapaxes(0, 1).reshape(*x.shape[:-1], out)
 
 
-def _gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
-    """The weight whole along `embed`, still packed, with its rows one after the other in memory.
+def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
+    """All-gathers the packed weight over the axes of `embed`, and forces a row-major memory layout.
 
-    A TPU unpacks it faster the other way about. Left to itself XLA would turn for that not one layer's weight at a time
-    but all that a scan is given, which takes the memory of a second model (tests/project/test_aot.py).
+    Without the constraint, XLA on a TPU transposes the stacked weights of all layers before a scan, since dequantizing
+    is faster that way. That takes the memory of a second model (tests/project/test_aot.py).
     """
-    by_rows = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))  # noqa: E731
+
+    def by_rows(a: jax.Array) -> jax.Array:
+        return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
+
     if axes is None:
         return jax.tree.map(by_rows, w)
     kept = [None if axis == "embed" else axis for axis in axes]
@@ -124,16 +129,16 @@ def _gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _quantized(x, _gathered(w, axes)).astype(x.dtype)
+    return _quantized(x, _all_gathered(w, axes)).astype(x.dtype)
 
 
 def _quantized_forward(x, w, axes):
-    # Kept packed and split, and unpacked again: whole and as an array it is many times as large.
+    # The residual is the packed, sharded weight. Gathered and dequantized it would be many times as large.
     return _quantized_linear(x, w, axes), w
 
 
 def _quantized_backward(axes, w, g):
-    whole = quant.dequantize(_gathered(w, axes), g.dtype)
+    whole = quant.dequantize(_all_gathered(w, axes), g.dtype)
     return _dot(g, whole, ((g.ndim - 1,), (0,))).astype(g.dtype), None
 
 
@@ -154,8 +159,8 @@ def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax
     g = g.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     dx = _dot(g, w.astype(x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
-    # XLA on a CPU transposes the first operand of such a product in memory: let that be the narrower one. (In
-    # bfloat16 it knows no product of a transposed first operand for some of these shapes.)
+    # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
+    # it has no product with a transposed first operand for some of these shapes.
     narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
     dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
     return dx, dw.astype(w.dtype)
@@ -165,9 +170,9 @@ _linear.defvjp(_forward, _backward)
 
 
 def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN rather than a neighbour.
+    """Rows of the table (V, D) for ids (...), as (..., D) in `dtype`. Ids outside 0..V-1 give NaN.
 
-    The gradient of the table is summed in float32 and rounded once to dtype. A LoraTensor has no dropout here, as in
+    The gradient of the table is summed in float32 and rounded once to `dtype`. A LoraTensor has no dropout here, as in
     peft; its b is looked up like the base.
     """
     if isinstance(table, LoraTensor):
@@ -175,8 +180,8 @@ def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return rows if table.factor is None else (rows * table.factor[0]).astype(dtype)
     if isinstance(table, QTensor):
         return quant.take(table, ids, dtype)
-    # Gather the table's columns, not the batch: rows looked up in a table split along `embed` would first be made for
-    # the whole batch on every device.
+    # All-gather the table's columns, not the batch. From a table sharded along `embed`, every device would look up rows
+    # for the whole batch first.
     table = parallel.constrain(table.astype(dtype), "vocab", None)
     return _bf16_rows(table, ids) if table.dtype == jnp.bfloat16 else _rows_of(table, ids)
 
@@ -186,7 +191,7 @@ def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _rows_of_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows as 16-bit integers: XLA on a CPU would first make a float32 copy of a whole bfloat16 table."""
+    """The look-up on 16-bit integers. XLA on a CPU would first copy a whole bfloat16 table to float32."""
     bits = lax.bitcast_convert_type(table, jnp.uint16)
     rows = jnp.take(bits, ids, axis=0, mode="fill", fill_value=_BF16_NAN)
     return lax.bitcast_convert_type(rows, jnp.bfloat16)

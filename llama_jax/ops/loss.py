@@ -1,6 +1,6 @@
-"""Cross-entropy from hidden states, a piece of the vocabulary at a time, so that the full logits never exist.
+"""Cross-entropy from hidden states, one chunk of the vocabulary at a time, so that the full logits never exist.
 
-Letters: B batch, T length, D embedding, V vocab; C pieces of n rows of the vocabulary on each of P devices.
+Letters: B batch, T length, D embedding, V vocab; C chunks of n vocabulary rows on each of P devices.
 """
 
 from __future__ import annotations
@@ -17,54 +17,55 @@ from llama_jax.ops.lora import LoraTensor
 
 _HIGHEST = lax.Precision.HIGHEST
 
-Arrays = tuple[jax.Array, ...]
+Arrays = tuple[jax.Array, ...]  # one for each product that is summed to logits
 
 
 def cross_entropy(
     hidden_BTD: jax.Array, table_VD: jax.Array | LoraTensor, targets_BT: jax.Array, *, vocab_chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """-log softmax(hidden table^T)[target] and log sum exp of the logits, each (B, T) float32.
+    """Negative log-likelihood of each target, and log-sum-exp of the logits; both float32 (B, T).
 
-    The vocabulary is walked in pieces with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867); the
-    backward pass computes each piece again. Where one piece holds the whole vocabulary its logits are kept instead.
+    The logits are hidden table^T. The vocabulary is scanned in chunks with a running maximum and sum (Milakov and
+    Gimelshein, arXiv:1805.02867), and the backward pass computes each chunk's logits again. If one chunk holds the
+    whole vocabulary, its logits are kept for the backward pass instead.
 
     Args:
         hidden_BTD: hidden states after the final norm.
-        table_VD: the unembedding, in any float type; products are taken in the type of hidden, summed in float32. Under
-            LoRA the logits are the sum of two products, hidden with the base and LoRA's activations with b.
-        targets_BT: the ids to predict.
-        vocab_chunk: rows of the vocabulary per piece and device; 0 for all at once.
+        table_VD: the unembedding, of any float dtype. Products have operands in the dtype of the hidden states and
+            accumulate in float32. For a LoraTensor the logits are the sum of two products, and no merged table exists.
+        targets_BT: token ids to predict.
+        vocab_chunk: vocabulary rows a chunk on each device; 0 takes the whole vocabulary at once.
     """
     V = table_VD.shape[0]
-    parts = parallel.axis_size("vocab")
-    parts = parts if V % parts == 0 else 1
-    pieces = 1 if vocab_chunk == 0 else -(-(V // parts) // vocab_chunk)
+    num_shards = parallel.axis_size("vocab")
+    num_shards = num_shards if V % num_shards == 0 else 1
+    num_chunks = 1 if vocab_chunk == 0 else -(-(V // num_shards) // vocab_chunk)
     if not isinstance(table_VD, LoraTensor):
-        return _cross_entropy((hidden_BTD,), (table_VD,), targets_BT, parts, pieces)
+        return _cross_entropy((hidden_BTD,), (table_VD,), targets_BT, num_shards, num_chunks)
     lora = table_VD
-    activations_BTR = lora.scaled(linear(lora.dropped(hidden_BTD), lora.a))
-    return _cross_entropy((hidden_BTD, activations_BTR), (lora.base, lora.b), targets_BT, parts, pieces)
+    low_rank_BTR = lora.scaled(linear(lora.dropped(hidden_BTD), lora.a))
+    return _cross_entropy((hidden_BTD, low_rank_BTR), (lora.base, lora.b), targets_BT, num_shards, num_chunks)
 
 
-def _pieces(table_VD: jax.Array, parts: int, pieces: int, dtype: jnp.dtype) -> jax.Array:
-    """The vocabulary as (C, P, n, D). Every device's share is cut, rather than the whole, so that no piece travels."""
+def _chunks(table_VD: jax.Array, num_shards: int, num_chunks: int, dtype: jnp.dtype) -> jax.Array:
+    """The table in chunks (C, P, n, D). Each device's own shard is cut, so that no chunk is communicated."""
     V, D = table_VD.shape
-    share = V // parts
-    n = -(-share // pieces)
-    table = jnp.pad(table_VD.astype(dtype).reshape(parts, share, D), ((0, 0), (0, pieces * n - share), (0, 0)))
-    return table.reshape(parts, pieces, n, D).swapaxes(0, 1)
+    shard = V // num_shards
+    n = -(-shard // num_chunks)
+    table = jnp.pad(table_VD.astype(dtype).reshape(num_shards, shard, D), ((0, 0), (0, num_chunks * n - shard), (0, 0)))
+    return table.reshape(num_shards, num_chunks, n, D).swapaxes(0, 1)
 
 
-def _ids(V: int, parts: int, pieces: int) -> jax.Array:
-    """The ids of the rows of `_pieces`, (C, P, n), -1 where a row is padding."""
-    share = V // parts
-    column = jnp.arange(pieces * -(-share // pieces))
-    ids = jnp.where(column < share, jnp.arange(parts)[:, None] * share + column, -1)
-    return ids.reshape(parts, pieces, -1).swapaxes(0, 1)
+def _chunk_ids(V: int, num_shards: int, num_chunks: int) -> jax.Array:
+    """The ids of the rows of `_chunks`, (C, P, n), which are -1 for padding."""
+    shard = V // num_shards
+    column = jnp.arange(num_chunks * -(-shard // num_chunks))
+    ids = jnp.where(column < shard, jnp.arange(num_shards)[:, None] * shard + column, -1)
+    return ids.reshape(num_shards, num_chunks, -1).swapaxes(0, 1)
 
 
 def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
-    """The sum of all products, (B, T, P, n) float32, -inf at padding."""
+    """The logits of one chunk, float32 (B, T, P, n); -inf for padding."""
     precision = _HIGHEST if hiddens[0].dtype == jnp.float32 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     products = [dot(hidden, table, (((2,), (2,)), ((), ()))) for hidden, table in zip(hiddens, tables, strict=True)]
@@ -74,61 +75,63 @@ def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(
-    hiddens: Arrays, tables: Arrays, targets: jax.Array, parts: int, pieces: int
+    hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(hiddens, tables, targets, parts, pieces)[0]
+    return _forward(hiddens, tables, targets, num_shards, num_chunks)[0]
 
 
-def _forward(hiddens, tables, targets, parts, pieces):
-    cut = tuple(_pieces(table, parts, pieces, hiddens[0].dtype) for table in tables)
+def _forward(hiddens, tables, targets, num_shards, num_chunks):
+    chunks = tuple(_chunks(table, num_shards, num_chunks, hiddens[0].dtype) for table in tables)
 
-    def walk(carry, piece):
+    def scan_chunk(carry, chunk):
         peak, total, score = carry
-        rows, ids = piece
+        rows, ids = chunk
         logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
         hit = ids == targets[..., None, None]
         score = score + jnp.where(hit, logits, 0.0).sum(axis=(2, 3))
-        return (new_peak, total, score), logits if pieces == 1 else None
+        return (new_peak, total, score), logits if num_chunks == 1 else None
 
     low = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
     zero = jnp.zeros(targets.shape, jnp.float32)
-    ids = _ids(tables[0].shape[0], parts, pieces)
-    (peak, total, score), kept = lax.scan(walk, (low, zero, zero), (cut, ids))
+    ids = _chunk_ids(tables[0].shape[0], num_shards, num_chunks)
+    (peak, total, score), kept = lax.scan(scan_chunk, (low, zero, zero), (chunks, ids))
     lse = peak + jnp.log(total)
     return (lse - score, lse), (hiddens, tables, targets, lse, kept)
 
 
-def _backward(parts, pieces, residuals, cotangents):
+def _backward(num_shards, num_chunks, residuals, cotangents):
     hiddens, tables, targets, lse, kept = residuals
     dtype, V = hiddens[0].dtype, tables[0].shape[0]
-    cut = tuple(_pieces(table, parts, pieces, dtype) for table in tables)
+    chunks = tuple(_chunks(table, num_shards, num_chunks, dtype) for table in tables)
     g_nll, g_lse = cotangents
     precision = _HIGHEST if dtype == jnp.float32 else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def walk(dxs, piece):
-        rows, row_ids, logits = piece
+    def scan_chunk(dxs, chunk):
+        rows, row_ids, logits = chunk
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits
         probability = jnp.exp(logits - lse[..., None, None])
         hit = row_ids == targets[..., None, None]
         g = (g_nll + g_lse)[..., None, None] * probability - jnp.where(hit, g_nll[..., None, None], 0.0)
         g = g.astype(dtype)
-        dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
         dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
         return dxs, tuple(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))) for hidden in hiddens)
 
-    zeros = (jnp.zeros(hidden.shape, jnp.float32) for hidden in hiddens)
-    names = ("act_embed",) + (None,) * (len(hiddens) - 1)  # LoRA's activations (B, T, rank) are not split by rank
-    dxs = tuple(parallel.constrain(z, "batch", "length", name) for z, name in zip(zeros, names, strict=True))
-    dxs, d_cut = lax.scan(walk, dxs, (cut, _ids(V, parts, pieces), kept))
+    names = ("act_embed",) + (None,) * (len(hiddens) - 1)  # no device splits the rank of LoRA
+    dxs = tuple(
+        parallel.constrain(jnp.zeros(hidden.shape, jnp.float32), "batch", "length", name)
+        for hidden, name in zip(hiddens, names, strict=True)
+    )
+    dxs, d_chunks = lax.scan(scan_chunk, dxs, (chunks, _chunk_ids(V, num_shards, num_chunks), kept))
 
-    def whole(d_pieces: jax.Array, table: jax.Array) -> jax.Array:
-        d_table = d_pieces.swapaxes(0, 1).reshape(parts, -1, table.shape[1])[:, : V // parts]
-        return d_table.reshape(table.shape).astype(table.dtype)
+    def d_table(d_chunk: jax.Array, table: jax.Array) -> jax.Array:
+        shards = d_chunk.swapaxes(0, 1).reshape(num_shards, -1, table.shape[1])[:, : V // num_shards]
+        return shards.reshape(table.shape).astype(table.dtype)
 
     d_hiddens = tuple(dx.astype(hidden.dtype) for dx, hidden in zip(dxs, hiddens, strict=True))
-    return d_hiddens, tuple(map(whole, d_cut, tables)), None
+    return d_hiddens, tuple(map(d_table, d_chunks, tables)), None
 
 
 _cross_entropy.defvjp(_forward, _backward)

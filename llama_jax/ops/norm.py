@@ -7,14 +7,15 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the type of x.
+    """RMSNorm over the last axis: x / sqrt(mean(x^2) + eps) * weight, in the dtype of x.
 
-    The statistics are float32, and the weight multiplies after the cast back, as in Meta's code.
+    The mean square is computed in float32. The weight is multiplied after the cast back to the dtype of x, as in Meta's
+    code.
 
     Args:
-        x: (..., D).
-        weight: (D,).
-        eps: added to the mean square.
+        x: activations (..., D).
+        weight: learned scale (D,).
+        eps: constant added to the mean square.
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

@@ -1,9 +1,9 @@
-"""Quantized weights: typed leaves that stand in a tree of params where an array would, and are multiplied as they are.
+"""Quantized weights: typed leaves that take the place of an array in a tree of params.
 
-A weight (out, in) is cut along `in` into groups of 32 numbers, each with one float16 scale: number = integer * scale.
-That is what GGUF calls Q8_0 and Q4_0, so that such files are held exactly.
+A weight (out, in) is split along `in` into groups of 32 values with one float16 scale each: value = integer * scale.
+GGUF calls these formats Q8_0 and Q4_0, so weights from such files are held exactly.
 
-Letters: G groups of a row (in / 32).
+Letters: G groups of a row (in / 32), n values of a group.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ GROUP = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A quantized weight. Its `shape` is that of the weight it stands for, not that of the arrays it is kept in.
+    """A quantized weight. Its `shape` is the logical shape of the weight, not the shape of the packed arrays.
 
     Attributes:
-        values: int8 (..., in), or uint8 (..., in / 2) of two 4-bit numbers a byte. Byte j of a group's 16 holds number
-            j in its low half and number j + 16 in its high half, each 8 too large.
-        scales: float16 (..., G).
+        values: int8 (..., in) for 8 bits. For 4 bits uint8 (..., in / 2): byte j of the 16 bytes of a group holds
+            value j in its low half and value j + 16 in its high half, each plus 8.
+        scales: one scale a group, float16 (..., G).
     """
 
     values: jax.Array
@@ -34,28 +34,29 @@ class QTensor:
 
     @property
     def bits(self) -> int:
-        """Bits of one number: 8 or 4."""
+        """Bits of one value: 8 or 4."""
         return 4 if self.values.dtype == jnp.uint8 else 8
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: (..., in)."""
+        """Logical shape of the weight, (..., in)."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * GROUP)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """In which its numbers are exact: float32."""
+        """float32, in which the dequantized values are exact."""
         return jnp.dtype(jnp.float32)
 
 
 def quantize(w: jax.Array, bits: int) -> QTensor:
-    """A weight (..., in) rounded to groups of 8 or 4 bits, by the rules that ggml has for Q8_0 and Q4_0.
+    """Rounds a weight (..., in) to groups of 8 or 4 bits, by ggml's rules for Q8_0 and Q4_0.
 
-    8 bits: scale = max |w| / 127. 4 bits: scale = (the first w of the largest size) / -8, so that this number is exact
-    and integers go from -8 to 7. Integers come of the scale before it is rounded to float16.
+    8 bits: scale = max |w| / 127. 4 bits: scale = w* / -8, where w* is the first value of the largest magnitude. This
+    value is exact then, and the integers range from -8 to 7. Integers are computed from the scale before it is rounded
+    to float16.
 
     Args:
-        w: any float type; `in` a multiple of 32.
+        w: weight of any float dtype; `in` must be a multiple of 32.
         bits: 8 or 4.
     """
     groups = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, GROUP)
@@ -64,7 +65,7 @@ def quantize(w: jax.Array, bits: int) -> QTensor:
         scales = size.max(axis=-1, keepdims=True) / 127
     else:
         scales = jnp.take_along_axis(groups, size.argmax(axis=-1, keepdims=True), axis=-1) / -8
-    inverse = jnp.where(jnp.isfinite(1 / scales), 1 / scales, 0)  # a group of zeros, or as good as that, is zeros
+    inverse = jnp.where(jnp.isfinite(1 / scales), 1 / scales, 0)  # a group whose scale underflows becomes zeros
     if bits == 8:
         scaled = groups * inverse
         values = (jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)).astype(jnp.int8)
@@ -75,7 +76,10 @@ def quantize(w: jax.Array, bits: int) -> QTensor:
 
 
 def planes(w: QTensor) -> tuple[jax.Array, ...]:
-    """The integers as int8 (..., G, n): all 32 of a group for 8 bits; for 4 bits the low 16 and the high 16."""
+    """The integers of a weight as int8 arrays (..., G, n).
+
+    8 bits give one array with n = 32. 4 bits give two with n = 16: values 0-15 and values 16-31 of every group.
+    """
     grouped = w.values.reshape(*w.scales.shape, -1)
     if w.bits == 8:
         return (grouped,)
@@ -83,7 +87,10 @@ def planes(w: QTensor) -> tuple[jax.Array, ...]:
 
 
 def inputs_of_planes(w: QTensor, x: jax.Array) -> tuple[jax.Array, ...]:
-    """What of x (..., in) each of `planes` multiplies, as (..., G n)."""
+    """The columns of x (..., in) that each plane multiplies, as arrays (..., G n).
+
+    For 4 bits these are inputs 0-15 and inputs 16-31 of every group.
+    """
     if w.bits == 8:
         return (x,)
     halves = x.reshape(*x.shape[:-1], -1, 2, GROUP // 2)
@@ -91,18 +98,18 @@ def inputs_of_planes(w: QTensor, x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def scaled(plane: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Integers (..., G, n) times their group's scale: (..., G n), computed in float32."""
+    """The dequantized values (..., G n) of integers (..., G, n), computed in float32 and cast to `dtype`."""
     numbers = plane.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
     return numbers.reshape(*plane.shape[:-2], -1).astype(dtype)
 
 
 def dequantize(w: QTensor, dtype: jnp.dtype) -> jax.Array:
-    """The weight as an array; exact in float32."""
+    """The weight as an array of `dtype`; exact in float32."""
     return scaled(jnp.concatenate(planes(w), axis=-1), w.scales, dtype)
 
 
 def take(table: QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table (V, D) for ids (...): (..., D) in dtype. Ids outside 0..V-1 give NaN."""
+    """Rows of a quantized table (V, D) for ids (...), as (..., D) in `dtype`. Ids outside 0..V-1 give NaN."""
     values = parallel.constrain(table.values, "vocab", None)
     scales = parallel.constrain(table.scales, "vocab", None)
     rows = QTensor(

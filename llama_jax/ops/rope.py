@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al., arXiv:2104.09864) with Llama 3.1's frequency scaling.
 
-The pairs that rotate together are (i, i + H/2), as in Hugging Face's files; Meta's interleave them (2i, 2i + 1).
+Dimensions i and i + H/2 of a head rotate together, as in Hugging Face's files. Meta's files pair 2i with 2i + 1.
 
-Letters: B batch, T length, N heads, H head dim.
+Letters: B batch, T length, N heads, H head dim, R rotary pairs (H / 2).
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from llama_jax.config import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each of the H/2 pairs, float32.
+    """Frequency of each rotary pair in radians per position, float32 (H / 2,).
 
-    theta^(-2i/H), then, where `rope_scaling` is set, Meta's `apply_scaling`: wavelengths longer than
-    original / low_freq_factor are divided by factor, those shorter than original / high_freq_factor are kept, and
-    between the two the frequency is interpolated linearly in original / wavelength.
+    The frequency of pair i is theta^(-2i/H). If `rope_scaling` is set, Meta's `apply_scaling` follows: frequencies with
+    wavelengths above original / low_freq_factor are divided by factor, those with wavelengths below
+    original / high_freq_factor are kept, and between the two the frequency is interpolated linearly in
+    original / wavelength.
 
-    Every step is rounded to float32 as Meta's and Hugging Face's are, which makes the frequencies equal to theirs bit
-    for bit. Better rounding is further from them: a last bit here is a hundredth of a radian at position 131,000, and
-    0.35% of the largest logit.
+    Every step is rounded to float32, as in Meta's and Hugging Face's code, so that the frequencies equal theirs to the
+    bit. More exact rounding would be further from them: the last bit of a frequency is a hundredth of a radian at
+    position 131,000, and changes logits by 0.35 % of the largest.
     """
     f32 = np.float32
     exponents = np.arange(0, config.head_dim, 2, dtype=f32) / f32(config.head_dim)
@@ -41,14 +42,14 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotations(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every angle, each (B, T, H/2) float32: bfloat16 would round position 257 to 256."""
+    """Cosine and sine of every angle, each float32 (B, T, R). In bfloat16 position 257 would be rounded to 256."""
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies(config))
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-    """x with each pair (i, i + H/2) turned by its angle; computed in float32, returned in the type of x."""
+    """x with each pair (i, i + H/2) rotated by its angle. Computed in float32 and returned in the dtype of x."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)

@@ -1,12 +1,12 @@
-"""From logits to one token a row: repetition penalty, temperature, top-k, top-p and min-p, then Gumbel noise.
+"""Sampling of one token a row: repetition penalty, temperature, top-k, top-p and min-p, then Gumbel noise.
 
 The rules and their order are those of Hugging Face's logits processors, so that the same settings mean the same
-distribution. Every setting is an array with one value a row: a batch may mix them, and changing a value never compiles
-again. Work that no row asks for is skipped on the device.
+distribution. Every setting is an array with one value a row. A batch may mix settings, and new values need no new
+compilation. Work that no row asks for is skipped on the device.
 
-The thresholds of top-k and top-p are found by bisection on the bits of the logits, without sorting the vocabulary: a
-pass counts (or weighs) what lies above a candidate, 32 passes find the exact border, and every pass is a sum that
-shards over the vocabulary. Equal logits at the border are all kept (Hugging Face's top-p keeps an arbitrary few).
+The thresholds of top-k and top-p are found by bisection on the bits of the logits, without sorting the vocabulary. One
+pass counts (or weighs) the logits above a candidate, and 32 passes find the exact threshold. Every pass is a sum, which
+shards over the vocabulary. Logits equal to the threshold are all kept; Hugging Face's top-p keeps an arbitrary few.
 
 Letters: B batch, V vocab.
 """
@@ -29,7 +29,16 @@ _SEEDS = 1 << 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """SamplingParams and seeds of a batch: one value a row, on the device."""
+    """Sampling settings of a batch on the device, one value a row.
+
+    Attributes:
+        temperature_B: float32 divisor of the logits; 0 is greedy.
+        top_k_B: int32 number of tokens to keep; 0 keeps all.
+        top_p_B: float32 probability mass to keep; 1 keeps all.
+        min_p_B: float32 smallest probability to keep, relative to the largest; 0 keeps all.
+        penalty_B: float32 repetition penalty; 1 is off.
+        seed_B: uint32 seed of the row's noise.
+    """
 
     temperature_B: jax.Array | np.ndarray
     top_k_B: jax.Array | np.ndarray
@@ -40,7 +49,7 @@ class Controls:
 
 
 def controls(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Controls:
-    """The settings of each row as numpy arrays; seeds are taken modulo 2^32."""
+    """The settings of each row as numpy arrays. Seeds are taken modulo 2^32."""
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(p, name) for p in params], np.float32)
@@ -58,43 +67,43 @@ def controls(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Controls
 def sample(
     logits_BV: jax.Array, *, seen_BV: jax.Array, controls: Controls, positions_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row.
+    """Samples one token a row.
 
     Args:
-        logits_BV: float32, as the model gives them.
-        seen_BV: bool, the tokens of each row's prompt and text so far.
+        logits_BV: the model's float32 logits.
+        seen_BV: bool, True for the tokens of each row's prompt and text so far.
         controls: the settings of each row.
-        positions_B: the position that the new token will have. With the row's seed it makes the noise, so that a row
-            draws the same text whatever its neighbours are and however the loop is cut.
+        positions_B: position of the new token. The noise is a function of the row's seed and this position, so that a
+            row's text does not depend on its neighbors or on the number of steps of a dispatch.
 
     Returns:
-        tokens_B int32, and logprobs_B float32: the token's log-probability under the model's own distribution
-        (log-softmax of the logits as given), whatever the settings made of it.
+        tokens_B int32, and logprobs_B float32: the log-probability of each token under the model's own distribution,
+        which is the log-softmax of the logits before any setting changed them.
     """
     with jax.named_scope("sample"):
         repeated = controls.penalty_B != 1
-        penalised_BV = lax.cond(
+        penalized_BV = lax.cond(
             jnp.any(repeated),
-            lambda: penalise(logits_BV, seen_BV, controls.penalty_B),
+            lambda: penalize(logits_BV, seen_BV, controls.penalty_B),
             lambda: logits_BV,
         )
         tokens_B = lax.cond(
             jnp.any(controls.temperature_B > 0),
-            lambda: _draw(penalised_BV, controls, positions_B),
-            lambda: jnp.argmax(penalised_BV, axis=-1).astype(jnp.int32),
+            lambda: _draw(penalized_BV, controls, positions_B),
+            lambda: jnp.argmax(penalized_BV, axis=-1).astype(jnp.int32),
         )
         chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
         return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Logits of seen tokens made less likely: divided by the penalty where positive, multiplied where negative."""
+def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
+    """Logits with the repetition penalty: those of seen tokens are divided if positive, and multiplied if negative."""
     penalty = penalty_B[:, None]
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def _draw(logits_BV: jax.Array, controls: Controls, positions_B: jax.Array) -> jax.Array:
-    """Greedy rows take the likeliest token, the others draw from what the cuts leave (the Gumbel-max trick)."""
+    """The likeliest token for greedy rows, and for others a draw from the kept tokens by the Gumbel-max trick."""
     greedy_B = controls.temperature_B == 0
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     kept_BV = cut(
@@ -113,20 +122,20 @@ def _draw(logits_BV: jax.Array, controls: Controls, positions_B: jax.Array) -> j
 
 
 def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-    """(logits - max) / temperature: the same distribution as without the max, and no overflow at a tiny temperature."""
+    """(logits - max) / temperature. Subtracting the maximum avoids overflow at tiny temperatures."""
     return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
 
 
 def cut(scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """The scaled logits with -inf where top-k, then top-p, then min-p drop a token.
+    """The scaled logits with -inf for tokens that top-k, then top-p, then min-p drop.
 
-    Each works on the distribution that the one before it left. The likeliest token always stays.
+    Each filter applies to the distribution that the one before it leaves. The likeliest token is always kept.
 
     Args:
-        scaled_BV: float32 with a maximum of 0 in each row (see `scale`).
-        top_k_B: int32; 0 keeps all.
-        top_p_B: float32; 1 keeps all.
-        min_p_B: float32; 0 keeps all.
+        scaled_BV: float32 logits with a maximum of 0 in each row (see `scale`).
+        top_k_B: int32 number of tokens to keep; 0 keeps all.
+        top_p_B: float32 probability mass to keep; 1 keeps all.
+        min_p_B: float32 smallest relative probability to keep; 0 keeps all.
     """
     V = scaled_BV.shape[-1]
     image_BV = _ordered(scaled_BV)
@@ -155,14 +164,14 @@ def cut(scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 numbers in the order of the float32 ones: negative floats have their bits flipped, others the sign bit."""
+    """uint32 values in the order of the float32 values: negative floats have all bits flipped, others the sign bit."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x).astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], *, like: jax.Array) -> jax.Array:
-    """The largest uint32 a row for which `holds` is true, given that it is true at 0 and, once false, stays false."""
+    """The largest uint32 of each row for which `holds` is true: it is true at 0 and false above the result."""
 
     def set_bit(i: jax.Array, t: jax.Array) -> jax.Array:
         candidate = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))

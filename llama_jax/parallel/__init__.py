@@ -1,4 +1,4 @@
-"""Floor 1: the device mesh, and the one table that says which mesh axis carries which logical axis."""
+"""The device mesh, and the rules that shard logical axes over it (floor 1)."""
 
 from llama_jax.parallel.mesh import AXES, make_mesh, single_device_mesh
 from llama_jax.parallel.platform import compute_dtype

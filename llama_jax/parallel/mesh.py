@@ -1,4 +1,4 @@
-"""Device meshes: five named axes over whatever devices there are."""
+"""Device meshes with five named axes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from jax.sharding import AxisType, Mesh
 
 from llama_jax.errors import ConfigError
 
-# In the order of the devices: the axes to the left talk least (gradients once a step), those to the right most.
+# In the order of the devices: the leftmost axes communicate least (gradients once a step), the rightmost most.
 AXES = ("data", "fsdp", "stage", "context", "tensor")
 
 
 def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """The mesh sizes with a single -1 replaced by what is left of `num_devices`.
+    """The mesh sizes with a single -1 replaced by the remaining factor of `num_devices`.
 
     Raises:
-        ConfigError: more than one -1, a size below 1, or a product other than `num_devices`.
+        ConfigError: there is more than one -1, a size below 1, or a product other than `num_devices`.
     """
     sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     free = [axis for axis, n in sizes.items() if n == -1]
     bad = {axis: n for axis, n in sizes.items() if n < 1 and n != -1}
     if bad or len(free) > 1:
         raise ConfigError(
-            f"mesh {sizes}: every axis must be at least 1, and one of them may be -1 (what is left of the "
+            f"mesh {sizes}: every axis must be at least 1, and one of them may be -1 (the rest of the "
             f"{num_devices} devices)"
         )
     fixed = math.prod(n for n in sizes.values() if n != -1)
@@ -35,8 +35,7 @@ def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
         shape = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1) or "1"
         if not free:
             raise ConfigError(
-                f"mesh {shape} is of {fixed} devices, but there are {num_devices}: set one axis to -1 to take what is "
-                "left"
+                f"mesh {shape} has {fixed} devices, but there are {num_devices}: set one axis to -1 to take the rest"
             )
         divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
         raise ConfigError(
@@ -50,24 +49,24 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A Mesh with the axes data, fsdp, stage, context and tensor, in that order.
 
     Args:
-        sizes: devices along each axis; an absent axis is 1, and one may be -1 (what is left).
-        devices: what to build on; all devices of all processes by default.
+        sizes: devices along each axis; an absent axis is 1, and one may be -1 (the rest).
+        devices: the devices of the mesh; all devices of all processes by default.
 
     Raises:
-        ConfigError: sizes that do not multiply to the devices, or that a TPU's grid of chips cannot be cut into.
+        ConfigError: the sizes do not multiply to the number of devices, or do not fit a TPU's grid of chips.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(resolve(sizes, len(devices)).values())
     try:
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    except NotImplementedError:  # a TPU's chips stand in a grid, which not every shape can be laid over
+    except NotImplementedError:  # the chips of a TPU form a grid, and not every shape fits it
         named = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n > 1)
         raise ConfigError(
-            f"mesh {named} cannot be laid over the grid of these {len(devices)} chips: take sizes that are the grid's "
-            "own, or products of them (of 4 x 4 chips fsdp=4, tensor=4 or fsdp=16)"
+            f"mesh {named} does not fit the grid of these {len(devices)} chips: use sizes of the grid's own axes, or "
+            "products of them (for 4 x 4 chips fsdp=4, tensor=4 or fsdp=16)"
         ) from None
 
 
 def single_device_mesh() -> Mesh:
-    """A mesh of this process's first device: the default for sampling."""
+    """A mesh of this process's first device, the default for sampling."""
     return make_mesh({}, jax.local_devices()[:1])

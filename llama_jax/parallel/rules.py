@@ -1,4 +1,4 @@
-"""Logical axis names to mesh axes. Arrays name what an axis *is*; only this file says where it goes."""
+"""Sharding rules: logical axis names to mesh axes. Arrays name logical axes; only this file maps them to the mesh."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 
-# Each logical axis goes to the mesh axes named here. Weights are split twice: their `embed` side over fsdp (gathered
-# a layer at a time), the other over tensor. `layers` goes to no axis: a scan over a split axis gathers it whole.
-# Between layers activations are split over tensor too (as arXiv:2205.05198 splits the length over it): what a layer
-# keeps for its backward pass is held once, and each all-reduce becomes a reduce-scatter and an all-gather.
+# Each logical axis is sharded over the mesh axes named here. Weights are sharded twice: their `embed` axis over fsdp
+# (all-gathered one layer at a time), the other over tensor. `layers` is not sharded, because a scan over a sharded axis
+# all-gathers all of it. Activations between layers are sharded over tensor too (arXiv:2205.05198 shards the length over
+# it): the residuals of a layer are held once, and each all-reduce becomes a reduce-scatter and an all-gather.
 _TRAIN: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
@@ -32,27 +32,32 @@ _TRAIN: dict[str, tuple[str, ...]] = {
 }
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": _TRAIN,
-    # Sampling gathers no weights: `embed` stays whole, and a token's length axis is one long. It keeps no activations.
+    # Sampling all-gathers no weights, so `embed` is not sharded. The length of a decode step is 1.
     "infer": {**_TRAIN, "embed": (), "length": (), "act_embed": ()},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the name of the rules that place logical axes on it."""
+    """A mesh and the name of the sharding rules for it.
+
+    Attributes:
+        mesh: the devices.
+        rules: a key of RULES, "train" or "infer".
+    """
 
     mesh: Mesh
     rules: str
 
     def parts(self, axis: str) -> int:
-        """How many parts a logical axis is split into."""
+        """Number of shards of a logical axis."""
         return math.prod(self.mesh.shape[name] for name in RULES[self.rules][axis])
 
     def spec(self, axes: Axes, shape: tuple[int, ...] | None = None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
 
-        Where `shape` is given, mesh axes that do not divide a dimension are left out of it, the innermost first, so
-        that a batch of one row on many devices is replicated instead of refused.
+        If `shape` is given, mesh axes that do not divide a dimension are left out, the innermost first. A batch of one
+        row on many devices is therefore replicated instead of refused.
         """
         rules = RULES[self.rules]
         parts: list[Any] = []
@@ -74,7 +79,7 @@ _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("llama_j
 
 @contextlib.contextmanager
 def use(layout: Layout | None) -> Iterator[None]:
-    """Make `constrain` place arrays by `layout`. Enter it inside the function that is jitted, so that it is traced."""
+    """Makes `layout` active for `constrain`. Enter it inside the jitted function, while tracing."""
     token = _active.set(layout)
     try:
         yield
@@ -83,12 +88,12 @@ def use(layout: Layout | None) -> Iterator[None]:
 
 
 def active() -> Layout | None:
-    """The layout that `use` made active."""
+    """The active layout, or None."""
     return _active.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin the sharding of an intermediate array by the logical names of its axes; the identity without a layout."""
+    """Constrains the sharding of an intermediate array by its logical axes. Without a layout it is the identity."""
     layout = _active.get()
     if layout is None or layout.mesh.size == 1:
         return x
@@ -96,22 +101,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def axis_size(axis: str) -> int:
-    """Devices over which the active layout splits a logical axis; 1 without a layout."""
+    """Number of shards of a logical axis under the active layout; 1 without a layout."""
     layout = _active.get()
     return 1 if layout is None else layout.parts(axis)
 
 
 def on_each_part(function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes]) -> jax.Array:
-    """`function` of each device's own part of some arrays, given with their logical axes; it must not look further.
+    """Runs `function` on each device's own shards, for code that XLA cannot partition, such as Pallas kernels.
 
-    The result has the shape and the axes of the first array. For what XLA cannot split by itself, as Pallas kernels.
+    Args:
+        function: takes the shards and returns an array with the shape of the first. It must need no other device.
+        *arrays: each array with its logical axes.
+
+    Returns:
+        An array with the shape and the axes of the first array.
     """
     layout = _active.get()
     values = [array for array, _ in arrays]
     if layout is None or layout.mesh.size == 1:
         return function(*values)
     specs = tuple(layout.spec(axes, array.shape) for array, axes in arrays)
-    # Which values are equal on which devices is not checked: kernels do not say it of their results.
+    # check_vma must be off: kernels do not declare over which axes their results are replicated.
     split = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*values)
 
@@ -119,29 +129,31 @@ def on_each_part(function: Callable[..., jax.Array], *arrays: tuple[jax.Array, A
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
     """A tree of NamedShardings for a tree of logical axes (tuples) and the matching tree of shaped leaves.
 
-    A leaf may be made of several arrays: with the same axes, as a quantized weight is, or with those that its
-    `part_axes` gives by the name of each field, as a LoRA weight is.
+    A leaf may consist of several arrays. They have the same axes, as in a quantized weight, or those that the leaf's
+    `part_axes` method gives by field name, as in a LoRA weight.
     """
 
-    def places(leaf: Any, names: Axes) -> Any:
+    def leaf_shardings(leaf: Any, names: Axes) -> Any:
         if hasattr(leaf, "part_axes"):
             parts = leaf.part_axes(names).items()
-            return dataclasses.replace(leaf, **{part: places(getattr(leaf, part), its) for part, its in parts})
+            return dataclasses.replace(leaf, **{part: leaf_shardings(getattr(leaf, part), own) for part, own in parts})
         return jax.tree.map(lambda array: layout.sharding(names, array.shape), leaf)
 
-    return jax.tree.map(places, shapes, axes, is_leaf=lambda x: hasattr(x, "shape"))
+    return jax.tree.map(leaf_shardings, shapes, axes, is_leaf=lambda x: hasattr(x, "shape"))
 
 
-def abstract(shapes: Any, places: Any) -> Any:
-    """A tree of ShapeDtypeStructs: the shapes and dtypes of one tree, the shardings of another."""
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """A tree of ShapeDtypeStructs with the shapes and dtypes of one tree and the shardings of another."""
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def spread(mesh: Mesh) -> NamedSharding:
-    """The sharding of a vector that has one element on each device."""
+    """Sharding of a vector with one element on each device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds whole."""
+    """Sharding of a value that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())

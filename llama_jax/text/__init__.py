@@ -1,4 +1,4 @@
-"""Text: tokenizers and the files they come from, Llama 3's dialog format, a trainer of small vocabularies (no jax)."""
+"""Text: vocabularies, tokenizers, Llama 3's dialog format and a trainer of small vocabularies (no jax)."""
 
 from llama_jax.text.bpe_training import train_bpe
 from llama_jax.text.chat import encode_dialog, parse_assistant

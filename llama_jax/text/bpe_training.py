@@ -1,20 +1,22 @@
-"""Train a small byte-level BPE vocabulary with Llama 3's way of cutting words."""
+"""A trainer of small byte-level BPE vocabularies with Llama 3's split pattern."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llama_jax.text.vocabulary import NUM_SPECIAL, SPLIT_PATTERN, byte_chars, unspelled
+from llama_jax.text.byte_pairs import NUM_SPECIAL
+from llama_jax.text.patterns import SPLIT_PATTERN
+from llama_jax.text.vocabulary import byte_chars, unspelled
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
-    """Learn `vocab_size` tokens from `texts`, as token bytes to rank for `Tokenizer.from_ranks`.
+    """Learns a vocabulary from texts: token bytes to rank, for `Tokenizer.from_ranks`.
 
-    Ranks 0..255 are the single bytes, in the order Meta's file has them; the merges follow in the order
+    Ranks 0 to 255 are the single bytes, in the order of Meta's file. The merges follow in the order in which they are
     learnt. The same texts give the same ranks, whatever the number of threads.
 
     Args:
         texts: documents; a lone surrogate counts as U+FFFD, as in `Tokenizer.encode`.
-        vocab_size: the ids of the finished tokenizer, its 256 special tokens included; at least 512.
+        vocab_size: number of ids of the finished tokenizer, its 256 special tokens included; at least 512.
 
     Raises:
         ValueError: `vocab_size` is below 512, or the texts are too small to learn so many tokens.
@@ -38,7 +40,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
 
 
 def _trained_model(texts: Iterable[str], num_ranks: int) -> Any:
-    """Return a `tokenizers.Tokenizer` of `num_ranks` tokens, or of as many as the texts yield."""
+    """A `tokenizers.Tokenizer` of `num_ranks` tokens, or of as many as the texts yield."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:

@@ -1,32 +1,29 @@
-"""Llama 3.1's dialog format as a Jinja chat template, for `transformers`, llama.cpp and servers that read one.
+"""Meta's reference format as a Jinja chat template, for transformers, llama.cpp and servers that read one.
 
-It renders the text of what `chat.encode_dialog` encodes: same roles, tools and calls, nothing stripped or added. Such
-programs encode that text in one go, with control tokens wherever their names stand. So the ids may differ where a
-content begins with white space (it joins the header's two newlines) or comes in parts, and a control token's name in a
-content is that token. What the template cannot render is refused by `raise_exception`: arguments of calls given as JSON
-strings, and content that is neither text nor parts of text.
+It renders the text of what `chat.encode_dialog` encodes: the same roles, tools and calls, nothing stripped or added.
+Those programs encode that text at once and read the name of a control token as the token, wherever it stands. The ids
+may therefore differ where a content begins with white space (it joins the two newlines of the header), comes in parts,
+or holds such a name. Two things are refused by `raise_exception`: arguments of calls given as strings of JSON, and
+content that is neither text nor parts of text.
 """
 
 import json
-from typing import TYPE_CHECKING
 
-from llama_jax.text import chat
-
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text import chat, messages
+from llama_jax.text.vocabulary import Vocabulary
 
 _NEEDED = ("begin_of_text", "start_header_id", "end_header_id", "eot_id", "eom_id", "python_tag")
 
 
-def fits(tokenizer: "Tokenizer") -> bool:
-    """Whether a vocabulary has every control token of the format."""
-    return all(f"<|{name}|>" in tokenizer.special_tokens for name in _NEEDED)
+def fits(vocabulary: Vocabulary) -> bool:
+    """True if a vocabulary has every control token of the format."""
+    return all(f"<|{name}|>" in vocabulary.specials for name in _NEEDED)
 
 
 _SETTINGS = {
-    "query_tools": list(chat.QUERY_TOOLS),
-    "builtin_tools": list(chat.BUILTIN_TOOLS),
-    "code_tool": chat.CODE_TOOL,
+    "query_tools": list(messages.QUERY_TOOLS),
+    "builtin_tools": list(messages.BUILTIN_TOOLS),
+    "code_tool": messages.CODE_TOOL,
     "tools_before": chat.TOOLS_BEFORE,
     "tools_after": chat.TOOLS_AFTER,
 }
@@ -78,6 +75,7 @@ _BODY = r"""
 {%- endmacro -%}
 
 {%- macro call_text(name, arguments) -%}
+  {%- set arguments = arguments or {} -%}
   {%- if arguments is not mapping -%}
     {{- raise_exception("the arguments of a call must be an object, not a string of JSON") -}}
   {%- elif name in query_tools -%}
@@ -92,7 +90,7 @@ _BODY = r"""
 
 {%- set system = namespace(text=none, tools=false) -%}
 {%- set rest = messages -%}
-{%- if messages and messages[0].role == "system" -%}
+{%- if messages and messages[0].role in ["system", "developer"] -%}
   {%- set system.text = texts(messages[0].content) -%}
   {%- set rest = messages[1:] -%}
 {%- endif -%}
@@ -118,7 +116,9 @@ _BODY = r"""
   {{- tools_after ~ "<|eot_id|>" -}}
 {%- endif -%}
 {%- for message in rest -%}
-  {%- if message.role == "user" -%}
+  {%- if message.role in ["system", "developer"] -%}
+    {{- header("system") ~ texts(message.content) ~ "<|eot_id|>" -}}
+  {%- elif message.role == "user" -%}
     {{- header("user") ~ texts(message.content) ~ "<|eot_id|>" -}}
   {%- elif message.role in ["tool", "ipython"] -%}
     {{- header("ipython") ~ texts(message.content) ~ "<|eot_id|>" -}}
@@ -144,7 +144,7 @@ _BODY = r"""
     {%- endfor -%}
     {{- "<|" ~ stop ~ "_id|>" -}}
   {%- else -%}
-    {{- raise_exception("a message must be of role system (first only), user, assistant or tool") -}}
+    {{- raise_exception("a message must be of role system, developer, user, assistant or tool") -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

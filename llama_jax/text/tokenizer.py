@@ -1,38 +1,25 @@
-"""The tokenizer: byte-level BPE over tiktoken, with ids equal to those of Meta's code and of `tokenizers`.
+"""The tokenizer: text to token ids and back, for any vocabulary.
 
-What it holds is a `Vocabulary`, read from Meta's `tokenizer.model`, a `tokenizer.json` or a GGUF file. Llama 3's ids
-are the ranks 0..n-1 followed by 256 special tokens, so that the published vocabulary has 128,000 + 256. Special
-tokens are never produced from text: `encode` gives the plain tokens of "<|eot_id|>", and control ids come from
-`special_tokens` alone.
+Control tokens never come from text unless the caller asks for it: by default, `encode` gives the plain tokens of
+"<|eot_id|>", and control ids are taken from `special_tokens`.
 """
 
 import codecs
+import copy
 import operator
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiktoken
-
 from llama_jax.errors import ConfigError, brief
 from llama_jax.files import write_whole
-from llama_jax.text import chat
-from llama_jax.text.formats import gguf as gguf_vocabulary
-from llama_jax.text.formats import huggingface as huggingface_vocabulary
-from llama_jax.text.formats import meta as meta_vocabulary
-from llama_jax.text.vocabulary import LLAMA3_SPECIALS, NUM_SPECIAL, Vocabulary, llama3, ranks_file
-
-# Meta's own limits. Tokens never cross these cuts, so they are part of what the ids are.
-_MAX_PIECE = 400_000
-_MAX_RUN = 25_000
-
-# Other vocabularies have no such cuts, and the regex engine keeps a stack of a million steps within white space.
-_MAX_SPACE = 800_000
-
-_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-_FILES = ("tokenizer.model", "tokenizer.json")
+from llama_jax.text import vocabulary_files
+from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
+from llama_jax.text.encoders import encoder_of
+from llama_jax.text.formats import meta
+from llama_jax.text.piece_vocabulary import PieceVocabulary
+from llama_jax.text.vocabulary import Vocabulary
 
 
 class Tokenizer:
@@ -41,144 +28,162 @@ class Tokenizer:
     Instances are immutable, safe to share between threads, and picklable (a copy is rebuilt from the vocabulary).
 
     Attributes:
-        path: the file it was read from, or None.
-        vocabulary: the plain data it was built from.
-        vocab_size: the number of ids, special tokens included.
-        special_tokens: the name of each control token, such as "<|eot_id|>", to its id.
-        stop_tokens: the ids that end a generation: `eos_id`, those of end_of_text, eom_id and eot_id that exist, and
-            what the files name as the end.
-        bos_id: the id that the model wants in front of a text, or None.
-        eos_id: the id that ends a text, or None. Llama 3's is end_of_text, whatever its files for chat say.
-        pad_id, eot_id, eom_id: those of finetune_right_pad_id, "end of turn" and "end of message", or None.
-        fingerprint: sha256 (hex) of all that ids depend on; in Meta's layout, that of Meta's `tokenizer.model`.
+        path: file that it was read from, or None.
+        vocabulary: plain data that it was built from.
+        vocab_size: number of ids, special tokens included.
+        rows: number of ids that can be encoded: `vocab_size`, or fewer with `for_model`.
+        special_tokens: name of each control token, such as "<|eot_id|>", to its id.
+        stop_tokens: ids that end a generation (`Vocabulary.stop_ids`).
+        bos_id: id that the model expects at the start of a text, or None.
+        eos_id: id that ends a text, or None. Llama 3's is end_of_text, even where its files for chat name another.
+        pad_id: id of padding, or None.
+        eot_id: id of "end of turn" (Llama 3), or None.
+        eom_id: id of "end of message" (Llama 3), or None.
+        fingerprint: sha256 (hex) of everything that ids depend on; in Meta's layout, that of Meta's `tokenizer.model`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, expected_vocab_size: int | None = None) -> None:
-        """Read and check a `tokenizer.model` in Meta's format; `open` reads others too.
+        """Reads any vocabulary file (see `vocabulary_files.read`).
 
         Args:
-            path: the file.
-            expected_vocab_size: the model's vocabulary, specials included. A file cut off between two lines
-                is still a well-formed smaller vocabulary; only this number gives it away.
+            path: file, or folder of a model.
+            expected_vocab_size: vocabulary size of the model, special tokens included. A file in Meta's format that
+                lost its last lines is still a well-formed smaller vocabulary; only this number gives it away.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of another format (one line: file, line number, fault, mend),
-                or its vocabulary is not of the expected size.
+            ConfigError: a tokenizer whose ids cannot be reproduced; the message names the part that is the reason.
+            ValueError: the file is damaged (one line: file, fault, remedy), or its vocabulary is not of the expected
+                size.
         """
-        self._setup(llama3(meta_vocabulary.read_ranks(Path(path))), Path(path))
+        self._setup(vocabulary_files.read(path), Path(path))
         if expected_vocab_size is not None and expected_vocab_size != self.vocab_size:
             raise ValueError(
-                f"{path}: holds {self.vocab_size:,} tokens ({len(self.vocabulary.tokens):,} ranks + {NUM_SPECIAL} "
-                f"special) but the model has {expected_vocab_size:,}; the file is cut short or belongs to "
-                f"another model: {meta_vocabulary.FETCH_AGAIN}"
+                f"{path}: holds {self.vocab_size:,} tokens but the model has {expected_vocab_size:,}; the file is cut "
+                f"short or belongs to another model: {meta.FETCH_AGAIN}"
             )
 
     @classmethod
     def from_ranks(cls, ranks: Mapping[bytes, int]) -> "Tokenizer":
-        """Llama 3's layout from token bytes to rank, as `train_bpe` returns; ValueError if unsound."""
-        mend = "pass the ranks of a trained vocabulary"
-        return cls.from_vocabulary(llama3(meta_vocabulary.in_rank_order(ranks, source="ranks", mend=mend)))
+        """The tokenizer in Llama 3's layout of token bytes to rank, as `train_bpe` returns; ValueError if unsound."""
+        remedy = "pass the ranks of a trained vocabulary"
+        return cls.from_vocabulary(llama3(meta.in_rank_order(ranks, source="ranks", remedy=remedy)))
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary, path: Path | None = None) -> "Tokenizer":
-        """The tokenizer of any vocabulary; `path` is where it came from."""
+        """The tokenizer of any vocabulary; `path` is the file that it was read from."""
         self = cls.__new__(cls)
         self._setup(vocabulary, path)
         return self
 
+    def for_model(self, rows: int) -> "Tokenizer":
+        """This tokenizer, for a model that may have fewer rows than it has ids.
+
+        Tokens may have been added to a tokenizer and not to its model. They are harmless until they are used: encoding
+        a text that holds one raises ConfigError.
+
+        Raises:
+            ConfigError: ids that plain text needs have no row: it is the tokenizer of another model.
+        """
+        if rows >= self.vocab_size:
+            return self
+        vocabulary = self.vocabulary
+        if vocabulary.plain_size > rows or (vocabulary.bos_id or 0) >= rows:
+            raise ConfigError(
+                f"the tokenizer has {self.vocab_size:,} ids but the model only {rows:,}: use the tokenizer that it was "
+                "trained with"
+            )
+        other = copy.copy(self)
+        other.rows = rows
+        other.stop_tokens = tuple(i for i in self.stop_tokens if i < rows)
+        return other
+
+    def check_rows(self, ids: Sequence[int]) -> None:
+        """Refuses ids that the model has no row for, with a ConfigError that names the first of them."""
+        if self.rows < self.vocab_size and ids and max(ids) >= self.rows:
+            first = next(i for i in ids if i >= self.rows)
+            raise ConfigError(
+                f"the text holds {self.decode([first])!r} (id {first}), which the model has no row for: its ids are 0 "
+                f"to {self.rows - 1}. The token was added to the tokenizer alone; take it out of the text"
+            )
+
     def _setup(self, vocabulary: Vocabulary, path: Path | None) -> None:
         self.path = path
         self.vocabulary = vocabulary
-        self.vocab_size = vocabulary.size
+        self.vocab_size = self.rows = vocabulary.size
         self.special_tokens: dict[str, int] = dict(vocabulary.specials)
-        self._is_llama3 = vocabulary.is_llama3
         self._control = frozenset(self.special_tokens.values())
         self._by_id = vocabulary.by_id
-        ids = list(vocabulary.tokens.values())
-        # tiktoken's ranks are the order of merging and the ids in one. Where the two differ, a table comes after it.
-        self._id_of_rank = None if ids == sorted(ids) else ids
-        ranks = vocabulary.tokens if self._id_of_rank is None else {t: i for i, t in enumerate(vocabulary.tokens)}
-        self._encoding = tiktoken.Encoding(
-            name="llama_jax", pat_str=vocabulary.pattern, mergeable_ranks=dict(ranks), special_tokens={}
-        )
-        self._found = [(_any_of(names), names) for names in vocabulary.found]
-        self.bos_id = vocabulary.bos
-        self.eos_id = self.special_tokens["<|end_of_text|>"] if self._is_llama3 else vocabulary.eos
-        self.pad_id = self.special_tokens.get("<|finetune_right_pad_id|>")
+        self._starts_with_space = vocabulary.starts_with_space
+        self._encoder = encoder_of(vocabulary)
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.pad_id = vocabulary.pad_id
         self.eot_id = self.special_tokens.get("<|eot_id|>")
         self.eom_id = self.special_tokens.get("<|eom_id|>")
-        stops = [self.eos_id, *(self.special_tokens.get(name) for name in _STOPS), vocabulary.eos]
-        self.stop_tokens: tuple[int, ...] = tuple(dict.fromkeys(i for i in stops if i is not None))
+        self.stop_tokens = vocabulary.stop_ids
         self.fingerprint = vocabulary.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the vocabulary."""
-        return Tokenizer.from_vocabulary, (self.vocabulary, self.path)
+        return _rebuilt, (self.vocabulary, self.path, self.rows)
 
     def __repr__(self) -> str:
-        """Name the file, the size and the start of the fingerprint."""
         origin = f"{str(self.path)!r}" if self.path else "from memory"
         return f"Tokenizer({origin}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]})"
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of `text`.
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, special_tokens: bool = False) -> list[int]:
+        """Returns the ids of `text`.
 
-        In Llama 3's layout they are those of Meta's `Tokenizer.encode` on every string, and elsewhere those of
-        `tokenizers`. The names of special tokens inside `text` are encoded as the plain text they are. Python strings
-        can hold surrogates, which UTF-8 cannot: a pair is encoded as the character it stands for and a lone one
-        as U+FFFD, so such strings, alone, do not come back from `decode` as they were.
+        In Llama 3's layout they equal those of Meta's `Tokenizer.encode` on every string, and elsewhere those of
+        the library that the vocabulary is made for. Python strings can hold surrogates, which UTF-8 cannot: a pair is
+        encoded as the character it stands for and a lone one as U+FFFD, so that such strings do not come back
+        from `decode` unchanged.
 
         Args:
             text: any string.
-            bos: put `bos_id` first, where there is one.
-            eos: put `eos_id` last, where there is one.
+            bos: put `bos_id` first, if there is one.
+            eos: put `eos_id` last, if there is one.
+            special_tokens: names of control tokens in `text` become control ids. By default they are encoded as the
+                plain text they are, which is right for text from users.
 
         Raises:
             TypeError: `text` is not a str.
+            ConfigError: `text` holds a token that the model has no row for (see `for_model`).
             ValueError: outside Llama 3's layout, more white space in a row than can be cut into words.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes a str, got {type(text).__name__}; decode bytes, or encode items one by one")
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
-        parts: list[str | int] = [text]
-        for pattern, names in self._found:
-            parts = [x for part in parts for x in (_cut(part, pattern, names) if isinstance(part, str) else [part])]
-        for part in parts:
-            ids += self._encode_words(part) if isinstance(part, str) else [part]
+        ids = self._encoder.encode(text, special_tokens)
+        if bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
         if eos and self.eos_id is not None:
             ids.append(self.eos_id)
+        self.check_rows(ids)
         return ids
 
-    def _encode_words(self, text: str) -> list[int]:
-        if self._is_llama3:
-            ids: list[int] = []
-            for piece in _pieces(text, max_piece=_MAX_PIECE, max_run=_MAX_RUN):
-                ids += self._encoding.encode_ordinary(piece)
-            return ids
-        _check_space(text)
-        ranks = self._encoding.encode_ordinary(text)
-        return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in Meta's tokenizer.
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> str:
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in Meta's tokenizer.
 
         Args:
             ids: integers, or a one-dimensional integer array (numpy, jax).
             skip_special: leave control tokens out; otherwise they appear by name.
+            continues: `ids` continue a text. SentencePiece vocabularies put a space in front of every text, which
+                decoding drops; in the middle of a text that space belongs to the text.
 
         Raises:
             ValueError: an id is outside 0..vocab_size-1.
             TypeError: `ids` is not a sequence of integers.
         """
-        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+        data = self.decode_bytes(ids, skip_special=skip_special, continues=continues)
+        return data.decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
-        """Return the bytes of `ids`, of which one may be part of a character; otherwise as `decode`."""
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> bytes:
+        """Returns the bytes of `ids`, which may end within a character; otherwise as `decode`."""
         checked = self._check_ids(ids)
         if skip_special:
             checked = [i for i in checked if i not in self._control]
-        return b"".join([self._by_id[i] for i in checked])
+        data = b"".join([self._by_id[i] for i in checked])
+        return data.removeprefix(b" ") if self._starts_with_space and not continues else data
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
         if hasattr(ids, "tolist"):  # one transfer for a numpy or jax array
@@ -192,167 +197,60 @@ class Tokenizer:
             raise ValueError(f"id {bad} is not in this vocabulary; allowed: 0 to {self.vocab_size - 1}")
         return checked
 
-    def encode_dialog(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
-        return_mask: bool = False,
-    ) -> list[int] | tuple[list[int], list[bool]]:
-        """Return the ids of a dialog, with `return_mask` (ids, mask); see `llama_jax.text.chat`."""
-        ids, mask = chat.encode_dialog(self, messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        return (ids, mask) if return_mask else ids
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vocabulary in Meta's format, whole or not at all.
+        """Writes the vocabulary as the `tokenizer.model` of Meta's code, atomically.
 
-        The file holds no names of special tokens: those of reserved places become what Meta's code calls them.
+        That is a SentencePiece model for Llama 2, and ranks for Llama 3. The latter hold no names of special tokens:
+        reserved ids get the names that Meta's code gives them.
 
         Raises:
-            ConfigError: it is not in Meta's layout.
+            ConfigError: the vocabulary is in neither layout.
         """
-        if not self._is_llama3:
+        if isinstance(self.vocabulary, PieceVocabulary) and self.vocabulary.size == len(self.vocabulary.model.pieces):
+            write_whole(path, self.vocabulary.contents)
+            return
+        if not (isinstance(self.vocabulary, BytePairs) and self.vocabulary.is_llama3):
             raise ConfigError(
-                f"{path}: a tokenizer.model can only hold ranks before Meta's {NUM_SPECIAL} special tokens, and this "
-                "vocabulary is otherwise; use `save_to`, which writes a tokenizer.json"
+                f"{path}: a tokenizer.model in Meta's format can only hold ranks before Meta's {NUM_SPECIAL} special "
+                "tokens, which this vocabulary does not have; use `save_to`, which writes a tokenizer.json"
             )
         write_whole(path, ranks_file(self.vocabulary.tokens))
 
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the file of `folder` from which `open` reads this tokenizer again, and return its path.
+        """Writes the file of `folder` from which `Tokenizer(folder)` reads this tokenizer again; returns its path."""
+        return vocabulary_files.write(self.vocabulary, folder)
 
-        It is a `tokenizer.model` in Meta's format where that can hold it, else a `tokenizer.json` with what goes
-        beside it. The other of the two is removed, so that `find` finds this one.
-        """
-        folder = Path(folder)
-        kept, other = _FILES if self._is_metas else _FILES[::-1]
-        if self._is_metas:
-            self.save(folder / kept)
-        else:
-            huggingface_vocabulary.write(self, folder)
-        (folder / other).unlink(missing_ok=True)
-        return folder / kept
 
-    @property
-    def _is_metas(self) -> bool:
-        return self._is_llama3 and sorted(self.special_tokens, key=self.special_tokens.get) == list(LLAMA3_SPECIALS)
+def _rebuilt(vocabulary: Vocabulary, path: Path | None, rows: int) -> Tokenizer:
+    return Tokenizer.from_vocabulary(vocabulary, path).for_model(rows)
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, never breaking a UTF-8 character.
+    """Turns ids into text as they come, never splitting a UTF-8 character.
 
-    What `push` and `flush` return, joined, is `tokenizer.decode(ids, skip_special=True)`.
+    The joined results of `push` and `flush` equal `tokenizer.decode(ids, skip_special=True, continues=continues)`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Start with no pending bytes."""
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+        """Starts with no pending bytes; `continues` is that of `Tokenizer.decode`."""
         self._tokenizer = tokenizer
+        self._continues = self._began = continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: int | Iterable[int]) -> str:
-        """Return the text that one id, or several, complete; control tokens print nothing."""
+        """Returns the text that one id, or several, complete; control tokens print nothing."""
         if not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0:
             ids = [ids]
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=True))
+        ids = list(ids)
+        data = self._tokenizer.decode_bytes(ids, skip_special=True, continues=True)
+        if data and not self._began:
+            data = self._tokenizer.decode_bytes(ids, skip_special=True)
+            self._began = True
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """Return what is left (U+FFFD for a character that never ended) and start afresh."""
+        """Returns the pending rest (U+FFFD for a character that never ended) and starts afresh."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
+        self._began = self._continues
         return text
-
-
-def find(folder: str | os.PathLike[str]) -> Path | None:
-    """The file of a model's folder that `open` should read, or None.
-
-    Meta's `tokenizer.model` comes first (the folder's own, else the one in `original/`), then `tokenizer.json`. A
-    `tokenizer.model` in another format, such as Llama 2's, comes last.
-    """
-    folder = Path(folder)
-    named = [folder / "tokenizer.model", folder / "original" / "tokenizer.model", folder / "tokenizer.json"]
-    there = [path for path in named if path.is_file()]
-    sound = [path for path in there if path.suffix == ".json" or meta_vocabulary.looks_like_ranks(path)]
-    return next(iter([*sound, *there]), None)
-
-
-def open(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.json` (by its suffix), or a `tokenizer.model` in Meta's format.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: a tokenizer whose ids cannot be reproduced exactly; says which part of it is the reason.
-        ValueError: a damaged file.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        return Tokenizer.from_vocabulary(huggingface_vocabulary.read(path), path)
-    return Tokenizer(path)
-
-
-def from_gguf(fields: gguf_vocabulary.Fields) -> Tokenizer:
-    """The tokenizer that the metadata of a GGUF file describes; errors as in `gguf.vocabulary`."""
-    described = {name: value for name, value in fields.items() if name != "chat_template"}
-    return Tokenizer.from_vocabulary(gguf_vocabulary.vocabulary(**described))
-
-
-def _pieces(text: str, *, max_piece: int, max_run: int) -> Iterator[str]:
-    """Cut `text` as Meta does: every `max_piece` characters, and inside longer runs of (non-)whitespace.
-
-    A run is consecutive characters that are all whitespace, or all not, within one piece; it is cut each
-    `max_run` characters from its start. Both `str.isspace` and `\\s` in `re` mean the same characters.
-    """
-    for start in range(0, len(text), max_piece):
-        piece = text[start : start + max_piece]
-        if not _may_hold_long_run(piece, max_run):
-            yield piece
-            continue
-        begin = 0
-        for run in re.finditer(r"\s+|\S+", piece):
-            for cut in range(run.start() + max_run, run.end(), max_run):
-                yield piece[begin:cut]
-                begin = cut
-        yield piece[begin:]
-
-
-def _may_hold_long_run(piece: str, max_run: int) -> bool:
-    """Whether some window of half a run is all whitespace or all not, as it must be inside any longer run.
-
-    In ordinary text each search ends within a word, so that a long document costs a few dozen searches.
-    """
-    window = max(1, max_run // 2)
-    for start in range(0, len(piece) - window + 1 if len(piece) > max_run else 0, window):
-        other = _NOT_SPACE if piece[start].isspace() else _SPACE
-        if other.search(piece, start, start + window) is None:
-            return True
-    return False
-
-
-_SPACE, _NOT_SPACE = re.compile(r"\s"), re.compile(r"\S")
-
-
-def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Any of the names, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-
-
-def _cut(text: str, pattern: re.Pattern[str], names: Mapping[str, int | None]) -> Iterator[str | int]:
-    """The ids of the names in `text`, and the texts between them."""
-    begin = 0
-    for match in pattern.finditer(text):
-        if (found := names[match[0]]) is not None:
-            yield text[begin : match.start()]
-            yield found
-            begin = match.end()
-    yield text[begin:]
-
-
-def _check_space(text: str) -> None:
-    if len(text) <= _MAX_SPACE:
-        return
-    longest = max((run.end() - run.start() for run in re.finditer(r"\s+", text)), default=0)
-    if longest > _MAX_SPACE:
-        raise ValueError(
-            f"the text has {longest:,} characters of white space in a row, of which this vocabulary can take "
-            f"{_MAX_SPACE:,}; cut the text there"
-        )

@@ -1,4 +1,4 @@
-"""What a run says of itself: a status line, JSON lines, TensorBoard events, and a picture of the loss."""
+"""The reports of a run: a status line, metrics.jsonl, TensorBoard events, and a picture of the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-# Dense bfloat16 peak of one device, FLOP/s: the makers' data sheets. MFU is not shown for what is not listed.
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. MFU is not shown for other devices.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -29,22 +29,28 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The dense bfloat16 peak of a device, FLOP/s, or None where it is not known."""
+    """The dense bfloat16 peak of a device, FLOP/s, or None if it is not known."""
     return _PEAK_FLOPS.get(device.device_kind)
 
 
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 class MetricLog:
-    """metrics.jsonl and TensorBoard events of a run folder, cut back on resume to the step that is resumed from.
+    """metrics.jsonl and TensorBoard events of a run folder. A resumed run drops the lines of steps that it does again.
 
     Args:
-        folder: the run folder.
-        from_step: lines of later steps are dropped: their steps are about to be done again.
-        tensorboard: also write event files.
+        folder: The run folder.
+        from_step: The step of the checkpoint that the run resumes from; 0 starts with no lines.
+        tensorboard: Also write event files.
     """
 
     def __init__(self, folder: Path, *, from_step: int, tensorboard: bool):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        kept = [line for line in read_metrics(self.path) if from_step and line["step"] <= from_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -56,7 +62,7 @@ class MetricLog:
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of numbers for a step; a non-finite number is written as null, which is valid JSON."""
+        """Write the metrics of a step as one line. A non-finite number becomes null, so that the line is valid JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -66,14 +72,14 @@ class MetricLog:
                     self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Flush and close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last one that a kill cut short is left out."""
+    """The whole lines of a metrics.jsonl. A last line that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = []
@@ -99,7 +105,7 @@ class Progress:
         self._peak = peak * jax.device_count() if peak else None
 
     def speed(self, step: int) -> dict[str, float]:
-        """Tokens a second, and MFU where the device's peak is known, over the last twenty steps asked for."""
+        """Tokens/s, and MFU if the device's peak is known, over the last twenty steps of these calls."""
         now = time.monotonic()
         self._times = [*self._times[-20:], (step, now)]
         first_step, first_time = self._times[0]
@@ -112,7 +118,7 @@ class Progress:
         return speed
 
     def show(self, step: int, *, values: dict[str, float], speed: dict[str, float]) -> None:
-        """Update the display with the numbers of a step."""
+        """Update the display with the metrics of a step."""
         rate = speed.get("tokens_per_second")
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", f"loss {values['loss']:.4f}"]
         if "accuracy" in values:
@@ -134,7 +140,7 @@ class Progress:
         print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
     def pause(self) -> None:
-        """Forget the clock: what follows is not training time (a compilation, an evaluation, a sample)."""
+        """Restart the clock of `speed`, after time that is not training: a compilation, an evaluation, a sample."""
         self._times = []
 
 
@@ -149,7 +155,7 @@ _LOSSES = {"sft": "cross-entropy (nats per token)", "dpo": "preference loss (per
 
 
 def draw_loss(folder: Path, objective: str) -> Path:
-    """loss.png: the training loss of every step, its running mean, and the validation losses, of an objective."""
+    """Draw loss.png: the training loss of every step, its running mean, and the validation losses."""
     from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     lines = read_metrics(folder / "metrics.jsonl")

@@ -1,23 +1,22 @@
-"""Adam's two running averages in fewer bits: bfloat16, or 8 bits in blocks (Dettmers et al., arXiv:2110.02861).
+"""Adam's two moments in fewer bits: bfloat16, or 8 bits in blocks (Dettmers et al., arXiv:2110.02861).
 
-A moment in 8 bits is a typed leaf that stands where the float32 array would, as a quantized weight does. The last axis
-is cut into blocks of at most 128 numbers, each with its largest magnitude as a float32 scale; a number is kept as a
-root of its part of that:
+A moment in 8 bits is a typed leaf in the place of the float32 array, like a quantized weight. The last axis is split
+into blocks of at most 128 numbers. Each block has its largest magnitude as a float32 scale, and a number is stored as a
+root of its fraction of the scale:
 
     first moment    scale * sign(q) (|q| / 127)^2     int8
     second moment   scale * (q / 255)^4               uint8
 
-A power law rather than the paper's table, because a look-up is slow on a TPU where roots and products cost nothing
-beside the memory that is read; on moments of a small model in blocks of 128 it is the closer one, too: Adam's update is
-off by 1.1 % (root mean square), by the paper's table 1.6 %, by an even scale for the first moment 3.2 %. The two reach
-equally far down: gradients of 1/64,000 of their block's largest still have a first moment, and a second of their own.
+The power law takes the place of the paper's table because a table look-up is slow on a TPU, where roots and products
+cost nothing compared with reading memory. It is also more accurate on the moments of a small model in blocks of 128:
+the root mean square error of Adam's update is 1.1 %, with the paper's table 1.6 %, and with an even scale for the first
+moment 3.2 %. Both have the same range: gradients of 1/64,000 of the largest in their block still have a first and a
+second moment. On stationary noise the table is more accurate at b2 = 0.99 (8.2 to 9.2 %), but not at 0.95 or 0.999.
 
-(On noise that never changes the table is the closer one at b2 = 0.99, 8.2 against 9.2 %, and not at 0.95 or 0.999.)
-
-First moments are rounded to the nearest. Second moments are rounded up or down at random, so that the mean is exact:
-with b2 = 0.999 they decay by 0.1 % a step, and the nearest number in few bits would always be the one they have. That
-costs some noise: on gradients that are nothing else, updates of a long run with b2 = 0.95 are off by 5.6 %, to the
-nearest 4.7 %, by the paper's table to the nearest 7.2 %; with 0.999 by 11.0, 8.6 and 11.7 %.
+First moments are rounded to nearest. Second moments are rounded stochastically, so that their mean is exact: with
+b2 = 0.999 they decay by 0.1 % a step, and rounding to nearest in few bits would never change them. The price is noise.
+On gradients of pure noise, updates of a long run with b2 = 0.95 have an error of 5.6 % (rounding to nearest 4.7 %, the
+paper's table with rounding to nearest 7.2 %); with b2 = 0.999 the errors are 11.0, 8.6 and 11.7 %.
 
 Letters: G blocks of a row.
 """
@@ -40,11 +39,11 @@ _FIRST, _SECOND = 127, 255  # largest codes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """A running average in 8 bits. Both arrays have the axes of the weight that it belongs to.
+    """A moment in 8 bits. Both arrays have the axes of the weight that the moment belongs to.
 
     Attributes:
-        values: int8 (..., in) of a first moment, uint8 (..., in) of a second.
-        scales: float32 (..., G), not negative.
+        values: Codes (..., in): int8 for a first moment, uint8 for a second moment.
+        scales: Scales of the blocks, float32 (..., G), not negative.
     """
 
     values: jax.Array
@@ -52,12 +51,12 @@ class Moment:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: (..., in)."""
+        """Shape of the weight: (..., in)."""
         return self.values.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """In which its numbers are computed with: float32."""
+        """Dtype of the moment in computations: float32."""
         return jnp.dtype(jnp.float32)
 
 
@@ -65,12 +64,12 @@ Stored = jax.Array | Moment
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:
-    """How many numbers of a weight's last axis share a scale; None where no block divides it, or it has one axis."""
+    """The count of numbers on a weight's last axis that share a scale; None if no block divides it, or for one axis."""
     return next((block for block in BLOCKS if len(shape) > 1 and shape[-1] % block == 0), None)
 
 
 def zeros(shape: tuple[int, ...], kind: str, *, second: bool) -> Stored:
-    """A moment of nothing yet: `kind` is float32, bfloat16 or int8. What has no `block_size` is float32, not int8."""
+    """A moment of zeros. `kind` is float32, bfloat16 or int8; int8 becomes float32 if there is no `block_size`."""
     block = block_size(shape)
     if kind != "int8" or block is None:
         return jnp.zeros(shape, jnp.float32 if kind == "int8" else kind)
@@ -87,7 +86,7 @@ def unpack(stored: Stored) -> jax.Array:
 
 
 def pack_first(x: jax.Array, like: Stored) -> Stored:
-    """A first moment (...) float32, kept as `like` is, to the nearest number."""
+    """A first moment (...) float32 in the form of `like`, rounded to nearest."""
     if not isinstance(like, Moment):
         return x.astype(like.dtype)
     parts, scales = _parts(x, like)
@@ -96,12 +95,12 @@ def pack_first(x: jax.Array, like: Stored) -> Stored:
 
 
 def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
-    """A second moment (...) float32, not negative, kept as `like` is; what is not 0 never becomes 0 in 8 bits.
+    """A second moment (...) float32, not negative, in the form of `like`. In 8 bits, only 0 becomes 0.
 
     Args:
-        x: the moment.
-        like: how it is kept.
-        random: uint32 (...), which of the two nearest numbers is taken.
+        x: The moment.
+        like: A moment in the form to return.
+        random: Random bits, uint32 (...), that choose between the two nearest numbers.
     """
     if not isinstance(like, Moment):
         if like.dtype != jnp.bfloat16:
@@ -118,13 +117,13 @@ def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
 
 
 def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str]) -> optax.GradientTransformation:
-    """optax.scale_by_adam, its moments kept in few bits; all arithmetic is float32, on the numbers before rounding.
+    """optax.scale_by_adam with moments in few bits. Arithmetic is float32, on the numbers before they are rounded.
 
     Args:
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        kind: of the moments of the weight at a path of keys: float32, bfloat16 or int8 (see `zeros`).
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Number added to the root of the second moment.
+        kind: Function from a weight's path of keys to the form of its moments: float32, bfloat16 or int8 (`zeros`).
 
     Returns:
         A transformation with optax's own ScaleByAdamState, whose mu and nu have arrays and Moments as leaves.
@@ -143,9 +142,9 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
         return step, pack_first(m, mu), pack_second(v, nu, _random(grad.shape, seed))
 
     def layer_by_layer(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> Any:
-        """`one` on stacked matrices: in place, and with the float32 moments of a single layer at a time.
+        """`one` on stacked matrices, in place, with the float32 moments of one layer at a time.
 
-        All at once, the TPU compiler keeps 17 bytes a weight beside the 2 that are to be saved; bfloat16 needs none.
+        On all layers at once, the TPU compiler's temporaries take 17 bytes a weight; bfloat16 moments need none.
         """
 
         def layer(i: jax.Array, stacked: Any) -> Any:
@@ -186,18 +185,18 @@ def _along(scales: jax.Array, like: Moment) -> jax.Array:
 
 
 def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
-    """Each number as a part of its block's largest magnitude (..., in), and those magnitudes (..., G)."""
-    # Reshaped to (..., G, n) for a maximum it lies otherwise in a TPU's memory, and takes 3 times as long on a CPU.
+    """Each number as a fraction of its block's largest magnitude (..., in), and these magnitudes (..., G)."""
+    # A maximum over a reshape to (..., G, n) would change the layout on a TPU, and takes 3 times as long on a CPU.
     block = (1,) * (x.ndim - 1) + (x.shape[-1] // like.scales.shape[-1],)
     scales = lax.reduce_window(jnp.abs(x), 0.0, lax.max, block, block, "valid")
     return x / _along(jnp.where(scales > 0, scales, 1), like), scales
 
 
 def _random(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Uniform uint32 by the place within the array and a seed: the same on any mesh.
+    """Uniform uint32 from the index within the array and a seed, the same on any mesh.
 
-    A counter through murmur3's last mixing step (Appleby, public domain): a tenth of the operations of jax's own
-    generator, which would take longer than the update that it serves.
+    The index goes through the last mixing step of murmur3 (Appleby, public domain). That is a tenth of the operations
+    of jax's own generator, which would take longer than the update itself.
     """
     x = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):

@@ -1,9 +1,9 @@
-"""What turns gradients into updates: four optimizers on optax, groups of weights, a schedule; and where states lie.
+"""The optimizers: four of them on optax, with parameter groups and a schedule, and the shardings of their states.
 
-A chain of five links, the same for all: clipping by global norm; the optimizer proper, of rate 1; decoupled weight
-decay, on matrices only; the rates of groups; the schedule, whose state is last, so that `opt_state[-1].count` is the
-step it stands at. An update of rate 1 has elements of about 1 under AdamW, Adafactor and Lion (which takes a third to a
-tenth of AdamW's rate, by its authors), and of 0.2 under Muon.
+Every optimizer is a chain of five links: clipping by global norm; the optimizer itself, with rate 1; decoupled weight
+decay, on matrices only; the multipliers of groups; the schedule. The schedule's state is last, so that
+`opt_state[-1].count` is its step. An update of rate 1 has elements of about 1 with AdamW, Adafactor and Lion (whose
+authors recommend a third to a tenth of AdamW's rate), and of 0.2 with Muon.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import optax
 from optax import contrib
 
 from llama_jax import parallel
+from llama_jax.params import spec_of
 from llama_jax.run_keys import GROUPS, OptimizerConfig
 from llama_jax.train.moments import scale_by_adam
 
-# Of Muon's updates, the root mean square that AdamW's have been found to have: one rate and one weight decay then do
+# Root mean square of Muon's updates. It is that of AdamW's updates, so that one learning rate and one weight decay work
 # for both (Liu et al., arXiv:2502.16982, section 2.2).
 _MUON_RMS = 0.2
 
 
 def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step: a linear warm-up from 0, then the named course to `steps`."""
+    """The learning rate as a function of the step: a linear warmup from 0, then the named schedule until `steps`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     rest = steps - config.warmup_steps
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, max(rest, 1))
     elif config.schedule == "wsd":  # warm-up, stable, decay (Hu et al., arXiv:2404.06395)
         decay = min(round(config.decay_fraction * steps), rest)
         fall = optax.linear_schedule(peak, final, max(decay, 1))
@@ -39,26 +42,28 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if config.warmup_steps == 0:
         return after
-    # The first step takes one part of the warm-up, not zero: a step with rate 0 would be wasted.
+    # The first step has one part of the warmup, not zero: a step with rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
 def group_of(path: Any) -> str:
-    """The one of run_keys.GROUPS that a trained weight belongs to, from its path of keys in the tree of weights."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    """The parameter group (one of run_keys.GROUPS) of a trained weight.
+
+    Args:
+        path: keys that lead to the weight, as jax.tree_util gives them; a LoRA matrix is called "a" or "b".
+    """
+    names = tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
     if names[-1] in ("a", "b"):
         return f"lora_{names[-1]}"
-    for name in names:
-        if name == "norm" or name.endswith("_norm"):
-            return "norm"
-        if name in GROUPS:
-            return name
-    raise ValueError(f"{'/'.join(names)} is in none of the groups {', '.join(GROUPS)}")
+    spec = spec_of(names[names.index("tokens") + 1 :] if "tokens" in names else names)  # rows of trained tokens
+    if spec is None:
+        raise ValueError(f"{'/'.join(names)} is in none of the groups {', '.join(GROUPS)}")
+    return spec.group
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:
-    """The float32 norm of each group that a tree of weights, or of their gradients, has: scalars.
+    """The float32 norm of each group in a tree of weights or gradients, as scalars.
 
     The root of the sum of their squares is the norm of the whole tree.
     """
@@ -70,32 +75,32 @@ def group_norms(tree: Any) -> dict[str, jax.Array]:
 
 
 def decay_mask(axes: Any) -> Any:
-    """True for matrices, False for the scales of norms: the tree that weight decay is limited by."""
+    """The mask of weight decay: True for matrices, False for the weights of norms."""
     return _by_path(lambda path: group_of(path) != "norm", axes)
 
 
 def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run; its moments are as config.moments says.
+    """The optimizer of a run, with moments in the dtype of config.moments.
 
     Args:
-        config: the run's.
-        axes: the tree of the trained weights' logical axes: `model.logical_axes(config, stacked=True)`, or that of
+        config: The section optimizer of the run.
+        axes: The tree of the trained weights' logical axes: `logical_axes(config, stacked=True)`, or the axes of
             LoRA's a and b.
-        steps: of the whole run, for the schedule.
+        steps: Steps of the whole run, for the schedule.
     """
     rates = config.group_rates
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _MAKERS[config.name](config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
-        # After the decay: a group of rate 0 stays as it is.
+        # After the decay, so that a group with multiplier 0 does not change at all.
         _scale_each(_by_path(lambda path: rates.get(group_of(path), 1.0), axes)),
         optax.scale_by_learning_rate(make_schedule(config, steps=steps)),
     )
 
 
 def _adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """Adam; the decay is the chain's. In 8 bits the scales of norms, which are few, keep float32 moments."""
+    """Adam, whose weight decay is a link of the chain. With int8, the few weights of norms keep float32 moments."""
 
     def kind(path: Any) -> str:
         return "float32" if config.moments == "int8" and group_of(path) == "norm" else config.moments
@@ -106,31 +111,31 @@ def _adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """Adafactor's second moment in rows and columns, and its limit of 1 on an update's root mean square.
+    """Adafactor: a second moment factored into rows and columns, and a limit of 1 on an update's root mean square.
 
-    Without a first moment, so that its state is small, and without steps relative to the weights' size, so that rates
-    are as AdamW's. b1, b2 and eps are not read: the decay is 1 - t^-0.8 (section 7.2), and 1e-30 is added to squares.
-    Matrices with a side under 128 are not factored.
+    It has no first moment, so that its state is small, and its updates are not relative to the size of the weights, so
+    that its learning rates are those of AdamW. It does not read b1, b2 and eps: the decay is 1 - t^-0.8 (section 7.2),
+    and 1e-30 is added to squares. Matrices with a side under 128 are not factored.
     """
     return _each_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
 
 
 def _lion(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """The sign of a mixture of gradient and momentum."""
+    """Lion: the sign of an average of gradient and momentum."""
     return optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.moments))
 
 
 def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) with b1 as its momentum, on each layer's matrices.
+    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) with momentum b1, on the matrices of each layer.
 
-    The embedding, the unembedding and norms go to Adam, as its author has it. Updates are scaled to the same root mean
-    square for all shapes (see _MUON_RMS).
+    Adam updates the embedding, the unembedding and norms, as Muon's author recommends. Updates of all shapes are scaled
+    to one root mean square (_MUON_RMS).
     """
 
-    def sides(tree: Any) -> Any:  # of trees where optax.partition has left blanks for what is Adam's
+    def sides(tree: Any) -> Any:  # the trees have blanks from optax.partition for Adam's weights
         return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2), tree)
 
-    def same_size(updates: Any, _: Any) -> Any:  # orthogonal rows, of length 1, have elements of 1 / sqrt(max(sides))
+    def same_size(updates: Any, _: Any) -> Any:  # orthogonal rows of length 1 have elements of 1 / sqrt(max(sides))
         return jax.tree.map(lambda u: _MUON_RMS * max(u.shape[-2:]) ** 0.5 * u, updates)
 
     moments = jnp.dtype(config.moments)
@@ -150,31 +155,32 @@ _MAKERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation
 
 
 def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layout) -> Any:
-    """A tree of NamedShardings for an optimizer's state: what has the shape of its weight lies where the weight lies.
+    """The NamedShardings of an optimizer's state: a moment with the shape of its weight has the weight's sharding.
 
-    The rest is on every device whole: counters, and Adafactor's rows and columns (10 MB for 8B, 0.16 GB for 405B).
+    All else is replicated: counters, and Adafactor's rows and columns (10 MB for 8B, 0.16 GB for 405B). The weight of a
+    moment is the one whose path ends the moment's path. For example, `[1].mu["layers"]["q"]` ends in the path of the
+    weight `["layers"]["q"]`, whatever optax wraps around the tree of weights.
 
     Args:
-        opt_state: its shapes, from jax.eval_shape of its init.
-        params: the weights' shapes.
-        axes: their logical axes, as `make_optimizer` has them.
-        layout: the mesh and its rules.
+        opt_state: Shapes of the state, from jax.eval_shape of the optimizer's init.
+        params: Shapes of the weights.
+        axes: Logical axes of the weights, as in `make_optimizer`.
+        layout: The mesh and its sharding rules.
     """
     axes_of = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes))
     shape_of = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
-    def place(path: Any, leaf: Any) -> Any:
-        # Whatever optax wraps the weights' tree into, a weight's own path is the end of its moment's.
+    def sharding(path: Any, leaf: Any) -> Any:
         weight = next((path[i:] for i in range(len(path)) if path[i:] in shape_of), None)
         if weight is None or leaf.shape != shape_of[weight]:
             return jax.tree.map(lambda _: parallel.replicated(layout.mesh), leaf)
         return parallel.shardings(layout, axes_of[weight], leaf)
 
-    return jax.tree_util.tree_map_with_path(place, opt_state, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return jax.tree_util.tree_map_with_path(sharding, opt_state, is_leaf=lambda leaf: hasattr(leaf, "shape"))
 
 
 def _each_layer(transform: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """`transform`, given the weights of one layer at a time, as if they were not stacked."""
+    """`transform` applied to the weights of each layer separately, as if they were not stacked."""
 
     def init(params: Any) -> Any:
         return jax.vmap(transform.init)(params)
@@ -188,12 +194,12 @@ def _each_layer(transform: optax.GradientTransformation, axes: Any) -> optax.Gra
 
 
 def _scale_each(factors: Any) -> optax.GradientTransformation:
-    """Multiply each update by the number at its place in a tree."""
+    """A transformation that multiplies each update by the number at its path in `factors`."""
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: factor * u, updates, factors))
 
 
 def _by_path(value: Callable[[Any], Any], axes: Any) -> Any:
-    """The tree of what `value` says of each weight's path."""
+    """The tree of `value(path)` for the path of each weight."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value(path), axes, is_leaf=_is_axes)
 
 

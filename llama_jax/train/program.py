@@ -1,10 +1,10 @@
-"""A run on a mesh, before anything is computed: shapes, places and compiled steps. What runs it is `loop`.
+"""A run on a mesh, before anything is computed: shapes, shardings and compiled steps. `loop` runs it.
 
     program = Program.make(run, parallel.make_mesh({"fsdp": 8}))
-    state, frozen = start.first_state(program), start.frozen(program).params
+    state, frozen = setup.first_state(program), setup.frozen(program).params
     state, metrics = program.train_step(state, frozen, batch)
 
-It needs no weights, so that the same steps can be compiled for devices that are not there:
+It needs no weights, so that the same steps can be compiled for devices that are not attached:
 `program.train_step.lower(program.state, program.frozen, program.batch).compile()`.
 """
 
@@ -19,41 +19,44 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llama_jax import model, parallel
+from llama_jax import parallel
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch
-from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, state_shardings
 from llama_jax.train.step import make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What follows from a run and a mesh.
+    """The abstract state and the compiled steps that follow from a run and a mesh.
 
     Attributes:
-        run: the run.
-        layout: the mesh, under the rules of training.
-        dtype: of activations and products.
-        optimizer: optax's.
-        state: the abstract TrainState: shapes, dtypes and shardings.
-        frozen: the abstract params that are only read, or None (see `method`).
+        run: The run.
+        steps: Optimizer steps of the run; 0 before `with_steps` where train.epochs decides.
+        layout: The mesh, with the sharding rules of training.
+        dtype: Dtype of activations and matrix products.
+        optimizer: The optax transformation.
+        state: The abstract TrainState: shapes, dtypes and shardings.
+        frozen: The abstract params of the frozen model, or None (see `trainable`).
     """
 
     run: RunConfig
+    steps: int
     layout: parallel.Layout
     dtype: jnp.dtype
     optimizer: optax.GradientTransformation
     state: TrainState
-    frozen: model.Params | None
+    frozen: Params | None
 
     @classmethod
     def make(cls, run: RunConfig, mesh: jax.sharding.Mesh) -> Program:
         """The program of a run on a mesh.
 
         Raises:
-            ConfigError: a mesh that this model and batch cannot be split over, or a base that cannot be quantized.
+            ConfigError: the model or a batch cannot be split over the mesh, or the base cannot be quantized.
         """
         run.check_mesh(dict(mesh.shape))
         layout = parallel.Layout(mesh, "train")
@@ -61,6 +64,7 @@ class Program:
         optimizer = make_optimizer(run.optimizer, trainable.trained_axes(run), steps=run.train.steps)
         return cls(
             run=run,
+            steps=run.train.steps,
             layout=layout,
             dtype=dtype,
             optimizer=optimizer,
@@ -68,9 +72,16 @@ class Program:
             frozen=trainable.abstract_frozen(run, layout, dtype),
         )
 
+    def with_steps(self, steps: int) -> Program:
+        """The program of the same run with its schedule over `steps`."""
+        if steps == self.steps:
+            return self
+        optimizer = make_optimizer(self.run.optimizer, trainable.trained_axes(self.run), steps=steps)
+        return dataclasses.replace(self, steps=steps, optimizer=optimizer)
+
     @property
     def batch_sharding(self) -> jax.sharding.NamedSharding:
-        """Where each array (B, T) of a batch lies."""
+        """The sharding of each array (B, T) of a batch."""
         return self.layout.sharding(("batch", "length"))
 
     @property
@@ -82,25 +93,28 @@ class Program:
 
     @functools.cached_property
     def rows_of_host(self) -> list[int]:
-        """Which rows of a global batch this process's devices hold, in order."""
+        """The rows of a global batch that this process's devices hold, in order."""
         shape = self.batch["tokens"].shape
         indices = self.batch_sharding.addressable_devices_indices_map(shape).values()
         return sorted({row for index in indices for row in range(*index[0].indices(shape[0]))})
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """The compiled step, (state, frozen, batch) -> (state, metrics): donates the state; metrics are replicated."""
+        """The compiled step, (state, frozen, batch) -> (state, metrics). The state is donated."""
         shardings = state_shardings(self.state)
+        schedule = make_schedule(self.run.optimizer, steps=self.steps)
         return jax.jit(
-            make_train_step(self.run, self.optimizer, self.layout, self.dtype),
-            in_shardings=(shardings, None, self.batch_sharding),  # what is frozen lies where it lies
+            make_train_step(self.run, self.optimizer, schedule, self.layout, self.dtype),
+            # The state comes back with the shardings that it is given, so that the next call does not recompile. None
+            # keeps the shardings that the frozen weights already have.
+            in_shardings=(shardings, None, self.batch_sharding),
             out_shardings=(shardings, parallel.replicated(self.layout.mesh)),
             donate_argnums=0,
         )
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The compiled evaluation, (trained, frozen, batch) -> sums, of which `count` divides the others."""
+        """The compiled evaluation, (trained, frozen, batch) -> sums, where `count` is the divisor of the others."""
         return jax.jit(
             make_eval_step(self.run, self.layout, self.dtype),
             in_shardings=(state_shardings(self.state).params, None, self.batch_sharding),

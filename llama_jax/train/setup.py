@@ -1,44 +1,43 @@
-"""What a run starts from: a tokenizer, tokenised text, and the first weights."""
+"""The start of a run: its paths are checked, and its tokenizer, data and first weights are made or loaded."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model
-from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine, refuse_many_bad
-from llama_jax.data.sources import documents_from, hub_files
-from llama_jax.data.store import build_store
+from llama_jax.data import prepare
+from llama_jax.data.loader import Loader
+from llama_jax.data.packing import Rows
+from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
-from llama_jax.hub import some
-from llama_jax.params import restack
-from llama_jax.run_config import RunConfig, differences
-from llama_jax.run_keys import DataConfig
-from llama_jax.text import tokenizer as text
-from llama_jax.text.bpe_training import train_bpe
+from llama_jax.params import Params, restack
+from llama_jax.run_config import RunConfig
+from llama_jax.text import chat_template, vocabulary_files
+from llama_jax.text.chat_format import AUTO, ChatFormat, choose
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.record_encoder import RecordEncoder
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
+from llama_jax.train.metrics import say
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
 from llama_jax.weights import hub_models
-from llama_jax.weights.source import Source, open_source
-
-Say = Callable[..., None]
-_OFTEN = 10  # epochs; of dialogs, few runs mean more
+from llama_jax.weights.locate import is_path
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import Source
 
 
 def check_paths(run: RunConfig) -> None:
-    """Refuse what is not there, or cannot be written to, before any work is done.
+    """Make the folders that a run writes to, and check that what it reads exists, before any work is done.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: a folder cannot be written to, or a file does not exist. The message names the key.
     """
     for key, name in (("output", run.output), ("data.cache_dir", run.data.cache_dir)):
         folder = Path(name).expanduser()
@@ -52,159 +51,170 @@ def check_paths(run: RunConfig) -> None:
 
 
 def check_sources(run: RunConfig) -> None:
-    """Refuse data, a tokenizer or a first model that is not there; ConfigError, naming the key."""
-    for split, patterns in (("train", run.data.train), ("validation", run.data.validation)):
-        try:
-            documents_from(patterns, split=split) if patterns else None  # resolves the patterns, and reads nothing yet
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.{split}: {error}") from None
-    for key, name in (("data.tokenizer", run.data.tokenizer), ("init_from", run.init_from)):
-        remote = key == "init_from" and hub_models.is_hub_id(name)
-        if name and not remote and not Path(name).expanduser().exists():
-            mend = "name a model's folder or file, or a hub id (owner/name)" if key == "init_from" else "name a file"
-            raise ConfigError(f"{key}={name!r} does not exist: {mend}")
+    """Check that the data, the tokenizer and the first model of a run exist; ConfigError names the key."""
+    prepare.check_sources(run.data)
+    name = run.init_from
+    if name and is_path(name) and not Path(name).expanduser().exists():
+        raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
+
+
+def shaped(run: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
+    """The run with the shape of the model of init_from, before data are prepared.
+
+    A model on the hub is compared by its config.json before its weights are downloaded.
+
+    Raises:
+        ConfigError: keys of the section model contradict the model, the mesh does not fit it, or it cannot be opened.
+    """
+    if not run.init_from:
+        return run
+    if hub_models.is_hub_id(run.init_from):
+        config = hub_models.read_shape(run.init_from)
+        if config is not None:
+            run.with_shape(config).check_mesh(dict(mesh.shape))
+    return run.with_shape(open_source(run.init_from).config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        tokenizer: The tokenizer, which is also in the run folder.
+        loader: The training batches of this host, from the first step on.
+        validation: The validation rows, or None.
+        rows: The number of training rows.
+        dialogs: True if the loss counts answers: the data are dialogs, completions or preference pairs.
+    """
+
+    tokenizer: Tokenizer
+    loader: Loader
+    validation: Rows | None
+    rows: int
+    dialogs: bool
+
+
+def load_data(program: Program, folder: Path, *, resuming: bool) -> Data:
+    """Choose the tokenizer of a run, and tokenize and pack its data.
+
+    Args:
+        program: The program of the run.
+        folder: The run folder.
+        resuming: Take the tokenizer that is in the folder.
+
+    Raises:
+        ConfigError: data, tokenizer and model do not fit one another.
+        ValueError: too much of the data cannot be used.
+    """
+    run = program.run
+    tokens = tokenizer(run, folder, resuming=resuming, say=say)
+    chat = chat_format(run, folder, tokens, resuming=resuming)
+    train, validation = prepare.rows(run, RecordEncoder(tokens, chat, run.data.parse_special), say)
+    loader = Loader(
+        train,
+        batch_size=run.data.batch_size,
+        seed=run.data.seed,
+        shuffle=run.data.shuffle,
+        rows_of_host=program.rows_of_host,
+    )
+    stores = [part.store for part in train.parts]
+    dialogs = any(store.masked or store.pairs for store in stores)
+    return Data(tokens, loader, validation, sum(map(len, train.parts)), dialogs)
 
 
 def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Tokenizer:
-    """The run's tokenizer, kept in its folder: data.tokenizer, that of init_from, or one trained on the text.
+    """The tokenizer of a run: of data.tokenizer or init_from, or trained on the text. It is kept in the run folder.
 
     Args:
-        run: the run.
-        folder: of the run.
-        resuming: take the one that is in the folder. A folder without a checkpoint may hold that of another start.
-        say: prints.
+        run: The run.
+        folder: The run folder.
+        resuming: Take the tokenizer in the folder. Without a checkpoint it may be the tokenizer of another start.
+        say: Prints a line.
 
     Raises:
-        ConfigError: it has more tokens than the model.
+        ConfigError: the tokenizer has more tokens than the model.
     """
-    path = text.find(folder) if resuming else None
-    found = text.open(path or chosen_tokenizer(run, say).save_to(folder))  # by every process: all write the same bytes
-    if found.vocab_size > run.model.vocab_size:
+    path = vocabulary_files.find(folder) if resuming else None
+    chosen = Tokenizer(path or chosen_tokenizer(run, say).save_to(folder))  # every process writes the same bytes
+    try:
+        return chosen.for_model(run.model.vocab_size)
+    except ConfigError:
         raise ConfigError(
-            f"the tokenizer has {found.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
-            f"model.vocab_size={found.vocab_size}"
-        )
-    return found
+            f"the tokenizer has {chosen.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
+            f"model.vocab_size={chosen.vocab_size}"
+        ) from None
+
+
+def chat_format(run: RunConfig, folder: Path, tokens: Tokenizer, *, resuming: bool) -> ChatFormat:
+    """The chat format of a run. Its template is kept in the run folder, and in what is made of the run.
+
+    Args:
+        run: The run.
+        folder: The run folder.
+        tokens: The tokenizer of the run.
+        resuming: Take the template in the folder. Runs that have none there use Meta's reference format.
+
+    Raises:
+        ConfigError: data.chat_format is neither a name nor a file.
+        ValueError: a damaged file.
+    """
+    if resuming:
+        return _in_date(run, tokens, chat_template.read_folder(folder), AUTO)
+    chosen = chosen_chat_format(run, tokens)
+    chat_template.write(chosen.template, folder)  # every process writes the same bytes
+    return chosen
+
+
+def chosen_chat_format(run: RunConfig, tokens: Tokenizer) -> ChatFormat:
+    """The chat format that data.chat_format names for a new run."""
+    base = open_source(run.init_from).metadata.chat_template if run.init_from else None
+    try:
+        return _in_date(run, tokens, base, run.data.chat_format)
+    except ConfigError as error:
+        raise ConfigError(f"data.chat_format: {error}") from None
+
+
+def _in_date(run: RunConfig, tokens: Tokenizer, own: ChatTemplate | None, setting: str) -> ChatFormat:
+    day = datetime.date.fromisoformat(run.data.chat_date)
+    return choose(tokens, own, setting, date=(day.year, day.month, day.day))
 
 
 def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
-    """The tokenizer that a new run has; ConfigError where there is none, or two that differ."""
-    known = open_source(run.init_from).tokenizer() if run.init_from else None
-    if run.data.tokenizer:
-        given = text.open(Path(run.data.tokenizer).expanduser())
-        if known is not None and known.fingerprint != given.fingerprint:
-            raise ConfigError(
-                f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
-            )
-        return given
-    if run.init_from:
-        if known is None:
-            raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
-        return known
-    say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
-    return Tokenizer.from_ranks(train_bpe(_texts(run.data), vocab_size=run.model.vocab_size))
-
-
-def _texts(data: DataConfig) -> Iterator[str]:
-    """The text of all documents; ValueError, and a list, if too many are bad, rather than a vocabulary of the rest."""
-    bad: list[BadLine] = []
-    good = 0
-    for found in documents_from(data.train):
-        if isinstance(found, BadLine):
-            bad.append(found)
-        else:
-            good += 1
-            yield found.text
-    if bad:
-        listed = Path(data.cache_dir).expanduser() / "quarantine.jsonl"
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
-        refuse_many_bad(len(bad), good, bad[0], listed=listed)
-
-
-def rows(run: RunConfig, tokens: Tokenizer, say: Say) -> tuple[Mixture, Rows | None]:
-    """The training and validation data, tokenised once and made into rows: of one part, or one for each weight.
-
-    Raises:
-        ConfigError: preference pairs, and train.objective is another than `dpo`; or the other way round.
-        ValueError: too many lines cannot be used; names the key, the first of them and the file that lists them.
-    """
-    pairs = run.train.objective == "dpo"
-
-    def packed(patterns: Sequence[str], name: str) -> Rows:
-        cache, T = Path(run.data.cache_dir).expanduser(), run.data.sequence_length
-        try:
-            store = build_store(patterns, tokens, cache_dir=cache, max_length=T, split=name, pairs=pairs)
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from None
-        if store.pairs != pairs:
-            found = "preference pairs" if store.pairs else "dialogs or completions" if store.masked else "texts"
-            mend = (
-                "set train.objective='dpo', or give the chosen answers alone, as 'messages' or as 'prompt' and "
-                "'completion'"
-                if store.pairs
-                else "give records of 'prompt', 'chosen' and 'rejected', or set train.objective='sft'"
-            )
-            what = f"data.{name}: {', '.join(patterns)} holds {found}"
-            raise ConfigError(f"{what}, which train.objective={run.train.objective!r} does not learn from: {mend}")
-        if files := hub_files(patterns, split=name):
-            say(f"{name}: {some(files)}")
-        rows = pack(store, sequence_length=T, loss_on=run.data.loss_on)
-        # Nothing else is worth a word of plain text: all of it is targets, and the last row alone is padded.
-        targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
-        waste = f" ({rows.waste:.1%} padding)" if store.masked else ""
-        say(
-            f"{name}: {store.num_units:,} {store.unit}s, {store.num_tokens:,} tokens{targets}, "
-            f"{len(rows):,} rows{waste}, fingerprint {store.fingerprint[:16]}"
-        )
-        if store.num_bad:
-            total = store.num_bad + store.num_units
-            say(f"{name}: left out as bad: {store.num_bad:,} of {total:,} {store.unit}s, listed in {store.quarantine}")
-        return rows
-
-    if run.data.weights:
-        train = Mixture(tuple(packed([pattern], "train") for pattern in run.data.train), run.data.weights)
-        for pattern, rows, weight in zip(run.data.train, train.parts, train.weights, strict=True):
-            share = weight / sum(train.weights)
-            drawn = share * run.train.steps * run.data.batch_size
-            say(f"train: {share:.1%} of rows from {pattern}, each seen {drawn / len(rows):.3g} times in this run")
-    else:
-        train = Mixture((packed(run.data.train, "train"),), (1.0,))
-        seen = run.train.steps * run.data.batch_size / len(train.parts[0])
-        if seen > _OFTEN:
-            say(f"train: each row is seen {seen:,.0f} times in this run: set train.steps lower if that is not meant")
-    return train, packed(run.data.validation, "validation") if run.data.validation else None
+    """The tokenizer of a new run; ConfigError if there is none, or if data.tokenizer and init_from differ."""
+    base = open_source(run.init_from).tokenizer() if run.init_from else None
+    return prepare.choose_tokenizer(run, base, say)
 
 
 def first_state(program: Program) -> TrainState:
-    """The state before the first step, straight in its shards: random weights, those of init_from, or new updates.
+    """The sharded state before the first step, with random weights, the weights of init_from or new LoRA matrices.
 
     Raises:
-        ConfigError: init_from is a model of another shape, naming the keys that differ.
+        ConfigError: init_from is a model of another shape. The message names the keys that differ.
     """
     run, shardings = program.run, state_shardings(program.state)
     init = functools.partial(init_state, run, program.optimizer)
     if run.lora.rank or not run.init_from:
         return jax.jit(init, out_shardings=shardings)()
+    say(f"loading {run.init_from}")
     params = _loaded(_pretrained(run), program, jnp.dtype(jnp.float32), "none")
     return jax.jit(lambda params: init(params=params), out_shardings=shardings, donate_argnums=0)(params)
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What a run only reads: LoRA's base, or DPO's reference.
+    """The frozen model of a run: LoRA's base or DPO's reference.
 
     Attributes:
-        params: stacked, in their shards; None where nothing is frozen.
-        identity: of the model that it is (`Source.identity`), or None.
+        params: Stacked and sharded params; None if nothing is frozen.
+        identity: Identity of the model (`Source.identity`), or None.
     """
 
-    params: model.Params | None
+    params: Params | None
     identity: str | None
 
 
 def frozen(program: Program) -> Frozen:
-    """What is frozen, from init_from, at the start and again whenever a run goes on: checkpoints do not hold it.
+    """The frozen model, loaded from init_from at every start of a run: checkpoints do not hold it.
 
     Raises:
         ConfigError: init_from is a model of another shape.
@@ -213,22 +223,18 @@ def frozen(program: Program) -> Frozen:
         return Frozen(None, None)
     run = program.run
     source = _pretrained(run)
+    say(f"loading {run.init_from}")
     dtype = trainable.frozen_dtype(run, program.dtype)
     return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
 
 
-def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> model.Params:
-    """A model's weights, stacked, in their shards; the updates of a LoRA run are merged into them."""
+def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:
+    """The weights of a model, stacked and sharded, with the updates of a LoRA run merged into them."""
     return restack(source.load_merged(program.layout, dtype, quantize))
 
 
 def _pretrained(run: RunConfig) -> Source:
-    """The model of init_from, held against the run's."""
+    """The model of init_from; ConfigError if its shape is not the run's."""
     source = open_source(run.init_from)
-    # How far positions go is no property of the weights.
-    theirs = dataclasses.replace(source.config, max_seq_len=run.model.max_seq_len)
-    if theirs != run.model:
-        changed = differences(theirs.to_dict(), run.model.to_dict())
-        lines = "; ".join(f"model.{key}={old!r} there, {new!r} here" for key, (old, new) in changed.items())
-        raise ConfigError(f"init_from={run.init_from!r} is another model: {lines}")
+    run.with_shape(source.config)
     return source

@@ -1,4 +1,4 @@
-"""What a step changes and a checkpoint keeps: weights, moments, the step and a random key, as one pytree."""
+"""The training state as one pytree: weights, moments, the step and a random key. Checkpoints save it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from llama_jax.train.optimizer import opt_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The whole of a run's mutable state.
+    """The whole mutable state of a run.
 
     Attributes:
-        step: batches consumed (int32); a skipped one counts, so that it is also the data position.
-        params: float32 master weights of what is trained, stacked (see `method`).
-        opt_state: optax's.
-        key: raw uint32 key data of the run's random stream.
-        skipped: non-finite steps in a row (int32).
-        ema: a running average of params, or None.
+        step: Number of batches consumed (int32). A skipped step counts, so that this is also the data position.
+        params: Float32 master weights of the trained params, stacked (see `trainable`).
+        opt_state: State of the optax transformation.
+        key: Raw uint32 key data of the run's random stream.
+        skipped: Number of non-finite steps in a row (int32).
+        ema: Exponential moving average of params, or None.
     """
 
     step: jax.Array
@@ -38,16 +38,16 @@ class TrainState:
 
     @property
     def best(self) -> trainable.Trained:
-        """What the run has to show: the average where it keeps one, else the weights."""
+        """The params that are evaluated, sampled and saved as the model: the average, if there is one."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(
     run: RunConfig, optimizer: optax.GradientTransformation, *, params: trainable.Trained | None = None
 ) -> TrainState:
-    """A fresh state, as `method.init_trained` begins unless `params` are given.
+    """The state before the first step, with `params` or else those of `trainable.init_trained`.
 
-    Trace it in a jit with `state_shardings` as out_shardings, so that no device holds it whole.
+    Trace it in a jit with `state_shardings` as out_shardings, so that no device holds the whole state.
     """
     key, init_key = jax.random.split(jax.random.key(run.seed))
     params = trainable.init_trained(run, init_key) if params is None else params
@@ -62,20 +62,20 @@ def init_state(
 
 
 def abstract_state(run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout) -> TrainState:
-    """The state as ShapeDtypeStructs with their shardings: moments lie where their weights lie."""
+    """The state as ShapeDtypeStructs with their shardings; moments have the shardings of their weights."""
     state = jax.eval_shape(lambda: init_state(run, optimizer))
     axes = trainable.trained_axes(run)
-    places = parallel.shardings(layout, axes, state.params)
-    whole = parallel.replicated(layout.mesh)
-    placed = TrainState(
-        step=whole,
-        params=places,
+    sharded = parallel.shardings(layout, axes, state.params)
+    replicated = parallel.replicated(layout.mesh)
+    shardings = TrainState(
+        step=replicated,
+        params=sharded,
         opt_state=opt_shardings(state.opt_state, state.params, axes, layout),
-        key=whole,
-        skipped=whole,
-        ema=None if state.ema is None else places,
+        key=replicated,
+        skipped=replicated,
+        ema=None if state.ema is None else sharded,
     )
-    return parallel.abstract(state, placed)
+    return parallel.abstract(state, shardings)
 
 
 def state_shardings(abstract: TrainState) -> TrainState:

@@ -13,64 +13,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import model, parallel
+from llama_jax import parallel
+from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
 from llama_jax.train.objectives import Batch, Sums, objective
-from llama_jax.train.optimizer import group_norms, make_schedule
+from llama_jax.train.optimizer import group_norms
 from llama_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    run: RunConfig, optimizer: optax.GradientTransformation, layout: parallel.Layout, dtype: jnp.dtype
-) -> Callable[[TrainState, model.Params | None, Batch], tuple[TrainState, Metrics]]:
-    """The step as a function of state, what is frozen, and a batch; `Program` jits it with the state donated."""
-    A = run.train.accumulate
-    schedule = make_schedule(run.optimizer, steps=run.train.steps)
+    run: RunConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    layout: parallel.Layout,
+    dtype: jnp.dtype,
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
+    """The step as a function of the state, the frozen params and a batch; `Program` jits it with the state donated."""
+    accumulated = _make_gradients(run, dtype)
 
-    def gradients(
-        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
-        def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
-            return objective(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
-
-        return jax.value_and_grad(loss, has_aux=True)(trained)
-
-    def accumulated(
-        trained: trainable.Trained, frozen: model.Params | None, batch: Batch, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
-        def one(part: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
-            return gradients(trained, frozen, part, jax.random.fold_in(key, number))
-
-        return _summed(one, batch, A)
-
-    def train_step(state: TrainState, frozen: model.Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with parallel.use(layout):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            (loss, sums), grads = (gradients if A == 1 else accumulated)(state.params, frozen, batch, key)
-            count = sums.pop("count")
-            scale = 1.0 / jnp.maximum(count, 1.0)
+            (loss, sums), grads = accumulated(state.params, frozen, batch, key)
+            scale = 1.0 / jnp.maximum(sums.pop("count"), 1.0)
             grads = jax.tree.map(lambda g: g * scale, grads)
             norms = group_norms(grads)
             grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
+            learning_rate = schedule(state.opt_state[-1].count)  # the count of the chain's last link, which scales
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            learning_rate = schedule(state.opt_state[-1].count)  # of the chain's last link, the one that scales
-            with jax.named_scope("optimizer"):
-                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-                params = optax.apply_updates(state.params, updates)
-                ema = None if state.ema is None else _averaged(run.optimizer.ema_decay, state.step, state.ema, params)
-            # A non-finite loss or gradient changes nothing but the count of such steps.
-            keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-            state = TrainState(
-                step=state.step + 1,
-                params=keep(params, state.params),
-                opt_state=keep(opt_state, state.opt_state),
-                key=state.key,
-                skipped=jnp.where(finite, 0, state.skipped + 1),
-                ema=keep(ema, state.ema),
-            )
+            state = _updated(run, optimizer, state, grads, finite)
         return state, {
             **{name: value * scale for name, value in sums.items()},
             "grad_norm": grad_norm,
@@ -83,15 +57,63 @@ def make_train_step(
     return train_step
 
 
+def _make_gradients(
+    run: RunConfig, dtype: jnp.dtype
+) -> Callable[..., tuple[tuple[jax.Array, Sums], trainable.Trained]]:
+    """A function (trained, frozen, batch, key) -> ((loss, sums), gradients), all summed over the accumulated parts."""
+    A = run.train.accumulate
+
+    def gradients(
+        trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
+        def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
+            return objective(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
+
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    def accumulated(
+        trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
+        def part(rows: Batch, number: jax.Array) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
+            return gradients(trained, frozen, rows, jax.random.fold_in(key, number))
+
+        return _summed(part, batch, A)
+
+    return gradients if A == 1 else accumulated
+
+
+def _updated(
+    run: RunConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: trainable.Trained,
+    finite: jax.Array,
+) -> TrainState:
+    """The state after one optimizer step. If not `finite`, only the counts of steps and of skipped steps change."""
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else _averaged(run.optimizer.ema_decay, state.step, state.ema, params)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    return TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        key=state.key,
+        skipped=jnp.where(finite, 0, state.skipped + 1),
+        ema=keep(ema, state.ema),
+    )
+
+
 def make_eval_step(
     run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
-) -> Callable[[trainable.Trained, model.Params | None, Batch], Sums]:
-    """A function of what is trained, what is frozen, and a batch, to the objective's sums with their count.
+) -> Callable[[trainable.Trained, Params | None, Batch], Sums]:
+    """The evaluation as a function of the trained params, the frozen params and a batch, to the objective's sums.
 
-    It takes as many rows at a time as the training step, so that it fits where that does.
+    It computes as many rows at a time as the training step, so that it fits in the same memory.
     """
 
-    def eval_step(trained: trainable.Trained, frozen: model.Params | None, batch: Batch) -> Sums:
+    def eval_step(trained: trainable.Trained, frozen: Params | None, batch: Batch) -> Sums:
         def one(part: Batch, _: jax.Array) -> Sums:
             return objective(run, trainable.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
 
@@ -102,10 +124,10 @@ def make_eval_step(
 
 
 def _summed(function: Callable[[Batch, jax.Array], Any], batch: Batch, A: int) -> Any:
-    """The sum of function(part, its number) over A parts of a batch, which are computed one after the other."""
+    """The sum of function(part, number of the part) over A parts of a batch, computed one after the other."""
     if A == 1:
         return function(batch, jnp.zeros((), jnp.int32))
-    # Every A-th row goes into the same part, so that each device cuts its own rows and none travels.
+    # Every A-th row goes into the same part, so that each device splits its own rows and sends none.
     parts = jax.tree.map(lambda a: a.reshape(-1, A, *a.shape[1:]).swapaxes(0, 1), batch)
     parts = {name: parallel.constrain(a, None, "batch", "length") for name, a in parts.items()}
 
@@ -119,6 +141,6 @@ def _summed(function: Callable[[Batch, jax.Array], Any], batch: Batch, A: int) -
 
 
 def _averaged(decay: float, step: jax.Array, ema: trainable.Trained, params: trainable.Trained) -> trainable.Trained:
-    """The running average one step on; in the first steps it forgets faster, as there is less to remember."""
+    """One update of the exponential moving average. Its decay warms up as (1 + step) / (10 + step)."""
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)

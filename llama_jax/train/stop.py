@@ -1,4 +1,4 @@
-"""Leaving in good order: SIGTERM and Ctrl-C end the run after the step under way, with a checkpoint."""
+"""The orderly stop of a run: SIGTERM and Ctrl-C end it after the running step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class StopSignal:
 
     A thread reads the signal as it arrives, also while the main thread is inside a compilation or a long step, where
     Python's own handlers have to wait. If the main thread has not called `acknowledge` within `grace` seconds of a
-    SIGTERM, the process ends with what its last checkpoint holds, rather than be killed by whoever sent it. Ctrl-C
-    waits for as long as the step takes; a second one ends the process.
+    SIGTERM, the process exits without a further checkpoint, before the scheduler kills it. Ctrl-C waits for as long as
+    the step takes; a second one ends the process.
     """
 
     def __init__(self, *, grace: float) -> None:
@@ -26,7 +26,7 @@ class StopSignal:
         self._previous: dict[int, object] = {}
 
     def acknowledge(self) -> None:
-        """Say that the stop is being acted on: saving may now take as long as it takes."""
+        """Declare that the stop is handled: saving may now take any time."""
         self._acknowledged.set()
 
     def __enter__(self) -> StopSignal:

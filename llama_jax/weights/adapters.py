@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.model import Params, logical_axes
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights, base_of, dora_factor, part_axes
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout
+from llama_jax.params import Params, logical_axes
 from llama_jax.weights import name_table
 from llama_jax.weights.load import place
 from llama_jax.weights.tensor import Index, LazyTensor, row_blocks

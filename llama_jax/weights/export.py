@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,18 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
-from llama_jax.model import Params, check_params
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
 from llama_jax.ops.quant import QTensor
-from llama_jax.params import is_stacked
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.params import Params, check_params, is_stacked
+from llama_jax.text import chat_format, chat_template, vocabulary_files
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
-from llama_jax.text.formats import huggingface as huggingface_vocabulary
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.formats import meta as meta_vocabulary
 from llama_jax.weights import name_table
 from llama_jax.weights.adapters import LazyLora, merge_lora
 from llama_jax.weights.formats import gguf, huggingface, meta
+from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array, row_blocks
 
 # Each format and the dtypes that it is written in, with their bytes a number.
@@ -46,35 +46,14 @@ _SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and heade
 
 _log = logging.getLogger(__name__)
 
-Told = Callable[[int], None]  # how many more bytes were written
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What goes out with the weights.
-
-    Attributes:
-        tokenizer: of the model, or None.
-        bos_token: the id that begins a text, or None.
-        stop_tokens: ids that end one.
-        sampling: settings that the model suggests, or None.
-        chat_template: the model's own (Jinja); by default Llama 3.1's, where the tokenizer has its tokens.
-        tokenizer_files: to copy into a Hugging Face folder as they are, rather than write the tokenizer anew.
-    """
-
-    tokenizer: Tokenizer | None
-    bos_token: int | None
-    stop_tokens: tuple[int, ...]
-    sampling: SamplingParams | None
-    chat_template: str | None = None
-    tokenizer_files: tuple[Path, ...] = ()
+Progress = Callable[[int], None]  # takes the number of bytes that were written since the last call
 
 
 def save(
     path: str | os.PathLike[str],
     config: ModelConfig,
     leaves: name_table.Leaves,
-    card: Card,
+    metadata: Metadata,
     *,
     format: str,
     dtype: str | None = None,
@@ -87,7 +66,7 @@ def save(
             with weights in it is refused.
         config: of the model.
         leaves: its tensors by path, as `leaves_of` or a Source has them.
-        card: tokenizer and settings that go with it.
+        metadata: its tokenizer, token ids, sampling settings and chat template.
         format: one of FORMATS.
         dtype: one of FORMATS[format]; by default `default_dtype`, but for tensors that would lose numbers by it.
         shard_bytes: of a file of format "hf", at most.
@@ -121,7 +100,7 @@ def save(
         total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, mininterval=1, leave=False
     ) as bar:
         try:
-            _WRITERS[format](path, config, leaves, card, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
+            _WRITERS[format](path, config, leaves, metadata, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}; what was written so far is not whole") from error
     return path
@@ -278,55 +257,67 @@ def _free(path: Path, format: str) -> Path:
     return path
 
 
+def _chat_template(metadata: Metadata) -> ChatTemplate | None:
+    """The model's own chat template; else Meta's reference format as one, if the tokenizer has its control tokens."""
+    if metadata.chat_template is None and metadata.tokenizer is not None:
+        return chat_format.Llama3Format(metadata.tokenizer).template
+    return metadata.chat_template
+
+
+def _transformers_reads(files: Sequence[Path]) -> bool:
+    """Whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
+    return any(
+        file.name == "tokenizer.json" or (file.suffix == ".model" and not meta_vocabulary.looks_like_ranks(file))
+        for file in files
+    )
+
+
 def _write_hf(
     path: Path,
     config: ModelConfig,
     leaves: name_table.Leaves,
-    card: Card,
+    metadata: Metadata,
     *,
     dtype: str,
     shard_bytes: int,
-    progress: Told,
+    progress: Progress,
 ) -> None:
-    for file in card.tokenizer_files:
+    files = metadata.tokenizer_files
+    if metadata.tokenizer is not None and not _transformers_reads(files):
+        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
+        vocabulary_files.write_for_transformers(
+            metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len
+        )
+        chat_template.write(_chat_template(metadata), path)
+    for file in files:
         shutil.copyfile(file, path / file.name)
-    if card.tokenizer is not None and not (path / "tokenizer.json").exists():
-        template = card.chat_template
-        huggingface_vocabulary.write(card.tokenizer, path, model_max_length=config.max_seq_len, chat_template=template)
-    huggingface.save_folder(
-        path,
-        config,
-        leaves,
-        stop_tokens=card.stop_tokens,
-        bos_token=card.bos_token,
-        sampling=card.sampling,
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
+    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(path):
+        chat_template.write(metadata.chat_template, path)  # templates in a folder of their own are not among the files
+    huggingface.save_folder(path, config, leaves, metadata, shard_bytes=shard_bytes, progress=progress)
 
 
 def _write_meta(
     path: Path,
     config: ModelConfig,
     leaves: name_table.Leaves,
-    card: Card,
+    metadata: Metadata,
     *,
     dtype: str,
     shard_bytes: int,
-    progress: Told,
+    progress: Progress,
 ) -> None:
-    if card.tokenizer is not None:
+    if metadata.tokenizer is not None:
         try:
-            card.tokenizer.save(path / "tokenizer.model")
+            metadata.tokenizer.save(path / "tokenizer.model")
         except ConfigError:
             _log.warning("warning: written without a tokenizer: Meta's format holds Llama 3's alone, not this one")
     meta.save_folder(path, config, leaves, progress=progress)
-    again = meta.context_of(config)
-    if again != config.max_seq_len:
+    context = meta.context_of(config)
+    if context != config.max_seq_len:
         _log.warning(
             "warning: Meta's params.json has no room for the context length: %s positions come back as %s",
             config.max_seq_len,
-            again,
+            context,
         )
 
 
@@ -334,15 +325,18 @@ def _write_gguf(
     path: Path,
     config: ModelConfig,
     leaves: name_table.Leaves,
-    card: Card,
+    metadata: Metadata,
     *,
     dtype: str,
     shard_bytes: int,
-    progress: Told,
+    progress: Progress,
 ) -> None:
-    fields = None if card.tokenizer is None else gguf_vocabulary.fields(card.tokenizer)
-    if fields is not None and card.chat_template is not None:
-        fields["chat_template"] = card.chat_template
+    fields = None
+    if metadata.tokenizer is not None:
+        try:
+            fields = gguf_vocabulary.fields(metadata.tokenizer.vocabulary, rows=config.vocab_size)
+        except ConfigError as error:
+            _log.warning("warning: written without a tokenizer: %s", error)
     gguf.save_file(
         path,
         config,
@@ -350,8 +344,9 @@ def _write_gguf(
         dtype=dtype,
         vocabulary=fields,
         name=path.stem,
-        stop_tokens=card.stop_tokens,
-        bos_token=card.bos_token,
+        stop_tokens=metadata.stop_tokens,
+        bos_token=metadata.bos_token,
+        chat_template=_chat_template(metadata),
         progress=progress,
     )
 

@@ -1,4 +1,4 @@
-"""Models named by their id on the Hugging Face hub: which files are needed of one, in one format of weights only."""
+"""Models on the Hugging Face hub: their ids, and the choice of files to download, with weights in one format only."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json
 from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
-from llama_jax.weights.formats.huggingface import read_config
+from llama_jax.weights.formats.huggingface import TOKENIZER_FILES
+from llama_jax.weights.formats.huggingface_config import read_config
 
 FORMS = "owner/name, owner/name@revision or owner/name/FILE.gguf@revision"
 
 _ID = re.compile(rf"({ID})(?:/([^@\s]+\.gguf))?(?:@(\w[\w.+/-]*))?", re.ASCII)
 _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # llama.cpp's gguf-split
 
-_SAFETENSORS, _FLAX = "model.safetensors", "flax_model.msgpack"
+_SAFETENSORS, _TORCH, _FLAX = "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"
 _INDEX = ".index.json"
-# What the choice is made by. The hub makes .gitattributes in every repo, and its library warns where no file matches.
-_FIRST = (".gitattributes", "config.json", _SAFETENSORS + _INDEX, _FLAX + _INDEX)
-_BESIDE = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "original/tokenizer.model",
-)
+# Files that decide the choice. Every repo has a .gitattributes; the hub's library warns if no file matches.
+_FIRST = (".gitattributes", "config.json", *(whole + _INDEX for whole in (_SAFETENSORS, _TORCH, _FLAX)))
+# Files that are downloaded with the weights of a Hugging Face folder.
+_SETTINGS = ("config.json", "generation_config.json", *TOKENIZER_FILES, "original/tokenizer.model")
+_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _WEIGHTS = (".safetensors", ".msgpack", ".gguf", ".pth", ".pt", ".bin", ".h5", ".onnx")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """The parts of an id. `file` is one of the repo's GGUF files, or None for all that it takes."""
+    """The parts of an id.
+
+    Attributes:
+        repo: the repo and its revision.
+        file: one of the repo's GGUF files, or None.
+    """
 
     repo: Repo
     file: str | None
@@ -43,7 +44,12 @@ class _Name:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """The files to download, and which path among them names the model; "" is the folder of them all."""
+    """The files to download.
+
+    Attributes:
+        files: their paths in the repo.
+        opened: path of the model within the repo: a GGUF file or a folder; "" is the repo's own folder.
+    """
 
     files: tuple[str, ...]
     opened: str
@@ -55,10 +61,10 @@ def is_hub_id(text: str) -> bool:
 
 
 def download(repo_id: str) -> Path:
-    """Fetch a model that is not in the cache yet, and say where it is.
+    """Downloads a model unless the cache has it, and returns its path.
 
-    Only one format is fetched: safetensors, else Meta's original files, else the old Flax ones, else the one GGUF file
-    there is. A config that is not supported is refused before its weights come.
+    Only one format is downloaded: safetensors, else Meta's original files, else torch's, else the old Flax ones, else
+    the only GGUF file. A config that is not supported is refused before its weights are downloaded.
 
     Args:
         repo_id: owner/name, or owner/name/FILE.gguf for one file or split set of a repo; with @revision for a branch,
@@ -80,22 +86,34 @@ def download(repo_id: str) -> Path:
     return folder / choice.opened
 
 
-def download_adapter(repo_id: str, config: str, weights: Sequence[str], optional: Sequence[str]) -> Path:
-    """The folder of a LoRA adapter named by its id, downloaded as `download` does.
+def read_shape(repo_id: str) -> ModelConfig | None:
+    """The shape of a model from its config.json, without its weights; None if the repo has no such file.
+
+    Raises:
+        ConfigError: as `download`.
+    """
+    name = _parse(repo_id)
+    if name is None or name.file is not None:
+        return None
+    folder = fetch(name.repo, _FIRST)
+    return read_config(folder) if (folder / "config.json").is_file() else None
+
+
+def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
+    """Downloads a LoRA adapter with its tokenizer files unless the cache has them, and returns their folder.
 
     Args:
         repo_id: owner/name, with @revision for a branch, a tag or a commit other than main.
         config: the file that an adapter must have.
-        weights: files of weights, of which the first that is there is downloaded.
-        optional: files that are downloaded if they are there.
+        weights: files of weights, the first of which that the repo has is downloaded.
 
     Raises:
-        ConfigError: what `download` raises, or the repo has no config or no weights.
+        ConfigError: as in `download`, or the repo has no config or no weights.
     """
     name = _parse(repo_id)
     if name is None or name.file is not None:
         raise ConfigError(f"{repo_id!r} is not the id of an adapter: write owner/name or owner/name@revision")
-    folder = fetch(name.repo, (".gitattributes", config, *optional))
+    folder = fetch(name.repo, (".gitattributes", config, *TOKENIZER_FILES))
     files = listing(name.repo, folder)
     chosen = [file for file in weights if file in files][:1]
     if missing := [file for file in (config, *(chosen or weights[:1])) if file not in files]:
@@ -117,23 +135,29 @@ def _parse(text: str) -> _Name | None:
 
 
 def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
-    """What to download of a repo, whose `_FIRST` files are in `folder`."""
+    """Chooses the files of a repo to download.
+
+    Args:
+        name: the id.
+        folder: the snapshot in the cache, which has the files of _FIRST that the repo has.
+        files: paths of all files in the repo.
+    """
     ggufs = [file for file in files if file.endswith(".gguf")]
     if name.file is not None:
         if name.file not in ggufs:
             there = f"its GGUF files: {some(ggufs)}" if ggufs else "it has no GGUF files"
             raise ConfigError(f"{name.repo.name} has no {name.file}{nearest(name.file, ggufs)}; {there}")
         return _gguf(name, name.file, files)
-    beside = [file for file in _BESIDE if file in files]
+    settings = [file for file in _SETTINGS if file in files] + [file for file in files if _TEMPLATES.fullmatch(file)]
     if weights := _safetensors(name, folder, files):
-        return _checked(name, folder, beside, weights)
+        return _checked(name, folder, settings, weights)
     for base in ("original/", ""):
         weights = [file for file in files if re.fullmatch(re.escape(base) + r"consolidated\.\d+\.pth", file)]
         if weights and base + "params.json" in files:
             tokenizer = [file for file in files if file == base + "tokenizer.model"]
             return _Choice((base + "params.json", *tokenizer, *weights), base)
-    if weights := _indexed(_FLAX, name, folder, files):
-        return _checked(name, folder, beside, weights)
+    if weights := _indexed(_TORCH, name, folder, files) or _indexed(_FLAX, name, folder, files):
+        return _checked(name, folder, settings, weights)
     firsts = sorted({_SPLIT.sub(r"\1-00001-of-\2.gguf", file) for file in ggufs})
     if len(firsts) > 1:
         one = f"{name.repo.name}/{firsts[0]}" + (f"@{name.repo.revision}" if name.repo.revision else "")
@@ -145,29 +169,30 @@ def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
             f"{name.repo.name} is a LoRA adapter, not a model: give the model that it belongs to, and with it "
             f"--adapter {name.repo.text} (load(..., adapters=...))"
         )
-    there = [file for file in files if file.endswith(_WEIGHTS)] or files
+    others = [file for file in files if file.endswith(_WEIGHTS)] or files
     raise ConfigError(
         f"{name.repo.name} has no weights that can be read: wanted are config.json with *.safetensors, params.json "
-        f"with consolidated.*.pth, config.json with {_FLAX}, or *.gguf; it has {some(there) or 'no files'}"
+        f"with consolidated.*.pth, config.json with {_TORCH} or {_FLAX}, or *.gguf; it has "
+        f"{some(others) or 'no files'}"
     )
 
 
-def _checked(name: _Name, folder: Path, beside: list[str], weights: list[str]) -> _Choice:
-    """The choice of a folder with config.json, which is read first: weights may take hours."""
+def _checked(name: _Name, folder: Path, settings: list[str], weights: list[str]) -> _Choice:
+    """The choice of a Hugging Face folder. Its config is read first, since weights may take hours to download."""
     check_there(name.repo, folder, ("config.json",))
     read_config(folder)
-    return _Choice((*beside, *weights), "")
+    return _Choice((*settings, *weights), "")
 
 
 def _safetensors(name: _Name, folder: Path, files: list[str]) -> list[str]:
-    """The safetensors that the reader would open, with their index; other copies of the weights stay where they are."""
+    """The safetensors files that the reader opens, with their index. Other copies of the weights are left out."""
     alone = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
     single = alone if len(alone) == 1 and "config.json" in files else []
     return _indexed(_SAFETENSORS, name, folder, files) or single
 
 
 def _indexed(whole: str, name: _Name, folder: Path, files: list[str]) -> list[str]:
-    """`whole`, else its index and the shards that this lists, else nothing."""
+    """The file `whole`, else its index and the shards that the index lists, else nothing."""
     if "config.json" not in files:
         return []
     if whole in files:
@@ -175,16 +200,16 @@ def _indexed(whole: str, name: _Name, folder: Path, files: list[str]) -> list[st
     if whole + _INDEX not in files:
         return []
     check_there(name.repo, folder, (whole + _INDEX,))
-    places = read_json(folder / (whole + _INDEX)).get("weight_map")
-    shards = list(dict.fromkeys(places.values())) if isinstance(places, dict) else []
+    weight_map = read_json(folder / (whole + _INDEX)).get("weight_map")
+    shards = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
     suffix = Path(whole).suffix
     if not shards or not all(isinstance(s, str) and s.endswith(suffix) and not set(s) & set("/\\:\0") for s in shards):
-        raise ConfigError(f"{folder / whole}{_INDEX}: weight_map must name {suffix} files, got {brief(places)}")
+        raise ConfigError(f"{folder / whole}{_INDEX}: weight_map must name {suffix} files, got {brief(weight_map)}")
     return [whole + _INDEX, *shards]
 
 
 def _gguf(name: _Name, file: str, files: list[str]) -> _Choice:
-    """A GGUF file, or the whole split set that it belongs to."""
+    """The choice of a GGUF file, or of all parts of the split one that it belongs to."""
     split = _SPLIT.fullmatch(file)
     if split is None:
         return _Choice((file,), file)

@@ -1,11 +1,10 @@
-"""From entries to params: held against the config first, then read part by part, straight into each device's shards."""
+"""Placement of weights: tensors are read from files part by part, straight into each device's shards."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,77 +12,21 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.model import Params, logical_axes
+from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout, shardings
+from llama_jax.params import Params, logical_axes
 from llama_jax.weights import name_table
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
-FLOATS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _BITS = {"int8": 8, "int4": 4}
 QUANTIZE = ("none", *_BITS)  # what load_leaves takes by name
 _AT_ONCE = 2  # tensors in flight: what the host holds beyond what its devices do
-_WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
 _QUIET = 3.0  # seconds before a bar appears
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
-
-
-def check_entries(
-    entries: Mapping[str, LazyTensor], config: ModelConfig, *, format: str, source: str
-) -> name_table.Leaves:
-    """The tensors of a file or folder as ours, by path; what this config has no place for is refused by name.
-
-    Args:
-        entries: by the format's names.
-        config: what its config says.
-        format: one of layout.FORMATS.
-        source: what errors call it.
-
-    Raises:
-        ValueError: a tensor that is missing, unknown, or of another shape or type than it must be.
-    """
-    if config.num_layers > len(entries):  # before a list of a million layers is made
-        raise ValueError(f"{source}: its config has {config.num_layers:,} layers, but it has {len(entries):,} tensors")
-    weights = name_table.weights(config, format)
-    known = {weight.name: weight for weight in weights}
-    missing = [name for name in known if name not in entries]
-    extra = [name for name in entries if name not in known and not name.endswith(name_table.BUFFERS)]
-    embed, unembed = name_table.tied_names(format)
-    if config.tied_embeddings and unembed in extra and embed in entries:
-        if not equal(entries[unembed], entries[embed]):
-            raise ValueError(f"{source}: {unembed} differs from {embed}, but the config ties them")
-        extra.remove(unembed)
-    if missing:
-        near = nearest(missing[0], extra)
-        tie = " (is the model tied? its config says tie_word_embeddings=false)" if missing == [unembed] else ""
-        raise ValueError(f"{source}: missing {len(missing)} tensors, the first {missing[0]!r}{tie}{near}")
-    if extra:
-        near = nearest(extra[0], list(known))
-        raise ValueError(
-            f"{source}: {len(extra)} tensors that this config has no place for, the first {brief(extra[0])}{near}"
-        )
-    for name, weight in known.items():
-        entry = entries[name]
-        if entry.shape != weight.stored_shape:
-            raise ValueError(f"{source}: {name} has shape {entry.shape}, but the config needs {weight.stored_shape}")
-        if entry.dtype not in FLOATS:
-            allowed = ", ".join(map(str, FLOATS))
-            raise ValueError(f"{source}: {name} is {entry.dtype}; weights must be {allowed}")
-    return {weight.path: weight.ours(entries[weight.name]) for weight in weights}
-
-
-def equal(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors are the same bit for bit; the first rows decide almost always."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.kind != b.kind or a.shape[-1] > _WIDEST:
-        return False
-    head = (slice(0, 16),)
-    if a.read(head).tobytes() != b.read(head).tobytes():
-        return False
-    return all(x.tobytes() == y.tobytes() for x, y in zip(a.blocks(), b.blocks(), strict=True))
 
 
 def load_leaves(
@@ -97,7 +40,7 @@ def load_leaves(
     """Weights in the unrolled layout, each read straight into its shards: a process reads what its devices hold.
 
     Args:
-        leaves: as `check_entries` gives them.
+        leaves: the model's tensors by path, as `validate.match_tensors` returns them.
         config: of the model.
         layout: where the shards go, or None for one device.
         dtype: to cast to; each tensor's own by default.
@@ -169,7 +112,7 @@ def quantize_layers(config: ModelConfig, params: Params, quantize: str | None, l
     )
 
 
-def merged(params: Params) -> Params:
+def merge_updates(params: Params) -> Params:
     """Placed params whose LoRA updates are added to their weights, which stay where they lie and in their dtype."""
 
     def leaf(weight: jax.Array | LoraTensor) -> jax.Array:
@@ -241,11 +184,3 @@ def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype) -> dict[Boun
 
 def _slices(bounds: Bounds) -> Index:
     return tuple(slice(start, stop) for start, stop in bounds)
-
-
-def main_dtype(leaves: name_table.Leaves) -> np.dtype:
-    """The dtype of most numbers."""
-    sizes: dict[np.dtype, int] = {}
-    for entry in leaves.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
-    return max(sizes, key=sizes.__getitem__)

@@ -16,12 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llama_jax import model
 from llama_jax.config import ModelConfig
-from llama_jax.ops import linear, lora
+from llama_jax.ops import lora
+from llama_jax.params import Params, abstract_params, logical_axes
 from llama_jax.run_keys import LoraConfig
-from llama_jax.weights import name_table
+from llama_jax.weights import export, name_table
+from llama_jax.weights.adapters import LazyRows
+from llama_jax.weights.tensor import of_array
 
 Updates = dict[str, Any]
 Path = tuple[str, ...]
@@ -43,7 +46,7 @@ def adapted_config(config: ModelConfig, settings: LoraConfig) -> ModelConfig:
 
 def axes(config: ModelConfig, settings: LoraConfig) -> Updates:
     """The logical axes of each array; no device splits the rank, or the trained tokens."""
-    of_weights = model.logical_axes(adapted_config(config, settings), stacked=True)
+    of_weights = logical_axes(adapted_config(config, settings), stacked=True)
 
     def pair(path: Path) -> dict[str, lora.Axes]:
         names = lora.part_axes(name_table.get(of_weights, path))
@@ -57,7 +60,7 @@ def initial(config: ModelConfig, settings: LoraConfig, key: jax.Array) -> Update
 
     That is how peft begins (Kaiming's rule with a = sqrt 5). For the embedding it draws a from a standard normal.
     """
-    shapes = model.abstract_params(adapted_config(config, settings), stacked=True)
+    shapes = abstract_params(adapted_config(config, settings), stacked=True)
     keys = {path: jax.random.fold_in(key, i) for i, path in enumerate(_paths(settings))}
 
     def pair(path: Path) -> dict[str, jax.Array]:
@@ -73,7 +76,7 @@ def initial(config: ModelConfig, settings: LoraConfig, key: jax.Array) -> Update
     return _tree(config, settings, pair, lambda path: jnp.zeros((tokens, config.embed_dim), jnp.float32))
 
 
-def with_lora(settings: LoraConfig, base: model.Params, updates: Updates, key: jax.Array | None = None) -> model.Params:
+def with_lora(settings: LoraConfig, base: Params, updates: Updates, key: jax.Array | None = None) -> Params:
     """Stacked params with these updates, as LoraTensors around the base's own leaves.
 
     Args:
@@ -118,15 +121,20 @@ def lora_by_path(settings: LoraConfig, updates: Updates) -> dict[name_table.Path
     return found
 
 
-def token_rows(
-    settings: LoraConfig, updates: Updates, base: model.Params
-) -> dict[name_table.Path, tuple[tuple[int, ...], jax.Array]]:
-    """The trained tokens' ids and whole rows (n, D) in float32, by path; `base` is stacked or unrolled params."""
-    ids = settings.trained_tokens
-    return {
-        (name,): (ids, linear.embed(lora.base_of(base[name]), jnp.array(ids), jnp.float32) + rows)
-        for name, rows in updates.get("tokens", {}).items()
-    }
+def token_rows(settings: LoraConfig, updates: Updates, leaves: name_table.Leaves) -> dict[name_table.Path, LazyRows]:
+    """The trained tokens' rows in float32, by path. Several processes call it together.
+
+    Args:
+        settings: the trained tokens.
+        updates: the tree that `initial` makes, in any state of training.
+        leaves: the base's tensors by path.
+    """
+    found: dict[name_table.Path, LazyRows] = {}
+    for name, change in updates.get("tokens", {}).items():
+        base = [leaves[(name,)].read((slice(i, i + 1),), np.dtype(np.float32)) for i in settings.trained_tokens]
+        rows = np.concatenate(base) + export.lazy_array(change).read()
+        found[(name,)] = LazyRows(settings.trained_tokens, of_array(lambda rows=rows: rows, rows.dtype, rows.shape))
+    return found
 
 
 def _scale(settings: LoraConfig) -> float:

@@ -1,23 +1,24 @@
-"""The one table of names: where each weight stands in our tree, and what each file format calls it.
+"""The table of names: the name of every weight of `params.WEIGHTS` in each file format.
 
-Names differ, and two things beside: a head's rotary pairs are rows (i, i + H/2) here and in Hugging Face's files, but
-(2i, 2i + 1) in Meta's and in GGUF; and the old Flax files keep their kernels as (in, out), where all others, as we do,
-have (out, in). Another format is another column of the table and another entry of FORMATS.
+Formats differ in two more ways. The rotary pairs of a head are rows (i, i + H/2) here and in Hugging Face's files, but
+(2i, 2i + 1) in Meta's files and in GGUF. The old Flax files store kernels as (in, out); all others, and this package,
+store (out, in). A new format is a new column of the table and a new entry of FORMATS.
 
-Letters: N heads, K key/value heads, H head dim, D embedding, F ffn, V vocab. No jax here.
+Letters: H head dim, D embedding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
+from llama_jax.params import WeightSpec, weight_specs
 from llama_jax.weights.tensor import LazyTensor, reordered, transposed
 
 
@@ -48,92 +49,47 @@ Path = tuple[str | int, ...]
 Leaves = Mapping[Path, LazyTensor]  # a model that has not been read yet, in our layout
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table: a weight of every layer where `per_layer`, else of the model.
-
-    Attributes:
-        path: keys within the tree of params (within a layer's own, where `per_layer`).
-        shape: of one layer's array.
-        names: what each of FORMATS calls it, in the order of FORMATS; {} stands for the layer's number.
-        rotary: its rows are heads whose pairs are rotated (q and k).
-    """
-
-    path: tuple[str, ...]
-    shape: Callable[[ModelConfig], tuple[int, ...]]
-    names: tuple[str, ...]
-    per_layer: bool = True
-    rotary: bool = False
-
-
-def _vocab(c: ModelConfig) -> tuple[int, ...]:
-    return (c.vocab_size, c.embed_dim)
-
-
-def _norm(c: ModelConfig) -> tuple[int, ...]:
-    return (c.embed_dim,)
-
-
-def _heads(c: ModelConfig) -> tuple[int, ...]:
-    return (c.num_heads * c.head_dim, c.embed_dim)
-
-
-def _kv_heads(c: ModelConfig) -> tuple[int, ...]:
-    return (c.num_kv_heads * c.head_dim, c.embed_dim)
-
-
-def _heads_out(c: ModelConfig) -> tuple[int, ...]:
-    return (c.embed_dim, c.num_heads * c.head_dim)
-
-
-def _ffn(c: ModelConfig) -> tuple[int, ...]:
-    return (c.ffn_dim, c.embed_dim)
-
-
-def _ffn_out(c: ModelConfig) -> tuple[int, ...]:
-    return (c.embed_dim, c.ffn_dim)
-
-
+# Names of each weight of `params.WEIGHTS`, by its path, in the order of FORMATS; {} is the layer's number.
 # fmt: off
-TABLE: tuple[Row, ...] = (
-    # ours, its shape, and what it is called by Hugging Face, by Meta, in GGUF and by the old Flax Llama
-    Row(("embed",), _vocab, per_layer=False, names=(
+NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
+    # Hugging Face, Meta, GGUF, the old Flax Llama
+    ("embed",): (
         "model.embed_tokens.weight", "tok_embeddings.weight",
-        "token_embd.weight", "model/embed_tokens/embedding")),
-    Row(("attention_norm", "scale"), _norm, names=(
+        "token_embd.weight", "model/embed_tokens/embedding"),
+    ("attention_norm", "scale"): (
         "model.layers.{}.input_layernorm.weight", "layers.{}.attention_norm.weight",
-        "blk.{}.attn_norm.weight", "model/layers/{}/input_layernorm/weight")),
-    Row(("attention", "q"), _heads, rotary=True, names=(
+        "blk.{}.attn_norm.weight", "model/layers/{}/input_layernorm/weight"),
+    ("attention", "q"): (
         "model.layers.{}.self_attn.q_proj.weight", "layers.{}.attention.wq.weight",
-        "blk.{}.attn_q.weight", "model/layers/{}/self_attn/q_proj/kernel")),
-    Row(("attention", "k"), _kv_heads, rotary=True, names=(
+        "blk.{}.attn_q.weight", "model/layers/{}/self_attn/q_proj/kernel"),
+    ("attention", "k"): (
         "model.layers.{}.self_attn.k_proj.weight", "layers.{}.attention.wk.weight",
-        "blk.{}.attn_k.weight", "model/layers/{}/self_attn/k_proj/kernel")),
-    Row(("attention", "v"), _kv_heads, names=(
+        "blk.{}.attn_k.weight", "model/layers/{}/self_attn/k_proj/kernel"),
+    ("attention", "v"): (
         "model.layers.{}.self_attn.v_proj.weight", "layers.{}.attention.wv.weight",
-        "blk.{}.attn_v.weight", "model/layers/{}/self_attn/v_proj/kernel")),
-    Row(("attention", "o"), _heads_out, names=(
+        "blk.{}.attn_v.weight", "model/layers/{}/self_attn/v_proj/kernel"),
+    ("attention", "o"): (
         "model.layers.{}.self_attn.o_proj.weight", "layers.{}.attention.wo.weight",
-        "blk.{}.attn_output.weight", "model/layers/{}/self_attn/o_proj/kernel")),
-    Row(("ffn_norm", "scale"), _norm, names=(
+        "blk.{}.attn_output.weight", "model/layers/{}/self_attn/o_proj/kernel"),
+    ("ffn_norm", "scale"): (
         "model.layers.{}.post_attention_layernorm.weight", "layers.{}.ffn_norm.weight",
-        "blk.{}.ffn_norm.weight", "model/layers/{}/post_attention_layernorm/weight")),
-    Row(("ffn", "gate"), _ffn, names=(
+        "blk.{}.ffn_norm.weight", "model/layers/{}/post_attention_layernorm/weight"),
+    ("ffn", "gate"): (
         "model.layers.{}.mlp.gate_proj.weight", "layers.{}.feed_forward.w1.weight",
-        "blk.{}.ffn_gate.weight", "model/layers/{}/mlp/gate_proj/kernel")),
-    Row(("ffn", "up"), _ffn, names=(
+        "blk.{}.ffn_gate.weight", "model/layers/{}/mlp/gate_proj/kernel"),
+    ("ffn", "up"): (
         "model.layers.{}.mlp.up_proj.weight", "layers.{}.feed_forward.w3.weight",
-        "blk.{}.ffn_up.weight", "model/layers/{}/mlp/up_proj/kernel")),
-    Row(("ffn", "down"), _ffn_out, names=(
+        "blk.{}.ffn_up.weight", "model/layers/{}/mlp/up_proj/kernel"),
+    ("ffn", "down"): (
         "model.layers.{}.mlp.down_proj.weight", "layers.{}.feed_forward.w2.weight",
-        "blk.{}.ffn_down.weight", "model/layers/{}/mlp/down_proj/kernel")),
-    Row(("norm", "scale"), _norm, per_layer=False, names=(
+        "blk.{}.ffn_down.weight", "model/layers/{}/mlp/down_proj/kernel"),
+    ("norm", "scale"): (
         "model.norm.weight", "norm.weight",
-        "output_norm.weight", "model/norm/weight")),
-    Row(("unembed",), _vocab, per_layer=False, names=(
+        "output_norm.weight", "model/norm/weight"),
+    ("unembed",): (
         "lm_head.weight", "output.weight",
-        "output.weight", "lm_head/kernel")),
-)
+        "output.weight", "lm_head/kernel"),
+}
 # fmt: on
 
 
@@ -160,17 +116,17 @@ class Weight:
         """The shape in the format's files."""
         return self.shape[::-1] if self.transposed else self.shape
 
-    def ours(self, theirs: LazyTensor) -> LazyTensor:
-        """The format's tensor as we have it."""
+    def from_disk(self, tensor: LazyTensor) -> LazyTensor:
+        """Converts the format's tensor to the layout of our params."""
         if self.transposed:
-            theirs = transposed(theirs)
-        return reordered(theirs, self.pairs, halves_order(self.pairs)) if self.pairs else theirs
+            tensor = transposed(tensor)
+        return reordered(tensor, self.pairs, halves_order(self.pairs)) if self.pairs else tensor
 
-    def theirs(self, ours: LazyTensor) -> LazyTensor:
-        """Our tensor as the format has it: the inverse of `ours`."""
+    def to_disk(self, tensor: LazyTensor) -> LazyTensor:
+        """Converts a tensor of our params to the format's layout: the inverse of `from_disk`."""
         if self.pairs:
-            ours = reordered(ours, self.pairs, pairs_order(self.pairs))
-        return transposed(ours) if self.transposed else ours
+            tensor = reordered(tensor, self.pairs, pairs_order(self.pairs))
+        return transposed(tensor) if self.transposed else tensor
 
 
 def weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
@@ -189,32 +145,30 @@ def _weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
         )
     column, differs = list(FORMATS).index(format), FORMATS[format]
 
-    def one(row: Row, layer: int | None) -> Weight:
-        name = row.names[column].format(layer)
+    def one(spec: WeightSpec, layer: int | None) -> Weight:
+        name = NAMES[spec.path][column].format(layer)
         return Weight(
-            path=row.path if layer is None else ("layers", layer, *row.path),
+            path=spec.path if layer is None else ("layers", layer, *spec.path),
             name=name,
-            shape=row.shape(config),
-            pairs=config.head_dim if row.rotary and differs.interleaved else 0,
+            shape=spec.shape(config),
+            pairs=config.head_dim if spec.rotary and differs.interleaved else 0,
             transposed=differs.transposed is not None and name.endswith(differs.transposed),
         )
 
-    first = [row for row in TABLE if row.per_layer]
-    before = TABLE.index(first[0])
-    after = [row for row in TABLE[before:] if not row.per_layer]
-    if config.tied_embeddings:
-        after = [row for row in after if row.path != ("unembed",)]
+    specs = weight_specs(config)
+    per_layer = [spec for spec in specs if spec.per_layer]
+    first = specs.index(per_layer[0])
     return (
-        *(one(row, None) for row in TABLE[:before]),
-        *(one(row, layer) for layer in range(config.num_layers) for row in first),
-        *(one(row, None) for row in after),
+        *(one(spec, None) for spec in specs[:first]),
+        *(one(spec, layer) for layer in range(config.num_layers) for spec in per_layer),
+        *(one(spec, None) for spec in specs[first:] if not spec.per_layer),
     )
 
 
 def tied_names(format: str) -> tuple[str, str]:
     """What a format calls the embedding and the unembedding."""
     column = list(FORMATS).index(format)
-    return TABLE[0].names[column], TABLE[-1].names[column]
+    return NAMES["embed",][column], NAMES["unembed",][column]
 
 
 def halves_order(head_dim: int) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""The folder of a training run as a model: its newest weights, or for LoRA its newest updates beside their base."""
+"""The folder of a training run as a model: its newest weights, or for LoRA its newest updates on top of their base."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.files import read_json
 from llama_jax.ops.lora import LoraWeights
-from llama_jax.params import unstack
+from llama_jax.params import Params, abstract_params, logical_axes, unstack
 from llama_jax.run_keys import LoraConfig
-from llama_jax.weights import adapters, lora_params
-from llama_jax.weights.load import quantize_layers
-from llama_jax.weights.source import Source, open_source, tokenizer_in
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights import adapters, export, load, lora_params, name_table
+from llama_jax.weights.formats import huggingface
+from llama_jax.weights.locate import is_path
+from llama_jax.weights.model_files import Metadata, tokenizer_in
+from llama_jax.weights.source import Source, checked_tokenizer
 
 CONFIG_FILE = "config.json"
 
 
 def read_run_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a run folder."""
+    """The contents of a run folder's config.json. Raises ConfigError if it is missing or is not that of a run."""
     path = Path(folder) / CONFIG_FILE
     try:
         values = read_json(path)
@@ -38,117 +43,184 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-def open_run(folder: str | Path, *, step: int | None = None) -> Source:
-    """A run folder as a model: its weights, on any mesh, whatever mesh they were trained on.
+class RunSource:
+    """A run folder as a model, on any mesh, whatever mesh it was trained on. `Source` describes the methods.
 
-    `step` is that of a checkpoint, and None of the newest.
+    Attributes:
+        path: the run folder.
+        config: the model's shape.
+        lora: LoRA settings of the run, or None if all weights were trained.
     """
-    folder = Path(folder)
-    values = read_run_config(folder)
-    config = ModelConfig.from_dict(values["model"])
-    settings = _lora(values)
-    if settings is None:
-        load, kind = functools.partial(_load_params, folder, step, config), "run folder"
-    else:
-        load = functools.partial(_load_lora, folder, step, config, settings, values)
-        kind = f"run folder, LoRA of {values['init_from']}"
-    return Source(
-        path=folder,
-        kind=kind,
-        config=config if settings is None else lora_params.adapted_config(config, settings),
-        bos_token=None,
-        stop_tokens=(),
-        sampling=None,
-        chat_template=None,
-        dtype=np.dtype(np.float32),
-        leaves=None,
-        load=load,
-        read_tokenizer=functools.partial(tokenizer_in, folder),
-        fingerprint=values.get("tokenizer_fingerprint"),
-        run_identity=functools.partial(_identity, folder, step, values.get("frozen")),
-        adapted=settings is not None,
-    )
+
+    def __init__(self, folder: str | Path, *, step: int | None, open_base: Callable[[str | Path], Source]):
+        """Reads the run's config.json.
+
+        Args:
+            folder: the run folder.
+            step: step of the checkpoint to use; None is the newest that is complete.
+            open_base: opens the model that a LoRA run was trained on. It is passed in because this module is one of
+                those that weights/open.py calls.
+
+        Raises:
+            ConfigError: not the folder of a run.
+        """
+        self.path = Path(folder)
+        self._values = read_run_config(folder)
+        self._step, self._open_base = step, open_base
+        self.lora = _lora(self._values)
+        self._base_config = ModelConfig.from_dict(self._values["model"])
+        self.config = self._base_config
+        if self.lora is not None:
+            self.config = lora_params.adapted_config(self._base_config, self.lora)
+
+    @property
+    def description(self) -> str:
+        """Name of the format, and the base of a LoRA run."""
+        return "run folder" if self.lora is None else f"run folder, LoRA of {self._values['init_from']}"
+
+    @functools.cached_property
+    def metadata(self) -> Metadata:
+        """The metadata of the files in the run folder; for LoRA that of the base, with the run's own chat template.
+
+        Runs of earlier versions keep no chat template: theirs is Meta's reference format.
+        """
+        own = huggingface.read_metadata(self.path)
+        if self.lora is None:
+            return own
+        try:
+            base = self.base.metadata
+        except ConfigError:  # `load` raises it; the run can still be inspected
+            return own
+        return dataclasses.replace(base, chat_template=own.chat_template)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Float32, the dtype of checkpoints; for LoRA the dtype of the base."""
+        return np.dtype(np.float32) if self.lora is None else self.base.dtype
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base of a LoRA run is quantized."""
+        return self.lora is not None and self.base.quantized
+
+    @functools.cached_property
+    def base(self) -> Source:
+        """The model that a LoRA run was trained on.
+
+        Raises:
+            ConfigError: it cannot be opened, or its weights are not those that the run was trained on.
+        """
+        name = self._values["init_from"]
+        try:
+            base = self._open_base(_name_of_base(self.path, name))
+        except (ConfigError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"{self.path} holds LoRA updates of {name!r}, which cannot be opened ({error}): put it back, or give "
+                f"the base as the model and {self.path}/adapter as its adapter"
+            ) from None
+        if self._values.get("frozen") != base.identity():
+            raise ConfigError(
+                f"{name!r} is not the model that {self.path} was trained on, and its updates fit no other: put back "
+                "the one that it was"
+            )
+        return base
+
+    def load(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
+        """Reads the weights as unrolled params; see `Source.load`."""
+        layout = layout or _one_device()
+        if self.lora is not None:
+            adapter = self._adapter(layout, jnp.dtype(dtype or self.dtype))
+            return adapters.with_adapter(self.base.load_merged(layout, dtype, quantize), adapter)
+        # Orbax casts while it reads, so that the float32 master weights never exist as well as what is asked for.
+        shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
+        params = self._restore(shapes, logical_axes(self.config, stacked=True), layout)
+        return load.quantize_layers(self.config, unstack(params), quantize, layout)
+
+    def load_merged(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
+        """Reads the weights with LoRA's updates merged into them; see `Source.load_merged`."""
+        if self.lora is None:
+            return self.load(layout, dtype, quantize)
+        params = load.merge_updates(self.load(layout, dtype, "none"))
+        return load.quantize_layers(self.config, params, quantize, layout)
+
+    def merged_leaves(self) -> name_table.Leaves:
+        """The tensors by path for saving; those of a LoRA run have the dtypes of its base."""
+        if self.lora is None:
+            return export.leaves_of(self.config, self.load(None, None, "none"))
+        trained, leaves = self._trained(_one_device()), self.base.merged_leaves()
+        lora = export.lazy_lora(lora_params.lora_by_path(self.lora, trained))
+        rows = lora_params.token_rows(self.lora, trained, leaves)
+        return adapters.merge_adapter(leaves, adapters.Adapter(self.config, lora, rows=rows))
+
+    def identity(self) -> str:
+        """A hash of the checkpoint's file digests, and of the identity of LoRA's base."""
+        checkpoints = Checkpoints(self.path, create=False)
+        digests = checkpoints.digests(self._checkpoint_step(checkpoints))
+        checkpoints.close()
+        return hashlib.sha256(repr((self._values.get("frozen"), sorted(digests.items()))).encode()).hexdigest()
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Reads the tokenizer, which must be the one that the run was trained with; see `Source.tokenizer`."""
+        fingerprint = self._values.get("tokenizer_fingerprint")
+        read = functools.partial(tokenizer_in, self.path)
+        return checked_tokenizer(read, self.path, self.config, fingerprint=fingerprint)
+
+    def _trained(self, layout: parallel.Layout) -> lora_params.Updates:
+        """Reads what LoRA trained, in float32."""
+        shapes = jax.eval_shape(lambda: lora_params.initial(self._base_config, self.lora, jax.random.key(0)))
+        return self._restore(shapes, lora_params.axes(self._base_config, self.lora), layout)
+
+    def _adapter(self, layout: parallel.Layout, dtype: jnp.dtype) -> adapters.AdapterWeights:
+        """What LoRA trained as arrays in `dtype`, by path."""
+        trained = self._trained(layout)
+        lora = lora_params.lora_by_path(self.lora, trained)
+        lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
+        rows = {}
+        if self.lora.trained_tokens:
+            rows = lora_params.token_rows(self.lora, trained, self.base.merged_leaves())
+        return adapters.AdapterWeights(
+            self.config, lora, rows={path: (lazy.ids, lazy.rows.read(dtype=dtype)) for path, lazy in rows.items()}
+        )
+
+    def _restore(self, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
+        """Reads the trained weights of the checkpoint."""
+        checkpoints = Checkpoints(self.path, create=False)
+        step = self._checkpoint_step(checkpoints)
+        trained = checkpoints.restore_params(step, parallel.abstract(shapes, parallel.shardings(layout, axes, shapes)))
+        checkpoints.close()
+        return trained
+
+    def _checkpoint_step(self, checkpoints: Checkpoints) -> int:
+        """The step to use. Raises ConfigError if there is no complete checkpoint."""
+        step = checkpoints.latest("params") if self._step is None else self._step
+        if step is None:
+            raise ConfigError(f"{self.path} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
+        return step
 
 
-def _lora(values: dict[str, Any]) -> LoraConfig | None:
-    """The LoRA settings of a run's config, None where all weights were trained."""
+def _name_of_base(folder: Path, name: str) -> str | Path:
+    """The name under which a run's `init_from` is found: as it is, or as a path below a parent of the run folder.
+
+    A relative path was relative to the folder in which train.py ran, which is usually a parent of the run folder.
+    `RunSource.base` compares the identity of what is found with the one in the run's config.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute():
+        return name
+    for parent in folder.resolve().parents:
+        if (parent / path).exists():
+            return parent / path
+    if is_path(name):
+        raise ConfigError(f"there is no {name!r} in the current folder or in a parent of {folder.resolve()}")
+    return name
+
+
+def _lora(values: Mapping[str, Any]) -> LoraConfig | None:
+    """The LoRA settings of a run's config, or None if all weights were trained."""
     section = values.get("lora") or {}
     if not section.get("rank"):
         return None
     return LoraConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
-
-
-def _load_params(
-    folder: Path,
-    step: int | None,
-    config: ModelConfig,
-    layout: parallel.Layout | None,
-    dtype: jnp.dtype | None,
-    quantize: str | None,
-) -> model.Params:
-    layout = layout or _one_device()
-    # Orbax casts while it reads, so that float32 master weights never exist beside what is asked for.
-    shapes = model.abstract_params(config, stacked=True, dtype=dtype or jnp.float32)
-    params = _restored(folder, step, shapes, model.logical_axes(config, stacked=True), layout)
-    return quantize_layers(config, unstack(params), quantize, layout)
-
-
-def _load_lora(
-    folder: Path,
-    step: int | None,
-    config: ModelConfig,
-    settings: LoraConfig,
-    values: dict[str, Any],
-    layout: parallel.Layout | None,
-    dtype: jnp.dtype | None,
-    quantize: str | None,
-) -> model.Params:
-    layout, dtype = layout or _one_device(), jnp.dtype(dtype or jnp.float32)
-    try:
-        base = open_source(values["init_from"])
-    except (ConfigError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"{folder} holds LoRA updates of {values['init_from']!r}, which cannot be opened ({error}): run this from "
-            f"where it can be, or give the base as the model and {folder}/adapter as its adapter"
-        ) from None
-    if values.get("frozen") != base.identity():
-        raise ConfigError(
-            f"{values['init_from']!r} is not the model that {folder} was trained beside, and its updates mean nothing "
-            "beside another: put back the one that it was"
-        )
-    shapes = jax.eval_shape(lambda: lora_params.initial(config, settings, jax.random.key(0)))
-    trained = _restored(folder, step, shapes, lora_params.axes(config, settings), layout)
-    lora = lora_params.lora_by_path(settings, trained)
-    lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
-    params = base.load_merged(layout, dtype, quantize)
-    rows = lora_params.token_rows(settings, trained, params)
-    adapted = lora_params.adapted_config(config, settings)
-    return adapters.with_adapter(params, adapters.AdapterWeights(adapted, lora, rows=rows))
-
-
-def _restored(folder: Path, step: int | None, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
-    """What a checkpoint has as its weights: that of `step`, or the newest sound one."""
-    checkpoints = Checkpoints(folder, create=False)
-    step = _step(folder, step, checkpoints)
-    found = checkpoints.restore_params(step, parallel.abstract(shapes, parallel.shardings(layout, axes, shapes)))
-    checkpoints.close()
-    return found
-
-
-def _step(folder: Path, step: int | None, checkpoints: Checkpoints) -> int:
-    if step is not None:
-        return step
-    step = checkpoints.latest("params")
-    if step is None:
-        raise ConfigError(f"{folder} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
-    return step
-
-
-def _identity(folder: Path, step: int | None, base: str | None) -> str:
-    checkpoints = Checkpoints(folder, create=False)
-    digests = checkpoints.digests(_step(folder, step, checkpoints))
-    checkpoints.close()
-    return hashlib.sha256(repr((base, sorted(digests.items()))).encode()).hexdigest()
 
 
 def _one_device() -> parallel.Layout:

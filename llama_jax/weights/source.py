@@ -1,280 +1,169 @@
-"""Whatever a model may be named by, opened the same way: its config at once, its weights when asked for."""
+"""Opened models: the protocol that every kind of source follows, and the source made of weight files."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import logging
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model, parallel
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, nearest
-from llama_jax.sampling_params import SamplingParams
-from llama_jax.text import tokenizer as text
+from llama_jax.errors import ConfigError, one_line
+from llama_jax.parallel import Layout
+from llama_jax.params import Params
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights import hub_models, load, name_table
-from llama_jax.weights.formats import flax, gguf, gguf_file, huggingface, meta, peft, safetensors
-
-LOOKED_FOR = (
-    "a run folder (config.json and checkpoints/) or one of its checkpoints, a Hugging Face folder (config.json and "
-    "*.safetensors), Meta's download (params.json and consolidated.*.pth), a .gguf file, an old Flax folder "
-    "(config.json and flax_model.msgpack), or a hub id (owner/name)"
-)
-
-Load = Callable[[parallel.Layout | None, jnp.dtype | None, str | None], model.Params]
-
-
-_log = logging.getLogger(__name__)
+from llama_jax.weights import load, name_table
+from llama_jax.weights.model_files import Metadata
+from llama_jax.weights.tensor import main_dtype
 
 
 class UnknownTokenizer(ConfigError):
-    """A tokenizer of a kind that is not understood. The model itself can be used with token ids."""
+    """A tokenizer that cannot be used. The model itself can be used with token ids."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model on disk.
+class Source(Protocol):
+    """An opened model. Its config and metadata have been read, its weights have not.
 
     Attributes:
         path: the folder or file.
-        kind: what it is, in words.
-        config: its shape.
-        bos_token: the id that begins a text by its own account, or None.
-        stop_tokens: ids that end a text by its own account, beside the tokenizer's.
-        sampling: how it would be sampled by its own account, or None.
-        chat_template: how dialogs are written by its own account (Jinja), or None.
-        dtype: of most of its numbers; float32 for quantized ones, which are exact in it.
-        leaves: its tensors by path, none of them read; None for a run, whose arrays Orbax reads.
-        load: (layout, dtype, quantize) to weights in the unrolled layout. No layout is the first device, no dtype is
-            the stored one; for quantize see load.load_leaves.
-        read_tokenizer: its tokenizer, or None if it has none.
-        fingerprint: of the tokenizer that it was trained with, where that is known.
-        tokenizer_files: what transformers would read of its tokenizer, where they are of that kind.
-        run_identity: of a run, which has no leaves: its `identity`.
-        adapted: its weights come with LoRA updates beside them, as LoraTensors.
+        description: name of the format, for people.
+        config: the model's shape.
+        metadata: token ids, sampling settings, chat template and tokenizer files.
+        dtype: dtype of most of the stored numbers. Quantized weights count as float32, which holds them exactly.
+        quantized: whether some of the weights are stored in groups of 8 or 4 bits.
     """
 
     path: Path
-    kind: str
+    description: str
     config: ModelConfig
-    bos_token: int | None
-    stop_tokens: tuple[int, ...]
-    sampling: SamplingParams | None
-    chat_template: str | None
+    metadata: Metadata
     dtype: np.dtype
-    leaves: name_table.Leaves | None
-    load: Load
-    read_tokenizer: Callable[[], Tokenizer | None]
-    fingerprint: str | None = None
-    tokenizer_files: tuple[Path, ...] = ()
-    run_identity: Callable[[], str] | None = None
-    adapted: bool = False
+    quantized: bool
 
-    def load_merged(
-        self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None
-    ) -> model.Params:
-        """As `load`, with the updates of a LoRA run merged into its base: what another update can go on top of."""
-        if not self.adapted:
-            return self.load(layout, dtype, quantize)
-        params = load.merged(self.load(layout, dtype, "none"))
-        return load.quantize_layers(self.config, params, quantize, layout)
+    def load(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
+        """Reads the weights as unrolled params. The weights of a LoRA run are LoraTensors around those of its base.
+
+        Args:
+            layout: placement on the mesh; None is the first device.
+            dtype: dtype of the params; None keeps the stored one.
+            quantize: one of load.QUANTIZE, or None to keep quantized weights as they are; see load.load_leaves.
+        """
+
+    def load_merged(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
+        """Reads the weights like `load`. LoRA updates are merged, so that further updates can be applied."""
+
+    def merged_leaves(self) -> name_table.Leaves:
+        """The tensors by path for saving, not read yet. LoRA updates are merged, each when its tensor is read."""
 
     def identity(self) -> str:
-        """A hash (hex) of which model it is, whatever format, dtype or number of files it is stored in.
+        """A hash (hex) of the model's config and weights that does not depend on format, dtype or number of files."""
 
-        Of the config and the first row of every tensor in float32: training moves every tensor, and reading all
-        of a large model would take minutes. Of a run, of the manifest of its newest step.
+    def tokenizer(self) -> Tokenizer | None:
+        """Reads the tokenizer; None if the model has none.
+
+        Raises:
+            UnknownTokenizer: it is damaged, of a kind that is not supported, or not the one that the model was trained
+                with. The model can be used with token ids.
         """
-        if self.leaves is None:
-            return self.run_identity()
-        digest = hashlib.sha256(repr(sorted(self.config.to_dict().items())).encode())
-        for path, entry in sorted(self.leaves.items(), key=lambda item: repr(item[0])):
-            row = entry.read((slice(0, 1),), np.float32)
-            digest.update(repr((path, entry.shape)).encode() + np.ascontiguousarray(row).tobytes())
-        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """A model in weight files of any format. The protocol `Source` describes its methods.
+
+    Attributes:
+        path: the folder or file.
+        description: name of the format, for people.
+        config: the model's shape.
+        metadata: token ids, sampling settings, chat template and tokenizer files.
+        leaves: the tensors by their paths in unrolled params, not read yet.
+        read_tokenizer: reads the tokenizer, without a check that it fits the model.
+    """
+
+    path: Path
+    description: str
+    config: ModelConfig
+    metadata: Metadata
+    leaves: name_table.Leaves
+    read_tokenizer: Callable[[], Tokenizer | None]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of most of the stored numbers."""
+        return main_dtype(self.leaves.values())
 
     @property
     def quantized(self) -> bool:
-        """Whether some of its tensors are stored in groups of a few bits."""
-        return self.leaves is not None and any(entry.kind.startswith("Q") for entry in self.leaves.values())
+        """Whether some of the weights are stored in groups of 8 or 4 bits."""
+        return any(tensor.kind.startswith("Q") for tensor in self.leaves.values())
+
+    def load(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
+        """Reads the weights as unrolled params; see `Source.load`."""
+        return load.load_leaves(self.leaves, self.config, layout=layout, dtype=dtype, quantize=quantize)
+
+    def load_merged(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
+        """Reads the weights like `load`: files hold no LoRA updates."""
+        return self.load(layout, dtype, quantize)
+
+    def merged_leaves(self) -> name_table.Leaves:
+        """The tensors by path."""
+        return self.leaves
+
+    def identity(self) -> str:
+        """A hash of the config and of the first row of every tensor in float32.
+
+        Training changes every tensor, and reading all of a large model would take minutes.
+        """
+        digest = hashlib.sha256(repr(sorted(self.config.to_dict().items())).encode())
+        for path, tensor in sorted(self.leaves.items(), key=lambda item: repr(item[0])):
+            row = tensor.read((slice(0, 1),), np.float32)
+            digest.update(repr((path, tensor.shape)).encode() + np.ascontiguousarray(row).tobytes())
+        return digest.hexdigest()
 
     def tokenizer(self) -> Tokenizer | None:
-        """Its tokenizer, or None if it has none.
-
-        Raises:
-            UnknownTokenizer: it has one of a kind that is not understood; the model can be used with ids.
-            ConfigError: it is not the one that the model was trained with. A tokenizer.model that lost its last lines
-                still parses, and would move every special token.
-            ValueError: a damaged file.
-        """
-        try:
-            found = self.read_tokenizer()
-        except ConfigError as error:
-            raise UnknownTokenizer(str(error)) from None
-        if found is None:
-            return None
-        other = self.fingerprint not in (None, found.fingerprint) or found.vocab_size > self.config.vocab_size
-        ranks = found.path is not None and found.path.suffix == ".model"
-        short = ranks and found.vocab_size < self.config.vocab_size and self.bos_token not in (None, found.bos_id)
-        if other or short:
-            raise ConfigError(
-                f"{found.path or self.path} is not the tokenizer of this model: it has {found.vocab_size:,} ids, of "
-                f"which {found.bos_id} begins a text. Was the file cut short, or taken from another model? Copy it anew"
-            )
-        return found
+        """Reads the tokenizer; see `Source.tokenizer`."""
+        return checked_tokenizer(self.read_tokenizer, self.path, self.config, bos_token=self.metadata.bos_token)
 
 
-def open_source(source: str | os.PathLike[str]) -> Source:
-    """The model that a path or a hub id names. Reads headers only; a hub id is downloaded first.
+def checked_tokenizer(
+    read: Callable[[], Tokenizer | None],
+    path: Path,
+    config: ModelConfig,
+    *,
+    bos_token: int | None = None,
+    fingerprint: str | None = None,
+) -> Tokenizer | None:
+    """Reads a model's tokenizer and checks that it is the one that the model was trained with.
+
+    A tokenizer.model that lost its last lines is still well-formed, and would give every special token another id.
+
+    Args:
+        read: reads it; returns None if there is none.
+        path: the model, for error messages.
+        config: the model's shape.
+        bos_token: id that begins a text according to the model's files, if they name one.
+        fingerprint: fingerprint of the tokenizer that the model was trained with, if it is known.
 
     Raises:
-        ConfigError: none of what can be opened; says what was looked for, and what there is instead.
-        ValueError: a damaged file.
+        UnknownTokenizer: it cannot be read, or is the tokenizer of another model.
     """
-    path = Path(source).expanduser()
-    if hub_models.is_hub_id(str(source)):
-        path = hub_models.download(str(source))
-    if path.is_file():
-        return _open_file(path)
-    if not path.is_dir():
-        siblings = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise ConfigError(f"model {str(source)!r} does not exist{nearest(path.name, siblings)}; give {LOOKED_FOR}")
-    if peft.is_adapter(path):
-        raise ConfigError(
-            f"{path} is an adapter of {peft.base_of(path)}, not a model: give that as the model, this as its "
-            f"adapter (infer.py --model MODEL --adapter {path})"
+    try:
+        tokenizer = read()
+        if tokenizer is None:
+            return None
+        fitting = tokenizer.for_model(config.vocab_size)
+    except (ValueError, OSError) as error:
+        raise UnknownTokenizer(one_line(error)) from None
+    differs = fingerprint not in (None, tokenizer.fingerprint)
+    of_meta = tokenizer.path is not None and tokenizer.path.suffix == ".model"
+    is_smaller = of_meta and tokenizer.vocab_size < config.vocab_size
+    if differs or (is_smaller and bos_token not in (None, tokenizer.bos_id)):
+        raise UnknownTokenizer(
+            f"{tokenizer.path or path} is not the tokenizer of this model: it has {tokenizer.vocab_size:,} ids, and "
+            f"id {tokenizer.bos_id} begins a text. If the file was cut short or is another model's, copy the right one"
         )
-    own = (path / "config.json").is_file()
-    step = int(path.name) if path.parent.name == "checkpoints" and path.name.isdecimal() and not own else None
-    run = path if step is None else path.parents[1]
-    if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
-        from llama_jax.weights.run_folder import open_run  # orbax takes half a second to import
-
-        return open_run(run, step=step)
-    if own:
-        if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).is_file():
-            return _open_huggingface(path, "Hugging Face folder", safetensors.open_folder, "huggingface")
-        if any(path.glob("flax_model*.msgpack*")):
-            return _open_huggingface(path, "old Flax folder", flax.open_folder, "flax")
-    if (path / "params.json").is_file():
-        return _open_meta(path)
-    ggufs = sorted(path.glob("*.gguf"))
-    if len({re.sub(r"-[0-9]{5}-of-[0-9]{5}$", "", file.stem) for file in ggufs}) == 1:  # one file, or the parts of one
-        return _open_gguf(ggufs[0])
-    raise ConfigError(f"model {str(source)!r} is none of these: {LOOKED_FOR}{_instead(path, ggufs)}")
-
-
-def _open_file(path: Path) -> Source:
-    with open(path, "rb") as file:
-        is_gguf = file.read(4) == b"GGUF"  # whatever it is called
-    if is_gguf or path.suffix == ".gguf":
-        return _open_gguf(path)
-    raise ConfigError(f"model {str(path)!r} is a file; of files only .gguf is a whole model. Name its folder instead")
-
-
-def _instead(path: Path, ggufs: list[Path]) -> str:
-    """What a folder that is no model has, which may be what was meant."""
-    if ggufs:
-        return f"; it has {len(ggufs)} GGUF files: name one, such as {ggufs[0]}"
-    if (path / "original" / "params.json").is_file():
-        return f"; there is Meta's download in {path / 'original'}"
-    others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".h5", ".pth", ".pt", ".msgpack"))
-    if others:
-        return f"; it has {', '.join(others[:3])}, without the config that goes with it or in a format that is not read"
-    there = sorted(p.name for p in path.glob("*/") if any((p / n).is_file() for n in ("config.json", "params.json")))
-    return f"; below it there is {', '.join(there[:5])}" if there else ""
-
-
-def _open_huggingface(path: Path, kind: str, open_folder: Callable, format: str) -> Source:
-    config = huggingface.read_config(path)
-    entries = open_folder(path)
-    if format == "flax":  # whose model took its own unembedding, whatever the config said of ties
-        config = dataclasses.replace(config, tied_embeddings=name_table.tied_names(format)[1] not in entries)
-    leaves = load.check_entries(entries, config, format=format, source=str(path))
-    return _source(
-        path,
-        kind,
-        config,
-        leaves,
-        bos_token=huggingface.bos_token(path),
-        stop_tokens=huggingface.stop_tokens(path),
-        sampling=huggingface.sampling_defaults(path),
-        chat_template=huggingface.chat_template(path),
-        tokenizer_files=huggingface.tokenizer_files(path),
-        read_tokenizer=functools.partial(tokenizer_in, path),
-    )
-
-
-def _open_meta(path: Path) -> Source:
-    config, entries = meta.open_folder(path)
-    return _source(
-        path,
-        "Meta's download",
-        config,
-        load.check_entries(entries, config, format="meta", source=str(path)),
-        read_tokenizer=functools.partial(tokenizer_in, path),
-    )
-
-
-def _open_gguf(path: Path) -> Source:
-    file = gguf_file.open_file(path)
-    config = gguf.read_config(file)
-    fields = gguf.vocabulary(file)
-    return _source(
-        path,
-        f"GGUF version {file.version}",
-        config,
-        load.check_entries(file.entries, config, format="gguf", source=str(path)),
-        bos_token=gguf.bos_token(file),
-        stop_tokens=gguf.stop_tokens(file),
-        chat_template=None if fields is None else fields["chat_template"],
-        read_tokenizer=lambda: None if fields is None else text.from_gguf(fields),
-    )
-
-
-def _source(
-    path: Path,
-    kind: str,
-    config: ModelConfig,
-    leaves: name_table.Leaves,
-    *,
-    read_tokenizer: Callable[[], Tokenizer | None],
-    bos_token: int | None = None,
-    stop_tokens: tuple[int, ...] = (),
-    sampling: SamplingParams | None = None,
-    chat_template: str | None = None,
-    tokenizer_files: tuple[Path, ...] = (),
-) -> Source:
-    known = tuple(token for token in stop_tokens if token < config.vocab_size)
-    if known != stop_tokens:
-        _log.warning("warning: %s: of its stop tokens %s only %s are in its vocabulary", path, stop_tokens, known)
-    return Source(
-        path=path,
-        kind=kind,
-        config=config,
-        bos_token=bos_token,
-        stop_tokens=known,
-        sampling=sampling,
-        chat_template=chat_template,
-        dtype=load.main_dtype(leaves),
-        leaves=leaves,
-        load=lambda layout, dtype, quantize: load.load_leaves(
-            leaves, config, layout=layout, dtype=dtype, quantize=quantize
-        ),
-        read_tokenizer=read_tokenizer,
-        tokenizer_files=tokenizer_files,
-    )
-
-
-def tokenizer_in(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, or None if there is none."""
-    path = text.find(folder)
-    return None if path is None else text.open(path)
+    return fitting

@@ -11,44 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
+from llama_jax.files import File
+
 Index = tuple[slice, ...]  # one contiguous slice a dimension, with whole-number bounds
+FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))  # the dtypes of weights
 
 _ALIGNMENT = 64  # what jax asks of memory that it takes over on a CPU
 _BLOCK = 1 << 22  # bytes that are converted or written at a time: they stay in the cache
 _LEAST_RUN = 1 << 10  # shorter pieces of rows are read with what lies between them
-
-
-class File:
-    """A file read by byte range, from any thread. Raises ValueError (one line) where bytes are missing."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{path}: no such file")
-        self._file = open(self.path, "rb", buffering=0)
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    def read(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on."""
-        out = bytearray(length)
-        self.read_into(memoryview(out), start)
-        return bytes(out)
-
-    def read_into(self, out: memoryview, start: int) -> None:
-        """Fill `out`, which holds bytes, from `start` on."""
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._file.fileno(), [out[done:]], start + done)
-            if count <= 0:
-                raise ValueError(f"{self.path}: ends at byte {start + done:,}; {len(out) - done:,} more were expected")
-            done += count
+_WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
 
 
 class QuantizedParts(NamedTuple):
@@ -112,6 +89,26 @@ class LazyTensor:
                 raise ValueError(f"{what} holds numbers that float16 cannot: write bfloat16 or float32")
 
         return dataclasses.replace(self, dtype=np.dtype(dtype), fill=fill, quantized=None)
+
+
+def equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors are the same bit for bit. The first rows decide almost always."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.kind != b.kind or a.shape[-1] > _WIDEST:
+        return False
+    head = (slice(0, 16),)
+    if a.read(head).tobytes() != b.read(head).tobytes():
+        return False
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a.blocks(), b.blocks(), strict=True))
+
+
+def main_dtype(tensors: Iterable[LazyTensor]) -> np.dtype:
+    """The dtype of most of the numbers in these tensors."""
+    sizes: dict[np.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(sizes, key=sizes.__getitem__)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""infer.py from outside: one process for what only a process shows, `cli.main` with a small model for the rest."""
+"""`infer` from outside: one process for what only a process shows, `infer.main` with a small model for the rest."""
 
 import io
 import json
@@ -12,16 +12,16 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax import model
-from llama_jax.infer import cli
+from llama_jax.cli import exits, infer
 from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
 
 
 @pytest.fixture(scope="module")
 def small():
     config = configs.size("tiny")
     tokenizer = byte_tokenizer()
-    return Llama(config, model.init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
+    return Llama(config, init_params(config, jax.random.key(0)), tokenizer, stop_tokens=())
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def run(small, monkeypatch, capsys):
     def run(*argv, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
-            status = cli.main(["--model", "m", *argv])
-        except SystemExit as leave:
+            status = exits.run(infer.main, ["--model", "m", *argv])
+        except SystemExit as leave:  # --help and --version
             status = leave.code
         out, err = capsys.readouterr()
         return status, out, err
@@ -124,17 +124,25 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
     ("argv", "message"),
     [
         (["--prompt", "a", "--temprature", "1"], "unknown argument '--temprature'; did you mean '--temperature'?"),
-        (["--prompt", "a", "--max_tokens=3"], "did you mean '--max_new_tokens'?"),
+        (["--prompt", "a", "--max_new_token=3"], "did you mean '--max_new_tokens'?"),
+        (["--prompt", "a", "--server"], "unknown argument '--server' (llama-jax infer --help"),
+        (["--prompt", "a", "-ngl", "99"], "-ngl is not a flag of llama-jax infer: all layers run on the accelerator"),
+        (["--prompt", "a", "--n-gpu-layers=99"], "all layers run on the accelerator"),
+        (["--prompt", "a", "--stop", "END"], "stop strings are not available"),
+        (["--prompt", "a", "--model", ""], "--model: must be the name of a file, a folder or a hub id, got ''"),
+        (["--prompt", "a", "--dtype", "bf16"], "--dtype: must be one of float32, bfloat16, got 'bf16'; did you mean"),
+        (["--prompt", "a", "--seed", "9" * 5000], "--seed: must be a whole number of at least 0, got '999"),
+        (["--prompt", "a", "--quiet", "--verbose"], "--quiet and --verbose exclude each other"),
         ([], "give one of --prompt"),
         (["--prompt", "a", "--chat"], "got --prompt and --chat"),
         (["--ask", "a", "--prompt", "b"], "got --prompt and --ask"),
         (["--prompt", "a", "--system", "b"], "--system goes with --ask and --chat"),
         (["--chat", "--json"], "--json does not go with --chat"),
-        (["--prompt", "a", "--temperature", "hot"], "invalid float value: 'hot'"),
-        (["--prompt", "a", "--temperature", "nan"], "temperature must be"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be"),
-        (["--prompt", "a", "--top_p", "0"], "top_p must be from 0.000001 to 1"),
-        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--prompt", "a", "--temperature", "hot"], "--temperature: must be a number of at least 0, got 'hot'"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature: must be a number"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature: must be a number"),
+        (["--prompt", "a", "--top_p", "0"], "--top_p: must be a number from 0.000001 to 1"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: must be a whole number of at least 1"),
         (["--prompt", "a", "--max_new_tokens", "999999"], "max_seq_len=131,072"),
         (["--prompt", "a", "--mesh", "tensor"], "expected AXIS=N"),
         (["--prompt_file", "missing/a.txt"], "error: missing/a.txt: No such file or directory\n"),
@@ -171,7 +179,7 @@ def test_a_missing_model_is_told_without_a_traceback():
 
 
 def test_a_typo_is_answered_before_jax_is_imported():
-    code = "import sys; from llama_jax.infer import cli\ntry: cli.main(['--modle', 'x'])\nexcept SystemExit: pass\n"
+    code = "import sys; from llama_jax.cli import exits, infer\nexits.run(infer.main, ['--modle', 'x'])\n"
     code += "print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n"
@@ -179,9 +187,9 @@ def test_a_typo_is_answered_before_jax_is_imported():
 
 def test_a_reader_that_leaves_is_no_error():
     code = (
-        "import sys\nfrom llama_jax.infer import cli\n"
-        "def run(options):\n    for _ in range(99999): print('text')\n"
-        "cli._run = run\nsys.exit(cli.main(['--model', 'm', '--prompt', 'a']))"
+        "from llama_jax.cli import exits\n"
+        "def command(argv):\n    for _ in range(99999): print('text')\n    return 0\n"
+        "exits.leave(command, [])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

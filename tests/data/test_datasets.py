@@ -90,9 +90,12 @@ def test_a_store_of_the_hub_has_one_key_wherever_it_is_built(tmp_path, endpoint)
 import json, sys
 from llama_jax.data.store import build_store
 from llama_jax.text import Tokenizer
+from llama_jax.text.chat_format import Llama3Format
+from llama_jax.text.record_encoder import RecordEncoder
 tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+encoder = RecordEncoder(tokenizer, Llama3Format(tokenizer))
 for name in sys.argv[2:]:
-    store = build_store([name], tokenizer, cache_dir=sys.argv[1])
+    store = build_store([name], encoder, cache_dir=sys.argv[1])
     print(json.dumps([store.path.name, store.num_documents, store.fingerprint]))
 print(json.dumps(""))  # for the folder
 """

@@ -16,7 +16,7 @@ from llama_jax.data.packing import Mixture, PackedRows
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import build_store
 from llama_jax.errors import ConfigError
-from llama_jax.train import loop
+from llama_jax.train import run as loop
 
 
 def rows_of(tmp_path: Path, name: str, count: int) -> PackedRows:

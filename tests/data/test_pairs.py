@@ -13,14 +13,15 @@ from helpers.files import write
 from helpers.packing import NAMES, slow_rows
 from helpers.records import ANSWER, ASK, FUNCTION, documents_in, expected, random_pair, store_of
 from helpers.runs import text_run
+from llama_jax.data import inspect, prepare
+from llama_jax.data.encoding import encode_pair
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import Mixture, WholeRows, pack
-from llama_jax.data.records import Pair, encode_pair, parse
+from llama_jax.data.records import Pair, parse
 from llama_jax.data.sources import documents_from, fingerprint_of
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
 from llama_jax.text import Tokenizer
-from llama_jax.train import setup, show
 
 T = 640
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in ("Because.", "No idea."))
@@ -78,7 +79,7 @@ def test_a_thousand_pairs_have_the_ids_and_targets_of_an_independent_constructio
     store = store_of(tmp_path, records, vocabulary, workers=2)
     wanted = [document for record in records for document in expected_pair(vocabulary, record)]
     assert documents_in(store) == wanted
-    assert store.pairs and store.masked and store.num_units == 1000 and store.num_documents == 2000
+    assert store.pairs and store.masked and store.num_records == 1000 and store.num_documents == 2000
     assert store.num_targets == sum(sum(mask) for _, mask in wanted)
 
 
@@ -129,7 +130,10 @@ def test_rows_of_a_thousand_pairs_equal_a_slow_construction(store, records, toke
     for i, row in enumerate(wanted):
         assert {name: array.tolist() for name, array in rows[i].items()} == row
     filled = sum((np.array(row["segments"]) > 0).sum() for row in wanted)
-    assert rows.waste == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12) and rows.waste < 0.06
+    assert (
+        rows.padding_fraction == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12)
+        and rows.padding_fraction < 0.06
+    )
 
 
 def pairs_in(row: dict[str, np.ndarray]) -> list[tuple[Document, Document]]:
@@ -155,14 +159,14 @@ def test_a_pair_must_fit_into_a_row_together(tmp_path, tokenizer):
     one, other = (len(ids) for ids, _ in expected_pair(tokenizer, GOOD))
     lines = [GOOD] * 20 + [GOOD | {"rejected": [{**WORSE, "content": WORSE["content"] + "!"}]}]
     store = store_of(tmp_path, lines, tokenizer, max_length=one + other)
-    assert (store.num_units, store.num_bad) == (20, 1)
+    assert (store.num_records, store.num_bad, store.num_too_long) == (20, 0, 1)
     said = json.loads(store.quarantine.read_text())
     assert said["line"] == 21
     assert (
         f"{one} tokens of 'chosen' and {other + 1} of 'rejected' are more than data.sequence_length=" in said["reason"]
     )
     rows = pack(store, sequence_length=one + other, loss_on="assistant")
-    assert len(rows) == 20 and rows.waste == 0
+    assert len(rows) == 20 and rows.padding_fraction == 0
     with pytest.raises(ValueError, match=f"a pair of {one + other} tokens does not fit into rows of {one + other - 1}"):
         pack(store, sequence_length=one + other - 1, loss_on="assistant")
     with pytest.raises(ConfigError, match="data.loss_on='all' would count the prompts .*: set it to 'assistant'"):
@@ -256,16 +260,15 @@ BAD = [
     ({"prompt": "Why?", "chosen": [BETTER], "rejected": [WORSE]}, "share no first message"),
     ({**TEXTS, "prompt": None}, "'chosen' and 'rejected' are texts without a 'prompt'"),
     ({**TEXTS, "prompt": 3}, "'prompt' must be a string, found int"),
-    ({**TEXTS, "prompt": [ASK]}, "'chosen' must be a list of messages, or a string where"),
     ({**TEXTS, "system": "Be brief."}, "'system' is not read in a record of this kind: put all into 'prompt'"),
-    (answers("Because."), "'chosen' must be a list of messages, or a string where"),
+    (answers("Because.", prompt="Why?"), "'chosen' must be a list of messages, or a string where"),
     (answers([BETTER], 3), "'rejected' must be a list of messages, or a string where"),
-    (answers(["Because."]), "message 1 of 'chosen' is 'Because.'"),
+    (answers(["Because."]), "chosen[0] must be a dict with 'role' and 'content', got 'Because.'"),
     (answers([BETTER], prompt=[]), "'prompt' is empty: an answer needs a question"),
     (answers([BETTER], prompt=[{"role": "usr", "content": "x"}]), "did you mean 'user'?"),
     (answers([BETTER], tools=["ad"]), "tools[0]: 'ad' (str) is not a built-in tool"),
     (answers([BETTER], tools="add"), "'tools' must be a list"),
-    (answers([{**BETTER, "weight": 0}]), "messages[1]: 'weight' 0 is not read"),
+    (answers([{**BETTER, "weight": 0}]), "no message of the assistant is to be learnt"),
     ({"prompt": [ASK], "chosen": [BETTER]}, "'chosen' without 'rejected'"),
     ({"rejected": "b"}, "'rejected' without 'chosen'"),
     ({"messages": [ASK, ANSWER]}, "not a preference pair, as the records before it are"),
@@ -278,7 +281,7 @@ BAD = [
 @pytest.mark.parametrize(("line", "reason"), BAD, ids=range(len(BAD)))
 def test_a_bad_pair_goes_to_quarantine_with_file_line_and_reason(tmp_path, tokenizer, line, reason):
     store = store_of(tmp_path, [*[GOOD] * 20, line, b"", TEXTS], tokenizer, max_length=T)
-    assert store.pairs and (store.num_units, store.num_bad) == (21, 1)
+    assert store.pairs and (store.num_records, store.num_bad + store.num_too_long) == (21, 1)
     (listed,) = [json.loads(text) for text in store.quarantine.read_text().splitlines()]
     assert (listed["file"], listed["line"]) == (str(tmp_path / "data.jsonl"), 21)
     assert reason in listed["reason"] and listed["reason"].isprintable()
@@ -298,8 +301,8 @@ def test_more_than_five_percent_of_bad_pairs_stop_and_pairs_are_what_is_counted(
 
 
 def test_stores_of_texts_and_dialogs_are_found_where_they_were_before_pairs(tmp_path, tokenizer):
-    """The keys of before, written out; and their meta, which says nothing of pairs."""
-    for name, lines, length in (("t", [{"text": "plain"}], []), ("d", [{"messages": [ASK, ANSWER]}], [T])):
+    """The keys, written out; and meta of before, which says nothing of pairs. Those of dialogs have a version."""
+    for name, lines, length in (("t", [{"text": "plain"}], []), ("d", [{"messages": [ASK, ANSWER]}], [T, 2, "drop"])):
         path = write(tmp_path / f"{name}.jsonl", lines)
         made = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=T)
         identity = [1, fingerprint_of([path]), tokenizer.fingerprint, tokenizer.vocab_size, *length]
@@ -308,7 +311,7 @@ def test_stores_of_texts_and_dialogs_are_found_where_they_were_before_pairs(tmp_
         assert meta.pop("pairs") is False
         (made.path / "meta.json").write_text(json.dumps(meta))
         again = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=T)
-        assert again.path == made.path and not again.pairs and again.unit == "document"
+        assert again.path == made.path and not again.pairs and again.record_kind == "document"
 
 
 def test_a_store_of_pairs_with_an_odd_document_is_damaged(tmp_path, tokenizer):
@@ -335,10 +338,10 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
     said: list[str] = []
     lines = [GOOD] * 30 + [{**GOOD, "messages": [ASK, BETTER]}, {}]
     path = write(tmp_path / "held.jsonl", [TEXTS] * 4)
-    train, validation = setup.rows(pair_run(tmp_path, lines, data__validation=(path,)), tokenizer, said.append)
+    train, validation = prepare.rows(pair_run(tmp_path, lines, data__validation=(path,)), tokenizer, said.append)
     assert train.parts[0].store.pairs and validation.store.pairs
     assert said[0].startswith("train: 31 pairs, 2,") and " targets), " in said[0] and " padding), " in said[0]
-    assert said[1].startswith("train: left out as bad: 1 of 32 pairs, listed in ")
+    assert said[1].startswith("train: left out as bad: 1 of 32 pairs, the first: ")
     assert said[2].startswith("train: each row is seen ") and said[2].endswith(
         ": set train.steps lower if that is not meant"
     )
@@ -348,7 +351,7 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
 def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(tmp_path, tokenizer):
     def refused(words: str, lines: list, **changes):
         with pytest.raises(ConfigError, match=words) as caught:
-            setup.rows(pair_run(tmp_path, lines, **changes), tokenizer, print)
+            prepare.rows(pair_run(tmp_path, lines, **changes), tokenizer, print)
         assert "\n" not in str(caught.value)
 
     dialogs = [{"messages": [ASK, ANSWER]}] * 3
@@ -366,9 +369,9 @@ def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(t
     refused("data.train: .*held.jsonl holds dialogs", [], data__train=(pairs, held), data__weights=(1.0, 1.0))
 
 
-def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(setup, "chosen_tokenizer", lambda run, say: tokenizer)  # that of init_from
-    show.show(pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path)), colour=False)
+def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, capsys):
+    run = pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path))
+    inspect.show(run, tokenizer, colour=False)
     one, other = (len(ids) for ids, _ in expected_pair(tokenizer, GOOD))
     both = one + other
     out = capsys.readouterr().out

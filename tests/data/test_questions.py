@@ -1,7 +1,6 @@
 """Claims about the chat set of the standard library's documentation, and about the recipe that trains on it."""
 
 import builtins
-import importlib.util
 import inspect
 import os
 import pydoc
@@ -16,12 +15,14 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.data import corpus, questions
-from llama_jax.data.records import encode
+from llama_jax.data.encoding import encode
 from llama_jax.data.sources import documents_from
 from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig, default_dict
+from llama_jax.train.samples import TrainingSampler
 
 TRAIN, VALIDATION = (questions.dialogs(part) for part in questions.PARTS)
 
@@ -142,23 +143,16 @@ def test_a_part_that_does_not_exist_is_answered_with_those_that_do():
         documents_from(["stdlib:chat"])
 
 
-def load_train():
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_samples_while_training_are_what_infer_says_to_the_same_question(kind):
     config, tokenizer = configs.size("tiny"), byte_tokenizer()
-    params = model.init_params(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     values = default_dict("tiny") | {"output": "x", "seed": 3}
     values["data"] |= {"train": ("a.txt",)}
     values["train"] |= {"compute_dtype": "float32"}
     values["log"] |= {"sample_as": kind, "sample_prompts": ("hi", "What?"), "sample_tokens": 8}
     mesh = parallel.make_mesh({"fsdp": 1, "data": -1})
-    texts = load_train().make_sampler()(RunConfig.from_dict(values), params, tokenizer, mesh)
+    texts = TrainingSampler()(RunConfig.from_dict(values), params, tokenizer, mesh)
     llama, how = Llama(config, params, tokenizer), {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9}
     if kind == "text":
         expected = [llama.generate(p, seed=3 + i, **how).text for i, p in enumerate(("hi", "What?"))]

@@ -16,12 +16,12 @@ from helpers.packing import NAMES, slow_rows
 from helpers.records import expected, random_dialog
 from helpers.runs import dialog_run, metrics_of, text_run
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows, WholeRows, best_fit, pack
 from llama_jax.data.store import TokenStore, build_store
-from llama_jax.text import Tokenizer
-from llama_jax.train import loop
+from llama_jax.params import init_params
+from llama_jax.text import Tokenizer, encode_dialog
+from llama_jax.train import run as loop
 from llama_jax.train.objectives import sft_sums
 
 T = 320
@@ -33,7 +33,8 @@ def short_dialogs(count: int, seed: int, tokenizer: Tokenizer, longest: int) -> 
     found: list[dict] = []
     while len(found) < count:
         record = random_dialog(rng)
-        ids = tokenizer.encode_dialog(record["messages"], tools=record.get("tools"), add_generation_prompt=False)
+        options = {"tools": record.get("tools"), "add_generation_prompt": False}
+        ids = encode_dialog(tokenizer, record["messages"], **options)[0]
         found += [record] if len(ids) <= longest else []
     return found
 
@@ -81,7 +82,10 @@ def test_rows_of_a_thousand_dialogs_equal_a_slow_construction(store, records, to
     for i, row in enumerate(wanted):
         assert {name: array.tolist() for name, array in rows[i].items()} == row
     filled = sum((np.array(row["segments"]) > 0).sum() for row in wanted)
-    assert rows.waste == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12) and rows.waste < 0.06
+    assert (
+        rows.padding_fraction == pytest.approx(1 - filled / (len(wanted) * T), abs=1e-12)
+        and rows.padding_fraction < 0.06
+    )
 
 
 @pytest.mark.parametrize("length", [2, 3, 16, 100])
@@ -109,7 +113,7 @@ def test_text_alone_is_cut_as_ever(tmp_path, tokenizer):
     text = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=8)
     rows = pack(text, sequence_length=8, loss_on="assistant")
     assert isinstance(rows, PackedRows) and rows.fingerprint == text.fingerprint
-    assert rows.waste == 1 - (text.num_tokens - 1) / (2 * 8)
+    assert rows.padding_fraction == 1 - (text.num_tokens - 1) / (2 * 8)
 
 
 def test_the_loader_resumes_rows_of_dialogs_and_refuses_another_loss(store):
@@ -148,7 +152,7 @@ def test_gradients_of_a_packed_batch_equal_those_of_its_documents_one_by_one(tmp
     assert max(int(row["segments"].max()) for row in packed) >= 3
     run = text_run(tmp_path, model__num_layers=2, model__vocab_size=tokenizer.vocab_size)
     config = run.model
-    params = jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
 
     @jax.jit
     def gradients(params, batch):
@@ -212,7 +216,7 @@ def test_bad_data_stops_a_run_before_it_starts_and_a_little_is_told_of(tmp_path,
     loop.train(dialog_run(tmp_path, "good", [good] * 30 + [{"instruction": "a", "output": ""}], train__steps=1,
                           optimizer__warmup_steps=0))  # fmt: skip
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "as bad" in line]
-    assert line.startswith("train: left out as bad: 1 of 31 documents, listed in ")
+    assert line.startswith("train: left out as bad: 1 of 31 documents, the first: ")
     assert json.loads(Path(line.rpartition(" listed in ")[2]).read_text())["line"] == 31
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from helpers import sound
-from llama_jax import __main__ as commands
+from helpers.program import program
 from llama_jax import config as configs
-from llama_jax import model
 from llama_jax.errors import ConfigError
 from llama_jax.eval import comparison, intervals, judges, plot
 from llama_jax.eval.judges import Case, Prompt
 from llama_jax.ops.lora import LoraWeights
+from llama_jax.params import init_params
 from llama_jax.weights import export
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
@@ -155,6 +155,7 @@ class Fake:
 
     alive: list = []
     loads: list = []
+    stop_tokens = chat_stop_tokens = ()
 
     def __init__(self, name, fail_after=None):
         self.name, self.tokenizer, self.left = name, self, fail_after
@@ -205,12 +206,7 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", lambda _="": next(left))
         monkeypatch.setattr(judges.by_person, "__kwdefaults__", {"ask": lambda _: next(left), "say": print})
         out = str(tmp_path / "out")
-        try:
-            status = commands.main(
-                ["eval", "compare", "a", "b", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", out, *argv]
-            )
-        except SystemExit as leave:
-            status = leave.code
+        status = program("eval", "compare", "a", "b", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", out, *argv)
         return status, *capsys.readouterr()
 
     return run
@@ -314,7 +310,7 @@ def test_a_first_run_that_failed_before_any_answer_binds_nobody(run, tmp_path):
 def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
     config = configs.size("tiny")
     for seed, name in ((0, "one"), (0, "same"), (1, "other")):
-        sound.save_params(tmp_path / name, config, model.init_params(config, jax.random.key(seed)))
+        sound.save_params(tmp_path / name, config, init_params(config, jax.random.key(seed)))
     a, b = jnp.ones((2, config.embed_dim)), jnp.ones((config.num_heads * config.head_dim, 2))
     for name, factor in (("first", 1), ("second", 2)):
         path = ("layers", 0, "attention", "q")

@@ -4,6 +4,7 @@ The first part needs neither lm_eval nor torch. The second runs the real harness
 transformers are there too, on HFLM with the same folder.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 
 import llama_jax
 from golden import make_harness as golden
-from llama_jax import __main__ as commands
+from helpers.program import program
 from llama_jax.errors import ConfigError
 from llama_jax.eval import lm_eval_requests, scoring
 from llama_jax.sampling_params import SamplingParams
@@ -138,8 +139,7 @@ def test_settings_that_cannot_be_are_refused(llama, given, said):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_without_lm_eval_the_command_says_how_to_install_it(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        commands.main(["eval", "harness", "m", "--tasks", "arc_easy", "--out", str(tmp_path / "r.json")])
+    assert program("eval", "harness", "m", "--tasks", "arc_easy", "--out", str(tmp_path / "r.json")) == 2
     err = capsys.readouterr().err
     assert "pip install lm_eval" in err and err.count("\n") == 1
 
@@ -177,13 +177,19 @@ def test_dialogs_are_written_as_hflm_writes_them(lm):
 
 
 def test_a_template_that_refuses_a_dialog_is_one_line(lm):
-    from llama_jax.eval.harness import render
+    from llama_jax.text.chat_format import choose
+
+    def render(source: str) -> str:
+        other = copy.copy(lm)
+        other.llama = copy.copy(lm.llama)
+        other.llama.chat_format = choose(lm.llama.tokenizer, source)
+        return other.apply_chat_template(golden.DIALOG)
 
     for source in ("{{ raise_exception('no') }}", "{% for %}", "{{ messages[9].content }}", "{{ 1 / 0 }}"):
         with pytest.raises(ConfigError, match="chat template"):
-            render(source, golden.DIALOG, lm.llama, add_generation_prompt=True)
+            render(source)
     with pytest.raises(ConfigError, match="chat template"):  # the sandbox
-        render("{{ ''.__class__.__mro__ }}", golden.DIALOG, lm.llama, add_generation_prompt=True)
+        render("{{ ''.__class__.__mro__ }}")
 
 
 TASKS = {
@@ -251,7 +257,7 @@ def test_the_command_runs_whole_tasks_and_gives_hflms_results(
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
     out = tmp_path / "results.json"
     argv = ["--tasks", ",".join(TASKS), "--include", str(tasks), "--dtype", "float32", "--out", str(out)]
-    assert commands.main(["eval", "harness", str(folder), *argv]) == 0
+    assert program("eval", "harness", str(folder), *argv) == 0
     printed = capsys.readouterr().out
     results = json.loads(out.read_text())["results"]
     assert all(f"|{name}" in printed for name in TASKS) and "Stderr" in printed
@@ -307,7 +313,6 @@ def test_chat_tasks_and_fewshot_run(lm, tasks, offline):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(lm, capsys, argv, said):
-    with pytest.raises(SystemExit) as leave:
-        commands.main(["eval", "harness", "m", *argv])
+    status = program("eval", "harness", "m", *argv)
     err = capsys.readouterr().err
-    assert leave.value.code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert status == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1

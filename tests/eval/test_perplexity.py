@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import llama_jax.eval
+from helpers.program import program
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import __main__ as commands
 from llama_jax import config as configs
-from llama_jax import model
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring, sliding_window
 from llama_jax.infer import engine
 from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
 
 CONFIG = dataclasses.replace(configs.size("tiny"), max_seq_len=64)
 TEXTS = [
@@ -30,7 +30,7 @@ MATCH = 2e-6  # relative, of sums in float32 and float64
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda a: 6 * a, model.init_params(CONFIG, jax.random.key(3)))  # far from uniform
+    return jax.tree.map(lambda a: 6 * a, init_params(CONFIG, jax.random.key(3)))  # far from uniform
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +202,7 @@ def run(llama, monkeypatch, capsys):
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
 
     def run(*argv):
-        try:
-            status = commands.main(["eval", "perplexity", "m", *map(str, argv)])
-        except SystemExit as leave:
-            status = leave.code
+        status = program("eval", "perplexity", "m", *map(str, argv))
         return status, *capsys.readouterr()
 
     return run

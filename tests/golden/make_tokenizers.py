@@ -21,10 +21,11 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from llama_jax.text import Tokenizer, template  # noqa: E402
+from llama_jax.text import Tokenizer, chat_template, template  # noqa: E402
+from llama_jax.text.chat_format import Llama3Format  # noqa: E402
 from llama_jax.text.formats import gguf as gguf_vocabulary  # noqa: E402
 from llama_jax.text.formats import huggingface as huggingface_vocabulary  # noqa: E402
-from llama_jax.text.vocabulary import SPLIT_PATTERN  # noqa: E402
+from llama_jax.text.patterns import SPLIT_PATTERN  # noqa: E402
 
 
 def user(content: object) -> dict:
@@ -83,6 +84,14 @@ DIALOGS = {
             {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}] * 2},
         ]
     },
+    "systems": {
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            user("?"),
+            {"role": "system", "content": "Be long."},
+            call("f", ""),
+        ]
+    },
     "search": {"messages": [user("?"), call("brave_search", {"query": 'the "best" é'}), user("and?")]},
     "code": {"messages": [user("?"), call("code_interpreter", {"code": "print(1)\nprint(2)"}, content="")]},
 }
@@ -99,12 +108,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        huggingface_vocabulary.write(ours, folder, model_max_length=4096)
+        huggingface_vocabulary.write(ours.vocabulary, folder, model_max_length=4096)
+        chat_template.write(Llama3Format(ours).template, folder)
         theirs = AutoTokenizer.from_pretrained(folder)
         ours.save(folder / "small.model")
         converted = TikTokenConverter(vocab_file=str(folder / "small.model"), pattern=SPLIT_PATTERN).converted()
         merges = json.loads(converted.to_str())["model"]["merges"]
-        fields = gguf_vocabulary.fields(ours)
+        fields = gguf_vocabulary.fields(ours.vocabulary)
         cpp = llama_cpp(fields, folder / "small.gguf")
         golden = {
             "transformers": {

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import size
+from llama_jax.params import abstract_params, logical_axes
 from llama_jax.run_config import RunConfig
 
 
@@ -33,11 +34,17 @@ def stated(path):
 
 
 def tpu_mesh(topology, sizes):
-    bounds = (1, 1, 1) if topology.endswith(":1x1") else (2, 2, 1)
+    bounds = (1, 1, 1) if topology.endswith((":1x1", ":1x1x1")) else (2, 2, 1)
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, num_slices=1
     ).devices
     return parallel.make_mesh(sizes, devices)
+
+
+def with_published_shape(run, path):
+    """The run of a recipe with the shape of the model that its file is named after, e.g. llama31_8b_lora.py."""
+    name = re.match(r"llama(\d)(\d)_(\d+b)", Path(path).stem)
+    return run.with_shape(size(f"llama{name[1]}.{name[2]}-{name[3]}")) if run.init_from else run
 
 
 def train(path, topology=None, *changes):
@@ -48,7 +55,7 @@ def train(path, topology=None, *changes):
     for change in changes:
         key, _, value = change.partition("=")
         config.update_from_flattened_dict({key: ast.literal_eval(value)})
-    run = RunConfig.from_dict(config.to_dict())
+    run = with_published_shape(RunConfig.from_dict(config.to_dict()), path)
     mesh = tpu_mesh(topology or stated(path)[0], dataclasses.asdict(run.mesh))
     program = Program.make(run, mesh)
     steps = [program.train_step.lower(program.state, program.frozen, program.batch)]
@@ -68,8 +75,8 @@ def decode():
     layout = engines.layout(config, mesh)
     whole = parallel.replicated(mesh)
 
-    params = model.abstract_params(config, stacked=False, dtype=jnp.bfloat16)
-    params = parallel.abstract(params, parallel.shardings(layout, model.logical_axes(config, stacked=False), params))
+    params = abstract_params(config, stacked=False, dtype=jnp.bfloat16)
+    params = parallel.abstract(params, parallel.shardings(layout, logical_axes(config, stacked=False), params))
     engine = engines.Engine(config, params, mesh=mesh, dtype=jnp.bfloat16)
     cache = jax.eval_shape(lambda: init_cache(config, batch=rows, capacity=capacity, dtype=jnp.bfloat16))
     heads = layout.sharding(("batch", "kv_heads", None, None))

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from llama_jax import __main__ as commands
-from llama_jax.weights.source import open_source
+from helpers.program import program
+from llama_jax.weights.open import open_source
 
 
 def convert(source, dest, format, *options) -> Path:
     """`python -m llama_jax convert`, in this process."""
-    assert commands.main(["convert", str(source), str(dest), "--to", format, *options]) == 0
+    assert program("convert", str(source), str(dest), "--to", format, *options) == 0
     return Path(dest)
 
 

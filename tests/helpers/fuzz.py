@@ -85,7 +85,7 @@ def mutated_text(data: bytes, rng: random.Random) -> bytes:
 
 def attempt(path: Path) -> str:
     """Open a model and read every tensor of it; "opened", or the line that refuses it."""
-    from llama_jax.weights.source import open_source
+    from llama_jax.weights.open import open_source
 
     try:
         source = open_source(path)

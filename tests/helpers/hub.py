@@ -88,18 +88,18 @@ def serving():
 DOWNLOAD = """
 "Prints the path of each download in argv, or the error that refuses it, as lines of JSON."
 import json, sys
-from llama_jax.config import ConfigError
-from llama_jax.weights import hub
+from llama_jax.errors import ConfigError
+from llama_jax.weights import hub_models
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(str(hub.download(name))))
+        print(json.dumps(str(hub_models.download(name))))
     except ConfigError as error:
         print(json.dumps("refused: " + str(error)))
 """
 
 
 def download(home, endpoint, *names, script=DOWNLOAD, **environment):
-    """The results of `hub.download`, or its refusals, one for each name; it runs in a process of its own.
+    """The results of `hub_models.download`, or its refusals, one for each name; it runs in a process of its own.
 
     `environment` adds variables of that process. Another `script` prints a line of JSON for each name, too.
     """

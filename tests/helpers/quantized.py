@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import model
 from llama_jax.config import SIZES
 from llama_jax.ops.quant import QTensor
-from llama_jax.params import unstack
+from llama_jax.params import init_params, unstack
 
 TINY = {**SIZES["tiny"].to_dict(), "embed_dim": 64, "rope_scaling": SIZES["tiny"].rope_scaling}
 
@@ -32,7 +31,7 @@ def random_quantized(shape, bits, seed=0):
 
 def quantized_params(bits):
     """A model's unrolled weights with every matrix quantized, and the same with arrays."""
-    dense = unstack(model.init_params(CONFIG, jax.random.key(0)))
+    dense = unstack(init_params(CONFIG, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(dense)
     pairs = [
         random_quantized(leaf.shape, bits, seed) if leaf.ndim == 2 else (leaf, leaf) for seed, leaf in enumerate(leaves)

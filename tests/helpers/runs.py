@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from helpers.files import write
-from llama_jax import cli
+from llama_jax.cli.run_flags import parse_run
 from llama_jax.run_config import RunConfig, default_dict
 from llama_jax.train.metrics import read_metrics
 
@@ -127,7 +127,7 @@ def write_config(folder: Path, extra: str = "pass", name: str = "config.py") -> 
 
 def parse(*arguments) -> tuple[RunConfig, bool]:
     """The run of these arguments of train.py, and whether it may resume."""
-    return cli.parse_run(["train.py", *map(str, arguments)])
+    return parse_run(list(map(str, arguments)))
 
 
 def metrics_of(run: Path) -> list[dict]:

@@ -8,6 +8,7 @@ import numpy as np
 from llama_jax.config import SIZES
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import export, name_table
+from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.tensor import of_array
 
 CONFIG = dataclasses.replace(
@@ -34,13 +35,13 @@ def tokenizer():
 
 def save_params(folder: Path, config, params) -> Path:
     """A Hugging Face folder in float32 of params, without a tokenizer."""
-    card = export.Card(None, None, (), None)
-    return export.save(folder, config, export.leaves_of(config, params), card, format="hf", dtype="float32")
+    metadata = Metadata()
+    return export.save(folder, config, export.leaves_of(config, params), metadata, format="hf", dtype="float32")
 
 
 def make_sound(folder: Path, format: str) -> Path:
     """A model in `folder`, which is what is returned, or the file in it."""
-    card = export.Card(tokenizer(), tokenizer().bos_id, tokenizer().stop_tokens, None)
+    metadata = Metadata(tokenizer(), tokenizer().bos_id, tokenizer().stop_tokens)
     path = folder / "model.gguf" if format == "gguf" else folder
     dtype = "q8_0" if format == "gguf" else "bfloat16"
-    return export.save(path, CONFIG, random_leaves(), card, format=format, dtype=dtype)
+    return export.save(path, CONFIG, random_leaves(), metadata, format=format, dtype=dtype)

@@ -5,6 +5,7 @@ import hashlib
 import json
 
 from helpers.paths import GOLDEN_FOLDER
+from llama_jax.text.chat_format import Llama3Format
 from llama_jax.text.tokenizer import Tokenizer
 
 GOLDEN = json.loads((GOLDEN_FOLDER / "text.json").read_text(encoding="utf-8"))
@@ -22,14 +23,21 @@ class ByteTokenizer:
         return [BOS] * bos + list(text.encode()) + [EOS] * eos
 
 
-def byte_tokenizer() -> Tokenizer:
+class DialogTokenizer(Tokenizer):
+    """A tokenizer that also encodes dialogs in Meta's reference format, as data needs it."""
+
+    def encode_dialog(self, messages, *, tools=None, learn=None) -> tuple[list[int], list[bool]]:
+        return Llama3Format(self).encode_for_training(messages, tools=tools, learn=learn)
+
+
+def byte_tokenizer() -> DialogTokenizer:
     """A vocabulary with one id per byte, so that ids can be read."""
-    return Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+    return DialogTokenizer.from_ranks({bytes([i]): i for i in range(256)})
 
 
-def small_tokenizer() -> Tokenizer:
+def small_tokenizer() -> DialogTokenizer:
     """The small vocabulary with merges, with which Meta's code made half of the golden ids."""
-    return Tokenizer.from_ranks({base64.b64decode(token): i for i, token in enumerate(GOLDEN["small_tokens"])})
+    return DialogTokenizer.from_ranks({base64.b64decode(token): i for i, token in enumerate(GOLDEN["small_tokens"])})
 
 
 def digest(ids: list[int]) -> list:

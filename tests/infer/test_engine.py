@@ -12,7 +12,7 @@ from llama_jax import model, parallel
 from llama_jax.errors import ConfigError
 from llama_jax.infer import engine
 from llama_jax.infer.engine import Engine, Request
-from llama_jax.params import unstack
+from llama_jax.params import init_params, unstack
 from llama_jax.sampling_params import SamplingParams
 
 CONFIG = configs.size("tiny")
@@ -22,7 +22,7 @@ WARM = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=
 
 @functools.cache
 def params():
-    sharp = model.init_params(CONFIG, jax.random.key(0))
+    sharp = init_params(CONFIG, jax.random.key(0))
     return unstack(jax.tree.map(lambda a: a * 6 if a.ndim > 2 else a, sharp))  # else texts stall at once
 
 

@@ -10,6 +10,7 @@ from llama_jax import model
 from llama_jax.cache import init_cache
 from llama_jax.config import SIZES, ModelConfig, RopeScaling, size
 from llama_jax.errors import ConfigError, nearest
+from llama_jax.params import abstract_params
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_parameter_count_is_the_published_one(name, params):
 @pytest.mark.parametrize("name", ["tiny", "quickstart", "llama3.1-8b", "llama3.2-1b"])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_parameter_count_is_that_of_the_tree(name, stacked):
-    leaves = jax.tree.leaves(model.abstract_params(size(name), stacked=stacked))
+    leaves = jax.tree.leaves(abstract_params(size(name), stacked=stacked))
     assert sum(leaf.size for leaf in leaves) == size(name).num_params
 
 
@@ -44,7 +45,7 @@ def test_flops_per_token_agree_with_xla():
         hidden, _ = model.forward(config, params, tokens, positions, None)
         return model.unembed(config, params, hidden)
 
-    params = model.abstract_params(config, stacked=False)
+    params = abstract_params(config, stacked=False)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
     counted = jax.jit(logits).lower(params, ids, ids).cost_analysis()["flops"]
     ours = B * T * config.flops_per_token(T, training=False)

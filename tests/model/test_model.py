@@ -23,7 +23,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import rope
 from llama_jax.ops.attention import xla
-from llama_jax.params import stack
+from llama_jax.params import logical_axes, stack
 from llama_jax.weights import name_table
 
 GOLDEN = np.load(GOLDEN_FOLDER / "model_logits.npz")
@@ -273,7 +273,7 @@ MESHES = [
 def _on_mesh(sizes, rules, *, stacked):
     layout = parallel.Layout(parallel.make_mesh(sizes), rules)
     params = stack(weights(TINY)) if stacked else weights(TINY)
-    shardings = parallel.shardings(layout, model.logical_axes(TINY, stacked=stacked), params)
+    shardings = parallel.shardings(layout, logical_axes(TINY, stacked=stacked), params)
     return layout, jax.device_put(params, shardings)
 
 

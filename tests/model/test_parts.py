@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from golden.make_model import random_weights
 from golden.make_parts import CASES, FILE, IGNORED, POSITIONS, SEGMENTS, T, heads, hidden, targets
@@ -32,9 +31,7 @@ def params_of(config):
 
 def block_of(config):
     """The decoder block of a model with one layer, with its weights."""
-    graph, state = nnx.split(model.Block(config, rngs=None))
-    nnx.replace_by_pure_dict(state, params_of(config)["layers"][0])
-    return nnx.merge(graph, state)
+    return model.Block(config, params_of(config)["layers"][0])
 
 
 def where_of(config):

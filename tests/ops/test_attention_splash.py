@@ -16,6 +16,7 @@ from llama_jax.cache import init_cache
 from llama_jax.config import SIZES
 from llama_jax.data.packing import PackedRows, WholeRows
 from llama_jax.ops.attention import splash, xla
+from llama_jax.params import abstract_params
 
 # Of float32 sums in another order, beside the largest number of the result; the most seen is 9e-7.
 ROUNDING = 2e-6
@@ -189,7 +190,7 @@ def kernels(
             return jnp.sum(hidden.astype(jnp.float32))
 
     config = dataclasses.replace(config, max_seq_len=max(length, config.max_seq_len))
-    params = model.abstract_params(config, stacked=cache is None)
+    params = abstract_params(config, stacked=cache is None)
     ids = jax.ShapeDtypeStruct((8, length), jnp.int32)
     traced = jax.jit(jax.grad(run) if gradient else run).trace(params, ids, ids, ids)
     return traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call")

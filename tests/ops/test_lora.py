@@ -15,7 +15,7 @@ from llama_jax import model, parallel
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraTensor, LoraWeights, dora_factor
-from llama_jax.params import stack, unstack
+from llama_jax.params import init_params, logical_axes, stack, unstack
 
 ROUNDING = 1e-5
 RANK = 3
@@ -125,7 +125,7 @@ def test_doras_factors_make_the_norms_of_rows_or_columns_their_magnitudes(kind):
 
 
 def test_a_scan_over_stacked_layers_gives_the_loss_and_gradients_of_the_merged_model():
-    params = with_lora(model.init_params(CONFIG, jax.random.key(0)), stacked=True)
+    params = with_lora(init_params(CONFIG, jax.random.key(0)), stacked=True)
     assert params["layers"]["ffn"]["up"].a.shape == (CONFIG.num_layers, RANK, CONFIG.embed_dim)
     positions = np.broadcast_to(np.arange(9), TOKENS.shape)
     is_lora = lambda leaf: isinstance(leaf, LoraTensor)  # noqa: E731
@@ -148,7 +148,7 @@ def test_a_scan_over_stacked_layers_gives_the_loss_and_gradients_of_the_merged_m
 @pytest.mark.parametrize("sizes, bits", [(None, 4), (MESH, None), (MESH, 8)], ids=str)
 def test_a_model_with_lora_is_the_merged_model_on_any_mesh(sizes, bits):
     if bits is None:
-        base = dense = unstack(model.init_params(CONFIG, jax.random.key(0)))
+        base = dense = unstack(init_params(CONFIG, jax.random.key(0)))
     else:
         base, dense = quantized_params(bits)
     params, plain = with_lora(base, stacked=False), merged(with_lora(dense, stacked=False))
@@ -167,8 +167,8 @@ def test_a_model_with_lora_is_the_merged_model_on_any_mesh(sizes, bits):
 
 def test_lora_weights_stack_and_unstack_and_stay_on_their_mesh():
     layout = parallel.Layout(parallel.make_mesh({"fsdp": 4, "tensor": 2}), "train")
-    stacked = with_lora(model.init_params(CONFIG, jax.random.key(0)), stacked=True)
-    places = parallel.shardings(layout, model.logical_axes(CONFIG, stacked=True), stacked)
+    stacked = with_lora(init_params(CONFIG, jax.random.key(0)), stacked=True)
+    places = parallel.shardings(layout, logical_axes(CONFIG, stacked=True), stacked)
     stacked = jax.device_put(stacked, places)
     up = stacked["layers"]["ffn"]["up"]
     specs = [part.sharding.spec for part in (up.a, up.b, up.scale)]

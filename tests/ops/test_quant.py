@@ -10,12 +10,12 @@ from golden.make_model import random_tokens
 from helpers import sound
 from helpers.numbers import gap
 from helpers.quantized import CONFIG, quantized_params, random_quantized
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear, quant
 from llama_jax.ops.quant import QTensor
-from llama_jax.params import stack, unstack
+from llama_jax.params import init_params, stack, unstack
 from llama_jax.weights.formats import gguf_blocks
 
 ROUNDING = 1e-5
@@ -98,7 +98,7 @@ def test_weights_are_rounded_as_ggml_rounds_them(bits, kind):
 @pytest.mark.parametrize("sizes", [None, MESH], ids=str)
 @pytest.mark.parametrize("name, kind", [("int8", "Q8_0"), ("int4", "Q4_0")])
 def test_a_model_quantized_while_it_is_read_is_the_rounded_model(tmp_path, name, kind, sizes):
-    params = model.init_params(CONFIG, jax.random.key(3))
+    params = init_params(CONFIG, jax.random.key(3))
     sound.save_params(tmp_path / "whole", CONFIG, params)
 
     def rounded(leaf):

@@ -142,7 +142,7 @@ def test_greedy_rows_take_the_likeliest_token_beside_rows_that_draw():
 def test_the_penalty_is_hugging_faces_and_greedy_rows_obey_it():
     logits = np.array([2.0, 1.5, -1.0], np.float32)
     seen = np.array([True, False, True])
-    got = sampling.penalise(logits[None], seen[None], np.array([2.0], np.float32))
+    got = sampling.penalize(logits[None], seen[None], np.array([2.0], np.float32))
     np.testing.assert_allclose(got[0], [1.0, 1.5, -2.0])
     tokens, logprobs = draws(logits, SamplingParams(temperature=0.0, repetition_penalty=2.0), 1, seen=seen)
     assert tokens[0] == 1

@@ -82,7 +82,7 @@ def spoken(tokenizer: Tokenizer, messages: list, **options) -> list[str]:
 def test_dialog_ids_equal_those_of_metas_chat_format(name, vocabulary):
     which, tokenizer = vocabulary
     case = GOLDEN["dialogs"][name]
-    ours, metas = golden(case, which, tokenizer.encode_dialog(case["messages"]))
+    ours, metas = golden(case, which, encode_dialog(tokenizer, case["messages"])[0])
     assert ours == metas
 
 
@@ -130,7 +130,7 @@ def test_documented_conversation_is_reproduced_token_for_token(name, vocabulary)
     ids, mask = encode_dialog(tokenizer, messages, tools=tools, add_generation_prompt=False)
     ours, metas = golden(GOLDEN["documented"][name], which, ids)
     assert ours == metas
-    assert mask.index(True) == len(tokenizer.encode_dialog(messages[:-1], tools=tools))
+    assert mask.index(True) == len(encode_dialog(tokenizer, messages[:-1], tools=tools)[0])
     assert all(mask[mask.index(True) :])
 
 
@@ -160,7 +160,7 @@ def test_documented_tool_results_are_reproduced_token_for_token(vocabulary):
         {"role": "assistant", "content": "The 100th decimal of pi is 7."},
     ]
     tools = ["brave_search", "wolfram_alpha"]
-    ids = tokenizer.encode_dialog(messages, tools=tools, add_generation_prompt=False)
+    ids = encode_dialog(tokenizer, messages, tools=tools, add_generation_prompt=False)[0]
     ours, metas = golden(GOLDEN["documented"]["Built-in tools full interaction"], which, ids)
     assert ours == metas
 
@@ -172,12 +172,12 @@ def test_documented_function_prompt_is_reproduced_token_for_token(vocabulary):
         {"role": "system", "content": DATES + "You are a helpful assistant.\n"},
         user("Use tools to get latest trending songs"),
     ]
-    ids = tokenizer.encode_dialog(messages, tools=[SONGS])
+    ids = encode_dialog(tokenizer, messages, tools=[SONGS])[0]
     documented = GOLDEN["documented"]["JSON based tool calling"]["real"]
     assert ids == documented[: len(ids)]
     # The example's answer is indented JSON; what we write for the same call is Meta's one-line json.dumps.
     answer = parse_assistant(documented[len(ids) :], tokenizer=tokenizer)
-    again = tokenizer.encode_dialog([*messages, answer], tools=[SONGS], add_generation_prompt=False)
+    again = encode_dialog(tokenizer, [*messages, answer], tools=[SONGS], add_generation_prompt=False)[0]
     text = '{"type": "function", "name": "trending_songs", "parameters": {"n": "10", "genre": "all"}}'
     assert tokenizer.decode(again[len(ids) :]) == f"<|python_tag|>{text}<|eom_id|>"
 
@@ -192,15 +192,15 @@ def test_plain_dialog_reads_as_documented(byte_level):
         {"role": "assistant", "content": "A"},
         user("V"),
     ]
-    assert byte_level.decode(byte_level.encode_dialog(messages)) == (
+    assert byte_level.decode(encode_dialog(byte_level, messages)[0]) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    closed = byte_level.encode_dialog(messages, add_generation_prompt=False)
-    assert closed[-1] == byte_level.eot_id and closed == byte_level.encode_dialog(messages)[: len(closed)]
+    closed = encode_dialog(byte_level, messages, add_generation_prompt=False)[0]
+    assert closed[-1] == byte_level.eot_id and closed == encode_dialog(byte_level, messages)[0][: len(closed)]
 
 
 def test_control_tokens_in_content_stay_text(byte_level):
@@ -213,7 +213,7 @@ def test_control_tokens_in_content_stay_text(byte_level):
         [user(""), call("code_interpreter", {"code": attack})],
     ):
         harmless = json.loads(json.dumps(messages).replace("<|", "__").replace("|>", "__"))
-        ids, plain = byte_level.encode_dialog(messages), byte_level.encode_dialog(harmless)
+        ids, plain = encode_dialog(byte_level, messages)[0], encode_dialog(byte_level, harmless)[0]
         assert [i for i in ids if i > 255] == [i for i in plain if i > 255]
 
 
@@ -235,8 +235,8 @@ def test_mask_covers_exactly_what_the_assistant_spoke(byte_level):
         "A4<|eot_id|>",
         "<|eot_id|>",
     ]
-    ids, mask = byte_level.encode_dialog(messages, return_mask=True)
-    assert (ids, mask) == encode_dialog(byte_level, messages) and len(ids) == len(mask)
+    ids, mask = encode_dialog(byte_level, messages)
+    assert len(ids) == len(mask)
 
 
 def test_custom_calls_close_by_environment_or_by_hint(byte_level):
@@ -257,7 +257,9 @@ def test_custom_calls_close_by_environment_or_by_hint(byte_level):
 
 def test_system_head_announces_tools_once(byte_level):
     def head(tools, *system):
-        ids = byte_level.encode_dialog([*({"role": "system", "content": s} for s in system), user("U")], tools=tools)
+        ids = encode_dialog(byte_level, [*({"role": "system", "content": s} for s in system), user("U")], tools=tools)[
+            0
+        ]
         return byte_level.decode(ids).split("<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
 
     assert head(None, "S") == "S"
@@ -278,7 +280,7 @@ def test_function_schemas_are_a_user_message_before_the_rest(byte_level):
         "parameters": {"type": "object", "enum": ["é", 1, None]},
     }
     messages = [{"role": "system", "content": "S"}, user("U")]
-    text = byte_level.decode(byte_level.encode_dialog(messages, tools=[bare, SONGS]))
+    text = byte_level.decode(encode_dialog(byte_level, messages, tools=[bare, SONGS])[0])
     blocks = text.split("<|start_header_id|>")[1:]
     assert [block.split("<|end_header_id|>")[0] for block in blocks] == [
         "system",
@@ -293,6 +295,55 @@ def test_function_schemas_are_a_user_message_before_the_rest(byte_level):
     assert '"enum": ["é", 1, null]' in first
 
 
+def test_a_developer_is_the_system_and_system_messages_may_stand_anywhere(byte_level):
+    def ids(*messages, tools=None):
+        return encode_dialog(byte_level, [*messages], tools=tools, add_generation_prompt=False)[0]
+
+    def turn(name: str, text: str) -> str:
+        return f"<|start_header_id|>{name}<|end_header_id|>\n\n{text}<|eot_id|>"
+
+    def system(text: str, role: str = "system") -> dict:
+        return {"role": role, "content": text}
+
+    found = ids(system("A", "developer"), system("B"), user("U"), system("", "developer"), user("V"))
+    turns = [("system", "A"), ("system", "B"), ("user", "U"), ("system", ""), ("user", "V")]
+    assert byte_level.decode(found) == "<|begin_of_text|>" + "".join(turn(*each) for each in turns)
+    tools = ids(system("A", "developer"), system("B"), user("U"), tools=["brave_search"])
+    head = "Environment: ipython\nTools: brave_search\nA"
+    assert byte_level.decode(tools).startswith("<|begin_of_text|>" + turn("system", head) + turn("system", "B"))
+
+
+def test_the_mask_leaves_out_the_messages_that_are_not_to_be_learnt(byte_level):
+    messages = [
+        {"role": "system", "content": "S"},
+        user("U"),
+        {"role": "assistant", "content": "one"},
+        call("f", {"a": 1}),
+        {"role": "assistant", "content": "two"},
+    ]
+    whole, every = encode_dialog(byte_level, messages)
+    parts = {}
+    for kept in range(2, 5):
+        learn = [i == kept for i in range(5)]
+        ids, mask = encode_dialog(byte_level, messages, learn=learn)
+        assert ids == whole
+        parts[kept] = mask
+    assert byte_level.decode([i for i, spoken in zip(whole, parts[2], strict=True) if spoken]) == "one<|eot_id|>"
+    assert byte_level.decode([i for i, spoken in zip(whole, parts[4], strict=True) if spoken]) == "two<|eot_id|>"
+    assert [any(each) for each in zip(*parts.values(), strict=True)] == every
+    with pytest.raises(ValueError, match="one flag for each of the 5 messages, got 1"):
+        encode_dialog(byte_level, messages, learn=[True])
+
+
+@pytest.mark.parametrize("arguments", ["", None, {}, "{}", "absent"])
+def test_a_call_without_arguments_is_a_call_with_none(byte_level, arguments):
+    message = call("f", arguments)
+    if arguments == "absent":
+        del message["tool_calls"][0]["function"]["arguments"]
+    ids = encode_dialog(byte_level, [user("a"), message], add_generation_prompt=False)[0]
+    assert byte_level.decode(ids).endswith('{"type": "function", "name": "f", "parameters": {}}<|eot_id|>')
+
+
 BAD = {
     "nothing": ([], "messages is empty"),
     "a str": ("hi", "messages must be a list"),
@@ -300,15 +351,11 @@ BAD = {
     "a str inside": (["hi"], r"messages\[0\] must be a dict"),
     "misspelt role": (
         [user("a"), {"role": "asistant", "content": "b"}],
-        r"messages\[1\]: role 'asistant' .*allowed: system, user, .*did you mean 'assistant'\?",
+        r"messages\[1\]: role 'asistant' .*allowed: system, developer, user, .*did you mean 'assistant'\?",
     ),
     "role in capitals": ([{"role": "User", "content": "b"}], "did you mean 'user'"),
     "no role": ([{"content": "b"}], r"messages\[0\]: role None"),
     "list as role": ([{"role": ["user"], "content": "b"}], r"messages\[0\]: role \['user'\]"),
-    "late system": (
-        [user("a"), {"role": "system", "content": "b"}],
-        r"messages\[1\]: a system message may only",
-    ),
     "no content": ([{"role": "user"}], r"messages\[0\]: user message has no content"),
     "silent assistant": ([{"role": "assistant", "content": None}], "may have tool_calls instead"),
     "number as content": (
@@ -458,7 +505,7 @@ def test_parse_leaves_everything_else_as_content(text):
 
 
 def test_parse_drops_the_header_and_what_follows_the_stop(byte_level):
-    prompt = byte_level.encode_dialog([user("U")])
+    prompt = encode_dialog(byte_level, [user("U")])[0]
     start = len(prompt) - 2 - 2 - len("assistant")
     ids = [*prompt[start:], *byte_level.encode("yes"), byte_level.eot_id, *byte_level.encode("no")]
     assert byte_level.decode(ids[:1]) == "<|start_header_id|>"

@@ -19,9 +19,9 @@ from helpers.runs import text_run
 from llama_jax import manifest
 from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
-from llama_jax.train import loop
+from llama_jax.train import run as loop
 from llama_jax.train.metrics import read_metrics
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_file_that_is_none_of_its_own_is_named(run, capsys):
     for name in ("extra", "params/extra", "params/array_metadatas/process_7"):
         path = run / "checkpoints" / "4" / name
         path.write_bytes(b"\xff" * 100)
-        assert f"{name} is none of its files: delete it" in passed_over(run, capsys)
+        assert f"{name} is not in the manifest: delete it" in passed_over(run, capsys)
         path.unlink()
     (run / "checkpoints" / "4" / "rest" / ".nfs0001").write_bytes(b"")
     assert Checkpoints(run).latest() == 4 and holds(run, 4)
@@ -120,7 +120,7 @@ def test_no_sound_step_is_one_error_with_its_mend(run, capsys):
     with pytest.raises(ConfigError) as caught:
         Checkpoints(run).latest()
     assert "checkpoints/2 is damaged: meta/metadata has 2 bytes, not" in str(caught.value)
-    assert "copy one from a backup, or set another output" in str(caught.value) and "\n" not in str(caught.value)
+    assert "restore one from a backup, or set another output" in str(caught.value) and "\n" not in str(caught.value)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -199,7 +199,7 @@ def test_the_validation_loss_of_a_run_decides_what_is_best(tmp_path, capsys):
     losses = {
         line["step"]: line["validation_loss"] for line in read_metrics(folder / "metrics.jsonl") if len(line) == 2
     }
-    assert set(losses) == {2, 4, 6, 8}
+    assert set(losses) == {0, 2, 4, 6, 8} and losses.pop(0) > losses[8]  # step 0 has a loss and no checkpoint
     assert names(folder) == {"8", *map(str, sorted(losses, key=losses.get)[:2])}
     content = json.loads((folder / "checkpoints" / "8" / manifest.FILE).read_text())
     assert content["loss"] == losses[8]
@@ -317,8 +317,8 @@ def test_no_file_that_cannot_be_written_costs_a_checkpoint(run):
     errors = done.stdout.splitlines()
     assert len(errors) == len(limits) == 10
     for line in errors:
-        assert line.startswith("the checkpoint of step 6 could not be saved, that of step 4 stands (")
-        assert "File too large" in line and line.endswith("make room, or mend the folder, and start again")
+        assert line.startswith("the checkpoint of step 6 could not be saved, that of step 4 is intact (")
+        assert "File too large" in line and line.endswith("make room, or repair the folder, and start again")
 
 
 def test_a_failed_save_is_an_error_at_the_next_step(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_a_failed_save_is_an_error_at_the_next_step(tmp_path, monkeypatch):
     check = Checkpoints.check
     # The step goes on while a save is under way: let that be over before the next one, to know which step it is.
     monkeypatch.setattr(Checkpoints, "check", lambda self: (self._saving and self._saving.exception(), check(self)))
-    with pytest.raises(SaveError, match="of step 4 could not be saved, that of step 2 stands .*No space left"):
+    with pytest.raises(SaveError, match="of step 4 could not be saved, that of step 2 is intact .*No space left"):
         loop.train(run)
     steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4] and names(tmp_path / "run") == {"2", "saving-4"}

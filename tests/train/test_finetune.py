@@ -17,17 +17,19 @@ from helpers.numbers import gap
 from helpers.processes import kill_and_compare
 from helpers.runs import batches, make_run, metrics_of
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
-from llama_jax.train import loop, setup, trainable
+from llama_jax.train import run as loop
+from llama_jax.train import setup, trainable
 from llama_jax.train.program import Program
 from llama_jax.weights import lora_params
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 # Widths of a multiple of 32, so that it can be quantized; every one is split evenly by meshes of eight.
 MODEL = dataclasses.replace(
@@ -41,7 +43,7 @@ ROUNDING = 2e-5
 def base(tmp_path_factory) -> Path:
     """A Hugging Face folder with a tokenizer of one id a byte."""
     folder = tmp_path_factory.mktemp("base")
-    params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(7))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(7))
     sound.save_params(folder, MODEL, params)
     byte_tokenizer().save(folder / "tokenizer.model")
     return folder
@@ -232,7 +234,7 @@ def test_a_lora_run_resumes_to_the_bit_moves_to_another_mesh_and_speaks(tmp_path
     assert gap(llama_jax.load(tmp_path / "merged").logits(tokens), from_run.logits(tokens)) < ROUNDING
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.1)
-    assert open_source(run_folder).kind == f"run folder, LoRA of {base}"
+    assert open_source(run_folder).description == f"run folder, LoRA of {base}"
 
 
 @pytest.mark.slow
@@ -297,7 +299,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
     moved = dataclasses.replace(run, init_from=str(base), train=dataclasses.replace(run.train, steps=3))
     assert loop.train(moved).step == 3  # the same model elsewhere is the same model
     assert (tmp_path / "run" / "adapter" / "README.md").read_text() == "mine"
-    params = jax.jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(8))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(8))
     for path in (*other.glob("*.safetensors"), other / "config.json"):
         path.unlink()
     sound.save_params(other, MODEL, params)
@@ -316,7 +318,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
 def test_settings_that_cannot_work_are_refused_with_the_mend(base):
     for changes, words in (
         ({"init_from": ""}, "lora.rank needs init_from"),
-        ({"lora__targets": ("q_proj",)}, "lora.targets must be one of 'q', .* got 'q_proj'"),
+        ({"lora__targets": ("q_prj",)}, "lora.targets must be one of 'q', .* got 'q_prj'; did you mean 'q_proj'"),
         ({"lora__targets": ()}, "lora.targets is empty"),
         ({"optimizer__rates": ("embed=0.1",)}, "embed is not trained in this run: LoRA trains only lora_a and lora_b"),
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),

@@ -22,11 +22,12 @@ from llama_jax.errors import ConfigError
 from llama_jax.params import stack
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LORA_TARGETS
-from llama_jax.train import loop, trainable
+from llama_jax.train import run as training
+from llama_jax.train import trainable
 from llama_jax.train.objectives import sft_sums
 from llama_jax.weights import lora_params, name_table
 from llama_jax.weights.formats import peft
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 GOLD = np.load(GOLDEN_FOLDER / "peft.npz")
 MODULES = {w.name.removesuffix(".weight"): w.path for w in name_table.weights(golden.SMALL, "huggingface")}
@@ -148,11 +149,11 @@ def file_run(tmp_path, base, model, name, **changes) -> RunConfig:
 )
 def test_a_run_learns_goes_on_elsewhere_and_is_its_adapter_and_its_merged_model(tmp_path, bases, model, settings):
     base = bases[model.tied_embeddings]
-    loop.train(file_run(tmp_path, base, model, "run", **settings))
+    training.train(file_run(tmp_path, base, model, "run", **settings))
     lines = metrics_of(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
-    loop.train(file_run(tmp_path, base, model, "parts", train__steps=2, **settings))
-    loop.train(file_run(tmp_path, base, model, "parts", mesh__fsdp=2, mesh__tensor=4, **settings))
+    training.train(file_run(tmp_path, base, model, "parts", train__steps=2, **settings))
+    training.train(file_run(tmp_path, base, model, "parts", mesh__fsdp=2, mesh__tensor=4, **settings))
     np.testing.assert_allclose(
         [line["loss"] for line in metrics_of(tmp_path / "parts")], [line["loss"] for line in lines], rtol=2e-5
     )

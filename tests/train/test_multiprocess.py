@@ -16,7 +16,8 @@ from helpers.processes import SETTINGS
 from helpers.runs import metrics_of, write_config
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.weights import export
-from llama_jax.weights.source import open_source
+from llama_jax.weights.model_files import Metadata
+from llama_jax.weights.open import open_source
 
 ROUNDING = 2e-5
 
@@ -101,25 +102,26 @@ address, index, source, folder = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
 from llama_jax import parallel
 from llama_jax.weights import export
+from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.tensor import File
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 found, read, read_into = open_source(source), [], File.read_into
 File.read_into = lambda self, out, start: (read.append(len(out)), read_into(self, out, start))
 layout = parallel.Layout(parallel.make_mesh({"fsdp": 8}), "train")
 params = found.load(layout, None, "none")
 print(sum(read), flush=True)
-card = export.Card(None, None, (), None)
+metadata = Metadata()
 leaves = export.leaves_of(found.config, params)
 for format, name in (("hf", "hf"), ("meta", "meta"), ("gguf", "m.gguf")):
-    export.save(folder + "/" + name, found.config, leaves, card, format=format, dtype="float32")
+    export.save(folder + "/" + name, found.config, leaves, metadata, format=format, dtype="float32")
 """
 
 
 def test_each_process_reads_only_its_part_and_the_first_saves_the_whole(tmp_path):
-    card = export.Card(None, None, (), None)
+    metadata = Metadata()
     config = dataclasses.replace(sound.CONFIG, embed_dim=512, head_dim=128)  # half a row is 1 KB, and read alone
-    source = export.save(tmp_path / "in", config, sound.random_leaves(config), card, format="hf", dtype="float32")
+    source = export.save(tmp_path / "in", config, sound.random_leaves(config), metadata, format="hf", dtype="float32")
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
     processes = [

@@ -13,6 +13,7 @@ import pytest
 from llama_jax import model, parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
+from llama_jax.params import abstract_params, init_params, logical_axes
 from llama_jax.run_keys import GROUPS, OptimizerConfig
 from llama_jax.train.moments import Moment
 from llama_jax.train.optimizer import (
@@ -24,7 +25,7 @@ from llama_jax.train.optimizer import (
 )
 
 TINY = SIZES["tiny"]
-TINY_AXES = model.logical_axes(TINY, stacked=True)
+TINY_AXES = logical_axes(TINY, stacked=True)
 CHOICES = [
     ("adamw", "float32"),
     ("adamw", "bfloat16"),
@@ -67,7 +68,7 @@ LORA_AXES = {
 
 @functools.cache
 def tiny_params():
-    return jax.jit(model.init_params, static_argnums=0)(TINY, jax.random.key(0))
+    return jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
 
 
 def test_only_matrices_decay():
@@ -92,7 +93,7 @@ def test_only_matrices_decay():
 
 
 def test_the_mask_is_of_ranks_apart_from_the_layer_axis():
-    shapes = model.abstract_params(TINY, stacked=True)
+    shapes = abstract_params(TINY, stacked=True)
     ranks = jax.tree.map(lambda leaf: leaf.ndim, shapes)
     ranks["layers"] = jax.tree.map(lambda n: n - 1, ranks["layers"])
     assert decay_mask(TINY_AXES) == jax.tree.map(lambda n: n == 2, ranks)
@@ -348,7 +349,7 @@ def test_norms_of_groups_are_numpys_and_add_up_to_the_whole():
     ],
 )
 def test_moments_that_an_optimizer_has_not_are_refused(name, moments, allowed):
-    with pytest.raises(ConfigError, match=f"'{moments}' is not for optimizer.name='{name}': set {allowed}$"):
+    with pytest.raises(ConfigError, match=f"'{moments}' is not available for optimizer.name='{name}': set {allowed}$"):
         OptimizerConfig(name=name, moments=moments)
 
 
@@ -496,7 +497,7 @@ def trained(name, moments, rate, b2):
     positions = np.broadcast_to(np.arange(64), (8, 64))
     optimizer = make_optimizer(
         OptimizerConfig(name=name, moments=moments, learning_rate=rate, b2=b2, warmup_steps=5),
-        model.logical_axes(config, stacked=True),
+        logical_axes(config, stacked=True),
         steps=40,
     )
 
@@ -512,7 +513,7 @@ def trained(name, moments, rate, b2):
         return (optax.apply_updates(params, updates), state), loss
 
     def run():
-        params = model.init_params(config, jax.random.key(0))
+        params = init_params(config, jax.random.key(0))
         return jax.lax.scan(step, (params, optimizer.init(params)), tokens)[1]
 
     losses = np.asarray(jax.jit(run)())

@@ -16,12 +16,13 @@ import pytest
 from helpers import sound
 from helpers.processes import Process, kill_and_compare, say_last
 from helpers.runs import metrics_of, text_run
-from llama_jax import model, parallel
+from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import ConfigError
-from llama_jax.params import is_stacked
+from llama_jax.params import init_params, is_stacked
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import loop, setup
+from llama_jax.train import run as loop
+from llama_jax.train import setup
 from llama_jax.train.metrics import MetricLog, read_metrics
 from llama_jax.train.program import Program
 
@@ -45,7 +46,7 @@ def test_a_finished_run_says_so_goes_on_with_more_steps_and_refuses_other_settin
 
     assert go()[0] == 0
     code, text = go()
-    assert code == 0 and "step 4 of 4 is already done; raise train.steps to go on" in text
+    assert code == 0 and "step 4 of 4 is already done; raise train.steps to continue" in text
     code, text = go("--config.train.steps=6")
     assert code == 0 and "from step 4" in text and "finished at step 6 of 6" in text
     code, text = go("--config.data.seed=1", "--config.model.ffn_dim=64")
@@ -75,7 +76,7 @@ def test_sigterm_and_ctrl_c_leave_in_time_with_the_last_step_saved(tmp_path, com
         done = len(steps)
         text = program.log.read_text()
         assert f"stopped at step {done} of 1000000" in text
-        assert "The same command goes on from there" in text and "--config.train.steps=1000000" in text
+        assert "The same command continues from there" in text and "--config.train.steps=1000000" in text
         assert Checkpoints(program.run).latest() == done
     assert "resuming" in text
 
@@ -214,7 +215,7 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
     run = text_run(tmp_path, train__steps=2)
     result = loop.train(run)
     mesh = parallel.make_mesh({"fsdp": 2, "tensor": 4})
-    theirs = jax.jit(lambda: model.init_params(run.model, jax.random.key(5)))()
+    theirs = jax.jit(lambda: init_params(run.model, jax.random.key(5)))()
     folder = tmp_path / "model"
     sound.save_params(folder, run.model, theirs)
     tokenizer = Tokenizer(result.folder / "tokenizer.model")
@@ -237,7 +238,7 @@ def test_init_from_starts_from_the_weights_of_a_model_or_a_run(tmp_path):
 def test_init_from_refuses_another_model_by_its_keys(tmp_path):
     run = text_run(tmp_path)
     other = dataclasses.replace(run.model, ffn_dim=64, rope_theta=1e4)
-    sound.save_params(tmp_path / "model", other, model.init_params(other, jax.random.key(0)))
+    sound.save_params(tmp_path / "model", other, init_params(other, jax.random.key(0)))
     mesh = parallel.make_mesh({}, jax.devices()[:1])
     with pytest.raises(ConfigError, match="model.ffn_dim=64 there, 96 here; model.rope_theta=10000.0 there, 500000"):
         setup.first_state(Program.make(dataclasses.replace(run, init_from=str(tmp_path / "model")), mesh))

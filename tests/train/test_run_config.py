@@ -9,27 +9,28 @@ import pytest
 from helpers.runs import run_dict
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
-from llama_jax.run_config import RunConfig, differences, known_keys
+from llama_jax.run_config import RunConfig, describe, differences, known_keys
 
 # Every key there is. A new one belongs here, in its section's docstring, and in a test that it does something.
 KEYS = """
 output seed init_from
-data.train data.weights data.validation data.tokenizer data.loss_on data.sequence_length data.batch_size data.shuffle
+data.train data.weights data.validation data.tokenizer data.chat_format data.chat_date data.parse_special
+data.loss_on data.sequence_length data.too_long data.max_bad data.batch_size data.shuffle
 data.seed data.cache_dir
 optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
-train.objective train.steps train.accumulate train.compute_dtype train.remat train.vocab_chunk train.z_loss
-train.max_skipped
-lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.base
+train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype
+train.remat train.vocab_chunk train.z_loss train.max_skipped
+lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora lora.base
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
 log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_as log.sample_tokens
 log.tensorboard
 checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
 distributed.coordinator distributed.num_processes distributed.process_id
-model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.ffn_dim
-model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
+model.name model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
+model.ffn_dim model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
 model.rope_scaling.high_freq_factor model.rope_scaling.original_max_seq_len model.max_seq_len model.tied_embeddings
 """.split()
 
@@ -42,9 +43,24 @@ def refusal(**changes) -> str:
     return message
 
 
-def test_the_keys_are_these_and_fewer_than_eighty():
+def test_the_keys_are_these_and_fewer_than_a_hundred():
     assert known_keys() == KEYS
-    assert len(KEYS) < 80
+    assert len(KEYS) < 100
+
+
+def test_every_key_is_described_for_a_reader():
+    keys = describe()
+    assert [key.name for key in keys] == known_keys()
+    for key in keys:
+        assert key.meaning[:1].isupper() and key.meaning.endswith("."), key
+        assert key.meaning.split()[0] not in ("Of", "What", "Which", "Where", "How", "Whether"), key
+    schedule, rate, targets = (
+        next(key for key in keys if key.name == name)
+        for name in ("optimizer.schedule", "optimizer.learning_rate", "lora.targets")
+    )
+    assert schedule.allowed == "one of 'cosine', 'linear', 'wsd', 'constant'" and schedule.default == "cosine"
+    assert (rate.type, rate.default, rate.allowed) == ("a number", 3e-4, "from 0.0 to 10.0")
+    assert targets.type == "a tuple of non-empty strings" and targets.allowed.startswith("each item one of 'q', ")
 
 
 def test_every_key_is_read_by_the_program(request):
@@ -71,7 +87,7 @@ def test_model_may_be_the_name_of_a_size():
 
 def test_differences_name_dotted_keys_with_both_values():
     a, b = run_dict(), run_dict(optimizer__learning_rate=1e-4, model__num_layers=5)
-    assert differences(a, b) == {"model.num_layers": (3, 5), "optimizer.learning_rate": (3e-4, 1e-4)}
+    assert differences(a, b) == {"model.num_layers": (None, 5), "optimizer.learning_rate": (3e-4, 1e-4)}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +136,7 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("optimizer__warmup_steps", -1, "must be at least 0"),
         ("optimizer__warmup_steps", 10.5, "must be a whole number, got 10.5"),
         ("optimizer__warmup_steps", 2000, "is more than train.steps=1000"),
+        ("train__steps", 60, "set optimizer.warmup_steps=6, or train for longer"),
         ("optimizer__b1", 1.0, "must be from 0.0 to 0.999999"),
         ("optimizer__b2", -0.1, "must be from 0.0 to 0.999999"),
         ("optimizer__eps", 0.0, "must be from 1e-30 to 1.0"),
@@ -127,8 +144,11 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("optimizer__clip_norm", -1.0, "must be at least 0.0"),
         ("optimizer__decay_fraction", 1.5, "must be from 0.0 to 1.0"),
         ("optimizer__final_fraction", -0.5, "must be from 0.0 to 1.0"),
-        ("optimizer__schedule", "cosin", "must be one of 'cosine', 'wsd', 'constant', got 'cosin'; did you mean 'cos"),
-        ("train__steps", 0, "must be at least 1, got 0"),
+        ("optimizer__schedule", "cosin", "got 'cosin'; did you mean 'cosine'?"),
+        ("train__steps", 0, "train.steps and train.epochs are both 0: set one of them"),
+        ("train__steps", -1, "must be at least 0, got -1"),
+        ("train__epochs", 2, "train.steps=1000 and train.epochs=2 are both set: set train.steps=0"),
+        ("train__patience", 3, "train.patience=3 needs a validation loss: set data.validation"),
         ("train__steps", "100", "must be a whole number, got '100'"),
         ("train__accumulate", 0, "must be at least 1"),
         ("train__accumulate", 3, "must divide data.batch_size=8: one of [1, 2, 4, 8]"),
@@ -192,7 +212,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(key, value, words):
 
 
 def test_a_missing_field_of_the_model_is_named():
-    values = run_dict()
+    values = run_dict(model=SIZES["tiny"].to_dict())
     del values["model"]["ffn_dim"]
     with pytest.raises(ConfigError, match="model lacks ffn_dim"):
         RunConfig.from_dict(values)

@@ -18,14 +18,14 @@ def rates(**changes) -> np.ndarray:
     return np.asarray(jax.vmap(make_schedule(config, steps=STEPS))(jnp.arange(STEPS)), np.float64)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_warmup_rises_in_equal_parts_from_one_part_to_the_peak(schedule):
     expected = PEAK * (np.arange(WARMUP) + 1) / WARMUP
     np.testing.assert_allclose(rates(schedule=schedule)[:WARMUP], expected, rtol=1e-6, atol=1e-9)
     assert rates(schedule=schedule)[0] > 0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_without_warmup_the_first_step_has_the_peak(schedule, warmup):
     assert math.isclose(rates(schedule=schedule, warmup_steps=warmup)[0], PEAK, rel_tol=1e-6)
@@ -51,6 +51,13 @@ def test_wsd_holds_the_peak_and_falls_over_the_last_part_of_all_steps(fraction, 
     np.testing.assert_allclose(course[WARMUP:stable], PEAK, rtol=1e-6)
     down = PEAK * (1 - (1 - final) * np.arange(decay) / max(decay, 1))
     np.testing.assert_allclose(course[stable:], down, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_linear_falls_in_equal_parts_to_the_final_rate(final):
+    t = np.arange(STEPS - WARMUP) / (STEPS - WARMUP)
+    expected = PEAK * (1 - (1 - final) * t)
+    np.testing.assert_allclose(rates(schedule="linear", final_fraction=final)[WARMUP:], expected, rtol=1e-5, atol=1e-9)
 
 
 def test_constant_stays_at_the_peak():

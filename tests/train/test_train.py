@@ -15,8 +15,10 @@ import pytest
 from helpers.numbers import gap
 from helpers.runs import T, batches, make_run, text_run
 from llama_jax import model, parallel
+from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
-from llama_jax.train import loop, setup
+from llama_jax.train import run as loop
+from llama_jax.train import setup
 from llama_jax.train.program import Program
 
 ROUNDING = 2e-5  # of losses after ten steps, between orders of the same float32 sums; measured below 1e-6
@@ -70,7 +72,7 @@ def test_the_loss_falls_and_is_a_mean_over_the_tokens_that_count():
 
     @jax.jit
     def log_probabilities():
-        params = model.init_params(run.model, jax.random.split(jax.random.key(0))[1])
+        params = init_params(run.model, jax.random.split(jax.random.key(0))[1])
         hidden, _ = model.forward(run.model, params, batch["tokens"], batch["positions"], batch["segments"])
         return jax.nn.log_softmax(model.unembed(run.model, params, hidden))
 
@@ -124,7 +126,7 @@ def test_z_loss_adds_its_gradient_and_not_its_value():
         nll = lse - jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         return jnp.sum(batch["weights"] * (nll + weight * lse**2)) / batch["weights"].sum()
 
-    params = jax.jit(lambda: model.init_params(run.model, jax.random.split(jax.random.key(0))[1]))()
+    params = jax.jit(lambda: init_params(run.model, jax.random.split(jax.random.key(0))[1]))()
     grads = jax.device_get(jax.jit(jax.grad(loss))(params))
     norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in jax.tree.leaves(grads)))
     assert gap(trained.norms[0], norm) < ROUNDING and abs(norm - plain.norms[0]) > 1e-3 * norm

@@ -14,7 +14,8 @@ import pytest
 from helpers.paths import GOLDEN_FOLDER
 from llama_jax import model
 from llama_jax.weights import name_table
-from llama_jax.weights.formats import flax, huggingface, msgpack
+from llama_jax.weights.formats import flax as flax_folder
+from llama_jax.weights.formats import huggingface, msgpack
 from llama_jax.weights.tensor import File
 
 GOLDEN = GOLDEN_FOLDER / "flax_folder.npz"
@@ -34,10 +35,10 @@ def golden(tmp_path_factory):
 
 
 def params_of(folder, config):
-    entries = flax.open_folder(folder)
+    entries = flax_folder.open_folder(folder)
     known = name_table.weights(config, "flax")
     assert {weight.name: weight.stored_shape for weight in known} == {n: e.shape for n, e in entries.items()}
-    return name_table.build(config, [(w.path, jnp.asarray(w.ours(entries[w.name]).read())) for w in known])
+    return name_table.build(config, [(w.path, jnp.asarray(w.from_disk(entries[w.name]).read())) for w in known])
 
 
 def logits_of(folder, tokens):
@@ -89,7 +90,7 @@ def test_the_folder_that_transformers_saved_gives_its_logits(golden):
 
 def test_shards_hold_the_same_weights_rounded(golden):
     folder, _, _ = golden
-    whole, shards = flax.open_folder(folder / "single"), flax.open_folder(folder / "sharded")
+    whole, shards = flax_folder.open_folder(folder / "single"), flax_folder.open_folder(folder / "sharded")
     assert whole.keys() == shards.keys()
     for name, entry in whole.items():
         np.testing.assert_array_equal(entry.read().astype(ml_dtypes.bfloat16), shards[name].read())
@@ -164,7 +165,7 @@ def test_a_model_in_chunks_gives_the_same_weights(tmp_path, monkeypatch, golden)
     folder, _, _ = golden
     tree = flax.serialization.msgpack_restore((folder / "single" / "flax_model.msgpack").read_bytes())
     (tmp_path / "flax_model.msgpack").write_bytes(in_chunks(monkeypatch, tree, 100))
-    whole, chunked = flax.open_folder(folder / "single"), flax.open_folder(tmp_path)
+    whole, chunked = flax_folder.open_folder(folder / "single"), flax_folder.open_folder(tmp_path)
     assert whole.keys() == chunked.keys()
     for name, entry in whole.items():
         np.testing.assert_array_equal(entry.read(), chunked[name].read())
@@ -173,7 +174,7 @@ def test_a_model_in_chunks_gives_the_same_weights(tmp_path, monkeypatch, golden)
 def test_params_wrapped_as_one_collection_are_unwrapped(tmp_path):
     tree = {"lm_head": {"kernel": np.ones((2, 3), np.float32)}}
     (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.to_bytes({"params": tree}))
-    assert list(flax.open_folder(tmp_path)) == ["lm_head/kernel"]
+    assert list(flax_folder.open_folder(tmp_path)) == ["lm_head/kernel"]
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):
@@ -334,7 +335,7 @@ def test_a_file_of_nothing_but_small_arrays_is_bounded(tmp_path):
 
 def test_a_folder_without_flax_weights_says_what_was_looked_for(tmp_path):
     with pytest.raises(ValueError, match="no flax_model.msgpack and no flax_model.msgpack.index.json"):
-        flax.open_folder(tmp_path)
+        flax_folder.open_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -356,5 +357,5 @@ def test_an_index_that_names_anything_but_shards_of_its_folder_is_refused(tmp_pa
     (tmp_path / "shard.msgpack").write_bytes(packed({"a": ONE}))
     (tmp_path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=words) as error:
-        flax.open_folder(tmp_path)
+        flax_folder.open_folder(tmp_path)
     assert "\n" not in str(error.value)

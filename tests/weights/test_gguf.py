@@ -24,6 +24,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.weights import load, name_table
 from llama_jax.weights.formats import gguf, gguf_blocks, gguf_file
 from llama_jax.weights.tensor import of_array
+from llama_jax.weights.validate import match_tensors
 
 GOLDEN = np.load(GOLDEN_FOLDER / "gguf.npz")
 TINY = GOLDEN_FOLDER / "gguf_tiny.gguf"
@@ -393,7 +394,7 @@ def test_no_tensor_is_read_while_opening(tmp_path):
 
 
 def logits(found, config):
-    leaves = load.check_entries(found.entries, config, format="gguf", source="test")
+    _, leaves = match_tensors(found.entries, config, format="gguf", source="test")
     params = load.load_leaves(leaves, config, layout=None, dtype=jnp.float32, quantize="none")
     tokens = jnp.asarray(random_tokens(config, rows=1, length=LENGTH))
 
@@ -434,7 +435,7 @@ def test_logits_are_those_of_llama_cpp():
 
 def test_weights_are_those_that_were_converted():
     found = gguf_file.open_file(TINY)
-    leaves = load.check_entries(found.entries, CONFIG, format="gguf", source="test")
+    _, leaves = match_tensors(found.entries, CONFIG, format="gguf", source="test")
     for weight, path in zip(name_table.weights(CONFIG, "gguf"), leaves, strict=True):
         kind, ours = kind_of(weight.name), leaves_of(CONFIG)[path].read()
         assert leaves[path].kind == kind
@@ -458,7 +459,7 @@ def test_a_saved_model_is_the_model(tmp_path, config, dtype):
     assert kinds["token_embd.weight"] == (last if config.tied_embeddings else kind)
     assert kinds.get("output.weight", last) == last
     assert kinds["output_norm.weight"] == "F32"
-    for path, leaf in load.check_entries(found.entries, config, format="gguf", source="test").items():
+    for path, leaf in match_tensors(found.entries, config, format="gguf", source="test")[1].items():
         ours = leaves_of(config)[path].read()
         if leaf.kind in gguf_file.PLAIN:
             np.testing.assert_array_equal(leaf.read(), ours.astype(leaf.dtype))
@@ -478,7 +479,7 @@ def test_rows_that_are_no_multiple_of_32_stay_float16(tmp_path):
 
 def test_saving_again_copies_blocks(tmp_path):
     first = save(tmp_path / "a.gguf", CONFIG, dtype="q8_0")
-    leaves = load.check_entries(first.entries, CONFIG, format="gguf", source="test")
+    _, leaves = match_tensors(first.entries, CONFIG, format="gguf", source="test")
     options = dict(dtype="q8_0", vocabulary=None, name="tiny", stop_tokens=(), bos_token=None)
     gguf.save_file(tmp_path / "b.gguf", CONFIG, leaves, **options)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
@@ -528,7 +529,7 @@ REFUSED = {
     "llama__rope__scaling__factor": [4.0, math.nan],
     "llama__rope__scale_linear": [2.0],
     "llama__expert_count": [8],
-    "llama__attention__sliding_window": [4096],
+    "llama__attention__sliding_window": [8, np.int32([8, 0])],
     "llama__attention__scale": [0.1],
     "llama__logit_scale": [0.5],
     "llama__attention__causal": [False],
@@ -553,6 +554,20 @@ def test_what_is_not_implemented_is_refused_by_name(name, value):
 def test_harmless_keys_are_ignored():
     neutral = dict(rope__scaling__type="linear", rope__scaling__factor=1.0, expert_count=0, tensor_data_layout="Meta")
     assert gguf.read_config(altered(**{f"llama__{k}": v for k, v in neutral.items()})) == CONFIG
+
+
+def test_settings_without_an_effect_are_accepted():
+    neutral = {
+        "attention.sliding_window": CONFIG.max_seq_len,  # reaches as far as the positions go
+        "attention.sliding_window_pattern": np.zeros(2, np.bool_),
+        "attention.scale": float(np.float32(CONFIG.head_dim**-0.5)),  # llama.cpp's own default
+        "expert_group_count": 0,
+        "nextn_predict_layers": 0,
+        "rope.dimension_sections": np.zeros(4, np.int32),
+        "some_flag": False,
+        "some_list": [],
+    }
+    assert gguf.read_config(altered(**{f"llama__{k.replace('.', '__')}": v for k, v in neutral.items()})) == CONFIG
 
 
 # Frequencies.

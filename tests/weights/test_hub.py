@@ -32,7 +32,17 @@ def index(*shards):
 
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-TOKENIZER = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+BINS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 # A repo as Meta publishes one, with other formats beside.
 FULL = COMMON | {
     "config.json": CONFIG,
@@ -64,7 +74,10 @@ REPOS |= {
     "someone/ggufs": COMMON | GGUFS,
     "someone/one-gguf": COMMON | {"m.gguf": "x"},
     "someone/mistral": COMMON | {"config.json": CONFIG.replace("llama", "mistral"), "model.safetensors": "x"},
-    "someone/torch": COMMON | {"config.json": CONFIG, "pytorch_model.bin": "x"},
+    "someone/torch": COMMON
+    | {"config.json": CONFIG, "pytorch_model.bin.index.json": index(*BINS), "tokenizer.model": "x"}
+    | dict.fromkeys((*BINS, "training_args.bin", "flax_model.msgpack"), "x"),
+    "someone/tensorflow": COMMON | {"config.json": CONFIG, "tf_model.h5": "x"},
 }
 ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": "x"}
 REPOS |= {
@@ -79,11 +92,15 @@ def test_only_the_needed_files_are_fetched_and_the_cache_then_serves_without_a_n
         "someone/ggufs/q8/m-Q8_0-00002-of-00002.gguf",
         "someone/one-gguf@v1",
         "someone/ggufs/m-Q4_0.gguf",
+        "someone/torch",
     )
     first = download(tmp_path, endpoint, *names)
     assert fetched("meta/full") == FULL_WANTED
     assert fetched("someone/ggufs") == {".gitattributes", *GGUFS}
     assert fetched("someone/one-gguf") == {".gitattributes", "m.gguf"}
+    assert fetched("someone/torch") == {
+        ".gitattributes", "config.json", "pytorch_model.bin.index.json", "tokenizer.model", *BINS
+    }  # fmt: skip
     assert all(Path(path).exists() for path in first)
     assert {p.relative_to(first[0]).as_posix() for p in Path(first[0]).rglob("*") if p.is_file()} == FULL_WANTED
     assert first[1].endswith("q8/m-Q8_0-00001-of-00002.gguf")
@@ -96,8 +113,8 @@ def test_only_the_needed_files_are_fetched_and_the_cache_then_serves_without_a_n
 
 
 def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
-    wanted = "'adapter_config.json', ('adapter_model.safetensors', 'adapter_model.bin'), ('tokenizer.json',)"
-    script = DOWNLOAD.replace("hub.download(name)", f"hub.download_adapter(name, {wanted})")
+    wanted = "'adapter_config.json', ('adapter_model.safetensors', 'adapter_model.bin')"
+    script = DOWNLOAD.replace("hub_models.download(name)", f"hub_models.download_adapter(name, {wanted})")
     assert script != DOWNLOAD
     one, again, old, model, file = download(
         tmp_path,
@@ -134,7 +151,7 @@ def test_whatever_the_hub_refuses_is_one_line_with_its_mend(tmp_path, endpoint):
         "meta/private",
         "meta/gated",
         "meta/full@v2",
-        "someone/torch",
+        "someone/tensorflow",
         "someone/ggufs@v1",
         "someone/mistral",
         "someone/ggufs/m-Q4_1.gguf",
@@ -143,7 +160,7 @@ def test_whatever_the_hub_refuses_is_one_line_with_its_mend(tmp_path, endpoint):
         assert "no such path here" in said and "check the spelling" in said and "HF_TOKEN" in said
     assert f"gated: open {endpoint}/meta/gated, accept the licence, then `hf auth login`, or set HF_TOKEN" in gated
     assert "no branch, tag or commit 'v2'" in revision and "owner/name@revision" in revision
-    assert "no weights that can be read" in torch and "it has pytorch_model.bin" in torch
+    assert "no weights that can be read" in torch and "it has tf_model.h5" in torch
     assert "someone/ggufs/m-Q4_0.gguf@v1" in several and "q8/m-Q8_0-00001-of-00002.gguf" in several
     assert "00002-of-00002" not in several
     assert "model_type" in mistral and "model.safetensors" not in fetched("someone/mistral")

@@ -24,6 +24,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.weights import load, name_table
 from llama_jax.weights.formats import meta, torch_file, torch_pickle
 from llama_jax.weights.tensor import of_array
+from llama_jax.weights.validate import match_tensors
 
 GOLDEN = make_meta.HERE
 CASES = list(make_meta.CASES)
@@ -36,7 +37,7 @@ _Q, _NORM = "layers.1.attention.wq.weight", "layers.0.ffn_norm.weight"
 
 def leaves_of(folder):
     config, entries = meta.open_folder(folder)
-    return config, load.check_entries(entries, config, format="meta", source=str(folder))
+    return match_tensors(entries, config, format="meta", source=str(folder))
 
 
 def cast(leaves, dtype):
@@ -291,7 +292,7 @@ def test_settings_that_change_nothing_are_passed_over(tmp_path):
     folder = copy_of("one", tmp_path / "one")
     change(folder, max_seq_len=2048, max_batch_size=4, model_parallel_size=1, vision_chunk_size=-1)
     text = (folder / "params.json").read_text()
-    (folder / "params.json").write_text(text.replace("{", '{"lora_args": null, ', 1))
+    (folder / "params.json").write_text(text.replace("{", '{"lora_args": null, "use_qk_norm": false, "window": 0, ', 1))
     assert meta.open_folder(folder)[0] == meta.open_folder(GOLDEN / "one")[0]
 
 
@@ -336,6 +337,20 @@ def test_files_that_do_not_fit_each_other_are_refused(tmp_path, spoil, words):
         meta.open_folder(folder)
     text = refusal(error)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("files", [(0,), (1,), (0, 1)], ids=str)
+def test_frequencies_in_any_of_the_files_are_ignored(tmp_path, files):
+    """Some of Meta's downloads have the buffer in one file only, or of different lengths."""
+    folder = copy_of("split", tmp_path / "split")
+    for i in files:
+        buffer = np.ones(3 + i, np.float32)
+        buffer = of_array(lambda buffer=buffer: buffer, buffer.dtype, buffer.shape)
+        rewrite(folder / f"consolidated.0{i}.pth", lambda t, buffer=buffer: t | {"rope.freqs": buffer})
+    config, leaves = leaves_of(folder)
+    expected, original = leaves_of(GOLDEN / "split")
+    assert config == expected and leaves.keys() == original.keys()
+    assert all(np.array_equal(leaf.read(), original[path].read()) for path, leaf in leaves.items())
 
 
 def test_missing_and_foreign_tensors_are_left_to_the_loader_to_name(tmp_path):

@@ -18,12 +18,12 @@ from helpers.folders import encode, make_folder
 from helpers.fuzz import mutated, mutated_text
 from helpers.numbers import gap
 from helpers.paths import GOLDEN_FOLDER
+from llama_jax.cli import exits, infer
 from llama_jax.errors import ConfigError
-from llama_jax.infer import cli
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import adapters
 from llama_jax.weights.formats import peft
-from llama_jax.weights.source import open_source
+from llama_jax.weights.open import open_source
 
 FOLDERS = {case: GOLDEN_FOLDER / "peft" / case for case in golden.CASES}
 GOLD = np.load(GOLDEN_FOLDER / "peft.npz")
@@ -351,12 +351,12 @@ def test_the_commands_take_an_adapter(base, llama, capsys):
     argv = ["--model", str(base), "--dtype", "float32", *flags]
     said = []
     for more in ([], ["--adapter", prompt]):
-        assert cli.main([*argv, *more]) == 0
+        assert exits.run(infer.main, [*argv, *more]) == 0
         said.append(json.loads(capsys.readouterr().out)["tokens"])
     options = {"max_new_tokens": 5, "temperature": 0.0}
     views = (llama, llama.use("rslora"))
     assert said == [view.generate(golden.TOKENS[0].tolist(), **options).tokens for view in views]
-    assert cli.main([*argv, "--adapter", str(base)]) == 2
+    assert exits.run(infer.main, [*argv, "--adapter", str(base)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -15,12 +15,16 @@ from helpers.folders import make_folder, new_config, old_config
 from llama_jax import model, parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
-from llama_jax.params import stack, unstack
+from llama_jax.params import abstract_params, init_params, logical_axes, stack, unstack
+from llama_jax.text import Tokenizer
 from llama_jax.weights import export, name_table
-from llama_jax.weights.formats import huggingface
-from llama_jax.weights.load import check_entries, load_leaves
-from llama_jax.weights.source import open_source
+from llama_jax.weights.formats import huggingface, torch_file
+from llama_jax.weights.load import load_leaves
+from llama_jax.weights.model_files import Metadata
+from llama_jax.weights.open import open_source
+from llama_jax.weights.source import UnknownTokenizer, checked_tokenizer
 from llama_jax.weights.tensor import of_array
+from llama_jax.weights.validate import match_tensors
 
 TINY = SIZES["tiny"]
 TIED = CASES["tied"][0]
@@ -44,7 +48,7 @@ def same(params, config, tensors, *, dtype=None):
 @pytest.mark.parametrize("format", list(name_table.FORMATS))
 def test_table_is_the_tree_of_the_model(name, format):
     config = SIZES[name]
-    tree = model.abstract_params(config, stacked=False)
+    tree = abstract_params(config, stacked=False)
     rows = name_table.weights(config, format)
     assert len({row.name for row in rows}) == len(rows) == len(jax.tree.leaves(tree))
     for row in rows:
@@ -59,13 +63,13 @@ def test_rotary_pairs_go_to_halves_and_back():
     assert name_table.halves_order(H)[name_table.pairs_order(H)].tolist() == list(range(H))
     q = next(row for row in name_table.weights(TINY, "meta") if row.path[-1] == "q")
     theirs = np.arange(q.shape[0] * q.shape[1], dtype=np.float32).reshape(q.shape)
-    ours = q.ours(of_array(lambda: theirs, theirs.dtype, theirs.shape))
+    ours = q.from_disk(of_array(lambda: theirs, theirs.dtype, theirs.shape))
     pairs = theirs.reshape(8, 8, 2, 48)
     expected = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(q.shape)
     np.testing.assert_array_equal(ours.read(), expected)
     for part in (slice(3, 77), slice(64, 128), slice(127, 128)):
         np.testing.assert_array_equal(ours.read((part, slice(2, 9))), expected[part, 2:9])
-    np.testing.assert_array_equal(q.theirs(ours).read(), theirs)
+    np.testing.assert_array_equal(q.to_disk(ours).read(), theirs)
 
 
 def test_only_q_and_k_of_meta_and_gguf_are_permuted():
@@ -119,7 +123,7 @@ def test_tensors_are_read_into_the_shards_of_the_layout(tmp_path, sizes, rules):
     tensors = random_weights(TINY)
     config, params = load(make_folder(tmp_path, TINY, tensors), layout=layout, dtype=jnp.bfloat16)
     same(params, config, tensors, dtype=ml_dtypes.bfloat16)
-    expected = parallel.shardings(layout, model.logical_axes(config, stacked=False), params)
+    expected = parallel.shardings(layout, logical_axes(config, stacked=False), params)
     for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
@@ -134,7 +138,7 @@ def test_every_layout_of_numbers_loads_into_shards(format):
             array = array.reshape(-1, 2, row.pairs // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         array = array.T if row.transposed else array
         entries[row.name] = of_array(lambda array=array: array, array.dtype, array.shape)
-    leaves = check_entries(entries, TINY, format=format, source="here")
+    _, leaves = match_tensors(entries, TINY, format=format, source="here")
     for where in (None, parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")):
         same(load_leaves(leaves, TINY, layout=where, dtype=None, quantize=None), TINY, tensors)
 
@@ -156,9 +160,48 @@ def test_known_buffers_and_an_equal_unembedding_are_passed_over(tmp_path):
     _, params = load(make_folder(tmp_path, TIED, {**tensors, **extra}))
     same(params, TIED, tensors)
     assert "unembed" not in params
-    make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": embed + 1})
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        load(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_in_torchs_files_are_the_same_model(tmp_path, shards):
+    tensors = random_weights(TINY)
+    folder = make_folder(tmp_path, TINY, tensors)
+    config, params = load(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    names = [f"pytorch_model-{i:05}-of-{shards:05}.bin" for i in range(1, shards + 1)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
+    for file in names:
+        held = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        torch_file.save_file(folder / file, {n: of_array(lambda a=a: a, a.dtype, a.shape) for n, a in held.items()})
+    if shards == 1:
+        (folder / names[0]).rename(folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    again, found = load(folder)
+    assert again == config
+    same(found, config, tensors)
+    assert open_source(folder).description == "Hugging Face folder (torch)"
+    (folder / names[-1]).unlink(missing_ok=True)
+    if shards == 2:
+        with pytest.raises(ValueError, match="pytorch_model-00002-of-00002.bin: missing"):
+            load(folder)
+
+
+def test_an_unembedding_that_differs_from_the_tied_embedding_is_used(tmp_path, caplog):
+    """As in transformers 5: the file's numbers go before what the config says of ties."""
+    tensors = random_weights(TIED)
+    head = tensors["model.embed_tokens.weight"] + 1
+    folder = make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": head})
+    config, params = load(folder)
+    assert config == dataclasses.replace(TIED, tied_embeddings=False)
+    np.testing.assert_array_equal(params["unembed"], head)
+    same(params, config, {**tensors, "lm_head.weight": head})
+    (record,) = caplog.records
+    assert "lm_head.weight differs from model.embed_tokens.weight although the config ties them" in record.message
+    make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": head[:-1]})
+    with pytest.raises(ValueError, match="lm_head.weight has shape"):
+        load(folder)
 
 
 def _without(tensors, name):
@@ -226,7 +269,16 @@ def test_absent_head_dim_and_kv_heads_follow_from_the_rest(tmp_path):
         ({"mlp_bias": True}, ("mlp_bias",)),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
-        ({"sliding_window": 4096}, ("sliding_window", "4096")),
+        ({"sliding_window": 40}, ("sliding_window", "40")),
+        ({"sliding_window": 40, "use_sliding_window": True}, ("sliding_window", "use_sliding_window=false")),
+        ({"sliding_window": 40, "layer_types": ["sliding_attention"]}, ("sliding_window", "40")),
+        ({"sliding_window": "40"}, ("sliding_window", '"40"')),
+        ({"layer_types": ["chunked_attention"]}, ("layer_types", "chunked_attention", "full_attention")),
+        ({"final_logit_softcapping": 30.0}, ("final_logit_softcapping", "30")),
+        ({"rope_interleaved": True}, ("rope_interleaved", "true", "false")),
+        ({"num_local_experts": 8}, ("num_local_experts", "8")),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ("quantization_config",)),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 2.0}}, ("attention_factor",)),
         ({"rope_theta": None}, ("rope_theta", "500000")),
         ({"rope_theta": "1e4"}, ("rope_theta", "'1e4'")),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ("rope_type", "linear", "llama3")),
@@ -250,6 +302,37 @@ def test_config_that_is_not_understood_is_refused(tmp_path, change, words):
         huggingface.read_config(tmp_path)
     text = refusal(error)
     assert all(word in text for word in (*words, "config.json")), text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 2},
+        {"sliding_window": 131_072},
+        {"sliding_window": 0},
+        {"sliding_window": 32, "layer_types": ["full_attention", "full_attention"]},
+        {"layer_types": ["full_attention", "full_attention"]},
+        {"attention_bias": False, "mlp_bias": False, "qkv_bias": None, "attention_dropout": 0.1, "pretraining_tp": 1},
+        {"pretraining_tp": 2, "use_cache": False, "initializer_range": 0.5, "unsloth_version": "2025.1"},
+        {"hidden_act": "swish"},
+        {"rope_interleaved": False, "is_llama_config": True, "partial_rotary_factor": 1},
+        {"embedding_multiplier": 1.0, "residual_multiplier": 1, "final_logit_softcapping": None, "num_experts": 0},
+        {"quantization_config": {}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}},
+    ],
+    ids=str,
+)
+def test_settings_without_an_effect_are_accepted(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps({**old_config(TINY), **change}))
+    assert huggingface.read_config(tmp_path) == TINY
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_a_scaling_by_one_is_none(tmp_path, kind, key):
+    values = {**old_config(TINY), "rope_scaling": {key: kind, "factor": 1.0}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert huggingface.read_config(tmp_path) == dataclasses.replace(TINY, rope_scaling=None)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +361,7 @@ def test_stop_tokens_that_are_no_ids_are_refused(tmp_path):
 # Saving, and the two layouts.
 
 
-CARD = export.Card(tokenizer=None, bos_token=2, stop_tokens=(3, 4), sampling=None)
+METADATA = Metadata(bos_token=2, stop_tokens=(3, 4))
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -290,25 +373,25 @@ def test_saved_folder_loads_again_to_the_bit(tmp_path, config, shard_bytes, stac
     leaves = export.leaves_of(config, stack(params) if stacked else params)
     out = tmp_path / "b"
     options = {"format": "hf", "dtype": "bfloat16", "shard_bytes": shard_bytes}
-    assert export.save(out, config, leaves, CARD, **options) == out
+    assert export.save(out, config, leaves, METADATA, **options) == out
     again, loaded = load(out)
     assert again == config and huggingface.stop_tokens(out) == (3, 4)
     same(loaded, config, tensors, dtype=ml_dtypes.bfloat16)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 50_000)
     assert not list(out.glob("*.part"))
     with pytest.raises(ConfigError, match="already"):
-        export.save(out, config, leaves, CARD, **options)
+        export.save(out, config, leaves, METADATA, **options)
 
 
 def test_saving_refuses_other_types_and_other_weights(tmp_path):
-    params = model.init_params(TINY, jax.random.key(0))
+    params = init_params(TINY, jax.random.key(0))
     leaves = export.leaves_of(TINY, params)
     with pytest.raises(ConfigError, match="int8"):
-        export.save(tmp_path / "out", TINY, leaves, CARD, format="hf", dtype="int8")
+        export.save(tmp_path / "out", TINY, leaves, METADATA, format="hf", dtype="int8")
     with pytest.raises(ConfigError, match="'q8_0'; allowed: float32"):
-        export.save(tmp_path / "out", TINY, leaves, CARD, format="meta", dtype="q8_0")
+        export.save(tmp_path / "out", TINY, leaves, METADATA, format="meta", dtype="q8_0")
     with pytest.raises(ConfigError, match="did you mean 'gguf'"):
-        export.save(tmp_path / "out", TINY, leaves, CARD, format="ggup", dtype="float32")
+        export.save(tmp_path / "out", TINY, leaves, METADATA, format="ggup", dtype="float32")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="unknown weight.*unembed"):
         export.leaves_of(TIED, params)
@@ -316,9 +399,9 @@ def test_saving_refuses_other_types_and_other_weights(tmp_path):
 
 def test_stack_and_unstack_are_inverse_and_keep_shardings():
     layout = parallel.Layout(parallel.make_mesh({"fsdp": 2, "tensor": 4}), "train")
-    stacked = model.init_params(TINY, jax.random.key(0))
+    stacked = init_params(TINY, jax.random.key(0))
     want = {
-        s: parallel.shardings(layout, model.logical_axes(TINY, stacked=s), model.abstract_params(TINY, stacked=s))
+        s: parallel.shardings(layout, logical_axes(TINY, stacked=s), abstract_params(TINY, stacked=s))
         for s in (True, False)
     }
     placed = jax.device_put(stacked, want[True])
@@ -331,3 +414,23 @@ def test_stack_and_unstack_are_inverse_and_keep_shardings():
     jax.tree.map(np.testing.assert_array_equal, jax.jit(unstack)(stacked), apart)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(stack)(apart), stacked)
     assert unstack(apart) is apart and stack(stacked) is stacked
+
+
+@pytest.mark.parametrize("fault", ["damaged", "missing permission", "of a larger model", "of another model"])
+def test_whatever_is_wrong_with_a_tokenizer_costs_the_tokenizer_alone(fault, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    Tokenizer.from_ranks({bytes([i]): i for i in range(256)}).save(path)
+
+    def read() -> Tokenizer:
+        if fault == "missing permission":
+            raise PermissionError(13, "Permission denied", str(path))
+        if fault == "damaged":
+            path.write_bytes(path.read_bytes()[:900])
+        return Tokenizer(path)
+
+    config = dataclasses.replace(TINY, vocab_size=200 if fault == "of a larger model" else 512)
+    with pytest.raises(UnknownTokenizer) as error:
+        checked_tokenizer(read, path, config, fingerprint="0" if fault == "of another model" else None)
+    assert "\n" not in str(error.value)
+    if fault == "of a larger model":  # the ids of control tokens alone may be without rows
+        assert checked_tokenizer(read, path, dataclasses.replace(TINY, vocab_size=300)).rows == 300

@@ -1,4 +1,4 @@
-"""Attention. Masks follow from positions and segments, and are built only in the plain XLA backend."""
+"""Attention and the choice of its backend. Only the plain XLA backend builds masks, from positions and segments."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def attention(
     aligned: bool,
     unsplit: bool = True,
 ) -> jax.Array:
-    """As `xla.attention` says, by the backend that suits.
+    """Attention with the arguments and results of `xla.attention`, by the best backend for them.
 
-    That is the splash kernel on a TPU, for whole rows (`aligned`) of shapes that it takes (`splash.takes`), and the
-    plain one for all else. Where the length axis is split over devices (mesh.context) it is the plain one too: the
-    kernel would need all keys on each device, or a ring of its own.
+    Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`). All else
+    runs plain XLA. So does a length axis that is sharded (mesh.context), because the kernel needs all keys on each
+    device.
     """
     plain = functools.partial(
         xla.attention,
@@ -40,7 +40,7 @@ def attention(
         unsplit=unsplit,
     )
     if aligned and unsplit:
-        from llama_jax.ops.attention import splash  # importing Pallas takes 0.2 s, which sampling can do without
+        from llama_jax.ops.attention import splash  # importing Pallas takes 0.2 s; sampling does not need it
 
         if splash.takes(q_BTNH, k_BKSH):
             kernel = functools.partial(splash.attention, segments_BT=q_segments_BT)

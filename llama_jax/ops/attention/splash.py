@@ -1,8 +1,8 @@
 """Causal attention of whole rows by the Pallas kernel that jax ships for TPUs ("splash", a sparse flash attention).
 
-The scores of a block of queries and keys live in the chip's vector memory and nowhere else (Dao, arXiv:2307.08691), so
-that memory grows with the length and not with its square, and blocks above the diagonal are passed over. What runs
-everywhere, and what this is tested against, is the plain attention in `xla`.
+The scores of a block of queries and keys exist only in the chip's vector memory (Dao, arXiv:2307.08691). Memory grows
+with the length rather than its square, and blocks above the diagonal are skipped. The kernel is tested against the
+plain attention in `xla`.
 
 Letters: B batch, T length, N query heads, K key/value heads, H head dim.
 """
@@ -18,16 +18,16 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from llama_jax import parallel
 
-_LANES = 128  # of a TPU's vector registers: lengths are multiples of it
+_LANES = 128  # lanes of a TPU's vector registers; the length must be a multiple
 _HEAD_DIMS = (64, 128)
 
 
 def takes(q_BTNH: jax.Array, k_BKTH: jax.Array) -> bool:
-    """Whether the kernel takes arrays of these shapes and types, under the active layout.
+    """True if the kernel takes arrays of these shapes and dtypes under the active layout.
 
-    The length must be a multiple of 128, the head dim 64 or 128, and tensor parallelism must divide the heads of both
-    kinds. The type must be bfloat16: the kernel asks for no more than a TPU's default precision, by which float32 would
-    be rounded to bfloat16, where the plain attention asks for the highest.
+    The length must be a multiple of 128, the head dim 64 or 128, and tensor parallelism must divide the query and the
+    key/value heads. The dtype must be bfloat16. The kernel uses a TPU's default precision, which would round float32 to
+    bfloat16, while the plain attention uses the highest.
     """
     _, T, N, H = q_BTNH.shape
     parts = parallel.axis_size("heads")
@@ -43,19 +43,20 @@ def attention(
     segments_BT: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its segment up to itself.
+    """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to itself.
 
-    Each device runs the kernel on its own rows and heads; the length must be whole on each.
+    Each device runs the kernel on its own rows and heads. The length axis must not be sharded.
 
     Args:
-        q_BTNH: queries, already rotated. 1 / sqrt(H) is multiplied into them in their own type.
+        q_BTNH: queries, already rotated. They are multiplied by 1 / sqrt(H) and rounded to their own dtype.
         k_BKTH: keys, already rotated.
         v_BKTH: values.
-        segments_BT: document numbers of a packed row, or None. Documents must stand one after the other.
-        interpret: run the kernel as plain XLA operations, on any platform, slowly.
+        segments_BT: document numbers of a packed row, or None. Each document must be contiguous.
+        interpret: run the kernel as plain XLA operations, slowly, on any platform.
 
     Returns:
-        (B, T, N, H) in the type of q; the softmax is float32. Padding (segment 0) sees the padding before it.
+        (B, T, N, H) in the dtype of q. The softmax is computed in float32. Padding (segment 0) attends to the padding
+        before it.
     """
     B, T, _, H = q_BTNH.shape
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
@@ -73,27 +74,27 @@ def attention(
 def _rows(
     q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: jax.Array, *, interpret: bool
 ) -> jax.Array:
-    """The kernel on what one device holds."""
+    """The kernel on the rows and heads of one device."""
     _, T, N, _ = q_BTNH.shape
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([_Causal((T, T))] * N),
         block_sizes=_block_sizes(T),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="product",  # so that remat="dots" (model.py) keeps it, and runs the kernel once
+        residual_checkpoint_name="product",  # remat="dots" (model.py) keeps it, so that the kernel runs once
         interpret=interpret,
     )
-    # The kernel's mask is "not after the query's place, and in its segment"; the plain one compares positions. They are
-    # the same: a row's documents stand one after the other (data/packing.py), each with a segment of its own and with
-    # positions that count up. Only padding, whose positions are all 0, sees less here; and nothing sees padding.
+    # The kernel masks keys after the query's index and keys of other segments; the plain attention compares positions.
+    # The masks are equal because the documents of a row are contiguous (data/packing.py), with a segment each and
+    # increasing positions. Only padding, whose positions are all 0, attends to less here, and nothing attends to it.
     documents_BT = splash.SegmentIds(segments_BT, segments_BT)
     return jax.vmap(kernel)(q_BTNH.swapaxes(1, 2), k_BKTH, v_BKTH, documents_BT).swapaxes(1, 2)
 
 
 class _Causal(splash.CausalMask):
-    """The causal mask, whose blocks off the diagonal are told by their corners.
+    """The causal mask, whose blocks off the diagonal are decided by their corners.
 
-    To find what may be skipped the kernel's maker asks for every block: at T = 131,072 it took 50 s to compare 17
+    To find the blocks to skip, jax evaluates every block of the mask. At T = 131,072 a CPU took 50 s to compare 17
     billion pairs three times.
     """
 
@@ -106,15 +107,16 @@ class _Causal(splash.CausalMask):
         return super().__getitem__(index)
 
 
-# Up to this length one backward kernel makes all three gradients; its dq comes in T / block parts that are summed
-# afterwards, and beyond it they would take more memory than a second kernel costs time.
+# Up to this length one backward kernel computes all three gradients. Its dq comes in T / block parts that are summed
+# afterwards. For longer rows these parts take too much memory, and a second kernel computes dq.
 _MAX_FUSED = 8192
 
 
 def _block_sizes(T: int) -> splash.BlockSizes:
-    """Queries and keys that the kernel holds at a time, and how many of these keys it multiplies at once.
+    """Block sizes of queries and keys, and of the keys that are multiplied at once.
 
-    Larger blocks are fetched fewer times, and more of what they hold lies above the diagonal. Not measured on a TPU.
+    Larger blocks are fetched fewer times, but more of their entries are above the diagonal. The sizes are not measured
+    on a TPU.
     """
     fused = T <= _MAX_FUSED
     block_q, block_kv, compute = (_divisor(T, most) for most in (512 if fused else 1024, 1024, 512))

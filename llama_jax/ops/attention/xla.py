@@ -1,25 +1,43 @@
-"""Grouped-query attention in plain XLA: runs everywhere, and is what the kernels are tested against.
+"""Grouped-query attention in plain XLA. It runs everywhere, and the kernels are tested against it.
 
-Query heads that share a key/value head are merged into the rows of one product, and long inputs are cut into chunks of
-queries. Without a cache a chunk multiplies only the keys before its end, which halves the work of a causal pass. How
-many chunks' scores exist at a time is up to the compiler's schedule: on a TPU few (docs/design.md), on a CPU all.
-Where the length axis is split over devices there are no chunks, and a device holds the scores of all its queries.
+The query heads that share a key/value head are merged into the rows of one product, and long inputs are split into
+chunks of queries. Without a cache a chunk multiplies only the keys before its end, which halves the work of a causal
+pass. The compiler's schedule decides how many chunks have scores in memory at a time: few on a TPU, all on a CPU
+(docs/design.md). If the length axis is sharded there are no chunks, and a device holds the scores of all its queries.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
 """
 
 from __future__ import annotations
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Chunks are a compromise measured on a CPU (docs/design.md): short ones skip more, long ones multiply faster.
+# Query rows of a causal chunk, and the most chunks. Short chunks skip more keys and long ones multiply faster; the
+# values were measured on a CPU (docs/design.md).
 _CAUSAL_CHUNK = 128
 _MAX_CAUSAL_CHUNKS = 16
-_MAX_SCORE_BYTES = 1 << 28  # of one chunk of queries against all keys, on all devices together
+_MAX_SCORE_BYTES = 1 << 28  # float32 scores of one chunk of queries and all keys, on all devices together
+
+
+class _Queries(NamedTuple):
+    """Queries with what their mask needs: q_BKGTH, positions_BT, and segments_BT or None."""
+
+    q_BKGTH: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+
+
+class _Keys(NamedTuple):
+    """Keys and values with what their mask needs: k_BKSH, v_BKSH, positions_BS, and segments_BS or None."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    positions_BS: jax.Array
+    segments_BS: jax.Array | None
 
 
 def attention(
@@ -34,72 +52,93 @@ def attention(
     aligned: bool,
     unsplit: bool = True,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its segment at positions up to its own.
+    """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to its own position.
 
     Args:
         q_BTNH: queries, already rotated.
         k_BKSH: keys, already rotated.
         v_BKSH: values.
-        q_positions_BT: positions within the segment (or within the sequence, where there are no segments).
-        k_positions_BS: the same of the keys.
+        q_positions_BT: positions of the queries within their segment, or within the sequence without segments.
+        k_positions_BS: positions of the keys, likewise.
         q_segments_BT: document numbers of a packed row, or None.
-        k_segments_BS: the same of the keys.
-        aligned: query i and key i are the same token, so that key j > i is never seen (training).
-        unsplit: the length axis lies on one device, so that slicing it is free.
+        k_segments_BS: document numbers of the keys, or None.
+        aligned: True if query i and key i are the same token, so that key j > i is never attended to (training).
+        unsplit: True if the length axis is not sharded, so that slicing it is free.
 
     Returns:
-        (B, T, N, H) in the type of q; the softmax is float32.
+        (B, T, N, H) in the dtype of q. The softmax is computed in float32.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-
-    def chunk(q, q_positions, q_segments, k, v, k_positions, k_segments):
-        mask = k_positions[:, None, :] <= q_positions[:, :, None]
-        if k_segments is not None:
-            mask &= k_segments[:, None, :] == q_segments[:, :, None]
-        return _chunk(q, k, v, mask)
-
+    K = k_BKSH.shape[1]
+    queries = _Queries(
+        q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4),
+        q_positions_BT,
+        None if k_segments_BS is None else q_segments_BT,
+    )
+    keys = _Keys(k_BKSH, v_BKSH, k_positions_BS, k_segments_BS)
     if aligned and unsplit and _CAUSAL_CHUNK < T:
-        size = max(_CAUSAL_CHUNK, -(-T // _MAX_CAUSAL_CHUNKS))
-        # Beyond a few chunks their scores would all wait for the backward pass: recompute them there.
-        each = jax.checkpoint(chunk) if T > _CAUSAL_CHUNK * _MAX_CAUSAL_CHUNKS else chunk
-        parts = []
-        for start in range(0, T, size):
-            end = min(start + size, T)
-            rows = slice(start, end)
-            parts.append(
-                each(
-                    q_BKGTH[:, :, :, rows],
-                    q_positions_BT[:, rows],
-                    None if q_segments_BT is None else q_segments_BT[:, rows],
-                    k_BKSH[:, :, :end],
-                    v_BKSH[:, :, :end],
-                    k_positions_BS[:, :end],
-                    None if k_segments_BS is None else k_segments_BS[:, :end],
-                )
-            )
-        out_BKGTH = jnp.concatenate(parts, axis=3)
+        out_BKGTH = _causal_prefixes(queries, keys)
     else:
-        every = functools.partial(chunk, k=k_BKSH, v=v_BKSH, k_positions=k_positions_BS, k_segments=k_segments_BS)
-        segments = jnp.zeros_like(q_positions_BT) if q_segments_BT is None else q_segments_BT
-        chunks = 1
-        while unsplit and T % (2 * chunks) == 0 and B * N * (T // chunks) * S * 4 > _MAX_SCORE_BYTES:
-            chunks *= 2
-        if chunks == 1:
-            out_BKGTH = every(q_BKGTH, q_positions_BT, segments)
-        else:
-            split = [
-                jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, T // chunks, *a.shape[axis + 1 :]), axis, 0)
-                for a, axis in ((q_BKGTH, 3), (q_positions_BT, 1), (segments, 1))
-            ]
-            out = lax.map(lambda args: jax.checkpoint(every)(*args), tuple(split))
-            out_BKGTH = jnp.moveaxis(out, 0, 3).reshape(B, K, N // K, T, H)
+        out_BKGTH = _all_keys(queries, keys, unsplit=unsplit)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _chunk(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Scores, softmax and values of one chunk of queries."""
+def _causal_prefixes(queries: _Queries, keys: _Keys) -> jax.Array:
+    """Attention of aligned rows in chunks of queries, each with the keys up to its end: (B, K, G, T, H)."""
+    T = queries.positions_BT.shape[1]
+    size = max(_CAUSAL_CHUNK, -(-T // _MAX_CAUSAL_CHUNKS))
+    # With many chunks, keeping all their scores for the backward pass would take too much memory: recompute them.
+    attend = jax.checkpoint(_masked) if T > _CAUSAL_CHUNK * _MAX_CAUSAL_CHUNKS else _masked
+    outputs = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        chunk = _Queries(
+            queries.q_BKGTH[:, :, :, start:end],
+            queries.positions_BT[:, start:end],
+            None if queries.segments_BT is None else queries.segments_BT[:, start:end],
+        )
+        prefix = _Keys(
+            keys.k_BKSH[:, :, :end],
+            keys.v_BKSH[:, :, :end],
+            keys.positions_BS[:, :end],
+            None if keys.segments_BS is None else keys.segments_BS[:, :end],
+        )
+        outputs.append(attend(chunk, prefix))
+    return jnp.concatenate(outputs, axis=3)
+
+
+def _all_keys(queries: _Queries, keys: _Keys, *, unsplit: bool) -> jax.Array:
+    """Attention of every query to all keys: (B, K, G, T, H).
+
+    The queries are scanned in as many chunks as keep the scores of one below _MAX_SCORE_BYTES.
+    """
+    B, K, G, T, H = queries.q_BKGTH.shape
+    S = keys.positions_BS.shape[1]
+    chunks = 1
+    while unsplit and T % (2 * chunks) == 0 and B * K * G * (T // chunks) * S * 4 > _MAX_SCORE_BYTES:
+        chunks *= 2
+    if chunks == 1:
+        return _masked(queries, keys)
+
+    def split(a: jax.Array, axis: int) -> jax.Array:
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, T // chunks, *a.shape[axis + 1 :]), axis, 0)
+
+    segments = None if queries.segments_BT is None else split(queries.segments_BT, 1)
+    stacked = _Queries(split(queries.q_BKGTH, 3), split(queries.positions_BT, 1), segments)
+    out = lax.map(jax.checkpoint(lambda chunk: _masked(chunk, keys)), stacked)
+    return jnp.moveaxis(out, 0, 3).reshape(B, K, G, T, H)
+
+
+def _masked(queries: _Queries, keys: _Keys) -> jax.Array:
+    """Attention of one chunk of queries under the mask of positions and segments."""
+    mask_BTS = keys.positions_BS[:, None, :] <= queries.positions_BT[:, :, None]
+    if keys.segments_BS is not None:
+        mask_BTS &= keys.segments_BS[:, None, :] == queries.segments_BT[:, :, None]
+    return _attend(queries.q_BKGTH, keys.k_BKSH, keys.v_BKSH, mask_BTS)
+
+
+def _attend(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax of the masked scores, times the values."""
     B, K, G, T, H = q_BKGTH.shape
     S = k_BKSH.shape[2]
     if T == 1 and q_BKGTH.dtype == jnp.float32:
@@ -126,9 +165,9 @@ def _chunk(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: j
 
 
 def _one_query(q_BKG1H: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array) -> jax.Array:
-    """The same for one float32 query, by multiplying and summing.
+    """Attention of one float32 query by elementwise products and sums.
 
-    As fast as two products, and XLA on a CPU copies a cache of one row four times a step to feed it to a product.
+    It is as fast as two matrix products, for which XLA on a CPU would copy the cache of a row four times a step.
     """
     H = q_BKG1H.shape[-1]
     k_BK1SH, v_BK1SH = (a[:, :, None].astype(jnp.float32) for a in (k_BKSH, v_BKSH))

@@ -1,43 +1,61 @@
-"""The vocabulary in the metadata of a GGUF file, as plain data: read into a `Vocabulary`, and made from one.
+"""The vocabulary in the metadata of a GGUF file: read into a vocabulary, and made from one.
 
-Facts about the format are llama.cpp's (`llama-vocab.cpp`, and `docs/gguf.md` of ggml): tokens by id, spelled a
-printable character a byte; their types; merges as two tokens with a space between; and a name for the way of cutting
-text into words, which also settles whether a word that is a token needs no merges.
+Facts about the format are llama.cpp's (`llama-vocab.cpp`, and `docs/gguf.md` of ggml). `tokenizer.ggml.model` is "gpt2"
+for byte-level BPE, with merges and the name of a pre-tokenizer, and "llama" or "t5" for SentencePiece, with scores.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
-from llama_jax.errors import ConfigError, brief
-from llama_jax.text import template
+import numpy as np
+
+from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.gguf_header import Value, shown
+from llama_jax.text import byte_level_json, piece_vocabulary
+from llama_jax.text.byte_level_json import cuts_of, pre_tokenizer_of
+from llama_jax.text.byte_pairs import BytePairs, check_bytes
+from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import every_split, in_merge_order
-from llama_jax.text.vocabulary import (
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    ONE_DIGIT_PATTERN,
-    SPLIT_PATTERN,
-    Vocabulary,
-    spelled,
-    unspelled,
+from llama_jax.text.patterns import PRE_TOKENIZERS, Pre, one_pattern
+from llama_jax.text.piece_vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+    PieceModel,
+    PieceVocabulary,
 )
+from llama_jax.text.vocabulary import Vocabulary, spelled, unspelled
 
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
-
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_PATTERNS = {
-    "llama-bpe": SPLIT_PATTERN,
-    "llama3": SPLIT_PATTERN,
-    "llama-v3": SPLIT_PATTERN,
-    "gpt-2": GPT2_PATTERN,
-    "smollm": DIGITS_PATTERN,
-    "qwen2": ONE_DIGIT_PATTERN,
-}
 _BY_IDS = "the model itself can still be used with token ids"
+_ALGORITHMS = {"llama": piece_vocabulary.BPE, "t5": piece_vocabulary.UNIGRAM}
 
 
 class Fields(TypedDict):
-    """What a GGUF file says of its tokenizer: the arguments of `vocabulary`, and a chat template."""
+    """The tokenizer metadata of a GGUF file; None for what the file does not say.
+
+    Attributes:
+        model: tokenizer.ggml.model.
+        pre: name of the pre-tokenizer ("gpt2" only).
+        tokens: token texts by id.
+        token_types: types by id: 1 normal, 2 unknown, 3 control, 4 user-defined (found in text wherever it stands),
+            5 unused, 6 byte.
+        merges: two tokens with a space between, the first merge first ("gpt2" only).
+        bos: id that begins a text.
+        eos: id that ends a text.
+        add_bos: whether the model wants `bos` in front; None leaves it to `model` and `pre`.
+        scores: scores by id (SentencePiece only).
+        unknown: id of the unknown piece.
+        pad: id of padding.
+        space_first: whether a space is put in front of a text.
+        strip_spaces: whether runs of spaces become one.
+        character_map: compiled replacements of characters.
+    """
 
     model: str
     pre: str | None
@@ -47,84 +65,285 @@ class Fields(TypedDict):
     bos: int | None
     eos: int | None
     add_bos: bool | None
-    chat_template: str | None
+    scores: Sequence[float] | None
+    unknown: int | None
+    pad: int | None
+    space_first: bool | None
+    strip_spaces: bool | None
+    character_map: bytes | None
 
 
-def vocabulary(
-    *,
-    model: str,
-    pre: str | None,
-    tokens: Sequence[str],
-    token_types: Sequence[int] | None,
-    merges: Sequence[str],
-    bos: int | None,
-    eos: int | None,
-    add_bos: bool | None,
-) -> Vocabulary:
-    """The vocabulary that a file's metadata describes.
-
-    Args:
-        model: tokenizer.ggml.model; "gpt2" is byte-level BPE.
-        pre: tokenizer.ggml.pre, the way of cutting text into words.
-        tokens: by id.
-        token_types: by id: 1 normal, 3 control, 4 user-defined (found in text wherever it stands), 5 unused.
-        merges: two tokens with a space between, the first merge first.
-        bos: the id that begins a text, or None.
-        eos: the id that ends one, or None.
-        add_bos: whether the model wants `bos` in front; None leaves it to `pre`.
+def fields_of(metadata: Mapping[str, Value], source: str) -> Fields | None:
+    """The tokenizer metadata among a file's metadata, or None if it has none.
 
     Raises:
-        ConfigError: a tokenizer that cannot be reproduced here, such as SentencePiece; says why.
-        ValueError: metadata that does not agree with itself.
+        ValueError: keys of a wrong type or that do not agree (one line that begins with `source`).
     """
-    if model != "gpt2":
-        raise ConfigError(f"tokenizer.ggml.model {brief(model)} is not supported, only 'gpt2'; {_BY_IDS}")
-    if pre not in _PATTERNS:
-        raise ConfigError(f"tokenizer.ggml.pre {brief(pre)} is not supported, only {', '.join(_PATTERNS)}; {_BY_IDS}")
-    if token_types is None or len(token_types) != len(tokens):
-        count = 0 if token_types is None else len(token_types)
-        raise ValueError(f"tokenizer.ggml.token_type has {count:,} types for {len(tokens):,} tokens")
-    specials: dict[str, int] = {}
-    found: dict[str, int | None] = {}
-    ids: dict[str, int] = {}
-    places = {_NORMAL: ids, _CONTROL: specials, _UNUSED: specials, _USER_DEFINED: found}
-    for i, (token, kind) in enumerate(zip(tokens, map(int, token_types), strict=True)):
-        if kind not in places:
-            raise ConfigError(f"tokenizer.ggml.token_type of id {i} is {kind}, which byte-level BPE has not; {_BY_IDS}")
-        if token in places[kind]:
-            raise ValueError(f"tokenizer.ggml.tokens has {token[:60]!r} twice, as ids {places[kind][token]} and {i}")
-        places[kind][token] = i
-    for name, token in (("bos", bos), ("eos", eos)):
-        if token is not None and not 0 <= token < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name}_token_id is {token}, but there are {len(tokens):,} tokens")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if wrong := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
-        raise ValueError(f"tokenizer.ggml.merges has {wrong[0][:60]!r}, which is not two tokens with a space between")
-    as_bytes = {token: unspelled(token) for token in ids}
-    try:
-        order, silent = in_merge_order(ids, pairs, whole_words=_takes_whole_words(pre))
-    except ConfigError as error:
-        raise ConfigError(f"tokenizer.ggml.merges: {error}; {_BY_IDS}") from None
-    return Vocabulary(
-        tokens={as_bytes[token]: ids[token] for token in order},
-        specials=specials,
-        pattern=_PATTERNS[pre],
-        bos=bos if (_takes_whole_words(pre) if add_bos is None else add_bos) else None,
-        eos=eos,
-        silent={as_bytes[token]: ids[token] for token in silent},
-        found=(found,) if found else (),
+
+    def typed(key: str, kind: type) -> Any:
+        value = metadata.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{source}: {key} must be of type {kind.__name__}, got {shown(value)}")
+        return value
+
+    def special(name: str) -> int | None:
+        token = typed(f"tokenizer.ggml.{name}_token_id", int)
+        return token if token is not None and 0 <= token < 1 << 31 else None  # llama.cpp writes -1 for none
+
+    def numbers(name: str, kinds: str) -> np.ndarray | None:
+        array = typed(f"tokenizer.ggml.{name}", np.ndarray)
+        if array is not None and (array.dtype.kind not in kinds or len(array) != len(tokens)):
+            what = "whole numbers" if kinds == "iu" else "numbers"
+            raise ValueError(
+                f"{source}: tokenizer.ggml.{name} must be {len(tokens):,} {what}, one a token, got {len(array):,} of "
+                f"{array.dtype}"
+            )
+        return array
+
+    model = typed("tokenizer.ggml.model", str)
+    if model is None or model in ("no_vocab", "none"):
+        return None
+    tokens = typed("tokenizer.ggml.tokens", list)
+    if not tokens:
+        raise ValueError(f"{source}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
+    character_map = typed("tokenizer.ggml.precompiled_charsmap", np.ndarray)
+    return Fields(
+        model=model,
+        pre=typed("tokenizer.ggml.pre", str),
+        tokens=tokens,
+        token_types=numbers("token_type", "iu"),
+        merges=typed("tokenizer.ggml.merges", list) or [],
+        bos=special("bos"),
+        eos=special("eos"),
+        add_bos=typed("tokenizer.ggml.add_bos_token", bool),
+        scores=numbers("scores", "iuf"),
+        unknown=special("unknown"),
+        pad=special("padding"),
+        space_first=typed("tokenizer.ggml.add_space_prefix", bool),
+        strip_spaces=typed("tokenizer.ggml.remove_extra_whitespaces", bool),
+        character_map=None if character_map is None else character_map.tobytes(),
     )
 
 
-def fields(tokenizer: "Tokenizer") -> Fields:
-    """What to write into a GGUF file so that llama.cpp, and `vocabulary`, come to the same ids.
+def vocabulary(fields: Fields) -> Vocabulary:
+    """The vocabulary that a file's metadata describes.
 
     Raises:
-        ConfigError: llama.cpp has no name for such a vocabulary.
+        ConfigError: a tokenizer of a kind that is not supported; says why.
+        ValueError: metadata that does not agree with itself.
     """
-    held = tokenizer.vocabulary
-    pre = next(name for name, pattern in _PATTERNS.items() if pattern == held.pattern)
-    whole_words = _takes_whole_words(pre)
+    for name in ("bos", "eos", "unknown", "pad"):
+        token = fields.get(name)
+        if token is not None and not 0 <= token < len(fields["tokens"]):
+            raise ValueError(
+                f"tokenizer.ggml.{name}_token_id is {token}, but there are {len(fields['tokens']):,} tokens"
+            )
+    try:
+        if fields["model"] == "gpt2":
+            return _byte_level(fields)
+        if fields["model"] in _ALGORITHMS:
+            return _pieces(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_BY_IDS}") from None
+    known = ", ".join(("gpt2", *_ALGORITHMS))
+    raise ConfigError(f"tokenizer.ggml.model {brief(fields['model'])} is not supported, only {known}; {_BY_IDS}")
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------------------
+
+
+def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
+    """By tiktoken if that gives the same ids, else by the `tokenizers` library."""
+    pre = PRE_TOKENIZERS.get(fields["pre"] or "")
+    if pre is None:
+        near = nearest(str(fields["pre"]), list(PRE_TOKENIZERS))
+        raise ConfigError(f"tokenizer.ggml.pre {brief(fields['pre'])} is not supported{near}")
+    specials, found, ids = _by_type(fields)
+    bos = fields["bos"] if (pre.add_bos if fields["add_bos"] is None else fields["add_bos"]) else None
+    named = {"bos_id": bos, "declared_eos": fields["eos"], "declared_pad": fields.get("pad")}
+    pairs = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    if wrong := [merge for merge, pair in zip(fields["merges"], pairs, strict=True) if len(pair) != 2]:
+        raise ValueError(f"tokenizer.ggml.merges has {wrong[0][:60]!r}, which is not two tokens with a space between")
+    pattern = one_pattern(pre.splits, pre.gpt2)
+    try:
+        if pattern is None:
+            raise ConfigError("its way of cutting text is not one that tiktoken can do")
+        check_bytes({token for token in ids if len(token) == 1})
+        as_bytes = {token: unspelled(token) for token in ids}
+        order, silent = in_merge_order(ids, pairs, whole_words=pre.whole_words)
+        return BytePairs(
+            tokens={as_bytes[token]: ids[token] for token in order},
+            specials=specials,
+            pattern=pattern,
+            silent={as_bytes[token]: ids[token] for token in silent},
+            found=(found,) if found else (),
+            **named,
+        )
+    except ValueError as fault:
+        try:
+            data = _contents(fields, pre, specials, found, ids, bos)
+            return LibraryVocabulary.of(data, lambda _: named)
+        except ConfigError as error:
+            raise error if isinstance(fault, ConfigError) else fault from None
+
+
+def _by_type(fields: Fields) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Control tokens, tokens that are found in text, and all other tokens: name to id."""
+    tokens, types = fields["tokens"], fields["token_types"]
+    if types is None or len(types) != len(tokens):
+        count = 0 if types is None else len(types)
+        raise ValueError(f"tokenizer.ggml.token_type has {count:,} types for {len(tokens):,} tokens")
+    specials: dict[str, int] = {}
+    found: dict[str, int] = {}
+    ids: dict[str, int] = {}
+    of_type = {NORMAL: ids, CONTROL: specials, UNUSED: specials, UNKNOWN: specials, USER_DEFINED: found}
+    for i, (token, kind) in enumerate(zip(tokens, map(int, types), strict=True)):
+        if kind not in of_type:
+            raise ConfigError(f"tokenizer.ggml.token_type of id {i} is {kind}, which byte-level BPE does not have")
+        if token in of_type[kind]:
+            raise ValueError(f"tokenizer.ggml.tokens has {token[:60]!r} twice, as ids {of_type[kind][token]} and {i}")
+        of_type[kind][token] = i
+    return specials, found, ids
+
+
+def _contents(
+    fields: Fields,
+    pre: Pre,
+    specials: Mapping[str, int],
+    found: Mapping[str, int],
+    ids: Mapping[str, int],
+    bos: int | None,
+) -> dict[str, Any]:
+    """The tokenizer.json of the same vocabulary."""
+    if both := (ids.keys() & specials.keys()) | (ids.keys() & found.keys()) | (found.keys() & specials.keys()):
+        raise ConfigError(f"tokenizer.ggml.tokens has {min(both)[:60]!r} twice")
+    added = [(i, name, False, True) for name, i in specials.items()]
+    added += [(i, name, False, False) for name, i in found.items()]
+    return byte_level_json.contents(
+        vocab={**ids, **specials, **found},
+        merges=fields["merges"],
+        added=added,
+        pre_tokenizer=pre_tokenizer_of(pre.splits, pre.gpt2),
+        bos=None if bos is None else (fields["tokens"][bos], bos),
+        ignore_merges=pre.whole_words,
+    )
+
+
+# ---- SentencePiece -----------------------------------------------------------------------------------------
+
+
+def _pieces(fields: Fields) -> PieceVocabulary:
+    """By SentencePiece, with a model file made from the metadata.
+
+    As in llama.cpp, user-defined tokens are cut out of a text before SentencePiece sees it, and the text after
+    one gets a space in front like a whole text.
+    """
+    is_bpe = fields["model"] == "llama"
+    bos, eos, unknown = fields["bos"], fields["eos"], fields.get("unknown")
+    size = len(fields["tokens"])
+    if is_bpe:  # llama.cpp's defaults
+        bos, eos, unknown = (
+            default if token is None and default < size else token
+            for token, default in ((bos, 1), (eos, 2), (unknown, 0))
+        )
+    pieces = _typed_pieces(fields, unknown)
+    found = {name: i for i, name in enumerate(fields["tokens"]) if _type_of(fields, i) == USER_DEFINED}
+    specials = {piece.text: i for i, piece in enumerate(pieces) if piece.type == CONTROL and piece.text not in found}
+    space_first, strip_spaces = fields.get("space_first"), fields.get("strip_spaces")
+    model = PieceModel(
+        pieces=tuple(pieces),
+        algorithm=_ALGORITHMS[fields["model"]],
+        byte_fallback=sum(piece.type == BYTE for piece in pieces) == 256,
+        space_first=True if space_first is None else space_first,
+        strip_spaces=bool(strip_spaces),
+        character_map=fields.get("character_map") or b"",
+    )
+    add_bos = is_bpe if fields["add_bos"] is None else fields["add_bos"]
+    return piece_vocabulary.piece_vocabulary(
+        piece_vocabulary.model_contents(model),
+        specials=specials,
+        found=found,
+        bos_id=bos if add_bos else None,
+        declared_eos=eos,
+        declared_pad=fields.get("pad"),
+    )
+
+
+def _type_of(fields: Fields, i: int) -> int:
+    types = fields["token_types"]
+    return NORMAL if types is None else int(types[i])
+
+
+def _typed_pieces(fields: Fields, unknown: int | None) -> list[Piece]:
+    """The pieces by id, with exactly one unknown piece, as SentencePiece needs."""
+    tokens, scores = fields["tokens"], fields.get("scores")
+    if scores is None or len(scores) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.scores must be {len(tokens):,} numbers, one a token, got none")
+    types = [_type_of(fields, i) for i in range(len(tokens))]
+    if unknown is None or UNKNOWN in types:
+        unknown = types.index(UNKNOWN) if UNKNOWN in types else None
+    if unknown is None:
+        raise ConfigError("it has no unknown token")
+    byte_names = {token for token in tokens if piece_vocabulary.is_byte_name(token)}
+    pieces: list[Piece] = []
+    seen: dict[str, int] = {}
+    for i, (token, score, kind) in enumerate(zip(tokens, map(float, scores), types, strict=True)):
+        if i == unknown:
+            kind = UNKNOWN
+        elif kind == UNKNOWN or kind == USER_DEFINED:
+            kind = CONTROL  # which SentencePiece never finds in text
+        elif len(byte_names) == 256 and token in byte_names:
+            kind = BYTE
+        elif kind == 0:
+            kind = NORMAL
+        text = token or f"[EMPTY_{i}]"  # as in llama.cpp
+        if not math.isfinite(score):
+            raise ValueError(f"tokenizer.ggml.scores of id {i} is {score}")
+        if text in seen:
+            raise ValueError(f"tokenizer.ggml.tokens has {text[:60]!r} twice, as ids {seen[text]} and {i}")
+        seen[text] = i
+        pieces.append(Piece(text, score, kind))
+    return pieces
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def fields(held: Vocabulary, *, rows: int | None = None) -> Fields:
+    """The metadata to write into a GGUF file so that llama.cpp, and `vocabulary`, come to the same ids.
+
+    Args:
+        held: vocabulary to write.
+        rows: number of ids that the model has; added tokens beyond them are left out. None keeps all.
+
+    Raises:
+        ConfigError: a GGUF file cannot describe such a vocabulary.
+    """
+    common = {
+        "bos": held.bos_id,
+        "eos": held.eos_id,
+        "add_bos": held.bos_id is not None,
+    }
+    if isinstance(held, BytePairs):
+        made = _fields_of_byte_pairs(held, common)
+    elif isinstance(held, LibraryVocabulary):
+        made = _fields_of_library(held, common)
+    elif isinstance(held, PieceVocabulary):
+        made = _fields_of_pieces(held, common)
+    else:
+        raise TypeError(f"no GGUF metadata for {type(held).__name__}")
+    if rows is not None and held.plain_size <= rows < held.size:
+        for key in ("tokens", "token_types", "scores"):
+            if made.get(key) is not None:
+                made[key] = made[key][:rows]
+        for key in ("bos", "eos", "pad"):
+            made[key] = None if (made.get(key) or 0) >= rows else made.get(key)
+    return made
+
+
+def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:
+    pre = next(name for name, pre in PRE_TOKENIZERS.items() if one_pattern(pre.splits, pre.gpt2) == held.pattern)
+    whole_words = PRE_TOKENIZERS[pre].whole_words
     plain = {spelled(token): i for token, i in held.tokens.items()}
     merges = [(spelled(left), spelled(right)) for left, right in every_split(list(held.tokens))]
     unmade = [] if whole_words else in_merge_order(plain, merges, whole_words=False)[1]
@@ -135,21 +354,90 @@ def fields(tokenizer: "Tokenizer") -> Fields:
         )
     if len(held.found) > 1:
         raise ConfigError("a GGUF file holds one round of tokens that are found in text; this vocabulary has two")
-    kinds = dict.fromkeys(held.specials.values(), _CONTROL)
-    kinds |= {i: _USER_DEFINED for names in held.found for i in names.values() if i is not None}
+    kinds = dict.fromkeys(held.specials.values(), CONTROL)
+    kinds |= {i: USER_DEFINED for names in held.found for i in names.values() if i is not None}
     return Fields(
         model="gpt2",
         pre=pre,
         tokens=[name.decode() if i in kinds else spelled(name) for i, name in enumerate(held.by_id)],
-        token_types=[kinds.get(i, _NORMAL) for i in range(held.size)],
+        token_types=[kinds.get(i, NORMAL) for i in range(held.size)],
         merges=[f"{left} {right}" for left, right in merges],
-        bos=tokenizer.bos_id,
-        eos=tokenizer.eos_id,
-        add_bos=tokenizer.bos_id is not None,
-        chat_template=template.CHAT_TEMPLATE if template.fits(tokenizer) else None,
+        **common,
     )
 
 
-def _takes_whole_words(pre: str) -> bool:
-    """Whether llama.cpp makes a word that is a token that token (ignore_merges), and adds bos unless told not to."""
-    return _PATTERNS[pre] == SPLIT_PATTERN
+def _fields_of_library(held: LibraryVocabulary, common: dict[str, Any]) -> Fields:
+    data = json.loads(held.contents)
+    model, cuts = data["model"], cuts_of(data.get("pre_tokenizer"))
+    is_byte_level = held.decoder.get("type") == "ByteLevel" and data.get("normalizer") is None
+    if model.get("type") != "BPE" or cuts is None or not is_byte_level or model.get("unk_token"):
+        raise ConfigError(
+            "a GGUF file can only describe byte-level BPE and SentencePiece, which this vocabulary is not"
+        )
+    whole_words = bool(model.get("ignore_merges"))
+    names = [n for n, pre in PRE_TOKENIZERS.items() if (pre.splits, pre.gpt2, pre.whole_words) == (*cuts, whole_words)]
+    if not names:
+        raise ConfigError("llama.cpp has no name for this vocabulary's way of cutting text into words")
+    added = {token["id"]: token["content"] for token in data["added_tokens"]}
+    texts = {i: token for token, i in held.ids.items()} | added
+    kinds = {i: CONTROL if name in held.specials else USER_DEFINED for i, name in added.items()}
+    return Fields(
+        model="gpt2",
+        pre=names[0],
+        tokens=[texts.get(i, f"[UNUSED_{i}]") for i in range(held.size)],
+        token_types=[kinds.get(i, NORMAL if i in texts else UNUSED) for i in range(held.size)],
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        **common,
+    )
+
+
+def _fields_of_pieces(held: PieceVocabulary, common: dict[str, Any]) -> Fields:
+    model = held.model
+    pieces = {i: piece for i, piece in enumerate(model.pieces)}
+    pieces |= {i: Piece(name, 0.0, CONTROL) for name, i in held.specials.items()}
+    pieces |= {i: Piece(name, 0.0, USER_DEFINED) for name, i in held.found.items()}
+    listed = [pieces.get(i, Piece(f"[UNUSED_{i}]", 0.0, UNUSED)) for i in range(held.size)]
+    unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
+    return Fields(
+        model=next(name for name, algorithm in _ALGORITHMS.items() if algorithm == model.algorithm),
+        pre="default",
+        tokens=[piece.text for piece in listed],
+        token_types=[piece.type for piece in listed],
+        merges=[],
+        scores=[piece.score for piece in listed],
+        unknown=unknown,
+        pad=held.declared_pad,
+        space_first=model.space_first,
+        strip_spaces=model.strip_spaces,
+        character_map=model.character_map or None,
+        **common,
+    )
+
+
+# Names under which a file's keys are written, beyond the tokens and the ids that a model has settings of its own for.
+_KEYS = {
+    "scores": "scores",
+    "unknown": "unknown_token_id",
+    "pad": "padding_token_id",
+    "space_first": "add_space_prefix",
+    "strip_spaces": "remove_extra_whitespaces",
+}
+
+
+def more_metadata(fields: Fields, padding: int) -> dict[str, Value]:
+    """The metadata of a SentencePiece vocabulary beyond what all vocabularies have.
+
+    Args:
+        fields: metadata of the vocabulary.
+        padding: number of unused tokens that follow its own.
+    """
+    found: dict[str, Value] = {}
+    for key, name in _KEYS.items():
+        value = fields.get(key)
+        if value is not None:
+            found[f"tokenizer.ggml.{name}"] = value
+    if "tokenizer.ggml.scores" in found:
+        found["tokenizer.ggml.scores"] = np.pad(np.asarray(fields["scores"], np.float32), (0, padding))
+    if fields.get("character_map"):
+        found["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(fields["character_map"], np.uint8)
+    return found

@@ -1,43 +1,30 @@
-"""Hugging Face's `tokenizer.json`, read into a `Vocabulary` and written from one.
+"""Hugging Face's `tokenizer.json`, read into a vocabulary and written from one.
 
-Read are byte-level BPEs whose way of cutting text is known here by name; then ids equal those of the `tokenizers`
-library on every text (with its `encode_special_tokens`, since control tokens never come from text here). Whatever else
-would change ids is refused by its name. `truncation` and `padding` are not read, as in `transformers`.
-
-Other patterns than those known are refused too: a pattern is a program that comes with a file. The engines read some of
-it differently (\\w, $, possessive intervals), and it may take for ever, or miss characters, which tiktoken would drop.
+A byte-level BPE that tiktoken reproduces exactly is read into `BytePairs`; ids then equal those of the `tokenizers`
+library on every text (with its `encode_special_tokens`, since control tokens do not come from text here). Every other
+file is run by the library itself. `truncation` and `padding` are not used, as in `transformers`.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_jax.errors import ConfigError, brief
-from llama_jax.files import read_json, write_whole
-from llama_jax.text import template
+from llama_jax.files import write_whole
+from llama_jax.text import byte_level_json
+from llama_jax.text.byte_level_json import cuts_of, pre_tokenizer_of
+from llama_jax.text.byte_pairs import BytePairs, check_bytes
+from llama_jax.text.formats import tokenizer_config
+from llama_jax.text.formats.tokenizer_config import TokenizerConfig
+from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import Merge, every_split, in_merge_order
-from llama_jax.text.vocabulary import (
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    ONE_DIGIT_PATTERN,
-    SPLIT_PATTERN,
-    Vocabulary,
-    spelled,
-    unspelled,
-)
+from llama_jax.text.patterns import DIGITS, DIGITS_PATTERN, GPT2_PATTERN, one_pattern
+from llama_jax.text.vocabulary import spelled, unspelled
 
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
-
-_MAX_BYTES = 32_000_000  # Llama 3's has 7 to 17 million
 _BY_IDS = "the model itself can still be used with token ids"
 
-_SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-_GPT2 = _BYTES | {"use_regex": True}
-_DIGITS = {"type": "Digits", "individual_digits": True}
 _MODEL = {  # settings under which a model is plain BPE, and what they may be
     "type": ("BPE", None),
     "dropout": (None, 0),
@@ -50,24 +37,21 @@ _MODEL_FREE = {"vocab", "merges", "unk_token", "fuse_unk"}  # with a token for e
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
-def read(path: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary of a `tokenizer.json`, with the end of text that the files beside it name.
-
-    Those are `tokenizer_config.json` and, where that names none, `special_tokens_map.json`. What stands in front of a
-    text is for the post-processor to say.
+def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
+    """The vocabulary of a `tokenizer.json`, with the settings of the files beside it (see tokenizer_config.py).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: its ids cannot be reproduced exactly; names the part of the file that is the reason.
+        ConfigError: neither tiktoken nor the library can give its ids; names the part of the file that is the reason.
         ValueError: a damaged file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the path of a tokenizer.json or a tokenizer.model")
-    data = read_json(path, max_bytes=_MAX_BYTES)
-    eos = _end_of_text(path.parent)
+    data = tokenizer_config.load(path)
+    config = tokenizer_config.read(path.parent)
     try:
-        return _vocabulary(data, eos)
+        return _vocabulary(data, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; {_BY_IDS}") from None
     except ValueError as error:
@@ -75,49 +59,79 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def write(
-    tokenizer: "Tokenizer",
+    vocabulary: BytePairs | LibraryVocabulary,
     folder: str | os.PathLike[str],
     *,
     model_max_length: int | None = None,
-    chat_template: str | None = None,
 ) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into a folder.
 
     `transformers.AutoTokenizer` reads them to the same ids.
 
     Args:
-        tokenizer: any.
-        folder: there already.
-        model_max_length: positions that the model takes, if known.
-        chat_template: the model's own; by default Llama 3.1's (see `template`), where the vocabulary has its tokens.
+        vocabulary: vocabulary to write.
+        folder: existing folder.
+        model_max_length: number of positions of the model, if known.
 
     Raises:
         ConfigError: two of its tokens are spelled alike in such a file.
     """
-    vocabulary, folder = tokenizer.vocabulary, Path(folder)
+    folder = Path(folder)
     named = {
         f"{kind}_token": vocabulary.by_id[i].decode()
-        for kind, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id))
+        for kind, i in (("bos", vocabulary.bos_id), ("eos", vocabulary.eos_id), ("pad", vocabulary.pad_id))
         if i is not None
     }
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= named | ({"model_max_length": model_max_length} if model_max_length else {})
-    if chat_template is None and template.fits(tokenizer):
-        chat_template = template.CHAT_TEMPLATE
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    for name, value in (
-        ("tokenizer.json", _contents(vocabulary)),
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", named),
+    written = vocabulary.contents if isinstance(vocabulary, LibraryVocabulary) else _text(_contents(vocabulary))
+    for name, text in (
+        ("tokenizer.json", written),
+        (tokenizer_config.NAME, _text(config)),
+        ("special_tokens_map.json", _text(named)),
     ):
-        write_whole(folder / name, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+        write_whole(folder / name, text.encode())
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def _vocabulary(data: Mapping[str, Any], eos: str | None) -> Vocabulary:
+def _vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs | LibraryVocabulary:
+    """By tiktoken if that gives the same ids, else by the library."""
+    try:
+        return _byte_pairs(data, config)
+    except ConfigError:
+        return _library_vocabulary(data, config)
+    except ValueError as fault:
+        try:
+            return _library_vocabulary(data, config)
+        except ConfigError:
+            raise fault from None  # names the place of the damage
+
+
+def _library_vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> LibraryVocabulary:
+    return LibraryVocabulary.of(data, lambda ids: _named(config, ids, _bos(data.get("post_processor"), ids)))
+
+
+def _named(config: TokenizerConfig, ids: Mapping[str, int], bos: str | None) -> dict[str, int | None]:
+    """The ids that begin, end and pad a text. `bos` is the name that a post-processor puts in front."""
+    if config.add_bos is not None:
+        bos = config.bos if config.add_bos else None
+    if config.eos is not None and config.eos not in ids:
+        raise ValueError(f"eos_token {config.eos[:60]!r}, in the files beside it, is none of its tokens")
+    return {
+        "bos_id": None if bos is None else ids.get(bos),
+        "declared_eos": None if config.eos is None else ids[config.eos],
+        "declared_pad": None if config.pad is None else ids.get(config.pad),
+    }
+
+
+def _byte_pairs(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs:
+    """The vocabulary for tiktoken; ValueError if it cannot be shown that the ids are equal."""
     if data.get("normalizer") is not None:
         raise ConfigError(f"normalizer {_kind(data['normalizer'])} is not supported, only null")
     if _kind(data.get("decoder")) != "ByteLevel":
@@ -136,52 +150,31 @@ def _vocabulary(data: Mapping[str, Any], eos: str | None) -> Vocabulary:
     specials, found = _added(data.get("added_tokens"), ids)
     added = {*specials, *(name for names in found for name in names)}
     plain = {token: i for token, i in ids.items() if token not in added} if added else ids
+    check_bytes({char for char in plain if len(char) == 1})
     as_bytes = {token: unspelled(token) for token in plain}
     order, silent = in_merge_order(plain, _merges(model.get("merges")), whole_words=bool(model.get("ignore_merges")))
-    known = specials | {name: i for names in found for name, i in names.items() if i is not None}
-    if eos is not None and eos not in known:
-        raise ValueError(f"eos_token {eos[:60]!r}, in the files beside it, is none of its added tokens")
-    return Vocabulary(
+    known = {**ids, **specials, **{name: i for names in found for name, i in names.items() if i is not None}}
+    return BytePairs(
         tokens={as_bytes[token]: ids[token] for token in order},
         specials=specials,
         pattern=pattern,
-        bos=_bos(data.get("post_processor"), specials),
-        eos=None if eos is None else known[eos],
         silent={as_bytes[token]: ids[token] for token in silent},
         found=found,
+        **_named(config, known, _bos(data.get("post_processor"), specials)),
     )
 
 
 def _pattern(pre: Any) -> str:
     """The one pattern that cuts text as a pre_tokenizer does."""
-    listed = pre.get("pretokenizers") if _kind(pre) == "Sequence" else [pre]
-    parts = listed if isinstance(listed, list) and all(isinstance(part, dict) for part in listed) else []
-    kinds = [_kind(part) for part in parts]
-    bare = [{"use_regex": True} | part for part in parts]
-    if kinds and kinds[-1] == "ByteLevel":
-        last = {key: bare[-1].get(key) for key in _BYTES if key != "trim_offsets"}  # which is not about ids
-        if last["add_prefix_space"] is not False:
-            raise ConfigError("pre_tokenizer ByteLevel has add_prefix_space, which is not supported")
-        if kinds == ["ByteLevel"] and last["use_regex"] is True:
-            return GPT2_PATTERN
-        if parts[:-1] == [_DIGITS] and last["use_regex"] is True:
-            return DIGITS_PATTERN
-        if kinds == ["Split", "ByteLevel"] and last["use_regex"] is False and _SPLIT == parts[0] | {"pattern": None}:
-            pattern = parts[0].get("pattern")
-            known = (SPLIT_PATTERN, ONE_DIGIT_PATTERN, GPT2_PATTERN)
-            if pattern in [{"Regex": regex} for regex in known]:
-                return pattern["Regex"]
-            raise ConfigError(
-                f"pre_tokenizer Split has the pattern {brief(pattern)}, not that of Llama 3, Qwen 2 or GPT-2"
-            )
-    raise ConfigError(
-        f"pre_tokenizer {' + '.join(kinds) or brief(pre)} is not supported in this form, only ByteLevel with use_regex "
-        "(and individual Digits before it), or Split (Regex, Isolated) before ByteLevel without use_regex"
-    )
+    cuts = cuts_of(pre)
+    pattern = None if cuts is None else one_pattern(*cuts)
+    if pattern is None:
+        raise ConfigError(f"pre_tokenizer {_kind(pre)} is not one that tiktoken can do")
+    return pattern
 
 
 def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[dict[str, int | None], ...]]:
-    """The control tokens, and what is found in text (`Vocabulary.found`)."""
+    """The control tokens, and the rounds of names that are found in text (`BytePairs.found`)."""
     if not isinstance(listed, list):
         raise ValueError(f"added_tokens must be a list, got {brief(listed)}")
     specials: dict[str, int] = {}
@@ -204,9 +197,12 @@ def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[d
         rounds[flags["normalized"]][name] = None if flags["special"] else i
         if flags["special"]:
             specials[name] = i
-        elif flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
+        if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
             raise ConfigError(f"added token {brief(name)} has lstrip, rstrip or single_word, which is not supported")
-    return specials, tuple(names for names in rounds if any(i is not None for i in names.values()))
+    kept = tuple(names for names in rounds if any(i is not None for i in names.values()))
+    if kept == rounds[:1] and rounds[1]:
+        raise ConfigError("control tokens that are looked for after other added tokens are not supported")
+    return specials, kept
 
 
 def _merges(listed: Any) -> list[Merge]:
@@ -222,53 +218,38 @@ def _merges(listed: Any) -> list[Merge]:
     return merges
 
 
-def _bos(processor: Any, specials: Mapping[str, int]) -> int | None:
-    """What a post-processor puts in front of a text."""
-    parts = processor.get("processors") if _kind(processor) == "Sequence" else [processor]
+def _bos(processor: Any, ids: Mapping[str, int]) -> str | None:
+    """The name that a post-processor puts in front of a text. What it puts after one is not used."""
     if processor is None:
         return None
+    parts = processor.get("processors") if _kind(processor) == "Sequence" else [processor]
     first: list[str] = []
     for part in parts if isinstance(parts, list) else [parts]:
         if _kind(part) == "TemplateProcessing" and not first:
-            first = _before_text(part, specials)
+            first = _before_text(part, ids)
+        elif _kind(part) in ("BertProcessing", "RobertaProcessing") and not first:
+            first = [part["cls"][0]] if isinstance(part.get("cls"), list) and part["cls"] else []
         elif _kind(part) != "ByteLevel":
-            raise ConfigError(
-                f"post_processor {_kind(part)} is not supported, only ByteLevel and one TemplateProcessing"
-            )
-    return specials[first[0]] if first else None
+            raise ConfigError(f"post_processor {_kind(part)} is not supported in this form")
+    return first[0] if first else None
 
 
-def _before_text(processor: Mapping[str, Any], specials: Mapping[str, int]) -> list[str]:
+def _before_text(processor: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
     single = processor.get("single")
     parts = [_object(part, "a part of the template") for part in single] if isinstance(single, list) else []
-    kinds = [list(part) for part in parts]
-    if kinds not in ([["Sequence"]], [["SpecialToken"], ["Sequence"]]):
+    kinds = [next(iter(part), None) for part in parts]
+    if kinds.count("Sequence") != 1 or (place := kinds.index("Sequence")) > 1:
         raise ConfigError(
-            f"post_processor TemplateProcessing must be one special token, then the text, got {brief(single)}"
+            f"post_processor TemplateProcessing must have at most one special token before the text, got "
+            f"{brief(single)}"
         )
-    if len(parts) == 1:
+    if place == 0:
         return []
     name = _object(parts[0]["SpecialToken"], "a part of the template").get("id")
-    if not isinstance(name, str) or name not in specials:
-        raise ConfigError(f"post_processor puts {brief(name)} in front of a text, which is not a special token")
-    given = _object(processor.get("special_tokens"), "special_tokens").get(name)
-    if _object(given, "a special token").get("ids") != [specials[name]]:
-        raise ConfigError(f"post_processor says that {name!r} is {brief(given)}, but its id is {specials[name]}")
+    given = _object(processor.get("special_tokens"), "special_tokens").get(name) if isinstance(name, str) else None
+    if name not in ids or _object(given, "a special token").get("ids") != [ids[name]]:
+        raise ConfigError(f"post_processor puts {brief(name)} in front of a text, which is not one token of it")
     return [name]
-
-
-def _end_of_text(folder: Path) -> str | None:
-    """The eos_token that the files beside a tokenizer.json name."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file():
-            continue
-        token = read_json(folder / name).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-        if token is not None:
-            raise ValueError(f"{folder / name}: eos_token must be a name, got {brief(token)}")
-    return None
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
@@ -286,65 +267,33 @@ def _kind(value: Any) -> str:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def _contents(vocabulary: Vocabulary) -> dict[str, Any]:
+def _contents(vocabulary: BytePairs) -> dict[str, Any]:
     """The whole of a tokenizer.json."""
     plain = {spelled(token): i for token, i in (vocabulary.tokens | vocabulary.silent).items()}
-    # `tokenizers` looks first for added tokens that are not normalized. Those in no round must be in none that matters.
-    flags = {name: {"normalized": len(vocabulary.found) == 1, "special": True} for name in vocabulary.specials}
+    # `tokenizers` looks first for added tokens that are not normalized. Control tokens in no round come before any.
+    flags = {name: (False, True) for name in vocabulary.specials}
     ids = dict(vocabulary.specials)
-    for normalized, names in zip((False, True), vocabulary.found, strict=False):
+    for normalized, names in zip((len(vocabulary.found) == 1, True), vocabulary.found, strict=False):
         for name, i in names.items():
-            flags[name] = {"normalized": normalized, "special": i is None}
+            flags[name] = (normalized, i is None)
             ids |= {} if i is None else {name: i}
     if both := plain.keys() & ids.keys():
         raise ConfigError(f"a tokenizer.json cannot hold both the token and the special token spelled {min(both)!r}")
     # Added tokens that the model does not list get the ids after it, so those before its last one are listed in it too.
     last = max(plain.values())
-    vocab = plain | {name: i for name, i in ids.items() if i < last}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, **flags[name]}
-            for name, i in sorted(ids.items(), key=lambda item: item[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(vocabulary.pattern),
-        "post_processor": _post_processor(vocabulary),
-        "decoder": _BYTES | {"add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # Where there are silent tokens, the merges make all others, and would not make a word one of the silent.
-            "ignore_merges": not vocabulary.silent,
-            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [f"{spelled(left)} {spelled(right)}" for left, right in every_split(list(vocabulary.tokens))],
-        },
-    }
+    bos = vocabulary.bos_id
+    return byte_level_json.contents(
+        vocab=plain | {name: i for name, i in ids.items() if i < last},
+        merges=[f"{spelled(left)} {spelled(right)}" for left, right in every_split(list(vocabulary.tokens))],
+        added=[(i, name, *flags[name]) for name, i in ids.items()],
+        pre_tokenizer=_pre_tokenizer(vocabulary.pattern),
+        bos=None if bos is None else (vocabulary.by_id[bos].decode(), bos),
+        # Where there are silent tokens, the merges make all others, and would not make a word one of the silent.
+        ignore_merges=not vocabulary.silent,
+    )
 
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     if pattern == GPT2_PATTERN:
-        return _GPT2
-    parts = [_DIGITS, _GPT2] if pattern == DIGITS_PATTERN else [_SPLIT | {"pattern": {"Regex": pattern}}, _BYTES]
-    return {"type": "Sequence", "pretokenizers": parts}
-
-
-def _post_processor(vocabulary: Vocabulary) -> dict[str, Any]:
-    if vocabulary.bos is None:
-        return _BYTES
-    name = vocabulary.by_id[vocabulary.bos].decode()
-    bos = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": bos,
-        "pair": bos + second,
-        "special_tokens": {name: {"id": name, "ids": [vocabulary.bos], "tokens": [name]}},
-    }
+        return pre_tokenizer_of((), gpt2=True)
+    return pre_tokenizer_of((DIGITS,), gpt2=True) if pattern == DIGITS_PATTERN else pre_tokenizer_of((pattern,), False)

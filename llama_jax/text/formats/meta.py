@@ -6,40 +6,33 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import brief
 from llama_jax.files import read_small
-from llama_jax.text.vocabulary import MOST_TOKENS
+from llama_jax.text.byte_pairs import BytePairs, llama3
+from llama_jax.text.vocabulary import MOST_BYTES, MOST_TOKENS
 
 FETCH_AGAIN = "copy the file again from the checkpoint (Meta's `tokenizer.model`, `original/tokenizer.model` on HF)"
-_MAX_BYTES = 16_000_000  # Llama 3's has two
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")
 
 
 def looks_like_ranks(path: Path) -> bool:
-    """Whether a file begins as one in Meta's format does; Llama 2 has another one of this name."""
+    """Whether a file begins as one in Meta's format does. Llama 2's `tokenizer.model` is a SentencePiece model."""
     with open(path, "rb") as file:
         return _LINE.fullmatch(file.readline(4096)) is not None
+
+
+def read(path: Path) -> BytePairs:
+    """The vocabulary in a `tokenizer.model`, in Llama 3's layout; raises what `read_ranks` raises."""
+    return llama3(read_ranks(path))
 
 
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a `tokenizer.model` in order of rank.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or of another format; one line with the place and the mend.
+        ValueError: the file is damaged or of another format; one line with the place and the remedy.
     """
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name the file in it, such as {path / 'tokenizer.model'}")
-    try:
-        path.stat()
-        data = read_small(path, max_bytes=_MAX_BYTES)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such file; give the path of Meta's `tokenizer.model` "
-            "(in a Hugging Face checkpoint it lies under `original/`)"
-        ) from None
-    if b"\x00" in data[:4096] or b"<unk>" in data[:64]:
-        raise ConfigError(f"{path}: a SentencePiece model (Llama 2) is not supported, only Llama 3's `tokenizer.model`")
+    data = read_small(path, max_bytes=MOST_BYTES)
     if data.count(b"\n") > MOST_TOKENS:
         raise ValueError(f"{path}: over {MOST_TOKENS:,} lines, more than any vocabulary has; {FETCH_AGAIN}")
     lines = data.split(b"\n")
@@ -47,61 +40,67 @@ def read_ranks(path: Path) -> list[bytes]:
     ranks: dict[bytes, int] = {}
     rank_line: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
-        fields = line.split()
-        if not fields:
+        if not line.strip():
             continue
-        where = f"{path}: line {number}"
         cut = " (the last line: the file seems cut short)" if number == len(lines) else ""
-        if len(fields) != 2:
-            fault = f"expected `base64 rank`, got {brief(line)}{cut}"
-            raise ValueError(f"{where}: {fault}; {_mend_for(data)}")
         try:
-            token = base64.b64decode(fields[0], validate=True)
-        except binascii.Error:
-            raise ValueError(f"{where}: {brief(fields[0])} is not base64{cut}; {_mend_for(data)}") from None
-        if not token:
-            raise ValueError(f"{where}: the token is empty{cut}; {FETCH_AGAIN}")
-        if not fields[1].isdigit() or len(fields[1]) > 9:
-            raise ValueError(f"{where}: rank {brief(fields[1])} is not a whole number{cut}; {_mend_for(data)}")
-        rank = int(fields[1])
+            token, rank = _token_and_rank(line)
+        except ValueError as fault:
+            raise ValueError(f"{path}: line {number}: {fault}{cut}; {_remedy_for(data)}") from None
         if token in first_line:
-            raise ValueError(f"{where}: token {token!r} is on line {first_line[token]} already; {FETCH_AGAIN}")
+            fault = f"token {token!r} is on line {first_line[token]} already"
+            raise ValueError(f"{path}: line {number}: {fault}; {FETCH_AGAIN}")
         if rank in rank_line:
-            raise ValueError(f"{where}: rank {rank} is on line {rank_line[rank]} already{cut}; {FETCH_AGAIN}")
+            fault = f"rank {rank} is on line {rank_line[rank]} already{cut}"
+            raise ValueError(f"{path}: line {number}: {fault}; {FETCH_AGAIN}")
         first_line[token], ranks[token], rank_line[rank] = number, rank, number
     if not ranks:
         raise ValueError(f"{path}: line 1: the file is empty; {FETCH_AGAIN}")
-    return in_rank_order(ranks, source=str(path), mend=FETCH_AGAIN, lines=first_line)
+    return in_rank_order(ranks, source=str(path), remedy=FETCH_AGAIN, lines=first_line)
+
+
+def _token_and_rank(line: bytes) -> tuple[bytes, int]:
+    """The contents of one line. ValueError names the fault."""
+    fields = line.split()
+    if len(fields) != 2:
+        raise ValueError(f"expected `base64 rank`, got {brief(line)}")
+    try:
+        token = base64.b64decode(fields[0], validate=True)
+    except binascii.Error:
+        raise ValueError(f"{brief(fields[0])} is not base64") from None
+    if not token:
+        raise ValueError("the token is empty")
+    if not fields[1].isdigit() or len(fields[1]) > 9:
+        raise ValueError(f"rank {brief(fields[1])} is not a whole number")
+    return token, int(fields[1])
 
 
 def in_rank_order(
-    ranks: Mapping[bytes, int], *, source: str, mend: str, lines: Mapping[bytes, int] | None = None
+    ranks: Mapping[bytes, int], *, source: str, remedy: str, lines: Mapping[bytes, int] | None = None
 ) -> list[bytes]:
-    """The tokens in order of rank. ValueError (`source: ...; mend`) unless the ranks are 0 to n - 1 with every byte."""
+    """The tokens in order of rank. ValueError (`source: ...; remedy`) unless ranks are 0 to n - 1 with every byte."""
     for token, rank in ranks.items():
         if not isinstance(token, bytes) or not token or not isinstance(rank, int):
-            raise ValueError(f"{source}: {token!r}: {rank!r} is not non-empty bytes to an int; {mend}")
+            raise ValueError(f"{source}: {token!r}: {rank!r} is not non-empty bytes to an int; {remedy}")
     tokens = sorted(ranks, key=ranks.__getitem__)
     for rank, token in enumerate(tokens):
         if ranks[token] != rank:
             line = f"line {lines[token]}: " if lines else ""
             raise ValueError(
                 f"{source}: {line}token {token!r} has rank {ranks[token]} where rank {rank} is due; the "
-                f"ranks of {len(tokens):,} tokens must be 0 to {len(tokens) - 1}, each once; {mend}"
+                f"ranks of {len(tokens):,} tokens must be 0 to {len(tokens) - 1}, each once; {remedy}"
             )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
             f"{source}: {len(missing)} of the 256 single bytes have no token on any line "
-            f"(the first is 0x{missing[0]:02x}); {mend}"
+            f"(the first is 0x{missing[0]:02x}); {remedy}"
         )
     return tokens
 
 
-def _mend_for(data: bytes) -> str:
-    """Name the file that was probably given in place of a `tokenizer.model`."""
+def _remedy_for(data: bytes) -> str:
+    """The remedy for a file that cannot be read; a Git LFS pointer has one of its own."""
     if data.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer: run `git lfs pull` to fetch the file itself"
-    if data.lstrip()[:1] == b"{":
-        return "this looks like a `tokenizer.json`: give it that name, or give Llama 3's `tokenizer.model`"
     return FETCH_AGAIN

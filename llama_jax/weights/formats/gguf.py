@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from llama_jax.config import SIZES, ModelConfig, RopeScaling
+from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.text.formats.gguf import Fields
+from llama_jax.text.chat_template import DEFAULT, ChatTemplate
+from llama_jax.text.formats import gguf as gguf_vocabulary
+from llama_jax.text.formats.gguf import Fields, fields_of, more_metadata
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import gguf_file
 from llama_jax.weights.formats.gguf_blocks import BLOCKS
 from llama_jax.weights.formats.gguf_file import GGUF, Value, shown
+from llama_jax.weights.formats.gguf_rope import WIDEST, rope_factors, rope_scaling_of
+from llama_jax.weights.model_files import Metadata, ModelFiles
 from llama_jax.weights.tensor import of_array
 
-# What would change the model, and the values that leave it as it is.
+# Settings that change a model, each with the values that do not.
 _NEUTRAL: dict[str, tuple[Value, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "rope.scaling.type": ("none", "linear"),
+    "rope.scaling.type": ("none", "linear"),  # the next key has linear's factor
     "rope.scaling.factor": (0, 1),
     "rope.scaling.attn_factor": (1,),
     "rope.scale_linear": (0, 1),
@@ -45,7 +51,7 @@ _NEUTRAL: dict[str, tuple[Value, ...]] = {
     "pooling_type": (0,),
     "use_parallel_residual": (False,),
 }
-# What is read, and what changes nothing.
+# Settings that are read, and settings that change nothing.
 _READ = (
     "block_count",
     "context_length",
@@ -69,10 +75,11 @@ _HARMLESS = (
 _FREQUENCIES = "rope_freqs.weight"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_EXACT = 1e-5  # how near, relatively, a scaling must come to the factors of a file
-_WIDEST = 1 << 14  # heads for which a scaling is looked for
 _STOPS = ("eos", "eot", "eom")
 _UNUSED = 5  # a type of token (llama.h)
+_TEMPLATE = "tokenizer.chat_template"
+# Variables of chat templates, and the special tokens that they spell.
+_TEMPLATE_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # What matrices may be saved as: their kind, and what general.file_type calls such a file (llama.h).
 DTYPES = {
     "float32": ("F32", 0),
@@ -83,57 +90,75 @@ DTYPES = {
 }
 
 
+def recognizes(path: Path) -> bool:
+    """Whether this is a GGUF file, by its first bytes or its name, or a folder with one (or the parts of one)."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+    return _only_model(path) is not None
+
+
+def read(path: Path) -> ModelFiles:
+    """Reads the header of a GGUF file, or of the one in a folder.
+
+    Raises:
+        ConfigError: a setting that is not implemented.
+        ValueError: a damaged file.
+    """
+    path = path if path.is_file() else _only_model(path)
+    gguf = gguf_file.open_file(path)
+    config, fields = read_config(gguf), vocabulary(gguf)
+    metadata = Metadata(
+        bos_token=bos_token(gguf),
+        stop_tokens=stop_tokens(gguf),
+        chat_template=chat_template(gguf),
+    )
+    description = f"GGUF version {gguf.version}"
+    return ModelFiles(
+        path,
+        description,
+        "gguf",
+        config,
+        gguf.entries,
+        metadata,
+        lambda: None if fields is None else Tokenizer.from_vocabulary(gguf_vocabulary.vocabulary(fields)),
+    )
+
+
+def _only_model(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has one, or the first of its parts; None if there are none or several."""
+    files = sorted(folder.glob("*.gguf"))
+    stems = {re.sub(r"-[0-9]{5}-of-[0-9]{5}$", "", file.stem) for file in files}
+    return files[0] if len(stems) == 1 else None
+
+
 def read_config(gguf: GGUF) -> ModelConfig:
     """The ModelConfig of a file.
 
     Raises:
-        ConfigError: something in it that is not implemented, or that is needed and absent.
-        ValueError: damage found in the frequencies that it holds.
+        ConfigError: a setting that is not implemented, or one that is missing.
+        ValueError: damaged RoPE frequencies.
     """
     architecture = gguf.metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(f"{gguf.path}: general.architecture is {shown(architecture)}; only 'llama' is implemented")
     given = {key.removeprefix("llama."): v for key, v in gguf.metadata.items() if key.startswith("llama.")}
-    for key, value in given.items():
-        if key in _NEUTRAL:
-            allowed = _NEUTRAL[key]
-            if not isinstance(value, (str, bool, int, float)) or value not in allowed:
-                only = " or ".join(map(repr, allowed))
-                raise ConfigError(f"{gguf.path}: llama.{key}={shown(value)} is not implemented; only {only} is")
-        elif key not in (*_READ, *_HARMLESS):
-            near = nearest(key, (*_READ, *_NEUTRAL))
-            raise ConfigError(
-                f"{gguf.path}: llama.{brief(key)[1:-1]} may change the model and is not implemented{near}"
-            )
     fields = _Fields(gguf.path, given)
     layers = fields.whole("block_count")
     if layers > len(gguf.entries):
         raise ConfigError(f"{gguf.path}: llama.block_count={layers}, but there are only {len(gguf.entries)} tensors")
     embed, heads = fields.whole("embedding_length"), fields.whole("attention.head_count", layers=layers)
-    if "attention.key_length" in given:
-        head_dim = fields.whole("attention.key_length")
-    elif embed % heads:
-        raise ConfigError(
-            f"{gguf.path}: llama.embedding_length={embed} is not a multiple of llama.attention.head_count={heads}, so "
-            "that llama.attention.key_length must be given"
-        )
-    else:
-        head_dim = embed // heads
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if key in given and fields.whole(key) != head_dim:
-            raise ConfigError(
-                f"{gguf.path}: llama.{key}={given[key]}, but heads are {head_dim} wide; others are not implemented"
-            )
-    kv_heads = fields.whole("attention.head_count_kv", layers=layers) if "attention.head_count_kv" in given else heads
-    theta = fields.number("rope.freq_base") if "rope.freq_base" in given else 10_000.0
+    head_dim = _head_dim(fields, embed, heads)
     context = fields.whole("context_length")
+    _check_effects(gguf.path, given, head_dim, context)
+    theta = fields.number("rope.freq_base") if "rope.freq_base" in given else 10_000.0
     try:
         return ModelConfig(
             vocab_size=fields.whole("vocab_size") if "vocab_size" in given else _rows(gguf, "token_embd.weight"),
             embed_dim=embed,
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_kv_heads=fields.whole("attention.head_count_kv", layers=layers, default=heads),
             head_dim=head_dim,
             ffn_dim=fields.whole("feed_forward_length", layers=layers),
             norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
@@ -145,6 +170,51 @@ def read_config(gguf: GGUF) -> ModelConfig:
     except ConfigError as error:
         prefix = f"{gguf.path}: "
         raise ConfigError(prefix + str(error).removeprefix(prefix)) from None
+
+
+def _head_dim(fields: _Fields, embed: int, heads: int) -> int:
+    """The width of a head, which must be that of keys, of values and of the rotary dimensions."""
+    path = fields.path
+    head_dim = fields.whole("attention.key_length", default=embed // heads)
+    if "attention.key_length" not in fields.given and embed % heads:
+        raise ConfigError(
+            f"{path}: llama.embedding_length={embed} is not a multiple of llama.attention.head_count={heads}, so "
+            "that llama.attention.key_length must be given"
+        )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if fields.whole(key, default=head_dim) != head_dim:
+            raise ConfigError(
+                f"{path}: llama.{key}={fields.given[key]}, but heads are {head_dim} wide; others are not implemented"
+            )
+    return head_dim
+
+
+def _check_effects(path: Path, given: Mapping[str, Value], head_dim: int, context: int) -> None:
+    """Raises ConfigError for a setting that changes the model and is not implemented.
+
+    A key that is not known here is accepted if its value turns it off: zero, false, or an empty text or array.
+    """
+    for key, value in given.items():
+        if key in _NEUTRAL:
+            if not _is_neutral(key, value, head_dim, context):
+                only = " or ".join(map(repr, _NEUTRAL[key]))
+                raise ConfigError(f"{path}: llama.{key}={shown(value)} is not implemented; only {only} is")
+        elif key not in (*_READ, *_HARMLESS) and np.any(value if isinstance(value, np.ndarray) else bool(value)):
+            near = nearest(key, (*_READ, *_NEUTRAL))
+            raise ConfigError(f"{path}: llama.{brief(key)[1:-1]} may change the model and is not implemented{near}")
+
+
+def _is_neutral(key: str, value: Value, head_dim: int, context: int) -> bool:
+    """Whether a setting that can change the model changes nothing with this value."""
+    if isinstance(value, np.ndarray):  # one value a layer
+        return len(value) > 0 and all(_is_neutral(key, one, head_dim, context) for one in set(value.tolist()))
+    if not isinstance(value, (str, bool, int, float)):
+        return False
+    if key == "attention.scale" and isinstance(value, float) and math.isclose(value, head_dim**-0.5, rel_tol=1e-6):
+        return True  # llama.cpp's own default
+    if key == "attention.sliding_window" and type(value) is int and value >= context:
+        return True
+    return value in _NEUTRAL[key]
 
 
 def bos_token(gguf: GGUF) -> int | None:
@@ -160,87 +230,20 @@ def stop_tokens(gguf: GGUF) -> tuple[int, ...]:
 
 def vocabulary(gguf: GGUF) -> Fields | None:
     """The tokenizer of a file, or None if it has none. Raises ValueError for one that is not of one piece."""
-    model = _typed(gguf, "tokenizer.ggml.model", str)
-    if model is None or model in ("no_vocab", "none"):
+    return fields_of(gguf.metadata, str(gguf.path))
+
+
+def chat_template(gguf: GGUF) -> ChatTemplate | None:
+    """The chat templates in a file's metadata, with the spelling of the tokens that they name; None without one."""
+    sources = {}
+    for key in gguf.metadata:
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
+            sources[key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT] = _typed(gguf, key, str)
+    if not sources:
         return None
-    tokens = _typed(gguf, "tokenizer.ggml.tokens", list)
-    if not tokens:
-        raise ValueError(f"{gguf.path}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
-    types = _typed(gguf, "tokenizer.ggml.token_type", np.ndarray)
-    if types is not None and (types.dtype.kind not in "iu" or len(types) != len(tokens)):
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.token_type must be {len(tokens):,} whole numbers, one a token, got "
-            f"{len(types):,} of {types.dtype}"
-        )
-    return Fields(
-        model=model,
-        pre=_typed(gguf, "tokenizer.ggml.pre", str),
-        tokens=tokens,
-        token_types=types,
-        merges=_typed(gguf, "tokenizer.ggml.merges", list) or [],
-        bos=_id(gguf, "bos"),
-        eos=_id(gguf, "eos"),
-        add_bos=_typed(gguf, "tokenizer.ggml.add_bos_token", bool),
-        chat_template=_typed(gguf, "tokenizer.chat_template", str),
-    )
-
-
-def rope_factors(scaling: RopeScaling, *, theta: float, head_dim: int) -> np.ndarray:
-    """What each of the head_dim / 2 frequencies is divided by, float64: 1 / ((1 - s) / factor + s).
-
-    s is Meta's `smooth`, held to 0..1: 0 for long wavelengths, 1 for short ones. llama.cpp's converter writes these.
-    """
-    smooth = (scaling.original_max_seq_len / _wavelengths(theta, head_dim) - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = np.clip(smooth, 0, 1)
-    return 1 / ((1 - smooth) / scaling.factor + smooth)
-
-
-def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context: int) -> RopeScaling | None:
-    """The scaling of which these are the `rope_factors`; None where all are 1.
-
-    They settle only ratios, and with few of them only bounds: Llama's own choice (low 1, high 4, original 8,192) comes
-    first, then a power of two, then whatever reproduces every factor.
-
-    Args:
-        factors: (head_dim / 2,).
-        theta: base of the frequencies.
-        head_dim: width of a head.
-        context: positions of the model; the original is rather not longer.
-
-    Raises:
-        ConfigError: they are of another scaling than Llama 3.1's.
-    """
-    with np.errstate(invalid="ignore"):  # a NaN of the signalling kind
-        given = np.asarray(factors, np.float64)
-    sound = given.shape == (head_dim // 2,) and np.isfinite(given).all() and given.min() >= 1 - _EXACT
-    if not sound or (given[1:] < given[:-1] * (1 - _EXACT)).any():
-        raise ConfigError(
-            f"{_FREQUENCIES} must be {head_dim // 2} factors of at least 1 that never fall, got {brief(given.tolist())}"
-        )
-    largest = float(f"{given.max():.6g}")
-    if largest < 1 + _EXACT:
-        return None
-    for known in (SIZES["llama3.1-8b"].rope_scaling, SIZES["llama3.2-1b"].rope_scaling):
-        # First, since a short head has no frequency that is divided in full, which would give the factor away.
-        if np.allclose(rope_factors(known, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
-            return known
-    with np.errstate(all="ignore"):  # a candidate that is no number is passed over
-        for low, high, original in _candidates(given, _wavelengths(theta, head_dim), context):
-            if not (0 < low < high < math.inf and 1 <= original < 1 << 31):
-                continue
-            found = RopeScaling(
-                factor=largest,
-                low_freq_factor=float(low),
-                high_freq_factor=float(high),
-                original_max_seq_len=int(original),
-            )
-            if np.allclose(rope_factors(found, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
-                return found
-    raise ConfigError(
-        f"{_FREQUENCIES} are not the factors of a Llama 3.1 scaling (rope_type llama3); others are not read"
-    )
+    tokens = _typed(gguf, "tokenizer.ggml.tokens", list) or []
+    ids = {name: _id(gguf, key) for name, key in _TEMPLATE_TOKENS.items()}
+    return ChatTemplate(sources, {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)})
 
 
 def save_file(
@@ -253,6 +256,7 @@ def save_file(
     name: str,
     stop_tokens: tuple[int, ...],
     bos_token: int | None,
+    chat_template: ChatTemplate | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write what llama.cpp (and this file) reads; some rows of one tensor at a time are in memory.
@@ -269,6 +273,7 @@ def save_file(
         name: what general.name calls the model.
         stop_tokens: ids that end a generation; at most three.
         bos_token: the id that begins a text.
+        chat_template: the model's own chat templates, or None.
         progress: told how many more bytes were written.
 
     Raises:
@@ -285,7 +290,7 @@ def save_file(
         to = "Q8_0" if kind == "Q4_0" and weight.name == sensitive else kind
         if to in BLOCKS and weight.shape[-1] % BLOCKS[to][0]:
             to = "F16"
-        tensors[weight.name] = (weight.theirs(leaves[weight.path]), to if len(weight.shape) > 1 else "F32")
+        tensors[weight.name] = (weight.to_disk(leaves[weight.path]), to if len(weight.shape) > 1 else "F32")
     if config.rope_scaling is not None:
         factors = rope_factors(config.rope_scaling, theta=config.rope_theta, head_dim=config.head_dim)
         tensors[_FREQUENCIES] = (of_array(lambda: factors, factors.dtype, factors.shape), "F32")
@@ -308,37 +313,53 @@ def save_file(
     }
     if kind in BLOCKS:
         metadata["general.quantization_version"] = 2
-    metadata |= _tokenizer(config, vocabulary, stop_tokens, bos_token)
+    eos_token = _eos_of(chat_template, vocabulary, stop_tokens)
+    metadata |= _tokenizer(config, vocabulary, stop_tokens, bos_token, eos_token)
+    metadata |= _templates(chat_template)
     gguf_file.save_file(path, metadata, tensors, progress=progress)
 
 
 class _Fields:
-    """The numbers among a file's llama.* keys; ConfigError for one that is absent or no number."""
+    """The numbers among a file's llama.* keys. ConfigError for one that is absent or is not a number.
+
+    Attributes:
+        path: the file, for error messages.
+        given: the values by key, without "llama.".
+    """
 
     def __init__(self, path: Path, given: Mapping[str, Value]):
-        self._path, self._given = path, given
+        self.path, self.given = path, given
 
     def number(self, key: str) -> float:
+        """A finite number above 0."""
         value = self._value(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ConfigError(f"{self._path}: llama.{key} must be a finite number above 0, got {shown(value)}")
+            raise ConfigError(f"{self.path}: llama.{key} must be a finite number above 0, got {shown(value)}")
         return float(value)
 
-    def whole(self, key: str, *, layers: int = 0) -> int:
-        """A whole number above 0; with `layers`, also an array of that many equal ones."""
+    def whole(self, key: str, *, layers: int = 0, default: int | None = None) -> int:
+        """A whole number above 0.
+
+        Args:
+            key: the key.
+            layers: also accept an array of so many equal numbers, one a layer.
+            default: the value of an absent key; None requires the key.
+        """
+        if default is not None and key not in self.given:
+            return default
         value = self._value(key)
         if layers and isinstance(value, np.ndarray) and len(value) == layers:
             if (value != value[0]).any():
-                raise ConfigError(f"{self._path}: llama.{key} differs from layer to layer, which is not implemented")
+                raise ConfigError(f"{self.path}: llama.{key} differs from layer to layer, which is not implemented")
             value = value[0].item()
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{self._path}: llama.{key} must be a whole number of at least 1, got {shown(value)}")
+            raise ConfigError(f"{self.path}: llama.{key} must be a whole number of at least 1, got {shown(value)}")
         return value
 
     def _value(self, key: str) -> Value:
-        if key not in self._given:
-            raise ConfigError(f"{self._path}: lacks llama.{key}{nearest(key, list(self._given))}")
-        return self._given[key]
+        if key not in self.given:
+            raise ConfigError(f"{self.path}: lacks llama.{key}{nearest(key, list(self.given))}")
+        return self.given[key]
 
 
 def _rows(gguf: GGUF, name: str) -> int:
@@ -352,58 +373,19 @@ def _scaling(gguf: GGUF, *, theta: float, head_dim: int, context: int) -> RopeSc
     entry = gguf.entries.get(_FREQUENCIES)
     if entry is None:
         return None
-    if entry.shape != (head_dim / 2,) or head_dim > _WIDEST:
+    if entry.shape != (head_dim / 2,) or head_dim > WIDEST:
         raise ConfigError(
-            f"{_FREQUENCIES} has shape {entry.shape}, but heads of {head_dim} (at most {_WIDEST:,}) need half as many"
+            f"{_FREQUENCIES} has shape {entry.shape}, but heads of {head_dim} (at most {WIDEST:,}) need half as many"
         )
     return rope_scaling_of(entry.read(), theta=theta, head_dim=head_dim, context=context)
 
 
-def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
-    """Positions to a turn of each pair, before scaling: float64 (head_dim / 2,)."""
-    return 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-
-
-def _candidates(given: np.ndarray, wavelengths: np.ndarray, context: int) -> Iterator[tuple[float, float, float]]:
-    """(low, high, original) that may reproduce the factors `given`, the likeliest first."""
-    inverse, least = 1 / given, 1 / given.max()
-    smooth = (inverse - least) / (1 - least)
-    powers = sorted((2**n for n in range(24)), key=lambda n: (n != 8192, n > context, -n))
-    before = int((given <= 1 + 10 * _EXACT).sum()) - 1  # the last that is left alone
-    after = int((given < given.max() * (1 - 10 * _EXACT)).sum())  # the first that is divided in full
-    inner = range(before + 1, after)
-    # With low 1 and high 4, 3 smooth + 1 = original / wavelength.
-    yield from ((1.0, 4.0, n) for n in powers)
-    if inner:
-        middle = inner[len(inner) // 2]
-        yield 1.0, 4.0, np.round(wavelengths[middle] * (3 * smooth[middle] + 1))
-    if before >= 0:
-        yield 1.0, 4.0, np.ceil(4 * wavelengths[before])
-    # In general smooth = slope / wavelength - offset: slope = original / (high - low), offset = low / (high - low).
-    turns = 1 / wavelengths
-    if len(inner) > 1:
-        first, last = inner[0], inner[-1]
-        slope = (smooth[first] - smooth[last]) / (turns[first] - turns[last])
-        offset = slope * turns[first] - smooth[first]
-    elif len(inner):  # steep enough to reach 1 before it and 0 after it
-        at = inner[0]
-        rise = (1 - smooth[at]) / (turns[before] - turns[at]) if before >= 0 else 0
-        slope = 1.5 * max(rise, smooth[at] / (turns[at] - turns[after]))
-        offset = slope * turns[at] - smooth[at]
-    elif before < 0:
-        return
-    else:
-        slope = 2 / (turns[before] - turns[after])
-        offset = slope * (turns[before] + turns[after]) / 2 - 0.5
-    if not (slope > 0 and offset > 0):
-        return
-    yield 1.0, round(1 + 1 / offset, 3), np.round(slope / offset)
-    yield from ((round(offset * n / slope, 3), round((offset + 1) * n / slope, 3), n) for n in powers)
-    yield offset * 8192 / slope, (offset + 1) * 8192 / slope, 8192
-
-
 def _tokenizer(
-    config: ModelConfig, vocabulary: Fields | None, stop_tokens: tuple[int, ...], bos_token: int | None
+    config: ModelConfig,
+    vocabulary: Fields | None,
+    stop_tokens: tuple[int, ...],
+    bos_token: int | None,
+    eos_token: int | None,
 ) -> dict[str, Value]:
     """The tokenizer.* metadata of a model."""
     if len(stop_tokens) > len(_STOPS):
@@ -412,7 +394,9 @@ def _tokenizer(
     tokens = vocabulary["tokens"] if vocabulary is not None else []
     if len(tokens) > config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokens):,} ids, but the model {config.vocab_size:,}")
-    ids = {} if bos_token is None else {"bos": bos_token}
+    given = {"bos": bos_token, "eos": eos_token}
+    ids = {name: token for name, token in given.items() if token is not None}
+    stop_tokens = tuple(token for token in stop_tokens if token != eos_token)
     spelled = {"<|eot_id|>": "eot", "<|eom_id|>": "eom"}
     for token in stop_tokens:  # each where its spelling says, else in the first place that is free
         place = spelled.get(tokens[token]) if token < len(tokens) else None
@@ -434,9 +418,27 @@ def _tokenizer(
         "add_bos_token": vocabulary["add_bos"],
     }
     found |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
-    if vocabulary["chat_template"] is not None:
-        found["tokenizer.chat_template"] = vocabulary["chat_template"]
+    found |= more_metadata(vocabulary, padding)
     return found
+
+
+def _eos_of(template: ChatTemplate | None, vocabulary: Fields | None, stop_tokens: tuple[int, ...]) -> int | None:
+    """The stop token that a chat template writes as `eos_token`, or None: it must be the file's end of text."""
+    if vocabulary is None or template is None or not any("eos_token" in source for source in template.sources.values()):
+        return None
+    name, tokens = template.tokens.get("eos_token"), vocabulary["tokens"]
+    return next((i for i in stop_tokens if i < len(tokens) and tokens[i] == name), None)
+
+
+def _templates(template: ChatTemplate | None) -> dict[str, Value]:
+    """The metadata of chat templates, as llama.cpp's converter writes it."""
+    if template is None:
+        return {}
+    named = [name for name in template.sources if name != DEFAULT]
+    found: dict[str, Value] = {
+        _TEMPLATE if name == DEFAULT else f"{_TEMPLATE}.{name}": source for name, source in template.sources.items()
+    }
+    return found | ({"tokenizer.chat_templates": named} if named else {})
 
 
 def _typed(gguf: GGUF, key: str, kind: type[T]) -> T | None:

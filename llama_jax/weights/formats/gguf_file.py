@@ -13,8 +13,6 @@ import functools
 import math
 import os
 import re
-import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,11 +20,10 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.errors import brief, nearest
-from llama_jax.files import whole_file
+from llama_jax.files import File, whole_file
+from llama_jax.gguf_header import ARRAY, BOOL, MAGIC, NUMBERS, STRING, Header, Value, shown
 from llama_jax.weights.formats import gguf_blocks
-from llama_jax.weights.tensor import File, Index, LazyTensor, QuantizedParts, stored
-
-Value = str | bool | int | float | list[str] | np.ndarray
+from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, stored
 
 PLAIN: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -44,18 +41,7 @@ _TYPES: dict[int, str] = dict(
         "IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4 Q1_0".split()
     )
 )
-_NUMBERS: dict[int, np.dtype] = dict(
-    zip((0, 1, 2, 3, 4, 5, 6, 10, 11, 12), map(np.dtype, "u1 i1 <u2 <i2 <u4 <i4 <f4 <u8 <i8 <f8".split()), strict=True)
-)
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_LENGTH = struct.Struct("<Q")
-_MAGIC = b"GGUF"
 _ALIGNMENT = 32  # unless general.alignment says otherwise
-_CHUNK = 1 << 20  # bytes of the header that are read at a time
-_SPARE = 58_000_000  # bytes of memory beyond the file's size that its header may take
-# Bytes of memory that each takes at least, longer strings apart.
-_EMPTY = sys.getsizeof("")
-_KEY_COST, _TENSOR_COST, _TEXT_COST = 250, 4000, _EMPTY + 8
 _STEP = 1 << 20  # numbers that are converted at a time: they stay in the cache
 _MAX_RANK = 4
 _MAX_PARTS = 512  # each is an open file
@@ -130,7 +116,7 @@ def save_file(
         ValueError: a kind or a value that cannot be written, or a number that is not finite in its kind.
     """
     path = Path(path)
-    header = [_MAGIC, _u32(3), _u64(len(tensors)), _u64(len(metadata))]
+    header = [MAGIC, _u32(3), _u64(len(tensors)), _u64(len(metadata))]
     header += [_text(key) + _value(value) for key, value in metadata.items()]
     end = 0
     for name, (entry, kind) in tensors.items():
@@ -157,130 +143,11 @@ def save_file(
             file.write(bytes(-written % _ALIGNMENT))
 
 
-def shown(value: Value | None) -> str:
-    """A value of metadata as an error names it, in one line."""
-    if isinstance(value, np.ndarray):
-        return f"an array of {value.size:,} numbers"
-    return f"an array of {len(value):,} strings" if isinstance(value, list) else brief(value)
-
-
-class _Header:
-    """The header of a file, read from front to back; knows what is left of the file and of the memory allowed."""
-
-    def __init__(self, file: File, spent: int):
-        self.file, self.spent = file, spent
-        self.at = self._start = 0
-        self._chunk = b""
-
-    def require(self, count: int, what: str) -> None:
-        """Refuse `count` bytes that are not there."""
-        if count > self.file.size - self.at:
-            raise ValueError(
-                f"{self.file.path}: {what} needs {count:,} bytes, but {self.file.size - self.at:,} are left (cut off?)"
-            )
-
-    def spend(self, count: int, what: str) -> None:
-        """Refuse what would take more memory than a header may."""
-        self.spent += count
-        if self.spent > _SPARE:
-            raise ValueError(f"{self.file.path}: {what} would take more memory than the {_SPARE:,} bytes allowed")
-
-    def take(self, count: int, what: str) -> bytes:
-        """The next bytes."""
-        begin = self.at - self._start
-        if begin + count > len(self._chunk):
-            self.require(count, what)
-            self._start, begin = self.at, 0
-            self._chunk = self.file.read(self.at, min(max(count, _CHUNK), self.file.size - self.at))
-        self.at += count
-        return self._chunk[begin : begin + count]
-
-    def whole(self, width: int, what: str) -> int:
-        """An unsigned whole number of `width` bytes."""
-        return int.from_bytes(self.take(width, what), "little")
-
-    def text(self, what: str) -> str:
-        """A string: its length in 8 bytes, and UTF-8."""
-        length = self.whole(8, what)
-        if length > _CHUNK:  # in memory three times at once, and with up to four bytes a character
-            self.require(length, what)
-            self.spend(6 * length, what)
-        try:
-            text = self.take(length, what).decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{self.file.path}: {what} is not sound UTF-8") from None
-        self.spend(sys.getsizeof(text) - _EMPTY, what)
-        return text
-
-    def _texts(self, count: int, what: str) -> list[str]:
-        """Strings, of which a vocabulary has hundreds of thousands: those that lie whole in the chunk go quickly."""
-        texts: list[str] = []
-        while len(texts) < count:
-            texts.append(self.text(what))
-            chunk, at, before = self._chunk, self.at - self._start, len(texts)
-            try:
-                while len(texts) < count and at + 8 <= len(chunk):
-                    end = at + 8 + _LENGTH.unpack_from(chunk, at)[0]
-                    if end > len(chunk):
-                        break
-                    texts.append(chunk[at + 8 : end].decode("utf-8"))
-                    at = end
-            except UnicodeDecodeError:
-                raise ValueError(f"{self.file.path}: {what} is not sound UTF-8") from None
-            self.at = self._start + at
-            self.spend(sum(map(sys.getsizeof, texts[before:])) - _EMPTY * (len(texts) - before), what)
-        return texts
-
-    def value(self, kind: int, what: str) -> Value:
-        """A value of the type of this number."""
-        if kind == _STRING:
-            return self.text(what)
-        if kind == _BOOL:
-            return self.whole(1, what) != 0
-        if kind in _NUMBERS:
-            number = np.frombuffer(self.take(_NUMBERS[kind].itemsize, what), _NUMBERS[kind])[0]
-            return float(str(number)) if number.dtype == np.float32 else number.item()
-        if kind != _ARRAY:
-            raise ValueError(f"{self.file.path}: {what} is of type {kind}; types are 0 to 12")
-        kind, count = self.whole(4, what), self.whole(8, what)
-        if kind == _STRING:
-            self.require(8 * count, what)
-            self.spend(_TEXT_COST * count, what)
-            return self._texts(count, what)
-        dtype = np.dtype(np.uint8) if kind == _BOOL else _NUMBERS.get(kind)
-        if dtype is None:
-            raise ValueError(f"{self.file.path}: {what} is an array of type {kind}; an array holds numbers or strings")
-        self.require(count * dtype.itemsize, what)
-        array = np.empty(count, dtype)
-        self.file.read_into(memoryview(array.view(np.uint8)), self.at)
-        self.at += array.nbytes
-        return np.not_equal(array, 0, out=array.view(np.bool_)) if kind == _BOOL else array
-
-
 def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:
     """One file, and the memory that headers have taken so far."""
     file = File(path)
-    header = _Header(file, spent)
-    magic = file.read(0, min(4, file.size))
-    if magic != _MAGIC:
-        pointer = " (a Git LFS pointer: run `git lfs pull`)" if magic == b"vers" else ""
-        raise ValueError(f"{path}: not a GGUF file, it begins with {magic!r}{pointer}")
-    header.take(4, "the magic word")
-    version = header.whole(4, "the version")
-    if version & 0xFFFF == 0:
-        raise ValueError(f"{path}: a big-endian file; only little-endian ones are read: fetch the ordinary one")
-    if version not in (2, 3):
-        raise ValueError(f"{path}: version {version} of the format; 2 and 3 are read: convert or fetch it anew")
-    tensors, keys = header.whole(8, "the count of tensors"), header.whole(8, "the count of keys")
-    header.require(keys * 13 + tensors * 24, f"a header of {keys:,} keys and {tensors:,} tensors")
-    header.spend(tensors * _TENSOR_COST + keys * _KEY_COST, f"a header of {keys:,} keys and {tensors:,} tensors")
-    metadata: dict[str, Value] = {}
-    for i in range(keys):
-        key = header.text(f"metadata key {i + 1}")
-        if key in metadata:
-            raise ValueError(f"{path}: metadata key {brief(key)} appears twice")
-        what = f"metadata {brief(key)}"
-        metadata[key] = header.value(header.whole(4, what), what)
+    header = Header(file, spent)
+    version, tensors, metadata = header.start()
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"{path}: general.alignment must be a power of two, got {shown(alignment)}")
@@ -310,7 +177,7 @@ def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:
     return GGUF(path, version, metadata, ordered, file.size), header.spent
 
 
-def _tensor_info(header: _Header, number: int) -> tuple[str, str, tuple[int, ...], int]:
+def _tensor_info(header: Header, number: int) -> tuple[str, str, tuple[int, ...], int]:
     """Name, kind, shape (outermost first) and place of a tensor."""
     path = header.file.path
     name = header.text(f"the name of tensor {number + 1}")
@@ -426,16 +293,16 @@ def _text(text: str) -> bytes:
 def _value(value: Value) -> bytes:
     """A value after the number of its type."""
     if isinstance(value, str):
-        return _u32(_STRING) + _text(value)
+        return _u32(STRING) + _text(value)
     if isinstance(value, bool):
-        return _u32(_BOOL) + bytes([value])
+        return _u32(BOOL) + bytes([value])
     if isinstance(value, list):
-        return _u32(_ARRAY) + _u32(_STRING) + _u64(len(value)) + b"".join(map(_text, value))
+        return _u32(ARRAY) + _u32(STRING) + _u64(len(value)) + b"".join(map(_text, value))
     if isinstance(value, int):
         value = np.uint32(value) if 0 <= value < 1 << 32 else np.int64(value)
     array = np.asarray(value, np.float32 if isinstance(value, float) else None)
-    number = next((number for number, dtype in _NUMBERS.items() if dtype == array.dtype), None)
+    number = next((number for number, dtype in NUMBERS.items() if dtype == array.dtype), None)
     if number is None or array.ndim > 1:
         raise ValueError(f"metadata must be strings, numbers, or lists of them, got {shown(value)}")
-    lead = _u32(_ARRAY) + _u32(number) + _u64(array.size) if array.ndim else _u32(number)
-    return lead + array.astype(_NUMBERS[number]).tobytes()
+    lead = _u32(ARRAY) + _u32(number) + _u64(array.size) if array.ndim else _u32(number)
+    return lead + array.astype(NUMBERS[number]).tobytes()

@@ -1,57 +1,32 @@
-"""Hugging Face model folders: config.json, safetensors and generation_config.json, read and written as they are.
+"""Hugging Face's model folders: config.json, weights, tokenizer files and generation_config.json, read and written.
 
-Nothing is converted beforehand. What a config says and this code does not do is refused by name, since a model that
-runs with the wrong physics looks like one that runs.
+Three kinds of weight files are read (safetensors, torch, the old Flax) and one is written (safetensors).
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import functools
 import logging
 import math
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import ModelConfig, RopeScaling
-from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.files import MAX_BYTES, read_json, read_small, write_json
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ConfigError
+from llama_jax.files import read_json, write_json
 from llama_jax.sampling_params import GREEDY, SamplingParams
+from llama_jax.text import chat_template
 from llama_jax.weights import name_table
-from llama_jax.weights.formats import safetensors
-from llama_jax.weights.load import main_dtype
-from llama_jax.weights.tensor import LazyTensor
+from llama_jax.weights.formats import flax, safetensors, torch_folder
+from llama_jax.weights.formats.huggingface_config import export_config, read_config
+from llama_jax.weights.model_files import Metadata, ModelFiles, tokenizer_in
+from llama_jax.weights.tensor import LazyTensor, main_dtype
 
-# Ours to theirs. `num_key_value_heads` and `head_dim` may be absent; theirs say how they then follow.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "max_seq_len": "max_position_embeddings",
-}
-_SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_seq_len": "original_max_position_embeddings",
-}
-# What would change the model, and the only value (beside null or absence) that is implemented.
-_ONLY: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-}
 _log = logging.getLogger(__name__)
-_LLAMA3_VOCAB = 128_000
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -62,53 +37,60 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _TOKENIZER_BYTES = 32_000_000  # of each of them
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
 # What generation_config.json may say of sampling, by the same names here.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a folder's config.json, with `rope_theta` and `rope_scaling` or with `rope_parameters`.
+def recognizes(path: Path) -> bool:
+    """Whether this is a folder with config.json and weights of one of the three kinds."""
+    return (path / "config.json").is_file() and _weights_of(path) is not None
+
+
+def read(folder: Path) -> ModelFiles:
+    """Reads a folder's JSON files and the headers of its weights.
 
     Raises:
-        ConfigError: something in it that is not implemented, or that is needed and absent.
-        ValueError: no such file, or not JSON.
+        ConfigError: a setting that is not implemented.
+        ValueError: a damaged file.
     """
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") is None:
-        raise ConfigError(f"{path} lacks model_type; only 'llama' is implemented")
-    for key, only in _ONLY.items():
-        if raw.get(key) is not None and raw[key] != only:
-            given = json.dumps(raw[key])[:80]
-            raise ConfigError(f"{path}: {key}={given} is not implemented; only {json.dumps(only)} is")
-    if raw.get("quantization_config"):
-        given = json.dumps(raw["quantization_config"])[:80]
-        raise ConfigError(f"{path}: quantization_config={given} is not implemented: take the model it was made from")
-    missing = [theirs for theirs in _FIELDS.values() if raw.get(theirs) is None]
-    if missing:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}")
-    heads = raw["num_attention_heads"]
-    kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim")
-    if head_dim is None:
-        if not _whole(heads) or not _whole(raw["hidden_size"]) or raw["hidden_size"] % heads:
-            raise ConfigError(
-                f"{path}: hidden_size={raw['hidden_size']!r} is not a multiple of num_attention_heads={heads!r}, "
-                "so that head_dim must be given"
-            )
-        head_dim = raw["hidden_size"] // heads
-    tied = raw.get("tie_word_embeddings")
-    try:
-        theta, scaling = _rope(raw)
-        return ModelConfig(
-            **{ours: raw[theirs] for ours, theirs in _FIELDS.items()},
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tied_embeddings=False if tied is None else tied,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    config = read_config(folder)
+    description, names, open_folder = _weights_of(folder)
+    tensors = open_folder(folder)
+    if names == "flax":  # that code had an unembedding of its own, whatever the config said about ties
+        config = dataclasses.replace(config, tied_embeddings=name_table.tied_names(names)[1] not in tensors)
+    return ModelFiles(
+        folder, description, names, config, tensors, read_metadata(folder), functools.partial(tokenizer_in, folder)
+    )
+
+
+def _weights_of(folder: Path) -> tuple[str, str, Callable[[Path], Mapping[str, LazyTensor]]] | None:
+    """The weights of a folder: their description, their column in the table of names, and the function to open them."""
+    if any(folder.glob("*.safetensors")) or (folder / safetensors.INDEX).is_file():
+        return "Hugging Face folder", "huggingface", safetensors.open_folder
+    if any((folder / name).is_file() for name in (torch_folder.WEIGHTS, torch_folder.INDEX)):
+        return "Hugging Face folder (torch)", "huggingface", torch_folder.open_folder
+    if any(folder.glob("flax_model*.msgpack*")):
+        return "old Flax folder", "flax", flax.open_folder
+    return None
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata of a folder, from config.json, generation_config.json, chat template and tokenizer files.
+
+    Every one of these files may be absent.
+    """
+    config, generation = folder / "config.json", folder / "generation_config.json"
+    ids = read_json(config) if config.is_file() else {}
+    return Metadata(
+        bos_token=bos_token(folder),
+        stop_tokens=stop_tokens(folder),
+        sampling=sampling_defaults(folder),
+        chat_template=chat_template.read_folder(folder),
+        tokenizer_files=tokenizer_files(folder),
+        token_ids={key: ids[key] for key in _TOKEN_IDS if key in ids},
+        generation=read_json(generation) if generation.is_file() else None,
+    )
 
 
 def bos_token(folder: str | os.PathLike[str]) -> int | None:
@@ -160,70 +142,46 @@ def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     """
     folder = Path(folder).resolve()
     homes = {folder, folder.parent.parent / "blobs"}
-    paths = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= _TOKENIZER_BYTES)
-
-
-def chat_template(folder: str | os.PathLike[str]) -> str | None:
-    """The model's own chat template (Jinja), or None: chat_template.jinja, else what tokenizer_config.json has."""
-    path = Path(folder) / "chat_template.jinja"
-    if path.is_file() and path.stat().st_size <= MAX_BYTES:
-        return read_small(path).decode("utf-8", errors="replace")
-    path = Path(folder) / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(found, list):  # several by name, as older files have them
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
-
-
-def export_config(
-    config: ModelConfig, *, stop_tokens: tuple[int, ...] = (), bos_token: int | None = None
-) -> dict[str, Any]:
-    """The config.json of a model, in the older spelling, which every version of transformers reads."""
-    scaling = config.rope_scaling
-    named = None if scaling is None else {t: getattr(scaling, ours) for ours, t in _SCALING.items()}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if named is None else {"rope_type": "llama3", **named},
-        "tie_word_embeddings": config.tied_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": bos_token,
-        "eos_token_id": _one_or_all(stop_tokens),
-    }
 
 
 def save_folder(
     folder: Path,
     config: ModelConfig,
     leaves: name_table.Leaves,
+    metadata: Metadata,
     *,
-    stop_tokens: tuple[int, ...],
-    bos_token: int | None,
-    sampling: SamplingParams | None,
     shard_bytes: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write what transformers (and this file) reads: weights, config.json and generation_config.json.
+    """Writes what transformers (and this module) reads, except the tokenizer.
 
-    A block of one tensor at a time is in memory. config.json comes last, so that a folder without one is not whole.
+    A block of one tensor at a time is in memory. config.json comes last: a folder without one is not complete.
 
     Args:
-        folder: there already, without safetensors files.
-        config: of the model.
-        leaves: its tensors by path, in the dtypes that they are to have.
-        stop_tokens: ids that end a generation.
-        bos_token: the id that begins a text.
-        sampling: settings that the model suggests.
-        shard_bytes: start another file rather than exceed it.
-        progress: told how many more bytes were written.
+        folder: an existing folder without safetensors files.
+        config: the model's shape.
+        leaves: the tensors by path, in the dtypes to be written.
+        metadata: token ids and sampling settings.
+        shard_bytes: largest size of one file in bytes, unless a single tensor is larger.
+        progress: called with the number of bytes that were written since the last call.
     """
+    _save_weights(folder, config, leaves, shard_bytes, progress)
+    write_json(folder / "generation_config.json", _generation(metadata))
+    ids = metadata.token_ids or {
+        "bos_token_id": metadata.bos_token,
+        "eos_token_id": _one_or_all(metadata.stop_tokens),
+    }
+    write_json(
+        folder / "config.json", {**export_config(config), **ids, "torch_dtype": str(main_dtype(leaves.values()))}
+    )
+
+
+def _save_weights(
+    folder: Path, config: ModelConfig, leaves: name_table.Leaves, shard_bytes: int, progress: Callable[[int], None]
+) -> None:
+    """Writes model.safetensors, or shards of at most `shard_bytes` and their index."""
     shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
     for weight in name_table.weights(config, "huggingface"):
@@ -232,7 +190,7 @@ def save_folder(
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][weight.name] = weight.theirs(leaf)
+        shards[-1][weight.name] = weight.to_disk(leaf)
         filled += size
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -242,66 +200,22 @@ def save_folder(
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(math.prod(e.shape) * e.dtype.itemsize for shard in shards for e in shard.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-    generation: dict[str, Any] = {"bos_token_id": bos_token, "eos_token_id": _one_or_all(stop_tokens)}
-    if sampling is not None:
-        drawn = sampling.temperature > 0
-        generation |= {"do_sample": drawn, **({name: getattr(sampling, name) for name in _SAMPLING} if drawn else {})}
-    write_json(folder / "generation_config.json", generation)
-    exported = export_config(config, stop_tokens=stop_tokens, bos_token=bos_token)
-    write_json(folder / "config.json", {**exported, "torch_dtype": str(main_dtype(leaves))})
+        write_json(folder / safetensors.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from `rope_parameters` (newer) or `rope_theta` and `rope_scaling`."""
-    theta, found = raw.get("rope_theta"), []
-    for key in ("rope_parameters", "rope_scaling"):
-        given = raw.get(key)
-        if given is not None and not isinstance(given, dict):
-            raise ConfigError(f"{key} must be an object or null, got {json.dumps(given)[:80]}")
-        if given is not None:
-            found.append((given.get("rope_theta", theta), _scaling(given, key)))
-    found = found or [(theta, None)]
-    if found[-1] != found[0] or (theta is not None and theta != found[0][0]):
-        raise ConfigError("rope_parameters, rope_theta and rope_scaling contradict each other; keep one")
-    theta, scaling = found[0]
-    if theta is None and scaling is None and _whole(raw["vocab_size"]) and raw["vocab_size"] < _LLAMA3_VOCAB:
-        theta = 10_000.0  # configs of Llama 1 and 2 are older than the key
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool):
-        raise ConfigError(f"rope_theta must be a number (500000.0 in Llama 3, 10000.0 in Llama 2), got {brief(theta)}")
-    if not abs(theta) <= sys.float_info.max:
-        raise ConfigError(f"rope_theta must be a finite number, got {brief(theta)}")
-    return float(theta), scaling
-
-
-def _scaling(given: dict[str, Any], where: str) -> RopeScaling | None:
-    given = {key: value for key, value in given.items() if value is not None and key != "rope_theta"}
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor other than 1.0 is not implemented")
-    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given] or ["default"]
-    if kinds[0] not in ("default", "llama3") or kinds[-1] != kinds[0]:
-        raise ConfigError(f"{where}: rope_type must be 'default' or 'llama3', got {json.dumps(kinds)[1:-1][:80]}")
-    known = list(_SCALING.values()) if kinds[0] == "llama3" else []
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{where}.{key} is not implemented for {kinds[0]!r}{nearest(key, known)}")
-    missing = [key for key in known if key not in given]
-    if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}")
-    if kinds[0] == "default":
-        return None
-    values = {ours: given[theirs] for ours, theirs in _SCALING.items()}
-    original = values["original_max_seq_len"]
-    if not isinstance(original, (int, float)) or isinstance(original, bool) or original < 1 or original % 1:
-        raise ConfigError(f"{where}.original_max_position_embeddings must be a whole number, got {brief(original)}")
-    factors = {
-        k: float(v) if type(v) is int and abs(v) < 1 << 62 else v for k, v in values.items() if k.endswith("factor")
+def _generation(metadata: Metadata) -> Mapping[str, Any]:
+    """The contents of generation_config.json: those that the model came with, or new ones from its metadata."""
+    if metadata.generation is not None:
+        return metadata.generation
+    settings: dict[str, Any] = {
+        "bos_token_id": metadata.bos_token,
+        "eos_token_id": _one_or_all(metadata.stop_tokens),
     }
-    return RopeScaling(**factors, original_max_seq_len=int(original))
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and value > 0
+    if metadata.sampling is not None:
+        draws = metadata.sampling.temperature > 0
+        settings |= {"do_sample": draws}
+        settings |= {name: getattr(metadata.sampling, name) for name in _SAMPLING} if draws else {}
+    return settings
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int] | None:

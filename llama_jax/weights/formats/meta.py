@@ -9,6 +9,7 @@ llama-models, and fairscale/nn/model_parallel/layers.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +21,8 @@ from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json, write_json
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import torch_file
-from llama_jax.weights.load import equal
-from llama_jax.weights.tensor import LazyTensor, joined
+from llama_jax.weights.model_files import Metadata, ModelFiles, tokenizer_in
+from llama_jax.weights.tensor import LazyTensor, equal, joined
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 _OPTIONAL = ("n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope")
@@ -51,6 +52,18 @@ _PUBLISHED = {
 }
 
 
+def recognizes(path: Path) -> bool:
+    """Whether this is a folder with params.json."""
+    return (path / "params.json").is_file()
+
+
+def read(folder: Path) -> ModelFiles:
+    """Reads a folder's params.json and the headers of its weights; raises what `open_folder` raises."""
+    config, tensors = open_folder(folder)
+    tokenizer = functools.partial(tokenizer_in, folder)
+    return ModelFiles(folder, "Meta's download", "meta", config, tensors, Metadata(), tokenizer)
+
+
 def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """The config of a folder and its tensors by Meta's names, the parts of each put together.
 
@@ -75,7 +88,7 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
     embed, unembed = name_table.tied_names("meta")
     if embed not in entries or len(entries[embed].shape) != 2:
         raise ValueError(f"{folder}: no matrix {embed!r}{nearest(embed, [n for n in entries if n != embed])}")
-    tied = unembed not in entries or entries[unembed] is entries[embed] or equal(entries[unembed], entries[embed])
+    tied = unembed not in entries or equal(entries[unembed], entries[embed])
     if tied:
         entries.pop(unembed, None)
     try:
@@ -107,7 +120,7 @@ def save_folder(
         ConfigError: a field of the config that Meta's code does not have, before anything is written.
     """
     settings = export_params(config)
-    tensors = {w.name: w.theirs(leaves[w.path]) for w in name_table.weights(config, "meta")}
+    tensors = {w.name: w.to_disk(leaves[w.path]) for w in name_table.weights(config, "meta")}
     if config.tied_embeddings:  # Meta's code has no word for it: the same storage stands there under both names
         embed, unembed = name_table.tied_names("meta")
         tensors[unembed] = tensors[embed]
@@ -174,7 +187,7 @@ def _check_settings(raw: dict[str, Any]) -> None:
         if key in _OTHER_MODELS:
             if value is not None and value != _OTHER_MODELS[key]:
                 raise ConfigError(f"{key}={brief(value)} makes it another model than is implemented here")
-        elif key not in (*_NEEDED, *_OPTIONAL, *_OF_A_RUN):
+        elif value and key not in (*_NEEDED, *_OPTIONAL, *_OF_A_RUN):  # null, false and 0 turn a setting off
             near = nearest(key, [*_NEEDED, *_OPTIONAL])
             raise ConfigError(f"{brief(key)} is not a setting that is known, and may change the model{near}")
     missing = [key for key in _NEEDED if raw.get(key) is None]
@@ -254,7 +267,21 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _whole(folder: Path, parts: Mapping[str, dict[str, LazyTensor]], dim: int) -> dict[str, LazyTensor]:
-    """The tensors that the parts make up; `parts` are by the name of the file."""
+    """Joins the tensors of all files.
+
+    Args:
+        folder: the folder, for error messages.
+        parts: the tensors of each file by name, by the name of the file. Buffers, which follow from the config, are
+            ignored: only some of the files may have them.
+        dim: width of the residual stream.
+
+    Raises:
+        ValueError: a file lacks a tensor that another has, or has it in another shape or dtype.
+    """
+    parts = {
+        file: {name: part for name, part in tensors.items() if not name.endswith(name_table.BUFFERS)}
+        for file, tensors in parts.items()
+    }
     first, *others = parts
     for file in others:
         for one, two in ((first, file), (file, first)):
@@ -265,8 +292,6 @@ def _whole(folder: Path, parts: Mapping[str, dict[str, LazyTensor]], dim: int) -
                 )
     whole: dict[str, LazyTensor] = {}
     for name, entry in parts[first].items():
-        if name.endswith(name_table.BUFFERS):
-            continue
         pieces = [part[name] for part in parts.values()]
         for file, piece in zip(parts, pieces, strict=True):
             if (piece.shape, piece.dtype) != (entry.shape, entry.dtype):

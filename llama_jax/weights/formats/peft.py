@@ -23,26 +23,16 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json, write_json
-from llama_jax.model import Params
+from llama_jax.params import Params
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import EMBED, Adapter, LazyLora, LazyRows
 from llama_jax.weights.formats import peft_config, safetensors, torch_file
 from llama_jax.weights.formats.peft_config import PeftSettings
-from llama_jax.weights.load import FLOATS, equal
-from llama_jax.weights.tensor import Index, LazyTensor, of_array, transposed
+from llama_jax.weights.tensor import FLOATS, Index, LazyTensor, equal, of_array, transposed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
-# The files of a tokenizer that peft's users save next to an adapter.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
 
 _EMBED, _UNEMBED = _VOCABULARY = tuple(name.removesuffix(".weight") for name in name_table.tied_names("huggingface"))
 _ROOT = "base_model.model."  # the prefix that peft's wrapper puts before the names of the model inside
@@ -92,7 +82,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         ValueError: a damaged file, or tensors that are not those that the config speaks of.
     """
     if hub_models.is_hub_id(str(folder)):
-        folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN), TOKENIZER_FILES)
+        folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
     folder = Path(folder).expanduser()
     weights = folder / (
         WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_BIN).is_file() else WEIGHTS_BIN

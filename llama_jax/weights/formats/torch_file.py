@@ -15,7 +15,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
@@ -45,7 +45,31 @@ _OTHER_KINDS = (
 )
 
 
+class _CentralHeader(NamedTuple):
+    """A record of the directory, before the name: the fields of _CENTRAL in their order."""
+
+    signature: bytes
+    made_by: int
+    needed: int
+    flags: int
+    method: int
+    time: int
+    date: int
+    crc: int
+    packed_size: int
+    size: int
+    name_length: int
+    extra_length: int
+    comment_length: int
+    disk: int
+    internal: int
+    external: int
+    offset: int
+
+
 class _Member(NamedTuple):
+    """A member of the archive: its first byte in the file, its size in bytes and the CRC-32 of its content."""
+
     start: int
     size: int
     crc: int
@@ -188,62 +212,80 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _members(file: File) -> dict[str, _Member]:
-    """Where the bytes of each member are; none of them overlap."""
+    """The members of the archive by name. Their bytes lie before the directory and do not overlap."""
     count, start, end = _directory(file)
-    directory = file.read(start, end - start)
-    found: dict[str, _Member] = {}
+    members: dict[str, _Member] = {}
     spans: list[tuple[int, int]] = [(start, end)]
+    for record in _records(file.read(start, end - start), count):
+        if record.name in members:
+            raise ValueError(f"{record.where} appears twice")
+        begin = _first_byte(file, record, start)
+        spans.append((record.offset, begin + record.size))
+        members[record.name] = _Member(begin, record.size, record.crc)
+    spans.sort()
+    if any(begin < before for (_, before), (begin, _) in zip(spans, spans[1:], strict=False)):
+        raise ValueError("members of its zip archive overlap: not a file of torch.save")
+    return members
+
+
+class _Record(NamedTuple):
+    """What the directory says of a member.
+
+    Attributes:
+        raw_name: its name as bytes.
+        size: bytes of its content.
+        crc: CRC-32 of its content.
+        offset: first byte of its local header in the file.
+    """
+
+    raw_name: bytes
+    size: int
+    crc: int
+    offset: int
+
+    @property
+    def name(self) -> str:
+        """Its name as text."""
+        return self.raw_name.decode("utf-8", "backslashreplace")
+
+    @property
+    def where(self) -> str:
+        """Its name in error messages."""
+        return f"its member {brief(self.name)}"
+
+
+def _records(directory: bytes, count: int) -> Iterator[_Record]:
+    """The `count` records that make up a directory. Raises ValueError for one of a compressed or encrypted member."""
     at = 0
     for _ in range(count):
         if at + _CENTRAL.size > len(directory) or directory[at : at + 4] != b"PK\1\2":
             raise ValueError("its zip directory is damaged: download the file again")
-        (
-            _,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            size,
-            name_length,
-            extra_length,
-            comment_length,
-            _,
-            _,
-            _,
-            offset,
-        ) = _CENTRAL.unpack_from(directory, at)
-        name_end = at + _CENTRAL.size + name_length
-        raw_name = directory[at + _CENTRAL.size : name_end]
-        name = raw_name.decode("utf-8", "backslashreplace")
-        where = f"its member {brief(name)}"
-        size, packed, offset = _wide((size, packed, offset), directory[name_end : name_end + extra_length], where)
-        at = name_end + extra_length + comment_length
-        if flags & 1 or method != zipfile.ZIP_STORED or packed != size:
-            raise ValueError(f"{where} is compressed or encrypted; torch.save does neither: save it again")
-        if name in found:
-            raise ValueError(f"{where} appears twice")
-        header_end = offset + _LOCAL.size + name_length
-        if header_end > start:
-            raise ValueError(f"{where} begins beyond the data that is there: was the file cut off?")
-        header = file.read(offset, header_end - offset)
-        signature, *_, local_name_length, local_extra_length = _LOCAL.unpack_from(header)
-        if signature != b"PK\3\4" or local_name_length != name_length or header[_LOCAL.size :] != raw_name:
-            raise ValueError(f"{where} is not where the zip directory says")
-        begin = header_end + local_extra_length
-        if begin + size > start:
-            raise ValueError(f"{where} of {size:,} bytes ends beyond the data that is there: was the file cut off?")
-        spans.append((offset, begin + size))
-        found[name] = _Member(begin, size, crc)
+        header = _CentralHeader(*_CENTRAL.unpack_from(directory, at))
+        name_end = at + _CENTRAL.size + header.name_length
+        record = _Record(directory[at + _CENTRAL.size : name_end], header.size, header.crc, header.offset)
+        extra = directory[name_end : name_end + header.extra_length]
+        size, packed, offset = _wide((header.size, header.packed_size, header.offset), extra, record.where)
+        if header.flags & 1 or header.method != zipfile.ZIP_STORED or packed != size:
+            raise ValueError(f"{record.where} is compressed or encrypted; torch.save does neither: save it again")
+        yield record._replace(size=size, offset=offset)
+        at = name_end + header.extra_length + header.comment_length
     if at != len(directory):
         raise ValueError("its zip directory is damaged: download the file again")
-    spans.sort()
-    if any(begin < before for (_, before), (begin, _) in zip(spans, spans[1:], strict=False)):
-        raise ValueError("members of its zip archive overlap: not a file of torch.save")
-    return found
+
+
+def _first_byte(file: File, record: _Record, end: int) -> int:
+    """The first byte of a member's content, which must end before byte `end`, where the directory begins."""
+    header_end = record.offset + _LOCAL.size + len(record.raw_name)
+    if header_end > end:
+        raise ValueError(f"{record.where} begins beyond the data: was the file cut off?")
+    header = file.read(record.offset, header_end - record.offset)
+    signature, *_, name_length, extra_length = _LOCAL.unpack_from(header)
+    if signature != b"PK\3\4" or name_length != len(record.raw_name) or header[_LOCAL.size :] != record.raw_name:
+        raise ValueError(f"{record.where} is not where the zip directory says")
+    begin = header_end + extra_length
+    if begin + record.size > end:
+        raise ValueError(f"{record.where} of {record.size:,} bytes ends beyond the data: was the file cut off?")
+    return begin
 
 
 def _directory(file: File) -> tuple[int, int, int]:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llama_jax.data import prepare
 from llama_jax.data.loader import Batch, Loader
 from llama_jax.data.packing import Rows
 from llama_jax.run_config import RunConfig
+from llama_jax.text import control_tokens
+from llama_jax.text.control_tokens import AS_TEXT
+from llama_jax.text.record_encoder import NO, NameInText, RecordEncoder
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import setup
 
 _ROWS = 2  # that are shown of the first batch
 _TOKENS = 1500  # that are shown of a row
@@ -21,18 +24,20 @@ _OFF = "\x1b[0m"
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421, 0x9B: 0x241B}
 
 
-def show(run: RunConfig, *, colour: bool) -> None:
+def show(run: RunConfig, encoder: RecordEncoder, *, colour: bool) -> None:
     """Print the statistics of a run's data, and the first rows of its first step.
 
     Targets, the tokens that the loss counts, are green, or stand in ⟦these⟧ without colour.
 
     Raises:
-        ConfigError: a file that is not there.
-        ValueError: a tokenizer that cannot be used, or too many bad lines.
+        ValueError: too many lines cannot be used.
     """
-    setup.check_sources(run)
-    tokenizer = setup.chosen_tokenizer(run, print)
-    train, validation = setup.rows(run, tokenizer, print)
+    try:
+        train, validation = prepare.rows(run, encoder, print)
+    except NameInText as error:
+        print(f"training would stop: {error}\nhere such names are shown as plain text, with {AS_TEXT} after them")
+        encoder = RecordEncoder(encoder.tokenizer, encoder.chat_format, NO)
+        train, validation = prepare.rows(run, encoder, print)
     for rows in train.parts:
         print(f"train: {_lengths(rows)}")
     if validation is not None:
@@ -45,7 +50,7 @@ def show(run: RunConfig, *, colour: bool) -> None:
     for number in range(shown):
         print(f"\nrow {number + 1} of {data.batch_size} of the first step ({marks})")
         row = {name: array[number] for name, array in batch.items()}
-        for line in render(row, tokenizer, colour=colour, pairs=train.parts[0].store.pairs):
+        for line in render(row, encoder.tokenizer, colour=colour, pairs=train.parts[0].store.pairs):
             print(line)
 
 
@@ -54,8 +59,8 @@ def _lengths(rows: Rows) -> str:
     lengths = np.diff(store.offsets[:: 2 if store.pairs else 1])
     least, middle, most, longest = (int(x) for x in np.quantile(lengths, (0, 0.5, 0.95, 1), method="higher"))
     return (
-        f"tokens a {store.unit}: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % of them "
-        f"up to {most:,}; {len(lengths) / len(rows):.1f} {store.unit}s a row"
+        f"tokens a {store.record_kind}: {least:,} to {longest:,}, mean {lengths.mean():,.0f}, median {middle:,}, 95 % "
+        f"of them up to {most:,}; {len(lengths) / len(rows):.1f} {store.record_kind}s a row"
     )
 
 
@@ -81,12 +86,9 @@ def render(row: Batch, tokenizer: Tokenizer, *, colour: bool, pairs: bool = Fals
             yield "..."
             continue
         cuts = np.flatnonzero(np.diff(targets[places])) + 1
-        yield "".join(
-            _paint(
-                tokenizer.decode(tokens[span]).translate(_PICTURES), "target" if targets[span[0]] else "other", colour
-            )
-            for span in np.split(places, cuts)
-        )
+        texts = [control_tokens.shown(tokenizer, tokens[span]).translate(_PICTURES) for span in np.split(places, cuts)]
+        kinds = ["target" if targets[span[0]] else "other" for span in np.split(places, cuts)]
+        yield "".join(_paint(text, kind, colour) for text, kind in zip(texts, kinds, strict=True))
     if padding := int((segments == 0).sum()):
         yield _paint(f"── {padding:,} places of padding ──", "border", colour)
 

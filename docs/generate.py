@@ -1,0 +1,331 @@
+"""Write the pages that follow from the code or from other pages.
+
+These are docs/reference/{config,cli,formats,recipes}.md and docs/decisions/index.md.
+
+    python docs/generate.py            # writes the pages that are out of date
+    python docs/generate.py --check    # writes nothing; exit status 1 if a page is out of date
+
+A test runs the check (tests/project/test_docs.py), so that a changed key, flag or recipe fails until the pages are
+written again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT))
+
+_HEAD = "<!-- Written by docs/generate.py from the code. Do not edit: change the code, then run the script. -->\n\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page by its path."""
+    makers = {
+        "reference/config": config_page,
+        "reference/cli": cli_page,
+        "reference/formats": formats_page,
+        "reference/recipes": recipes_page,
+        "decisions/index": decisions_page,
+    }
+    return {DOCS / f"{name}.md": _HEAD + make().strip() + "\n" for name, make in makers.items()}
+
+
+# Config keys
+
+
+def config_page() -> str:
+    """Every key of a training run: type, default, allowed values and meaning."""
+    from llama_jax.run_config import RunConfig, describe
+
+    hints = typing.get_type_hints(RunConfig)
+    kinds = {name: [hint, *typing.get_args(hint)] for name, hint in hints.items()}
+    sections = {name: kind for name, of in kinds.items() for kind in of[::-1] if dataclasses.is_dataclass(kind)}
+    lines = [
+        "# Config keys",
+        "",
+        "A run is described by a config file, which is a Python file with a function `get_config()`, and by flags that",
+        "change single keys: `--config.optimizer.learning_rate=1e-4`. This page lists every key.",
+        "`python train.py --config FILE --keys` prints the values that one file gives them.",
+        "",
+        "An unknown key, a wrong type, a value outside its bounds and a combination that cannot work are errors. Each",
+        "is reported in one line, before any data or weights are read.",
+    ]
+    keys = describe()
+    for title in ("", *sections):
+        heading = f"## {title}" if title else "## Top level"
+        summary = [_summary(sections[title]), ""] if title else []
+        lines += ["", heading, "", *summary, "| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+        for key in keys:
+            section = key.name.partition(".")[0] if "." in key.name else ""
+            if section == title:
+                default = "" if key.default is None else f"`{key.default!r}`"
+                cells = (f"`{key.name}`", key.type, default, key.allowed, key.meaning)
+                lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+# Command line
+
+
+def cli_page() -> str:
+    """Every command with its flags."""
+    lines = [
+        "# Command line",
+        "",
+        "Every mistake on a command line is answered with one line on standard error and exit status 2. Ctrl-C gives",
+        "status 130; a training run that was stopped before its last step, and can be resumed, gives 143.",
+    ]
+    for command, main, argv in _commands():
+        parser = _parser_of(main, argv)
+        program = f"python {command}" if command.endswith(".py") else f"python -m llama_jax {command}"
+        lines += ["", f"## {command}", "", f"`{program}`", ""]
+        lines += [" ".join((parser.description or "").split()), ""] if parser.description else []
+        lines += _flag_tables(parser)
+    lines += ["", "## train.py", "", "```text", _train_usage().strip(), "```", ""]
+    lines += ["The keys are in [Config keys](config.md)."]
+    return "\n".join(lines)
+
+
+def _commands() -> Iterator[tuple[str, Callable[[Sequence[str]], Any], list[str]]]:
+    from llama_jax import __main__ as tool
+    from llama_jax.infer import cli as infer
+
+    yield "infer.py", infer.main, []
+    for name in ("inspect", "convert"):
+        yield name, tool.main, [name]
+    for name in ("perplexity", "harness", "compare"):
+        yield f"eval {name}", tool.main, ["eval", name]
+
+
+class _Captured(Exception):
+    """Carries the parser that was about to print its help."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parser = parser
+
+
+def _parser_of(main: Callable[[Sequence[str]], Any], argv: list[str]) -> argparse.ArgumentParser:
+    """The argparse parser that answers `main([*argv, "--help"])`."""
+
+    def capture(self: argparse.ArgumentParser, file: Any = None) -> None:
+        raise _Captured(self)
+
+    with mock.patch.object(argparse.ArgumentParser, "print_help", capture), contextlib.suppress(SystemExit):
+        try:
+            main([*argv, "--help"])
+        except _Captured as captured:
+            return captured.parser
+    raise RuntimeError(f"{argv} --help printed no help of argparse")
+
+
+def _flag_tables(parser: argparse.ArgumentParser) -> list[str]:
+    rows = ["| argument | default | meaning |", "|---|---|---|"]
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        metavar = action.metavar if isinstance(action.metavar, str) else ""
+        value = "" if action.nargs == 0 else f" {metavar or action.dest.upper()}"
+        names = [f"`{flag}{value}`" for flag in action.option_strings] or [f"`{metavar or action.dest}`"]
+        plain = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        default = "required" if action.required and action.option_strings else "" if plain else f"`{action.default}`"
+        rows.append("| " + " | ".join(_cell(c) for c in (", ".join(names), default, action.help or "")) + " |")
+    return rows
+
+
+def _train_usage() -> str:
+    from llama_jax import cli
+
+    return cli._TRAIN_USAGE
+
+
+# Weight formats
+
+
+def formats_page() -> str:
+    """The table of weights: our path and shape of each, and its name in every format."""
+    from llama_jax.config import size
+    from llama_jax.weights import name_table
+
+    config = size("llama3.1-8b")
+    columns = {format: name_table.weights(config, format) for format in name_table.FORMATS}
+    titles = {"huggingface": "Hugging Face", "meta": "Meta", "gguf": "GGUF", "flax": "old Flax"}
+    lines = [
+        "# Weight formats",
+        "",
+        textwrap.dedent(_FORMATS_TEXT).strip(),
+        "",
+        "## Names of every weight",
+        "",
+        "`N` stands for the number of a layer. Shapes are those of Llama 3.1 8B, output rows first.",
+        "",
+        "| weight | shape | " + " | ".join(titles.get(name, name) for name in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for i, weight in enumerate(next(iter(columns.values()))):
+        if len(weight.path) > 1 and isinstance(weight.path[1], int) and weight.path[1] > 0:
+            continue
+        path = ".".join("N" if key == 0 else str(key) for key in weight.path)
+        shape = " x ".join(map(str, weight.shape))
+        cells = [re.sub(r"\b0\b", "N", column[i].name, count=1) for column in columns.values()]
+        lines.append(f"| `{path}` | {shape} | " + " | ".join(f"`{cell}`" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+_FORMATS_TEXT = """
+A model is named by a path or a hub id. The format is recognized from what is there; there is no flag for it.
+
+| format | what is named | read | written |
+|---|---|---|---|
+| Hugging Face | a folder with `config.json` and weights, or a hub id `owner/name[@revision]` | yes | yes |
+| Meta's download | a folder with `params.json` and `consolidated.*.pth`, any number of shards | yes | yes |
+| GGUF | a file (version 2 or 3, split or not), or `owner/name/FILE.gguf` on the hub | yes | yes |
+| old Flax Llama | a folder with `config.json` and `flax_model.msgpack` | yes | no |
+| a run of this project | the run folder, or one of its `checkpoints/N` | yes | by training |
+| peft's LoRA adapter | a folder with `adapter_config.json`, or a hub id | next to a model | by training |
+
+`convert --to hf`, `--to meta` and `--to gguf` write a model. Hugging Face's weights are safetensors, or the older
+`pytorch_model.bin`. PyTorch's files are read without torch, by a reader that runs no code.
+
+GGUF tensor types that are read: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K and Q6_K. Q8_0 and
+Q4_0 stay packed in memory. The other quantized types are dequantized exactly, to float32 unless `--dtype bfloat16` is
+given. GGUF types that are written: F32, F16, BF16, Q8_0 and Q4_0 (with the unembedding in Q8_0).
+
+Two things besides the names differ between formats. Meta's files and GGUF files store the two numbers of a rotary pair
+in neighboring rows, while Hugging Face's files and this project store them half a head apart. The old Flax files store
+matrices as (in, out), while all others store (out, in). Both are handled when a tensor is read or written.
+"""
+
+
+# Recipes
+
+
+def recipes_page() -> str:
+    """Every config file: purpose, command, hardware, memory, and the keys that it sets."""
+    recipes = sorted((ROOT / "configs").glob("*.py"))
+    texts = {path: _recipe_text(path) for path in recipes}
+    labels = {label: None for _, _, notes in texts.values() for label in notes}
+    lines = [
+        "# Recipes",
+        "",
+        "A recipe is a file in `configs/`. It can be run as it is, and every key can be changed by a flag.",
+        "Memory is the peak of one chip in the account of the TPU compiler, for the same training step that a run",
+        "compiles. `pytest -m slow tests` compiles the recipes again and compares. Speeds and losses of the recipes",
+        "for the large models are unmeasured unless the recipe states them.",
+        "",
+        "| recipe | purpose | hardware |",
+        "|---|---|---|",
+    ]
+    for path, (title, _, notes) in texts.items():
+        hardware = _first_clause(notes.get("Hardware", ""))
+        lines.append(f"| [`{path.stem}`](#{path.stem}) | {_cell(title)} | {_cell(hardware)} |")
+    for path, (title, command, notes) in texts.items():
+        lines += ["", f"## {path.stem}", "", title, "", "```bash", command, "```", ""]
+        lines += [f"- **{label}**: {notes[label]}" for label in labels if label in notes]
+        lines += ["", "| key | value |", "|---|---|"]
+        lines += [f"| `{key}` | `{value!r}` |" for key, value in _recipe_keys(path).items()]
+    return "\n".join(lines)
+
+
+def _recipe_text(path: Path) -> tuple[str, str, dict[str, str]]:
+    """A recipe's docstring as its first sentence, its command, and its labelled paragraphs ("Hardware: ...")."""
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    title, _, rest = doc.partition("\n\n")
+    command, notes, label = [], {}, ""
+    for line in rest.splitlines():
+        start = re.match(r"([A-Z][\w ]*): (.*)", line)
+        if line.startswith("    "):
+            command.append(re.sub(r"\s{5,}", " \\\n    ", line[4:]))  # the docstring's own line continuations
+        elif start:
+            label = start[1]
+            notes[label] = start[2]
+        elif label and line.strip():
+            notes[label] += " " + line.strip()
+    return " ".join(title.split()), "\n".join(command), notes
+
+
+def _recipe_keys(path: Path) -> dict[str, Any]:
+    """The keys that a recipe sets to something other than their default, with the name of its model."""
+    from llama_jax.config import SIZES
+    from llama_jax.run_config import RunConfig, default_dict, differences
+
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = RunConfig.from_dict(module.get_config().to_dict()).to_dict()
+    default = default_dict() | {"model": {}}
+    changed = differences(default, run | {"model": {}})
+    model = run["model"].get("name") or next(name for name, size in SIZES.items() if size.to_dict() == run["model"])
+    return {"model": model} | {key: value for key, (_, value) in changed.items()}
+
+
+# Decisions
+
+
+def decisions_page() -> str:
+    """The list of decisions, in the order of the site's navigation, with the first sentence of each."""
+    lines = [
+        "# Decisions",
+        "",
+        "Each page records one decision: its context, what was decided, the evidence, and what would change our mind.",
+        "A measurement can overturn a decision. Then the page is changed, and the list of changes says so.",
+        "",
+        "| decision | in one sentence |",
+        "|---|---|",
+    ]
+    for name in re.findall(r"decisions/([\w-]+)\.md", (ROOT / "mkdocs.yml").read_text()):
+        if name == "index":
+            continue
+        text = (DOCS / "decisions" / f"{name}.md").read_text(encoding="utf-8")
+        title = text.partition("\n")[0].removeprefix("# ")
+        decision = " ".join(text.partition("## Decision\n")[2].partition("\n\n")[0].split())
+        sentence = re.match(r".*?[^A-Z.]\.(?= |$)", decision)
+        lines.append(f"| [{title}]({name}.md) | {_cell(sentence[0])} |")
+    return "\n".join(lines)
+
+
+# Text
+
+
+def _summary(thing: type) -> str:
+    """The first paragraph of a docstring."""
+    return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+
+
+def _first_clause(text: str) -> str:
+    return re.split(r"; |\. ", text)[0].rstrip(".")
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).replace("|", "\\|").split())
+
+
+def main() -> int:
+    """Write the pages, or with --check compare them; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is out of date")
+    options = parser.parse_args()
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(pages()[path])
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The program `llama-jax COMMAND ...`, which is also `python -m llama_jax COMMAND ...`. No jax until it is needed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from llama_jax.cli import exits, parser
+from llama_jax.errors import ConfigError, brief, nearest
+
+# Each command is a module with main(argv) -> exit status. train.py and infer.py at the top of the repository are the
+# first two.
+COMMANDS = {
+    "train": "train or fine-tune a model",
+    "infer": "sample text from a model, or talk to it",
+    "convert": "write a model in the files of transformers, Meta's code or llama.cpp",
+    "eval": "measure models: perplexity, lm_eval's tasks, or two models side by side",
+    "inspect": "print what a model is, or what a run would learn from",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that the arguments name, and return its exit status. Errors are raised."""
+    name = choose("", argv, COMMANDS, "Train, sample, convert and measure Llama 3.1 models in JAX.")
+    return 0 if name is None else importlib.import_module(f"llama_jax.cli.{name}").main(argv[1:])
+
+
+def choose(command: str, argv: Sequence[str], choices: Mapping[str, str], description: str) -> str | None:
+    """The first argument as one of `choices`, or None after --help and --version.
+
+    Args:
+        command: The command so far, e.g. "eval", or "" for the program itself.
+        argv: The arguments after it.
+        choices: The commands that may follow, each with a line of help.
+        description: First paragraph of --help.
+
+    Raises:
+        ConfigError: no command or an unknown one.
+    """
+    program = parser.program(command)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        lines = [f"usage: {program} COMMAND ...", "", description, "", "commands:"]
+        lines += [f"  {name:<11} {text}" for name, text in choices.items()]
+        print("\n".join([*lines, "", f"{program} COMMAND --help prints the flags of a command."]))
+        if not argv:
+            raise ConfigError(f"no command: give one of {', '.join(choices)}")
+        return None
+    if argv[0] in ("--version", "-V"):
+        print(parser.version())
+        return None
+    if argv[0] not in choices:
+        near = nearest(argv[0], list(choices), cutoff=0.6)
+        raise ConfigError(f"{program} has no command {brief(argv[0])}{near or ';'} commands: {', '.join(choices)}")
+    return argv[0]
+
+
+def entry() -> None:
+    """Run the program with the arguments of this process, and exit."""
+    exits.leave(main, sys.argv[1:])

@@ -1,0 +1,104 @@
+"""`convert`: write a model in the files of transformers, Meta's code or llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama_jax.cli import parser
+from llama_jax.errors import brief, nearest
+
+_EXAMPLES = """\
+examples:
+  PROGRAM runs/quickstart quickstart.gguf --to gguf --dtype q8_0
+  PROGRAM ~/.llama/checkpoints/Llama3.1-8B llama-8b --to hf --dtype bfloat16
+"""
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_LARGEST = 10**15  # bytes of a shard: more than any disk
+FORMATS = ("hf", "meta", "gguf")
+DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of the command line; ConfigError for any mistake."""
+    flags = parser.Parser(
+        "convert", "Write a model in the files of transformers, Meta's code or llama.cpp.", examples=_EXAMPLES
+    )
+    add = flags.add_argument
+    add("source", type=parser.path, metavar="SOURCE", help=parser.MODEL)
+    add("dest", type=parser.path, metavar="DEST", help="folder to make; for gguf the file")
+    add("--to", type=parser.one_of(FORMATS), required=True, metavar="FORMAT", help="format to write")
+    add("--adapter", type=parser.path, metavar="PATH", help="LoRA adapter of SOURCE, which is merged")
+    add(
+        "--dtype",
+        type=parser.one_of(DTYPES),
+        metavar="NAME",
+        help="dtype to write; q8_0 and q4_0 are for gguf alone (default: as stored; a type that cannot be written is "
+        "unpacked to float32, which is exact)",
+    )
+    add(
+        "--shard_size",
+        type=shard_bytes,
+        default="5G",
+        metavar="SIZE",
+        help="largest size of a file of hf, such as 500M or 5G",
+    )
+    flags.aliases |= {"--lora": "--adapter", "--outtype": "--dtype", "--max_shard_size": "--shard_size"}
+    return flags.parse(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert as the flags say, and return the exit status. Errors are raised."""
+    options = parse(argv)
+    from llama_jax.weights import adapters, export
+    from llama_jax.weights.formats import peft
+    from llama_jax.weights.open import open_source
+    from llama_jax.weights.source import UnknownTokenizer
+
+    export.check(options.to, options.dtype)
+    source = open_source(options.source)
+    start = time.perf_counter()
+    leaves, config = source.merged_leaves(), source.config
+    if options.adapter is not None:
+        adapter = peft.open_adapter(options.adapter, config)
+        leaves, config = adapters.merge_adapter(leaves, adapter), adapter.config
+    tokenizer, without = None, "the source has none"
+    try:
+        tokenizer = source.tokenizer()
+    except UnknownTokenizer as error:
+        without = str(error)
+    metadata = source.metadata.with_tokenizer(tokenizer)
+    dtype = options.dtype or export.default_dtype(leaves, options.to)
+    path = export.save(
+        options.dest,
+        config,
+        leaves,
+        metadata,
+        format=options.to,
+        dtype=options.dtype,
+        shard_bytes=options.shard_size,
+    )
+    seconds = time.perf_counter() - start
+    print(f"{path}: {options.to} in {dtype}, {parser.human_bytes(size_of(path))} in {seconds:.1f} s")
+    if tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
+        print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
+    return 0
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all files below a folder."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def shard_bytes(text: str) -> int:
+    """The bytes that a size such as 500M or 5G stands for."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)I?B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not 0 < size <= _LARGEST:
+        near = nearest(text, ["500M", "5G"])
+        raise argparse.ArgumentTypeError(f"must be a size such as 500M or 5G, got {brief(text)}{near}")
+    return size

@@ -1,0 +1,370 @@
+"""The parser of all commands, the types of values, and the flags that commands share. No jax.
+
+Hyphens and underscores are the same in flags. A flag that takes a value takes the next argument, whatever it begins
+with: `--prompt "- one"` needs no equals sign.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import llama_jax
+from llama_jax import progress
+from llama_jax.errors import ConfigError, brief, nearest
+
+DTYPES = ("float32", "bfloat16")
+QUANTIZE = ("none", "int8", "int4")
+MODEL = "a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, or a .gguf file"
+
+
+def program(command: str) -> str:
+    """The command as the user typed it: `python train.py`, `python -m llama_jax train` or `llama-jax train`."""
+    typed = Path(sys.argv[0] or "-").name
+    if typed in ("train.py", "infer.py"):  # the scripts of the repository
+        script = f"{command}.py" if command in ("train", "infer") else f"-m llama_jax {command}"
+        return f"python {script}"
+    return f"python -m llama_jax {command}".rstrip() if typed == "__main__.py" else f"llama-jax {command}".rstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, aliases, and flags that are refused with a reason."""
+
+    def __init__(self, command: str, description: str, *, examples: str = ""):
+        """A parser with --help, --version, --quiet and --verbose.
+
+        Args:
+            command: Name of the command, e.g. "eval compare".
+            description: First paragraph of --help.
+            examples: Text at the end of --help. `PROGRAM` stands for the program's name.
+        """
+        super().__init__(
+            prog=program(command),
+            description=description,
+            epilog=examples.replace("PROGRAM", program(command)),
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self.aliases: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError in place of argparse's usage and exit."""
+        raise ConfigError(f"{message} ({self.prog} --help lists the flags)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the arguments after the command's name, and apply --quiet and --verbose.
+
+        Raises:
+            ConfigError: an unknown flag, a value that is not allowed, or a missing argument.
+        """
+        group = self.add_argument_group("general")
+        group.add_argument("-h", "--help", action="help", help="print this page")
+        group.add_argument("--version", action="version", version=version(), help="print the version")
+        group.add_argument("--quiet", action="store_true", help="no progress bars and no messages except errors")
+        group.add_argument("--verbose", action="store_true", help="more messages, and the traceback of an error")
+        options, unknown = super().parse_known_args(self._canonical(argv))
+        if unknown:
+            self._unknown(unknown[0])
+        set_verbosity(quiet=options.quiet, verbose=options.verbose)
+        return options
+
+    def _canonical(self, argv: Sequence[str]) -> list[str]:
+        """The arguments with each flag under its first name, and joined with its value by an equals sign."""
+        result: list[str] = []
+        rest = list(argv)
+        while rest:
+            arg = rest.pop(0)
+            if arg == "--":
+                return [*result, arg, *rest]
+            name, equals, value = arg.partition("=")
+            flag = self._flag(name)
+            if flag is None:
+                result.append(arg)
+                continue
+            takes_one = self._option_string_actions[flag].nargs is None
+            if not equals and takes_one and rest and self._flag(rest[0].partition("=")[0]) is None:
+                equals, value = "=", rest.pop(0)
+            result.append(f"{flag}{equals}{value}")
+        return result
+
+    def _flag(self, name: str) -> str | None:
+        """The flag of that name or alias, with underscores; ConfigError for a refused one, None for anything else."""
+        if not name.startswith("-") or name.strip("-") == "":
+            return None
+        plain = name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
+        if plain in self.refused:
+            raise ConfigError(f"{name} is not a flag of {self.prog}: {self.refused[plain]}")
+        flag = self.aliases.get(plain, plain)
+        return flag if flag in self._option_string_actions else None
+
+    def _unknown(self, arg: str) -> NoReturn:
+        if not arg.startswith("-"):
+            self.error(f"unexpected argument {brief(arg)}")
+        word = arg.partition("=")[0]
+        flags = {flag.lstrip("-"): flag for flag in [*self._option_string_actions, *self.aliases]}
+        near = nearest(word.lstrip("-").replace("-", "_"), list(flags), cutoff=0.7)
+        for plain, flag in flags.items():
+            near = near.replace(f"{plain!r}", f"{self.aliases.get(flag, flag)!r}")
+        self.error(f"unknown argument {brief(word)}{near}")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help that ends with the allowed values and the default of each flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(100, max(60, _terminal_width() - 2)))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, _, default = (action.help or "").partition(" (default: ")
+        facts = [getattr(action.type, "allowed", "")]
+        if default:
+            facts.append(f"default: {default.removesuffix(')')}")
+        elif action.default not in (None, True, False, argparse.SUPPRESS, []):
+            facts.append(f"default: {action.default}")
+        known = "; ".join(fact for fact in facts if fact)
+        return f"{text} ({known})" if known else text
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size().columns
+    except OSError:
+        return 100
+
+
+def version() -> str:
+    """The line that --version prints."""
+    return f"llama_jax {llama_jax.__version__}"
+
+
+def set_verbosity(*, quiet: bool, verbose: bool) -> None:
+    """Apply --quiet and --verbose to progress bars and to log messages."""
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose exclude each other: give one of them")
+    progress.enabled = not quiet
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING
+    logging.getLogger("llama_jax").setLevel(level)
+    if verbose and not logging.getLogger().handlers:
+        logging.basicConfig(format="%(message)s")
+
+
+# Types of values. `allowed` is what --help says about them.
+
+
+def _typed(convert: Callable[[str], Any], allowed: str, shown: str | None = None) -> Callable[[str], Any]:
+    """A type for argparse whose error says what is allowed. `shown` is what --help says about it."""
+
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {brief(text)}") from None
+
+    brief_form = allowed.removeprefix("a whole number ").removeprefix("a number ").removeprefix("of ")
+    parse.allowed = brief_form if shown is None else shown  # type: ignore[attr-defined]
+    return parse
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of a whole number within bounds."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise ValueError
+        return value
+
+    return _typed(convert, f"a whole number {_bounds(low, high)}")
+
+
+def number(low: float, high: float | None = None, note: str = "") -> Callable[[str], float]:
+    """The type of a finite number within bounds. `note` explains a special value, e.g. "0 is greedy"."""
+
+    def convert(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value) or value < low or (high is not None and value > high):
+            raise ValueError
+        return value
+
+    allowed = f"a number {_bounds(low, high)}"
+    return _typed(convert, allowed, f"{_bounds(low, high).removeprefix('of ')}; {note}" if note else None)
+
+
+def _bounds(low: float, high: float | None) -> str:
+    low_text, high_text = (f"{x:f}".rstrip("0").rstrip(".") for x in (low, low if high is None else high))
+    return f"of at least {low_text}" if high is None else f"from {low_text} to {high_text}"
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """The type of a name out of a few, with the nearest one in its error."""
+
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise ConfigError(f"must be one of {', '.join(choices)}, got {brief(text)}{nearest(text, choices)}")
+        return text
+
+    return _typed(convert, f"one of {', '.join(choices)}", ", ".join(choices))
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise ValueError
+    return text
+
+
+path = _typed(_path, "the name of a file, a folder or a hub id", shown="")
+
+
+def _mesh(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            raise ConfigError(
+                f"expected AXIS=N,..., such as data=1,tensor=2, got {brief(part)} in {brief(text)}"
+            ) from None
+    return sizes
+
+
+mesh = _typed(_mesh, "AXIS=N,...", shown="such as data=1,tensor=2")
+
+
+# Flags that commands share.
+
+_MODEL_ALIASES = {"-m": "--model", "--lora": "--adapter", "--chat_template": "--chat_format"}
+_SAMPLING_ALIASES = {
+    "-n": "--max_new_tokens",
+    "--n_predict": "--max_new_tokens",
+    "--predict": "--max_new_tokens",
+    "--max_tokens": "--max_new_tokens",
+    "--temp": "--temperature",
+    "-s": "--seed",
+    "--repeat_penalty": "--repetition_penalty",
+}
+_ONE_CACHE = "the KV cache is as long as the prompt and --max_new_tokens need"
+_ALL_LAYERS = "all layers run on the accelerator if there is one; --mesh chooses devices, JAX_PLATFORMS=cpu the CPU"
+_THREADS = "XLA takes all cores; taskset limits them"
+_REFUSED = {
+    "-ngl": _ALL_LAYERS,
+    "--gpu_layers": _ALL_LAYERS,
+    "--n_gpu_layers": _ALL_LAYERS,
+    "--device": _ALL_LAYERS,
+    "--device_map": _ALL_LAYERS,
+    "-c": _ONE_CACHE,
+    "--ctx_size": _ONE_CACHE,
+    "--max_model_len": _ONE_CACHE,
+    "-t": _THREADS,
+    "--threads": _THREADS,
+    "--tensor_parallel_size": "write --mesh tensor=N",
+    "--load_in_8bit": "write --quantize int8",
+    "--load_in_4bit": "write --quantize int4",
+    "--torch_dtype": "write --dtype float32 or --dtype bfloat16",
+}
+
+
+def add_model_flags(parser: Parser, *, adapter: bool = True) -> None:
+    """Add the flags that `llama_jax.load` takes, except the model itself."""
+    group = parser.add_argument_group("model")
+    if adapter:
+        group.add_argument(
+            "--adapter", type=path, metavar="PATH", help="LoRA adapter (peft) of the model: folder or hub id"
+        )
+    group.add_argument(
+        "--dtype",
+        type=one_of(DTYPES),
+        metavar="NAME",
+        help="dtype of weights, activations and KV cache (default: the checkpoint's own; float32 on a CPU without "
+        "bfloat16 instructions)",
+    )
+    group.add_argument(
+        "--quantize",
+        type=one_of(QUANTIZE),
+        metavar="NAME",
+        help="round the matrices of all layers to groups of 32 while they are read; none unpacks a quantized file "
+        "(default: as stored)",
+    )
+    group.add_argument(
+        "--mesh", type=mesh, metavar="AXIS=N,...", help="devices along the axes of the mesh (default: the first device)"
+    )
+    group.add_argument(
+        "--chat_format",
+        default="auto",
+        metavar="NAME",
+        help="how dialogs are written: auto is the model's own chat template, or Meta's reference format where it has "
+        "none; llama3 is the reference format; anything else is the file of a Jinja template",
+    )
+    parser.aliases |= _MODEL_ALIASES
+    parser.refused |= _REFUSED
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """Add --max_new_tokens, the settings of SamplingParams and --seed."""
+    group = parser.add_argument_group(
+        "sampling", "The defaults of the model (generation_config.json) come before those shown here."
+    )
+    add = group.add_argument
+    add(
+        "--max_new_tokens",
+        type=whole(1),
+        metavar="N",
+        help="new tokens for each prompt (default: 128; 512 in a dialog)",
+    )
+    add(
+        "--temperature",
+        type=number(0, note="0: the likeliest token"),
+        metavar="X",
+        help="divides the logits (default: 0.6)",
+    )
+    add("--top_k", type=whole(0), metavar="K", help="keep the K likeliest tokens; 0 keeps all (default: 0)")
+    add(
+        "--top_p",
+        type=number(1e-6, 1),
+        metavar="P",
+        help="keep the likeliest tokens up to this mass; 1 keeps all (default: 0.9)",
+    )
+    add(
+        "--min_p",
+        type=number(0, 1),
+        metavar="P",
+        help="keep tokens at least P times as likely as the likeliest; 0 keeps all (default: 0)",
+    )
+    add(
+        "--repetition_penalty",
+        type=number(1e-3, 1e6),
+        metavar="X",
+        help="above 1 makes tokens of the prompt and the text so far less likely; 1 is off (default: 1)",
+    )
+    add("--seed", type=whole(0), default=0, metavar="N", help="seed of the first prompt; prompt i draws from seed + i")
+    parser.aliases |= _SAMPLING_ALIASES
+
+
+def sampling_settings(options: argparse.Namespace) -> Mapping[str, Any]:
+    """The settings of SamplingParams that the command line gave, checked.
+
+    Raises:
+        ConfigError: a setting out of its bounds.
+    """
+    from llama_jax.sampling_params import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    SamplingParams(**settings)
+    return settings
+
+
+def human_bytes(size: float) -> str:
+    """A size with three digits and a decimal prefix: "1.23 GB"."""
+    power = min(4, int(math.log10(max(1, size)) // 3))
+    return f"{size / 10 ** (3 * power):.3g} {['', 'k', 'M', 'G', 'T'][power]}B"

@@ -1,0 +1,83 @@
+"""`train`: a training run from its config file. No jax until the arguments are checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_jax import progress
+from llama_jax.cli import recipes
+from llama_jax.cli.exits import CommandError
+from llama_jax.cli.parser import program
+from llama_jax.cli.run_flags import parse_run
+from llama_jax.errors import ConfigError
+from llama_jax.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from llama_jax.train.run import Result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the arguments say, and print the command that samples from the model.
+
+    Returns:
+        0, or 143 where the run was asked to stop and can be resumed.
+    """
+    run, resume = parse_run(argv)
+    _check_base(run)
+
+    import jax
+
+    from llama_jax import compilation_cache
+    from llama_jax.train.run import TrainingError, train
+
+    compilation_cache.enable()
+    _connect(run)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.nullcontext() if progress.enabled else contextlib.redirect_stdout(nowhere):
+                result = train(run, resume=resume)
+    except TrainingError as error:
+        raise CommandError(error) from error
+    if jax.process_index() == 0:
+        print(_outcome(run, result) if result.finished else _next_command(argv))
+    return 0 if result.finished else 143
+
+
+def _check_base(run: RunConfig) -> None:
+    """Name the recipe that makes init_from, where that is a run of a recipe and was not trained yet."""
+    base = Path(run.init_from)
+    if base.parent == Path("runs") and not base.exists() and base.name in recipes.names():
+        raise ConfigError(
+            f"init_from={run.init_from!r} is not there yet: train it first with {program('train')} --config {base.name}"
+        )
+
+
+def _connect(run: RunConfig) -> None:
+    """Join the other processes of the run."""
+    import jax
+
+    connection = run.distributed
+    if connection.coordinator == "auto":
+        jax.distributed.initialize()
+    elif connection.coordinator:
+        jax.distributed.initialize(connection.coordinator, connection.num_processes, connection.process_id)
+
+
+def _outcome(run: RunConfig, result: Result) -> str:
+    """The pictures and files of a finished run, and the command that samples from it."""
+    lines = [f"loss: {result.folder / 'loss.png'}"]
+    if run.lora.rank:
+        lines.append(f"adapter: {result.folder / 'adapter'}")
+    flags = result.command()[2:]  # after python infer.py
+    return "\n".join([*lines, "Sample from it with:", f"  {program('infer')} {shlex.join(flags)}"])
+
+
+def _next_command(argv: Sequence[str]) -> str:
+    """The command that continues a run."""
+    flags = [arg for arg in argv if arg not in ("--noresume", "--no-resume", "--no_resume", "--resume=false")]
+    return f"The same command continues from there:\n  {program('train')} {shlex.join(flags)}"

@@ -1,0 +1,190 @@
+"""Samples as token ids and targets.
+
+A target is a token that the loss counts: what the assistant says in the messages that are learnt, a completion with
+the token that ends it, or all of a text; of a pair, what comes after the prompt that both answers share.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from llama_jax.data.corpus import Document
+from llama_jax.data.records import BadLine, Completion, Dialog, Pair, Sample
+from llama_jax.errors import ConfigError
+from llama_jax.text.record_encoder import NameInText
+
+# Token ids, and whether each is a target. None: all are.
+Encoded = tuple[list[int], list[bool] | None]
+# Values of data.too_long: what happens to a record that is longer than a row.
+TOO_LONG = ("drop", "cut", "refuse")
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that data needs."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids. All are below it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes whenever the ids of some text would."""
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text."""
+
+    def encode_dialog(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        learn: Sequence[bool] | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a dialog, and a mask of what the assistant says in the messages that `learn` flags.
+
+        Raises:
+            ValueError: the messages are no dialog.
+        """
+
+
+class TooLong(ValueError):
+    """A record that is longer than a row and may not be cut."""
+
+
+class EncodedSample(NamedTuple):
+    """A record as token ids.
+
+    Attributes:
+        name: name of the record, "file:line".
+        documents: its documents: two of a pair, otherwise one.
+        marked: it has a message of the assistant that carries a mark not to be learnt.
+        cut: its last tokens were left out, because it is longer than a row.
+    """
+
+    name: str
+    documents: tuple[Encoded, ...]
+    marked: bool = False
+    cut: bool = False
+
+
+def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_length: int | None) -> Encoded:
+    """The ids of a sample, and which of them are targets.
+
+    A text is bos + text + eos. A completion is bos + prompt + completion + eos with nothing between. A dialog is what
+    the run's chat format makes of it.
+
+    Args:
+        sample: the sample.
+        tokenizer: the run's tokenizer.
+        max_length: the most tokens of a dialog or a completion. None sets no limit. Texts have none.
+
+    Raises:
+        ValueError: the sample cannot be used. The message says why.
+        TooLong: it is longer than max_length.
+        ConfigError: the tokenizer cannot be used for it.
+    """
+    if isinstance(sample, Document):
+        return tokenizer.encode(sample.text, bos=True, eos=True), None
+    if isinstance(sample, Completion):
+        prompt = tokenizer.encode(sample.prompt, bos=True)
+        completion = tokenizer.encode(sample.completion, eos=True)
+        ids, targets = prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    else:
+        ids, targets = tokenizer.encode_dialog(sample.messages, tools=sample.tools, learn=sample.learn)
+        _check_answers(sample)
+    if max_length is None or len(ids) <= max_length:
+        return ids, targets
+    raise TooLong(f"{len(ids):,} tokens are more than data.sequence_length={max_length}")
+
+
+def cut(encoded: Encoded, max_length: int | None) -> Encoded:
+    """The first `max_length` tokens of a dialog or a completion.
+
+    This teaches nothing wrong. The tokens that are left are predicted from what came before them, and the end of the
+    turn is not learnt where it was cut off.
+
+    Raises:
+        TooLong: none of the tokens that are left is a target.
+    """
+    ids, targets = encoded
+    if max_length is None or targets is None or len(ids) <= max_length:
+        return encoded
+    if not any(targets[1:max_length]):
+        raise TooLong(
+            f"{len(ids):,} tokens are more than data.sequence_length={max_length}, and the first {max_length} of them "
+            "have nothing to learn"
+        )
+    return ids[:max_length], targets[:max_length]
+
+
+def encode_pair(pair: Pair, tokenizer: Encoder, *, max_length: int | None) -> tuple[Encoded, Encoded]:
+    """The chosen and the rejected answer of a pair, each after the prompt, as `encode` has them.
+
+    Targets are what the assistant says after the prompt, not its earlier turns in it; of texts the answer and its eos.
+    (TRL 1.16 counts everything after the prompt, users' and tools' turns within an answer too, and merges text across
+    the border of prompt and answer. For one answer of the assistant the two are the same.)
+
+    Args:
+        pair: the pair.
+        tokenizer: the run's tokenizer.
+        max_length: the most tokens of both answers together, since they share a row. None sets no limit.
+
+    Raises:
+        ValueError: the pair cannot be used. The message says why.
+        TooLong: it is longer than max_length. Pairs are not cut: their losses compare whole answers.
+        ConfigError: the tokenizer cannot be used for it.
+    """
+    chosen, rejected = (encode(answer, tokenizer, max_length=None) for answer in (pair.chosen, pair.rejected))
+    if chosen[0] == rejected[0]:
+        raise ValueError("'chosen' and 'rejected' are the same: there is nothing to prefer")
+    one, other = len(chosen[0]), len(rejected[0])
+    if max_length is not None and one + other > max_length:
+        raise TooLong(
+            f"{one:,} tokens of 'chosen' and {other:,} of 'rejected' are more than data.sequence_length={max_length}, "
+            "and a pair must fit into one row"
+        )
+    return chosen, rejected
+
+
+def try_encode(
+    sample: Sample, tokenizer: Encoder, *, max_length: int | None, too_long: str = "drop"
+) -> EncodedSample | BadLine:
+    """A sample as token ids, or a BadLine that says what is wrong with it.
+
+    `too_long` is one of TOO_LONG; "drop" and "refuse" give a BadLine for a record that is longer than `max_length`.
+    """
+    try:
+        if isinstance(sample, Pair):
+            return EncodedSample(sample.name, encode_pair(sample, tokenizer, max_length=max_length))
+        marked = isinstance(sample, Dialog) and sample.marked
+        if too_long != "cut":
+            return EncodedSample(sample.name, (encode(sample, tokenizer, max_length=max_length),), marked)
+        whole = encode(sample, tokenizer, max_length=None)
+        kept = cut(whole, max_length)
+        return EncodedSample(sample.name, (kept,), marked, cut=len(kept[0]) < len(whole[0]))
+    except NameInText as error:
+        raise NameInText(f"{sample.name}: {error}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        return BadLine.of(sample.name, error, too_long=isinstance(error, TooLong))
+    except RecursionError:
+        return BadLine.of(sample.name, "nested too deeply")
+
+
+def _check_answers(dialog: Dialog) -> None:
+    """Refuse a sound dialog that has nothing to learn."""
+    spoken = [message["role"] == "assistant" for message in dialog.messages]
+    if not any(spoken):
+        raise ValueError("no message is the assistant's: there is nothing to learn")
+    learn = spoken if dialog.learn is None else dialog.learn
+    if not any(learn):
+        raise ValueError("no message of the assistant is to be learnt: there is nothing to learn")
+    for i, (message, learnt) in enumerate(zip(dialog.messages, learn, strict=True)):
+        if learnt and not message.get("tool_calls") and not _has_text(message.get("content")):
+            raise ValueError(f"messages[{i}]: the assistant's answer is empty")
+
+
+def _has_text(content: object) -> bool:
+    """Whether a message's content, a string or a list of parts, has more than white space."""
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
+    return any(text.strip() for text in texts)

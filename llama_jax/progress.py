@@ -1,0 +1,47 @@
+"""Progress bars on standard error: one look for all long phases.
+
+Floor 0: no jax here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+Group = TypeVar("Group", bound=Sized)
+
+enabled = True  # --quiet sets it to False
+_DELAY = 3.0  # seconds: what ends before needs no bar
+
+
+def counted(groups: Iterable[Group], title: str, *, unit: str, shown: bool) -> Iterator[Group]:
+    """The groups, with a bar that counts the items of those that are done."""
+    groups = list(groups)
+    with bar(sum(map(len, groups)), title, unit=unit, shown=shown, delay=0) as progress:
+        for group in groups:
+            yield group
+            progress.update(len(group))
+
+
+def bar(total: int | None, title: str, *, unit: str = "B", shown: bool = True, delay: float = _DELAY) -> Any:
+    """A progress bar as a context manager with `update(count)`.
+
+    Args:
+        total: the number of units; None where it is not known.
+        title: the phase, e.g. "loading".
+        unit: the unit; "B" counts bytes with binary prefixes.
+        shown: False makes a bar that prints nothing.
+        delay: seconds before the bar appears, so that short phases stay silent.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=title,
+        unit=unit,
+        unit_scale=unit == "B",
+        delay=delay,
+        mininterval=0.5,
+        leave=False,
+        disable=not (shown and enabled),
+    )

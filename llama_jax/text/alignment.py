@@ -1,0 +1,42 @@
+"""The place of each token in the text that was encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_WINDOW = 64  # bytes that a vocabulary may lack tokens for, in a row
+
+
+def byte_offsets(text: bytes, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
+    """The (start, end) of each token in a text, in bytes.
+
+    In byte-level vocabularies the tokens, joined, are the text. Others put a space before a text, which has no place
+    in it, and some have no token for a rare character.
+
+    Args:
+        text: text in UTF-8.
+        tokens: bytes of each token that the text was encoded to.
+
+    Raises:
+        ValueError: the tokens do not follow the text, for example because the tokenizer changes it first.
+    """
+    offsets = []
+    at = 0
+    for token in tokens:
+        if not text.startswith(token, at):
+            bare = token.removeprefix(b" ")
+            if text.startswith(bare, at):
+                token = bare
+            else:
+                skipped = text.find(bare, at, at + _WINDOW + len(bare))
+                if skipped < 0:
+                    raise ValueError(
+                        f"the token {token!r} is not where it should be in the text, near {text[at : at + 20]!r}: "
+                        "what the assistant says cannot be told from the rest with this tokenizer"
+                    )
+                at, token = skipped, bare
+        offsets.append((at, at + len(token)))
+        at += len(token)
+    if len(text) - at > _WINDOW:
+        raise ValueError("the tokens end before the text does")
+    return offsets

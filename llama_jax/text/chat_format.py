@@ -1,0 +1,476 @@
+"""The chat format of a model: how a dialog becomes token ids, and how the model's answer becomes a message again.
+
+There are two kinds. `Llama3Format` is Meta's reference format (`chat`). `TemplateFormat` is the model's own chat
+template, with the ids of transformers' `apply_chat_template`. `choose` picks one of them for sampling, training,
+evaluation and export alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from llama_jax.text import alignment, chat, chat_template, control_tokens, rendering, template, tool_calls
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.messages import Messages, plain_messages
+from llama_jax.text.tokenizer import Tokenizer
+
+AUTO, LLAMA3 = "auto", "llama3"
+
+# Around the name of a control token in a content, while it is rendered. Unicode keeps these for use within programs.
+_START, _END = "\ufdd0", "\ufdd1"
+_SPOKEN = re.compile(f"[{rendering.SPOKEN_START}{rendering.SPOKEN_END}]")
+_PROBE = "zq7"  # the content of an assistant's message by which the end of a turn is found
+
+Date = tuple[int, int, int]
+
+
+class ChatFormat(Protocol):
+    """What every chat format can do.
+
+    Attributes:
+        name: "llama3" or "template".
+        template: the template that is saved with the model, so that others write the same dialogs. None if the
+            tokenizer lacks the control tokens of Meta's reference format.
+        fingerprint: hash of everything that ids depend on besides the tokenizer; "" for Meta's reference format.
+        stop_tokens: ids that end an answer in this format, in addition to those of the tokenizer.
+    """
+
+    name: str
+    template: ChatTemplate | None
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def encode(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Returns the ids of a dialog. A message that `Llama.chat` returned keeps the ids that were generated."""
+
+    def encode_for_training(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
+
+        `learn` has one flag for each message; the mask leaves out the assistant's messages whose flag is False.
+        """
+
+    def parse(self, ids: Iterable[int]) -> dict[str, Any]:
+        """Returns the message that the ids of an answer stand for.
+
+        It has `role`, `content` and `tool_calls` in OpenAI's shape, and `tokens`, by which `encode` writes it again.
+        """
+
+
+def choose(
+    tokenizer: Tokenizer, own: ChatTemplate | str | None, setting: str = AUTO, *, date: Date | None = None
+) -> ChatFormat:
+    """The chat format of a model.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        own: the model's own template, also as its Jinja source alone, or None.
+        setting: "auto" is the model's own template, and Meta's reference format where it has none. "llama3" is the
+            reference format. Anything else is the path of a file that holds a Jinja template.
+        date: year, month and day that a template's `strftime_now` has; None is the current day.
+
+    Raises:
+        ConfigError: a setting that is neither of the two names nor a file.
+        ValueError: a template file that cannot be read.
+    """
+    if setting == LLAMA3:
+        return Llama3Format(tokenizer)
+    if isinstance(own, str):
+        own = ChatTemplate({chat_template.DEFAULT: own}, tokens_of(tokenizer))
+    if setting != AUTO:
+        own = chat_template.read_file(setting, own.tokens if own else tokens_of(tokenizer))
+    # The template that this package writes into its exports is the reference format itself.
+    if own is None or set(own.sources.values()) == {template.CHAT_TEMPLATE}:
+        return Llama3Format(tokenizer)
+    return TemplateFormat(tokenizer, own, date=date)
+
+
+def tokens_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """The variables of special tokens for a template, where no file names them."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    return {name: tokenizer.decode([i]) for name, i in ids.items() if i is not None}
+
+
+class Llama3Format:
+    """Meta's reference format; see `chat`."""
+
+    name = LLAMA3
+    fingerprint = ""
+    stop_tokens: tuple[int, ...] = ()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Takes a tokenizer. One without the format's control tokens is refused when a dialog is encoded."""
+        self.tokenizer = tokenizer
+        fits = template.fits(tokenizer.vocabulary)
+        source = {chat_template.DEFAULT: template.CHAT_TEMPLATE}
+        self.template = ChatTemplate(source, tokens_of(tokenizer)) if fits else None
+
+    def encode(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Returns the ids of a dialog; errors as in `chat.encode_dialog`."""
+        generated = _generated(messages, self.parse, self.tokenizer.vocab_size, self.tokenizer.stop_tokens)
+        return chat.encode_dialog(
+            self.tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt, generated=generated
+        )[0]
+
+    def encode_for_training(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a dialog and the mask of what the assistant says; errors as in `chat.encode_dialog`."""
+        return chat.encode_dialog(self.tokenizer, messages, tools=tools, add_generation_prompt=False, learn=learn)
+
+    def parse(self, ids: Iterable[int]) -> dict[str, Any]:
+        """Returns the message that an answer stands for; see `chat.parse_assistant`."""
+        tokens = _to_stop(ids, self.tokenizer.stop_tokens)
+        message = chat.parse_assistant(tokens, tokenizer=self.tokenizer)
+        return {**message, "tool_calls": tool_calls.with_ids(message["tool_calls"]), "tokens": tokens}
+
+
+class TemplateFormat:
+    """A model's own chat template.
+
+    Ids are those of `apply_chat_template` in transformers. Contents stay text: where a message or a tool holds the name
+    of a control token, the name is marked before it is rendered and is encoded as the plain text that it is. The ids
+    are then those of `apply_chat_template(..., sanitize_control_tokens=True)`.
+    """
+
+    name = "template"
+
+    def __init__(self, tokenizer: Tokenizer, own: ChatTemplate, *, date: Date | None = None) -> None:
+        """Takes a tokenizer, a template, and the day that `strftime_now` has (None is the current one)."""
+        self.tokenizer = tokenizer
+        self.template = own
+        self.date = date
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the template, its tokens and the date that it reads."""
+        dated = any("strftime_now" in source for source in self.template.sources.values())
+        return self.template.fingerprint + (f" {self.date}" if dated else "")
+
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The control token that the template writes after what the assistant says, if there is one."""
+        dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            text = self._render(dialog, None, add_generation_prompt=False).text
+        except ValueError:
+            return ()
+        found = self._names.search(text.rpartition(_PROBE)[2]) if _PROBE in text else None
+        return (self.tokenizer.special_tokens[found[0]],) if found else ()
+
+    def encode(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Returns the ids of a dialog.
+
+        A message that `Llama.chat` returned keeps its `tokens`, if the template leaves what comes before them as it
+        was.
+
+        Raises:
+            ValueError: no dialog, or one that the template refuses; the message has the template's reason.
+            ConfigError: the template cannot be used.
+        """
+        stops = (*self.tokenizer.stop_tokens, *self.stop_tokens) if _have_tokens(messages) else ()
+        generated = _generated(messages, self.parse, self.tokenizer.vocab_size, stops)
+        cuts = [cut for i in generated for cut in ((i, True), (i + 1, False))]
+        found = self._render(messages, tools, add_generation_prompt=add_generation_prompt, cuts=cuts)
+        ids: list[int] = []
+        at = 0
+        for tokens, before, after in zip(generated.values(), found.cuts[::2], found.cuts[1::2], strict=True):
+            closing = self.tokenizer.decode(tokens[-1:])
+            place = found.text.rfind(closing, before.length, after.length)
+            if before.common == before.length and after.common == after.length and place >= 0:
+                ids += self._ids(found.text[at : before.length], found.marked) + tokens
+                at = place + len(closing)
+        return ids + self._ids(found.text[at:], found.marked)
+
+    def encode_for_training(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
+
+        The assistant says what its message adds to the rendering after the generation prompt, up to the last control
+        token in it; white space after that is the template's. A template with the tag {% generation %} says itself
+        where the assistant speaks. An assistant's message that begins the dialog is not in the mask: nothing asks for
+        it.
+
+        Raises:
+            ValueError: no dialog, one that the template refuses, or one in which the rendering of the longer dialog
+                does not begin with that of the shorter one.
+            ConfigError: the template cannot be used.
+        """
+        speakers = [i for i, message in enumerate(plain_messages(messages)) if message["role"] == "assistant"]
+        if learn is not None and len(learn) != len(messages):
+            raise ValueError(f"learn must have one flag for each of the {len(messages)} messages, got {len(learn)}")
+        tagged = self._tagged(messages, tools, len(speakers))
+        found, spans = tagged or self._added(messages, tools, speakers)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []  # in bytes of the rendering
+        for piece in self._pieces(found.text, found.marked):
+            start = _bytes(found.text[: piece.start])
+            tokens = [self.tokenizer.decode_bytes([i]) for i in piece.ids]
+            own = alignment.byte_offsets(_utf8(piece.text), tokens)
+            ids += piece.ids
+            offsets += [(start + first, start + last) for first, last in own]
+        mask = [False] * len(ids)
+        for speaker, (start, stop) in zip(speakers, spans, strict=True):
+            if learn is None or learn[speaker]:
+                first, last = _bytes(found.text[:start]), _bytes(found.text[:stop])
+                inside = [k for k, (begin, end) in enumerate(offsets) if begin < last and end > first]
+                for k in inside if tagged else self._without_space(inside, ids):
+                    mask[k] = True
+        return ids, mask
+
+    def parse(self, ids: Iterable[int]) -> dict[str, Any]:
+        """Returns the message that an answer stands for, with tool calls in any of the ways of `tool_calls`."""
+        stops = (*self.tokenizer.stop_tokens, *self.stop_tokens)
+        tokens = _to_stop(ids, stops)
+        said = tokens[:-1] if tokens and tokens[-1] in stops else tokens
+        content, calls = tool_calls.parse(self.tokenizer.decode(said))
+        if not calls:  # the name of a control token is text where it was generated as text
+            content = self.tokenizer.decode(said, skip_special=True)
+        content = self._names.sub("", content) if calls else content
+        return {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": tool_calls.with_ids(calls),
+            "tokens": tokens,
+        }
+
+    def render(
+        self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """Returns the text of a dialog, in which names of control tokens stand for the tokens, as others hand it on.
+
+        Errors are those of `encode`.
+        """
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt, marked=False).text
+
+    # ---- rendering ----
+
+    def _render(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None,
+        *,
+        add_generation_prompt: bool,
+        cuts: Sequence[tuple[int, bool]] = (),
+        mark: bool = False,
+        marked: bool | None = None,
+    ) -> _Rendered:
+        """The rendering of a dialog. `marked` marks names of control tokens; None does where there are some."""
+        source = self.template.source(tools)
+        dialog = plain_messages(messages, keeps_developer="developer" in source)
+        builtin = [tool for tool in tools or () if isinstance(tool, str)]
+        if builtin and "builtin_tools" not in source:
+            raise ValueError(
+                f"the chat template has no built-in tools: give {builtin[0]!r} as the schema of a function"
+            )
+        given = {"messages": dialog, "tools": [tool for tool in tools or () if not isinstance(tool, str)] or None}
+        given |= {"builtin_tools": builtin} if builtin else {}
+        if marked is None:
+            marked = any(self._names.search(text) for text in _strings(given))
+        if marked:
+            given = _mark(given, self._names)
+        variables = {**self.template.tokens, **given, "documents": None, "add_generation_prompt": add_generation_prompt}
+        parts = [str(message["content"]) for message in given["messages"] if _is_parts(message.get("content"))]
+        try:
+            found = rendering.render(source, variables, cuts=cuts, mark=mark, date=self.date)
+            if not any(text in found.text for text in parts):
+                return _Rendered(found.text, found.cuts, marked)
+        except rendering.Refused:
+            if not parts:
+                raise
+        # The template takes only strings as contents.
+        joined = [{**m, "content": _joined(m["content"])} if _is_parts(m.get("content")) else m for m in dialog]
+        options = {"add_generation_prompt": add_generation_prompt, "cuts": cuts, "mark": mark, "marked": marked}
+        return self._render(joined, tools, **options)
+
+    def _tagged(
+        self, messages: Messages, tools: Sequence[Any] | None, count: int
+    ) -> tuple[_Rendered, list[tuple[int, int]]] | None:
+        """The rendering and the spans that {% generation %} encloses; None if they are not one for each message."""
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.template.source(tools)):
+            return None
+        found = self._render(messages, tools, add_generation_prompt=False)
+        parts = _SPOKEN.split(self._render(messages, tools, add_generation_prompt=False, mark=True).text)
+        if "".join(parts) != found.text or len(parts) != 2 * count + 1:
+            return None
+        places = [0]
+        for part in parts:
+            places.append(places[-1] + len(part))
+        return found, [(places[k], places[k + 1]) for k in range(1, len(parts), 2)]
+
+    def _added(
+        self, messages: Messages, tools: Sequence[Any] | None, speakers: Sequence[int]
+    ) -> tuple[_Rendered, list[tuple[int, int]]]:
+        """The rendering and the span that each of the assistant's messages adds to it."""
+        cuts = [cut for i in speakers if i for cut in ((i, False), (i, True), (i + 1, False))]
+        found = self._render(messages, tools, add_generation_prompt=False, cuts=cuts)
+        places = dict(zip(cuts, found.cuts, strict=True))
+        spans = []
+        for i in speakers:
+            if i == 0:
+                spans.append((0, 0))
+                continue
+            prompt = places[i, True]
+            if prompt.common < prompt.length:
+                # The prompt may go on, for example with <think>, where the message does not.
+                start = max(self._end(places[i, False], i, found.text), prompt.common)
+            else:
+                start = prompt.length
+            spans.append((start, self._end(places[i + 1, False], i + 1, found.text)))
+        return found, spans
+
+    def _end(self, cut: rendering.Cut, count: int, text: str) -> int:
+        """The place where the first messages of a dialog end in the rendering of the whole dialog.
+
+        Some templates write one more control token at the end of a whole dialog. It is no part of the messages.
+
+        Raises:
+            ValueError: the rendering of the first messages is not the beginning of the whole.
+        """
+        if cut.common == cut.length:
+            return cut.length
+        bare = cut.tail.rstrip()
+        last = next((match for match in self._names.finditer(bare) if match.end() == len(bare)), None)
+        if last and cut.length - len(cut.tail) + last.start() <= cut.common:
+            return cut.length - len(cut.tail) + last.start()
+        raise ValueError(
+            f"the chat template writes the first {count} messages in another way when more follow (from character "
+            f"{cut.common:,} on: {text[cut.common : cut.common + 40]!r}), so that what the assistant says cannot be "
+            "told from the rest"
+        )
+
+    def _without_space(self, places: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
+        """The places of tokens, without those of white space after the last control token among them."""
+        control = set(self.tokenizer.special_tokens.values())
+        last = next((n for n in range(len(places) - 1, -1, -1) if ids[places[n]] in control), None)
+        if last is not None and not self.tokenizer.decode([ids[k] for k in places[last + 1 :]]).strip():
+            return places[: last + 1]
+        return places
+
+    # ---- ids ----
+
+    @property
+    def _names(self) -> re.Pattern[str]:
+        return control_tokens.pattern(self.tokenizer)
+
+    @functools.cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """A marked name of a control token, or a mark that the template has separated from its name."""
+        return re.compile(f"{_START}({self._names.pattern}){_END}|[{_START}{_END}]")
+
+    def _ids(self, text: str, marked: bool) -> list[int]:
+        return [i for piece in self._pieces(text, marked) for i in piece.ids]
+
+    def _pieces(self, text: str, marked: bool) -> Iterator[_Piece]:
+        """The rendering cut at its marks, each piece with its ids."""
+        at = 0
+        for match in self._marks.finditer(text) if marked else ():
+            if at < match.start():
+                yield self._piece(text[at : match.start()], at, control=True)
+            if match[1]:
+                yield self._piece(match[1], match.start(1), control=False)
+            at = match.end()
+        if at < len(text):
+            yield self._piece(text[at:], at, control=True)
+
+    def _piece(self, text: str, start: int, *, control: bool) -> _Piece:
+        """A piece with its ids, without the space that some tokenizers put before a text, unless it is the first."""
+        encode = functools.partial(self.tokenizer.encode, special_tokens=control)
+        if start:
+            newline, ids = encode("\n"), encode("\n" + text)
+            if ids[: len(newline)] == newline:
+                return _Piece(text, start, ids[len(newline) :])
+        return _Piece(text, start, encode(text))
+
+
+class _Rendered(NamedTuple):
+    """A rendering (see `rendering.Rendering`), and whether names in it are marked."""
+
+    text: str
+    cuts: list[rendering.Cut]
+    marked: bool
+
+
+class _Piece(NamedTuple):
+    """Part of a rendering: its text, its place in it, and its ids."""
+
+    text: str
+    start: int
+    ids: list[int]
+
+
+def _generated(
+    messages: Any, parse: Callable[[list[int]], dict[str, Any]], vocab_size: int, stops: Sequence[int]
+) -> dict[int, list[int]]:
+    """The ids of those messages that a model has generated and nobody has changed, by their place."""
+    found = {}
+    for i, message in enumerate(messages if _have_tokens(messages) else ()):
+        tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None
+        whole = tool_calls.are_tokens(tokens, vocab_size) and tokens[-1] in stops
+        if whole and tool_calls.same(parse(tokens), message):
+            found[i] = list(tokens)
+    return found
+
+
+def _have_tokens(messages: Any) -> bool:
+    listed = isinstance(messages, list | tuple)
+    return listed and any(isinstance(message, Mapping) and "tokens" in message for message in messages)
+
+
+def _to_stop(ids: Iterable[int], stops: Sequence[int]) -> list[int]:
+    """The ids up to the first stop token, and that one."""
+    tokens = [int(i) for i in ids]
+    return tokens[: next((k for k, i in enumerate(tokens) if i in stops), len(tokens)) + 1]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping | list | tuple):
+            waiting += item.values() if isinstance(item, Mapping) else item
+
+
+def _mark(value: Any, names: re.Pattern[str]) -> Any:
+    """A value with marks around the names of control tokens in its strings, but not in its keys."""
+    if isinstance(value, str):
+        return names.sub(rf"{_START}\g<0>{_END}", value.replace(_START, "").replace(_END, ""))
+    if isinstance(value, Mapping):
+        return {key: _mark(item, names) for key, item in value.items()}
+    return [_mark(item, names) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether a content is a list of parts of text."""
+    listed = isinstance(content, list | tuple) and bool(content)
+    return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
+
+
+def _joined(parts: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(part["text"] for part in parts)
+
+
+def _utf8(text: str) -> bytes:
+    """A text in UTF-8 as tokenizers read it: pairs of surrogates are characters, and lone ones are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _bytes(text: str) -> int:
+    return len(_utf8(text))

@@ -1,0 +1,62 @@
+"""Names of control tokens in text, such as "<|eot_id|>": where they stand, and what becomes of a whole prompt.
+
+Text from users keeps them as plain text. A prompt or a document that was rendered with a chat template needs them as
+control tokens, and only its author knows which it is: `parse_special` says so, under llama.cpp's name for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable
+
+from llama_jax.text.tokenizer import Tokenizer
+
+AS_TEXT = "⟨as text⟩"
+
+
+def pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """A pattern that matches the name of any control token, the longest first."""
+    return _pattern(tuple(tokenizer.special_tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+def first_name(tokenizer: Tokenizer, text: str) -> str | None:
+    """The first name of a control token in a text, or None."""
+    match = pattern(tokenizer).search(text)
+    return None if match is None else match[0]
+
+
+def shown(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of ids for people: a control token by its name, and a name that is plain text with a mark after it."""
+    control = set(tokenizer.special_tokens.values())
+    runs = itertools.groupby(map(int, ids), key=control.__contains__)
+    names = pattern(tokenizer)
+    texts = ((is_control, tokenizer.decode(list(run))) for is_control, run in runs)
+    return "".join(text if is_control else names.sub(rf"\g<0>{AS_TEXT}", text) for is_control, text in texts)
+
+
+def encode_text(
+    tokenizer: Tokenizer, text: str, *, parse_special: bool, bos: bool = True, eos: bool = False
+) -> list[int]:
+    """Returns the ids of a whole text.
+
+    Args:
+        tokenizer: any.
+        text: any string.
+        parse_special: names of control tokens in `text` are these tokens. A text that already begins with `bos_id`, or
+            ends with a stop token, gets no second one.
+        bos: put `bos_id` first, if there is one.
+        eos: put `eos_id` last, if there is one.
+    """
+    ids = tokenizer.encode(text, special_tokens=parse_special)
+    if bos and tokenizer.bos_id is not None and not (parse_special and ids[:1] == [tokenizer.bos_id]):
+        ids = [tokenizer.bos_id, *ids]
+    if eos and tokenizer.eos_id is not None and not (parse_special and ids and ids[-1] in tokenizer.stop_tokens):
+        ids.append(tokenizer.eos_id)
+    return ids

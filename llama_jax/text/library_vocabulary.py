@@ -1,0 +1,334 @@
+"""Vocabularies for the `tokenizers` library: the contents of a tokenizer.json, checked before the library runs them."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from llama_jax.errors import ConfigError, brief, one_line
+from llama_jax.text import patterns
+from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, unspelled
+
+_MAX_GROWTH = 1_000  # characters that a normalizer may make of one
+_MAX_REPLACEMENT = 256  # bytes of a replacement in a compiled character map; NFKC's longest has 33
+_MODEL_KEYS = set(
+    "type vocab merges dropout unk_token unk_id continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback "
+    "ignore_merges max_input_chars_per_word".split()
+)
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+Step = Callable[[str | bytes], str | bytes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LibraryVocabulary(Vocabulary):
+    """A vocabulary whose ids come from the `tokenizers` library.
+
+    Attributes:
+        contents: contents of a tokenizer.json, in one form for all files that mean the same.
+        decoder: decoder in `contents`.
+    """
+
+    contents: str
+    decoder: Any
+
+    @classmethod
+    def of(
+        cls, data: Mapping[str, Any], named: Callable[[Mapping[str, int]], Mapping[str, int | None]]
+    ) -> LibraryVocabulary:
+        """The vocabulary of a parsed tokenizer.json.
+
+        Args:
+            data: contents of the file.
+            named: from all tokens (name to id) to the fields `bos_id`, `declared_eos` and `declared_pad`.
+
+        Raises:
+            ConfigError: the library cannot read it, or it is not safe to run (see `check_contents`).
+        """
+        check_contents(data)
+        _decoding_steps(data.get("decoder"))
+        contents = json.dumps({**data, "truncation": None, "padding": None}, sort_keys=True)
+        library = load_library(contents, special_tokens=False)
+        ids = library.get_vocab(with_added_tokens=True)
+        if (largest := max(ids.values(), default=0)) >= MOST_TOKENS:
+            raise ConfigError(f"the largest id is {largest:,}; at most {MOST_TOKENS:,} ids are supported")
+        if len(set(ids.values())) < len(ids):
+            raise ConfigError("several tokens have the same id")
+        added = library.get_added_tokens_decoder()
+        specials = {token.content: i for i, token in added.items() if token.special}
+        made = cls(contents=contents, decoder=data.get("decoder"), specials=specials, **named(ids))
+        made.__dict__["ids"] = ids  # the cached property
+        made.__dict__["library"] = _without_controls(library, data, specials)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def library(self) -> Any:
+        """The `tokenizers.Tokenizer` that makes no control token of any text."""
+        library = load_library(self.contents, special_tokens=False)
+        return _without_controls(library, json.loads(self.contents), self.specials)
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """All tokens, as the file spells them, to their ids."""
+        return load_library(self.contents, special_tokens=True).get_vocab(with_added_tokens=True)
+
+    @functools.cached_property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self.ids.values(), default=-1) + 1
+
+    @functools.cached_property
+    def plain_size(self) -> int:
+        """One more than the largest id that is no added token."""
+        added = {*self.library.get_added_tokens_decoder(), *self.specials.values()}
+        return 1 + max((i for i in self.ids.values() if i not in added), default=-1)
+
+    @functools.cached_property
+    def by_id(self) -> list[bytes]:
+        """The bytes of each id, in the order of ids. Control tokens have their names, unused ids no bytes."""
+        added = {*self.library.get_added_tokens_decoder(), *self.specials.values()}
+        steps = _decoding_steps(self.decoder)
+        table = [b""] * self.size
+        for token, i in self.ids.items():
+            value: str | bytes = token
+            for step in steps:
+                value = value if i in added and step is _from_byte_chars else step(value)
+            table[i] = value.encode("utf-8", "replace") if isinstance(value, str) else value
+        return table
+
+    @property
+    def starts_with_space(self) -> bool:
+        """Whether decoding drops the space that a text begins with."""
+        return any(_drops_first_space(part, before) for part, before in _parts_with_earlier(self.decoder))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A sha256 (hex) of everything that ids depend on."""
+        rest = json.dumps([dict(self.specials), self.bos_id, self.declared_eos], sort_keys=True)
+        return hashlib.sha256((self.contents + rest).encode()).hexdigest()
+
+
+def load_library(contents: str, *, special_tokens: bool) -> Any:
+    """A `tokenizers.Tokenizer`; ConfigError if the library cannot read the contents.
+
+    Args:
+        contents: contents of a tokenizer.json.
+        special_tokens: whether names of control tokens in text become control ids.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("this vocabulary needs the `tokenizers` package: pip install tokenizers") from None
+    with panics_as_errors("the `tokenizers` library cannot read it"):
+        library = tokenizers.Tokenizer.from_str(contents)
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = not special_tokens
+    return library
+
+
+def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[str, int]) -> Any:
+    """The library, or one that names otherwise the tokens of its model that are control tokens and come from text.
+
+    A Unigram or word-level model may list "<s>" as a piece like all others, and would make it of the text "<s>".
+    """
+    control = frozenset(specials.values())
+    unknown = _unknown_of(data["model"])  # stands for characters without a token, and may come from text
+    control -= {specials.get(unknown)}
+    names = [name for name in specials if name != unknown and _comes_from_text(library, name, control)]
+    if not names:
+        return library
+    hidden = {name: _NEVER + name for name in names}
+    model = dict(data["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(piece[0], piece[0]), *piece[1:]] for piece in model["vocab"]]
+    added = [token for token in data.get("added_tokens", []) if token["content"] not in hidden]
+    try:
+        library = load_library(json.dumps({**data, "model": model, "added_tokens": added}), special_tokens=False)
+    except ConfigError:
+        library = None  # merges make the token
+    if library is None or any(_comes_from_text(library, name, control) for name in names):
+        raise ConfigError(f"control token {brief(names[0])} would come from text")
+    return library
+
+
+def _unknown_of(model: Mapping[str, Any]) -> str | None:
+    """The name of a model's unknown token."""
+    place, vocab = model.get("unk_id"), model.get("vocab")
+    if isinstance(vocab, list) and isinstance(place, int) and 0 <= place < len(vocab):
+        return vocab[place][0]
+    return model.get("unk_token")
+
+
+_NEVER = 8 * "\U0010ffff"  # not a character
+
+
+def _comes_from_text(library: Any, name: str, control: Collection[int]) -> bool:
+    ids = [library.encode(text, add_special_tokens=False).ids for text in (name, f"a {name} b")]
+    return any(i in control for i in (*ids[0], *ids[1]))
+
+
+class panics_as_errors:  # noqa: N801
+    """A context in which errors of the library, panics of its Rust code included, become ConfigErrors."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None or isinstance(error, ConfigError):
+            return False
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ConfigError(f"{self._message}: {brief(one_line(error), 200)}") from None
+        return False
+
+
+def check_contents(data: Mapping[str, Any]) -> None:
+    """Refuses what makes the ids random, or a text take unbounded time or memory.
+
+    Raises:
+        ConfigError: a part of this kind.
+    """
+    model = data.get("model")
+    if not isinstance(model, dict):
+        raise ConfigError(f"model must be an object, got {brief(model)}")
+    if unknown := model.keys() - _MODEL_KEYS:
+        raise ConfigError(f"model.{min(unknown)[:60]} is not known here; known: {', '.join(sorted(_MODEL_KEYS))}")
+    if model.get("dropout"):
+        raise ConfigError(f"model.dropout is {brief(model['dropout'])}, which makes ids random")
+    if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
+        raise ConfigError("model.continuing_subword_prefix is not supported in a BPE model")
+    growth = 1.0
+    for part in _objects([data.get("normalizer"), data.get("pre_tokenizer")]):
+        if isinstance(regex := part.get("Regex"), str):
+            patterns.check(regex)
+        if part.get("type") == "Replace":
+            content, pattern = part.get("content"), part.get("pattern")
+            string = pattern.get("String") if isinstance(pattern, dict) else None
+            replaced = len(string) if isinstance(string, str) and string else 1
+            growth *= max(1.0, len(str(content)) / replaced)
+        if part.get("type") == "Precompiled":
+            _check_character_map(part.get("precompiled_charsmap"))
+    if growth > _MAX_GROWTH:
+        raise ConfigError(f"its normalizer may make a text {growth:,.0f} times as long; {_MAX_GROWTH:,} is the limit")
+
+
+def _check_character_map(encoded: Any) -> None:
+    """Refuses a compiled character map (base64) that replaces characters by very long texts."""
+    try:
+        data = base64.b64decode(encoded or "", validate=True)
+    except (TypeError, ValueError):
+        raise ConfigError("normalizer Precompiled holds no character map") from None
+    check_character_map(data)
+
+
+def check_character_map(data: bytes) -> None:
+    """Refuses a compiled character map whose replacements are very long, or that leads outside itself.
+
+    The map is the length of a trie in 4 bytes, the trie, and replacements that end with a zero byte each. The trie is a
+    double array of darts-clone (github.com/s-yata/darts-clone): a unit of 32 bits either holds the place of a
+    replacement, or leads to the units at its own index xor its offset xor a byte. The library follows it unchecked.
+    """
+    if not data:
+        return
+    length = int.from_bytes(data[:4], "little")
+    replacements = data[4 + length :]
+    if not 0 < length <= len(data) - 4 or length % 1024 or not replacements.endswith(b"\0"):
+        raise ConfigError("the character map of its normalizer is damaged")
+    units = np.frombuffer(data, "<u4", length // 4, offset=4).astype(np.int64)
+    offsets = (units >> 10) << ((units & 0x200) >> 6)
+    is_place = units >> 31 == 1
+    furthest = (np.arange(len(units)) ^ offsets) | 0xFF
+    if (furthest[~is_place] >= len(units)).any() or ((units[is_place] & 0x7FFFFFFF) >= len(replacements)).any():
+        raise ConfigError("the character map of its normalizer is damaged")
+    longest = max(map(len, replacements.split(b"\0")))
+    if longest > _MAX_REPLACEMENT:
+        raise ConfigError(f"its normalizer replaces a character by {longest:,} bytes; {_MAX_REPLACEMENT} is the limit")
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Every JSON object within a value."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------
+
+
+def _parts_with_earlier(decoder: Any) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """The steps of a decoder, each with the kinds of those before it."""
+    parts = decoder.get("decoders") if isinstance(decoder, dict) and decoder.get("type") == "Sequence" else [decoder]
+    parts = [part for part in parts or [] if isinstance(part, dict)]
+    kinds = [str(part.get("type")) for part in parts]
+    return [(part, kinds[:i]) for i, part in enumerate(parts)]
+
+
+def _drops_first_space(part: Mapping[str, Any], before: list[str]) -> bool:
+    if part.get("type") == "Metaspace":
+        return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space") is not False
+    return part.get("type") == "Strip" and "Fuse" in before and part.get("start") == 1
+
+
+def _decoding_steps(decoder: Any) -> list[Step]:
+    """Functions that turn the text of one token into its bytes, one after the other.
+
+    Raises:
+        ConfigError: a decoder that does not work token by token, or is not known here.
+    """
+    if decoder is None:
+        raise ConfigError("it has no decoder, so that its ids have no text")
+    steps: list[Step] = []
+    for part, before in _parts_with_earlier(decoder):
+        kind = part.get("type")
+        pattern = part.get("pattern")
+        if kind == "ByteLevel":
+            steps.append(_from_byte_chars)
+        elif kind == "ByteFallback":
+            steps.append(_from_byte_name)
+        elif kind == "Metaspace":
+            steps.append(functools.partial(_replaced, old=str(part.get("replacement")), new=" "))
+        elif kind == "Replace" and isinstance(pattern, dict) and isinstance(pattern.get("String"), str):
+            steps.append(functools.partial(_replaced, old=pattern["String"], new=str(part.get("content"))))
+        elif kind == "Strip" and part.get("content") == " " and part.get("stop") == 0 and "Fuse" in before:
+            if part.get("start") not in (0, 1):
+                raise ConfigError(f"decoder Strip drops {brief(part.get('start'))} characters; 0 and 1 are supported")
+        elif kind != "Fuse":
+            raise ConfigError(f"decoder {brief(kind)} is not supported in this form")
+    return steps
+
+
+def _from_byte_chars(token: str | bytes) -> str | bytes:
+    """ByteLevel: each character stands for a byte."""
+    try:
+        return token if isinstance(token, bytes) else unspelled(token)
+    except ValueError:
+        return token
+
+
+def _from_byte_name(token: str | bytes) -> str | bytes:
+    """ByteFallback: "<0x0A>" stands for a byte."""
+    match = _BYTE.fullmatch(token) if isinstance(token, str) else None
+    return bytes([int(match[1], 16)]) if match else token
+
+
+def _replaced(token: str | bytes, *, old: str, new: str) -> str | bytes:
+    return token.replace(old, new) if isinstance(token, str) and old else token

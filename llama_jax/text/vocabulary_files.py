@@ -1,0 +1,111 @@
+"""Vocabulary files: finding the one of a model's folder, reading any of them, and writing one."""
+
+import os
+from pathlib import Path
+
+from llama_jax import gguf_header
+from llama_jax.errors import ConfigError
+from llama_jax.files import write_whole
+from llama_jax.text.byte_pairs import BytePairs, ranks_file
+from llama_jax.text.formats import gguf, huggingface, meta, sentencepiece
+from llama_jax.text.piece_vocabulary import PieceVocabulary
+from llama_jax.text.vocabulary import Vocabulary
+
+_MODEL, _JSON = "tokenizer.model", "tokenizer.json"
+LOOKED_FOR = "tokenizer.model, tokenizer.json, or one .gguf file"
+
+
+def find(folder: str | os.PathLike[str]) -> Path | None:
+    """The vocabulary file of a model's folder, or None.
+
+    Meta's `tokenizer.model` comes first (the folder's own, else the one in `original/`), then `tokenizer.json`, then a
+    `tokenizer.model` in another format, such as Llama 2's.
+    """
+    folder = Path(folder)
+    candidates = [folder / _MODEL, folder / "original" / _MODEL, folder / _JSON]
+    files = [path for path in candidates if path.is_file()]
+    preferred = [path for path in files if path.suffix == ".json" or meta.looks_like_ranks(path)]
+    return next(iter([*preferred, *files]), None)
+
+
+def read(path: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary in a file, whatever its format and name, or in a model's folder.
+
+    Files are Meta's `tokenizer.model`, SentencePiece's `tokenizer.model`, a `tokenizer.json`, and a GGUF file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: a tokenizer of a kind that is not supported; the message says why.
+        ValueError: a damaged file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a vocabulary file or a folder with {LOOKED_FOR}")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(gguf_header.MAGIC):
+        fields = gguf.fields_of(gguf_header.read_metadata(path), str(path))
+        if fields is None:
+            raise ConfigError(f"{path}: this GGUF file holds no tokenizer")
+        try:
+            return gguf.vocabulary(fields)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if path.suffix == ".json" or start.lstrip().startswith(b"{"):
+        return huggingface.read(path)
+    return sentencepiece.read(path) if sentencepiece.looks_like_pieces(start) else meta.read(path)
+
+
+def _in_folder(folder: Path) -> Path:
+    """The file to read of a folder."""
+    found = find(folder)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if found is None and len(ggufs) == 1:
+        return ggufs[0]
+    if found is None:
+        more = f"; it has {len(ggufs)} .gguf files: name one" if ggufs else ""
+        raise FileNotFoundError(f"{folder}: has no vocabulary file ({LOOKED_FOR}){more}")
+    return found
+
+
+def write(vocabulary: Vocabulary, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> Path:
+    """Writes the file of `folder` from which `find` and `read` give this vocabulary again, and returns its path.
+
+    It is a `tokenizer.model` for Meta's format and for SentencePiece, else a `tokenizer.json`. The last two come with a
+    `tokenizer_config.json`. A file of the other name is removed, so that `find` finds this one.
+
+    Args:
+        vocabulary: vocabulary to write.
+        folder: existing folder.
+        model_max_length: number of positions of the model, if known.
+    """
+    folder = Path(folder)
+    written, other = _MODEL, _JSON
+    if isinstance(vocabulary, BytePairs) and vocabulary.is_metas:
+        write_whole(folder / written, ranks_file(vocabulary.tokens))
+    else:
+        if not isinstance(vocabulary, PieceVocabulary):
+            written, other = _JSON, _MODEL
+        write_for_transformers(vocabulary, folder, model_max_length=model_max_length)
+    (folder / other).unlink(missing_ok=True)
+    return folder / written
+
+
+def write_for_transformers(
+    vocabulary: Vocabulary, folder: str | os.PathLike[str], *, model_max_length: int | None = None
+) -> None:
+    """Writes a SentencePiece `tokenizer.model` or a `tokenizer.json`, with a `tokenizer_config.json`.
+
+    Args:
+        vocabulary: vocabulary to write.
+        folder: existing folder.
+        model_max_length: number of positions of the model, if known.
+    """
+    if isinstance(vocabulary, PieceVocabulary):
+        sentencepiece.write(vocabulary, folder, model_max_length=model_max_length)
+    else:
+        huggingface.write(vocabulary, folder, model_max_length=model_max_length)

@@ -1,0 +1,221 @@
+"""The run folder while a run trains in it: its lock, the rules of resuming, config.json, and what a run leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.checkpoint import Checkpoints
+from llama_jax.data.loader import Loader
+from llama_jax.errors import ConfigError
+from llama_jax.files import write_json
+from llama_jax.run_config import RunConfig, differences
+from llama_jax.run_shape import PartialShape
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import trainable
+from llama_jax.train.metrics import draw_loss, say
+from llama_jax.train.program import Program
+from llama_jax.train.setup import Frozen
+from llama_jax.train.state import TrainState
+from llama_jax.weights import export, lora_params
+from llama_jax.weights.adapters import Adapter
+from llama_jax.weights.formats import peft
+from llama_jax.weights.open import open_source
+from llama_jax.weights.run_folder import CONFIG_FILE
+
+# Keys that may differ between a run and its resumption; any other difference would make it another run.
+_MAY_CHANGE = (
+    "init_from",  # a frozen model is compared by its identity instead
+    "optimizer.",
+    "train.steps",
+    "train.epochs",
+    "train.patience",
+    "train.max_skipped",
+    "log.",
+    "checkpoint.",
+    "mesh.",
+    "distributed.",
+    "output",
+    "data.cache",
+)
+# Exceptions: keys that decide which arrays the state has.
+_MAY_NOT = ("optimizer.name", "optimizer.moments", "optimizer.ema_decay")
+_ADAPTER_STEP = ".step"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+    """The course of the validation loss, for train.patience.
+
+    Attributes:
+        lowest: The lowest validation loss so far, or None before the first evaluation.
+        higher: The number of evaluations since then, none of which was lower.
+    """
+
+    lowest: float | None = None
+    higher: int = 0
+
+    def after(self, loss: float) -> Trend:
+        """The trend after one more evaluation."""
+        if self.lowest is None or loss < self.lowest:
+            return Trend(loss, 0)
+        return Trend(self.lowest, self.higher + 1)
+
+    def is_end(self, run: RunConfig, step: int, steps: int) -> bool:
+        """True if the run is complete at `step` of `steps`, or ends early by train.patience."""
+        return step >= steps or 0 < run.train.patience <= self.higher
+
+
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """The newest sound checkpoint of a run folder, without its arrays.
+
+    Attributes:
+        step: The step that it was saved at.
+        config: The nested dict of the run that saved it.
+        frozen: The identity of the frozen model, or None.
+        trend: The validation losses until then.
+    """
+
+    step: int
+    config: dict[str, Any]
+    frozen: str | None
+    trend: Trend
+
+
+class RunFolder:
+    """The folder of a run, open for training. Where there are several processes, all of them make every call.
+
+    Attributes:
+        path: The folder.
+        checkpoints: Its checkpoints.
+    """
+
+    def __init__(self, run: RunConfig):
+        self.path = Path(run.output).expanduser()
+        self.checkpoints = Checkpoints(self.path, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
+
+    def newest(self, *, resume: bool) -> Newest | None:
+        """The newest sound checkpoint, or None in a new folder; ConfigError if there is one and not `resume`."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return None
+        if not resume:
+            raise ConfigError(f"{self.path} has a checkpoint of step {step}: resume it, or set another output")
+        meta = self.checkpoints.meta(step)
+        return Newest(step, meta["config"], meta.get("frozen"), Trend(**meta.get("trend", {})))
+
+    def check_resume(self, run: RunConfig, newest: Newest) -> RunConfig:
+        """Check that `run` continues the run that saved the checkpoint, and print the keys that have changed.
+
+        Returns:
+            The run with its shape, which comes from the checkpoint: the model of init_from need not exist any more.
+
+        Raises:
+            ConfigError: a key differs that would make it another run.
+        """
+        saved = RunConfig.from_dict(newest.config)  # keys that an older version lacked have their defaults
+        if isinstance(run.model, PartialShape):
+            run = dataclasses.replace(run, model=run.model.of(saved.model))
+        changed = differences(saved.to_dict(), run.to_dict())
+        refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE) or key in _MAY_NOT}
+        if refused:
+            lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in refused.items())
+            raise ConfigError(
+                f"{self.path} was trained with other settings: {lines}. Set them back to resume it, or set another "
+                "output to start a new run"
+            )
+        for key, (old, new) in changed.items():
+            say(f"{key} was {old!r}, is now {new!r}")
+        return run
+
+    def check_frozen(self, run: RunConfig, newest: Newest, frozen: Frozen) -> None:
+        """Check that the frozen model is the one that the run was started with; ConfigError otherwise."""
+        if newest.frozen != frozen.identity:
+            raise ConfigError(
+                f"init_from={run.init_from!r} is not the model that {self.path} was begun with, and its checkpoints "
+                "fit no other: name that model, or set another output to start a new run"
+            )
+
+    def restore(self, program: Program, step: int, loader: Loader) -> TrainState:
+        """The state of a checkpoint on this run's mesh; the loader moves to its batch."""
+        abstract = program.state
+        best, rest, meta = self.checkpoints.restore(step, params=abstract.best, rest=rest_of(abstract))
+        loader.restore(meta["data"])
+        if abstract.ema is None:
+            return TrainState(params=best, ema=None, **rest)
+        return TrainState(ema=best, **rest)
+
+    def write_config(self, run: RunConfig, tokenizer: Tokenizer, frozen: Frozen) -> None:
+        """Write config.json: the run, its tokenizer's fingerprint and the frozen model's identity."""
+        if jax.process_index() == 0:
+            identities = {"tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen.identity}
+            write_json(self.path / CONFIG_FILE, {**run.to_dict(), **identities})
+
+    def write_results(self, program: Program, state: TrainState) -> None:
+        """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
+        step = int(state.step)
+        if program.run.lora.rank and self._adapter_step() != step:
+            self._write_adapter(program.run, state.best, step)
+        if jax.process_index() == 0:
+            draw_loss(self.path, program.run.train.objective)
+
+    def _adapter_step(self) -> int | None:
+        """The step that the adapter was written at, or None where there is none."""
+        marker = self.path / "adapter" / _ADAPTER_STEP
+        text = marker.read_text() if marker.is_file() else ""
+        return int(text) if text.isdecimal() else None
+
+    def _write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
+        """Write LoRA's matrices as peft reads them. Other files in the adapter's folder stay."""
+        fresh, final = self.path / "adapter.new", self.path / "adapter"
+        lora = export.lazy_lora(lora_params.lora_by_path(run.lora, trained))
+        rows = {}
+        if run.lora.trained_tokens:
+            rows = lora_params.token_rows(run.lora, trained, open_source(run.init_from).merged_leaves())
+        adapter = Adapter(trainable.policy_config(run), lora, rows=rows)
+        if jax.process_index() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
+        peft.write_adapter(fresh, adapter, base_model=run.init_from, dropout=run.lora.dropout)
+        if jax.process_index() == 0:
+            final.mkdir(exist_ok=True)
+            for file in fresh.iterdir():
+                os.replace(file, final / file.name)
+            fresh.rmdir()
+            (final / _ADAPTER_STEP).write_text(str(step))  # last: a kill before it has the adapter written again
+
+
+def rest_of(state: TrainState) -> dict[str, Any]:
+    """The part of the state that a checkpoint keeps besides `state.best`; with an average, also the weights."""
+    rest = {name: getattr(state, name) for name in ("opt_state", "key", "skipped", "step")}
+    return rest if state.ema is None else {**rest, "params": state.params}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a run folder against a second process that would train in it. A killed process loses its lock.
+
+    Raises:
+        ConfigError: another process trains in it.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    with open(path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process trains in {path}: wait for it, stop it, or set another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,0 +1,202 @@
+"""A whole training run: from a RunConfig to a run folder with checkpoints, metrics and a picture of the loss.
+
+from llama_jax.run_config import RunConfig
+from llama_jax.train.run import train
+
+result = train(RunConfig.from_dict({"output": "runs/mine", "model": "tiny", "data": {"train": "text/*.txt"}}))
+print(result.losses[result.step], result.model().generate("The").text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from llama_jax import parallel
+from llama_jax.run_config import RunConfig
+from llama_jax.run_keys import LoraConfig
+from llama_jax.train import setup, trainable
+from llama_jax.train.folder import Newest, RunFolder, Trend, locked
+from llama_jax.train.loop import Loop, Sampler, TrainingError
+from llama_jax.train.metrics import duration, read_metrics, say
+from llama_jax.train.program import Program
+from llama_jax.train.state import TrainState
+from llama_jax.train.stop import StopSignal
+
+if TYPE_CHECKING:
+    from llama_jax.infer.llama import Llama
+
+__all__ = ["Result", "TrainingError", "train"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of a training run.
+
+    Attributes:
+        step: The last step that was done.
+        finished: True if the run is complete; False if it was asked to stop and can be resumed.
+        folder: The run folder.
+        dialogs: True if the run learned answers: from dialogs, completions or preference pairs.
+        run: The run, with the shape of its model.
+    """
+
+    step: int
+    finished: bool
+    folder: Path
+    dialogs: bool
+    run: RunConfig
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The training loss by step, from metrics.jsonl: of the whole run, earlier starts included."""
+        return self._metric("loss")
+
+    @property
+    def validation_losses(self) -> dict[int, float]:
+        """The validation loss by step, from metrics.jsonl. Step 0 is the model before training."""
+        return self._metric("validation_loss")
+
+    def model(self, **options: Any) -> Llama:
+        """The trained model, ready to sample: `llama_jax.load(folder, **options)`."""
+        from llama_jax.infer import llama
+
+        return llama.load(self.folder, **options)
+
+    def command(self) -> list[str]:
+        """The command that samples from the model: a question or a chat after dialogs, else a text to continue."""
+        log = self.run.log
+        first = (*log.sample_prompts, "The")[0]
+        if log.sample_as == "chat":
+            flags = ["--ask", first]
+        else:
+            flags = ["--chat"] if self.dialogs else ["--prompt", first]
+        return ["python", "infer.py", "--model", str(self.folder), *flags]
+
+    def _metric(self, name: str) -> dict[int, float]:
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return {line["step"]: line[name] for line in lines if line.get(name) is not None}
+
+
+def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True) -> Result:
+    """Train a model, from the newest checkpoint of the run folder if there is one.
+
+    Args:
+        run: The run.
+        sampler: Makes the texts of log.sample_every; None samples from the model as `llama_jax.load` would.
+        resume: False refuses a folder that already has a checkpoint.
+
+    Raises:
+        ConfigError: a mesh, a model, data, a tokenizer or a folder that does not fit the run.
+        TrainingError: the loss or the weights are not finite.
+        SaveError: a checkpoint could not be written; raised at the first step after the failure.
+    """
+    started = time.monotonic()
+    with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
+        mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
+        setup.check_paths(run)
+        with locked(Path(run.output).expanduser()):
+            folder = RunFolder(run)
+            newest = folder.newest(resume=resume)
+            if newest is None:
+                run = setup.shaped(run, mesh)
+            else:
+                run = folder.check_resume(run, newest)
+            program = Program.make(run, mesh)
+            data = setup.load_data(program, folder.path, resuming=newest is not None)
+            program = program.with_steps(run.steps_for(data.rows))
+            if newest is not None and newest.trend.is_end(run, newest.step, program.steps):
+                state, finished = _done_already(program, folder, newest, data), True
+            else:
+                loop = _begin(program, folder, newest, data, stop, sampler)
+                state, finished = loop.train(), loop.is_end()
+                _say_end(program, folder, loop, time.monotonic() - started)
+            folder.write_results(program, state)
+    return Result(int(state.step), finished, folder.path, data.dialogs, run)
+
+
+def _done_already(program: Program, folder: RunFolder, newest: Newest, data: setup.Data) -> TrainState:
+    """The state of a run that has no steps left."""
+    more = "raise train.steps to continue" if program.run.train.steps else "raise train.epochs to continue"
+    if newest.step < program.steps:
+        more = "it ended early by train.patience; raise it to continue"
+    say(f"step {newest.step} of {program.steps} is already done; {more}")
+    state = folder.restore(program, newest.step, data.loader)
+    folder.checkpoints.close()
+    data.loader.close()
+    return state
+
+
+def _begin(
+    program: Program,
+    folder: RunFolder,
+    newest: Newest | None,
+    data: setup.Data,
+    stop: StopSignal,
+    sampler: Sampler | None,
+) -> Loop:
+    """The loop at its first step, with new weights or with the state of the newest checkpoint."""
+    if newest is None:
+        _say_model(program)
+        frozen, state, trend = setup.frozen(program), setup.first_state(program), Trend()
+    else:
+        say(f"resuming {folder.path} from step {newest.step}")
+        state, trend = folder.restore(program, newest.step, data.loader), newest.trend
+        frozen = setup.frozen(program)
+        folder.check_frozen(program.run, newest, frozen)
+    folder.write_config(program.run, data.tokenizer, frozen)
+    folder.checkpoints.go_on_from(None if newest is None else newest.step)
+    return Loop(program, state, frozen, data, folder, trend, stop, _sampler(program.run, sampler))
+
+
+def _sampler(run: RunConfig, sampler: Sampler | None) -> Sampler | None:
+    """The sampler of a run, or None if it does not sample."""
+    if not run.log.sample_every:
+        return None
+    if jax.process_count() > 1:
+        say("log.sample_every is ignored: sampling during training needs a single process")
+        return None
+    if sampler is None:
+        from llama_jax.train.samples import TrainingSampler  # a run that does not sample imports no inference
+
+        sampler = TrainingSampler()
+    return sampler
+
+
+def _say_model(program: Program) -> None:
+    """Print the size of the model, its devices and what LoRA trains of it."""
+    run = program.run
+    shape = program.layout.mesh.shape
+    where = " x ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1) or "1"
+    products = np.dtype(program.dtype).name
+    say(
+        f"model: {run.model.num_params:,} weights, {products} products, on {where} {jax.devices()[0].device_kind} "
+        "device(s)"
+    )
+    if run.lora.rank:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
+        base = trainable.frozen_dtype(run, program.dtype).name
+        base = base if trainable.frozen_quantize(run) == "none" else run.lora.base
+        say(f"LoRA: {trained:,} weights are trained ({trained / run.model.num_params:.2%}), the base is in {base}")
+    elif run.lora != LoraConfig():
+        say("lora.rank is 0: all weights are trained, and lora.alpha is not read")
+
+
+def _say_end(program: Program, folder: RunFolder, loop: Loop, seconds: float) -> None:
+    """Print how far the run came, and which checkpoint is the best."""
+    step = loop.step
+    word = "finished" if loop.is_end() else "stopped"
+    why = (
+        f", since {loop.trend.higher} evaluations had no lower loss"
+        if word == "finished" and step < program.steps
+        else ""
+    )
+    say(f"{word} at step {step} of {program.steps} after {duration(seconds)}{why}")
+    best = folder.checkpoints.best() if program.run.checkpoint.keep_best else step
+    if best != step:
+        say(f"lowest validation loss: step {best}; as a model it is {folder.checkpoints.folder / str(best)}")

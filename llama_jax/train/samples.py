@@ -1,0 +1,46 @@
+"""Samples from the model in training, as `llama_jax.load` would sample it. The loop imports this only if it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from llama_jax import parallel
+from llama_jax.infer.llama import Llama
+from llama_jax.params import Params
+from llama_jax.run_config import RunConfig
+from llama_jax.text import chat_template
+from llama_jax.text.tokenizer import Tokenizer
+
+_TEMPERATURE, _TOP_P = 0.7, 0.9
+
+
+class TrainingSampler:
+    """A function of the weights in training to one text for each of log.sample_prompts. It compiles once."""
+
+    def __init__(self) -> None:
+        self._llama: Llama | None = None
+
+    def __call__(self, run: RunConfig, params: Params, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> list[str]:
+        """The texts that the model of `params` continues the prompts with, or answers them with."""
+        if self._llama is None:
+            dtype = parallel.compute_dtype(run.train.compute_dtype)
+            template = chat_template.read_folder(Path(run.output).expanduser())  # the run's, whatever it began with
+            self._llama = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
+        else:
+            self._llama.set_params(params)
+        prompts, stops = list(run.log.sample_prompts), self._llama.stop_tokens
+        if run.log.sample_as == "chat":
+            prompts = [self._llama.encode_dialog([{"role": "user", "content": prompt}]) for prompt in prompts]
+            stops = self._llama.chat_stop_tokens
+        results = self._llama.generate(
+            prompts,
+            max_new_tokens=run.log.sample_tokens,
+            temperature=_TEMPERATURE,
+            top_p=_TOP_P,
+            seed=run.seed,
+            stop_tokens=stops,
+        )
+        self._llama.set_params(None)  # no second copy of the weights during the steps
+        return [result.text for result in results]
