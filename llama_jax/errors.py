@@ -6,10 +6,14 @@ Floor 0: no jax here.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import os
 import reprlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _REPR = reprlib.Repr()
@@ -45,7 +49,25 @@ def one_line(message: object) -> str:
         folder, last = os.path.split(name)
         missing = isinstance(message, FileNotFoundError) and os.path.isdir(folder or ".")
         message = f"{name}: {message.strerror}{nearest(last, os.listdir(folder or '.')) if missing else ''}"
+    elif isinstance(message, OSError) and message.strerror:
+        message = message.strerror
     return "".join(c if c.isprintable() else " " for c in str(message))
+
+
+def checked_keywords(function: Function) -> Function:
+    """Decorates a public function: an unknown keyword argument raises a TypeError with the nearest known one."""
+    parameters = inspect.signature(function).parameters
+    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in parameters:
+                near = nearest(name, known) or ";"
+                raise TypeError(f"{function.__name__}() has no argument {name!r}{near} allowed: {', '.join(known)}")
+        return function(*args, **keywords)
+
+    return cast(Function, checked)
 
 
 def brief(value: Any, length: int = 80) -> str:

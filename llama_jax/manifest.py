@@ -15,16 +15,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llama_jax.files import read_json, write_json
+from llama_jax.progress import progress_bar
 
 FILE = "manifest.json"
 _VERSION = 1
 _MAX_BYTES = 1 << 26  # largest manifest, of half a million files
 _BLOCK = 1 << 20
 _THREADS = 8  # hashlib releases the interpreter lock
-_QUIET = 3.0  # seconds before a bar appears
 
 
 class DamagedError(ValueError):
@@ -133,8 +131,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _digests(folder: Path, sizes: Mapping[str, int], title: str | None = None) -> dict[str, str]:
     """SHA-256 of each file, computed in threads. A title gives a progress bar if it takes long."""
-    total, quiet = sum(sizes.values()), title is None
-    bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=_QUIET, leave=False, disable=quiet)
+    bar = progress_bar(sum(sizes.values()), title or "", shown=title is not None)
 
     def digest(name: str) -> str:
         hasher, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))

@@ -17,13 +17,13 @@ _DELAY = 3.0  # seconds: what ends before needs no bar
 def counted(groups: Iterable[Group], title: str, *, unit: str, shown: bool) -> Iterator[Group]:
     """The groups, with a bar that counts the items of those that are done."""
     groups = list(groups)
-    with bar(sum(map(len, groups)), title, unit=unit, shown=shown, delay=0) as progress:
+    with progress_bar(sum(map(len, groups)), title, unit=unit, shown=shown, delay=0) as progress:
         for group in groups:
             yield group
             progress.update(len(group))
 
 
-def bar(total: int | None, title: str, *, unit: str = "B", shown: bool = True, delay: float = _DELAY) -> Any:
+def progress_bar(total: int | None, title: str, *, unit: str = "B", shown: bool = True, delay: float = _DELAY) -> Any:
     """A progress bar as a context manager with `update(count)`.
 
     Args:

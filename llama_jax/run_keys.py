@@ -68,7 +68,7 @@ class DataConfig:
             available for preference pairs. Plain text always counts whole.
         sequence_length: Length of a training row in tokens (T). Longer texts are split; too_long says what happens to
             longer dialogs, completions and pairs (both answers together).
-        too_long: What happens to dialogs, completions and pairs that are longer than a row. `drop` leaves them out;
+        too_long: The treatment of dialogs, completions and pairs that are longer than a row. `drop` leaves them out;
             `cut` keeps the first sequence_length tokens of dialogs and completions and leaves out pairs; `refuse` ends
             the run at the first of them.
         max_bad: The largest fraction of all documents that may be unusable. Those that are too long do not count.

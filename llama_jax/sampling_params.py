@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, brief
 
 _FLOAT32_MAX = 3.4e38
 
@@ -39,14 +39,14 @@ class SamplingParams:
         _check(self, "repetition_penalty", lambda x: 1e-3 <= x <= 1e6, "from 0.001 to 1000000 (1 is off)")
         k = self.top_k
         if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < 1 << 31:
-            raise ConfigError(f"top_k must be a whole number from 0 (0 keeps every token), got {k!r}")
+            raise ConfigError(f"top_k must be a whole number from 0 (0 keeps every token), got {brief(k)}")
 
 
 def _check(params: SamplingParams, name: str, legal: Callable[[float], bool], allowed: str) -> None:
     value = getattr(params, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not abs(value) < _FLOAT32_MAX or not legal(value):  # NaN fails the second
-        raise ConfigError(f"{name} must be {allowed}, got {value!r}")
+        raise ConfigError(f"{name} must be {allowed}, got {brief(value)}")
 
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0)

@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).parent
-REPOSITORY = "https://github.com/OWNER/llama_jax"  # what the badges and first cells of all notebooks must name
+REPOSITORY = ""  # address of the project, which the first cells of all notebooks name; empty while it has none
 
 
 def names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Convert as the flags say, and return the exit status. Errors are raised."""
     options = parse(argv)
+    from llama_jax.text.chat_template import read_folder
     from llama_jax.weights import adapters, export
     from llama_jax.weights.formats import peft
     from llama_jax.weights.open import open_source
@@ -72,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     except UnknownTokenizer as error:
         without = str(error)
     metadata = source.metadata.with_tokenizer(tokenizer)
+    if options.adapter is not None and (own := read_folder(Path(options.adapter).expanduser())):
+        metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
     dtype = options.dtype or export.default_dtype(leaves, options.to)
     path = export.save(
         options.dest,

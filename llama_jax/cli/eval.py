@@ -15,7 +15,7 @@ from llama_jax.cli import commands, parser
 from llama_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_jax.eval.sliding_window import Perplexity
+    from llama_jax.eval.sliding_window import Perplexity, Sample
     from llama_jax.infer.llama import Llama
 
 _COMMANDS = {
@@ -136,11 +136,11 @@ def _load(options: argparse.Namespace) -> Llama:
 
 def _perplexity(argv: Sequence[str]) -> int:
     options = _perplexity_flags(argv)
-    texts = _texts(options.text)
+    samples = _samples(options.text)
     from llama_jax.eval import sliding_window
 
     result = sliding_window.perplexity(
-        _load(options), texts, context=options.context, stride=options.stride, batch_size=options.batch_size
+        _load(options), samples, context=options.context, stride=options.stride, batch_size=options.batch_size
     )
     if options.json:
         row = {**vars(result), "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
@@ -165,20 +165,19 @@ def _report(result: Perplexity) -> str:
     )
 
 
-def _texts(patterns: Sequence[str]) -> list[str]:
-    from llama_jax.data.corpus import Document
-    from llama_jax.data.records import BadLine
+def _samples(patterns: Sequence[str]) -> list[Sample]:
+    """The texts, dialogs and completions of files."""
+    from llama_jax.data.records import BadLine, Pair
     from llama_jax.data.sources import documents_from
 
-    texts = []
+    samples: list[Sample] = []
     for sample in documents_from(patterns):
         if isinstance(sample, BadLine):
             raise ConfigError(f"{sample.name}: {sample.reason}")
-        if not isinstance(sample, Document):
-            kind = type(sample).__name__.lower()
-            raise ConfigError(f'{sample.name} is a {kind}: perplexity is of texts, such as {{"text": ...}}')
-        texts.append(sample.text)
-    return texts
+        if isinstance(sample, Pair):
+            raise ConfigError(f"{sample.name} is a preference pair: give texts, dialogs or completions")
+        samples.append(sample)
+    return samples
 
 
 def _harness(argv: Sequence[str]) -> int:

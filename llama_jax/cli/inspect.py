@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from llama_jax.cli import parser
 from llama_jax.cli.convert import size_of
-from llama_jax.cli.run_flags import parse_run
-from llama_jax.errors import one_line
+from llama_jax.cli.run_flags import parse_run_flags
+from llama_jax.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from llama_jax.weights.source import Source
@@ -45,16 +45,16 @@ def _asks_for_data(argv: Sequence[str]) -> bool:
 
 
 def _inspect_data(argv: Sequence[str]) -> int:
-    run, _ = parse_run(argv, command="inspect data")  # before jax is imported: a typo is answered at once
+    run, options = parse_run_flags(argv, command="inspect data")  # before jax is imported: a typo is answered at once
+    if options.rows is not None and options.rows < 0:
+        raise ConfigError(f"--rows must be 0 or more, got {options.rows}")
     from llama_jax.data.inspect import show
-    from llama_jax.text.record_encoder import RecordEncoder
     from llama_jax.train import setup
 
     sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
     setup.check_sources(run)
-    tokenizer = setup.chosen_tokenizer(run, print)
-    encoder = RecordEncoder(tokenizer, setup.chosen_chat_format(run, tokenizer), run.data.parse_special)
-    show(run, encoder, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show(run, setup.chosen_encoder(run, print), color=color, rows=options.rows, full=options.full)
     return 0
 
 

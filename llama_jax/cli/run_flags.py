@@ -5,6 +5,7 @@ The only module, with configs/, that imports ml_collections.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import shutil
@@ -41,12 +42,18 @@ class _RunParser(Parser):
         raise unknown_key(arg.lstrip("-").partition("=")[0])
 
 
-def parse_run(argv: Sequence[str], *, command: str = "train") -> tuple[RunConfig, bool]:
-    """The run that the arguments describe, and whether it may resume.
+def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
+    """The run that the arguments of `train` describe, and whether it may resume; errors as in `parse_run_flags`."""
+    run, options = parse_run_flags(argv, command="train")
+    return run, options.resume
+
+
+def parse_run_flags(argv: Sequence[str], *, command: str) -> tuple[RunConfig, argparse.Namespace]:
+    """The run that the arguments describe, and the flags of the command that are no keys.
 
     Args:
         argv: The arguments after the command's name.
-        command: The command, for --help and errors.
+        command: "train" or "inspect data".
 
     Raises:
         ConfigError: a flag, a key or a value that is not allowed; SystemExit after --help and --keys.
@@ -75,6 +82,9 @@ def parse_run(argv: Sequence[str], *, command: str = "train") -> tuple[RunConfig
             help="refuse a run folder that already has a checkpoint",
         )
         parser.aliases["--no_resume"] = "--noresume"
+    else:
+        add("--rows", type=int, metavar="N", help="rows of the preview (by default what fits the screen)")
+        add("--full", action="store_true", help="show whole rows instead of what fits the screen")
     add("--keys", action="store_true", help="print every key with its value, type, allowed values and meaning")
     options = parser.parse(rest)
     changes = [_override(arg) for arg in changes]
@@ -87,7 +97,7 @@ def parse_run(argv: Sequence[str], *, command: str = "train") -> tuple[RunConfig
     if options.keys:
         _print_keys(run.to_dict())
         sys.exit(0)
-    return run, getattr(options, "resume", True)
+    return run, options
 
 
 def _recipes() -> str:

@@ -43,7 +43,7 @@ _COMPILED = (
     "_weakref array atexit binascii cmath errno faulthandler fcntl gc grp itertools marshal math mmap "
     "posix pwd pyexpat resource select sys syslog termios time unicodedata xxsubtype zlib"
 ).split()
-# What a notebook's kernel puts functions of its own in place of.
+# Functions that a notebook's kernel replaces.
 _REPLACED = frozenset({"builtins.input", "faulthandler.enable", "faulthandler.register"})
 
 _MIN_PIECE = 500  # characters: a shorter class or section stays with the text before it
@@ -86,11 +86,11 @@ def fingerprint(docs: Sequence[Document]) -> str:
 
 
 def is_replaced(module: str, name: str) -> bool:
-    """Whether it is a function that programs replace: left out, or the text would be another in a notebook."""
+    """True for a function that programs replace. It is left out, or the text would differ in a notebook."""
     return name.endswith("hook") or f"{module}.{name}" in _REPLACED
 
 
-# Where the words come from.
+# Sources of the text.
 
 
 # Several lines of comment, or one that is a whole sentence.
@@ -286,7 +286,7 @@ def prose(text: str, seen: set[str]) -> list[str]:
 
 
 def _is_new(paragraph: str, seen: set[str]) -> bool:
-    """Whether a paragraph has not been seen, punctuation and spacing aside; now it has."""
+    """True if a paragraph is not in `seen`, apart from punctuation and spacing. It is added to `seen`."""
     key = re.sub(r"\W+", " ", paragraph).strip().lower()
     new = key not in seen
     seen.add(key)

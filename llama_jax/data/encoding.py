@@ -185,6 +185,6 @@ def _check_answers(dialog: Dialog) -> None:
 
 
 def _has_text(content: object) -> bool:
-    """Whether a message's content, a string or a list of parts, has more than white space."""
+    """True if a message's content, a string or a list of parts, has more than white space."""
     texts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
     return any(text.strip() for text in texts)

@@ -34,23 +34,24 @@ _NOT_DATA = ("dataset_infos.json", "dataset_info.json", "README.md", "LICENSE.tx
 
 
 def is_bare_id(text: str) -> bool:
-    """Whether this could be OWNER/NAME of a dataset, with the scheme forgotten."""
+    """True for OWNER/NAME, a dataset whose scheme was left out."""
     return re.fullmatch(ID, text, re.ASCII) is not None
 
 
 @functools.cache  # a branch may move: within a process, one name stands for one commit
 def find(text: str, split: str) -> dict[Path, tuple[str, int]]:
-    """Download the files that a name stands for, those that the hub's cache lacks.
+    """Download the files that a name stands for, except those that the hub's cache has.
 
     Args:
-        text: as the module says.
+        text: the name, in the notation of this module.
         split: "train" or "validation", for a name without a path.
 
     Returns:
-        Where each is, in order of their paths, with what it is on any machine: its name with the commit, and its size.
+        The paths of the files, in order. The values identify a file on any machine: its name with the commit, and its
+        size.
 
     Raises:
-        ConfigError: no such dataset or file, no right to it, no network, no space.
+        ConfigError: the dataset or file does not exist or is not accessible, or there is no network or no disk space.
     """
     found = _ID.fullmatch(text)
     if found is None or ".." in text:
@@ -67,14 +68,14 @@ def find(text: str, split: str) -> dict[Path, tuple[str, int]]:
 
 
 def check_readable(files: Iterable[str]) -> None:
-    """Raise ConfigError if some file, by its ending, takes a package that is not installed."""
+    """Raise ConfigError if the format of some file needs a package that is not installed."""
     tables = [file for file in files if _format(file) == 0]
     if tables and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(f"{tables[0]}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow")
 
 
 def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str) -> list[str]:
-    """Those of the repo's files that are meant, at least one."""
+    """The files of the repo that the name stands for, at least one."""
     if pattern in files:
         return [pattern]
     data = [file for file in files if _format(file) is not None and Path(file).name not in _NOT_DATA]
@@ -101,7 +102,7 @@ def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str
 
 
 def _format(file: str) -> int | None:
-    """The place in FORMATS of a file's ending."""
+    """The index in FORMATS of a file's ending, or None."""
     whole = file.lower()
     for number, endings in enumerate(FORMATS):
         if (whole if number == 0 else whole.removesuffix(".gz")).endswith(endings):
@@ -110,12 +111,12 @@ def _format(file: str) -> int | None:
 
 
 def _says(file: str, words: Sequence[str]) -> bool:
-    """Whether one of the words stands in the path, with no letter beside it."""
+    """True if the path has one of the words, with no letter before or after it."""
     return re.search(rf"(?<![a-z])(?:{'|'.join(words)})(?![a-z])", file.lower()) is not None
 
 
 def _matches(pattern: Sequence[str], file: Sequence[str]) -> bool:
-    """Whether a path matches, part by part; "**" stands for any number of folders."""
+    """True if a path matches, part by part. "**" matches any number of folders."""
     if not pattern or not file:
         return not pattern and not file
     if pattern[0] == "**":

@@ -1,9 +1,9 @@
-"""Batches: seeded, shared out among hosts, and resumable to the exact batch, on top of grain.
+"""The data loader, on top of grain: batches that are seeded, split over hosts and resumable to the exact batch.
 
-The batch of step s is a pure function of the rows, the seed, the global batch size B and s: it holds the
-global rows order[s * B : (s + 1) * B], where `order` visits every row once an epoch, shuffled anew in each. In a
-mixture each part has epochs of its own, and its turn comes as often as its weight says. A position in the data is
-therefore one number, and each host can compute its own part of any batch without speaking to the others.
+The batch of step s is a pure function of the rows, the seed, the global batch size B and s: it holds the global rows
+order[s * B : (s + 1) * B]. `order` visits every row once an epoch, and each epoch has a new shuffle. In a mixture each
+part has epochs of its own and is drawn in proportion to its weight. A position in the data is therefore one number, and
+each host computes its own part of any batch without communication.
 """
 
 import bisect
@@ -19,12 +19,10 @@ Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """An iterator of batches, each a dict of arrays (rows of this host, T) as `Rows` describes them.
+    """An iterator of batches, each a dict of arrays (rows of this host, T) with the names of `Rows`.
 
-    `batch_size` is the global one; `rows_of_host` says which of its rows this host needs, in order (None:
-    all). Rows run on from epoch to epoch, also inside a batch, until `epochs` are over (None: never); what is
-    then left over and too little for a batch is not used. `prefetch` batches are made ahead in as many
-    threads (0: none).
+    Epochs follow one another without a gap, also inside a batch. Rows at the end of the last epoch that do not fill a
+    batch are not used.
     """
 
     def __init__(
@@ -39,7 +37,21 @@ class Loader:
         shuffle: bool = True,
         epochs: int | None = None,
     ) -> None:
-        """Set out at batch `start_step`; raises ValueError for settings that cannot give a batch."""
+        """Start at batch `start_step`.
+
+        Args:
+            rows: the rows, or several sources of them with weights.
+            batch_size: rows of a global batch (B).
+            seed: seed of the order.
+            rows_of_host: indices of the rows of a global batch that this host needs, in order. None: all.
+            start_step: number of the first batch.
+            prefetch: batches that are prepared ahead, in as many threads. 0: none.
+            shuffle: draw a new order in each epoch. False: the order of `rows`.
+            epochs: epochs until the iterator ends. None: it never ends.
+
+        Raises:
+            ValueError: the settings cannot give a batch.
+        """
         import grain  # slow to import, and it brings jax along where that is installed
 
         self._rows_of_host = _checked_rows(rows_of_host, batch_size)
@@ -56,7 +68,9 @@ class Loader:
                 " (None repeats for ever), a smaller batch_size or a shorter sequence_length"
             )
         self._rows = mixture.parts
-        self._ends = list(itertools.accumulate(map(len, self._rows)))  # a row's number in all of them tells its part
+        self._ends = list(
+            itertools.accumulate(map(len, self._rows))
+        )  # the ends of the parts in a numbering of all rows
         orders = []
         for part, end in enumerate(self._ends):
             order = grain.MapDataset.range(end - len(self._rows[part]), end).seed((seed + part) % 2**32)
@@ -76,29 +90,33 @@ class Loader:
         self._seek(start_step)
 
     def __iter__(self) -> "Loader":
-        """The loader is its own iterator: a second `for` goes on where the first stopped."""
+        """The loader itself: a second `for` continues where the first stopped."""
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; `state()` counts it from here on."""
+        """The next batch. `state()` counts it from now on."""
         batch = next(self._batches)
         self._step += 1
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON-able values: the batches handed out ("step") and what they depend on."""
+        """The position as values for JSON: the number of batches so far ("step"), and what they depend on."""
         return {"step": self._step, **self._identity}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position that `state()` gave; raises ValueError if it is one of other data or settings."""
-        for key, mine in self._identity.items():
-            theirs = state.get(key)
-            if theirs != mine:
-                what = f"{key} was {theirs!r} when it was saved and is {mine!r} now"
+        """Go to a position that `state()` returned.
+
+        Raises:
+            ValueError: the position belongs to other data or settings.
+        """
+        for key, current in self._identity.items():
+            saved = state.get(key)
+            if saved != current:
+                change = f"{key} was {saved!r} when it was saved and is {current!r} now"
                 if key == "store":
-                    what = "the text, tokenizer, weights or loss of data.train are not what they were"
+                    change = "the text, tokenizer, weights or loss of data.train are not what they were"
                 raise ValueError(
-                    f"cannot resume the data: {what}; set it back, or start a new run to train on from these weights"
+                    f"cannot resume the data: {change}; set it back, or start a new run to train on from these weights"
                 )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
@@ -135,9 +153,16 @@ def evaluation_batches(
     max_batches: int | None,
     rows_of_host: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """The rows in order, once, in at most `max_batches` batches (None: all), the last filled with padding.
+    """The rows in order, once, as batches. The last batch is filled with rows of padding.
 
-    `batch_size` is the global one, and `rows_of_host` as in `Loader`: every host gets as many batches.
+    Args:
+        rows: the rows.
+        batch_size: rows of a global batch.
+        max_batches: the most batches. None: all.
+        rows_of_host: as in `Loader`. Every host gets the same number of batches.
+
+    Raises:
+        ValueError: a setting that cannot give a batch.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1 (or None for all), got {max_batches}")

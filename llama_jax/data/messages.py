@@ -164,7 +164,7 @@ def _role(item: Mapping[str, Any], where: str) -> str:
 
 
 def _learn(item: Mapping[str, Any], role: str, where: str) -> bool:
-    """Whether the loss counts a message: what its marks say, or without a mark, whether the assistant says it."""
+    """True if the loss counts a message: by its marks, or without a mark, if it is the assistant's."""
     marks: dict[str, bool] = {}
     for key in (*MARKS, _NOT_LEARNT):
         if key in item:

@@ -1,9 +1,9 @@
-"""Rows of fixed length T made of a store's documents.
+"""Packing: rows of fixed length T made of a store's documents.
 
-Text is laid end to end and cut every T tokens (`PackedRows`): no place is lost. Where some documents are dialogs or
-completions, none of those may be cut, and whole documents are fitted into rows (`WholeRows`), which leaves padding; of
-preference pairs the two documents of each stay together. Both give the same arrays, so that nothing after them knows
-which it was.
+A store of plain texts is concatenated and split every T tokens (`PackedRows`), so that only the last row has padding.
+In a store that has dialogs or completions, whole documents are fitted into rows (`WholeRows`), because these may not be
+split; the rest of each row is padding. The two documents of a preference pair stay in one row. Both classes yield the
+same arrays.
 """
 
 import dataclasses
@@ -17,34 +17,41 @@ from llama_jax.errors import ConfigError
 
 
 class Rows(Protocol):
-    """Random access to rows: `rows[i]` is a pure function of the store, T and i."""
+    """Random access to rows: `rows[i]` is a pure function of the store, T and i.
+
+    Attributes:
+        store: the documents.
+        sequence_length: tokens of a row (T).
+        fingerprint: hash (hex) of everything but T that the rows depend on.
+        padding_fraction: the fraction of all positions that is padding.
+    """
 
     store: TokenStore
     sequence_length: int
-    fingerprint: str  # of all that rows depend on but T
-    padding_fraction: float  # the part of all places that is padding
+    fingerprint: str
+    padding_fraction: float
 
     def __len__(self) -> int:
         """Rows in one epoch."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row, each array of shape (T,).
+        """One row, a dict of arrays of shape (T,).
 
-        tokens, targets int32: the token and the one after it.
-        positions int32: from 0 at the row's start and again at each document's.
-        segments int32: the document's number within the row, from 1; 0 is padding.
-        weights float32: 1 where the target continues the token's document and the loss counts it, otherwise 0.
+        tokens, targets (int32): the token, and the one after it.
+        positions (int32): the position, from 0 at the start of the row and at the start of each document.
+        segments (int32): the number of the document within the row, from 1; 0 is padding.
+        weights (float32): 1 where the target continues the token's document and the loss counts it, otherwise 0.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several rows of one length, seen in proportion to their weights; `Loader` draws from them.
+    """Several sources of rows of one length, from which `Loader` draws in proportion to their weights.
 
     Attributes:
         parts: the rows of each source.
-        weights: above 0, one for each: of every sum(weights) rows drawn, so many are of that part. A part that has been
-            seen whole starts anew.
+        weights: one number above 0 for each part: of every sum(weights) rows drawn, so many are of that part. A part
+            whose rows have all been drawn starts its next epoch.
     """
 
     parts: tuple[Rows, ...]
@@ -52,12 +59,12 @@ class Mixture:
 
     @property
     def sequence_length(self) -> int:
-        """Of all."""
+        """Tokens of a row (T), the same in all parts."""
         return self.parts[0].sequence_length
 
     @property
     def fingerprint(self) -> str:
-        """Of all that rows and their order depend on but T."""
+        """A hash (hex) of everything but T that the rows and their order depend on."""
         if len(self.parts) == 1:
             return self.parts[0].fingerprint
         identity = [(rows.fingerprint, weight) for rows, weight in zip(self.parts, self.weights, strict=True)]
@@ -65,11 +72,16 @@ class Mixture:
 
 
 def pack(store: TokenStore, *, sequence_length: int, loss_on: str) -> Rows:
-    """The rows of a store. `loss_on`: "assistant" counts targets only (see `records`), "all" every token.
+    """The rows of a store.
+
+    Args:
+        store: the documents.
+        sequence_length: tokens of a row (T).
+        loss_on: "assistant" counts targets only (see `encoding`), "all" every token.
 
     Raises:
-        ConfigError: "all" of preference pairs.
-        ValueError: a pair that no row can hold, or nothing to predict.
+        ConfigError: loss_on is "all", and the store has preference pairs or messages that are not to be learnt.
+        ValueError: a pair is longer than a row, or there is nothing to predict.
     """
     if store.masked:
         return WholeRows(store, sequence_length=sequence_length, loss_on=loss_on)
@@ -77,7 +89,7 @@ def pack(store: TokenStore, *, sequence_length: int, loss_on: str) -> Rows:
 
 
 def padding_row(sequence_length: int) -> dict[str, np.ndarray]:
-    """A row of nothing: all zeros, so no loss and no segment."""
+    """A row of padding: all zeros, so that it has no loss and no segment."""
     names = ("tokens", "targets", "positions", "segments")
     row = {name: np.zeros(sequence_length, np.int32) for name in names}
     return {**row, "weights": np.zeros(sequence_length, np.float32)}
@@ -91,14 +103,14 @@ def _check(store: TokenStore, sequence_length: int, least: int) -> None:
 
 
 class PackedRows:
-    """All documents end to end, then split every T tokens.
+    """All documents concatenated, then split every T tokens.
 
     Row i reads tokens [i * T, i * T + T], one more than T: the last is only a target, and the next row begins with it.
-    So each token but the first is the target of exactly one place in exactly one row.
+    Each token but the first is therefore the target of exactly one position in exactly one row.
     """
 
     def __init__(self, store: TokenStore, *, sequence_length: int) -> None:
-        """Take rows of `sequence_length` tokens; raises ValueError where there is nothing to predict."""
+        """Set the length of rows; raises ValueError if there is nothing to predict."""
         _check(store, sequence_length, 1)
         self.store = store
         self.sequence_length = sequence_length
@@ -106,11 +118,11 @@ class PackedRows:
         self.padding_fraction = 1 - (store.num_tokens - 1) / (len(self) * sequence_length)
 
     def __len__(self) -> int:
-        """Rows in one epoch: the last may be part padding."""
+        """Rows in one epoch. The last may end in padding."""
         return -(-(self.store.num_tokens - 1) // self.sequence_length)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row, as `Rows` says."""
+        """One row, with the arrays of `Rows`."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         start = index * self.sequence_length
@@ -136,18 +148,18 @@ class PackedRows:
 
 
 class WholeRows:
-    """Whole documents fitted into rows, and padding after them.
+    """Whole documents fitted into rows, each row padded to T tokens.
 
-    A row holds its documents in the order of the store, and rows come in the order of their first documents. Only what
-    is longer than T, which `build_store` sees to being text, is cut: into pieces of T tokens, each beginning with the
-    last token of the one before, so that every prediction is made once.
+    A row holds its documents in the order of the store, and rows are ordered by their first documents. Only texts may
+    be longer than T, since `build_store` leaves out or cuts the rest. Such a text is split into pieces of T tokens,
+    each beginning with the last token of the one before, so that every prediction is made once.
 
-    A pair is fitted as one, so that segments 2k - 1 and 2k of a row are the chosen and the rejected answer to one
-    prompt. Nothing of it may be cut.
+    A pair is fitted as one piece, so that segments 2k - 1 and 2k of a row are the chosen and the rejected answer to one
+    prompt.
     """
 
     def __init__(self, store: TokenStore, *, sequence_length: int, loss_on: str) -> None:
-        """Fit rows of `sequence_length` tokens, as `pack` says; the same store gives the same rows."""
+        """Fit the documents into rows. The same store gives the same rows; errors are those of `pack`."""
         _check(store, sequence_length, 2)
         if store.pairs and loss_on == "all":
             raise ConfigError(
@@ -172,7 +184,7 @@ class WholeRows:
             row_of_piece = np.repeat(best_fit(both, sequence_length), 2)
         else:
             row_of_piece = best_fit(lengths, sequence_length)
-        # Rows are numbered anew by their first piece: `unique` finds it, and the rank of it is the number.
+        # Rows are renumbered by their first pieces: `unique` finds the first piece, and its rank is the new number.
         _, first, row_of_piece = np.unique(row_of_piece, return_index=True, return_inverse=True)
         row_of_piece = np.argsort(np.argsort(first))[row_of_piece]
         order = np.argsort(row_of_piece, kind="stable")
@@ -185,7 +197,7 @@ class WholeRows:
         return len(self._first) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row, as `Rows` says."""
+        """One row, with the arrays of `Rows`."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         row = padding_row(self.sequence_length)
@@ -204,7 +216,7 @@ class WholeRows:
 
 
 def _pieces(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """The starts and lengths of all documents, those longer than T as pieces that overlap by one token."""
+    """The starts and lengths of all documents; those longer than T are split into pieces that overlap by one token."""
     lengths = np.diff(offsets)
     counts = np.where(lengths <= T, 1, -(-(lengths - 1) // (T - 1)))
     document = np.repeat(np.arange(len(lengths)), counts)
@@ -214,10 +226,11 @@ def _pieces(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best_fit(lengths: np.ndarray, T: int) -> np.ndarray:
-    """The row of each piece: the longest first, each into the row that it fills best, else into a new one.
+    """The row of each piece, by best-fit decreasing (Johnson, 1973).
 
-    Best-fit decreasing (Johnson, 1973) takes at most 11/9 of the fewest rows possible. Rows are kept by the room they
-    have left, and the rooms that some row has are the bits of one number, so that the best is found at once.
+    Pieces are taken longest first, each into the row with the least room that still fits it, or else into a new row.
+    This takes at most 11/9 of the fewest rows possible. Rows are grouped by the room that they have left. The sizes of
+    room that some row has are the bits of one integer, so that the best row is found in constant time.
     """
     row_of_piece = np.empty(len(lengths), np.int64)
     rows_with: list[list[int]] = [[] for _ in range(T + 1)]

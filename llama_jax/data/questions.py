@@ -1,10 +1,10 @@
 """The quickstart chat set: "What does `math.gcd` do?", answered from the docstrings that every Python carries.
 
 The facts are first sentences of the documentation of well-known functions, classes and methods, each asked for in many
-phrasings, alone and in the course of a dialog. Validation asks for the same facts in phrasings that training has not:
-it measures whether a question is understood, not knowledge of what was never told. The set depends on the version of
-Python. Tried and left out: "I do not know that name." to names that do not exist. A model of 2.4 million weights told
-half of them from those that it knows, and refused known ones where the phrasing was new.
+phrasings, alone and in the course of a dialog. Validation asks for the same facts in phrasings that training does not
+have: it measures whether a question is understood, not knowledge of facts that were never learnt. The set depends on
+the version of Python. Tried and left out: the answer "I do not know that name." to names that do not exist. A model of
+2.4 million weights recognized half of them, and gave that answer for known names in new phrasings.
 """
 
 import builtins
@@ -22,7 +22,7 @@ from llama_jax.data.records import Dialog
 
 PARTS = ("stdlib:chat-train", "stdlib:chat-validation")
 
-# What the model is to know: the public functions and classes of these modules, the methods of these classes, and a few.
+# Names that the model learns: public functions and classes of these modules, methods of these classes, and a few.
 _MODULES = (
     "builtins math statistics random os.path shutil glob fnmatch tempfile itertools functools collections heapq "
     "bisect copy re json csv string textwrap time datetime calendar base64 gzip struct urllib.parse subprocess "
@@ -113,7 +113,7 @@ def dialogs(part: str) -> list[Dialog]:
 
 @functools.cache
 def facts() -> tuple[Fact, ...]:
-    """All that the model is to know, in the order of the modules, a name once."""
+    """All facts, in the order of the modules, one for each name."""
     found: dict[str, Fact] = {}
     for name, thing in _things(_MODULES, _CLASSES, _CHOSEN):
         sentence = answer(name, inspect.getdoc(thing) or "", is_class=isinstance(thing, type))
@@ -157,7 +157,7 @@ def _public(owner: object) -> list[tuple[str, Callable]]:
     return [(k, v) for k, v in found if callable(v) and not (isinstance(v, type) and issubclass(v, BaseException))]
 
 
-# The words that a docstring may tell a function to do. Others open a sentence of another kind.
+# Imperatives that open a docstring. Other words open a sentence of another kind.
 _VERBS = frozenset(
     "accept acquire add adjust allow append apply approximate arrange batch block build calculate call cancel change "
     "check choose clear close collapse combine compare compile compress compute concatenate configure construct "
@@ -231,7 +231,7 @@ def _first_of(text: str) -> str:
 
 
 def _predicate(sentence: str, name: str, is_class: bool) -> str:
-    """What to say of a name whose documentation says this; "" where that cannot be told from the first words."""
+    """The predicate for a name that a documentation's sentence gives, or "" if its first words do not decide it."""
     # "This class implements semaphore objects.", "A ChainMap groups multiple dicts ..."
     itself = rf"(?:Th(?:is|e) (?:\w+ )?(?:class|function|method|object|decorator)|(?:An? )?{name}) (?=[a-z]+s )"
     if match := re.match(itself, sentence):

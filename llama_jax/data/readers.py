@@ -204,7 +204,7 @@ def _parse_line(data: bytes, name: str, *, pairs: bool) -> Sample | BadLine:
 
 
 def _has_many_values(data: bytes | str) -> bool:
-    """Whether JSON has more than MAX_VALUES values. Only long JSON is counted, and text in it is not."""
+    """True if JSON has more than MAX_VALUES values. Only long JSON is counted, and text in it is not."""
     if len(data) <= MAX_VALUES:
         return False
     text = data if isinstance(data, str) else data.decode("utf-8", "replace")
@@ -233,7 +233,7 @@ class _Items:
         self._file, self._path = file, path
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._text, self._next = "", 0  # the buffer, and the first character of it that is not parsed
-        self._line, self._column = 1, 1  # the place of that character in the file
+        self._line, self._column = 1, 1  # the position of that character in the file
         self._bytes = 0
         self._ended = False
         self._number = 0
@@ -296,9 +296,9 @@ class _Items:
         try:
             self._text = self._text[self._next :] + self._utf8.decode(data, final=self._ended)
         except UnicodeDecodeError as error:
-            place = self._bytes - waiting + error.start
+            offset = self._bytes - waiting + error.start
             byte = error.object[error.start]
-            raise ValueError(f"{self._path}: not UTF-8 at byte {place} (0x{byte:02x}); convert it to UTF-8") from error
+            raise ValueError(f"{self._path}: not UTF-8 at byte {offset} (0x{byte:02x}); convert it to UTF-8") from error
         self._next = 0
         self._bytes += len(data)
 

@@ -1,6 +1,6 @@
 """Records of data: the known shapes, and the samples that they stand for.
 
-The keys of a record tell its shape; of several that fit, the first is taken: `messages` (OpenAI, with `tools`),
+The keys of a record decide its shape; of several that fit, the first is taken: `messages` (OpenAI, with `tools`),
 `conversations` or `conversation` (ShareGPT), `chosen` and `rejected` or OpenAI's `preferred_output` and
 `non_preferred_output` (a preference pair), `prompt` and `completion` (texts, or TRL's lists of messages),
 `instruction` and `output` (Alpaca), `text`. The styles of messages are those of `messages`.
@@ -223,7 +223,7 @@ def _openai_pair(record: Mapping[str, Any]) -> dict[str, Any]:
     """A pair in the shape of OpenAI's preference fine-tuning, rewritten in TRL's."""
     asked = record.get("input")
     if not isinstance(asked, dict) or "messages" not in asked:
-        raise ValueError(f"'input' must hold 'messages' beside 'preferred_output', found {brief(asked)}")
+        raise ValueError(f"'input' must hold 'messages' where there is 'preferred_output', found {brief(asked)}")
     answers = {"chosen": record["preferred_output"], "rejected": record["non_preferred_output"]}
     return {"prompt": asked["messages"], "tools": asked.get("tools"), **answers}
 
@@ -233,7 +233,7 @@ def _pair(record: Mapping[str, Any], name: str) -> Pair:
 
     Texts: `prompt`, `chosen` and `rejected` are strings. Answers: `prompt` is a list of messages, the others are what
     the assistant then says. Dialogs: there is no list of a prompt, and the messages that both dialogs begin with are
-    the prompt. A `prompt` that is a string beside dialogs repeats it, and is not read.
+    the prompt. A `prompt` that is a string repeats it, and is not read.
     """
     prompt = record.get("prompt")
     if isinstance(record["chosen"], str) and isinstance(record["rejected"], str) and not isinstance(prompt, list):

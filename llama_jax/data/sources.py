@@ -1,8 +1,8 @@
-"""Where documents come from: files, folders, globs, datasets of the hub, and by name the quickstart corpora.
+"""Sources of documents: files, folders, globs, datasets of the hub, and by name the quickstart corpora.
 
-A text file (.txt, .md) is one document; each line of a JSON-lines file (.jsonl, .json-lines, .ndjson), each row of a
-Parquet file (.parquet), and each item of the list that a JSON file (.json) may be, holds a record, as `records` has it.
-Text and JSON may be gzipped (.gz).
+A text file (.txt, .md) is one document. A record, in one of the shapes of `records`, is a line of a JSON-lines file
+(.jsonl, .json-lines, .ndjson), a row of a Parquet file (.parquet) or an item of a JSON list (.json). Text and JSON may
+be gzipped (.gz).
 """
 
 import difflib
@@ -23,33 +23,42 @@ _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines", ".ndjson")
 _TABLE = (".parquet",)
 _LIST = (".json",)
-# What would be learnt as it stands, marks and all, if it were taken for a text.
+# Formats that are not read. Taken for texts, they would be learnt with their markup.
 _NOT_TEXT = (".csv", ".tsv", ".jl", ".json5", ".arrow", ".orc", ".avro", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
 
-# What a pattern names: a file or a part of the corpus. Files of the hub come with what they are on any machine.
+# Sources by path, or by the name of a part of the corpus. The value of a file of the hub is its name with the commit
+# and its size, which are the same on any machine.
 _Sources = dict[Path | str, tuple[str, int] | None]
 
 
 def documents_from(patterns: Sequence[str], *, split: str = "train", pairs: bool = False) -> Iterator[Sample | BadLine]:
-    """Yield every document that the patterns name, pattern by pattern, paths sorted within each, and every bad line.
+    """An iterator over every document that the patterns name, and every record that cannot be used.
 
-    A pattern is a file (one of an unknown ending is a text), a folder (searched to the bottom for what is named above
-    but .json, which may be anything), a glob (`**` crosses folders), a dataset of the hub (see `hub`; `split` says
-    which of its files when it is named without any), or the quickstart corpus or its chat set: stdlib:train,
-    stdlib:validation, stdlib:chat-train, stdlib:chat-validation. A file named twice is read once. `pairs` is as in
-    `records.parse`.
+    A pattern is one of: a file (an unknown ending counts as text); a folder, which is searched recursively for the
+    endings above except .json, since such files may be anything; a glob (`**` crosses folders); a dataset of the hub
+    (see `hub_datasets`); stdlib:train or stdlib:validation, the quickstart corpus; stdlib:chat-train or
+    stdlib:chat-validation, its chat set. Documents come pattern by pattern, sorted by path within each. A file that is
+    named twice is read once. Patterns are resolved, and files of the hub downloaded, at once; files are read one by
+    one.
 
-    Raises FileNotFoundError where a pattern matches nothing and ValueError where what it matches cannot be used
-    (ConfigError where that takes a package which is not installed, or cannot be downloaded); the patterns are resolved,
-    and files of the hub downloaded, at once; the files are read one at a time.
+    Args:
+        patterns: the patterns.
+        split: "train" or "validation": the files of a dataset of the hub that is named without any.
+        pairs: as in `records.parse`.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing.
+        ConfigError: a package is not installed, or a dataset cannot be downloaded.
+        ValueError: a file cannot be read, or all documents are empty.
     """
     return _read(list(_resolve(patterns, split)), patterns, pairs)
 
 
 def fingerprint_of(patterns: Sequence[str], *, split: str = "train") -> str:
-    """A cheap identity (hex) of what the patterns name: paths, sizes and times; the corpus' fingerprint.
+    """A hash (hex) that identifies the files of the patterns by path, size and time of change, without reading them.
 
-    Of files of the hub: names with the commit, and sizes, so that it is the same on another machine.
+    Files of the hub are identified by their names with the commit and their sizes, so that the hash is the same on
+    another machine. The quickstart corpora are identified by their contents.
     """
     identity: list[object] = []
     for source, known in _resolve(patterns, split).items():
@@ -59,8 +68,8 @@ def fingerprint_of(patterns: Sequence[str], *, split: str = "train") -> str:
             identity.append(known)
         else:
             stat = source.stat()
-            kind = ["list"] if _kind(source) == "list" else []  # such a file was a text once
-            identity.append([os.path.abspath(source), stat.st_size, stat.st_mtime_ns, *kind])
+            suffix = ["list"] if _kind(source) == "list" else []  # earlier versions read such a file as a text
+            identity.append([os.path.abspath(source), stat.st_size, stat.st_mtime_ns, *suffix])
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -71,7 +80,7 @@ def _corpus(name: str) -> Sequence[Document | Dialog]:
 
 
 def hub_files(patterns: Sequence[str], *, split: str) -> list[str]:
-    """Which files of the hub the patterns came to, by their names with the commit."""
+    """The names, with the commit, of the files of the hub that the patterns stand for."""
     ids = [pattern for pattern in patterns if pattern.startswith(hub_datasets.SCHEME)]
     return [name for text in ids for name, _ in hub_datasets.find(text, split).values()]
 

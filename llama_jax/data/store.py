@@ -131,7 +131,7 @@ class TokenStore:
                 yield from map(BadLine.from_json, file)
 
     def targets(self, start: int, stop: int) -> np.ndarray:
-        """Whether each of `tokens[start:stop]` is a target, bool."""
+        """A bool for each of `tokens[start:stop]`: True if it is a target."""
         if not self.masked:
             return np.ones(stop - start, bool)
         first = start // 8

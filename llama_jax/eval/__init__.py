@@ -1,6 +1,6 @@
-"""Floor 5: evaluation. Perplexity (`sliding`), EleutherAI's harness, and two models side by side.
+"""Floor 5: evaluation. Perplexity (`sliding_window`), EleutherAI's harness, and two models side by side.
 
-All of it stands on `scoring`, which says how likely given tokens are, and on the sampler.
+All of it uses `scoring`, the log-probabilities of tokens in their context, and the sampler.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Resolved on first use, as in `llama_jax`, so that a command line is checked before jax is imported.
+# Imported on first use, as in `llama_jax`, so that a command line is checked before jax is imported.
 _PUBLIC = {
     "perplexity": "llama_jax.eval.sliding_window",
     "compare": "llama_jax.eval.comparison",

@@ -1,8 +1,8 @@
-"""Two models side by side on the same prompts: both answer, a judge says who did better, and the rates are drawn.
+"""Two models side by side on the same prompts: both answer, a judge compares the answers, and the rates are drawn.
 
-All is kept in one folder as it comes, a line of JSON each, so that the same call goes on where the last one ended:
-`answers.jsonl`, `verdicts.jsonl` (of any number of judges), `settings.json`. Each call ends by writing what the judge
-at hand has said so far: `comparison.jsonl` (prompts, answers, verdicts), `summary.json` and `comparison.png`.
+A folder keeps every answer and verdict at once, a line of JSON each, so that the same call continues where the last
+one ended: `answers.jsonl`, `verdicts.jsonl` (of any number of judges), `settings.json`. Each call ends by writing the
+results of its judge so far: `comparison.jsonl` (prompts, answers, verdicts), `summary.json` and `comparison.png`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import ConfigError
-from llama_jax.eval import judges, plot, scoring
+from llama_jax.eval import judges, plot
 from llama_jax.eval.intervals import Tally, tally
 from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import load
+from llama_jax.progress import progress_bar
 from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source
 
@@ -29,22 +30,21 @@ if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
 
 _JUDGE_TOKENS = 512
-_BATCHES = 4  # answered between two writes
+_BATCHES = 4  # batches of answers between two writes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Which models answer, and how.
+    """The two models of a comparison and their settings.
 
     Attributes:
-        model_a, model_b: what `llama_jax.load` takes.
+        model_a, model_b: the models, as `llama_jax.load` takes them.
         adapter_a, adapter_b: the folder of a LoRA adapter for each, or None.
-        chat: put a prompt that is a text as a user's message, rather than as a text to be continued.
-        max_new_tokens: of an answer.
-        temperature: 0 is greedy; None leaves all settings of sampling to each model's own.
-        seed: prompt i is answered by both with seed + i.
-        dtype: as of `llama_jax.load`.
-        quantize: likewise.
+        chat: put a prompt that is a text as a user's message, instead of continuing the text.
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 is greedy; None takes all sampling settings from each model.
+        seed: both models answer prompt i with seed + i.
+        dtype, quantize: arguments of `llama_jax.load`.
         chat_format: likewise, of both models.
     """
 
@@ -67,7 +67,7 @@ class Asked:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What to call the two: the last part of each path, and so much more of it as tells them apart."""
+        """Names of the two: the last part of each path, and as many parts before it as distinguish them."""
         models = [(Path(model).parts, f" + {Path(adapter).name}" if adapter else "") for model, adapter in self.both]
         for size in range(1, max(len(parts) for parts, _ in models) + 1):
             name_a, name_b = ("/".join(parts[-size:]) + adapter for parts, adapter in models)
@@ -78,15 +78,15 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What came of it.
+    """The results of a comparison.
 
     Attributes:
-        tallies: overall first, then by category.
-        judged: prompts with a verdict.
-        total: prompts.
-        unread: verdicts of a judge model that could not be read, and count as ties.
-        folder: where all of it is.
-        picture: the bars, or None before the first verdict.
+        tallies: the rates, overall first, then by category.
+        judged: number of prompts with a verdict.
+        total: number of prompts.
+        unread: number of answers of a judge model that hold no verdict; they count as ties.
+        folder: the folder that keeps everything.
+        picture: file of the bars, or None before the first verdict.
     """
 
     tallies: list[Tally]
@@ -109,22 +109,22 @@ def compare(
     mesh: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Have two models answer, one after the other so that one is in memory at a time, and their answers judged.
+    """Let two models answer and a judge compare. The models run in turn, so that one is in memory at a time.
 
     Args:
-        asked: the models and how they answer.
-        prompts: as `read_prompts` gives them.
+        asked: the models and their settings.
+        prompts: the prompts, as `read_prompts` returns them.
         judge: one of judges.KINDS.
-        out: the folder that keeps everything; a comparison of the same models and prompts that is there goes on.
+        out: the folder that keeps everything. A comparison of the same models and prompts in it is continued.
         judge_function: "FILE.py:NAME" for "function"; see `judges.by_function`.
-        judge_model: what `llama_jax.load` takes, for "model": an instruct model.
-        batch_size: answers that are made together.
-        mesh: as of `llama_jax.load`, for all models.
+        judge_model: an instruct model for "model", as `llama_jax.load` takes it.
+        batch_size: answers that run together.
+        mesh: the mesh of all models, as `llama_jax.load` takes it.
         progress: bars on standard error.
 
     Raises:
-        ConfigError: settings that cannot work, or a folder of another comparison; before a model is loaded, where
-            that can be told before.
+        ConfigError: settings that cannot work, or a folder of another comparison. It is raised before a model is
+            loaded where that is possible.
     """
     _check(asked, prompts, judge, judge_function, judge_model)
     inputs.as_whole(batch_size, "batch_size")
@@ -137,35 +137,42 @@ def compare(
     }
     cases = [Case(i, prompt, answers["a"][i], answers["b"][i]) for i, prompt in enumerate(prompts)]
     identity = _identity(judge, judge_function, judge_model, asked.seed)
-    told = {line["number"]: line for line in _lines(folder / "verdicts.jsonl") if line["judge"] == identity}
-    pending = [case for case in cases if case.number not in told]
+    verdicts = {line["number"]: line for line in _lines(folder / "verdicts.jsonl") if line["judge"] == identity}
+    pending = [case for case in cases if case.number not in verdicts]
     if pending:
         if judge == "model":
-            llama = load(judge_model, **opened)
-            ask = _asker(llama, batch_size)
-            decide: Judge = judges.by_model(ask, batch_size=batch_size)
+            decide: Judge = judges.by_model(_asker(load(judge_model, **opened), batch_size), batch_size=batch_size)
         elif judge == "person":
             decide = judges.by_person(seed=asked.seed, total=len(cases))
         else:
             decide = by_function or judges.exact
-        shown = progress and judge == "model"
-        with scoring.bar(len(pending), "judging", shown) as bar, open(folder / "verdicts.jsonl", "a") as file:
-            for verdict in decide(pending):
-                line = {"judge": identity, **dataclasses.asdict(verdict)}
-                _append(file, line)
-                told[verdict.number] = line
-                bar.update(1)
-    return _report(folder, asked, cases, told, judge)
+        verdicts |= _judged(folder, identity, decide, pending, progress=progress and judge == "model")
+    return _report(folder, asked, cases, verdicts, judge)
+
+
+def _judged(
+    folder: Path, identity: str, decide: Judge, pending: Sequence[Case], *, progress: bool
+) -> dict[int, dict[str, Any]]:
+    """The verdicts on pending cases by number, each written when it comes. The judge may stop early."""
+    verdicts = {}
+    bar = progress_bar(len(pending), "judging", unit="row", shown=progress)
+    with bar, open(folder / "verdicts.jsonl", "a") as file:
+        for verdict in decide(pending):
+            line = {"judge": identity, **dataclasses.asdict(verdict)}
+            _append(file, line)
+            verdicts[verdict.number] = line
+            bar.update(1)
+    return verdicts
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Prompts of a JSON-lines file.
+    """The prompts of a JSON-lines file.
 
     A line is a text, or an object with "prompt" (a text) or "messages" (a dialog that ends with a user), and perhaps
-    "reference" (the right answer, or a list of them) and "category". Other keys are not read.
+    "reference" (the right answer, or a list of right ones) and "category". Other keys are ignored.
 
     Raises:
-        ConfigError: names the line that is otherwise, and what it should be.
+        ConfigError: a line of another form; names the line and the forms that are allowed.
     """
     prompts = []
     data = Path(path).read_bytes()
@@ -211,12 +218,12 @@ def _check(asked: Asked, prompts: Sequence[Prompt], judge: str, function: str | 
     if judge == "exact":
         without = [prompt.place for prompt in prompts if prompt.reference is None]
         if without:
-            raise ConfigError(f'{without[0]} has no "reference", which --judge exact holds answers against')
+            raise ConfigError(f'{without[0]} has no "reference", which --judge exact compares answers with')
     inputs.as_whole(asked.max_new_tokens, "max_new_tokens")
 
 
 def _open(folder: Path, asked: Asked, prompts: Sequence[Prompt]) -> Path:
-    """The folder, for this comparison alone."""
+    """The folder with its settings written. A folder of another comparison raises a ConfigError."""
     listed = json.dumps([dataclasses.astuple(prompt)[1:] for prompt in prompts], sort_keys=True)
     mine = {
         **dataclasses.asdict(asked),
@@ -226,7 +233,7 @@ def _open(folder: Path, asked: Asked, prompts: Sequence[Prompt]) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if not (folder / "answers.jsonl").exists():  # nothing yet that would be lost
+    if not (folder / "answers.jsonl").exists():  # no answer yet that could be lost
         if any(other != path for other in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty, and holds no comparison: name another folder with --out")
         path.write_text(json.dumps(mine, indent=2) + "\n")
@@ -240,9 +247,7 @@ def _open(folder: Path, asked: Asked, prompts: Sequence[Prompt]) -> Path:
         key = changed[0]
         if key.startswith("identity"):
             name = asked.both["ab".index(key[-1])][0]
-            raise ConfigError(
-                f"{folder} has answers of what {name} was before it changed: name another folder with --out"
-            )
+            raise ConfigError(f"{folder} has answers of an earlier version of {name}: name another folder with --out")
         raise ConfigError(
             f"{folder} holds another comparison: its {key} is {there.get(key)!r}, and now {mine[key]!r}; name another "
             "folder with --out"
@@ -260,7 +265,7 @@ def _answers(
     batch_size: int,
     progress: bool,
 ) -> list[str]:
-    """One model's answers in the order of the prompts, made where they are not there yet. It is gone afterwards."""
+    """The answers of one model in the order of the prompts. Missing ones are generated, and the model is freed."""
     path = folder / "answers.jsonl"
     there = {line["number"]: line["text"] for line in _lines(path) if line["model"] == side}
     todo = [i for i in range(len(prompts)) if i not in there]
@@ -269,8 +274,11 @@ def _answers(
         llama = load(model, adapters=adapter, chat_format=asked.chat_format, **opened)
         dialogs = asked.chat or any(not isinstance(prompts[i].asked, str) for i in todo)
         stops = llama.chat_stop_tokens if dialogs else llama.stop_tokens
-        ids = {i: _ids(llama, prompts[i], asked) for i in todo}  # all of them are checked before the first is answered
-        with scoring.bar(len(todo), f"answers of {side.upper()}", progress) as bar, open(path, "a") as file:
+        ids = {i: _ids(llama, prompts[i], asked) for i in todo}  # all prompts are checked before the first is answered
+        with (
+            progress_bar(len(todo), f"answers of {side.upper()}", unit="row", shown=progress) as bar,
+            open(path, "a") as file,
+        ):
             for start in range(0, len(todo), _BATCHES * batch_size):
                 part = todo[start : start + _BATCHES * batch_size]
                 results = llama.generate(
@@ -287,7 +295,7 @@ def _answers(
                     _append(file, {"number": i, "model": side, "text": result.text, "finish": result.finish_reason})
                 bar.update(len(part))
         del llama
-        gc.collect()  # weights of one model at a time: what holds others' is in cycles of compiled functions
+        gc.collect()  # compiled functions hold the weights in reference cycles
     return [there[i] for i in range(len(prompts))]
 
 
@@ -318,7 +326,7 @@ def _check_room(llama: Llama, ids: Sequence[int], new: int, place: str) -> None:
 
 
 def _asker(llama: Llama, batch_size: int) -> Callable[[list[str]], list[str]]:
-    """What puts questions to a judge model: greedy, each as the first message of a dialog."""
+    """A function that asks a judge model: greedy, each question as the first message of a dialog."""
 
     def ask(questions: list[str]) -> list[str]:
         ids = [llama.encode_dialog([{"role": "user", "content": text}]) for text in questions]
@@ -338,7 +346,7 @@ def _asker(llama: Llama, batch_size: int) -> Callable[[list[str]], list[str]]:
 
 
 def _identity(judge: str, function: str | None, model: str | None, seed: int) -> str:
-    """What verdicts are kept by: another judge, or a function that was changed, starts anew."""
+    """The key of a judge's verdicts. Another judge, or a changed function, has another key and starts again."""
     if function is not None:
         file = function.rpartition(":")[0]
         return f"function {function} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
@@ -346,7 +354,7 @@ def _identity(judge: str, function: str | None, model: str | None, seed: int) ->
 
 
 def _model_identity(model: str, adapter: str | None) -> str:
-    """Which model it is, with its adapter: a path may hold another one tomorrow."""
+    """A hash of a model and its adapter, since the files of a path may change."""
     source = open_source(model)
     digest = hashlib.sha256(source.identity().encode())
     if adapter:
@@ -357,13 +365,13 @@ def _model_identity(model: str, adapter: str | None) -> str:
     return digest.hexdigest()
 
 
-def _report(folder: Path, asked: Asked, cases: Sequence[Case], told: Mapping[int, Any], judge: str) -> Comparison:
-    judged = [case for case in cases if case.number in told]
-    tallies = tally((case.prompt.category, told[case.number]["verdict"]) for case in judged)
-    unread = sum(None in told[case.number]["notes"].get("heard", ()) for case in judged)
+def _report(folder: Path, asked: Asked, cases: Sequence[Case], verdicts: Mapping[int, Any], judge: str) -> Comparison:
+    judged = [case for case in cases if case.number in verdicts]
+    tallies = tally((case.prompt.category, verdicts[case.number]["verdict"]) for case in judged)
+    unread = sum(None in verdicts[case.number]["notes"].get("heard", ()) for case in judged)
     with open(folder / "comparison.jsonl", "w") as file:
         for case in cases:
-            verdict = told.get(case.number, {"verdict": None, "notes": {}})
+            verdict = verdicts.get(case.number, {"verdict": None, "notes": {}})
             prompt = dataclasses.asdict(case.prompt)
             _append(file, {**prompt, "a": case.a, "b": case.b, "verdict": verdict["verdict"], **verdict["notes"]})
     name_a, name_b = asked.names
@@ -378,7 +386,7 @@ def _report(folder: Path, asked: Asked, cases: Sequence[Case], told: Mapping[int
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """The whole lines of a file; one that a kill cut short is taken off, so that the next starts a line of its own."""
+    """The complete lines of a file. A line that a kill cut short is removed, so that the next one is whole."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -390,7 +398,7 @@ def _lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
         except ValueError as error:
             raise ConfigError(
-                f"{path}:{number} is damaged ({error}): take the line out, or use another --out"
+                f"{path}:{number} is damaged ({error}): delete the line, or name another folder with --out"
             ) from None
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class LlamaLM(TemplateLM):
-    """What lm_eval asks, answered by a Llama; numbers are those of its HFLM on the same weights in float32."""
+    """A model for lm_eval. Its results equal those of lm_eval's HFLM on the same weights in float32."""
 
     def __init__(
         self,
@@ -48,10 +48,10 @@ class LlamaLM(TemplateLM):
 
         Args:
             llama: a model with a tokenizer.
-            name: of the model, in caches of requests.
-            max_length: tokens that the model is given at most; all that it has by default.
+            name: name of the model in caches of requests.
+            max_length: the most tokens that the model reads; all of its positions by default.
             batch_size: rows that run together.
-            seed: of tasks that draw their texts.
+            seed: seed of tasks that sample their texts.
 
         Raises:
             ConfigError: no tokenizer, or a max_length that the model does not have.
@@ -67,7 +67,7 @@ class LlamaLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens of a text where its task does not say."""
+        """The default of new tokens for a text, where the task gives none."""
         return lm_eval_requests.MAX_GEN_TOKS
 
     @property
@@ -81,7 +81,7 @@ class LlamaLM(TemplateLM):
         return lm_eval_requests.prefix_id(self.llama)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; see `requests.encode`."""
+        """The ids of a text; see `lm_eval_requests.encode`."""
         return lm_eval_requests.encode(self.llama, string, begin=add_special_tokens)
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -143,7 +143,7 @@ class LlamaLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What caches of requests are kept by: the model's name and what its ids depend on."""
+        """The key of caches of requests: the model's name and the fingerprint of its tokenizer."""
         return f"{self.name.replace('/', '__')}-{self.llama.tokenizer.fingerprint[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -194,7 +194,7 @@ def harness_model(llama: Llama, **options: Any) -> LlamaLM:
 
 
 def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager:
-    """What lm_eval knows tasks by, with those in the folders of `include` too.
+    """lm_eval's TaskManager, with the tasks in the folders of `include` too.
 
     Raises:
         ConfigError: a folder that is none, or a task that is neither known nor a file, with the nearest name.
@@ -221,7 +221,7 @@ def evaluate(
     system: str | None = None,
     log_samples: bool = False,
 ) -> dict[str, Any]:
-    """lm_eval's results of tasks by name, file or pattern; arguments as of `lm_eval.simple_evaluate`."""
+    """The results of tasks by name, file or pattern. Arguments are those of `lm_eval.simple_evaluate`."""
     manager = manager or find_tasks(tasks)
     known = [name for task in tasks for name in ([task] if Path(task).is_file() else manager.match_tasks([task]))]
     return lm_eval.simple_evaluate(
@@ -244,5 +244,5 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """The results as JSON, samples too where they were kept."""
+    """Write the results as JSON, with the samples if they were kept."""
     path.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Wins, ties and losses in numbers: rates with their confidence intervals. No jax."""
+"""Rates of wins, ties and losses with their confidence intervals. No jax."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 
 VERDICTS = ("a", "tie", "b")  # who won
-_Z = 1.959963984540054  # of the normal distribution: 95 % lie within so many standard deviations
+_Z = 1.959963984540054  # 95 % of a normal distribution are within this many standard deviations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """What a set of verdicts comes to, from A's side.
+    """The rates of a set of verdicts, from A's side.
 
     Attributes:
-        name: of the set: "overall", or a category.
-        n: verdicts.
-        win, tie, loss: their shares.
+        name: name of the set: "overall", or a category.
+        n: number of verdicts.
+        win, tie, loss: shares of n with their intervals.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Tally:
 
 
 def wilson(hits: int, n: int) -> Rate:
-    """hits / n and Wilson's score interval, which keeps its 95 % for few verdicts and for rates of 0 and 1.
+    """The share hits / n with Wilson's score interval, which covers 95 % for few verdicts and rates of 0 and 1 too.
 
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96 (Wilson 1927, J. Am. Stat. Assoc.
-    22, 209). With no verdict at all the share is nan, and the interval from 0 to 1.
+    22, 209). Without verdicts the share is nan and the interval is from 0 to 1.
     """
     if n == 0:
         return Rate(math.nan, 0.0, 1.0)
@@ -59,10 +59,10 @@ def wilson(hits: int, n: int) -> Rate:
 
 
 def tally(verdicts: Iterable[tuple[str | None, str]]) -> list[Tally]:
-    """One Tally overall and, where there are categories, one each in the order they come.
+    """The overall Tally and, where there are categories, one of each in the order of their first verdict.
 
     Args:
-        verdicts: (category or None, one of VERDICTS).
+        verdicts: pairs of a category, or None, and one of VERDICTS.
     """
     counts: dict[str | None, collections.Counter[str]] = {None: collections.Counter()}
     for category, verdict in verdicts:
@@ -75,7 +75,7 @@ def tally(verdicts: Iterable[tuple[str | None, str]]) -> list[Tally]:
 
 
 def table(tallies: list[Tally], name_a: str, name_b: str) -> str:
-    """The tallies as lines of text."""
+    """The tallies as a table in plain text."""
     cells = [["", "n", "A wins", "tie", "B wins"]]
     for row in tallies:
         rates = [f"{r.share:6.1%} [{r.low:.1%}, {r.high:.1%}]" if row.n else "-" for r in row.rates]

@@ -1,6 +1,6 @@
-"""Who answered better, A or B: by the reference, a function, a model asked twice, or a person who cannot see whose.
+"""Judges of two answers: exact match, a function, a model that is asked twice, or a person who does not see the names.
 
-A judge takes cases and yields, in their order, a Verdict each; whoever reads them may stop at any. No jax.
+A judge takes cases and yields a Verdict for each, in their order. The caller may stop at any. No jax.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ KINDS = ("exact", "function", "model", "person")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What both models are asked.
+    """A prompt for both models.
 
     Attributes:
-        place: where it stands: "FILE:LINE".
+        place: its position "FILE:LINE", for errors.
         asked: a text to continue, or the messages of a dialog.
-        reference: the right answer, or several that are; None where there is none.
-        category: of the prompt, for rates of its own.
+        reference: the right answer, or several right ones; None where there is none.
+        category: category of the prompt, which gets rates of its own; None for no category.
     """
 
     place: str
@@ -48,7 +48,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One of VERDICTS for the case of that number, and what the judge said, where it said more."""
+    """A judge's verdict, one of VERDICTS, on the case of that number, with notes on how it was reached."""
 
     number: int
     verdict: str
@@ -59,7 +59,7 @@ Judge = Callable[[Sequence[Case]], Iterator[Verdict]]
 
 
 def exact(cases: Sequence[Case]) -> Iterator[Verdict]:
-    """Whose answer is the reference, or one of them, white space around both aside; both or neither is a tie."""
+    """Exact match: an answer wins if it alone equals a reference. White space around both does not count."""
     for case in cases:
         right = case.prompt.reference
         right = [text.strip() for text in ([right] if isinstance(right, str) else right)]
@@ -68,7 +68,7 @@ def exact(cases: Sequence[Case]) -> Iterator[Verdict]:
 
 
 def by_function(place: str) -> Judge:
-    """A judge of FILE.py:NAME, a function of (prompt, a, b, reference) that returns "a", "b" or "tie".
+    """The judge FILE.py:NAME, a function of (prompt, a, b, reference) that returns "a", "b" or "tie".
 
     Raises:
         ConfigError: no such file or function.
@@ -86,7 +86,7 @@ def by_function(place: str) -> Judge:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file does when it is read
+    except Exception as error:  # a file is a program and may raise anything
         raise ConfigError(f"--judge_function: {file}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -125,13 +125,13 @@ _SAID = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.IGNORECASE)
 
 
 def by_model(ask: Callable[[list[str]], list[str]], *, batch_size: int) -> Judge:
-    """A judge that asks a model twice, with the order of the answers swapped: only what it says both times counts.
+    """A model as the judge. It is asked twice with the answers swapped, and a verdict counts if it is given both times.
 
-    A disagreement is a tie, and so is what cannot be read as a verdict.
+    A disagreement is a tie, and so is an answer without a verdict.
 
     Args:
-        ask: answers to a list of questions.
-        batch_size: questions that are asked together.
+        ask: returns the answers to a list of questions.
+        batch_size: questions that run together.
     """
 
     def judge(cases: Sequence[Case]) -> Iterator[Verdict]:
@@ -147,7 +147,7 @@ def by_model(ask: Callable[[list[str]], list[str]], *, batch_size: int) -> Judge
 
 
 def question(case: Case, swapped: bool) -> str:
-    """What a judge model is asked; `swapped` puts B's answer first."""
+    """The question to a judge model. `swapped` puts B's answer first."""
     asked = case.prompt.asked
     request = asked if isinstance(asked, str) else "\n\n".join(f"{m['role']}: {shown(m.get('content'))}" for m in asked)
     right = case.prompt.reference
@@ -158,25 +158,25 @@ def question(case: Case, swapped: bool) -> str:
 
 
 def shown(content: Any) -> str:
-    """The text of a message."""
+    """The text of a message's content."""
     if isinstance(content, list):
         return "".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
     return "" if content is None else str(content)
 
 
 def _heard(text: str, first: str, second: str) -> str | None:
-    """Whom the last verdict in a text is for; None where there is none."""
+    """The winner that the last verdict in a text names, or None where there is no verdict."""
     found = _SAID.findall(text)
     return {"1": first, "2": second, "tie": "tie"}[found[-1].lower()] if found else None
 
 
 def by_person(*, seed: int, total: int, ask: Callable[[str], str] = input, say: Callable[[str], None] = print) -> Judge:
-    """A person at the terminal, who is not told whose answer is whose; q, Ctrl-D and Ctrl-C end it.
+    """A person at the terminal as the judge, who does not see which model answered. q, Ctrl-D and Ctrl-C stop.
 
     Args:
-        seed: of the order in which the two answers of a prompt are shown.
-        total: prompts in all.
-        ask: gives what the person types after a prompt.
+        seed: seed of the order in which the two answers of a prompt are shown.
+        total: number of prompts, for the display.
+        ask: returns the line that the person types.
         say: shows a text.
     """
 
@@ -214,5 +214,5 @@ def _key(ask: Callable[[str], str]) -> str:
 
 
 def _safe(text: str) -> str:
-    """Without codes that would move the cursor or colour the terminal."""
+    """The text without control codes, which would move the cursor or color the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

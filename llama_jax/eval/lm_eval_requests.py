@@ -1,12 +1,12 @@
-"""What EleutherAI's harness asks of a model, in numbers, without the harness: `harness` is the shell around this.
+"""The requests of EleutherAI's lm_eval, answered without importing it. `harness` is the class around them.
 
-Text becomes ids, windows and stops as in the harness' own HFLM (lm_eval/models/huggingface.py, 0.4.13), so that scores
-can be laid beside those published with it. Three of its habits are worth knowing:
-- The name of a control token in a text is that token. The harness hands over dialogs as one string, and only names are
-  left to tell the format from what is said.
-- A rolling log-likelihood counts the token that begins a text too, given itself: a constant a document.
-  `sliding.perplexity` does not.
-- What is too long loses its beginning, begin-of-text included.
+Texts become ids, windows and stops as in lm_eval's own HFLM (lm_eval/models/huggingface.py, 0.4.13), so that scores can
+be compared with those published with it. Three of its conventions differ from the rest of this package:
+- The name of a control token in a text is that token. lm_eval passes dialogs as one string, in which only names
+  distinguish the format from the messages.
+- A rolling log-likelihood also counts the token that begins a text, given itself, which adds a constant to each
+  document. `sliding_window.perplexity` does not count it.
+- A text that is too long loses its beginning, begin-of-text included.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval import scoring
 from llama_jax.eval.sliding_window import begin_id, windows
 from llama_jax.infer import inputs
+from llama_jax.infer.batches import longest_first
 from llama_jax.infer.engine import Request
+from llama_jax.progress import progress_bar
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
 
-MAX_GEN_TOKS = 256  # where a task does not say, as in HFLM
-_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is there counts
+MAX_GEN_TOKS = 256  # default of tasks, as in HFLM
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 _CUTS = ("top_k", "top_p", "min_p", "repetition_penalty")
 _KNOWN = ("until", "do_sample", "temperature", *_LIMITS, *_CUTS)
-_STEPS = 16  # between two looks for stop strings
+_STEPS = 16  # decoding steps between two searches for stop strings
 _QUIET_GROUPS = 3
 
 
 def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
-    """The ids of a text in which names of control tokens are these tokens.
+    """The ids of a text, in which names of control tokens become these tokens.
 
     Args:
         llama: a model with a tokenizer.
-        text: any.
-        begin: put the tokenizer's beginning first; by default where the text does not have it already.
+        text: any text.
+        begin: put the begin-of-text token first; by default where the text does not begin with it.
     """
     if begin is None:
         return control_tokens.encode_text(llama.tokenizer, text, parse_special=True)
@@ -99,8 +101,8 @@ def generate_until(
     Args:
         llama: a model with a tokenizer. Its stop tokens end a text too.
         asks: settings are those of the harness' tasks: `until` (a string or a list), `max_gen_toks` or its other
-            names, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`. Greedy unless told
-            otherwise; other settings that are not given are the model's own.
+            names, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`. Decoding is greedy
+            by default; other settings that are absent are the model's own.
         max_length: tokens of context and text together; a longer context loses its beginning.
         batch_size: rows that run together, the longest first.
         seed: row i draws from seed + i.
@@ -112,10 +114,9 @@ def generate_until(
     max_length = scoring.check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")
     ready = [_ask(llama, context, given, seed + i, max_length) for i, (context, given) in enumerate(asks)]
-    order = sorted(range(len(ready)), key=lambda i: (-len(ready[i].request.tokens), i))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    groups = longest_first([len(ask.request.tokens) for ask in ready], batch_size)
     shown = len(groups) > _QUIET_GROUPS if progress is None else progress
-    with scoring.bar(len(order), "texts", shown) as bar:
+    with progress_bar(len(ready), "texts", unit="row", shown=shown, delay=0) as bar:
         for group in groups:
             texts = _generate(llama, [ready[i] for i in group], batch_size if len(groups) > 1 else 1)
             yield from zip(group, texts, strict=True)
@@ -147,7 +148,7 @@ def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_le
 
 
 def _sampling(llama: Llama, given: Mapping[str, Any]) -> SamplingParams:
-    """do_sample=False is greedy at any temperature; without do_sample a temperature above 0 draws."""
+    """The sampling settings of a task. do_sample=False is greedy; without do_sample a temperature above 0 samples."""
     temperature = given.get("temperature")
     if given.get("do_sample") is False or (temperature is None and not given.get("do_sample")):
         temperature = 0.0

@@ -7,21 +7,21 @@ from pathlib import Path
 
 from llama_jax.eval.intervals import Rate, Tally
 
-# Blue and vermilion of Okabe and Ito's palette, which the colour-blind tell apart, and grey; and ink to read on each.
-_COLOURS = ("#0072B2", "#D3D3D3", "#D55E00")
+# Blue and vermilion of Okabe and Ito's palette, which color-blind readers distinguish, and gray; with readable inks.
+_COLORS = ("#0072B2", "#D3D3D3", "#D55E00")
 _INKS = ("white", "black", "black")
-_NARROW = 5.5  # per cent: a label does not fit into less
+_NARROW = 5.5  # percent: a narrower bar holds no label
 
 
 def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, judge: str) -> Path:
-    """Write the bars as PNG: one for each tally, with percentages in them and the intervals of win and loss beside.
+    """Draw one bar for each tally as PNG, with percentages inside and the intervals of win and loss on the right.
 
     Args:
-        tallies: from the top down; those without a verdict are left out.
-        path: of the picture.
-        name_a: of the model that wins on the left.
-        name_b: of the other.
-        judge: who said so, for the title.
+        tallies: rows from the top down; those without a verdict are left out.
+        path: file of the picture.
+        name_a: name of the model whose wins are on the left.
+        name_b: name of the other model.
+        judge: name of the judge, for the title.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,20 +30,20 @@ def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, judg
     figure = Figure(figsize=(10, 1.3 + 0.52 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         left = 0.0
-        for rate, colour, ink in zip(row.rates, _COLOURS, _INKS, strict=True):
+        for rate, color, ink in zip(row.rates, _COLORS, _INKS, strict=True):
             width = 100 * rate.share
-            axes.barh(place, width, left=left, height=0.66, color=colour, edgecolor="white", linewidth=0.8)
+            axes.barh(y, width, left=left, height=0.66, color=color, edgecolor="white", linewidth=0.8)
             if width >= _NARROW:
-                axes.text(left + width / 2, place, _percent(width), ha="center", va="center", color=ink, fontsize=10)
+                axes.text(left + width / 2, y, _percent(width), ha="center", va="center", color=ink, fontsize=10)
             elif width > 0:  # a sliver: won or lost above the bar, a tie below, as two of them may be neighbours
                 middle = min(max(left + width / 2, 1.5), 98.5)
-                beyond, side = (place + 0.35, "top") if rate is row.tie else (place - 0.35, "bottom")
+                beyond, side = (y + 0.35, "top") if rate is row.tie else (y - 0.35, "bottom")
                 axes.text(middle, beyond, _percent(width), ha="center", va=side, color="black", fontsize=7)
             left += width
-        beside = f"n = {row.n:,}   win {_interval(row.win)}   loss {_interval(row.loss)}"
-        axes.text(101.5, place, beside, ha="left", va="center", color="#444444", fontsize=8.5)
+        label = f"n = {row.n:,}   win {_interval(row.win)}   loss {_interval(row.loss)}"
+        axes.text(101.5, y, label, ha="left", va="center", color="#444444", fontsize=8.5)
     axes.text(101.5, -0.5, "95 % confidence intervals", ha="left", va="bottom", color="#444444", fontsize=8.5)
     axes.set_ylim(len(rows) - 0.45, -0.6)
     axes.set_xlim(0, 100)
@@ -53,7 +53,7 @@ def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, judg
     for side in axes.spines.values():
         side.set_visible(False)
     names = (f"{_short(name_a)} wins", "tie", f"{_short(name_b)} wins")
-    handles = [axes.barh(0, 0, color=colour, label=name) for colour, name in zip(_COLOURS, names, strict=True)]
+    handles = [axes.barh(0, 0, color=color, label=name) for color, name in zip(_COLORS, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
     figure.suptitle(f"{_short(name_a)} against {_short(name_b)}, judged by {judge}", fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=160)
@@ -73,5 +73,5 @@ def _short(name: str, most: int = 44) -> str:
 
 
 def _plain(text: str) -> str:
-    """With no dollar sign, which would begin a formula."""
+    """The text with its dollar signs escaped, which would begin a formula."""
     return text.replace("$", r"\$")

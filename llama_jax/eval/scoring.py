@@ -1,33 +1,35 @@
-"""How likely tokens are after a context, for any number of contexts: batched by length, in programs of a few shapes.
+"""Log-probabilities of continuations after their contexts, batched by length in programs of a few shapes.
 
-Letters: B batch, T length, C places scored in a row, K ids scored at a place.
+Letters: B batch, T length, C scored positions of a row, K ids scored at a position.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama_jax.errors import ConfigError
 from llama_jax.infer import inputs
+from llama_jax.infer.batches import longest_first, power_of_two
+from llama_jax.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
 
 _MIN_LENGTH = 16
-_QUIET_ROWS = 32  # so many are done without a progress bar
+_QUIET_ROWS = 32  # up to this many rows run without a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a model makes of some tokens after a context.
+    """The scores of a continuation of n tokens.
 
     Attributes:
-        logprobs: of each token its natural log-probability given all before it, float32 (n,).
-        greedy: whether each of them is the likeliest where it stands, bool (n,).
+        logprobs: natural log-probability of each token given all tokens before it, float32 (n,).
+        greedy: True where the token is the likeliest one of its position, bool (n,).
     """
 
     logprobs: np.ndarray
@@ -43,41 +45,42 @@ def score(
     progress: bool | None = None,
     title: str = "scoring",
 ) -> Iterator[tuple[int, Scored]]:
-    """Score the continuation of each (context, continuation), and yield (index, Scored) as batches end.
+    """Score the continuation of each (context, continuation), and yield (index, Scored) after each batch.
 
-    What is too long loses tokens of its context from the left, until all but the last token fit `max_length`
-    positions. Requests that the model reads alike, as the choices of one letter after a question, are read once.
+    A request that is too long loses tokens of its context from the left, until all but its last token fit `max_length`
+    positions. Requests of the same input, such as answers of one letter to the same question, share one row.
 
     Args:
         llama: the model.
         requests: token ids; a context and a continuation have at least one each.
-        max_length: positions that the model is given at most; config.max_seq_len by default.
+        max_length: the most positions that the model reads; config.max_seq_len by default.
         batch_size: rows that run together, the longest first.
         progress: a bar on standard error; by default where there are many rows.
-        title: of the bar.
+        title: title of the bar.
 
     Raises:
-        ConfigError: an empty context or continuation, a continuation longer than max_length, or an unknown id; at
-            the first step of the iteration, before anything runs.
+        ConfigError: an empty context or continuation, a continuation longer than max_length, or an unknown id.
+            It is raised at the first step of the iteration, before the model runs.
     """
     max_length = check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")
-    alike: dict[tuple[int, ...], list[int]] = {}  # what is read, and the requests that it answers
+    alike: dict[tuple[int, ...], list[int]] = {}  # input ids, and the requests that they answer
     for i, (context, continuation) in enumerate(requests):
         _check(llama, context, continuation, f"request {i}", max_length)
         alike.setdefault(tuple([*context, *continuation][-max_length - 1 : -1]), []).append(i)
-    rows = sorted(alike.items(), key=lambda item: (-len(item[0]), item[0]))
-    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    height = batch_size if len(groups) > 1 else _power_of_two(len(rows), 1)
+    rows = sorted(alike.items())
+    batches = longest_first([len(row) for row, _ in rows], batch_size)
+    groups = [[rows[i] for i in batch] for batch in batches]
+    height = batch_size if len(groups) > 1 else power_of_two(len(rows))
     shown = len(rows) > _QUIET_ROWS if progress is None else progress
-    with bar(len(rows), title, shown) as told:
+    with progress_bar(len(rows), title, unit="row", shown=shown, delay=0) as bar:
         for group in groups:
             yield from _batch(llama, requests, group, height, max_length)
-            told.update(len(group))
+            bar.update(len(group))
 
 
 def check_length(llama: Llama, max_length: int | None) -> int:
-    """`max_length`, or the model's own; ConfigError where the model has fewer positions."""
+    """The checked `max_length`; None is all positions of the model. More than these raise a ConfigError."""
     limit = llama.config.max_seq_len
     max_length = limit if max_length is None else inputs.as_whole(max_length, "max_length")
     if max_length > limit:
@@ -87,9 +90,9 @@ def check_length(llama: Llama, max_length: int | None) -> int:
 
 def _check(llama: Llama, context: Sequence[int], continuation: Sequence[int], name: str, max_length: int) -> None:
     if not continuation:
-        raise ConfigError(f"{name}: its continuation has no token, and there is nothing to score")
+        raise ConfigError(f"{name}: its continuation has no token to score")
     if not context:
-        raise ConfigError(f"{name}: its context has no token; put the one that begins texts there")
+        raise ConfigError(f"{name}: its context has no token; give it the token that begins texts")
     if len(continuation) > max_length:
         raise ConfigError(
             f"{name}: its continuation has {len(continuation):,} tokens, and the model reads at most {max_length:,} "
@@ -107,11 +110,11 @@ def _batch(
     height: int,
     max_length: int,
 ) -> Iterator[tuple[int, Scored]]:
-    """One program over rows of (input, indices of the requests that it answers)."""
-    T = min(_power_of_two(max(len(row) for row, _ in group), _MIN_LENGTH), max_length)
+    """Run one program over rows of (input ids, indices of the requests that they answer)."""
+    T = min(power_of_two(max(len(row) for row, _ in group), _MIN_LENGTH), max_length)
     longest = [max(len(requests[i][1]) for i in answers) for _, answers in group]
     C = next(size for size in (8, 64, 512, T) if max(longest) <= size <= T or size == T)  # few sizes, few programs
-    K = _power_of_two(max(len(answers) for _, answers in group), 1)
+    K = power_of_two(max(len(answers) for _, answers in group), 1)
     tokens_BT = np.zeros((height, T), np.int32)
     starts_B = np.zeros(height, np.int32)
     candidates_BCK = np.zeros((height, C, K), np.int32)
@@ -125,14 +128,3 @@ def _batch(
         for k, i in enumerate(answers):
             places = slice(longest[b] - len(requests[i][1]), longest[b])
             yield i, Scored(logprobs_BCK[b, places, k], best_BCK[b, places, k])
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << max(0, n - 1).bit_length())
-
-
-def bar(total: int, title: str, shown: bool) -> Any:
-    """A progress bar on standard error."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit="row", disable=not shown)

@@ -1,8 +1,8 @@
-"""Perplexity of a model on texts, read through a sliding window.
+"""Perplexity of a model on texts and dialogs, read through a sliding window.
 
-Each document is read by itself, after the token that begins texts. The first window predicts `context` tokens; each
-further one moves on by `stride` and predicts that many, after the `context - stride` tokens before them or more. So
-every token is predicted once, and all but a document's first have at least `context - stride` tokens before them.
+Each document is read by itself. The first window predicts `context` tokens. Each further one moves on by `stride` and
+predicts that many, after the `context - stride` tokens before them or more. So every token is predicted once, and all
+but the first tokens of a document have at least `context - stride` tokens before them.
 """
 
 from __future__ import annotations
@@ -14,29 +14,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_jax.errors import ConfigError
+from llama_jax.data.corpus import Document
+from llama_jax.data.encoding import encode
+from llama_jax.data.records import Completion, Dialog
+from llama_jax.errors import ConfigError, brief
 from llama_jax.eval import scoring
 from llama_jax.infer import inputs
+from llama_jax.text.record_encoder import NO, RecordEncoder
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
 
+Sample = str | Document | Dialog | Completion
 _CONTEXT = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts texts.
+    """The perplexity of a model.
 
     Attributes:
-        nats_per_token: the mean of -log p, natural logarithm.
-        standard_error: of nats_per_token, by the variation among documents, or among windows where there is one
-            document (see `_ratio_error`); nan where there is one window.
-        tokens: predicted ones.
-        bytes: of UTF-8 that they stand for.
-        documents: texts with at least one predicted token.
-        windows: the windows that they were read through.
-        context, stride: of the windows. Numbers are comparable between equal ones only.
+        nats_per_token: mean of -log p over the counted tokens, natural logarithm.
+        standard_error: standard error of nats_per_token, from the variation among documents, or among windows where
+            there is one document (see `_ratio_error`); nan where there is one window.
+        tokens: number of counted tokens.
+        bytes: number of UTF-8 bytes that the counted tokens stand for, control tokens left out.
+        documents: number of texts and dialogs with at least one counted token.
+        windows: number of windows with a counted token.
+        context, stride: lengths of the windows. Only perplexities of equal ones can be compared.
     """
 
     nats_per_token: float
@@ -55,78 +60,125 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as perplexity is not."""
+        """Bits per byte of text. It can be compared between tokenizers, which perplexity cannot."""
         return self.nats_per_token * self.tokens / math.log(2) / self.bytes
 
 
 def perplexity(
     llama: Llama,
-    texts: Sequence[str],
+    texts: Sequence[Sample],
     *,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> Perplexity:
-    """The perplexity of `llama` on texts, one document each.
+    """Measure a model on texts, dialogs and completions.
 
-    The names of control tokens in a text are text. A model whose tokenizer has no token to begin with, nor one to end
-    with, does not predict a document's first token.
+    Every token of a text counts, except the one that begins it. Of dialogs and completions the tokens count that the
+    training loss counts: what the assistant says, or the completion. The names of control tokens in a text are text.
+    A model whose tokenizer has no token to begin with, nor one to end with, does not predict a text's first token.
 
     Args:
         llama: a model with a tokenizer.
-        texts: documents.
+        texts: texts, and dialogs and completions as `data.records.parse` makes them.
         context: tokens that a window holds; by default 2,048, or all that a model of fewer has.
-        stride: tokens that it moves on by; half of `context` by default. A smaller one gives each token more context
-            and takes more time; `context` itself is the fastest.
+        stride: tokens between windows; half of `context` by default. A smaller one gives each token more context and
+            takes more time; `context` itself is the fastest.
         batch_size: windows that run together.
         progress: a bar on standard error; by default where there are many windows.
 
     Raises:
-        ConfigError: no tokenizer, no token to predict, or a context or stride that cannot be.
+        ConfigError: no tokenizer, no token to predict, a dialog that the chat format cannot write, or a context or
+            stride that cannot be.
     """
     if llama.tokenizer is None:
         raise ConfigError("perplexity needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of documents, got one text: give [text]")
-    limit = llama.config.max_seq_len
-    context = scoring.check_length(llama, min(_CONTEXT, limit) if context is None else context)
-    stride = inputs.as_whole(max(1, context // 2) if stride is None else stride, "stride")
-    if stride > context:
-        raise ConfigError(f"stride must be from 1 to context={context:,}, got {stride:,}: it would jump over tokens")
-    requests: list[tuple[Sequence[int], Sequence[int]]] = []
-    document_of: list[int] = []
-    total_bytes = 0
-    for number, text in enumerate(texts):
-        ids = llama.tokenizer.encode(text)
-        begin = begin_id(llama)
-        ids = ids if begin is None else [begin, *ids]
-        total_bytes += len(llama.tokenizer.decode_bytes(ids[1:]))
-        for request in windows(ids, context=context, stride=stride):
-            requests.append(request)
-            document_of.append(number)
-    if not requests:
+    context, stride = _lengths(llama, context, stride)
+    counted = [_counted(llama, sample) for sample in texts]
+    parts = [
+        _Window(number, before, ids, keep)
+        for number, (document, targets) in enumerate(counted)
+        for before, ids, keep in _targeted(document, targets, context=context, stride=stride)
+    ]
+    if not parts:
         raise ConfigError("the texts hold no token to predict: give at least one of a few words")
-    nats = np.zeros(len(requests))
-    counts = np.array([len(targets) for _, targets in requests])
-    for i, found in scoring.score(
+    nats = np.zeros(len(parts))
+    requests = [(part.context, part.ids) for part in parts]
+    for i, scored in scoring.score(
         llama, requests, max_length=context, batch_size=batch_size, progress=progress, title="windows"
     ):
-        nats[i] = -found.logprobs.sum(dtype=np.float64)
-    documents, of = np.unique(document_of, return_inverse=True)
-    parts = (nats, counts)
-    if len(documents) > 1:
-        parts = (np.bincount(of, nats), np.bincount(of, counts))
+        nats[i] = -scored.logprobs.sum(dtype=np.float64, where=parts[i].counted)
+    counts = np.array([part.counted.sum() for part in parts])
+    documents, document_of = np.unique([part.document for part in parts], return_inverse=True)
+    several = len(documents) > 1
+    clusters = (np.bincount(document_of, nats), np.bincount(document_of, counts)) if several else (nats, counts)
     return Perplexity(
         nats_per_token=float(nats.sum() / counts.sum()),
-        standard_error=_ratio_error(*parts),
+        standard_error=_ratio_error(*clusters),
         tokens=int(counts.sum()),
-        bytes=total_bytes,
+        bytes=sum(_bytes(llama, document, targets) for document, targets in counted),
         documents=len(documents),
-        windows=len(requests),
+        windows=len(parts),
         context=context,
         stride=stride,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """A window of a document: ids that are given, ids that are predicted, and which of these count."""
+
+    document: int
+    context: Sequence[int]
+    ids: Sequence[int]
+    counted: np.ndarray
+
+
+def _lengths(llama: Llama, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Context and stride with their defaults, checked."""
+    context = scoring.check_length(llama, min(_CONTEXT, llama.config.max_seq_len) if context is None else context)
+    stride = inputs.as_whole(max(1, context // 2) if stride is None else stride, "stride")
+    if stride > context:
+        raise ConfigError(f"stride must be from 1 to context={context:,}, got {stride:,}: it would jump over tokens")
+    return context, stride
+
+
+def _counted(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:
+    """The ids of a sample, and for each whether it counts."""
+    if isinstance(sample, (str, Document)):
+        ids = llama.tokenizer.encode(sample if isinstance(sample, str) else sample.text)
+        begin = begin_id(llama)
+        ids = ids if begin is None else [begin, *ids]
+        return ids, np.arange(len(ids)) > 0
+    if not isinstance(sample, (Dialog, Completion)):
+        raise ConfigError(f"perplexity is of texts, dialogs and completions, got {brief(sample)}")
+    try:
+        ids, targets = encode(sample, RecordEncoder(llama.tokenizer, llama.chat_format, NO), max_length=None)
+    except ValueError as error:
+        raise ConfigError(f"{sample.name}: {error}") from None
+    counted = np.ones(len(ids), bool) if targets is None else np.array(targets)
+    counted[:1] = False  # nothing precedes the first token
+    return ids, counted
+
+
+def _targeted(
+    ids: Sequence[int], counted: np.ndarray, *, context: int, stride: int
+) -> Iterator[tuple[Sequence[int], Sequence[int], np.ndarray]]:
+    """The windows of a document that predict a counted token, with the mask of the counted ones."""
+    end = 1
+    for before, predicted in windows(ids, context=context, stride=stride):
+        keep = counted[end : end + len(predicted)]
+        end += len(predicted)
+        if keep.any():
+            yield before, predicted, keep
+
+
+def _bytes(llama: Llama, ids: Sequence[int], counted: np.ndarray) -> int:
+    kept = [i for i, keep in zip(ids, counted, strict=True) if keep]
+    return len(llama.tokenizer.decode_bytes(kept, skip_special=True))
 
 
 def begin_id(llama: Llama) -> int | None:
@@ -136,10 +188,10 @@ def begin_id(llama: Llama) -> int | None:
 
 
 def windows(ids: Sequence[int], *, context: int, stride: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """(context, continuation) pairs in which every id but the first is in one continuation, each of `context` + 1 ids.
+    """(context, continuation) pairs of `context` + 1 ids. Every id but the first is in one continuation.
 
     The last window reaches back as far as the others, so that its few tokens have a full context too. With a stride
-    of `context` this is the rolling window of EleutherAI's harness.
+    of `context` this is the rolling window of EleutherAI's harness (lm_eval/utils.py, get_rolling_token_windows).
     """
     begin = 1
     while begin < len(ids):

@@ -30,6 +30,7 @@ from llama_jax import model, parallel
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
+from llama_jax.infer.batches import power_of_two
 from llama_jax.ops import sampling
 from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor
@@ -120,8 +121,15 @@ class Engine:
         self._logits = jax.jit(self._trace_logits)
         self._score = jax.jit(self._trace_score)
 
-    def of(self, params: Params) -> Engine:
-        """The same compiled programs over other weights; those of the same kinds and shapes compile nothing anew."""
+    def of(self, params: Params, config: ModelConfig) -> Engine:
+        """The same compiled programs for other weights; another config has programs of its own.
+
+        Weights of the same kinds and shapes compile nothing anew.
+        """
+        if config != self.config:  # an adapter with more rows of the vocabulary, or that unties the embeddings
+            mesh = None if self.layout is None else self.layout.mesh
+            params = placed(config, params, mesh=mesh, dtype=self.dtype)
+            return Engine(config, params, mesh=mesh, dtype=self.dtype, max_chunk=self.chunks[-1])
         other = copy.copy(self)
         other.params = params
         return other
@@ -141,11 +149,11 @@ class Engine:
             stop_tokens: ids that end a row.
             rows: pad the batch to at least so many rows, so that groups of several sizes share their programs.
         """
-        rows = _power_of_two(max(len(requests), rows), 1)
+        rows = power_of_two(max(len(requests), rows), 1)
         lengths = [len(r.tokens) for r in requests] + [1] * (rows - len(requests))
         longest = max(lengths) - 1
         need = max(len(r.tokens) + r.max_new_tokens for r in requests)
-        capacity = min(_power_of_two(need, _MIN_CAPACITY), self.config.max_seq_len)
+        capacity = min(power_of_two(need, _MIN_CAPACITY), self.config.max_seq_len)
         spans = _spans(longest, self.chunks)
         prompts_BT = np.zeros((rows, spans[-1][0] + spans[-1][1] + 1), np.int32)
         for row, request in zip(prompts_BT, requests, strict=False):
@@ -153,7 +161,7 @@ class Engine:
         state = None
         with jax.transfer_guard("disallow"):
             for start, size in spans:
-                bound = min(_power_of_two(start + size, _MIN_CAPACITY), capacity)
+                bound = min(power_of_two(start + size, _MIN_CAPACITY), capacity)
                 chunk = {
                     "tokens_BT": prompts_BT[:, start : start + size],
                     "fed_B": np.array(lengths, np.int32) - 1,
@@ -241,7 +249,7 @@ class Engine:
         """The parts of a new State that come from the host."""
         padding = len(prompts_BT) - len(requests)
         params = [r.sampling for r in requests] + [GREEDY] * padding
-        stops = np.full(_power_of_two(len(stop_tokens), _MIN_STOPS), -1, np.int32)
+        stops = np.full(power_of_two(len(stop_tokens), _MIN_STOPS), -1, np.int32)
         stops[: len(stop_tokens)] = stop_tokens
         positions_B = np.array(lengths, np.int32) - 1
         return {
@@ -415,10 +423,6 @@ def _settled(state: State) -> State:
 
 def _all_whole(tree: object) -> object:
     return jax.tree.map(lambda a: parallel.constrain(a, *(None,) * a.ndim), tree)
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << max(0, n - 1).bit_length())
 
 
 def _spans(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:

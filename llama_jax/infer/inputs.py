@@ -97,10 +97,19 @@ def as_ids(prompt: Any, name: str) -> list[int]:
     return [int(i) for i in values]
 
 
+def as_path(path: Any, name: str = "path") -> Path:
+    """The name of a file or folder that is not empty."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(f"{name} must be the name of a folder, a file or a hub id, got {brief(path)}")
+    return Path(path)
+
+
 def as_whole(value: Any, name: str) -> int:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {brief(value)}")
+    if value >= 1 << 63:
+        raise ConfigError(f"{name} must be a whole number below 2 to the 63rd, got {brief(value)}")
     return int(value)
 
 
@@ -108,7 +117,7 @@ def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed for each of `count` prompts: counted up from a number, or as listed."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     if any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) for s in seeds):
-        raise ConfigError(f"seed must be a whole number, or a list of one for each prompt, got {str(seed)[:60]}")
+        raise ConfigError(f"seed must be a whole number, or a list of one for each prompt, got {brief(seed)}")
     if not isinstance(seed, Sequence):
         return [int(seed) + i for i in range(count)]
     if len(seeds) != count:
@@ -127,6 +136,8 @@ def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> Sampling
 
 def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Stop ids without repeats, all in the vocabulary."""
+    if isinstance(stop_tokens, str):
+        raise ConfigError(f"stop_tokens must be a list of token ids, got {brief(stop_tokens)}")
     stops = tuple(dict.fromkeys(as_ids(stop_tokens, "stop_tokens")))
     bad = [i for i in stops if not 0 <= i < vocab_size]
     if bad:

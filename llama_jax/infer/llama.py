@@ -24,14 +24,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
 from llama_jax.infer import engine, inputs
+from llama_jax.infer.batches import longest_first
 from llama_jax.infer.result import Result
 from llama_jax.params import Params, check_params, unstack
 from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
-from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.chat_template import ChatTemplate, read_folder
 from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
@@ -120,6 +121,7 @@ class Llama:
 
     def add_adapter(self, name: str, folder: Place) -> None:
         """Read a LoRA adapter, by its folder or hub id, for `use` by this name. Raises what `load` raises."""
+        inputs.as_folders({name: folder})
         self._add(name, peft.open_adapter(folder, (self._base or self).config))
 
     def use(self, name: str | None) -> Llama:
@@ -128,23 +130,15 @@ class Llama:
         It shares the weights and the compiled programs with this one, which stays as it is, so that several can be
         sampled in turn. Adapters of the same targets and ranks compile nothing anew.
         """
-        if name is not None and name not in self.adapters:
-            known = list(self.adapters)
-            raise ConfigError(f"no adapter {name!r}{nearest(name, known)} There are: {', '.join(known) or 'none'}")
-        base = self._base or self
+        known = list(self.adapters)
+        if name is not None and name not in known:
+            near = nearest(str(name), known) or ";"
+            raise ConfigError(f"no adapter {brief(name)}{near} adapters: {', '.join(known) or 'none'}")
+        base, adapter = self._base or self, None if name is None else self.adapters[name]
         view = copy.copy(base)
-        view._base = base
-        if name is None:
-            view.params = adapters.without_adapter(base.config, base.params)
-        else:
-            view.config = self.adapters[name].config
-            view.params = adapters.with_adapter(base.params, self.adapters[name])
-        if view.config == base.config:
-            view.engine = base.engine.of(view.params)
-        else:  # more rows of the vocabulary, or an embedding that is tied no more: other programs
-            dtype = base.engine.dtype
-            view.params = engine.placed(view.config, view.params, mesh=self.mesh, dtype=dtype)
-            view.engine = engine.Engine(view.config, view.params, mesh=self.mesh, dtype=dtype)
+        view._base, view.config = base, base.config if adapter is None else adapter.config
+        view.engine = base.engine.of(adapters.with_adapter(view.config, base.params, adapter), view.config)
+        view.params = view.engine.params
         return view
 
     def _add(self, name: str, opened: adapters.Adapter) -> None:
@@ -158,6 +152,8 @@ class Llama:
     def set_params(self, params: Params | None) -> None:
         """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
         if params is not None:
+            if not isinstance(params, Mapping):
+                raise ConfigError(f"params must be the weights of a model, a dict of arrays, got {brief(params)}")
             check_params(self.config, params)
             params = engine.placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
         self.params = self.engine.params = params
@@ -192,6 +188,7 @@ class Llama:
     @overload
     def generate(self, prompts: Prompts, **settings: Unpack[inputs.GenerateSettings]) -> list[Result]: ...
 
+    @checked_keywords
     def generate(
         self,
         prompts: Prompt | Prompts,
@@ -249,8 +246,7 @@ class Llama:
             self._request(*prompt, max_new_tokens, sampling, own)
             for *prompt, own in zip(listed, names, seeds, strict=True)
         ]
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
-        groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        groups = longest_first([len(request.tokens) for request in requests], batch_size)
         results: dict[int, Result] = {}
         shown = len(groups) > _QUIET_GROUPS if progress is None else progress
         for group in counted(groups, "generating", unit="prompt", shown=shown):
@@ -325,6 +321,7 @@ class Llama:
         stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
         return self.stream(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
 
+    @checked_keywords
     def save(
         self,
         path: str | os.PathLike[str],
@@ -349,6 +346,8 @@ class Llama:
             ConfigError: a format or dtype that there is not, a place that has a model already, or a model that the
                 format cannot hold.
         """
+        path = inputs.as_path(path)
+        shard_bytes = inputs.as_whole(shard_bytes, "shard_bytes")
         leaves = export.leaves_of(self.config, self.params)
         return export.save(
             path, self.config, leaves, self.metadata, format=format, dtype=dtype, shard_bytes=shard_bytes
@@ -363,7 +362,8 @@ class Llama:
     @property
     def chat_stop_tokens(self) -> tuple[int, ...]:
         """The ids that end an answer: `stop_tokens`, and those of the chat format."""
-        return (*self.stop_tokens, *(self.chat_format.stop_tokens if self.chat_format else ()))
+        own = self.chat_format.stop_tokens if self.chat_format else ()
+        return tuple(dict.fromkeys([*self.stop_tokens, *own]))
 
     def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
         slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)
@@ -412,13 +412,14 @@ class Llama:
         bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if bad.size:
             raise ConfigError(
-                f"{name} holds id {bad[0]}, which is not in the vocabulary: 0 to {self.config.vocab_size - 1}"
+                f"{name} holds id {brief(bad[0])}, which is not in the vocabulary: 0 to {self.config.vocab_size - 1}"
             )
 
     def _stops(self, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
         return self.stop_tokens if stop_tokens is None else inputs.as_stops(stop_tokens, self.config.vocab_size)
 
 
+@checked_keywords
 def load(
     source: str | os.PathLike[str],
     *,
@@ -451,8 +452,7 @@ def load(
         ConfigError: not a model, or settings that cannot work; says what was looked for.
         ValueError: a damaged file.
     """
-    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
-        raise ConfigError(f"the model must be the name of a folder, a file or a hub id, got {brief(source)}")
+    inputs.as_path(source, "the model")
     folders = inputs.as_folders(adapters)
     if quantize is not None and quantize not in QUANTIZE:
         near = nearest(str(quantize), QUANTIZE)
@@ -468,6 +468,8 @@ def load(
         params = found.load(layout, wanted, quantize)
         tokenizer = opening.result()
     metadata = found.metadata.with_tokenizer(tokenizer)
+    if isinstance(adapters, (str, os.PathLike)) and (own := read_folder(Path(adapters).expanduser())):
+        metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
     llama = Llama(
         found.config,
         params,

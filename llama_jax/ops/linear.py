@@ -22,12 +22,12 @@ from llama_jax.ops.quant import QTensor
 Weight = jax.Array | QTensor | LoraTensor
 
 # On a CPU, XLA runs a bfloat16 product of fewer than 8 rows as a scalar loop, so rows are padded to 8
-# (docs/design.md, "Measured").
+# (docs/measurements/cpu-products.md#one-row-in-bfloat16).
 _CPU_BF16_ROWS = 8
 _BF16_NAN = 0x7FC0
 # Rows of a quantized weight that a CPU dequantizes at a time, for fewer than 8 rows of activations and for more. They
 # stay in the processor's cache, and the product runs at the speed of float32 weights rather than at a tenth of it
-# (docs/design.md, "Measured").
+# (docs/measurements/quantized-decoding.md).
 _CPU_BLOCK_ROWS = (64, 256)
 
 

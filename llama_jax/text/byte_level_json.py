@@ -7,6 +7,7 @@ from llama_jax.text.patterns import DIGITS
 
 _SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_NO_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
 
@@ -65,15 +66,7 @@ def contents(
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": i,
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": normalized,
-                "special": special,
-            }
+            {"id": i, "content": name, **_NO_FLAGS, "normalized": normalized, "special": special}
             for i, name, normalized, special in sorted(added)
         ],
         "normalizer": None,

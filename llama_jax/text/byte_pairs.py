@@ -130,7 +130,7 @@ class BytePairs(Vocabulary):
 
     @property
     def is_llama3(self) -> bool:
-        """Whether this is Meta's layout: ids in the order of merging, then 256 special tokens.
+        """True in Meta's layout: ids in the order of merging, then 256 special tokens.
 
         Names that a release has for reserved ids do not matter: the ids are the same.
         """
@@ -148,7 +148,7 @@ class BytePairs(Vocabulary):
 
     @property
     def is_metas(self) -> bool:
-        """Whether Meta's `tokenizer.model` can hold all of it: Meta's layout with Meta's names."""
+        """True if Meta's `tokenizer.model` can hold all of it: Meta's layout with Meta's names."""
         return self.is_llama3 and sorted(self.specials, key=self.specials.__getitem__) == list(LLAMA3_SPECIALS)
 
     @property
@@ -211,7 +211,7 @@ def metas_pieces(text: str, *, max_piece: int = _MAX_PIECE, max_run: int = _MAX_
 
 
 def _may_hold_long_run(piece: str, max_run: int) -> bool:
-    """Whether some window of half a run is all whitespace or all not, as it must be inside any longer run.
+    """True if some window of half a run is all whitespace or all not, as it must be inside any longer run.
 
     In ordinary text each search ends within a word, so that a long document costs a few dozen searches.
     """

@@ -167,8 +167,8 @@ class TemplateFormat:
             text = self._render(dialog, None, add_generation_prompt=False).text
         except ValueError:
             return ()
-        found = self._names.search(text.rpartition(_PROBE)[2]) if _PROBE in text else None
-        return (self.tokenizer.special_tokens[found[0]],) if found else ()
+        name = self._names.search(text.rpartition(_PROBE)[2]) if _PROBE in text else None
+        return (self.tokenizer.special_tokens[name[0]],) if name else ()
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
@@ -185,16 +185,16 @@ class TemplateFormat:
         stops = (*self.tokenizer.stop_tokens, *self.stop_tokens) if _have_tokens(messages) else ()
         generated = _generated(messages, self.parse, self.tokenizer.vocab_size, stops)
         cuts = [cut for i in generated for cut in ((i, True), (i + 1, False))]
-        found = self._render(messages, tools, add_generation_prompt=add_generation_prompt, cuts=cuts)
+        rendered = self._render(messages, tools, add_generation_prompt=add_generation_prompt, cuts=cuts)
         ids: list[int] = []
         at = 0
-        for tokens, before, after in zip(generated.values(), found.cuts[::2], found.cuts[1::2], strict=True):
+        for tokens, before, after in zip(generated.values(), rendered.cuts[::2], rendered.cuts[1::2], strict=True):
             closing = self.tokenizer.decode(tokens[-1:])
-            place = found.text.rfind(closing, before.length, after.length)
+            place = rendered.text.rfind(closing, before.length, after.length)
             if before.common == before.length and after.common == after.length and place >= 0:
-                ids += self._ids(found.text[at : before.length], found.marked) + tokens
+                ids += self._ids(rendered.text[at : before.length], rendered.marked) + tokens
                 at = place + len(closing)
-        return ids + self._ids(found.text[at:], found.marked)
+        return ids + self._ids(rendered.text[at:], rendered.marked)
 
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
@@ -215,11 +215,11 @@ class TemplateFormat:
         if learn is not None and len(learn) != len(messages):
             raise ValueError(f"learn must have one flag for each of the {len(messages)} messages, got {len(learn)}")
         tagged = self._tagged(messages, tools, len(speakers))
-        found, spans = tagged or self._added(messages, tools, speakers)
+        rendered, spans = tagged or self._added(messages, tools, speakers)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []  # in bytes of the rendering
-        for piece in self._pieces(found.text, found.marked):
-            start = _bytes(found.text[: piece.start])
+        for piece in self._pieces(rendered.text, rendered.marked):
+            start = _bytes(rendered.text[: piece.start])
             tokens = [self.tokenizer.decode_bytes([i]) for i in piece.ids]
             own = alignment.byte_offsets(_utf8(piece.text), tokens)
             ids += piece.ids
@@ -227,7 +227,7 @@ class TemplateFormat:
         mask = [False] * len(ids)
         for speaker, (start, stop) in zip(speakers, spans, strict=True):
             if learn is None or learn[speaker]:
-                first, last = _bytes(found.text[:start]), _bytes(found.text[:stop])
+                first, last = _bytes(rendered.text[:start]), _bytes(rendered.text[:stop])
                 inside = [k for k, (begin, end) in enumerate(offsets) if begin < last and end > first]
                 for k in inside if tagged else self._without_space(inside, ids):
                     mask[k] = True
@@ -278,18 +278,23 @@ class TemplateFormat:
             raise ValueError(
                 f"the chat template has no built-in tools: give {builtin[0]!r} as the schema of a function"
             )
-        given = {"messages": dialog, "tools": [tool for tool in tools or () if not isinstance(tool, str)] or None}
-        given |= {"builtin_tools": builtin} if builtin else {}
+        inputs = {"messages": dialog, "tools": [tool for tool in tools or () if not isinstance(tool, str)] or None}
+        inputs |= {"builtin_tools": builtin} if builtin else {}
         if marked is None:
-            marked = any(self._names.search(text) for text in _strings(given))
+            marked = any(self._names.search(text) for text in _strings(inputs))
         if marked:
-            given = _mark(given, self._names)
-        variables = {**self.template.tokens, **given, "documents": None, "add_generation_prompt": add_generation_prompt}
-        parts = [str(message["content"]) for message in given["messages"] if _is_parts(message.get("content"))]
+            inputs = _mark(inputs, self._names)
+        variables = {
+            **self.template.tokens,
+            **inputs,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        parts = [str(message["content"]) for message in inputs["messages"] if _is_parts(message.get("content"))]
         try:
-            found = rendering.render(source, variables, cuts=cuts, mark=mark, date=self.date)
-            if not any(text in found.text for text in parts):
-                return _Rendered(found.text, found.cuts, marked)
+            rendered = rendering.render(source, variables, cuts=cuts, mark=mark, date=self.date)
+            if not any(text in rendered.text for text in parts):
+                return _Rendered(rendered.text, rendered.cuts, marked)
         except rendering.Refused:
             if not parts:
                 raise
@@ -304,22 +309,22 @@ class TemplateFormat:
         """The rendering and the spans that {% generation %} encloses; None if they are not one for each message."""
         if not re.search(r"\{%-?\s*generation\s*-?%\}", self.template.source(tools)):
             return None
-        found = self._render(messages, tools, add_generation_prompt=False)
+        rendered = self._render(messages, tools, add_generation_prompt=False)
         parts = _SPOKEN.split(self._render(messages, tools, add_generation_prompt=False, mark=True).text)
-        if "".join(parts) != found.text or len(parts) != 2 * count + 1:
+        if "".join(parts) != rendered.text or len(parts) != 2 * count + 1:
             return None
         places = [0]
         for part in parts:
             places.append(places[-1] + len(part))
-        return found, [(places[k], places[k + 1]) for k in range(1, len(parts), 2)]
+        return rendered, [(places[k], places[k + 1]) for k in range(1, len(parts), 2)]
 
     def _added(
         self, messages: Messages, tools: Sequence[Any] | None, speakers: Sequence[int]
     ) -> tuple[_Rendered, list[tuple[int, int]]]:
         """The rendering and the span that each of the assistant's messages adds to it."""
         cuts = [cut for i in speakers if i for cut in ((i, False), (i, True), (i + 1, False))]
-        found = self._render(messages, tools, add_generation_prompt=False, cuts=cuts)
-        places = dict(zip(cuts, found.cuts, strict=True))
+        rendered = self._render(messages, tools, add_generation_prompt=False, cuts=cuts)
+        places = dict(zip(cuts, rendered.cuts, strict=True))
         spans = []
         for i in speakers:
             if i == 0:
@@ -328,11 +333,11 @@ class TemplateFormat:
             prompt = places[i, True]
             if prompt.common < prompt.length:
                 # The prompt may go on, for example with <think>, where the message does not.
-                start = max(self._end(places[i, False], i, found.text), prompt.common)
+                start = max(self._end(places[i, False], i, rendered.text), prompt.common)
             else:
                 start = prompt.length
-            spans.append((start, self._end(places[i + 1, False], i + 1, found.text)))
-        return found, spans
+            spans.append((start, self._end(places[i + 1, False], i + 1, rendered.text)))
+        return rendered, spans
 
     def _end(self, cut: rendering.Cut, count: int, text: str) -> int:
         """The place where the first messages of a dialog end in the rendering of the whole dialog.
@@ -418,13 +423,13 @@ def _generated(
     messages: Any, parse: Callable[[list[int]], dict[str, Any]], vocab_size: int, stops: Sequence[int]
 ) -> dict[int, list[int]]:
     """The ids of those messages that a model has generated and nobody has changed, by their place."""
-    found = {}
+    kept = {}
     for i, message in enumerate(messages if _have_tokens(messages) else ()):
         tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None
         whole = tool_calls.are_tokens(tokens, vocab_size) and tokens[-1] in stops
         if whole and tool_calls.same(parse(tokens), message):
-            found[i] = list(tokens)
-    return found
+            kept[i] = list(tokens)
+    return kept
 
 
 def _have_tokens(messages: Any) -> bool:

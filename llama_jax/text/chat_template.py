@@ -102,16 +102,16 @@ def named(value: Any, where: object) -> dict[str, str]:
     if isinstance(value, str):
         return {DEFAULT: value}
     listed = value if isinstance(value, list) else []
-    found = {
+    sources = {
         item["name"]: item["template"]
         for item in listed[:_MOST_NAMED]
         if isinstance(item, dict) and _NAME.fullmatch(str(item.get("name"))) and isinstance(item.get("template"), str)
     }
-    if not found or len(found) != len(listed):
+    if not sources or len(sources) != len(listed):
         raise ValueError(
             f"{where}: chat_template must be a string, or a list of names and templates; got {brief(value)}"
         )
-    return found
+    return sources
 
 
 def special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Names of control tokens in text, such as "<|eot_id|>": where they stand, and what becomes of a whole prompt.
+"""Names of control tokens in text, such as "<|eot_id|>": they are searched for, shown, and encoded.
 
 Text from users keeps them as plain text. A prompt or a document that was rendered with a chat template needs them as
-control tokens, and only its author knows which it is: `parse_special` says so, under llama.cpp's name for it.
+control tokens. Only its author knows which of the two it is, and says so with `parse_special`, llama.cpp's name for it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import tiktoken
 
+from llama_jax.errors import ConfigError, brief
 from llama_jax.text.byte_pairs import BytePairs, metas_pieces
-from llama_jax.text.library_vocabulary import LibraryVocabulary, load_library, panics_as_errors
+from llama_jax.text.library_vocabulary import LibraryVocabulary, library_errors, load_library
 from llama_jax.text.piece_vocabulary import PieceVocabulary, load_processor
 from llama_jax.text.vocabulary import Vocabulary
 
@@ -74,14 +75,18 @@ class LibraryEncoder:
         self._contents = vocabulary.contents
         self._library = vocabulary.library
         self._with_specials: Any = None  # loaded when it is first needed
+        self._control = frozenset(i for name, i in vocabulary.specials.items() if name != vocabulary.unknown)
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
         """See `Encoder`. ConfigError if the library fails."""
         if special_tokens and self._with_specials is None:
             self._with_specials = load_library(self._contents, special_tokens=True)
         library = self._with_specials if special_tokens else self._library
-        with panics_as_errors("the `tokenizers` library cannot encode this text"):
-            return library.encode(_without_surrogates(text), add_special_tokens=False).ids
+        with library_errors("the `tokenizers` library cannot encode this text"):
+            ids = library.encode(_without_surrogates(text), add_special_tokens=False).ids
+        if not special_tokens and not self._control.isdisjoint(ids):  # the vocabulary was checked for this
+            raise ConfigError(f"the text {brief(text)} would become a control token, which text never does here")
+        return ids
 
 
 class PieceEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,14 +12,11 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from llama_jax.errors import ConfigError, brief, one_line
-from llama_jax.text import patterns
+from llama_jax.text import character_map, patterns
 from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, unspelled
 
 _MAX_GROWTH = 1_000  # characters that a normalizer may make of one
-_MAX_REPLACEMENT = 256  # bytes of a replacement in a compiled character map; NFKC's longest has 33
 _MODEL_KEYS = set(
     "type vocab merges dropout unk_token unk_id continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback "
     "ignore_merges max_input_chars_per_word".split()
@@ -35,10 +33,12 @@ class LibraryVocabulary(Vocabulary):
     Attributes:
         contents: contents of a tokenizer.json, in one form for all files that mean the same.
         decoder: decoder in `contents`.
+        unknown: name of the token for characters without a token, or None.
     """
 
     contents: str
     decoder: Any
+    unknown: str | None
 
     @classmethod
     def of(
@@ -64,7 +64,8 @@ class LibraryVocabulary(Vocabulary):
             raise ConfigError("several tokens have the same id")
         added = library.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
-        made = cls(contents=contents, decoder=data.get("decoder"), specials=specials, **named(ids))
+        parts = {"decoder": data.get("decoder"), "unknown": unknown_of(data["model"])}
+        made = cls(contents=contents, specials=specials, **parts, **named(ids))
         made.__dict__["ids"] = ids  # the cached property
         made.__dict__["library"] = _without_controls(library, data, specials)
         return made
@@ -109,8 +110,10 @@ class LibraryVocabulary(Vocabulary):
 
     @property
     def starts_with_space(self) -> bool:
-        """Whether decoding drops the space that a text begins with."""
-        return any(_drops_first_space(part, before) for part, before in _parts_with_earlier(self.decoder))
+        """True if decoding drops the space that a text begins with."""
+        return self.decoder is None or any(
+            _drops_first_space(part, before) for part, before in _parts_with_earlier(self.decoder)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -130,7 +133,7 @@ def load_library(contents: str, *, special_tokens: bool) -> Any:
         import tokenizers
     except ImportError:
         raise ConfigError("this vocabulary needs the `tokenizers` package: pip install tokenizers") from None
-    with panics_as_errors("the `tokenizers` library cannot read it"):
+    with library_errors("the `tokenizers` library cannot read it"):
         library = tokenizers.Tokenizer.from_str(contents)
         library.no_truncation()
         library.no_padding()
@@ -139,13 +142,12 @@ def load_library(contents: str, *, special_tokens: bool) -> Any:
 
 
 def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[str, int]) -> Any:
-    """The library, or one that names otherwise the tokens of its model that are control tokens and come from text.
+    """A library that makes no control token of any text: the given one, or one whose model spells them otherwise.
 
     A Unigram or word-level model may list "<s>" as a piece like all others, and would make it of the text "<s>".
     """
-    control = frozenset(specials.values())
-    unknown = _unknown_of(data["model"])  # stands for characters without a token, and may come from text
-    control -= {specials.get(unknown)}
+    unknown = unknown_of(data["model"])
+    control = frozenset(i for name, i in specials.items() if name != unknown)
     names = [name for name in specials if name != unknown and _comes_from_text(library, name, control)]
     if not names:
         return library
@@ -165,8 +167,8 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
     return library
 
 
-def _unknown_of(model: Mapping[str, Any]) -> str | None:
-    """The name of a model's unknown token."""
+def unknown_of(model: Mapping[str, Any]) -> str | None:
+    """The name of a model's unknown token, which stands for characters without a token and may come from text."""
     place, vocab = model.get("unk_id"), model.get("vocab")
     if isinstance(vocab, list) and isinstance(place, int) and 0 <= place < len(vocab):
         return vocab[place][0]
@@ -177,25 +179,22 @@ _NEVER = 8 * "\U0010ffff"  # not a character
 
 
 def _comes_from_text(library: Any, name: str, control: Collection[int]) -> bool:
-    ids = [library.encode(text, add_special_tokens=False).ids for text in (name, f"a {name} b")]
+    with library_errors("the `tokenizers` library cannot encode with it"):
+        ids = [library.encode(text, add_special_tokens=False).ids for text in (name, f"a {name} b")]
     return any(i in control for i in (*ids[0], *ids[1]))
 
 
-class panics_as_errors:  # noqa: N801
-    """A context in which errors of the library, panics of its Rust code included, become ConfigErrors."""
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if error is None or isinstance(error, ConfigError):
-            return False
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ConfigError(f"{self._message}: {brief(one_line(error), 200)}") from None
-        return False
+@contextlib.contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Within it, errors of the library, panics of its Rust code included, become ConfigErrors."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{message}: {brief(one_line(error), 200)}") from None
 
 
 def check_contents(data: Mapping[str, Any]) -> None:
@@ -223,52 +222,25 @@ def check_contents(data: Mapping[str, Any]) -> None:
             replaced = len(string) if isinstance(string, str) and string else 1
             growth *= max(1.0, len(str(content)) / replaced)
         if part.get("type") == "Precompiled":
-            _check_character_map(part.get("precompiled_charsmap"))
+            try:
+                compiled = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
+            except (TypeError, ValueError):
+                raise ConfigError("normalizer Precompiled holds no character map") from None
+            character_map.check(compiled)
     if growth > _MAX_GROWTH:
         raise ConfigError(f"its normalizer may make a text {growth:,.0f} times as long; {_MAX_GROWTH:,} is the limit")
 
 
-def _check_character_map(encoded: Any) -> None:
-    """Refuses a compiled character map (base64) that replaces characters by very long texts."""
-    try:
-        data = base64.b64decode(encoded or "", validate=True)
-    except (TypeError, ValueError):
-        raise ConfigError("normalizer Precompiled holds no character map") from None
-    check_character_map(data)
-
-
-def check_character_map(data: bytes) -> None:
-    """Refuses a compiled character map whose replacements are very long, or that leads outside itself.
-
-    The map is the length of a trie in 4 bytes, the trie, and replacements that end with a zero byte each. The trie is a
-    double array of darts-clone (github.com/s-yata/darts-clone): a unit of 32 bits either holds the place of a
-    replacement, or leads to the units at its own index xor its offset xor a byte. The library follows it unchecked.
-    """
-    if not data:
-        return
-    length = int.from_bytes(data[:4], "little")
-    replacements = data[4 + length :]
-    if not 0 < length <= len(data) - 4 or length % 1024 or not replacements.endswith(b"\0"):
-        raise ConfigError("the character map of its normalizer is damaged")
-    units = np.frombuffer(data, "<u4", length // 4, offset=4).astype(np.int64)
-    offsets = (units >> 10) << ((units & 0x200) >> 6)
-    is_place = units >> 31 == 1
-    furthest = (np.arange(len(units)) ^ offsets) | 0xFF
-    if (furthest[~is_place] >= len(units)).any() or ((units[is_place] & 0x7FFFFFFF) >= len(replacements)).any():
-        raise ConfigError("the character map of its normalizer is damaged")
-    longest = max(map(len, replacements.split(b"\0")))
-    if longest > _MAX_REPLACEMENT:
-        raise ConfigError(f"its normalizer replaces a character by {longest:,} bytes; {_MAX_REPLACEMENT} is the limit")
-
-
 def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
     """Every JSON object within a value."""
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _objects(item)
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            yield item
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
@@ -295,7 +267,7 @@ def _decoding_steps(decoder: Any) -> list[Step]:
         ConfigError: a decoder that does not work token by token, or is not known here.
     """
     if decoder is None:
-        raise ConfigError("it has no decoder, so that its ids have no text")
+        return [_after_space]
     steps: list[Step] = []
     for part, before in _parts_with_earlier(decoder):
         kind = part.get("type")
@@ -314,6 +286,11 @@ def _decoding_steps(decoder: Any) -> list[Step]:
         elif kind != "Fuse":
             raise ConfigError(f"decoder {brief(kind)} is not supported in this form")
     return steps
+
+
+def _after_space(token: str | bytes) -> str | bytes:
+    """No decoder: tokens are joined with spaces."""
+    return f" {token}"
 
 
 def _from_byte_chars(token: str | bytes) -> str | bytes:

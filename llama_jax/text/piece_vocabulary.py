@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.errors import ConfigError, brief, one_line
-from llama_jax.text.library_vocabulary import check_character_map
+from llama_jax.text import character_map
 from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -111,7 +111,7 @@ class PieceVocabulary(Vocabulary):
 
     @property
     def starts_with_space(self) -> bool:
-        """Whether decoding drops the space that a text begins with."""
+        """True if decoding drops the space that a text begins with."""
         return self.model.space_first or self.model.strip_spaces
 
     @functools.cached_property
@@ -177,10 +177,10 @@ def parse_model(data: bytes) -> PieceModel:
         raise ConfigError("a SentencePiece model with spaces at the ends of words is not supported")
     if not pieces:
         raise ValueError("it holds no pieces")
-    character_map = normalizer.get(2, b"")
-    if not isinstance(character_map, bytes):
+    compiled = normalizer.get(2, b"")
+    if not isinstance(compiled, bytes):
         raise ValueError("the character map of its normalizer is damaged")
-    check_character_map(character_map)
+    character_map.check(compiled)
     names = tuple(_text(trainer.get(field, name.encode())) for field, name in _NAMES.items())
     return PieceModel(
         pieces=tuple(pieces),
@@ -188,7 +188,7 @@ def parse_model(data: bytes) -> PieceModel:
         byte_fallback=bool(trainer.get(35, 0)),
         space_first=bool(normalizer.get(3, 1)),
         strip_spaces=bool(normalizer.get(4, 1)),
-        character_map=character_map,
+        character_map=compiled,
         unknown=_text(trainer.get(44, " \u2047 ".encode())),
         names=names,  # type: ignore[arg-type]
     )
@@ -233,7 +233,7 @@ def _piece(data: Any, number: int) -> Piece:
 
 
 def is_byte_name(text: str) -> bool:
-    """Whether a piece is spelled as a byte, such as <0x0A>."""
+    """True if a piece is spelled as a byte, such as <0x0A>."""
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">") and set(text[3:5]) <= _HEX
 
 

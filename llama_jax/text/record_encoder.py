@@ -1,4 +1,4 @@
-"""The encoder of a run's records: its tokenizer, its chat format, and what names of control tokens in texts become."""
+"""The encoder of a run's records: its tokenizer, its chat format, and its rule for names of control tokens in texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOP, YES, NO = PARSE_SPECIAL = ("stop", "yes", "no")  # values of data.parse_sp
 
 
 class NameInText(ConfigError):
-    """A text that holds the name of a control token, in a run that does not say what becomes of it."""
+    """A text that holds the name of a control token, in a run that does not say whether it is plain text."""
 
 
 class RecordEncoder:
@@ -48,7 +48,7 @@ class RecordEncoder:
         """Returns the ids of a text.
 
         Raises:
-            NameInText: the text holds the name of a control token, and nobody said what becomes of it.
+            NameInText: the text holds the name of a control token, and data.parse_special is `stop`.
         """
         if self.parse_special == STOP and (name := control_tokens.first_name(self.tokenizer, text)):
             raise NameInText(

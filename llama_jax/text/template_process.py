@@ -226,9 +226,9 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit()
     while (request := read(sys.stdin.buffer)) is not None:
-        found = answer(request, compiled)
+        reply = answer(request, compiled)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        write(sys.stdout.buffer, found)
+        write(sys.stdout.buffer, reply)
 
 
 if __name__ == "__main__":

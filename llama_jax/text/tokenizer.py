@@ -5,7 +5,6 @@ Control tokens never come from text unless the caller asks for it: by default, `
 """
 
 import codecs
-import copy
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,7 +92,8 @@ class Tokenizer:
                 f"the tokenizer has {self.vocab_size:,} ids but the model only {rows:,}: use the tokenizer that it was "
                 "trained with"
             )
-        other = copy.copy(self)
+        other = Tokenizer.__new__(Tokenizer)  # copy.copy would rebuild the encoder
+        other.__dict__.update(self.__dict__)
         other.rows = rows
         other.stop_tokens = tuple(i for i in self.stop_tokens if i < rows)
         return other

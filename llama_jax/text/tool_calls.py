@@ -46,9 +46,9 @@ def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
             return text[: match.start()], calls
     if _DEEPSEEK_BEGIN in text:
         before, _, after = text.partition(_DEEPSEEK_BEGIN)
-        found = [(m[1], json_values(m[2])) for m in _DEEPSEEK.finditer(after)]
-        if found and all(len(values) == 1 and isinstance(values[0], dict) for _, values in found):
-            return before, [call(name.strip(), values[0]) for name, values in found]
+        named = [(m[1], json_values(m[2])) for m in _DEEPSEEK.finditer(after)]
+        if named and all(len(values) == 1 and isinstance(values[0], dict) for _, values in named):
+            return before, [call(name.strip(), values[0]) for name, values in named]
     return text, []
 
 
@@ -133,10 +133,10 @@ def _tagged_calls(text: str) -> list[dict[str, Any]]:
         values = json_values(body[named.end() :].strip() if named else body.strip())
         if named and len(values) == 1 and isinstance(values[0], dict):
             values = [{"name": named[1], "arguments": values[0]}]
-        found = _calls_of(values)
-        if not found:
+        own = _calls_of(values)
+        if not own:
             return []
-        calls += found
+        calls += own
         text = text.strip()
     return calls
 

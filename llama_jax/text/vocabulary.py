@@ -58,12 +58,12 @@ class Vocabulary(abc.ABC):
 
     @property
     def starts_with_space(self) -> bool:
-        """Whether decoding drops the space that a text begins with, because encoding puts one there."""
+        """True if decoding drops the space that a text begins with, because encoding puts one there."""
         return False
 
     @property
     def is_llama3(self) -> bool:
-        """Whether this is Meta's layout: ids in the order of merging, then 256 special tokens."""
+        """True in Meta's layout: ids in the order of merging, then 256 special tokens."""
         return False
 
     @property
@@ -112,7 +112,7 @@ def unspelled(text: str) -> bytes:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8, that is, holds no lone surrogate."""
+    """True if a string can be written as UTF-8, that is, holds no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

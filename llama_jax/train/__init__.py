@@ -1,1 +1,1 @@
-"""Floor 5: the training loop. `llama_jax.train.loop.train(run)` does a whole run."""
+"""Floor 5: the training loop. `llama_jax.train.run.train(run)` does a whole run."""

@@ -19,6 +19,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.files import write_json
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_shape import PartialShape
+from llama_jax.text import chat_template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.metrics import draw_loss, say
@@ -28,6 +29,8 @@ from llama_jax.train.state import TrainState
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
+from llama_jax.weights.locate import absolute
+from llama_jax.weights.model_files import tokenizer_in
 from llama_jax.weights.open import open_source
 from llama_jax.weights.run_folder import CONFIG_FILE
 
@@ -158,7 +161,8 @@ class RunFolder:
         """Write config.json: the run, its tokenizer's fingerprint and the frozen model's identity."""
         if jax.process_index() == 0:
             identities = {"tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen.identity}
-            write_json(self.path / CONFIG_FILE, {**run.to_dict(), **identities})
+            values = {**run.to_dict(), "init_from": absolute(run.init_from), **identities}
+            write_json(self.path / CONFIG_FILE, values)
 
     def write_results(self, program: Program, state: TrainState) -> None:
         """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
@@ -175,7 +179,7 @@ class RunFolder:
         return int(text) if text.isdecimal() else None
 
     def _write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
-        """Write LoRA's matrices as peft reads them. Other files in the adapter's folder stay."""
+        """Write LoRA's matrices as peft reads them, with tokenizer and chat template. Other files there stay."""
         fresh, final = self.path / "adapter.new", self.path / "adapter"
         lora = export.lazy_lora(lora_params.lora_by_path(run.lora, trained))
         rows = {}
@@ -184,8 +188,12 @@ class RunFolder:
         adapter = Adapter(trainable.policy_config(run), lora, rows=rows)
         if jax.process_index() == 0:
             shutil.rmtree(fresh, ignore_errors=True)
-        peft.write_adapter(fresh, adapter, base_model=run.init_from, dropout=run.lora.dropout)
+        base = absolute(run.init_from)
+        peft.write_adapter(fresh, adapter, base_model=base, dropout=run.lora.dropout)
         if jax.process_index() == 0:
+            metadata = open_source(run.init_from).metadata.with_tokenizer(tokenizer_in(self.path))
+            metadata = dataclasses.replace(metadata, chat_template=chat_template.read_folder(self.path))
+            export.write_tokenizer(fresh, metadata, model_max_length=run.model.max_seq_len)
             final.mkdir(exist_ok=True)
             for file in fresh.iterdir():
                 os.replace(file, final / file.name)

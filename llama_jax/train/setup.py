@@ -185,6 +185,12 @@ def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
     return prepare.choose_tokenizer(run, base, say)
 
 
+def chosen_encoder(run: RunConfig, say: Say) -> RecordEncoder:
+    """The encoder of a new run's records: its tokenizer, its chat format and its reading of control tokens."""
+    tokens = chosen_tokenizer(run, say)
+    return RecordEncoder(tokens, chosen_chat_format(run, tokens), run.data.parse_special)
+
+
 def first_state(program: Program) -> TrainState:
     """The sharded state before the first step, with random weights, the weights of init_from or new LoRA matrices.
 

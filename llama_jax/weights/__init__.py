@@ -1,1 +1,1 @@
-"""Floor 4: weights in and out. One table of names (`layout`), and a file for each format that reads or writes by it."""
+"""Floor 4: models in and out of files. README.md in this folder explains the package."""

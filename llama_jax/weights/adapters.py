@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +113,12 @@ def read_adapter(adapter: Adapter, *, layout: Layout | None, dtype: jnp.dtype) -
     )
 
 
-def with_adapter(params: Params, adapter: AdapterWeights) -> Params:
-    """Unrolled params with this adapter on them and no other; weights that it leaves alone are shared, not copied."""
+def with_adapter(config: ModelConfig, params: Params, adapter: AdapterWeights | None) -> Params:
+    """Unrolled params of `config` with this adapter on them and no other; None takes LoRA off.
+
+    Weights that the adapter leaves alone are shared, not copied. `config` is that with the adapter.
+    """
+    adapter = adapter or AdapterWeights(config, {})
 
     def leaf(path: name_table.Path) -> jax.Array | QTensor | LoraTensor:
         base = adapter.whole.get(path)
@@ -129,12 +133,8 @@ def with_adapter(params: Params, adapter: AdapterWeights) -> Params:
         factor = None if lora.magnitude is None else jax.jit(dora_factor)(base, lora)
         return LoraTensor(base, lora.a, lora.b, lora.scale, factor=factor)
 
-    return _unrolled(adapter.config, leaf)
-
-
-def without_adapter(config: ModelConfig, params: Params) -> Params:
-    """Unrolled params of `config` without LoRA."""
-    return _unrolled(config, lambda path: base_of(name_table.get(params, path)))
+    paths = [weight.path for weight in name_table.weights(config, "huggingface")]
+    return name_table.build(config, ((path, leaf(path)) for path in paths))
 
 
 def has_lora(params: Params) -> bool:
@@ -193,11 +193,6 @@ def _lazy_factor(base: LazyTensor, lora: LazyLora) -> np.ndarray:
         squares.append(block.sum(axis=1 if by_rows else 0, keepdims=True))
     norms = np.sqrt(np.concatenate(squares) if by_rows else sum(squares))
     return (lora.magnitude.read(dtype=np.float32) / norms).astype(np.float32)
-
-
-def _unrolled(config: ModelConfig, leaf: Callable[[name_table.Path], Any]) -> Params:
-    paths = [weight.path for weight in name_table.weights(config, "huggingface")]
-    return name_table.build(config, ((path, leaf(path)) for path in paths))
 
 
 def _with_rows(base: jax.Array | QTensor, ids: tuple[int, ...], rows: jax.Array) -> jax.Array:

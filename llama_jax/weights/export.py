@@ -1,4 +1,4 @@
-"""A model out again, as Hugging Face's, Meta's or llama.cpp's own files."""
+"""Saving a model as Hugging Face's, Meta's or llama.cpp's own files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
@@ -25,6 +24,7 @@ from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, check_params, is_stacked
+from llama_jax.progress import progress_bar
 from llama_jax.text import chat_format, chat_template, vocabulary_files
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
@@ -35,12 +35,11 @@ from llama_jax.weights.formats import gguf, huggingface, meta
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array, row_blocks
 
-# Each format and the dtypes that it is written in, with their bytes a number.
+# Each format with its dtypes, and the bytes that a number takes in them.
 _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 FORMATS = {"hf": _FLOATS, "meta": _FLOATS, "gguf": {**_FLOATS, "q8_0": 34 / 32, "q4_0": 18 / 32}}
-_COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # of the table of names
+_COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # columns of the table of names
 SHARD_BYTES = 5_000_000_000
-_QUIET = 3.0  # seconds before a bar appears
 _WEIGHTS = (".safetensors", ".pth", ".gguf", ".bin", ".msgpack")
 _SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and headers
 
@@ -59,35 +58,34 @@ def save(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a model; a block of one tensor at a time is in memory. Several processes call it together.
+    """Saves a model. A block of one tensor at a time is in memory. Every process of a run must call it.
 
     Args:
-        path: a folder to make, or the .gguf file (in a folder it is called model.gguf). What is there stays: a folder
-            with weights in it is refused.
-        config: of the model.
-        leaves: its tensors by path, as `leaves_of` or a Source has them.
-        metadata: its tokenizer, token ids, sampling settings and chat template.
+        path: a new folder, or a .gguf file (in a folder its name is model.gguf). A folder with weights is refused.
+        config: the model's shape.
+        leaves: the tensors by path, from `leaves_of` or `Source.merged_leaves`.
+        metadata: tokenizer, token ids, sampling settings and chat template.
         format: one of FORMATS.
-        dtype: one of FORMATS[format]; by default `default_dtype`, but for tensors that would lose numbers by it.
-        shard_bytes: of a file of format "hf", at most.
+        dtype: one of FORMATS[format]. The default is `default_dtype`, except for tensors that would lose precision.
+        shard_bytes: largest size in bytes of one file of format "hf".
 
     Returns:
-        The folder or file.
+        The folder or file that was written.
 
     Raises:
         ConfigError: an unknown format or dtype, a model that the format cannot hold, a path with weights in it.
     """
     check(format, dtype)
     if format == "meta":
-        meta.export_params(config)  # refuses what it cannot hold, in every process
+        meta.export_params(config)  # raises for what it cannot hold, in every process
     path = _free(Path(path).expanduser(), format)
     main = dtype or default_dtype(leaves, format)
-    if format != "gguf":  # which has a rule of its own
+    if format != "gguf":  # gguf.save_file casts by itself
         leaves = {
             key: leaf if dtype is None and _loses(leaf, np.dtype(main)) else leaf.cast(np.dtype(main), _name(key))
             for key, leaf in leaves.items()
         }
-    if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
+    if jax.process_index() > 0:  # the first process writes; the others send their parts, in the same order
         for weight in name_table.weights(config, _COLUMNS[format]):
             for _ in leaves[weight.path].blocks():
                 pass
@@ -96,18 +94,16 @@ def save(
     free = shutil.disk_usage(path.parent).free
     if total + _SPARE > free:
         raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", delay=_QUIET, mininterval=1, leave=False
-    ) as bar:
+    with progress_bar(total, f"writing {path.name}") as bar:
         try:
             _WRITERS[format](path, config, leaves, metadata, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
         except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}; what was written so far is not whole") from error
+            raise ConfigError(f"{path}: {error.strerror or error}; what was written so far is incomplete") from error
     return path
 
 
 def check(format: str, dtype: str | None) -> None:
-    """Refuse a format or dtype that is not one of FORMATS; None is for `default_dtype` to say."""
+    """Raises ConfigError for a format or dtype that is not in FORMATS. A dtype of None is allowed."""
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}")
     if dtype is not None and dtype not in FORMATS[format]:
@@ -117,7 +113,7 @@ def check(format: str, dtype: str | None) -> None:
 
 
 def default_dtype(leaves: name_table.Leaves, format: str) -> str:
-    """What most of the numbers are: for "gguf" their quantized type, where it can be written, else their dtype."""
+    """The dtype of most of the numbers; for "gguf" their quantized type, if it can be written."""
     sizes: collections.Counter[str] = collections.Counter()
     for entry in leaves.values():
         kind = entry.kind.lower() if entry.quantized is not None else entry.dtype.name
@@ -126,7 +122,7 @@ def default_dtype(leaves: name_table.Leaves, format: str) -> str:
 
 
 def _loses(leaf: LazyTensor, dtype: np.dtype) -> bool:
-    """Whether a tensor would not survive a cast that nobody asked for. Matrices are not read to find out."""
+    """Returns whether a cast by default would change a tensor. Matrices are not read, and count as changed."""
     if leaf.dtype == dtype:
         return False
     if len(leaf.shape) > 1:
@@ -229,7 +225,7 @@ def _quantized(pieces: QuantizedParts) -> LazyTensor:
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, in memory that nothing else holds on to: jax would keep a host copy of each it gave."""
+    """An array as numpy, in memory of its own: jax would keep the host copy that it makes itself."""
     if not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     if len(array.devices()) == 1 and jax.default_backend() == "cpu":
@@ -242,7 +238,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 def _free(path: Path, format: str) -> Path:
-    """Where to write: a new .gguf file, or a folder without weights, made if need be."""
+    """The path to write: a new .gguf file, or a folder without weights, which is created."""
     if format == "gguf" and path.suffix == ".gguf":
         path.parent.mkdir(parents=True, exist_ok=True)
         folder, taken = path.parent, [path] if path.exists() else []
@@ -253,7 +249,7 @@ def _free(path: Path, format: str) -> Path:
         taken = sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))
         folder, path = path, path / "model.gguf" if format == "gguf" else path
     if taken:
-        raise ConfigError(f"{folder} has {taken[0].name} already: name another place, or remove it")
+        raise ConfigError(f"{folder} already has {taken[0].name}: name another folder, or remove it")
     return path
 
 
@@ -265,11 +261,29 @@ def _chat_template(metadata: Metadata) -> ChatTemplate | None:
 
 
 def _transformers_reads(files: Sequence[Path]) -> bool:
-    """Whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
+    """Returns whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
     return any(
         file.name == "tokenizer.json" or (file.suffix == ".model" and not meta_vocabulary.looks_like_ranks(file))
         for file in files
     )
+
+
+def write_tokenizer(folder: Path, metadata: Metadata, *, model_max_length: int) -> None:
+    """Writes the tokenizer and the chat template of a model into a folder, as transformers reads them.
+
+    The model's own tokenizer files are copied if transformers reads them.
+    """
+    files = metadata.tokenizer_files
+    if metadata.tokenizer is not None and not _transformers_reads(files):
+        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
+        vocabulary_files.write_for_transformers(
+            metadata.tokenizer.vocabulary, folder, model_max_length=model_max_length
+        )
+        chat_template.write(_chat_template(metadata), folder)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(folder):
+        chat_template.write(metadata.chat_template, folder)  # those in a folder of their own are not among the files
 
 
 def _write_hf(
@@ -282,17 +296,7 @@ def _write_hf(
     shard_bytes: int,
     progress: Progress,
 ) -> None:
-    files = metadata.tokenizer_files
-    if metadata.tokenizer is not None and not _transformers_reads(files):
-        files = ()  # transformers cannot read Meta's file: the tokenizer is written in its format
-        vocabulary_files.write_for_transformers(
-            metadata.tokenizer.vocabulary, path, model_max_length=config.max_seq_len
-        )
-        chat_template.write(_chat_template(metadata), path)
-    for file in files:
-        shutil.copyfile(file, path / file.name)
-    if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(path):
-        chat_template.write(metadata.chat_template, path)  # templates in a folder of their own are not among the files
+    write_tokenizer(path, metadata, model_max_length=config.max_seq_len)
     huggingface.save_folder(path, config, leaves, metadata, shard_bytes=shard_bytes, progress=progress)
 
 

@@ -56,7 +56,7 @@ class _Choice:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this names a model on the hub, rather than a path: one that exists, or whose first folder does."""
+    """Returns whether this names a model on the hub. A path goes first if it, or its first folder, exists."""
     return _parse(text) is not None and not Path(Path(text).parts[0]).exists()
 
 

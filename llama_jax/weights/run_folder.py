@@ -100,7 +100,7 @@ class RunSource:
 
     @property
     def quantized(self) -> bool:
-        """Whether the base of a LoRA run is quantized."""
+        """True for a LoRA run on a quantized base."""
         return self.lora is not None and self.base.quantized
 
     @functools.cached_property
@@ -130,7 +130,7 @@ class RunSource:
         layout = layout or _one_device()
         if self.lora is not None:
             adapter = self._adapter(layout, jnp.dtype(dtype or self.dtype))
-            return adapters.with_adapter(self.base.load_merged(layout, dtype, quantize), adapter)
+            return adapters.with_adapter(self.config, self.base.load_merged(layout, dtype, quantize), adapter)
         # Orbax casts while it reads, so that the float32 master weights never exist as well as what is asked for.
         shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
         params = self._restore(shapes, logical_axes(self.config, stacked=True), layout)
@@ -199,19 +199,22 @@ class RunSource:
 
 
 def _name_of_base(folder: Path, name: str) -> str | Path:
-    """The name under which a run's `init_from` is found: as it is, or as a path below a parent of the run folder.
+    """The name under which to open a run's `init_from`: as it is, or as a path below a parent of the run folder.
 
-    A relative path was relative to the folder in which train.py ran, which is usually a parent of the run folder.
-    `RunSource.base` compares the identity of what is found with the one in the run's config.
+    A path may not exist here because it is relative to another working folder, or because the run folder and its base
+    were moved together. Then the longest end of the path that exists below a parent of the run folder is taken.
+    `RunSource.base` compares the identity of that model with the one in the run's config.
     """
     path = Path(name).expanduser()
-    if path.exists() or path.is_absolute():
+    if path.exists():
         return name
-    for parent in folder.resolve().parents:
-        if (parent / path).exists():
-            return parent / path
-    if is_path(name):
-        raise ConfigError(f"there is no {name!r} in the current folder or in a parent of {folder.resolve()}")
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    for start in range(len(parts) if path.is_absolute() else 1):
+        for parent in folder.resolve().parents:
+            if (candidate := parent.joinpath(*parts[start:])).exists():
+                return candidate
+    if is_path(name) and not path.is_absolute():
+        raise ConfigError(f"no {name!r} in the current folder or in a parent of {folder.resolve()}")
     return name
 
 

@@ -34,7 +34,7 @@ class Source(Protocol):
         config: the model's shape.
         metadata: token ids, sampling settings, chat template and tokenizer files.
         dtype: dtype of most of the stored numbers. Quantized weights count as float32, which holds them exactly.
-        quantized: whether some of the weights are stored in groups of 8 or 4 bits.
+        quantized: True if some of the weights are stored in groups of 8 or 4 bits.
     """
 
     path: Path
@@ -98,7 +98,7 @@ class FileSource:
 
     @property
     def quantized(self) -> bool:
-        """Whether some of the weights are stored in groups of 8 or 4 bits."""
+        """True if some of the weights are stored in groups of 8 or 4 bits."""
         return any(tensor.kind.startswith("Q") for tensor in self.leaves.values())
 
     def load(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:

@@ -1,10 +1,11 @@
-"""Tensors that have not been read yet: where a file keeps one, and how any part of it comes to memory.
+"""Lazy tensors: a tensor in a file that has not been read, and the operations that make one lazy tensor of others.
 
-Files are read by byte range, never mapped: what was read is then ours alone (a file that changes later changes nothing,
-one that was cut off is an error rather than a signal), and pages of the file do not count as memory of the process.
-Every format gives its tensors as entries; what a tensor is called, how its rows are ordered and how its numbers are
-packed is settled by wrapping one entry in another, so that loading and saving never ask which format it was.
-No jax here.
+Files are read by byte range and never mapped. What was read belongs to the process alone: a file that changes later
+changes nothing, and one that was cut off is an error rather than a signal. Pages of the file do not count as memory of
+the process.
+
+Every format returns its tensors as lazy tensors. Differences in the order of rows and in the packing of numbers are
+removed by wrapping one lazy tensor in another, so that loading and saving do not depend on the format. No jax here.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ import numpy as np
 
 from llama_jax.files import File
 
-Index = tuple[slice, ...]  # one contiguous slice a dimension, with whole-number bounds
+Index = tuple[slice, ...]  # one contiguous slice for each dimension, with whole-number bounds
 FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))  # the dtypes of weights
 
-_ALIGNMENT = 64  # what jax asks of memory that it takes over on a CPU
-_BLOCK = 1 << 22  # bytes that are converted or written at a time: they stay in the cache
-_LEAST_RUN = 1 << 10  # shorter pieces of rows are read with what lies between them
+_ALIGNMENT = 64  # bytes; jax can use memory on this boundary on a CPU without a copy
+_BLOCK = 1 << 22  # bytes that are converted or written at a time; a block stays in the CPU cache
+_LEAST_RUN = 1 << 10  # bytes; shorter pieces of rows are read together with the bytes between them
 _WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
 
 
 class QuantizedParts(NamedTuple):
-    """The exact pieces of a tensor (out, in) that is stored in groups of 32 along `in`, each with one scale.
+    """The exact parts of a tensor (out, in) that is stored in groups of 32 along `in`, each with one scale.
 
     Attributes:
         bits: 8 or 4.
-        values: int8 (out, in), or uint8 (out, in / 2) of packed nibbles as ops/quant.py has them.
+        values: int8 (out, in), or uint8 (out, in / 2) with two numbers in a byte, packed as in ops/quant.py.
         scales: float16 (out, in / 32).
     """
 
@@ -47,12 +48,13 @@ class LazyTensor:
     """A tensor that has not been read yet.
 
     Attributes:
-        dtype: of its numbers as `read` gives them.
-        shape: its dimensions.
-        fill: (out, index) writes the part `index` of it into `out`, a C-contiguous array of any dtype, casting.
-        kind: what its file calls the type, e.g. "BF16" or "Q4_K".
-        nbytes: that it takes in its file.
-        quantized: its exact pieces, where our own quantized leaves can hold it.
+        dtype: dtype of the numbers that `read` returns.
+        shape: shape of the tensor.
+        fill: called with (out, index). It writes the part `index` of the tensor into `out`, a C-contiguous array of any
+            dtype, and casts.
+        kind: name of the type in the file, e.g. "BF16" or "Q4_K".
+        nbytes: size in the file, in bytes.
+        quantized: the exact parts of a quantized tensor that our quantized leaves can hold, else None.
     """
 
     dtype: np.dtype
@@ -63,22 +65,22 @@ class LazyTensor:
     quantized: QuantizedParts | None = None
 
     def read(self, index: Sequence[slice] | None = None, dtype: np.dtype | None = None) -> np.ndarray:
-        """The tensor or a part of it in memory of its own, on a boundary that lets jax take it over on a CPU."""
+        """Reads the tensor, or a part of it, into new memory that jax can use on a CPU without a copy."""
         whole = tuple(slice(0, n) for n in self.shape)
-        given = whole if index is None else (*index, *whole[len(index) :])
-        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(given, self.shape, strict=True))
+        part = whole if index is None else (*index, *whole[len(index) :])
+        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(part, self.shape, strict=True))
         out = aligned(tuple(max(0, s.stop - s.start) for s in bounds), self.dtype if dtype is None else np.dtype(dtype))
         if out.size:
             self.fill(out, bounds)
         return out
 
     def blocks(self, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-        """The whole tensor as blocks of rows, for writers: no more than one is in memory."""
+        """Reads the tensor as blocks of rows, for writers. One block at a time is in memory."""
         for _, part in row_blocks(tuple(slice(0, n) for n in self.shape), self.dtype.itemsize):
             yield self.read(part, dtype)
 
     def cast(self, dtype: np.dtype, what: str) -> LazyTensor:
-        """The same numbers in another dtype; `what` is what an error calls them that are too large for float16."""
+        """The same tensor cast to another dtype. `what` names it in the error for numbers too large for float16."""
         if dtype == self.dtype:
             return self
 
@@ -92,7 +94,7 @@ class LazyTensor:
 
 
 def equal(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors are the same bit for bit. The first rows decide almost always."""
+    """Returns whether two tensors are equal bit for bit. The first rows almost always decide it."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype or a.kind != b.kind or a.shape[-1] > _WIDEST:
@@ -112,7 +114,7 @@ def main_dtype(tensors: Iterable[LazyTensor]) -> np.dtype:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary."""
+    """An uninitialized array on a 64-byte boundary."""
     size = math.prod(shape) * dtype.itemsize
     pool = np.empty(size + _ALIGNMENT, np.uint8)
     start = -pool.ctypes.data % _ALIGNMENT
@@ -120,7 +122,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, kind: str | None = None) -> LazyTensor:
-    """A tensor whose numbers stand in a file row after row, from byte `start` on."""
+    """A tensor whose numbers are stored in a file in C order, from byte `start` on."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         if out.dtype == dtype:
@@ -135,7 +137,7 @@ def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, k
 
 
 def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> LazyTensor:
-    """An array in memory, made when it is asked for."""
+    """A tensor whose numbers a function returns as an array in memory. The function is called when they are read."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         np.copyto(out, array()[index], casting="unsafe")
@@ -144,7 +146,7 @@ def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int,
 
 
 def joined(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
-    """Tensors of one dtype that continue each other along `axis`, as one."""
+    """The concatenation of tensors of one dtype along `axis`."""
     ends = np.cumsum([part.shape[axis] for part in parts]).tolist()
     shape = list(parts[0].shape)
     shape[axis] = ends[-1]
@@ -169,7 +171,7 @@ def joined(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
 
 
 def transposed(entry: LazyTensor) -> LazyTensor:
-    """A matrix with its two axes swapped."""
+    """The transpose of a matrix."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         rows, columns = index
@@ -180,7 +182,7 @@ def transposed(entry: LazyTensor) -> LazyTensor:
 
 
 def reordered(entry: LazyTensor, period: int, order: np.ndarray) -> LazyTensor:
-    """A tensor whose rows are permuted within each `period` of them: row p * period + i is the old one of order[i]."""
+    """A tensor with its rows permuted within each group of `period`: row i of a group is its old row order[i]."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         start, stop = index[0].start, index[0].stop
@@ -202,7 +204,7 @@ def reordered(entry: LazyTensor, period: int, order: np.ndarray) -> LazyTensor:
 
 
 def row_blocks(index: Index, itemsize: int) -> list[tuple[Index, Index]]:
-    """Blocks of rows of about 4 MB of a part: for each, where it is within the part, and within the tensor."""
+    """Blocks of rows of about 4 MB that make up a part: the index of each within the part, and within the tensor."""
     if not index:
         return [((), ())]
     per_row = max(1, math.prod(s.stop - s.start for s in index[1:])) * itemsize
@@ -215,7 +217,7 @@ def row_blocks(index: Index, itemsize: int) -> list[tuple[Index, Index]]:
 
 
 def _read_rows(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], index: Index, out: np.ndarray) -> None:
-    """Read a part into `out` of the same dtype, in the longest runs of bytes that there are."""
+    """Reads a part into `out`, an array of the same dtype, in runs of bytes that are as long as possible."""
     whole = [i for i, (s, n) in enumerate(zip(index, shape, strict=True)) if s.stop - s.start != n]
     inner = whole[-1] if whole else 0  # the dimensions after this one are read whole
     strides = [math.prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape))]
@@ -240,7 +242,7 @@ def _read_rows(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], 
 def _read_through(
     file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], index: Index, out: np.ndarray
 ) -> None:
-    """Short pieces of rows: whole rows are read, a block at a time, and the pieces taken from them."""
+    """Reads short pieces of rows: whole rows are read, a block at a time, and the pieces are copied out of them."""
     rows = (index[0], *(slice(0, n) for n in shape[1:]))
     for at, block in row_blocks(rows, dtype.itemsize):
         scratch = np.empty((block[0].stop - block[0].start, *shape[1:]), dtype)

@@ -35,6 +35,9 @@ def match_tensors(
     """
     if config.num_layers > len(tensors):  # before a list of a million layers is made
         raise ValueError(f"{source}: its config has {config.num_layers:,} layers, but it has {len(tensors):,} tensors")
+    embed, unembed = name_table.tied_names(format)
+    if config.tied_embeddings and embed not in tensors and unembed in tensors:  # some writers keep this name only
+        tensors = {**tensors, embed: tensors[unembed]}
     config = _untied_if_different(tensors, config, format, source)
     weights = name_table.weights(config, format)
     _check_names(tensors, config, format, source)

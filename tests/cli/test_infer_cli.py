@@ -12,7 +12,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax.cli import exits, infer
+from llama_jax.cli import chat, exits, infer
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
 
@@ -198,3 +198,74 @@ def test_a_reader_that_leaves_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-p", "hello", "-n", "6", "--temp", "0.8", "-s", "5"],
+        ["--prompt=hello", "--n-predict=6", "--temp=0.8", "--seed", "5"],
+        ["--prompt", "hello", "--max-tokens", "6", "--temperature", "0.8", "--seed=5", "--verbose"],
+        ["--prompt", "hello", "--max_new-tokens", "6", "--temp", "0.8", "--seed=5", "--quiet"],
+    ],
+)
+def test_flags_of_other_programs_mean_the_same(run, small, argv):
+    expected = small.generate("hello", max_new_tokens=6, seed=5, temperature=0.8)
+    assert run(*argv)[:2] == (0, expected.text + "\n")
+
+
+def test_a_value_may_begin_with_a_hyphen(run, small):
+    expected = small.generate("--x", max_new_tokens=3, temperature=0)
+    assert run("-p", "--x", "-n", "3", "--temp", "0")[:2] == (0, expected.text + "\n")
+
+
+def test_json_that_is_nested_deeply_is_refused_in_one_line(run, tmp_path):
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 200_000 + "]" * 200_000)
+    for flag in ("--messages", "--prompt_file"):
+        status, out, err = run(flag, str(deep))
+        assert (status, out) == (2, "") and "is nested too deeply" in err and err.count("\n") == 1
+
+
+def test_the_commands_of_a_chat(run, small, tmp_path):
+    saved = tmp_path / "dialog.json"
+    lines = ["/help", "hi", "/speed", "again", "/undo", f"/save {saved}", f"/save {saved}", "/system Be brief."]
+    lines += ["hi", f"/load {saved}", "again", "/undo", "/undo", "/undo", "/load nowhere.json", "/quit"]
+    status, out, err = run("--chat", "--max_new_tokens", "5", "--temperature", "0", stdin="\n".join(lines))
+    how = {"max_new_tokens": 5, "temperature": 0}
+    first = small.chat([{"role": "user", "content": "hi"}], **how).text
+    dialog = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}]
+    second = small.chat([*dialog, {"role": "user", "content": "again"}], **how).text
+    brief = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    third = small.chat(brief, **how).text
+    assert status == 0 and json.loads(saved.read_text()) == dialog  # the second question was taken back
+    assert out.replace("> ", "").splitlines() == [
+        *first.split("\n"),
+        *second.split("\n"),
+        *third.split("\n"),
+        *second.split("\n"),
+    ]
+    assert "/undo " in err and "tokens/s on" in err and f"{saved} exists: name another file" in err
+    assert "there is no question to take back" in err and "nowhere.json" in err
+
+
+def test_a_terminal_edits_lines_and_pastes_several_as_one_message(tmp_path, monkeypatch):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        read = chat._reader()
+        keys.send_text("helo\x1b[Dl\r")  # left arrow, then the missing letter
+        assert read("> ") == "hello"
+        keys.send_text("\x1b[200~one\ntwo" + "x" * 6000 + "\x1b[201~\r")  # a bracketed paste
+        assert read("> ") == "one\ntwo" + "x" * 6000
+        keys.send_text("\x1b[A\r")  # up arrow: the message before
+        assert read("> ") == "one\ntwo" + "x" * 6000
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            read("> ")
+    assert (tmp_path / "llama_jax" / "chat_history").stat().st_mode & 0o077 == 0

@@ -22,6 +22,8 @@ from llama_jax.data.sources import documents_from, fingerprint_of
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
 from llama_jax.text import Tokenizer
+from llama_jax.text.chat_format import Llama3Format
+from llama_jax.text.record_encoder import RecordEncoder
 
 T = 640
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in ("Because.", "No idea."))
@@ -345,7 +347,8 @@ def test_a_run_takes_pairs_for_dpo_and_says_how_many(tmp_path, tokenizer):
     assert said[2].startswith("train: each row is seen ") and said[2].endswith(
         ": set train.steps lower if that is not meant"
     )
-    assert said[3].startswith("validation: 4 pairs, ")
+    assert said[3].startswith("train: one, two and three epochs are ")
+    assert said[4].startswith("validation: 4 pairs, ")
 
 
 def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(tmp_path, tokenizer):
@@ -369,9 +372,10 @@ def test_an_objective_and_data_that_do_not_go_together_are_named_with_the_mend(t
     refused("data.train: .*held.jsonl holds dialogs", [], data__train=(pairs, held), data__weights=(1.0, 1.0))
 
 
-def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, capsys):
+def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("LINES", "80")
     run = pair_run(tmp_path, [GOOD] * 30, data__sequence_length=160, init_from=str(tmp_path))
-    inspect.show(run, tokenizer, colour=False)
+    inspect.show(run, RecordEncoder(tokenizer, Llama3Format(tokenizer)), color=False)
     one, other = (len(ids) for ids, _ in expected_pair(tokenizer, GOOD))
     both = one + other
     out = capsys.readouterr().out
@@ -384,6 +388,6 @@ def test_inspect_shows_pairs_and_counts_them(tmp_path, tokenizer, capsys):
     for k in (1, 2):
         for answer, n, text in (("chosen", one, "Because."), ("rejected", other, "No idea.")):
             wanted += [f"── pair {k}, {answer}: {n} tokens, 9 counted ──", f"⟦{text}<|eot_id|>⟧"]
-    wanted.append(f"── {160 - 2 * both} places of padding ──")
+    wanted.append(f"── {160 - 2 * both} positions of padding ──")
     shown = re.findall("── .* ──|⟦[^ ].*?⟧", out)
     assert shown == wanted * 2

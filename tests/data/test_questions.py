@@ -168,5 +168,5 @@ def test_a_base_that_was_not_trained_yet_is_named_with_the_command_that_trains_i
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "init_from='runs/quickstart'" in done.stderr
-    assert "python train.py --config configs/quickstart.py" in done.stderr
+    assert "python train.py --config quickstart" in done.stderr
     assert not (tmp_path / "runs").exists()

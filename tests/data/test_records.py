@@ -306,7 +306,10 @@ def test_a_text_of_any_length_is_sound_and_only_dialogs_depend_on_the_length(tmp
 
 def test_a_vocabulary_without_control_tokens_stops_the_run_rather_than_the_line(tmp_path):
     class Plain:
-        vocab_size, fingerprint, special_tokens = 256, "plain", {}
+        vocab_size, fingerprint = 256, "plain"
+
+        def encode_dialog(self, messages, **options):
+            raise ConfigError("the tokenizer has no <|begin_of_text|>")
 
     with pytest.raises(ConfigError, match="has no <|begin_of_text|>"):
         store_of(tmp_path, [{"messages": [ASK, ANSWER]}], Plain())

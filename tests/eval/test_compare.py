@@ -297,7 +297,7 @@ def test_answers_of_a_model_that_has_changed_since_are_not_taken_for_its_own(run
     assert run("--judge", "person", keys=["q"])[0] == 0
     Fake.version = 2  # other weights under the same name
     status, _, err = run("--judge", "person")
-    assert status == 2 and "has answers of what a was before it changed: name another folder with --out" in err
+    assert status == 2 and "has answers of an earlier version of a: name another folder with --out" in err
     assert len(lines(tmp_path / "out" / "answers.jsonl")) == 8
 
 

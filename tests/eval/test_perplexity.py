@@ -12,11 +12,14 @@ import llama_jax.eval
 from helpers.program import program
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
+from llama_jax.data.encoding import encode
+from llama_jax.data.records import Completion, Dialog
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring, sliding_window
 from llama_jax.infer import engine
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
+from llama_jax.text.record_encoder import RecordEncoder
 
 CONFIG = dataclasses.replace(configs.size("tiny"), max_seq_len=64)
 TEXTS = [
@@ -44,19 +47,21 @@ def log_softmax(llama, ids):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+def nats_at(llama, ids, place, context, stride):
+    """-log p of one id, given what its window holds before it."""
+    ends = [min(context + 1, len(ids))]
+    while ends[-1] <= place:
+        ends.append(min(ends[-1] + stride, len(ids)))
+    seen = ids[max(0, ends[-1] - 1 - context) : place]
+    return -log_softmax(llama, seen)[-1, ids[place]]
+
+
 def naive(llama, texts, context, stride):
     """Nats of each document and its tokens, one place at a time."""
     nats, counts = [], []
     for text in texts:
         ids = [llama.tokenizer.bos_id, *text.encode()]
-        total = 0.0
-        for place in range(1, len(ids)):
-            ends = [min(context + 1, len(ids))]
-            while ends[-1] <= place:
-                ends.append(min(ends[-1] + stride, len(ids)))
-            seen = ids[max(0, ends[-1] - 1 - context) : place]
-            total -= log_softmax(llama, seen)[-1, ids[place]]
-        nats.append(total)
+        nats.append(sum(nats_at(llama, ids, place, context, stride) for place in range(1, len(ids))))
         counts.append(len(ids) - 1)
     return np.array(nats), np.array(counts)
 
@@ -71,6 +76,21 @@ def test_perplexity_is_the_sum_over_logits_place_by_place(llama, context, stride
     assert found.nats_per_token == pytest.approx(nats.sum() / counts.sum(), rel=MATCH)
     assert found.perplexity == pytest.approx(math.exp(nats.sum() / counts.sum()), rel=1e-4)
     assert found.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / bytes_, rel=MATCH)
+
+
+@pytest.mark.parametrize("context, stride", [(64, 64), (16, 8)])
+def test_of_dialogs_and_completions_what_training_counts_is_measured(llama, context, stride):
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
+    samples = [Dialog("d:1", messages, None), Completion("c:1", "One, two,", " three"), TEXTS[0]]
+    result = sliding_window.perplexity(llama, samples, context=context, stride=stride, batch_size=2)
+    encoder = RecordEncoder(llama.tokenizer, llama.chat_format, "no")
+    rows = [encode(sample, encoder, max_length=None) for sample in samples[:2]]
+    ids = [llama.tokenizer.bos_id, *TEXTS[0].encode()]
+    rows.append((ids, [True] * len(ids)))
+    nats = [nats_at(llama, ids, i, context, stride) for ids, targets in rows for i in range(1, len(ids)) if targets[i]]
+    assert result.tokens == len(nats) and result.documents == 3
+    assert result.nats_per_token == pytest.approx(np.mean(nats), rel=MATCH)
+    assert result.bytes == len("Nobody." + " three" + TEXTS[0])  # control tokens are no text
 
 
 def test_windows_predict_every_id_once_after_at_least_the_overlap():
@@ -226,7 +246,7 @@ def test_the_command_prints_what_the_function_says(run, llama, tmp_path):
     "lines, argv, said",
     [
         ('{"text": "a"}\n{"txet": 1}', (), "d.jsonl:2"),
-        ('{"prompt": "a", "completion": "b"}', (), "is a completion"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', (), "is a preference pair"),
         ('{"text": "a"}', ("--strid", "3"), "Did you mean '--stride'"),
         ('{"text": "a"}', ("--mesh", "tensor"), "AXIS=N"),
     ],

@@ -140,7 +140,11 @@ def test_chat_asks_in_the_dialog_format_and_streams_the_same():
     messages = [{"role": "user", "content": "hi"}]
     ids = encode_dialog(tokenizer(), messages)[0]
     expected = llama().generate(ids, max_new_tokens=12, temperature=0)
-    assert llama().chat(messages, max_new_tokens=12, temperature=0) == expected
+    answer = llama().chat(messages, max_new_tokens=12, temperature=0)
+    assert dataclasses.replace(answer, message=None) == expected
+    assert answer.message["tokens"] == answer.tokens and answer.message["content"] == answer.text
+    again = llama().encode_dialog([*messages, answer.message, messages[0]])
+    assert again[: len(ids) + len(answer.tokens)] == ids + answer.tokens
     assert "".join(llama().stream_chat(messages, max_new_tokens=12, temperature=0)) == expected.text
 
 

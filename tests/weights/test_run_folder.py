@@ -11,9 +11,13 @@ import llama_jax
 from helpers import sound
 from helpers.conversion import convert, tensors
 from helpers.errors import refusal
+from helpers.runs import make_run as make_run_config
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.errors import ConfigError
 from llama_jax.run_keys import LoraConfig
+from llama_jax.text import chat_template
+from llama_jax.train.folder import RunFolder
+from llama_jax.train.setup import Frozen
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
@@ -63,6 +67,7 @@ def make_run(folder, base, init_from):
     }
     (folder / "config.json").write_text(json.dumps(config))
     sound.tokenizer().save(folder / "tokenizer.model")
+    chat_template.write(chat_template.read_folder(base), folder)
     adapter = Adapter(sound.CONFIG, export.lazy_lora(lora_params.lora_by_path(LORA, trained)))
     peft.write_adapter(folder / "adapter", adapter, base_model=str(base))
     return folder
@@ -89,6 +94,26 @@ def test_a_relative_base_is_found_from_any_folder(tmp_path, base, monkeypatch):
     assert open_source(run).metadata.bos_token is None
     other = sound.make_sound(tmp_path / "models" / "base", "meta")  # the same weights in another format
     assert open_source(run).base.path.resolve() == other
+
+
+def test_a_base_that_was_moved_together_with_its_run_is_found(tmp_path, base):
+    project = tmp_path / "project"
+    (project / "models").mkdir(parents=True)
+    moved = base.rename(project / "models" / "base")
+    make_run(project / "runs" / "first", moved, str(moved))
+    project = project.rename(tmp_path / "moved")
+    assert open_source(project / "runs" / "first").base.path == project / "models" / "base"
+
+
+@pytest.mark.parametrize("name", ["models/base", "owner/name", "smollm2", ""])
+def test_a_runs_config_has_the_absolute_path_of_a_local_base(tmp_path, base, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    run = make_run_config(init_from=name, output=str(tmp_path / "out"))
+    folder = RunFolder(run)
+    folder.write_config(run, sound.tokenizer(), Frozen(None, "id"))
+    folder.checkpoints.close()
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["init_from"] == (str(base) if name == "models/base" else name)
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf", "meta"])

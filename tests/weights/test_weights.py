@@ -188,6 +188,16 @@ def test_weights_in_torchs_files_are_the_same_model(tmp_path, shards):
             load(folder)
 
 
+def test_a_tied_embedding_may_have_either_name(tmp_path):
+    """As safetensors' save_model writes tied weights: under the first of their names."""
+    tensors = random_weights(TIED)
+    renamed = {k: v for k, v in tensors.items() if k != "model.embed_tokens.weight"}
+    renamed["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    config, params = load(make_folder(tmp_path, TIED, renamed))
+    assert config == TIED
+    same(params, TIED, tensors)
+
+
 def test_an_unembedding_that_differs_from_the_tied_embedding_is_used(tmp_path, caplog):
     """As in transformers 5: the file's numbers go before what the config says of ties."""
     tensors = random_weights(TIED)

@@ -3,7 +3,8 @@
 The query heads that share a key/value head are merged into the rows of one product, and long inputs are split into
 chunks of queries. Without a cache a chunk multiplies only the keys before its end, which halves the work of a causal
 pass. The compiler's schedule decides how many chunks have scores in memory at a time: few on a TPU, all on a CPU
-(docs/design.md). If the length axis is sharded there are no chunks, and a device holds the scores of all its queries.
+(docs/measurements/cpu-products.md#attention-in-chunks). If the length axis is sharded there are no chunks, and a device
+holds the scores of all its queries.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 # Query rows of a causal chunk, and the most chunks. Short chunks skip more keys and long ones multiply faster; the
-# values were measured on a CPU (docs/design.md).
+# values were measured on a CPU (docs/measurements/cpu-products.md#attention-in-chunks).
 _CAUSAL_CHUNK = 128
 _MAX_CAUSAL_CHUNKS = 16
 _MAX_SCORE_BYTES = 1 << 28  # float32 scores of one chunk of queries and all keys, on all devices together

@@ -19,6 +19,7 @@ from llama_jax.text.byte_pairs import BytePairs, check_bytes
 from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import every_split, in_merge_order
 from llama_jax.text.patterns import PRE_TOKENIZERS, Pre, one_pattern
+from llama_jax.text.piece_conversion import to_pieces
 from llama_jax.text.piece_vocabulary import (
     BYTE,
     CONTROL,
@@ -79,50 +80,62 @@ def fields_of(metadata: Mapping[str, Value], source: str) -> Fields | None:
     Raises:
         ValueError: keys of a wrong type or that do not agree (one line that begins with `source`).
     """
+    keys = _Keys(metadata, source)
+    model = keys.typed("model", str)
+    if model is None or model in ("no_vocab", "none"):
+        return None
+    tokens = keys.typed("tokens", list)
+    if not tokens:
+        raise ValueError(f"{source}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
+    character_map = keys.typed("precompiled_charsmap", np.ndarray)
+    return Fields(
+        model=model,
+        pre=keys.typed("pre", str),
+        tokens=tokens,
+        token_types=keys.numbers("token_type", "iu", len(tokens)),
+        merges=keys.typed("merges", list) or [],
+        bos=keys.special("bos"),
+        eos=keys.special("eos"),
+        add_bos=keys.typed("add_bos_token", bool),
+        scores=keys.numbers("scores", "iuf", len(tokens)),
+        unknown=keys.special("unknown"),
+        pad=keys.special("padding"),
+        space_first=keys.typed("add_space_prefix", bool),
+        strip_spaces=keys.typed("remove_extra_whitespaces", bool),
+        character_map=None if character_map is None else character_map.tobytes(),
+    )
 
-    def typed(key: str, kind: type) -> Any:
-        value = metadata.get(key)
+
+class _Keys:
+    """The values of keys that begin with tokenizer.ggml, each checked for its type."""
+
+    def __init__(self, metadata: Mapping[str, Value], source: str) -> None:
+        self._metadata, self._source = metadata, source
+
+    def typed(self, name: str, kind: type) -> Any:
+        """A value of this type, or None if the file has none."""
+        value = self._metadata.get(f"tokenizer.ggml.{name}")
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{source}: {key} must be of type {kind.__name__}, got {shown(value)}")
+            raise ValueError(
+                f"{self._source}: tokenizer.ggml.{name} must be of type {kind.__name__}, got {shown(value)}"
+            )
         return value
 
-    def special(name: str) -> int | None:
-        token = typed(f"tokenizer.ggml.{name}_token_id", int)
-        return token if token is not None and 0 <= token < 1 << 31 else None  # llama.cpp writes -1 for none
+    def special(self, name: str) -> int | None:
+        """The id of a token with a role, or None; llama.cpp writes -1 for none."""
+        token = self.typed(f"{name}_token_id", int)
+        return token if token is not None and 0 <= token < 1 << 31 else None
 
-    def numbers(name: str, kinds: str) -> np.ndarray | None:
-        array = typed(f"tokenizer.ggml.{name}", np.ndarray)
-        if array is not None and (array.dtype.kind not in kinds or len(array) != len(tokens)):
+    def numbers(self, name: str, kinds: str, count: int) -> np.ndarray | None:
+        """An array of one number for each token, of numpy's `kinds`, or None."""
+        array = self.typed(name, np.ndarray)
+        if array is not None and (array.dtype.kind not in kinds or len(array) != count):
             what = "whole numbers" if kinds == "iu" else "numbers"
             raise ValueError(
-                f"{source}: tokenizer.ggml.{name} must be {len(tokens):,} {what}, one a token, got {len(array):,} of "
+                f"{self._source}: tokenizer.ggml.{name} must be {count:,} {what}, one a token, got {len(array):,} of "
                 f"{array.dtype}"
             )
         return array
-
-    model = typed("tokenizer.ggml.model", str)
-    if model is None or model in ("no_vocab", "none"):
-        return None
-    tokens = typed("tokenizer.ggml.tokens", list)
-    if not tokens:
-        raise ValueError(f"{source}: tokenizer.ggml.model is {brief(model)}, but tokenizer.ggml.tokens is missing")
-    character_map = typed("tokenizer.ggml.precompiled_charsmap", np.ndarray)
-    return Fields(
-        model=model,
-        pre=typed("tokenizer.ggml.pre", str),
-        tokens=tokens,
-        token_types=numbers("token_type", "iu"),
-        merges=typed("tokenizer.ggml.merges", list) or [],
-        bos=special("bos"),
-        eos=special("eos"),
-        add_bos=typed("tokenizer.ggml.add_bos_token", bool),
-        scores=numbers("scores", "iuf"),
-        unknown=special("unknown"),
-        pad=special("padding"),
-        space_first=typed("tokenizer.ggml.add_space_prefix", bool),
-        strip_spaces=typed("tokenizer.ggml.remove_extra_whitespaces", bool),
-        character_map=None if character_map is None else character_map.tobytes(),
-    )
 
 
 def vocabulary(fields: Fields) -> Vocabulary:
@@ -349,8 +362,8 @@ def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:
     unmade = [] if whole_words else in_merge_order(plain, merges, whole_words=False)[1]
     if unmade or (whole_words and held.silent):
         raise ConfigError(
-            f"GGUF's {pre!r} has {'every' if whole_words else 'no'} word that is a token, but that no merges make, "
-            "stand for itself; this vocabulary is otherwise"
+            f"with llama.cpp's pre-tokenizer {pre!r}, a word that is a token, but that no merges make, "
+            f"{'always' if whole_words else 'never'} becomes that token, unlike in this vocabulary"
         )
     if len(held.found) > 1:
         raise ConfigError("a GGUF file holds one round of tokens that are found in text; this vocabulary has two")
@@ -369,11 +382,9 @@ def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:
 def _fields_of_library(held: LibraryVocabulary, common: dict[str, Any]) -> Fields:
     data = json.loads(held.contents)
     model, cuts = data["model"], cuts_of(data.get("pre_tokenizer"))
-    is_byte_level = held.decoder.get("type") == "ByteLevel" and data.get("normalizer") is None
+    is_byte_level = (held.decoder or {}).get("type") == "ByteLevel" and data.get("normalizer") is None
     if model.get("type") != "BPE" or cuts is None or not is_byte_level or model.get("unk_token"):
-        raise ConfigError(
-            "a GGUF file can only describe byte-level BPE and SentencePiece, which this vocabulary is not"
-        )
+        return _fields_of_pieces(to_pieces(held), common)
     whole_words = bool(model.get("ignore_merges"))
     names = [n for n, pre in PRE_TOKENIZERS.items() if (pre.splits, pre.gpt2, pre.whole_words) == (*cuts, whole_words)]
     if not names:

@@ -52,6 +52,8 @@ def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
     config = tokenizer_config.read(path.parent)
     try:
         return _vocabulary(data, config)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; {_BY_IDS}") from None
     except ValueError as error:
@@ -259,7 +261,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """What a part of the file is called in errors: its type."""
+    """The type of a part of the file, for errors."""
     kind = value.get("type") if isinstance(value, dict) else value
     return kind if isinstance(kind, str) else brief(kind)
 

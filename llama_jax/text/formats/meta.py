@@ -16,7 +16,7 @@ _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")
 
 
 def looks_like_ranks(path: Path) -> bool:
-    """Whether a file begins as one in Meta's format does. Llama 2's `tokenizer.model` is a SentencePiece model."""
+    """True if a file begins as one in Meta's format does. Llama 2's `tokenizer.model` is a SentencePiece model."""
     with open(path, "rb") as file:
         return _LINE.fullmatch(file.readline(4096)) is not None
 

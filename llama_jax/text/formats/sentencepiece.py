@@ -17,7 +17,7 @@ _BY_IDS = "the model itself can still be used with token ids"
 
 
 def looks_like_pieces(data: bytes) -> bool:
-    """Whether a file that begins with `data` may be a SentencePiece model: its first field is a piece."""
+    """True if a file that begins with `data` may be a SentencePiece model: its first field is a piece."""
     if len(data) < 4 or data[0] != 0x0A:
         return False
     return data[1] > 0x7F or (data[2] == 0x0A and data[3] + 2 <= data[1])

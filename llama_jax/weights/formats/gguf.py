@@ -28,7 +28,7 @@ from llama_jax.weights.formats.gguf_blocks import BLOCKS
 from llama_jax.weights.formats.gguf_file import GGUF, Value, shown
 from llama_jax.weights.formats.gguf_rope import WIDEST, rope_factors, rope_scaling_of
 from llama_jax.weights.model_files import Metadata, ModelFiles
-from llama_jax.weights.tensor import of_array
+from llama_jax.weights.tensor import LazyTensor, of_array
 
 # Settings that change a model, each with the values that do not.
 _NEUTRAL: dict[str, tuple[Value, ...]] = {
@@ -76,11 +76,11 @@ _FREQUENCIES = "rope_freqs.weight"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _STOPS = ("eos", "eot", "eom")
-_UNUSED = 5  # a type of token (llama.h)
+_UNUSED = 5  # the type of an unused token (llama.h)
 _TEMPLATE = "tokenizer.chat_template"
 # Variables of chat templates, and the special tokens that they spell.
 _TEMPLATE_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-# What matrices may be saved as: their kind, and what general.file_type calls such a file (llama.h).
+# The dtypes of saved matrices: their type in the file, and the value of general.file_type (llama.h).
 DTYPES = {
     "float32": ("F32", 0),
     "float16": ("F16", 1),
@@ -91,7 +91,7 @@ DTYPES = {
 
 
 def recognizes(path: Path) -> bool:
-    """Whether this is a GGUF file, by its first bytes or its name, or a folder with one (or the parts of one)."""
+    """Returns whether this is a GGUF file (by its first bytes or its name), or a folder with one model in GGUF."""
     if path.is_file():
         with open(path, "rb") as file:
             return file.read(4) == b"GGUF" or path.suffix == ".gguf"
@@ -205,7 +205,7 @@ def _check_effects(path: Path, given: Mapping[str, Value], head_dim: int, contex
 
 
 def _is_neutral(key: str, value: Value, head_dim: int, context: int) -> bool:
-    """Whether a setting that can change the model changes nothing with this value."""
+    """Returns whether a setting that can change the model changes nothing with this value."""
     if isinstance(value, np.ndarray):  # one value a layer
         return len(value) > 0 and all(_is_neutral(key, one, head_dim, context) for one in set(value.tolist()))
     if not isinstance(value, (str, bool, int, float)):
@@ -218,18 +218,18 @@ def _is_neutral(key: str, value: Value, head_dim: int, context: int) -> bool:
 
 
 def bos_token(gguf: GGUF) -> int | None:
-    """The id that begins a text by the file's own account, or None."""
+    """The id that begins a text according to the file, or None."""
     return _id(gguf, "bos")
 
 
 def stop_tokens(gguf: GGUF) -> tuple[int, ...]:
-    """The ids that end a generation by the file's own account: end of text, of message and of turn."""
+    """The ids that end a generation according to the file: end of text, of message and of turn."""
     ids = (_id(gguf, name) for name in ("eos", "eom", "eot"))
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def vocabulary(gguf: GGUF) -> Fields | None:
-    """The tokenizer of a file, or None if it has none. Raises ValueError for one that is not of one piece."""
+    """The fields of the tokenizer in a file, or None if it has none. Raises ValueError if they do not agree."""
     return fields_of(gguf.metadata, str(gguf.path))
 
 
@@ -259,33 +259,43 @@ def save_file(
     chat_template: ChatTemplate | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write what llama.cpp (and this file) reads; some rows of one tensor at a time are in memory.
+    """Writes a file that llama.cpp (and this module) reads. Some rows of one tensor at a time are in memory.
 
-    Norms are always F32. In q4_0 the unembedding (the embedding, where they are tied) is Q8_0, since it is the most
-    sensitive to rounding. A matrix whose rows are no multiple of 32 cannot be quantized and is F16, as in llama.cpp.
+    Norms are always F32. In q4_0 the unembedding (the embedding if they are tied) is Q8_0, since rounding affects it
+    most. A matrix whose rows are not a multiple of 32 cannot be quantized and is F16, as in llama.cpp.
 
     Args:
-        path: of the file.
-        config: of the model.
-        leaves: its tensors by path.
-        dtype: of its matrices: float32, float16, bfloat16, q8_0 or q4_0. Those stored as such are copied exactly.
-        vocabulary: its tokenizer; missing ids are filled with unused tokens, as llama.cpp's converter does.
-        name: what general.name calls the model.
-        stop_tokens: ids that end a generation; at most three.
-        bos_token: the id that begins a text.
+        path: path of the file.
+        config: the model's shape.
+        leaves: the tensors by path.
+        dtype: dtype of the matrices: float32, float16, bfloat16, q8_0 or q4_0. Quantized tensors that are stored in
+            this type are copied exactly.
+        vocabulary: the tokenizer. Missing ids are filled with unused tokens, as llama.cpp's converter does.
+        name: the model's name in the metadata (general.name).
+        stop_tokens: ids that end a generation, at most three.
+        bos_token: id that begins a text.
         chat_template: the model's own chat templates, or None.
-        progress: told how many more bytes were written.
+        progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ConfigError: a dtype or something of the model that the format cannot hold.
+        ConfigError: a dtype or a property of the model that the format cannot hold.
         ValueError: a number that is not finite in the dtype.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, list(DTYPES))}")
-    kind, file_type = DTYPES[dtype]
+    eos_token = _eos_of(chat_template, vocabulary, stop_tokens)
+    metadata = _metadata(config, dtype, name)
+    metadata |= _tokenizer(config, vocabulary, stop_tokens, bos_token, eos_token)
+    metadata |= _templates(chat_template)
+    gguf_file.save_file(path, metadata, _tensors(config, leaves, dtype), progress=progress)
+
+
+def _tensors(config: ModelConfig, leaves: name_table.Leaves, dtype: str) -> dict[str, tuple[LazyTensor, str]]:
+    """The tensors of a file by name, each with the type to write."""
+    kind, _ = DTYPES[dtype]
     embed, unembed = name_table.tied_names("gguf")
     sensitive = embed if config.tied_embeddings else unembed
-    tensors = {}
+    tensors: dict[str, tuple[LazyTensor, str]] = {}
     for weight in name_table.weights(config, "gguf"):
         to = "Q8_0" if kind == "Q4_0" and weight.name == sensitive else kind
         if to in BLOCKS and weight.shape[-1] % BLOCKS[to][0]:
@@ -294,6 +304,12 @@ def save_file(
     if config.rope_scaling is not None:
         factors = rope_factors(config.rope_scaling, theta=config.rope_theta, head_dim=config.head_dim)
         tensors[_FREQUENCIES] = (of_array(lambda: factors, factors.dtype, factors.shape), "F32")
+    return tensors
+
+
+def _metadata(config: ModelConfig, dtype: str, name: str) -> dict[str, Value]:
+    """The general.* and llama.* metadata of a model."""
+    kind, file_type = DTYPES[dtype]
     metadata: dict[str, Value] = {
         "general.architecture": "llama",
         "general.name": name,
@@ -313,10 +329,7 @@ def save_file(
     }
     if kind in BLOCKS:
         metadata["general.quantization_version"] = 2
-    eos_token = _eos_of(chat_template, vocabulary, stop_tokens)
-    metadata |= _tokenizer(config, vocabulary, stop_tokens, bos_token, eos_token)
-    metadata |= _templates(chat_template)
-    gguf_file.save_file(path, metadata, tensors, progress=progress)
+    return metadata
 
 
 class _Fields:
@@ -390,23 +403,23 @@ def _tokenizer(
     """The tokenizer.* metadata of a model."""
     if len(stop_tokens) > len(_STOPS):
         _log.warning("warning: a GGUF file names %d stop tokens: of %s the last are left out", len(_STOPS), stop_tokens)
-        stop_tokens = stop_tokens[: len(_STOPS)]
+    stop_tokens = tuple(token for token in stop_tokens if token != eos_token)
+    stop_tokens = stop_tokens[: len(_STOPS) - (eos_token is not None)]  # eos has one of the three keys
     tokens = vocabulary["tokens"] if vocabulary is not None else []
     if len(tokens) > config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokens):,} ids, but the model {config.vocab_size:,}")
-    given = {"bos": bos_token, "eos": eos_token}
-    ids = {name: token for name, token in given.items() if token is not None}
-    stop_tokens = tuple(token for token in stop_tokens if token != eos_token)
+    ids = {"bos": bos_token, "eos": eos_token}
+    ids = {name: token for name, token in ids.items() if token is not None}
     spelled = {"<|eot_id|>": "eot", "<|eom_id|>": "eom"}
-    for token in stop_tokens:  # each where its spelling says, else in the first place that is free
-        place = spelled.get(tokens[token]) if token < len(tokens) else None
+    for token in stop_tokens:  # each under the key of its spelling, else under the first free key
+        key = spelled.get(tokens[token]) if token < len(tokens) else None
         free = [stop for stop in _STOPS if stop not in ids]
-        ids[place if place in free else free[0]] = token
+        ids[key if key in free else free[0]] = token
     if stop_tokens:
         ids.setdefault("eos", stop_tokens[0])
-    found: dict[str, Value] = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    metadata: dict[str, Value] = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
     if vocabulary is None:
-        return {"tokenizer.ggml.model": "no_vocab", **found}
+        return {"tokenizer.ggml.model": "no_vocab", **metadata}
     padding = config.vocab_size - len(tokens)
     types = np.asarray(vocabulary["token_types"], np.int32)
     named = {
@@ -417,9 +430,9 @@ def _tokenizer(
         "merges": vocabulary["merges"] or None,
         "add_bos_token": vocabulary["add_bos"],
     }
-    found |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
-    found |= more_metadata(vocabulary, padding)
-    return found
+    metadata |= {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
+    metadata |= more_metadata(vocabulary, padding)
+    return metadata
 
 
 def _eos_of(template: ChatTemplate | None, vocabulary: Fields | None, stop_tokens: tuple[int, ...]) -> int | None:
@@ -435,14 +448,14 @@ def _templates(template: ChatTemplate | None) -> dict[str, Value]:
     if template is None:
         return {}
     named = [name for name in template.sources if name != DEFAULT]
-    found: dict[str, Value] = {
+    metadata: dict[str, Value] = {
         _TEMPLATE if name == DEFAULT else f"{_TEMPLATE}.{name}": source for name, source in template.sources.items()
     }
-    return found | ({"tokenizer.chat_templates": named} if named else {})
+    return metadata | ({"tokenizer.chat_templates": named} if named else {})
 
 
 def _typed(gguf: GGUF, key: str, kind: type[T]) -> T | None:
-    """A value of metadata that must be of this type; None if there is none."""
+    """A metadata value that must be of this type; None if the key is absent."""
     value = gguf.metadata.get(key)
     if value is not None and not isinstance(value, kind):
         raise ValueError(f"{gguf.path}: {key} must be of type {kind.__name__}, got {shown(value)}")
@@ -450,7 +463,7 @@ def _typed(gguf: GGUF, key: str, kind: type[T]) -> T | None:
 
 
 def _id(gguf: GGUF, name: str) -> int | None:
-    """The id of a special token; None if there is none, or the -1 that llama.cpp means by that."""
+    """The id of a special token; None if the key is absent or has -1, llama.cpp's value for no token."""
     key = f"tokenizer.ggml.{name}_token_id"
     token = gguf.metadata.get(key)
     if token is not None and type(token) is not int:

@@ -30,7 +30,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
 
 
 def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
-    """The numbers of whole blocks.
+    """Dequantizes whole blocks.
 
     Args:
         kind: one of BLOCKS.
@@ -44,11 +44,11 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
     """
     numbers, size = BLOCKS[kind]
     rows, width = raw.shape
-    return _DEQUANTISE[kind](raw.reshape(-1, size)).reshape(rows, width // size * numbers)
+    return _DEQUANTIZERS[kind](raw.reshape(-1, size)).reshape(rows, width // size * numbers)
 
 
 def quantize(kind: str, values: np.ndarray) -> np.ndarray:
-    """Blocks of numbers, rounded as ggml's `quantize_row_*_ref` rounds.
+    """Quantizes numbers into blocks, rounding like ggml's `quantize_row_*_ref`.
 
     Args:
         kind: "Q8_0" or "Q4_0".
@@ -62,11 +62,11 @@ def quantize(kind: str, values: np.ndarray) -> np.ndarray:
     """
     numbers, size = BLOCKS[kind]
     rows, width = values.shape
-    return _QUANTISE[kind](values.reshape(-1, numbers)).reshape(rows, width // numbers * size)
+    return _QUANTIZERS[kind](values.reshape(-1, numbers)).reshape(rows, width // numbers * size)
 
 
 def half(raw: np.ndarray) -> np.ndarray:
-    """float16 scales of their bytes (n, 2 k), as (n, k); FloatingPointError where one is not finite."""
+    """Scales (n, k) in float16 from their bytes (n, 2 k). Raises FloatingPointError if one is not finite."""
     scales = np.ascontiguousarray(raw).view(np.float16)
     if not np.isfinite(scales).all():
         raise FloatingPointError("a scale that is not finite")
@@ -78,7 +78,7 @@ def _float(raw: np.ndarray) -> np.ndarray:
 
 
 def _unpack(packed: np.ndarray, run: int, bits: int) -> np.ndarray:
-    """Small numbers (n, bytes * 8 / bits) of bytes (n, bytes): "bits b of runs of r" above."""
+    """Unpacks bytes (n, bytes) into numbers (n, bytes * 8 / bits): "bits b of runs of r" above."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     fields = packed.reshape(len(packed), -1, 1, run) >> shifts
     fields &= np.uint8((1 << bits) - 1)
@@ -86,7 +86,7 @@ def _unpack(packed: np.ndarray, run: int, bits: int) -> np.ndarray:
 
 
 def _affine(q: np.ndarray, scales: np.ndarray, minima: np.ndarray | None = None) -> np.ndarray:
-    """q (n, 256) times the scale (n, k) of the 256 / k numbers that each stands among, less their minimum (n, k)."""
+    """Numbers q (n, 256), each group of 256 / k times its scale (n, k) minus its minimum (n, k)."""
     out = q.reshape(*scales.shape, -1) * scales[:, :, None]
     if minima is not None:
         out -= minima[:, :, None]
@@ -177,7 +177,7 @@ def _scales_4(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scale_of(largest: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scale of each block as its float16 bytes (n, 2), and what to multiply its numbers by (n, 1)."""
+    """The scale of each block as float16 bytes (n, 2), and its reciprocal for the numbers (n, 1)."""
     d = largest / np.float32(steps)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scales = half(d.astype(np.float16).view(np.uint8))
@@ -206,7 +206,7 @@ def _to_q4_0(x: np.ndarray) -> np.ndarray:
     return np.concatenate([scales, q[:, :16] | q[:, 16:] << 4], axis=1)
 
 
-_DEQUANTISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_DEQUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -218,4 +218,4 @@ _DEQUANTISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
-_QUANTISE = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}
+_QUANTIZERS = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}

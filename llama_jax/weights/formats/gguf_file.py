@@ -1,9 +1,9 @@
 """Reading and writing GGUF files, without trusting them and without reading more than is asked for.
 
 The format (github.com/ggml-org/ggml, docs/gguf.md): a magic word, a version and two counts; metadata as keys with typed
-values; the name, dimensions, type and place of each tensor; then, aligned, the tensors. All is little-endian, and
-dimensions stand innermost first. Nothing here knows what a Llama is. Everything the header says is held against the
-bytes that are there before it is believed, and every refusal is one line that names the file. No jax here.
+values; the name, dimensions, type and offset of each tensor; then the tensors, aligned. Numbers are little-endian, and
+dimensions are listed innermost first. This module knows nothing about Llama. Everything in the header is checked
+against the size of the file, and every error is one line that names the file. No jax here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PLAIN: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_BITS = {"Q8_0": 8, "Q4_0": 4}  # of the kinds that our own quantized leaves hold
+_BITS = {"Q8_0": 8, "Q4_0": 4}  # the types that our quantized leaves can hold
 WRITTEN = (*PLAIN, *_BITS)
 
-# Numbers that ggml has given to types (ggml.h), those it has withdrawn among them; not all are read here.
+# The numbers of ggml's types (ggml.h), including withdrawn ones. Not all of them are read here.
 _TYPES: dict[int, str] = dict(
     enumerate(
         "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
@@ -41,8 +41,8 @@ _TYPES: dict[int, str] = dict(
         "IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4 Q1_0".split()
     )
 )
-_ALIGNMENT = 32  # unless general.alignment says otherwise
-_STEP = 1 << 20  # numbers that are converted at a time: they stay in the cache
+_ALIGNMENT = 32  # bytes, unless the metadata has general.alignment
+_STEP = 1 << 20  # numbers that are converted at a time; they stay in the CPU cache
 _MAX_RANK = 4
 _MAX_PARTS = 512  # each is an open file
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
@@ -50,14 +50,14 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.g
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """A file, or the parts of one that was split, of which the tensors have not been read yet.
+    """A GGUF file, or all parts of a split one, whose tensors have not been read.
 
     Attributes:
-        path: that was opened.
-        version: of the format.
-        metadata: values by key; a float32 is the shortest decimal number that rounds to it.
-        entries: tensors by name, as (out, in). Those in blocks are float32 and dequantized as they are read.
-        size: bytes of all parts.
+        path: path that was opened.
+        version: version of the format.
+        metadata: values by key. A float32 becomes the shortest decimal number that rounds to it.
+        entries: tensors by name, as (out, in). Quantized ones are float32 and are dequantized when they are read.
+        size: size of all parts in bytes.
     """
 
     path: Path
@@ -68,9 +68,9 @@ class GGUF:
 
 
 def open_file(path: str | os.PathLike[str]) -> GGUF:
-    """A GGUF file; of one that was split (name-00001-of-00003.gguf), all parts, whichever of them is named.
+    """Opens a GGUF file, or all parts of a split one (name-00001-of-00003.gguf) by the path of any of them.
 
-    Only headers are read. Raises ValueError (one line) for whatever is not sound.
+    Only headers are read. Raises ValueError (one line) for a damaged or missing file.
     """
     path = Path(path)
     named = _PART.fullmatch(path.name)
@@ -104,16 +104,16 @@ def save_file(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write version 3 of the format, some rows at a time. The file appears under its name only when it is whole.
+    """Writes version 3 of the format, some rows at a time. The file appears under its name when it is complete.
 
     Args:
         path: the file; one of this name is replaced.
         metadata: values by key. An int is written as uint32 (int64 where it does not fit), a float as float32.
-        tensors: each with the kind to write, one of WRITTEN. One whose exact pieces are of this kind is copied.
-        progress: told how many more bytes were written.
+        tensors: tensors by name, each with the type to write, one of WRITTEN. A tensor stored in that type is copied.
+        progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ValueError: a kind or a value that cannot be written, or a number that is not finite in its kind.
+        ValueError: a type or a value that cannot be written, or a number that is not finite in its type.
     """
     path = Path(path)
     header = [MAGIC, _u32(3), _u64(len(tensors)), _u64(len(metadata))]
@@ -144,7 +144,7 @@ def save_file(
 
 
 def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:
-    """One file, and the memory that headers have taken so far."""
+    """Opens one file; returns it and the memory that headers have taken so far."""
     file = File(path)
     header = Header(file, spent)
     version, tensors, metadata = header.start()
@@ -178,7 +178,7 @@ def _open_part(path: Path, spent: int) -> tuple[GGUF, int]:
 
 
 def _tensor_info(header: Header, number: int) -> tuple[str, str, tuple[int, ...], int]:
-    """Name, kind, shape (outermost first) and place of a tensor."""
+    """Reads the name, type, shape (outermost first) and offset of a tensor."""
     path = header.file.path
     name = header.text(f"the name of tensor {number + 1}")
     what = f"tensor {brief(name)}"
@@ -197,7 +197,7 @@ def _tensor_info(header: Header, number: int) -> tuple[str, str, tuple[int, ...]
 
 
 def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a tensor takes in a file; `where` is what errors call it."""
+    """Size of a tensor in a file, in bytes. `where` names it in error messages."""
     if kind in PLAIN:
         return math.prod(shape) * PLAIN[kind].itemsize
     numbers, size = gguf_blocks.BLOCKS[kind]
@@ -209,12 +209,12 @@ def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where: str) -> LazyTensor:
-    """A tensor that stands in a file as blocks."""
+    """A tensor that is stored in blocks."""
     numbers, size = gguf_blocks.BLOCKS[kind]
     raw = stored(file, start, np.dtype(np.uint8), (*shape[:-1], shape[-1] // numbers * size))
 
     def entry(per: int, dtype: type[np.generic], decode: Callable[[np.ndarray], np.ndarray]) -> LazyTensor:
-        """`per` elements of each block, that `decode` makes of rows of whole blocks."""
+        """A lazy tensor of `per` elements of each block. `decode` makes them from rows of whole blocks."""
 
         def fill(out: np.ndarray, index: Index) -> None:
             rows, columns = index[0], index[-1]
@@ -247,7 +247,7 @@ def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where:
 
 
 def _check_part(part: GGUF, number: int, count: int) -> None:
-    """Whether a file is the part of a split one that its name says."""
+    """Raises ValueError if a file is not the part of a split one that its name says."""
     says = [part.metadata.get(key, 0) for key in ("split.no", "split.count")]
     due = [number - 1, count]
     if not all(type(n) is int for n in says) or (says != due and not (count == 1 and says == [0, 0])):
@@ -258,7 +258,9 @@ def _check_part(part: GGUF, number: int, count: int) -> None:
 
 
 def _encoded(entry: LazyTensor, kind: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor in `kind`, some rows at a time; FloatingPointError where a number is not finite in it."""
+    """The bytes of a tensor in the type `kind`, some rows at a time. Raises FloatingPointError for a number that is
+    not finite in it.
+    """
     if kind in PLAIN:
         for block in entry.blocks(PLAIN[kind]):
             if not np.isfinite(block).all():
@@ -291,7 +293,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Value) -> bytes:
-    """A value after the number of its type."""
+    """The bytes of a metadata value, after the number of its type."""
     if isinstance(value, str):
         return _u32(STRING) + _text(value)
     if isinstance(value, bool):

@@ -15,9 +15,9 @@ WIDEST = 1 << 14  # the widest head for which a scaling is searched
 
 
 def rope_factors(scaling: RopeScaling, *, theta: float, head_dim: int) -> np.ndarray:
-    """What each of the head_dim / 2 frequencies is divided by, float64: 1 / ((1 - s) / factor + s).
+    """The divisors of the head_dim / 2 frequencies, float64: 1 / ((1 - s) / factor + s).
 
-    s is Meta's `smooth`, held to 0..1: 0 for long wavelengths, 1 for short ones. llama.cpp's converter writes these.
+    s is Meta's `smooth`, clipped to 0..1: 0 for long wavelengths, 1 for short ones. llama.cpp's converter writes these.
     """
     smooth = (scaling.original_max_seq_len / _wavelengths(theta, head_dim) - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -27,21 +27,21 @@ def rope_factors(scaling: RopeScaling, *, theta: float, head_dim: int) -> np.nda
 
 
 def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context: int) -> RopeScaling | None:
-    """The scaling of which these are the `rope_factors`; None where all are 1.
+    """The scaling whose `rope_factors` these are; None if all are 1.
 
-    They settle only ratios, and with few of them only bounds: Llama's own choice (low 1, high 4, original 8,192) comes
-    first, then a power of two, then whatever reproduces every factor.
+    The factors determine only ratios of the settings, and few factors only bounds. Llama's own settings (low 1, high 4,
+    original 8,192) are tried first, then powers of two, then settings that reproduce every factor.
 
     Args:
         factors: (head_dim / 2,).
         theta: base of the frequencies.
         head_dim: width of a head.
-        context: positions of the model; the original is rather not longer.
+        context: number of positions of the model; an original length that is not longer is tried first.
 
     Raises:
-        ConfigError: they are of another scaling than Llama 3.1's.
+        ConfigError: they belong to another scaling than Llama 3.1's.
     """
-    with np.errstate(invalid="ignore"):  # a NaN of the signalling kind
+    with np.errstate(invalid="ignore"):  # a signaling NaN
         given = np.asarray(factors, np.float64)
     sound = given.shape == (head_dim // 2,) and np.isfinite(given).all() and given.min() >= 1 - _EXACT
     if not sound or (given[1:] < given[:-1] * (1 - _EXACT)).any():
@@ -53,10 +53,10 @@ def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context
     if largest < 1 + _EXACT:
         return None
     for known in (SIZES["llama3.1-8b"].rope_scaling, SIZES["llama3.2-1b"].rope_scaling):
-        # First, since a short head has no frequency that is divided in full, which would give the factor away.
+        # First, since a short head has no frequency that is divided by the whole factor.
         if np.allclose(rope_factors(known, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
             return known
-    with np.errstate(all="ignore"):  # a candidate that is no number is passed over
+    with np.errstate(all="ignore"):  # a candidate that is not a number is skipped
         for low, high, original in _candidates(given, _wavelengths(theta, head_dim), context):
             if not (0 < low < high < math.inf and 1 <= original < 1 << 31):
                 continue
@@ -74,17 +74,17 @@ def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context
 
 
 def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
-    """Positions to a turn of each pair, before scaling: float64 (head_dim / 2,)."""
+    """Wavelength of each rotary pair in positions, before scaling: float64 (head_dim / 2,)."""
     return 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
 
 
 def _candidates(given: np.ndarray, wavelengths: np.ndarray, context: int) -> Iterator[tuple[float, float, float]]:
-    """(low, high, original) that may reproduce the factors `given`, the likeliest first."""
+    """Candidates (low, high, original) that may reproduce the factors `given`, the likeliest first."""
     inverse, least = 1 / given, 1 / given.max()
     smooth = (inverse - least) / (1 - least)
     powers = sorted((2**n for n in range(24)), key=lambda n: (n != 8192, n > context, -n))
-    before = int((given <= 1 + 10 * _EXACT).sum()) - 1  # the last that is left alone
-    after = int((given < given.max() * (1 - 10 * _EXACT)).sum())  # the first that is divided in full
+    before = int((given <= 1 + 10 * _EXACT).sum()) - 1  # the last that is not divided
+    after = int((given < given.max() * (1 - 10 * _EXACT)).sum())  # the first that is divided by the whole factor
     inner = range(before + 1, after)
     # With low 1 and high 4, 3 smooth + 1 = original / wavelength.
     yield from ((1.0, 4.0, n) for n in powers)

@@ -19,6 +19,8 @@ from llama_jax.errors import ConfigError
 from llama_jax.files import read_json, write_json
 from llama_jax.sampling_params import GREEDY, SamplingParams
 from llama_jax.text import chat_template
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.vocabulary import MOST_BYTES
 from llama_jax.weights import name_table
 from llama_jax.weights.formats import flax, safetensors, torch_folder
 from llama_jax.weights.formats.huggingface_config import export_config, read_config
@@ -36,14 +38,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_TOKENIZER_BYTES = 32_000_000  # of each of them
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
-# What generation_config.json may say of sampling, by the same names here.
+# The sampling settings of generation_config.json. SamplingParams has the same names.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def recognizes(path: Path) -> bool:
-    """Whether this is a folder with config.json and weights of one of the three kinds."""
+    """Returns whether this is a folder with config.json and weights of one of the three kinds."""
     return (path / "config.json").is_file() and _weights_of(path) is not None
 
 
@@ -86,15 +87,24 @@ def read_metadata(folder: Path) -> Metadata:
         bos_token=bos_token(folder),
         stop_tokens=stop_tokens(folder),
         sampling=sampling_defaults(folder),
-        chat_template=chat_template.read_folder(folder),
+        chat_template=_chat_template(folder),
         tokenizer_files=tokenizer_files(folder),
         token_ids={key: ids[key] for key in _TOKEN_IDS if key in ids},
         generation=read_json(generation) if generation.is_file() else None,
     )
 
 
+def _chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template of a folder, or None. A damaged one costs only the template, with a warning."""
+    try:
+        return chat_template.read_folder(folder)
+    except ValueError as error:
+        _log.warning("warning: the chat template cannot be used, and dialogs are in Meta's reference format: %s", error)
+        return None
+
+
 def bos_token(folder: str | os.PathLike[str]) -> int | None:
-    """`bos_token_id` of config.json, or None where it says none."""
+    """The `bos_token_id` of config.json, or None."""
     token = read_json(Path(folder) / "config.json").get("bos_token_id")
     return token if type(token) is int and 0 <= token < 1 << 31 else None
 
@@ -117,9 +127,9 @@ def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams | None:
-    """How generation_config.json would have the model sampled (`do_sample`), or None where it does not say.
+    """The sampling settings of generation_config.json (`do_sample` and others), or None without them.
 
-    What it leaves out is off. (transformers would also keep only the 50 likeliest tokens, which Meta does not.)
+    A setting that is absent is off. (transformers would also keep only the 50 likeliest tokens, which Meta does not.)
     """
     path = Path(folder) / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
@@ -130,20 +140,20 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams | None:
     found = {name: raw[name] for name in _SAMPLING if raw.get(name) is not None}
     try:
         return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **found})
-    except ConfigError as error:  # the model is sound without them
-        _log.warning("warning: %s: %s: its settings are passed over", path, error)
+    except ConfigError as error:  # the model works without them
+        _log.warning("warning: %s: %s: its settings are ignored", path, error)
         return None
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """What transformers reads of a folder's tokenizer, whatever its kind.
+    """The files of a folder from which transformers reads the tokenizer.
 
-    A link may lead to another file of the folder, or of a hub cache's blobs; what leads elsewhere is no part of it.
+    A link may lead to another file of the folder or to the blobs of a hub cache. Links to other places are left out.
     """
     folder = Path(folder).resolve()
     homes = {folder, folder.parent.parent / "blobs"}
     paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= _TOKENIZER_BYTES)
+    return tuple(p for p in paths if p.resolve().parent in homes and p.stat().st_size <= MOST_BYTES)
 
 
 def save_folder(

@@ -140,7 +140,7 @@ def _check_effects(raw: Mapping[str, Any]) -> None:
 
 
 def _has_window(raw: Mapping[str, Any]) -> bool:
-    """Whether attention reaches back less far than the positions go."""
+    """Returns whether attention is limited to a window that is shorter than the context."""
     window, positions = raw.get("sliding_window"), raw.get("max_position_embeddings")
     if window in (None, False, 0) or raw.get("use_sliding_window") is False:
         return False
@@ -151,7 +151,7 @@ def _has_window(raw: Mapping[str, Any]) -> bool:
 
 
 def _is_off(quantization: Any) -> bool:
-    """Whether a quantization_config quantizes nothing, as bitsandbytes writes one that is turned off."""
+    """Returns whether a quantization_config quantizes nothing, like that of bitsandbytes when it is turned off."""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":
         return False
     return not any(quantization.get(key) for key in ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"))

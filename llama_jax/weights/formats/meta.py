@@ -1,9 +1,9 @@
-"""Llama as Meta publishes it: params.json beside consolidated.00.pth, .01.pth, ..., one for each device it ran on.
+"""Meta's download: params.json and consolidated.00.pth, .01.pth, ..., one file for each device of Meta's own code.
 
-The files of one model hold the parts of its matrices that fairscale's model-parallel layers have: all but the norms is
-split, along its rows where a layer's output is spread over the devices, along its columns where its input is. Put
-together they are what a single file would hold. Sources: llama_models/llama3/args.py and model.py of Meta's
-llama-models, and fairscale/nn/model_parallel/layers.py.
+The files hold the shards of fairscale's model-parallel layers. Every matrix is split: along its rows if the layer's
+output is spread over the devices, along its columns if its input is. Joined, they are the matrices of a single file.
+
+Sources: llama_models/llama3/args.py and model.py of Meta's llama-models, and fairscale/nn/model_parallel/layers.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from llama_jax.weights.tensor import LazyTensor, equal, joined
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 _OPTIONAL = ("n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope")
-# Settings of a run of Meta's code, which say nothing of the model.
+# Settings of a run of Meta's code. They do not change the model.
 _OF_A_RUN = ("max_seq_len", "max_batch_size", "model_parallel_size")
-# What would make it another model, and the value (beside null) that does not.
+# Settings of other architectures, each with the value (besides null) that has no effect.
 _OTHER_MODELS: dict[str, int | None] = {
     "quantization_args": None,
     "lora_args": None,
@@ -39,9 +39,9 @@ _OTHER_MODELS: dict[str, int | None] = {
 }
 _MOST_TENSORS = 20_000  # in all files
 _FILE = re.compile(r"consolidated\.([0-9]{2})\.pth")
-_MOST = 1 << 20  # of any whole number in params.json
-_COLUMNS = (".wo.weight", ".w2.weight")  # their input is spread over the devices
-_SCALING = SIZES["llama3.1-8b"].rope_scaling  # `apply_scaling` has its four numbers written into it
+_MOST = 1 << 20  # the largest whole number that is allowed in params.json
+_COLUMNS = (".wo.weight", ".w2.weight")  # split along their columns
+_SCALING = SIZES["llama3.1-8b"].rope_scaling  # the constants in Meta's `apply_scaling`
 # (dim, ffn_dim) to the published (multiple_of, ffn_dim_multiplier): 8B, 70B, 405B, 1B, 3B.
 _PUBLISHED = {
     (4096, 14_336): (1024, 1.3),
@@ -53,7 +53,7 @@ _PUBLISHED = {
 
 
 def recognizes(path: Path) -> bool:
-    """Whether this is a folder with params.json."""
+    """Returns whether this is a folder with params.json."""
     return (path / "params.json").is_file()
 
 
@@ -65,12 +65,12 @@ def read(folder: Path) -> ModelFiles:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """The config of a folder and its tensors by Meta's names, the parts of each put together.
+    """The config of a folder and its tensors by Meta's names, the shards of each joined.
 
-    A model whose `output.weight` is absent, or is its embedding bit for bit, is tied, and has no such entry.
+    A model is tied if its `output.weight` is absent or equals the embedding bit for bit; then it is left out.
 
     Raises:
-        ConfigError: a setting in params.json that is not implemented or cannot be.
+        ConfigError: a setting in params.json that is not implemented or not possible.
         ValueError: (one line) a file that is missing, damaged, or does not fit the others or params.json.
     """
     folder = Path(folder)
@@ -106,22 +106,22 @@ def save_folder(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write what Meta's code (and this file) reads, as for one device: consolidated.00.pth, and last params.json.
+    """Writes files for one device that Meta's code (and this module) reads: consolidated.00.pth, then params.json.
 
     A block of one tensor at a time is in memory.
 
     Args:
-        folder: there already, without *.pth files.
-        config: of the model.
-        leaves: its tensors by path, in the dtypes that they are to have.
-        progress: told how many more bytes were written.
+        folder: an existing folder without *.pth files.
+        config: the model's shape.
+        leaves: the tensors by path, in the dtypes to be written.
+        progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ConfigError: a field of the config that Meta's code does not have, before anything is written.
+        ConfigError: a field of the config that Meta's code does not have. Nothing is written then.
     """
     settings = export_params(config)
     tensors = {w.name: w.to_disk(leaves[w.path]) for w in name_table.weights(config, "meta")}
-    if config.tied_embeddings:  # Meta's code has no word for it: the same storage stands there under both names
+    if config.tied_embeddings:  # Meta's code has no setting for ties: both names get the same storage
         embed, unembed = name_table.tied_names("meta")
         tensors[unembed] = tensors[embed]
     torch_file.save_file(folder / "consolidated.00.pth", tensors, progress=progress)
@@ -129,17 +129,17 @@ def save_folder(
 
 
 def context_of(config: ModelConfig) -> int:
-    """The max_seq_len with which a saved config comes back: there is no room for it in the file."""
+    """The max_seq_len that a saved config has when it is read again: params.json cannot hold the real one."""
     return _context(config.vocab_size, config.rope_scaling is not None)
 
 
 def _context(vocab_size: int, scaled: bool) -> int:
-    """The positions that each generation was trained for."""
+    """The number of positions that each generation of Llama was trained for."""
     return 131_072 if scaled else 8192 if vocab_size >= 128_000 else 4096
 
 
 def export_params(config: ModelConfig) -> dict[str, Any]:
-    """The params.json of a config: what `open_folder` reads back, but for max_seq_len, which is not in it.
+    """The params.json of a config. `open_folder` reads the same config back, apart from max_seq_len.
 
     Raises ConfigError for a field that Meta's code does not have.
     """
@@ -182,7 +182,7 @@ def export_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_settings(raw: dict[str, Any]) -> None:
-    """Raise ConfigError for a setting that is missing, unknown, or of the wrong kind."""
+    """Raises ConfigError for a setting that is missing, unknown, or of the wrong type."""
     for key, value in raw.items():
         if key in _OTHER_MODELS:
             if value is not None and value != _OTHER_MODELS[key]:
@@ -209,7 +209,13 @@ def _check_settings(raw: dict[str, Any]) -> None:
 
 
 def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
-    """The config of a params.json that was checked, and of what the tensors tell beside it."""
+    """The config of a params.json that has been checked.
+
+    Args:
+        raw: the settings.
+        vocab_size: number of rows of the embedding, for a file without vocab_size.
+        tied: the unembedding is the embedding.
+    """
     dim, heads = raw["dim"], raw["n_heads"]
     vocab = vocab_size if raw.get("vocab_size") in (None, -1) else raw["vocab_size"]
     if dim % heads:
@@ -227,12 +233,12 @@ def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
         head_dim=dim // heads,
         ffn_dim=_ffn_dim(dim, raw["multiple_of"], raw.get("ffn_dim_multiplier")),
         norm_eps=float(raw["norm_eps"]),
-        rope_theta=10_000.0 if theta is None else float(theta),  # Llama 1 and 2 have it in their code
+        rope_theta=10_000.0 if theta is None else float(theta),  # the constant in the code of Llama 1 and 2
         rope_scaling=_SCALING if scaled else None,
         max_seq_len=_context(vocab, scaled),
         tied_embeddings=tied,
     )
-    # Meta's code rescales by 8 whatever the model; the config.json that it publishes with these two says 32.
+    # Meta's code always scales by 8; the config.json that Meta publishes for these two sizes says 32.
     for published in (SIZES["llama3.2-1b"], SIZES["llama3.2-3b"]):
         if scaled and published == dataclasses.replace(
             config, rope_scaling=published.rope_scaling, tied_embeddings=published.tied_embeddings
@@ -242,7 +248,7 @@ def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
 
 
 def _ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Two thirds of four times `dim`, scaled, and rounded up to a multiple (`FeedForward` in Meta's model.py)."""
+    """The width of the feed-forward: 8/3 `dim`, scaled, rounded up to a multiple (`FeedForward` in Meta's model.py)."""
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         hidden = int(multiplier * hidden)
@@ -253,14 +259,14 @@ def _ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder in order, none of them missing as far as their numbers tell."""
+    """The files of a folder in order. Raises ValueError if a number is missing."""
     numbers = sorted(int(found[1]) for path in folder.iterdir() if (found := _FILE.fullmatch(path.name)))
     if not numbers:
-        raise ValueError(f"{folder}: no consolidated.00.pth beside params.json: download it")
+        raise ValueError(f"{folder}: params.json is there, but no consolidated.00.pth: download it")
     lacking = sorted(set(range(numbers[-1])) - set(numbers))
     if lacking:
         raise ValueError(
-            f"{folder}: consolidated.{lacking[0]:02}.pth is missing, though there is one of number {numbers[-1]:02}: "
+            f"{folder}: consolidated.{lacking[0]:02}.pth is missing, although number {numbers[-1]:02} is there: "
             "download it"
         )
     return [folder / f"consolidated.{number:02}.pth" for number in numbers]
@@ -300,14 +306,14 @@ def _whole(folder: Path, parts: Mapping[str, dict[str, LazyTensor]], dim: int) -
                     f"{entry.dtype} {entry.shape}: are both of this model?"
                 )
         axis = _split_axis(name, entry, dim)
-        # Every device has the whole of a norm. The first's is taken, without a look at the others: in training on
-        # several devices they may drift apart by a bit, and that is no reason to refuse a published model.
+        # Every device has the whole of a norm, and the first device's is used. In training they may drift apart by a
+        # bit, which is no reason to refuse a published model.
         whole[name] = entry if axis is None or len(pieces) == 1 else joined(pieces, axis)
     return whole
 
 
 def _split_axis(name: str, part: LazyTensor, dim: int) -> int | None:
-    """The axis along which a tensor is split over the files: 0 rows, 1 columns, None not at all."""
+    """The axis along which a tensor is split over the files: 0 for rows, 1 for columns, None for no split."""
     if len(part.shape) != 2:
         return None
     if name == name_table.tied_names("meta")[0]:
@@ -316,7 +322,7 @@ def _split_axis(name: str, part: LazyTensor, dim: int) -> int | None:
 
 
 def _check_shapes(folder: Path, config: ModelConfig, entries: Mapping[str, LazyTensor]) -> None:
-    """Raise ValueError where the tensors are not of the config; those that are missing or too many are no matter."""
+    """Raises ValueError for a tensor of another shape than the config's. Missing and unknown ones are found later."""
     layers = {name.split(".")[1] for name in entries if name.startswith("layers.")}
     if len(layers) != config.num_layers:
         raise ConfigError(

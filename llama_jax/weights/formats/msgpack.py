@@ -1,9 +1,9 @@
-"""Where the arrays of a flax.serialization file are, found without reading them.
+"""The arrays of a flax.serialization file, located without reading them.
 
 The file is MessagePack (github.com/msgpack/msgpack/blob/master/spec.md): maps with string keys, whose leaves are
 extension values of type 1 that hold [shape, dtype name, bytes in C order]. An array of more than 2**30 bytes is a map
 instead, of its shape and of the pieces of the flattened array (flax/serialization.py, `_chunk`). Only headers are
-read: the walk steps over the numbers. Whatever else MessagePack can say is refused, in one line that names the file.
+read, and the numbers are skipped. All other MessagePack values are refused in one line that names the file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _DTYPES = {
     for t in (ml_dtypes.bfloat16, "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 }
 _CHUNKED = "__msgpack_chunked_array__"
-_MAX_DEPTH = 16  # of maps; a Llama has 5
-_MAX_ITEMS = 1 << 13  # of all maps together; Llama 405B in float32 has about 6,100
+_MAX_DEPTH = 16  # maps within each other; a Llama has 5
+_MAX_ITEMS = 1 << 13  # items of all maps together; Llama 405B in float32 has about 6,100
 _MAX_NAME = 256  # characters of a whole name, "model/layers/..."
 _MAX_RANK = 32
-_WINDOW = 1 << 12  # bytes read at a time, of which most are a header
-_BLOCK = 1 << 22  # bytes of whole rows that are held while a part of a chunked array is taken from them
+_WINDOW = 1 << 12  # bytes that are read at a time for headers
+_BLOCK = 1 << 22  # bytes of whole rows that are read at a time from an array in chunks
 
 _EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}  # first byte -> length
 _TRUE = 0xC3
@@ -34,41 +34,41 @@ Node = dict[str, "Node"] | LazyTensor | int
 
 
 def open_file(file: File) -> dict[str, LazyTensor]:
-    """The arrays of a file by name, the keys that lead to one joined by "/".
+    """The arrays of a file by name. A name is the keys that lead to the array, joined by "/".
 
     Raises:
-        ValueError: one line; it is cut off, damaged, or holds something other than maps of arrays.
+        ValueError: (one line) the file is cut off or damaged, or holds anything but maps of arrays.
     """
     scan = _Scan(file)
     tree = scan.map(0)
     if scan.at != file.size:
         raise scan.error(f"{file.size - scan.at:,} bytes follow the end of its tree")
-    found: dict[str, LazyTensor] = {}
-    _collect(file, "", tree, found)
-    if not found:
+    arrays: dict[str, LazyTensor] = {}
+    _collect(file, "", tree, arrays)
+    if not arrays:
         raise ValueError(f"{file.path}: no arrays in this file")
-    return found
+    return arrays
 
 
-def _collect(file: File, name: str, node: Node, found: dict[str, LazyTensor]) -> None:
-    """Put the arrays below `node` into `found`."""
+def _collect(file: File, name: str, node: Node, arrays: dict[str, LazyTensor]) -> None:
+    """Adds the arrays below `node` to `arrays`."""
     if isinstance(node, dict) and _CHUNKED in node:
         node = _unchunked(f"{file.path}: {name!r}", node)
     if isinstance(node, dict):
         for key, below in node.items():
-            _collect(file, f"{name}/{key}" if name else key, below, found)
+            _collect(file, f"{name}/{key}" if name else key, below, arrays)
     elif len(name) > _MAX_NAME:
         raise ValueError(f"{file.path}: a name of {len(name):,} characters ({name[:40]!r}...); {_MAX_NAME} are allowed")
     elif not isinstance(node, LazyTensor):
         raise ValueError(f"{file.path}: {name!r} is a number, where only arrays belong: not the weights of a model")
-    elif name in found:  # {"a": {"b": x}, "a/b": y}
+    elif name in arrays:  # {"a": {"b": x}, "a/b": y}
         raise ValueError(f"{file.path}: the name {name!r} appears twice")
     else:
-        found[name] = node
+        arrays[name] = node
 
 
 def _unchunked(where: str, node: dict[str, Node]) -> LazyTensor:
-    """The array whose flattened pieces {"0": ..., "1": ...} a map holds, beside its shape as such a map."""
+    """The array that a map describes by its shape and its flattened pieces, both as maps {"0": ..., "1": ...}."""
     sizes, pieces = _counted(where, node, "shape"), _counted(where, node, "chunks")
     shape = tuple(n for n in sizes if type(n) is int)
     parts = [piece for piece in pieces if isinstance(piece, LazyTensor) and len(piece.shape) == 1]
@@ -91,7 +91,7 @@ def _counted(where: str, node: dict[str, Node], key: str) -> list[Node]:
 
 
 def _reshaped(flat: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """A flat array as one of `shape`. Blocks of whole rows are read, and the part taken from them."""
+    """A flat array reshaped to `shape`. Blocks of whole rows are read, and the part is copied out of them."""
     width = math.prod(shape[1:])
     step = max(1, _BLOCK // (width * flat.dtype.itemsize))
 
@@ -106,7 +106,7 @@ def _reshaped(flat: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 class _Scan:
-    """A walk through a file, from value to value. `at` is the offset of the next byte."""
+    """A reader that goes through a file from value to value. `at` is the offset of the next byte."""
 
     def __init__(self, file: File):
         self.at = 0
@@ -119,7 +119,7 @@ class _Scan:
         return ValueError(f"{self._file.path}: at byte {self.at:,}: {what}; damaged, or not a flax msgpack file")
 
     def map(self, depth: int) -> dict[str, Node]:
-        """The map that begins here."""
+        """Reads the map that begins at `at`."""
         count = self._length("a map", fixed=(0x80, 0x8F), sized={0xDE: 2, 0xDF: 4})
         self._items += count
         if depth >= _MAX_DEPTH:
@@ -135,7 +135,7 @@ class _Scan:
         return found
 
     def _value(self, depth: int) -> Node:
-        """A map, an array, or one of the numbers and the `true` by which an array in chunks is described."""
+        """Reads a map, an array, or one of the numbers and the `true` that describe an array in chunks."""
         kind = self._peek()
         if 0x80 <= kind <= 0x8F or kind in (0xDE, 0xDF):
             return self.map(depth + 1)
@@ -187,7 +187,7 @@ class _Scan:
         return self._uint(1 << (kind - 0xCC))
 
     def _length(self, wanted: str, *, fixed: tuple[int, int] | None, sized: dict[int, int]) -> int:
-        """What a header says of how many follow it: in its one byte, or in the bytes after that.
+        """Reads a header and returns the count in it, which is in its one byte or in the bytes after that.
 
         Each of what follows takes a byte at least, so that no number above the bytes left can be true.
         """
@@ -212,7 +212,7 @@ class _Scan:
         return byte
 
     def _take(self, size: int) -> bytes:
-        """The next bytes: never more than 255."""
+        """Reads the next bytes, at most 255."""
         begin = self.at - self._start
         if begin < 0 or begin + size > len(self._window):
             if self.at + size > self._file.size:

@@ -1,8 +1,8 @@
 """Reading and writing safetensors files, without trusting them and without reading more than is asked for.
 
 The format (huggingface.co/docs/safetensors): eight bytes of header length, little-endian; that many bytes of JSON that
-give each tensor's dtype, shape and place; then the numbers, without gaps. Everything the header says is held against
-the size of the file before a byte of data is touched, and every refusal is one line that names the file.
+give the dtype, shape and byte range of each tensor; then the numbers, without gaps. Everything in the header is checked
+against the size of the file before any data is read. Every error is one line that names the file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _KEYS = {"dtype", "shape", "data_offsets"}
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of one file, by name; reads its header only. Raises ValueError (one line) if it is not sound."""
+    """The tensors of one file by name. Only the header is read. Raises ValueError (one line) for a damaged file."""
     path = Path(path)
     file = File(path)
     size = file.size
@@ -73,7 +73,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
             raise ValueError(f"{path}: tensor {name!r} {word} (it starts at byte {start}, after {end})")
         end = stop
     if end != space:
-        raise ValueError(f"{path}: its tensors end at byte {end:,} of {space:,}: there is unclaimed data")
+        raise ValueError(f"{path}: its tensors end at byte {end:,} of {space:,}: the rest is unclaimed data")
     return {
         name: stored(file, start + 8 + length, DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
         for start, _, name in spans
@@ -81,10 +81,11 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a folder: model.safetensors, else the shards that model.safetensors.index.json lists, else the
-    one *.safetensors file there is.
+    """The tensors of a folder by their names.
 
-    Shards must be files of the folder itself. Raises ValueError (one line) for whatever is not sound.
+    They are those of model.safetensors, else of the shards that model.safetensors.index.json lists, else of the only
+    *.safetensors file. Shards must be files of the folder itself. Raises ValueError (one line) for a missing or damaged
+    file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,13 +115,13 @@ def save_file(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write tensors to one file, a block of rows at a time. It appears under its name only when it is whole.
+    """Writes tensors to one file, a block of rows at a time. The file appears under its name when it is complete.
 
     Args:
         path: the file; one of this name is replaced.
-        tensors: by name.
-        metadata: strings by name.
-        progress: told how many more bytes were written.
+        tensors: tensors by name.
+        metadata: strings by name, for the header.
+        progress: called with the number of bytes that were written since the last call.
 
     Raises:
         ValueError: a dtype that the format has no name for.
@@ -136,7 +137,7 @@ def save_file(
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    text += b" " * (-len(text) % 8)  # aligns the numbers
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -146,7 +147,7 @@ def save_file(
 
 
 def _check_tensor(path: Path, name: str, info: Any, space: int) -> tuple[int, int]:
-    """The first and last byte of a tensor, after checking that its dtype, shape and place agree with `space`."""
+    """The first and last byte of a tensor. Its dtype, shape and byte range must agree and fit into `space` bytes."""
     where = f"{path}: tensor {brief(name)}"
     if not isinstance(info, dict) or info.keys() != _KEYS:
         raise ValueError(f"{where} must be described by dtype, shape and data_offsets, got {brief(info)}")

@@ -1,4 +1,4 @@
-"""Hugging Face's index of a model in several files: which tensor is in which."""
+"""Hugging Face's index of a model in several files, which names the file of each tensor."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _MOST_TENSORS = 20_000
 
 
 def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """The tensors that an index lists, each from its file.
+    """Opens the files that an index lists, and returns its tensors.
 
     Args:
-        index: the JSON file; `weight_map` in it has a file's name for each tensor.
-        suffix: of those files, which must be files of the index's own folder.
-        open_file: opens one of them.
+        index: the JSON file. Its `weight_map` maps the name of each tensor to the name of a file.
+        suffix: suffix of those files. They must be in the folder of the index.
+        open_file: opens one of them and returns its tensors by name.
 
     Raises:
-        ValueError: (one line) an index or a file that is not sound, or one that does not have what the other says.
+        ValueError: (one line) the index or a file is damaged or missing, or they do not agree.
     """
     folder = index.parent
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(places)}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must be an object of file names, got {brief(weight_map)}")
     shards: dict[str, dict[str, LazyTensor]] = {}
-    for name, shard in places.items():
+    for name, shard in weight_map.items():
         bare = isinstance(shard, str) and shard.endswith(suffix) and shard.isprintable()
         if not bare or set(shard) & set("/\\:\0"):
             raise ValueError(
@@ -44,4 +44,4 @@ def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, 
         if name not in shards[shard]:
             near = nearest(name, list(shards[shard]))
             raise ValueError(f"{folder / shard}: no tensor {brief(name)}, though {index.name} lists it{near}")
-    return {name: shards[shard][name] for name, shard in places.items()}
+    return {name: shards[shard][name] for name, shard in weight_map.items()}

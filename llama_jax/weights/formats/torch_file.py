@@ -1,11 +1,11 @@
-"""Reading and writing PyTorch's files (.pth) without PyTorch, and without running what they say.
+"""PyTorch's files (.pth, .bin), read and written without PyTorch and without running the program in them.
 
-Such a file is a zip archive, nothing compressed: <top>/data.pkl is a pickle that describes a dict of tensors, and
-<top>/data/0, 1, ... are the bytes that they lie in, their storages (torch/serialization.py and torch/_utils.py of
-PyTorch). What is in the pickle, and why it cannot harm, torch_pickle.py says.
+Such a file is an uncompressed zip archive. <top>/data.pkl is a pickle that describes a dict of tensors. <top>/data/0,
+1, ... are the storages that hold their numbers (torch/serialization.py and torch/_utils.py of PyTorch). torch_pickle.py
+reads the pickle.
 
-Counts, sizes and places are held against the bytes that are there before anything is read or made, and every refusal
-is one line that names the file.
+Counts, sizes and offsets are checked against the size of the file before anything is read or allocated. Every error is
+one line that names the file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from llama_jax.weights.tensor import File, LazyTensor, stored
 
 _MAX_MEMBERS = 10_000
 _MAX_DIRECTORY = 4_000_000
-_ALIGNMENT = 64  # of the numbers in a file, as torch.save has it
+_ALIGNMENT = 64  # bytes; torch.save aligns the numbers in a file to this
 
-# Records of a zip archive (APPNOTE.TXT of PKWARE, 4.3): of a member, of the directory, and of where the directory is.
+# Records of a zip archive (APPNOTE.TXT of PKWARE, 4.3): of a member, of the directory, and of the directory's offset.
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
@@ -76,10 +76,10 @@ class _Member(NamedTuple):
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of one file, by name; reads no numbers. Names of one tensor (tied weights) have one LazyTensor.
+    """The tensors of one file by name. No numbers are read. Two names of one tensor (tied weights) share a LazyTensor.
 
     Raises:
-        ValueError: (one line) the file is damaged, of another kind, or describes anything but a dict of tensors.
+        ValueError: (one line) the file is damaged, of another format, or describes anything but a dict of tensors.
     """
     file = File(path)
     try:
@@ -94,18 +94,18 @@ def save_file(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write what torch.load reads (with weights_only and mmap, too), a block of rows at a time.
+    """Writes a file that torch.load reads, also with weights_only and mmap. A block of rows at a time is in memory.
 
-    The file appears under its name only when it is whole. A LazyTensor that stands under two names is written once, as
-    torch.save does with tied weights.
+    The file appears under its name when it is complete. A LazyTensor with two names is written once, as torch.save does
+    with tied weights.
 
     Args:
         path: the file; one of this name is replaced.
-        tensors: by name.
-        progress: told how many more bytes were written.
+        tensors: tensors by name.
+        progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ValueError: a dtype that the format has no name for, or thousands of tensors.
+        ValueError: a dtype that the format has no name for, or more tensors than a file may have.
     """
     allowed = torch_pickle.STORAGES.values()
     storages: dict[int, tuple[Storage, LazyTensor]] = {}  # by identity
@@ -133,7 +133,7 @@ def save_file(
 
 
 def _new_member(archive: zipfile.ZipFile, file: BinaryIO, name: str) -> IO[bytes]:
-    """A member to write, whose bytes will be aligned."""
+    """Opens a new member for writing. Its content is aligned."""
     info = zipfile.ZipInfo(f"archive/{name}")
     start = file.tell() + _LOCAL.size + len(info.filename) + 20 + 4  # 20: its sizes in 64 bits; 4: a header of padding
     padding = -start % _ALIGNMENT
@@ -147,7 +147,7 @@ def _tensors(file: File) -> dict[str, LazyTensor]:
     if len(tops) != 1:
         raise ValueError(f"a zip archive with {len(tops)} <folder>/data.pkl, where a torch file has one")
     top = tops[0]
-    for name in members:  # names are looked up here, and never become paths
+    for name in members:  # names are only looked up, and never become paths
         if not name.startswith(top + "/"):
             raise ValueError(f"its member {brief(name)} is outside of its folder {brief(top)}: not a torch file")
     order = members.get(f"{top}/byteorder")
@@ -171,7 +171,7 @@ def _tensors(file: File) -> dict[str, LazyTensor]:
             )
         entries[name] = same.setdefault((start, dtype, shape), stored(file, start, dtype, shape))
     sizes = [entry.nbytes for entry in entries.values()]
-    if sum(sizes) > file.size + max(sizes, default=0):  # an embedding may be the unembedding too, and no more
+    if sum(sizes) > file.size + max(sizes, default=0):  # only an embedding may be shared
         raise ValueError(
             f"its tensors stand for {sum(sizes):,} bytes, but the file has {file.size:,}: they share storage"
         )
@@ -179,10 +179,10 @@ def _tensors(file: File) -> dict[str, LazyTensor]:
 
 
 def _place(member: _Member | None, tensor: Tensor, where: str) -> int:
-    """The first byte of a tensor, after checking that it lies within its storage, row after row."""
+    """The first byte of a tensor, which must be within its storage and in C order."""
     storage, shape, width = tensor.storage, tensor.shape, tensor.storage.dtype.itemsize
     if member is None:
-        raise ValueError(f"{where} lies in storage {brief(storage.key)}, which is not in the file")
+        raise ValueError(f"{where} is in storage {brief(storage.key)}, which is not in the file")
     if member.size != storage.length * width:
         raise ValueError(
             f"{where}: storage {brief(storage.key)} should have {storage.length * width:,} bytes "
@@ -204,7 +204,7 @@ def _place(member: _Member | None, tensor: Tensor, where: str) -> int:
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor that lies row after row."""
+    """The strides of a tensor in C order."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
@@ -212,7 +212,7 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _members(file: File) -> dict[str, _Member]:
-    """The members of the archive by name. Their bytes lie before the directory and do not overlap."""
+    """The members of the archive by name. Their bytes are before the directory and do not overlap."""
     count, start, end = _directory(file)
     members: dict[str, _Member] = {}
     spans: list[tuple[int, int]] = [(start, end)]
@@ -229,7 +229,7 @@ def _members(file: File) -> dict[str, _Member]:
 
 
 class _Record(NamedTuple):
-    """What the directory says of a member.
+    """A record of the directory, about one member.
 
     Attributes:
         raw_name: its name as bytes.
@@ -289,7 +289,7 @@ def _first_byte(file: File, record: _Record, end: int) -> int:
 
 
 def _directory(file: File) -> tuple[int, int, int]:
-    """How many members the archive has, and the first and last byte of the directory that lists them."""
+    """The number of members, and the first and last byte of the directory that lists them."""
     head = file.read(0, min(file.size, 32))
     if not head.startswith(b"PK\3\4"):
         kinds = [kind for start, kind in _OTHER_KINDS if head.startswith(start)]
@@ -318,7 +318,7 @@ def _directory(file: File) -> tuple[int, int, int]:
 
 
 def _wide(values: tuple[int, int, int], extra: bytes, where: str) -> tuple[int, ...]:
-    """Sizes and offset of a member; those that do not fit in 32 bits are in an extra field (4.5.3 of the APPNOTE)."""
+    """Sizes and offset of a member. Those beyond 32 bits are in an extra field (APPNOTE.TXT, 4.5.3)."""
     wanted = [i for i, value in enumerate(values) if value == 0xFFFFFFFF]
     out, at = list(values), 0
     while wanted and at + 4 <= len(extra):

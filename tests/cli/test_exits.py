@@ -1,0 +1,83 @@
+"""The end of a command: exit statuses, one line for each error, signals, and output that nobody reads."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from helpers.paths import ROOT
+from llama_jax.cli import exits
+from llama_jax.errors import ConfigError
+
+
+def raising(error):
+    def command(argv):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ConfigError("a\nb"), 2, "error: a b\n"),
+        (FileNotFoundError(2, "No such file", "nowhere/x"), 2, "error: nowhere/x: No such file"),
+        (exits.CommandError("the loss is not finite"), 2, "error: the loss is not finite\n"),
+        (MemoryError(), 2, "error: out of memory; take a smaller batch"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 GB\nmore"), 2, "error: out of memory: RESOURCE_EXHAUSTED: 3 GB; take"),
+        (KeyboardInterrupt(), 130, "\nstopped by Ctrl-C\n"),
+        (exits.Stopped(signal.SIGTERM), 143, "\nstopped by SIGTERM\n"),
+        (exits.Stopped(signal.SIGHUP), 129, "\nstopped by SIGHUP\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_status_and_the_line_of_each_end(capsys, error, status, words):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert exits.run(raising(error), []) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exits.run(lambda argv: 1 // 0, [])
+
+
+def process(body, **options):
+    code = f"import sys, time\nfrom llama_jax.cli import exits\ndef command(argv):\n    {body}\n    return 0\n"
+    code += "exits.leave(command, [])"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
+)
+def test_a_signal_ends_the_process_with_one_line(number, status):
+    body = "print('ready', flush=True); time.sleep(60)"
+    with process(body, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(number)
+        assert running.wait(timeout=20) == status
+        assert running.stderr.read().strip().startswith("stopped by ")
+
+
+def test_a_full_or_closed_output_ends_without_a_traceback():
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full, process("print('x')", stdout=full) as running:
+            error = running.stderr.read()
+        assert error.startswith("error: ") and "No space left on device" in error and error.count("\n") == 1
+        assert running.returncode == 2
+    with process("print('x')", preexec_fn=lambda: os.close(1)) as running:
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
+
+
+def test_characters_that_the_terminal_lacks_are_replaced():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with process("print('caf\\u00e9')", stdout=subprocess.PIPE, env=environment) as running:
+        assert running.stdout.read() == "caf?\n"
+    assert running.returncode == 0

@@ -1,0 +1,83 @@
+"""Mistakes in Python calls: one line that says what was given and what is allowed."""
+
+import jax
+import pytest
+
+import llama_jax
+from helpers.tokenizers import byte_tokenizer
+from llama_jax import config as configs
+from llama_jax.errors import ConfigError
+from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
+
+
+@pytest.fixture(scope="module")
+def llama():
+    config = configs.size("tiny")
+    return Llama(config, init_params(config, jax.random.key(0)), byte_tokenizer(), stop_tokens=())
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (None, {}, "the model must be the name of a folder, a file or a hub id, got None"),
+        ("", {}, "the model must be the name of a folder, a file or a hub id, got ''"),
+        (3.5, {}, "got 3.5"),
+        ("x", {"adapters": ["x"]}, "adapters must be one folder or hub id, or several by name"),
+        ("x", {"adapters": {"a": None}}, "got {'a': None}"),
+        ("x", {"adapters": ""}, "got {'': ''}"),
+        ("x", {"quantize": 8}, "quantize must be one of none, int8, int4"),
+        ("x", {"dtype": [1]}, "dtype must be one of"),
+    ],
+)
+def test_load_says_what_its_arguments_may_be(source, options, words):
+    with pytest.raises(ConfigError) as caught:
+        llama_jax.load(source, **options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mesh_is_sizes_by_axis():
+    from llama_jax.infer.inputs import as_mesh
+
+    for mesh in ("tensor=2", ["tensor"], 2):
+        with pytest.raises(ConfigError, match='mesh must be a jax Mesh or sizes by axis such as {"tensor": 2}, got'):
+            as_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda llama: llama_jax.load("x", quantise="int8"),
+            "load() has no argument 'quantise'; did you mean 'quantize'?",
+        ),
+        (lambda llama: llama.generate("x", tempreture=1), "generate() has no argument 'tempreture'; did you mean"),
+        (lambda llama: llama.save("x", "hf", shard=3), "save() has no argument 'shard'"),
+    ],
+)
+def test_an_unknown_argument_is_named_with_the_nearest(llama, call, words):
+    with pytest.raises(TypeError) as caught:
+        call(llama)
+    assert words in str(caught.value) and "allowed: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llama: llama.generate(None), "prompts must be a text"),
+        (lambda llama: llama.generate(["x", None]), "prompt 1 must be a text or a flat list of token ids"),
+        (lambda llama: llama.generate([10**400]), "prompt 0 holds id 1000"),
+        (lambda llama: llama.generate("x", max_new_tokens=10**400), "max_new_tokens must be a whole number below 2 to"),
+        (lambda llama: llama.generate("x", temperature=10**400), "temperature must be"),
+        (lambda llama: llama.generate("x", stop_tokens="eot"), "stop_tokens must be a list of token ids, got 'eot'"),
+        (lambda llama: llama.use(["a"]), "no adapter ['a']; adapters: none"),
+        (lambda llama: llama.add_adapter("a", None), "adapters must be one folder"),
+        (lambda llama: llama.save(None, "hf"), "path must be the name of a folder"),
+        (lambda llama: llama.save("x", "hf", shard_bytes="1"), "shard_bytes must be a whole number"),
+        (lambda llama: llama.set_params(3), "params must be the weights of a model"),
+    ],
+)
+def test_a_method_says_what_its_arguments_may_be(llama, call, words):
+    with pytest.raises(ConfigError) as caught:
+        call(llama)
+    assert words in str(caught.value) and len(str(caught.value)) < 400
