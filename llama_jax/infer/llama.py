@@ -28,13 +28,12 @@ from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.infer.batches import longest_first
 from llama_jax.infer.result import Result
-from llama_jax.ops.lora import Update
 from llama_jax.params import Params, check_params, unstack
 from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
 from llama_jax.text.chat_template import ChatTemplate, read_folder
-from llama_jax.weights import adapters, export, name_table
+from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.model_files import Metadata
@@ -115,13 +114,14 @@ class Llama:
         self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, template)
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
-        self.adapters: dict[str, Mapping[name_table.Path, Update]] = {}
+        self.adapters: dict[str, adapters.AdapterWeights] = {}
+        self._base: Llama | None = None  # the model without an adapter, of a view that `use` gives
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
         """Read a LoRA adapter, by its folder or hub id, for `use` by this name. Raises what `load` raises."""
         inputs.as_folders({name: folder})
-        self._add(name, peft.open_adapter(folder, self.config))
+        self._add(name, peft.open_adapter(folder, (self._base or self).config))
 
     def use(self, name: str | None) -> Llama:
         """The same model under one of `adapters`, or under none.
@@ -133,18 +133,20 @@ class Llama:
         if name is not None and name not in known:
             near = nearest(str(name), known) or ";"
             raise ConfigError(f"no adapter {brief(name)}{near} adapters: {', '.join(known) or 'none'}")
-        view = copy.copy(self)
-        view.params = adapters.applied(self.config, self.params, {} if name is None else self.adapters[name])
-        view.engine = self.engine.of(view.params)
+        base, adapter = self._base or self, None if name is None else self.adapters[name]
+        view = copy.copy(base)
+        view._base, view.config = base, base.config if adapter is None else adapter.config
+        view.engine = base.engine.of(adapters.with_adapter(view.config, base.params, adapter), view.config)
+        view.params = view.engine.params
         return view
 
     def _add(self, name: str, opened: adapters.Adapter) -> None:
-        if not self.adapters and adapters.is_adapted(self.params):
+        if not self.adapters and adapters.has_lora(self.params):
             raise ConfigError(
                 f"adapter {name!r} would replace the LoRA updates that this model's run trained: give the "
                 "base as the model, and the run's adapter/ among its adapters"
             )
-        self.adapters[name] = adapters.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
+        self.adapters[name] = adapters.read_adapter(opened, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: Params | None) -> None:
         """Replace the weights by others of the same shape, keeping compiled programs. None frees the weights."""

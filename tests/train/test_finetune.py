@@ -318,7 +318,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
 def test_settings_that_cannot_work_are_refused_with_the_mend(base):
     for changes, words in (
         ({"init_from": ""}, "lora.rank needs init_from"),
-        ({"lora__targets": ("q_proj",)}, "lora.targets must be one of 'q', .* got 'q_proj'"),
+        ({"lora__targets": ("q_prj",)}, "lora.targets must be one of 'q', .* got 'q_prj'; did you mean 'q_proj'"),
         ({"lora__targets": ()}, "lora.targets is empty"),
         ({"optimizer__rates": ("embed=0.1",)}, "embed is not trained in this run: LoRA trains only lora_a and lora_b"),
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),
