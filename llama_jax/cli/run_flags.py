@@ -173,11 +173,11 @@ def _override(arg: str) -> str:
         raise ConfigError(f"--config.{key} needs its value after an equals sign: --config.{key}=VALUE")
     if key in _TUPLE_KEYS:
         parts = _literal(value)
-        if key == "data.weights" and isinstance(parts, (int, float)):
+        if key in _NUMBER_KEYS and isinstance(parts, (int, float)):
             parts = (parts,)
         if not isinstance(parts, (tuple, list)):
             parts = [value] if key == "log.sample_prompts" else [p.strip() for p in value.split(",") if p.strip()]
-        if key == "data.weights":
+        if key in _NUMBER_KEYS:
             parts = [p if isinstance(p, (int, float)) or _literal(p) is None else _literal(p) for p in parts]
         value = repr(tuple(parts))
     return f"--config.{key}={value}"
@@ -223,8 +223,10 @@ def _with_shape(values: dict[str, Any], shape: dict[str, str]) -> dict[str, Any]
     return {**values, "model": model} if shape else values
 
 
+_NUMBER_KEYS = ("data.weights", "lora.trained_tokens")
 _TUPLE_KEYS = (
-    "data.train", "data.weights", "data.validation", "optimizer.rates", "lora.targets", "log.sample_prompts",
+    "data.train", "data.weights", "data.validation", "optimizer.rates", "lora.targets", "lora.trained_tokens",
+    "log.sample_prompts",
 )  # fmt: skip
 
 

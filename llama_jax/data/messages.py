@@ -149,10 +149,8 @@ def _refuse_unknown_keys(item: Mapping[str, Any], where: str) -> None:
 
 
 def _unknown(where: str, key: str, known: tuple[str, ...]) -> str:
-    return (
-        f"{where}: the key {brief(key)} is not known{nearest(key, known)}; remove it if it has no effect on what is "
-        f"learnt. Keys of a message: {', '.join(known)}"
-    )
+    hint = nearest(key, known) or "; remove it"
+    return f"{where}: the key {brief(key)} is not known{hint} (known keys: {', '.join(known)})"
 
 
 def _role(item: Mapping[str, Any], where: str) -> str:

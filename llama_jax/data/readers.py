@@ -120,6 +120,10 @@ class _Reader:
 
     def __enter__(self) -> "_Reader":
         self._file: IO[bytes] = gzip.open(self._path, "rb") if self._compressed else open(self._path, "rb")
+        if self._compressed and _size_in_trailer(self._path) > self._allowed:
+            while self.read(_CHUNK):  # the trailer may be wrong: decompress up to the bound, before anything is encoded
+                pass
+            self._file.seek(0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,12 +142,23 @@ class _Reader:
             data = read(size)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{self._path}: not a whole gzip file ({error}); {_HINT}") from error
-        if self._file.tell() > self._allowed:
+        self._check(self._file.tell())
+        return data
+
+    def _check(self, size: int) -> None:
+        if size > self._allowed:
             raise ValueError(
                 f"{self._path}: it is compressed more than {MAX_RATIO} times, which data are not; decompress it "
                 "yourself if it is what you want to train on"
             )
-        return data
+
+
+def _size_in_trailer(path: Path) -> int:
+    """The uncompressed size, modulo 4 GiB, that a gzip file says that its last member has. It may be wrong."""
+    with open(path, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 4))
+        return int.from_bytes(file.read(4), "little")
 
 
 def _end_of_piece(data: bytes) -> int:
@@ -332,7 +347,8 @@ def _table_rows(file: Any, columns: list[str], path: Path) -> Iterator[dict[str,
         rows = file.metadata.row_group(group).num_rows
         size = _group_size(file, group, columns, path)
         if size > MAX_DOCUMENT * rows:  # then some row is too large, perhaps by much: none is read
-            yield from [_too_large("row")] * rows
+            reason = f"its row group has {size >> 20:,} MiB in {rows:,} rows, and one document may have "
+            yield from [f"{reason}{MAX_DOCUMENT >> 20:,} MiB: split the large ones"] * rows
             continue
         batch_size = max(1, min(256, MAX_DOCUMENT // (1 + size // max(rows, 1))))
         for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=columns):

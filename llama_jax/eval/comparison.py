@@ -357,9 +357,11 @@ def _model_identity(model: str, adapter: str | None) -> str:
     """A hash of a model and its adapter, since the files of a path may change."""
     source = open_source(model)
     digest = hashlib.sha256(source.identity().encode())
-    for stored in peft.open_adapter(adapter, source.config).values() if adapter else ():
-        for entry in stored:
-            digest.update(entry.read().tobytes())
+    if adapter:
+        opened = peft.open_adapter(adapter, source.config)
+        digest.update(repr([(path, rows.ids) for path, rows in opened.rows.items()]).encode())
+        for path, tensor in opened.tensors():
+            digest.update(repr(path).encode() + tensor.read().tobytes())
     return digest.hexdigest()
 
 

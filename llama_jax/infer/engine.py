@@ -121,8 +121,15 @@ class Engine:
         self._logits = jax.jit(self._trace_logits)
         self._score = jax.jit(self._trace_score)
 
-    def of(self, params: Params) -> Engine:
-        """The same compiled programs over other weights; those of the same kinds and shapes compile nothing anew."""
+    def of(self, params: Params, config: ModelConfig) -> Engine:
+        """The same compiled programs for other weights; another config has programs of its own.
+
+        Weights of the same kinds and shapes compile nothing anew.
+        """
+        if config != self.config:  # an adapter with more rows of the vocabulary, or that unties the embeddings
+            mesh = None if self.layout is None else self.layout.mesh
+            params = placed(config, params, mesh=mesh, dtype=self.dtype)
+            return Engine(config, params, mesh=mesh, dtype=self.dtype, max_chunk=self.chunks[-1])
         other = copy.copy(self)
         other.params = params
         return other

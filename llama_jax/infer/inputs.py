@@ -1,4 +1,4 @@
-"""What callers hand to `llama`, checked: prompts, ids, seeds, settings, dtypes and meshes. Each error says the mend."""
+"""Checks of the arguments of `llama`: prompts, ids, seeds, settings, dtypes, folders and meshes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def as_list(prompts: Any) -> tuple[bool, list[Any]]:
-    """Whether it is one prompt, and a list of prompts."""
+    """True if the argument is a single prompt, and the prompts as a list."""
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
     if isinstance(prompts, str):
@@ -89,7 +89,7 @@ def encoded(
 
 
 def as_ids(prompt: Any, name: str) -> list[int]:
-    """A flat list of ids as ints."""
+    """Token ids as a flat list of ints."""
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     flat = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
     if not flat or any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in values):
@@ -114,7 +114,7 @@ def as_whole(value: Any, name: str) -> int:
 
 
 def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed for each of `count` prompts: counted up from a number, or as listed."""
+    """The seed of each of `count` prompts: counted up from a number, or taken from a list."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     if any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) for s in seeds):
         raise ConfigError(f"seed must be a whole number, or a list of one for each prompt, got {brief(seed)}")
@@ -126,7 +126,7 @@ def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
-    """`default` with the keyword arguments that are given and not None; an unknown one is named."""
+    """`default` with the keyword arguments that are not None. An unknown keyword raises a ConfigError."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in options:
         if name not in known:
@@ -135,7 +135,7 @@ def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> Sampling
 
 
 def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """Stop ids without repeats, all in the vocabulary."""
+    """Stop token ids without repetitions, all within the vocabulary."""
     if isinstance(stop_tokens, str):
         raise ConfigError(f"stop_tokens must be a list of token ids, got {brief(stop_tokens)}")
     stops = tuple(dict.fromkeys(as_ids(stop_tokens, "stop_tokens")))
@@ -146,7 +146,7 @@ def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 
 def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
-    """One of the dtypes to compute in, by name or as numpy and jax give it."""
+    """A dtype to compute in, by name or as numpy or jax represent it."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -201,7 +201,7 @@ def as_folders(adapters: Any) -> dict[str, str | os.PathLike[str]]:
 
 
 def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh | None:
-    """The mesh of axis sizes, on the first devices where there are more than it needs."""
+    """The mesh of the given axis sizes. It takes the first devices if there are more than it needs."""
     if mesh is None or isinstance(mesh, Mesh):
         return mesh
     if not isinstance(mesh, Mapping):

@@ -1,4 +1,4 @@
-"""The public face of sampling: `load` a model, then `generate`, `stream`, `chat` and `logits`.
+"""The public interface of sampling: `load` a model, then `generate`, `stream`, `chat` and `logits`.
 
     import llama_jax
     llama = llama_jax.load("runs/quickstart")
@@ -28,13 +28,12 @@ from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
 from llama_jax.infer import engine, inputs
 from llama_jax.infer.batches import longest_first
 from llama_jax.infer.result import Result
-from llama_jax.ops.lora import Update
 from llama_jax.params import Params, check_params, unstack
 from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
 from llama_jax.text.chat_template import ChatTemplate, read_folder
-from llama_jax.weights import adapters, export, name_table
+from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.model_files import Metadata
@@ -58,15 +57,15 @@ class Llama:
     """A model ready to be sampled.
 
     Attributes:
-        config: its shape.
-        params: its weights, unrolled, in the dtype of the computation, on the mesh.
-        tokenizer: text to ids and back; without one, prompts and results are ids.
-        mesh: where the weights are, or None for one device.
-        stop_tokens: the ids that end a generation unless a call says otherwise.
-        sampling: how tokens are drawn unless a call says otherwise.
+        config: shape of the model.
+        params: weights, unrolled, in the compute dtype, on the mesh.
+        tokenizer: the tokenizer, or None. Without one, prompts and results are ids.
+        mesh: mesh of the weights, or None for one device.
+        stop_tokens: default of the ids that end a generation.
+        sampling: default of the sampling settings.
         chat_format: how dialogs become ids, and answers messages; None without a tokenizer.
         metadata: token ids, sampling settings, chat template and tokenizer files that `save` writes.
-        adapters: what LoRA adapters add to the weights, by the name of each; see `use`.
+        adapters: LoRA updates by the name of their adapter; see `use`.
         engine: the compiled programs.
     """
 
@@ -83,16 +82,15 @@ class Llama:
         chat_template: str | ChatTemplate | None = None,
         chat_format: str = AUTO,
     ):
-        """A model of weights at hand.
+        """A model from weights in memory.
 
         Args:
-            config: the model's shape.
-            params: its weights, stacked or unrolled, on any devices.
-            tokenizer: of the same vocabulary.
-            mesh: where the weights shall be; None is the first device.
+            config: shape of the model.
+            params: weights, stacked or unrolled, on any devices.
+            tokenizer: tokenizer of the same vocabulary.
+            mesh: mesh that the weights are placed on; None is the first device.
             stop_tokens: the tokenizer's by default.
-            dtype: of weights, activations and KV cache; that of the embedding by default. Quantized weights stay as
-                they are.
+            dtype: dtype of weights, activations and KV cache; the embedding's by default. Quantized weights are kept.
             sampling: SamplingParams() by default.
             chat_template: the model's own (Jinja), if it has one.
             chat_format: "auto" talks to the model through its own chat template, or in Meta's reference format if it
@@ -116,39 +114,42 @@ class Llama:
         self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, template)
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
-        self.adapters: dict[str, Mapping[name_table.Path, Update]] = {}
+        self.adapters: dict[str, adapters.AdapterWeights] = {}
+        self._base: Llama | None = None  # the model without an adapter, of a view that `use` gives
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
         """Read a LoRA adapter, by its folder or hub id, for `use` by this name. Raises what `load` raises."""
         inputs.as_folders({name: folder})
-        self._add(name, peft.open_adapter(folder, self.config))
+        self._add(name, peft.open_adapter(folder, (self._base or self).config))
 
     def use(self, name: str | None) -> Llama:
         """The same model under one of `adapters`, or under none.
 
-        It shares the weights and the compiled programs with this one, which stays as it is, so that several can be
-        sampled in turn. Adapters of the same targets and ranks compile nothing anew.
+        It shares the weights and the compiled programs with this one, which does not change, so that several can be
+        sampled in turn. Adapters of the same targets and ranks share compiled programs too.
         """
         known = list(self.adapters)
         if name is not None and name not in known:
             near = nearest(str(name), known) or ";"
             raise ConfigError(f"no adapter {brief(name)}{near} adapters: {', '.join(known) or 'none'}")
-        view = copy.copy(self)
-        view.params = adapters.applied(self.config, self.params, {} if name is None else self.adapters[name])
-        view.engine = self.engine.of(view.params)
+        base, adapter = self._base or self, None if name is None else self.adapters[name]
+        view = copy.copy(base)
+        view._base, view.config = base, base.config if adapter is None else adapter.config
+        view.engine = base.engine.of(adapters.with_adapter(view.config, base.params, adapter), view.config)
+        view.params = view.engine.params
         return view
 
     def _add(self, name: str, opened: adapters.Adapter) -> None:
-        if not self.adapters and adapters.is_adapted(self.params):
+        if not self.adapters and adapters.has_lora(self.params):
             raise ConfigError(
-                f"adapter {name!r} would take the place of the LoRA updates that this model's run trained: give the "
+                f"adapter {name!r} would replace the LoRA updates that this model's run trained: give the "
                 "base as the model, and the run's adapter/ among its adapters"
             )
-        self.adapters[name] = adapters.read(opened, self.config, layout=self.engine.layout, dtype=self.engine.dtype)
+        self.adapters[name] = adapters.read_adapter(opened, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: Params | None) -> None:
-        """Other weights of the same shape, as they are after more training; what is compiled stays. None lets go."""
+        """Replace the weights by others of the same shape, keeping compiled programs. None frees the weights."""
         if params is not None:
             if not isinstance(params, Mapping):
                 raise ConfigError(f"params must be the weights of a model, a dict of arrays, got {brief(params)}")
@@ -157,12 +158,12 @@ class Llama:
         self.params = self.engine.params = params
 
     def __repr__(self) -> str:
-        """Size, dtype and mesh in a line."""
+        """Parameters, dtype and mesh on one line."""
         where = "one device" if self.mesh is None else f"mesh {dict(self.mesh.shape)}"
         return f"Llama({self.config.num_params:,} parameters, {self.engine.dtype}, {where})"
 
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> jax.Array:
-        """Logits (B, T, V) in float32 of token ids (B, T), each row read from its first position.
+        """Logits (B, T, V) in float32 of token ids (B, T). Each row starts at position 0.
 
         Lengths are padded to powers of two, so that texts of many lengths share a few programs.
         """
@@ -208,14 +209,14 @@ class Llama:
         Args:
             prompts: a text, a flat list of token ids, or a list of either. Texts get begin_of_text in front; lists of
                 ids are taken as they are.
-            max_new_tokens: for each prompt; prompt and new tokens together may not exceed config.max_seq_len.
+            max_new_tokens: most new tokens a prompt; prompt and new tokens together fit config.max_seq_len.
             temperature: 0 takes the likeliest token each time (greedy). This and the next four: see SamplingParams; by
                 default they are those of `self.sampling`.
             top_k: keep the k likeliest tokens; 0 is off.
             top_p: keep the likeliest tokens up to this mass; 1 is off.
             min_p: keep tokens at least this times as likely as the likeliest; 0 is off.
             repetition_penalty: above 1 makes tokens already in prompt or text less likely; 1 is off.
-            seed: prompt i draws from seed + i, or from its own of a list. The same seed gives the same text, whatever
+            seed: prompt i draws from seed + i, or from item i of a list. The same seed gives the same text, whatever
                 the other prompts are.
             stop_tokens: ids that end a text, instead of the model's own; () for none.
             batch_size: prompts that run together, longest first. More is faster and takes more memory.
@@ -224,7 +225,7 @@ class Llama:
                 text that was rendered with a chat template. By default they are plain text, with a warning.
 
         Raises:
-            ConfigError: anything that cannot work, with what is allowed.
+            ConfigError: an argument that cannot work; says what is allowed.
         """
         settings = {
             "temperature": temperature,
@@ -270,7 +271,7 @@ class Llama:
         parse_special: bool | None = None,
         **sampling: Any,
     ) -> Iterator[str] | Iterator[int]:
-        """The same tokens as `generate`, as they come: pieces of text that never break a character.
+        """Yield the tokens of `generate` as they are generated, in pieces of text that never break a character.
 
         Without a tokenizer the pieces are ids. Arguments are those of `generate`, for one prompt; they are checked
         at the call, before the first piece is asked for.
@@ -314,7 +315,7 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """`chat`, as pieces of text while they come; other arguments are those of `stream`."""
+        """Yield the answer of `chat` in pieces of text. Other arguments are those of `stream`."""
         ids = self.encode_dialog(messages, tools)
         stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
         return self.stream(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
@@ -328,21 +329,21 @@ class Llama:
         dtype: str | None = None,
         shard_bytes: int = export.SHARD_BYTES,
     ) -> Path:
-        """Write the model as others load it: weights, config, tokenizer and settings. An adapter in use is merged.
+        """Write the model in another program's files: weights, config, tokenizer and settings. An adapter is merged.
 
         Args:
-            path: a folder to make; for "gguf" the file.
+            path: the folder to create; for "gguf" the file.
             format: "hf" (transformers), "meta" (Meta's own code) or "gguf" (llama.cpp).
             dtype: "float32", "float16", "bfloat16", and for "gguf" also "q8_0" and "q4_0"; the weights' own by
                 default.
-            shard_bytes: of a file of format "hf", at most.
+            shard_bytes: most bytes of a file of format "hf".
 
         Returns:
             The folder or file.
 
         Raises:
-            ConfigError: a format or dtype that there is not, a place that has a model already, or a model that the
-                format cannot hold.
+            ConfigError: an unknown format or dtype, a path that has a model already, or a model that the format cannot
+                hold.
         """
         path = inputs.as_path(path)
         shard_bytes = inputs.as_whole(shard_bytes, "shard_bytes")
@@ -409,9 +410,8 @@ class Llama:
     def _check_ids(self, ids: np.ndarray, name: str) -> None:
         bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if bad.size:
-            raise ConfigError(
-                f"{name} holds id {brief(bad[0])}, which is not in the vocabulary: 0 to {self.config.vocab_size - 1}"
-            )
+            last = self.config.vocab_size - 1
+            raise ConfigError(f"{name} holds id {brief(int(bad[0]))}, which is not in the vocabulary: 0 to {last}")
 
     def _stops(self, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
         return self.stop_tokens if stop_tokens is None else inputs.as_stops(stop_tokens, self.config.vocab_size)
@@ -431,23 +431,23 @@ def load(
 
     Args:
         source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file,
-            or an old Flax folder.
-        dtype: "float32" or "bfloat16", of weights, activations and KV cache. By default the checkpoint's own, with
+            an old Flax folder, or the name of a model in a Python package (smollm2).
+        dtype: "float32" or "bfloat16", for weights, activations and KV cache. By default the checkpoint's own, with
             bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which
             takes twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B.
-            What a GGUF file has in Q8_0 or Q4_0 stays as it is and is multiplied in this dtype, which for a
+            Tensors of a GGUF file in Q8_0 and Q4_0 stay quantized and are multiplied in this dtype, which for a
             quantized file is float32 on a CPU and bfloat16 elsewhere.
         quantize: None keeps weights as they are stored; "none" turns quantized ones into arrays of `dtype`, which
             takes more memory; "int8" and "int4" round the matrices of all layers to groups of 32 (ops/quant.py) while
             they are read, which takes 0.53 and 0.28 of what they take in bfloat16.
-        mesh: where the weights go: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4}
-            (of the first devices, where there are more; one axis may be -1 for what is left).
-        adapters: a LoRA adapter (peft), by its folder or hub id, which is then in use; or several by name, of
-            which `use` chooses.
+        mesh: mesh of the weights: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4},
+            which take the first devices. One axis may be -1: it takes the remaining devices.
+        adapters: a LoRA adapter (peft), by its folder or hub id, which is then in use; or several by name, for
+            `use` to choose from.
         chat_format: "auto", "llama3" or the file of a Jinja template; see `Llama`.
 
     Raises:
-        ConfigError: not a model, or settings that cannot work; says what was looked for.
+        ConfigError: not a model, or settings that cannot work; names the files that make a model.
         ValueError: a damaged file.
     """
     inputs.as_path(source, "the model")
@@ -459,7 +459,7 @@ def load(
     found = open_source(source)
     wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
     mesh = inputs.as_mesh(mesh)
-    layout = engine.layout(found.config, mesh)  # before the weights: a bad mesh is told at once
+    layout = engine.layout(found.config, mesh)  # before the weights, so that a bad mesh raises at once
     opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
         opening = pool.submit(_tokenizer, found)

@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one prompt became.
+    """The continuation of one prompt.
 
     Attributes:
         text: the new tokens as text, control tokens left out; "" without a tokenizer.
-        tokens: the new ids, the stop token that ended them included.
-        logprobs: for each its log-probability under the model's own distribution, before temperature and cuts.
+        tokens: the new ids, including the stop token that ended them.
+        logprobs: natural log-probability of each new token in the model's own distribution, before temperature and
+            cuts.
         finish_reason: "stop" after a stop token, "length" after max_new_tokens.
         message: for `chat`, the answer as the next message of the dialog: `role`, `content` and `tool_calls` in
             OpenAI's shape, and `tokens`, by which the same ids are written again. Otherwise None.

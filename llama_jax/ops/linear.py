@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax import parallel
-from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
@@ -66,15 +65,20 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
             XLA would gather it afterwards, and communicate four times as much.
     """
     if isinstance(w, LoraTensor):
-        return linear(x, w.base, axes) + linear(w.narrowed(linear(w.dropped(x), w.a)), w.b)
+        return _by_rows(w, linear(x, w.base, axes) + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
     return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w)
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     """The product x w^T in float32, as logits need it. It has no gradient for quantized weights."""
     if isinstance(w, LoraTensor):
-        return linear_f32(x, w.base) + linear_f32(w.narrowed(linear(x, w.a)), w.b)
+        return _by_rows(w, linear_f32(x, w.base) + linear_f32(w.scaled(linear(x, w.a)), w.b))
     return _quantized(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
+
+
+def _by_rows(w: LoraTensor, product: jax.Array) -> jax.Array:
+    """A product (..., out) times DoRA's factors of the rows of w, in the dtype of the product."""
+    return product if w.factor is None else (product * w.factor[:, 0]).astype(product.dtype)
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -168,10 +172,12 @@ _linear.defvjp(_forward, _backward)
 def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of the table (V, D) for ids (...), as (..., D) in `dtype`. Ids outside 0..V-1 give NaN.
 
-    The gradient of the table is summed in float32 and rounded once to `dtype`. Raises ConfigError for a LoraTensor.
+    The gradient of the table is summed in float32 and rounded once to `dtype`. A LoraTensor has no dropout here, as in
+    peft; its b is looked up like the base.
     """
     if isinstance(table, LoraTensor):
-        raise ConfigError("LoRA of the embedding is not implemented: leave embed_tokens out of the targets")
+        rows = embed(table.base, ids, dtype) + linear(table.scaled(embed(table.b, ids, dtype)), table.a.T)
+        return rows if table.factor is None else (rows * table.factor[0]).astype(dtype)
     if isinstance(table, QTensor):
         return quant.take(table, ids, dtype)
     # All-gather the table's columns, not the batch. From a table sharded along `embed`, every device would look up rows

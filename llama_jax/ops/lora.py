@@ -1,7 +1,10 @@
-"""LoRA: a weight that stays as it is, and beside it a product of two thin matrices (Hu et al., arXiv:2106.09685).
+"""LoRA: a frozen weight and the product of two thin trained matrices (Hu et al., arXiv:2106.09685), as one leaf.
 
-x W^T becomes x W^T + scale (x a^T) b^T. It is a typed leaf, as a quantized weight is: the model does not know of it,
-and the weight within may itself be quantized, which is QLoRA (arXiv:2305.14314).
+x W^T becomes x W^T + scale (x a^T) b^T. A LoraTensor stands where the weight stands, as a quantized weight does, so
+that the model does not know about it. The base inside may itself be quantized, which is QLoRA (arXiv:2305.14314).
+DoRA (arXiv:2402.09353) scales the rows of the sum; `dora_factor` computes by how much.
+
+One matrix pair has three forms: LazyLora on disk (weights/adapters.py), LoraWeights as arrays, LoraTensor as a leaf.
 """
 
 from __future__ import annotations
@@ -20,36 +23,39 @@ from llama_jax.ops.quant import QTensor
 Axes = tuple[str | None, ...]
 
 
-class Update(NamedTuple):
-    """What LoRA adds to a weight (..., out, in): scale * b a.
+class LoraWeights(NamedTuple):
+    """The arrays that LoRA adds to a weight (..., out, in): scale * b a.
 
     Attributes:
-        a: (..., rank, in), float32 or the dtype of the computation.
-        b: (..., out, rank), likewise.
-        scale: (...), float32: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv:2312.03732). Not
-            learned.
+        a: (..., rank, in), float32 or the compute dtype.
+        b: (..., out, rank), in the dtype of a.
+        scale: (...), float32: alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (arXiv:2312.03732). It is
+            not learned.
+        magnitude: DoRA's learned norms, float32: (..., out, 1) of the rows, or for an embedding (..., 1, in) of the
+            columns. None for plain LoRA.
     """
 
     a: jax.Array
     b: jax.Array
     scale: jax.Array
+    magnitude: jax.Array | None = None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Which numbers of a step's activations are zeroed, and the rest scaled up for (Srivastava et al., 2014).
+    """Dropout of the activations that enter LoRA's first matrix (Srivastava et al., 2014).
 
     Attributes:
-        key: raw uint32 key data (..., 2), one of each weight and step.
-        rate: the part of all numbers that is zeroed, below 1.
+        key: raw uint32 key data (..., 2), one key for each weight and step.
+        rate: the probability that an activation becomes zero, below 1.
     """
 
     key: jax.Array
     rate: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x with its zeros, in its type."""
+        """x with some elements zeroed and the others divided by 1 - rate, in the dtype of x."""
         kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.rate, x.shape)
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
@@ -57,17 +63,20 @@ class Dropout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraTensor:
-    """A weight with a LoRA update. Its `shape` and `dtype` are those of the weight it stands for.
+    """A weight under LoRA, as one leaf of params. `shape` and `dtype` are those of the base.
 
-    `ops.linear` multiplies by it. Gradients flow to a and b, and to an array as base unless it is closed over or held
-    constant. Stacked layers have a leading axis in every part, the scale included.
+    `ops.linear` multiplies by it and looks up its rows. Gradients flow to a and b, and also to the base if that is an
+    array, unless the base is closed over or constant. Stacked layers have a leading axis in every part, the scale
+    included.
 
     Attributes:
-        base: the weight, (..., out, in).
-        a: (..., rank, in), as in Update.
+        base: the frozen weight, (..., out, in).
+        a: (..., rank, in), as in LoraWeights.
         b: (..., out, rank).
         scale: (...).
-        dropout: of the x that meets a, never of the x that meets the base; only training has it.
+        dropout: dropout of the activations that enter a, never of those that enter the base; used in training only.
+        factor: DoRA's factors, (..., out, 1) or (..., 1, in), float32, which multiply base + scale * b a; None for
+            plain LoRA. They are constants here: this code does not train DoRA.
     """
 
     base: jax.Array | QTensor
@@ -75,47 +84,66 @@ class LoraTensor:
     b: jax.Array
     scale: jax.Array
     dropout: Dropout | None = None
+    factor: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: (..., out, in)."""
+        """The base's shape, (..., out, in)."""
         return self.base.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weight."""
+        """The base's dtype."""
         return self.base.dtype
 
     @property
     def rank(self) -> int:
-        """Of the update."""
+        """The rank of the product b a."""
         return self.a.shape[-2]
 
     def dropped(self, x: jax.Array) -> jax.Array:
-        """What of x (..., in) meets a."""
+        """x (..., in) after LoRA dropout: the input of the first LoRA matrix."""
         return x if self.dropout is None else self.dropout(x)
 
-    def narrowed(self, x: jax.Array) -> jax.Array:
-        """scale * x, in the type of x, where x (..., rank) has met a: the scale meets the fewest numbers there."""
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """scale * x in the dtype of x, for x (..., rank). Scaling happens at rank width, where it is cheapest."""
         return (x * lax.stop_gradient(self.scale)).astype(x.dtype)
 
     def merged(self, dtype: jnp.dtype) -> jax.Array:
-        """base + scale * b a as one array, computed in float32."""
-        base = quant.dequantize(self.base, jnp.float32) if isinstance(self.base, QTensor) else self.base
-        update = jnp.matmul(self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-        return (base.astype(jnp.float32) + self.scale[..., None, None] * update).astype(dtype)
+        """The weight that the leaf stands for, factor * (base + scale * b a), as one array computed in float32."""
+        total = lora_sum(self.base, LoraWeights(self.a, self.b, self.scale))
+        return (total if self.factor is None else self.factor * total).astype(dtype)
 
     def part_axes(self, axes: Axes) -> dict[str, Axes]:
-        """The logical axes of each part, from those of the weight: what `parallel.shardings` asks such a leaf."""
-        return {"base": axes, **part_axes(axes)._asdict()}
+        """The logical axes of each part, from those of the weight. `parallel.shardings` asks such a leaf for them."""
+        parts = part_axes(axes)
+        columns = self.factor is not None and self.factor.shape[-1] > 1
+        factor = (*axes[:-2], None, axes[-1]) if columns else parts.magnitude
+        return {"base": axes, "a": parts.a, "b": parts.b, "scale": parts.scale, "factor": factor}
 
 
-def part_axes(axes: Axes) -> Update:
-    """The logical axes of an update's parts, from those of its weight; no device splits the rank."""
+def part_axes(axes: Axes) -> LoraWeights:
+    """The logical axes of a, b, scale and row magnitudes, from those of the weight; no device splits the rank."""
     *lead, out, inner = axes
-    return Update(a=(*lead, None, inner), b=(*lead, out, None), scale=(*lead,))
+    return LoraWeights(a=(*lead, None, inner), b=(*lead, out, None), scale=(*lead,), magnitude=(*lead, out, None))
+
+
+def lora_sum(base: jax.Array | QTensor, lora: LoraWeights) -> jax.Array:
+    """base + scale * b a in float32, (..., out, in)."""
+    dense = quant.dequantize(base, jnp.float32) if isinstance(base, QTensor) else base.astype(jnp.float32)
+    product = jnp.matmul(lora.b.astype(jnp.float32), lora.a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return dense + lora.scale[..., None, None] * product
+
+
+def dora_factor(base: jax.Array | QTensor, lora: LoraWeights) -> jax.Array:
+    """DoRA's factors: magnitude / norm of base + scale * b a, float32 (arXiv:2402.09353, equation 5).
+
+    The norms are taken along the axis on which `lora.magnitude` has length 1, and the result has its shape.
+    """
+    axis = -1 if lora.magnitude.shape[-1] == 1 else -2
+    return lora.magnitude / jnp.linalg.norm(lora_sum(base, lora), axis=axis, keepdims=True)
 
 
 def base_of(leaf: jax.Array | QTensor | LoraTensor) -> jax.Array | QTensor:
-    """The weight without its update, if it has one."""
+    """The base of a LoraTensor; any other leaf itself."""
     return leaf.base if isinstance(leaf, LoraTensor) else leaf

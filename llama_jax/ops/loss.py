@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.ops.linear import linear
+from llama_jax.ops.lora import LoraTensor
 
 _HIGHEST = lax.Precision.HIGHEST
 
+Arrays = tuple[jax.Array, ...]  # one for each product that is summed to logits
+
 
 def cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_chunk: int
+    hidden_BTD: jax.Array, table_VD: jax.Array | LoraTensor, targets_BT: jax.Array, *, vocab_chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of each target, and log-sum-exp of the logits; both float32 (B, T).
 
@@ -28,7 +32,7 @@ def cross_entropy(
     Args:
         hidden_BTD: hidden states after the final norm.
         table_VD: the unembedding, of any float dtype. Products have operands in the dtype of the hidden states and
-            accumulate in float32.
+            accumulate in float32. For a LoraTensor the logits are the sum of two products, and no merged table exists.
         targets_BT: token ids to predict.
         vocab_chunk: vocabulary rows a chunk on each device; 0 takes the whole vocabulary at once.
     """
@@ -36,85 +40,98 @@ def cross_entropy(
     num_shards = parallel.axis_size("vocab")
     num_shards = num_shards if V % num_shards == 0 else 1
     num_chunks = 1 if vocab_chunk == 0 else -(-(V // num_shards) // vocab_chunk)
-    return _cross_entropy(hidden_BTD, table_VD, targets_BT, num_shards, num_chunks)
+    if not isinstance(table_VD, LoraTensor):
+        return _cross_entropy((hidden_BTD,), (table_VD,), targets_BT, num_shards, num_chunks)
+    lora = table_VD
+    low_rank_BTR = lora.scaled(linear(lora.dropped(hidden_BTD), lora.a))
+    return _cross_entropy((hidden_BTD, low_rank_BTR), (lora.base, lora.b), targets_BT, num_shards, num_chunks)
 
 
-def _chunks(table_VD: jax.Array, num_shards: int, num_chunks: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """The table in chunks (C, P, n, D), and the ids of their rows (C, P, n), which are -1 for padding.
-
-    Each device's own shard is cut into chunks, so that no chunk is communicated.
-    """
+def _chunks(table_VD: jax.Array, num_shards: int, num_chunks: int, dtype: jnp.dtype) -> jax.Array:
+    """The table in chunks (C, P, n, D). Each device's own shard is cut, so that no chunk is communicated."""
     V, D = table_VD.shape
     shard = V // num_shards
     n = -(-shard // num_chunks)
     table = jnp.pad(table_VD.astype(dtype).reshape(num_shards, shard, D), ((0, 0), (0, num_chunks * n - shard), (0, 0)))
-    column = jnp.arange(num_chunks * n)
+    return table.reshape(num_shards, num_chunks, n, D).swapaxes(0, 1)
+
+
+def _chunk_ids(V: int, num_shards: int, num_chunks: int) -> jax.Array:
+    """The ids of the rows of `_chunks`, (C, P, n), which are -1 for padding."""
+    shard = V // num_shards
+    column = jnp.arange(num_chunks * -(-shard // num_chunks))
     ids = jnp.where(column < shard, jnp.arange(num_shards)[:, None] * shard + column, -1)
-
-    def split(a: jax.Array) -> jax.Array:
-        return a.reshape(num_shards, num_chunks, n, *a.shape[2:]).swapaxes(0, 1)
-
-    return split(table), split(ids)
+    return ids.reshape(num_shards, num_chunks, -1).swapaxes(0, 1)
 
 
-def _logits(hidden: jax.Array, table: jax.Array, ids: jax.Array) -> jax.Array:
+def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
     """The logits of one chunk, float32 (B, T, P, n); -inf for padding."""
-    precision = _HIGHEST if hidden.dtype == jnp.float32 else None
-    logits = lax.dot_general(
-        hidden, table, (((2,), (2,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    logits = parallel.constrain(logits, "batch", "length", "vocab", None)
+    precision = _HIGHEST if hiddens[0].dtype == jnp.float32 else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    products = [dot(hidden, table, (((2,), (2,)), ((), ()))) for hidden, table in zip(hiddens, tables, strict=True)]
+    logits = parallel.constrain(sum(products[1:], products[0]), "batch", "length", "vocab", None)
     return jnp.where(ids >= 0, logits, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, num_shards: int, num_chunks: int
+    hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(hidden, table, targets, num_shards, num_chunks)[0]
+    return _forward(hiddens, tables, targets, num_shards, num_chunks)[0]
 
 
-def _forward(hidden, table, targets, num_shards, num_chunks):
-    tables, ids = _chunks(table, num_shards, num_chunks, hidden.dtype)
+def _forward(hiddens, tables, targets, num_shards, num_chunks):
+    chunks = tuple(_chunks(table, num_shards, num_chunks, hiddens[0].dtype) for table in tables)
 
     def scan_chunk(carry, chunk):
         peak, total, score = carry
-        logits = _logits(hidden, *chunk)
+        rows, ids = chunk
+        logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
-        hit = chunk[1] == targets[..., None, None]
+        hit = ids == targets[..., None, None]
         score = score + jnp.where(hit, logits, 0.0).sum(axis=(2, 3))
         return (new_peak, total, score), logits if num_chunks == 1 else None
 
     low = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
     zero = jnp.zeros(targets.shape, jnp.float32)
-    (peak, total, score), kept = lax.scan(scan_chunk, (low, zero, zero), (tables, ids))
+    ids = _chunk_ids(tables[0].shape[0], num_shards, num_chunks)
+    (peak, total, score), kept = lax.scan(scan_chunk, (low, zero, zero), (chunks, ids))
     lse = peak + jnp.log(total)
-    return (lse - score, lse), (hidden, table, targets, lse, kept)
+    return (lse - score, lse), (hiddens, tables, targets, lse, kept)
 
 
 def _backward(num_shards, num_chunks, residuals, cotangents):
-    hidden, table, targets, lse, kept = residuals
-    tables, ids = _chunks(table, num_shards, num_chunks, hidden.dtype)
+    hiddens, tables, targets, lse, kept = residuals
+    dtype, V = hiddens[0].dtype, tables[0].shape[0]
+    chunks = tuple(_chunks(table, num_shards, num_chunks, dtype) for table in tables)
     g_nll, g_lse = cotangents
-    precision = _HIGHEST if hidden.dtype == jnp.float32 else None
+    precision = _HIGHEST if dtype == jnp.float32 else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def scan_chunk(dx, chunk):
+    def scan_chunk(dxs, chunk):
         rows, row_ids, logits = chunk
-        logits = _logits(hidden, rows, row_ids) if logits is None else logits
+        logits = _logits(hiddens, rows, row_ids) if logits is None else logits
         probability = jnp.exp(logits - lse[..., None, None])
         hit = row_ids == targets[..., None, None]
         g = (g_nll + g_lse)[..., None, None] * probability - jnp.where(hit, g_nll[..., None, None], 0.0)
-        g = g.astype(hidden.dtype)
-        dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-        dx = dx + dot(g, rows, (((2, 3), (0, 1)), ((), ())))
-        return dx, dot(g, hidden, (((0, 1), (0, 1)), ((), ())))
+        g = g.astype(dtype)
+        dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
+        return dxs, tuple(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))) for hidden in hiddens)
 
-    dx = parallel.constrain(jnp.zeros(hidden.shape, jnp.float32), "batch", "length", "act_embed")
-    dx, d_tables = lax.scan(scan_chunk, dx, (tables, ids, kept))
-    V, D = table.shape
-    d_table = d_tables.swapaxes(0, 1).reshape(num_shards, -1, D)[:, : V // num_shards].reshape(V, D)
-    return dx.astype(hidden.dtype), d_table.astype(table.dtype), None
+    names = ("act_embed",) + (None,) * (len(hiddens) - 1)  # no device splits the rank of LoRA
+    dxs = tuple(
+        parallel.constrain(jnp.zeros(hidden.shape, jnp.float32), "batch", "length", name)
+        for hidden, name in zip(hiddens, names, strict=True)
+    )
+    dxs, d_chunks = lax.scan(scan_chunk, dxs, (chunks, _chunk_ids(V, num_shards, num_chunks), kept))
+
+    def d_table(d_chunk: jax.Array, table: jax.Array) -> jax.Array:
+        shards = d_chunk.swapaxes(0, 1).reshape(num_shards, -1, table.shape[1])[:, : V // num_shards]
+        return shards.reshape(table.shape).astype(table.dtype)
+
+    d_hiddens = tuple(dx.astype(hidden.dtype) for dx, hidden in zip(dxs, hiddens, strict=True))
+    return d_hiddens, tuple(map(d_table, d_chunks, tables)), None
 
 
 _cross_entropy.defvjp(_forward, _backward)

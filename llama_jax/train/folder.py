@@ -27,6 +27,7 @@ from llama_jax.train.program import Program
 from llama_jax.train.setup import Frozen
 from llama_jax.train.state import TrainState
 from llama_jax.weights import export, lora_params
+from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
 from llama_jax.weights.locate import absolute
 from llama_jax.weights.model_files import tokenizer_in
@@ -180,11 +181,15 @@ class RunFolder:
     def _write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
         """Write LoRA's matrices as peft reads them, with tokenizer and chat template. Other files there stay."""
         fresh, final = self.path / "adapter.new", self.path / "adapter"
-        adapter = export.stored(lora_params.by_path(run.lora, trained))
+        lora = export.lazy_lora(lora_params.lora_by_path(run.lora, trained))
+        rows = {}
+        if run.lora.trained_tokens:
+            rows = lora_params.token_rows(run.lora, trained, open_source(run.init_from).merged_leaves())
+        adapter = Adapter(trainable.policy_config(run), lora, rows=rows)
         if jax.process_index() == 0:
             shutil.rmtree(fresh, ignore_errors=True)
         base = absolute(run.init_from)
-        peft.write_adapter(fresh, run.model, adapter, base_model=base, dropout=run.lora.dropout)
+        peft.write_adapter(fresh, adapter, base_model=base, dropout=run.lora.dropout)
         if jax.process_index() == 0:
             metadata = open_source(run.init_from).metadata.with_tokenizer(tokenizer_in(self.path))
             metadata = dataclasses.replace(metadata, chat_template=chat_template.read_folder(self.path))

@@ -203,7 +203,8 @@ class Loop:
             return
         with jax.transfer_guard("allow"):
             params = trainable.policy(self.run, self.state.best, self.frozen.params)
-            texts = self.sampler(self.run, params, self.data.tokenizer, self.program.layout.mesh)
+            run = dataclasses.replace(self.run, model=trainable.policy_config(self.run))
+            texts = self.sampler(run, params, self.data.tokenizer, self.program.layout.mesh)
         if self.main:
             for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
                 self.progress.say(f"step {self.step}  sample: {prompt}" + f"|{text}".replace("\n", "\n    "))

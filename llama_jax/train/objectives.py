@@ -7,11 +7,12 @@ Letters: B rows, T tokens, P pairs.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from llama_jax import model
-from llama_jax.config import ModelConfig
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
@@ -113,7 +114,7 @@ def answer_sums(values_BT: jax.Array, batch: Batch) -> jax.Array:
 
 def _token_losses(run: RunConfig, params: Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """-log p of each target and the log-normaliser of its logits, (B, T) float32."""
-    config: ModelConfig = run.model
+    config = dataclasses.replace(run.model, tied_embeddings="unembed" not in params)  # LoRA may untie the policy's
     hidden_BTD, _ = model.forward(
         config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=run.train.remat
     )

@@ -56,7 +56,7 @@ def group_of(path: Any) -> str:
     names = tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
     if names[-1] in ("a", "b"):
         return f"lora_{names[-1]}"
-    spec = spec_of(names)
+    spec = spec_of(names[names.index("tokens") + 1 :] if "tokens" in names else names)  # rows of trained tokens
     if spec is None:
         raise ValueError(f"{'/'.join(names)} is in none of the groups {', '.join(GROUPS)}")
     return spec.group

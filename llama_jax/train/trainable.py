@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import parallel
+from llama_jax.config import ModelConfig
 from llama_jax.ops import quant
 from llama_jax.params import Params, abstract_params, init_params, logical_axes
 from llama_jax.run_config import RunConfig
@@ -35,7 +36,12 @@ def init_trained(run: RunConfig, key: jax.Array) -> Trained:
 
 def policy(run: RunConfig, trained: Trained, frozen: Params | None, key: jax.Array | None = None) -> Params:
     """The params of the model that is trained; `key` is the random key of this step, for LoRA's dropout."""
-    return lora_params.applied(run.lora, frozen, trained, key) if run.lora.rank else trained
+    return lora_params.with_lora(run.lora, frozen, trained, key) if run.lora.rank else trained
+
+
+def policy_config(run: RunConfig) -> ModelConfig:
+    """The config of the params that `policy` gives: the run's, untied where LoRA unties the embeddings."""
+    return lora_params.adapted_config(run.model, run.lora) if run.lora.rank else run.model
 
 
 def frozen_dtype(run: RunConfig, dtype: jnp.dtype) -> jnp.dtype:

@@ -1,9 +1,17 @@
-"""LoRA adapters by our own paths: what each adds to which weight, read onto devices or merged into entries."""
+"""An adapter's tensors by the paths of params: read onto devices and put on params, or merged into lazy tensors.
+
+An adapter changes weights in three ways, in this order: `whole` weights take the place of the base's, `rows` take the
+place of some rows (new tokens), and LoRA adds to what is then there. An adapter may bring more rows of the vocabulary
+than its base has, and it may change the embedding of a tied model alone: `Adapter.config` is the model's config with
+the adapter.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,68 +19,208 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.ops.lora import LoraTensor, Update, base_of, part_axes
+from llama_jax.ops import quant
+from llama_jax.ops.lora import LoraTensor, LoraWeights, base_of, dora_factor, part_axes
+from llama_jax.ops.quant import QTensor
 from llama_jax.parallel import Layout
 from llama_jax.params import Params, logical_axes
 from llama_jax.weights import name_table
 from llama_jax.weights.load import place
 from llama_jax.weights.tensor import Index, LazyTensor, row_blocks
 
+EMBED, UNEMBED = ("embed",), ("unembed",)
 
-class Stored(NamedTuple):
-    """An update (ops/lora.py) that has not been read yet: a (rank, in), b (out, rank), and their scale ()."""
+
+class LazyLora(NamedTuple):
+    """One matrix pair of LoRA that has not been read yet; the fields are those of ops.lora.LoraWeights."""
 
     a: LazyTensor
     b: LazyTensor
     scale: LazyTensor
+    magnitude: LazyTensor | None = None
 
 
-Adapter = Mapping[name_table.Path, Stored]  # by the paths of unrolled params
+class LazyRows(NamedTuple):
+    """Rows that take the place of a weight's rows: rows[i], (n, in), is row ids[i]."""
+
+    ids: tuple[int, ...]
+    rows: LazyTensor
 
 
-def read(
-    adapter: Adapter, config: ModelConfig, *, layout: Layout | None, dtype: jnp.dtype
-) -> dict[name_table.Path, Update]:
-    """The updates on the devices, a and b in `dtype`; no layout is the first device."""
-    axes = logical_axes(config, stacked=False)
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter that has not been read yet; keys are paths of unrolled params.
 
-    def one(path: name_table.Path, stored: Stored) -> Update:
+    Attributes:
+        config: the model's config with the adapter: its vocabulary may be larger, and the embedding may be untied.
+        lora: LoRA's matrix pairs.
+        whole: weights that take the place of the base's.
+        rows: rows of the embedding and unembedding that take the place of the base's or continue them.
+        folder: the folder it was opened from, or None.
+    """
+
+    config: ModelConfig
+    lora: Mapping[name_table.Path, LazyLora]
+    whole: Mapping[name_table.Path, LazyTensor] = dataclasses.field(default_factory=dict)
+    rows: Mapping[name_table.Path, LazyRows] = dataclasses.field(default_factory=dict)
+    folder: Path | None = None
+
+    def tensors(self) -> Iterator[tuple[name_table.Path, LazyTensor]]:
+        """Every tensor of the adapter with the path of its weight, in a fixed order."""
+        for path, lazy in self.lora.items():
+            yield from ((path, part) for part in lazy if part is not None)
+        yield from self.whole.items()
+        yield from ((path, lazy.rows) for path, lazy in self.rows.items())
+
+
+class AdapterWeights(NamedTuple):
+    """An adapter's arrays on the devices; keys are paths of unrolled params.
+
+    Attributes:
+        config: the model's config with the adapter.
+        lora: LoRA's arrays.
+        whole: arrays that take the place of the base's.
+        rows: ids and arrays (n, in) of rows that take the place of the base's.
+    """
+
+    config: ModelConfig
+    lora: Mapping[name_table.Path, LoraWeights]
+    whole: Mapping[name_table.Path, jax.Array] = {}
+    rows: Mapping[name_table.Path, tuple[tuple[int, ...], jax.Array]] = {}
+
+
+def read_adapter(adapter: Adapter, *, layout: Layout | None, dtype: jnp.dtype) -> AdapterWeights:
+    """An adapter on the devices, all but scales and magnitudes in `dtype`. No layout means the first device."""
+    axes, dtype = logical_axes(adapter.config, stacked=False), np.dtype(dtype)
+
+    def lora(path: name_table.Path, lazy: LazyLora) -> LoraWeights:
         names = part_axes(name_table.get(axes, path))
-        a, b = (place(stored[i], names[i], np.dtype(dtype), layout) for i in range(2))
-        return Update(a, b, place(stored.scale, names.scale, np.dtype(np.float32), layout))
+        a, b = place(lazy.a, names.a, dtype, layout), place(lazy.b, names.b, dtype, layout)
+        scale = place(lazy.scale, names.scale, np.dtype(np.float32), layout)
+        if lazy.magnitude is None:
+            return LoraWeights(a, b, scale)
+        its = names.magnitude if lazy.magnitude.shape[-1] == 1 else (None, name_table.get(axes, path)[-1])
+        return LoraWeights(a, b, scale, place(lazy.magnitude, its, np.dtype(np.float32), layout))
 
-    return {path: one(path, stored) for path, stored in adapter.items()}
+    return AdapterWeights(
+        adapter.config,
+        {path: lora(path, lazy) for path, lazy in adapter.lora.items()},
+        {path: place(lazy, name_table.get(axes, path), dtype, layout) for path, lazy in adapter.whole.items()},
+        {
+            path: (lazy.ids, place(lazy.rows, (None, name_table.get(axes, path)[-1]), dtype, layout))
+            for path, lazy in adapter.rows.items()
+        },
+    )
 
 
-def applied(config: ModelConfig, params: Params, updates: Mapping[name_table.Path, Update]) -> Params:
-    """Unrolled params under these updates, and no others; the weights themselves are shared, not copied."""
+def with_adapter(config: ModelConfig, params: Params, adapter: AdapterWeights | None) -> Params:
+    """Unrolled params of `config` with this adapter on them and no other; None takes LoRA off.
 
-    def leaf(path: name_table.Path) -> object:
-        base = base_of(name_table.get(params, path))
-        return LoraTensor(base, *updates[path]) if path in updates else base
+    Weights that the adapter leaves alone are shared, not copied. `config` is that with the adapter.
+    """
+    adapter = adapter or AdapterWeights(config, {})
 
-    return name_table.build(config, ((w.path, leaf(w.path)) for w in name_table.weights(config, "huggingface")))
+    def leaf(path: name_table.Path) -> jax.Array | QTensor | LoraTensor:
+        base = adapter.whole.get(path)
+        if base is None:
+            source = EMBED if path == UNEMBED and "unembed" not in params else path  # a tied model that is untied now
+            base = base_of(name_table.get(params, source))
+        if path in adapter.rows:
+            base = _with_rows(base, *adapter.rows[path])
+        if path not in adapter.lora:
+            return base
+        lora = adapter.lora[path]
+        factor = None if lora.magnitude is None else jax.jit(dora_factor)(base, lora)
+        return LoraTensor(base, lora.a, lora.b, lora.scale, factor=factor)
+
+    paths = [weight.path for weight in name_table.weights(config, "huggingface")]
+    return name_table.build(config, ((path, leaf(path)) for path in paths))
 
 
-def is_adapted(params: Params) -> bool:
-    """Whether some weights have updates beside them."""
+def has_lora(params: Params) -> bool:
+    """Whether some weights are under LoRA."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, LoraTensor))
     return any(isinstance(leaf, LoraTensor) for leaf in leaves)
 
 
-def merge(leaves: name_table.Leaves, adapter: Adapter) -> name_table.Leaves:
-    """A model's tensors with the adapter's updates added to them, each when it is read."""
-    return {path: merged(entry, adapter[path]) if path in adapter else entry for path, entry in leaves.items()}
+def merge_adapter(leaves: name_table.Leaves, adapter: Adapter) -> name_table.Leaves:
+    """A model's lazy tensors with the adapter merged into them, for a model of `adapter.config`.
+
+    Each is computed in float32 when it is read and has the dtype of the base; float32 where the base is quantized.
+    """
+
+    def leaf(path: name_table.Path) -> LazyTensor:
+        base = leaves[EMBED if path == UNEMBED and UNEMBED not in leaves else path]
+        if path in adapter.whole:
+            base = _as_base(adapter.whole[path], base)
+        if path in adapter.rows:
+            base = _merge_rows(base, adapter.rows[path])
+        return merge_lora(base, adapter.lora[path]) if path in adapter.lora else base
+
+    return {weight.path: leaf(weight.path) for weight in name_table.weights(adapter.config, "huggingface")}
 
 
-def merged(base: LazyTensor, update: Stored) -> LazyTensor:
-    """base + scale * b a, computed in float32, in the dtype of the base; float32 where that is quantized."""
+def merge_lora(base: LazyTensor, lora: LazyLora) -> LazyTensor:
+    """The lazy tensor base + scale * b a, times DoRA's factors if there are any, in the dtype of the base."""
 
     def fill(out: np.ndarray, index: Index) -> None:
-        a, scale = update.a.read((slice(None), index[1]), np.float32), update.scale.read(dtype=np.float32)
+        total = functools.partial(_lora_rows, base, lora, columns=index[1])
         for at, part in row_blocks(index, 4):
-            block = base.read(part, np.float32)
-            block += scale * (update.b.read(part[:1], np.float32) @ a)
+            block = total(part[0])
+            if factor is not None:
+                factors = factor()
+                block *= factors[:, index[1]] if factors.shape[0] == 1 else factors[part[0]]
             np.copyto(out[at], block, casting="unsafe")
 
+    factor = None if lora.magnitude is None else functools.cache(functools.partial(_lazy_factor, base, lora))
     return dataclasses.replace(base, fill=fill, kind=base.dtype.name, quantized=None)
+
+
+def _lora_rows(base: LazyTensor, lora: LazyLora, rows: slice, *, columns: slice) -> np.ndarray:
+    """Rows of base + scale * b a in float32."""
+    a, scale = lora.a.read((slice(None), columns), np.float32), lora.scale.read(dtype=np.float32)
+    block = base.read((rows, columns), np.float32)
+    block += scale * (lora.b.read((rows,), np.float32) @ a)
+    return block
+
+
+def _lazy_factor(base: LazyTensor, lora: LazyLora) -> np.ndarray:
+    """DoRA's factors as `ops.lora.dora_factor` computes them, a block of rows at a time."""
+    by_rows, whole = lora.magnitude.shape[-1] == 1, tuple(slice(0, n) for n in base.shape)
+    squares = []
+    for _, part in row_blocks(whole, 4):
+        block = np.square(_lora_rows(base, lora, part[0], columns=whole[1]), dtype=np.float64)
+        squares.append(block.sum(axis=1 if by_rows else 0, keepdims=True))
+    norms = np.sqrt(np.concatenate(squares) if by_rows else sum(squares))
+    return (lora.magnitude.read(dtype=np.float32) / norms).astype(np.float32)
+
+
+def _with_rows(base: jax.Array | QTensor, ids: tuple[int, ...], rows: jax.Array) -> jax.Array:
+    """The weight with some of its rows replaced, and as many more as the largest id asks for."""
+    if isinstance(base, QTensor):
+        base = quant.dequantize(base, rows.dtype)
+    more = max(0, max(ids) + 1 - base.shape[0])
+    out = jnp.pad(base, ((0, more), (0, 0))).at[jnp.array(ids)].set(rows.astype(base.dtype))
+    return out if more else jax.device_put(out, base.sharding)
+
+
+def _as_base(whole: LazyTensor, base: LazyTensor) -> LazyTensor:
+    """A tensor in the dtype that merged tensors of this base have."""
+    return dataclasses.replace(whole, dtype=base.dtype, kind=base.dtype.name, quantized=None)
+
+
+def _merge_rows(base: LazyTensor, new: LazyRows) -> LazyTensor:
+    rows = {i: number for number, i in enumerate(new.ids)}
+    shape = (max(base.shape[0], max(new.ids) + 1), *base.shape[1:])
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        start, stop = index[0].start, index[0].stop
+        there = min(stop, base.shape[0])
+        if start < there:
+            out[: there - start] = base.read((slice(start, there), index[1]), out.dtype)
+        replaced = [i for i in rows if start <= i < stop]
+        if replaced:
+            held = new.rows.read((slice(None), index[1]))
+            out[np.array(replaced) - start] = held[[rows[i] for i in replaced]].astype(out.dtype)
+
+    return dataclasses.replace(base, shape=shape, fill=fill, kind=base.dtype.name, quantized=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import logging
 import math
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.ops import quant
-from llama_jax.ops.lora import LoraTensor, Update
+from llama_jax.ops.lora import LoraTensor, LoraWeights
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, check_params, is_stacked
 from llama_jax.progress import progress_bar
@@ -29,10 +30,10 @@ from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.formats import meta as meta_vocabulary
 from llama_jax.weights import name_table
-from llama_jax.weights.adapters import Adapter, Stored, merged
+from llama_jax.weights.adapters import LazyLora, merge_lora
 from llama_jax.weights.formats import gguf, huggingface, meta
 from llama_jax.weights.model_files import Metadata
-from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array
+from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array, row_blocks
 
 # Each format with its dtypes, and the bytes that a number takes in them.
 _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -143,19 +144,26 @@ def leaves_of(config: ModelConfig, params: Params) -> name_table.Leaves:
     return {path: _entry(leaf) for path, leaf in _stored(config, params).items()}
 
 
-def adapter_of(config: ModelConfig, params: Params) -> Adapter:
-    """The LoRA updates of params at hand, in the same way."""
+def lora_of(config: ModelConfig, params: Params) -> dict[name_table.Path, LazyLora]:
+    """The LoRA matrix pairs of params at hand, as lazy tensors.
+
+    Raises:
+        ConfigError: the params hold DoRA, whose magnitudes cannot be told from its factors.
+    """
     found = {path: leaf for path, leaf in _stored(config, params).items() if isinstance(leaf, LoraTensor)}
-    return {path: Stored(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
+    if any(leaf.factor is not None for leaf in found.values()):
+        raise ConfigError("DoRA in use cannot be written as an adapter again: copy the folder that it came from")
+    return {path: LazyLora(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
 
 
-def stored(updates: Mapping[name_table.Path, Update]) -> Adapter:
-    """LoRA updates by themselves, likewise."""
+def lazy_lora(lora: Mapping[name_table.Path, LoraWeights]) -> dict[name_table.Path, LazyLora]:
+    """LoRA's arrays at hand as lazy tensors."""
+    return {path: LazyLora(lazy_array(w.a), lazy_array(w.b), lazy_array(w.scale)) for path, w in lora.items()}
 
-    def entry(array: jax.Array) -> LazyTensor:
-        return of_array(functools.partial(_on_host, array), np.dtype(array.dtype), array.shape)
 
-    return {path: Stored(*map(entry, update)) for path, update in updates.items()}
+def lazy_array(array: jax.Array) -> LazyTensor:
+    """An array on the devices of all processes as a lazy tensor."""
+    return of_array(functools.partial(_on_host, array), np.dtype(array.dtype), array.shape)
 
 
 def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, Any]:
@@ -186,10 +194,24 @@ def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, Any]:
 
 def _entry(leaf: LazyTensor | QTensor | LoraTensor) -> LazyTensor:
     if isinstance(leaf, LoraTensor):
-        return merged(_entry(leaf.base), Stored(leaf.a, leaf.b, leaf.scale))
+        return _with_factor(merge_lora(_entry(leaf.base), LazyLora(leaf.a, leaf.b, leaf.scale)), leaf.factor)
     if isinstance(leaf, QTensor):
         return _quantized(QuantizedParts(8 if leaf.values.dtype == np.int8 else 4, leaf.values, leaf.scales))
     return leaf
+
+
+def _with_factor(tensor: LazyTensor, factor: LazyTensor | None) -> LazyTensor:
+    """A lazy matrix times DoRA's factors, (out, 1) or (1, in)."""
+    if factor is None:
+        return tensor
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        its = tuple(s if n > 1 else slice(0, 1) for s, n in zip(index, factor.shape, strict=True))
+        for at, part in row_blocks(index, 4):
+            factors = factor.read((part[0] if factor.shape[0] > 1 else its[0], its[1]), np.float32)
+            np.copyto(out[at], tensor.read(part, np.float32) * factors, casting="unsafe")
+
+    return dataclasses.replace(tensor, fill=fill)
 
 
 def _quantized(pieces: QuantizedParts) -> LazyTensor:

@@ -99,23 +99,30 @@ def read_shape(repo_id: str) -> ModelConfig | None:
     return read_config(folder) if (folder / "config.json").is_file() else None
 
 
-def download_adapter(repo_id: str, wanted: Sequence[str]) -> Path:
-    """Downloads the files `wanted` of a LoRA adapter unless the cache has them, and returns their folder.
+def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
+    """Downloads a LoRA adapter with its tokenizer files unless the cache has them, and returns their folder.
+
+    Args:
+        repo_id: owner/name, with @revision for a branch, a tag or a commit other than main.
+        config: the file that an adapter must have.
+        weights: files of weights, the first of which that the repo has is downloaded.
 
     Raises:
-        ConfigError: as in `download`, or one of the files is not in the repo.
+        ConfigError: as in `download`, or the repo has no config or no weights.
     """
     name = _parse(repo_id)
     if name is None or name.file is not None:
         raise ConfigError(f"{repo_id!r} is not the id of an adapter: write owner/name or owner/name@revision")
-    folder = fetch(name.repo, (".gitattributes", *wanted))
+    folder = fetch(name.repo, (".gitattributes", config, *TOKENIZER_FILES))
     files = listing(name.repo, folder)
-    if missing := [file for file in wanted if file not in files]:
+    chosen = [file for file in weights if file in files][:1]
+    if missing := [file for file in (config, *(chosen or weights[:1])) if file not in files]:
         raise ConfigError(
             f"{name.repo.name} is no LoRA adapter as peft writes it: it has no {some(missing)}; it has "
             f"{some(files) or 'no files'}"
         )
-    check_there(name.repo, folder, wanted)
+    fetch(name.repo, chosen, commit=folder.name)
+    check_there(name.repo, folder, (config, *chosen))
     return folder
 
 

@@ -18,7 +18,7 @@ from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.files import read_json
-from llama_jax.ops.lora import Update
+from llama_jax.ops.lora import LoraWeights
 from llama_jax.params import Params, abstract_params, logical_axes, unstack
 from llama_jax.run_keys import LoraConfig
 from llama_jax.text.tokenizer import Tokenizer
@@ -67,8 +67,11 @@ class RunSource:
         self.path = Path(folder)
         self._values = read_run_config(folder)
         self._step, self._open_base = step, open_base
-        self.config = ModelConfig.from_dict(self._values["model"])
         self.lora = _lora(self._values)
+        self._base_config = ModelConfig.from_dict(self._values["model"])
+        self.config = self._base_config
+        if self.lora is not None:
+            self.config = lora_params.adapted_config(self._base_config, self.lora)
 
     @property
     def description(self) -> str:
@@ -126,8 +129,8 @@ class RunSource:
         """Reads the weights as unrolled params; see `Source.load`."""
         layout = layout or _one_device()
         if self.lora is not None:
-            updates = self._updates(layout, jnp.dtype(dtype or self.dtype))
-            return adapters.applied(self.config, self.base.load_merged(layout, dtype, quantize), updates)
+            adapter = self._adapter(layout, jnp.dtype(dtype or self.dtype))
+            return adapters.with_adapter(self.config, self.base.load_merged(layout, dtype, quantize), adapter)
         # Orbax casts while it reads, so that the float32 master weights never exist as well as what is asked for.
         shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
         params = self._restore(shapes, logical_axes(self.config, stacked=True), layout)
@@ -144,8 +147,10 @@ class RunSource:
         """The tensors by path for saving; those of a LoRA run have the dtypes of its base."""
         if self.lora is None:
             return export.leaves_of(self.config, self.load(None, None, "none"))
-        updates = self._updates(_one_device(), jnp.dtype(jnp.float32))
-        return adapters.merge(self.base.merged_leaves(), export.stored(updates))
+        trained, leaves = self._trained(_one_device()), self.base.merged_leaves()
+        lora = export.lazy_lora(lora_params.lora_by_path(self.lora, trained))
+        rows = lora_params.token_rows(self.lora, trained, leaves)
+        return adapters.merge_adapter(leaves, adapters.Adapter(self.config, lora, rows=rows))
 
     def identity(self) -> str:
         """A hash of the checkpoint's file digests, and of the identity of LoRA's base."""
@@ -160,12 +165,22 @@ class RunSource:
         read = functools.partial(tokenizer_in, self.path)
         return checked_tokenizer(read, self.path, self.config, fingerprint=fingerprint)
 
-    def _updates(self, layout: parallel.Layout, dtype: jnp.dtype) -> Mapping[name_table.Path, Update]:
-        """The LoRA updates by path, their matrices in `dtype`."""
-        shapes = jax.eval_shape(lambda: lora_params.initial(self.config, self.lora, jax.random.key(0)))
-        trained = self._restore(shapes, lora_params.axes(self.config, self.lora), layout)
-        updates = lora_params.by_path(self.lora, trained)
-        return {path: Update(u.a.astype(dtype), u.b.astype(dtype), u.scale) for path, u in updates.items()}
+    def _trained(self, layout: parallel.Layout) -> lora_params.Updates:
+        """Reads what LoRA trained, in float32."""
+        shapes = jax.eval_shape(lambda: lora_params.initial(self._base_config, self.lora, jax.random.key(0)))
+        return self._restore(shapes, lora_params.axes(self._base_config, self.lora), layout)
+
+    def _adapter(self, layout: parallel.Layout, dtype: jnp.dtype) -> adapters.AdapterWeights:
+        """What LoRA trained as arrays in `dtype`, by path."""
+        trained = self._trained(layout)
+        lora = lora_params.lora_by_path(self.lora, trained)
+        lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
+        rows = {}
+        if self.lora.trained_tokens:
+            rows = lora_params.token_rows(self.lora, trained, self.base.merged_leaves())
+        return adapters.AdapterWeights(
+            self.config, lora, rows={path: (lazy.ids, lazy.rows.read(dtype=dtype)) for path, lazy in rows.items()}
+        )
 
     def _restore(self, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
         """Reads the trained weights of the checkpoint."""
@@ -208,7 +223,7 @@ def _lora(values: Mapping[str, Any]) -> LoraConfig | None:
     section = values.get("lora") or {}
     if not section.get("rank"):
         return None
-    return LoraConfig(**{**section, "targets": tuple(section["targets"])})
+    return LoraConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
 
 
 def _one_device() -> parallel.Layout:

@@ -78,7 +78,7 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.data.shuffle=perhaps"], "data.shuffle must be True or False, got 'perhaps'"),
         (["--config.data.weights=3,x"], "data.weights must be a number, got 'x'"),
         (["--config.lora.targets=q"], "lora.targets needs lora.rank, which is 0"),
-        (["--config.lora.targets=q_proj"], "did you mean 'q'?"),
+        (["--config.lora.targets=q_prj"], "did you mean 'q_proj'?"),
         (["--config.optimizer.rates=embed:0.1"], "did you mean 'embed=0.1'?"),
         (["--config.train.steps=-1"], "train.steps must be at least 0, got -1"),
         (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate must be a finite number"),
@@ -199,7 +199,7 @@ def test_a_damaged_tokenizer_is_refused_by_its_path(tmp_path):
 
 
 def test_meshes_must_use_the_devices():
-    with pytest.raises(ConfigError, match="mesh data=3 is of 3 devices, but there are 8: set one axis to -1"):
+    with pytest.raises(ConfigError, match="mesh data=3 has 3 devices, but there are 8: set one axis to -1"):
         parallel.make_mesh({"data": 3})
     with pytest.raises(ConfigError, match=r"the fixed axes must multiply to one of \[1, 2, 4, 8\]"):
         parallel.make_mesh({"data": 3, "fsdp": -1})

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,6 +244,31 @@ def test_a_damaged_store_is_refused_with_the_mend_and_rebuilt_in_the_cache(built
         warnings.simplefilter("error")
         build_store([file], ByteTokenizer(), cache_dir=path.parent)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy"])
+def test_a_flipped_bit_in_the_cache_is_noticed_and_the_store_rebuilt(built, file, name):
+    want, path = built.tokens[:].tolist(), built.path
+    data = bytearray((path / name).read_bytes())
+    data[-5 if name == "tokens.bin" else -8] ^= 1  # a token's value; the end of the last document
+    (path / name).write_bytes(data)
+    with pytest.warns(UserWarning, match="is damaged .*: rebuilding it now"):
+        again = build_store([file], ByteTokenizer(), cache_dir=path.parent)
+    assert again.tokens[:].tolist() == want and again.fingerprint == built.fingerprint
+    again.verify()
+
+
+def test_reading_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_HOPELESS_AT", 100)
+    monkeypatch.setattr(store, "_GROUP_CHARACTERS", 50)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + '{"txt": "b"}\n' * 5000)
+    with pytest.raises(
+        ValueError, match=r"of \d{3} documents cannot be used \(99.*a\.jsonl:2: no key 'text'"
+    ) as caught:
+        build_store([str(path)], ByteTokenizer(), cache_dir=tmp_path / "cache", workers=1)
+    assert len(Path(str(caught.value).rpartition(" listed in ")[2]).read_text().splitlines()) < 500
+    assert build_store([str(path)], ByteTokenizer(), cache_dir=tmp_path / "cache", max_bad=1.0).num_bad == 5000
 
 
 def test_a_killed_build_leaves_no_store_and_is_swept_later(tmp_path, file):

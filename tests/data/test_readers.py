@@ -170,7 +170,7 @@ def test_a_large_row_is_bad_and_the_others_are_read(tmp_path, small):
     assert list(reasons(path)) == ["2"] and "the row is larger than" in reasons(path)["2"]
     assert [d.text for d in read(path) if not isinstance(d, BadLine)] == [t for t in texts if len(t) < 1000]
     alone = table_of(tmp_path / "b.parquet", {"text": ["x" * 5000, "y" * 5000]}, row_group_size=2, compression="none")
-    assert list(reasons(alone)) == ["1", "2"]
+    assert list(reasons(alone)) == ["1", "2"] and "its row group has" in reasons(alone)["2"]
 
 
 def test_a_column_that_is_compressed_too_well_is_refused(tmp_path, small):

@@ -19,9 +19,10 @@ from llama_jax import config as configs
 from llama_jax.errors import ConfigError
 from llama_jax.eval import comparison, intervals, judges, plot
 from llama_jax.eval.judges import Case, Prompt
-from llama_jax.ops.lora import Update
+from llama_jax.ops.lora import LoraWeights
 from llama_jax.params import init_params
 from llama_jax.weights import export
+from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
 
 
@@ -310,11 +311,11 @@ def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
     config = configs.size("tiny")
     for seed, name in ((0, "one"), (0, "same"), (1, "other")):
         sound.save_params(tmp_path / name, config, init_params(config, jax.random.key(seed)))
-    update = Update(jnp.ones((2, config.embed_dim)), jnp.ones((config.num_heads * config.head_dim, 2)), jnp.float32(1))
+    a, b = jnp.ones((2, config.embed_dim)), jnp.ones((config.num_heads * config.head_dim, 2))
     for name, factor in (("first", 1), ("second", 2)):
         path = ("layers", 0, "attention", "q")
-        changed = {path: update._replace(b=factor * update.b)}
-        peft.write_adapter(tmp_path / name, config, export.stored(changed), base_model=None)
+        lora = export.lazy_lora({path: LoraWeights(a, factor * b, jnp.float32(1))})
+        peft.write_adapter(tmp_path / name, Adapter(config, lora), base_model=None)
     place = lambda name: name and str(tmp_path / name)  # noqa: E731
     given = [("one", None), ("same", None), ("other", None), ("one", "first"), ("one", "second")]
     found = [comparison._model_identity(place(name), place(adapter)) for name, adapter in given]

@@ -1,5 +1,7 @@
 """LoRA as a leaf: products, gradients, scans, meshes and samplers are those of the merged weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,9 @@ from golden.make_model import random_tokens
 from helpers.numbers import gap
 from helpers.quantized import CONFIG, quantized_params, random_quantized
 from llama_jax import model, parallel
-from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.ops import linear
-from llama_jax.ops.lora import LoraTensor
+from llama_jax.ops.lora import LoraTensor, LoraWeights, dora_factor
 from llama_jax.params import init_params, logical_axes, stack, unstack
 
 ROUNDING = 1e-5
@@ -93,10 +94,34 @@ def test_gradients_reach_a_and_b_and_the_activations_but_not_the_scale(kind):
     assert got[3] == 0
 
 
-def test_lora_of_the_embedding_is_refused():
-    w = random_lora(jnp.zeros((50, 64)))
-    with pytest.raises(ConfigError, match="embedding is not implemented"):
-        linear.embed(w, jnp.array([1]), jnp.float32)
+@pytest.mark.parametrize("kind", ["dense", "q8", "q4"])
+def test_rows_looked_up_are_those_of_the_merged_weight(kind):
+    base, numbers = bases((512, 64))[kind]
+    w, ids = random_lora(base), jnp.array([[3, 511, 3]])
+    exact = by_hand(w, np.asarray(numbers, np.float64))
+    assert gap(jax.jit(linear.embed, static_argnums=2)(w, ids, jnp.float32), exact[np.asarray(ids)]) < ROUNDING
+    assert np.isnan(linear.embed(w, jnp.array([512]), jnp.float32)).all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "q8"])
+def test_doras_factors_make_the_norms_of_rows_or_columns_their_magnitudes(kind):
+    base, numbers = bases((512, 64))[kind]
+    w = random_lora(base)
+    total = by_hand(w, np.asarray(numbers, np.float64))
+    rng = np.random.default_rng(3)
+    for shape, axis in (((512, 1), 1), ((1, 64), 0)):
+        magnitude = rng.random(shape).astype(np.float32) + 0.5
+        factor = dora_factor(base, LoraWeights(w.a, w.b, w.scale, jnp.asarray(magnitude)))
+        exact = magnitude * total / np.linalg.norm(total, axis=axis, keepdims=True)
+        dora = dataclasses.replace(w, factor=factor)
+        assert gap(dora.merged(jnp.float32), exact) < ROUNDING
+        assert dora.part_axes(("vocab", "embed"))["factor"] == (("vocab", None) if axis else (None, "embed"))
+        if axis:
+            x = rng.standard_normal((2, 3, 64)).astype(np.float32)
+            for product in (linear.linear, linear.linear_f32):
+                assert gap(jax.jit(product)(x, dora), x @ exact.T) < ROUNDING
+        else:
+            assert gap(linear.embed(dora, jnp.array([1, 9]), jnp.float32), exact[[1, 9]]) < ROUNDING
 
 
 def test_a_scan_over_stacked_layers_gives_the_loss_and_gradients_of_the_merged_model():

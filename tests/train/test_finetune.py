@@ -276,7 +276,7 @@ def test_a_lora_run_is_a_model_to_train_on_and_takes_no_second_adapter(tmp_path,
     tokens = [[256, 5, 6, 7]]
     assert gap(on_top.logits(tokens), beside.logits(tokens)) < ROUNDING
     assert gap(on_top.logits(tokens), merged.logits(tokens)) > 1e-3
-    with pytest.raises(ConfigError, match="would take the place of the LoRA updates that this model's run trained"):
+    with pytest.raises(ConfigError, match="would replace the LoRA updates that this model's run trained"):
         llama_jax.load(tmp_path / "first", adapters=tmp_path / "first" / "adapter")
     assert gap(first.logits(tokens), merged.logits(tokens)) < ROUNDING
     assert gap(first.use(None).logits(tokens), llama_jax.load(base, dtype="float32").logits(tokens)) < ROUNDING
@@ -308,7 +308,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
         loop.train(changed)
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"init_from": str(other)}))
-    with pytest.raises(ConfigError, match="is not the model that .* was trained beside"):
+    with pytest.raises(ConfigError, match="is not the model that .* was trained on"):
         llama_jax.load(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"init_from": str(tmp_path / "gone")}))
     with pytest.raises(ConfigError, match="which cannot be opened"):
@@ -318,7 +318,7 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
 def test_settings_that_cannot_work_are_refused_with_the_mend(base):
     for changes, words in (
         ({"init_from": ""}, "lora.rank needs init_from"),
-        ({"lora__targets": ("q_proj",)}, "lora.targets must be one of 'q', .* got 'q_proj'"),
+        ({"lora__targets": ("q_prj",)}, "lora.targets must be one of 'q', .* got 'q_prj'; did you mean 'q_proj'"),
         ({"lora__targets": ()}, "lora.targets is empty"),
         ({"optimizer__rates": ("embed=0.1",)}, "embed is not trained in this run: LoRA trains only lora_a and lora_b"),
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),

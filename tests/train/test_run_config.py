@@ -22,7 +22,7 @@ optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.deca
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
 train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype
 train.remat train.vocab_chunk train.z_loss train.max_skipped
-lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.base
+lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora lora.base
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
 log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_as log.sample_tokens

@@ -113,7 +113,8 @@ def test_only_the_needed_files_are_fetched_and_the_cache_then_serves_without_a_n
 
 
 def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
-    script = DOWNLOAD.replace("hub_models.download(name)", f"hub_models.download_adapter(name, {tuple(ADAPTER)})")
+    wanted = "'adapter_config.json', ('adapter_model.safetensors', 'adapter_model.bin')"
+    script = DOWNLOAD.replace("hub_models.download(name)", f"hub_models.download_adapter(name, {wanted})")
     assert script != DOWNLOAD
     one, again, old, model, file = download(
         tmp_path,
@@ -125,10 +126,10 @@ def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
         "someone/ggufs/m-Q4_0.gguf",
         script=script,
     )
-    assert fetched("someone/adapter") == {".gitattributes", *ADAPTER}
+    assert fetched("someone/adapter") == {".gitattributes", *ADAPTER, "tokenizer.json"}
     assert all(Path(folder, name).is_file() for folder in (one, again) for name in ADAPTER)
-    assert "has no adapter_model.safetensors; it has" in old and "adapter_model.bin" in old
-    assert "meta/full is no LoRA adapter" in model
+    assert Path(old, "adapter_model.bin").is_file() and not Path(old, "adapter_model.safetensors").exists()
+    assert "meta/full is no LoRA adapter as peft writes it: it has no adapter_config.json" in model
     assert "not the id of an adapter: write owner/name" in file
     (whole,) = download(tmp_path, endpoint, "someone/adapter")
     assert "is a LoRA adapter, not a model" in whole and "--adapter someone/adapter" in whole

@@ -61,7 +61,10 @@ def copy(tmp_path):
 
 def read(folder):
     """Numbers of an adapter by our path: a, b, scale."""
-    return {path: [entry.read() for entry in stored] for path, stored in peft.open_adapter(folder, CONFIG).items()}
+    opened = peft.open_adapter(folder, CONFIG)
+    for _, tensor in opened.tensors():
+        tensor.read()
+    return {path: [entry.read() for entry in lazy[:3]] for path, lazy in opened.lora.items()}
 
 
 @pytest.mark.parametrize("case", golden.CASES)
@@ -70,13 +73,38 @@ def test_logits_are_pefts(llama, case):
     assert off(llama.use(case), case) < MATCH
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The bases of golden.MORE as folders, by whether the embeddings are tied."""
+    folders = {}
+    for tied in (False, True):
+        config = golden.dataclasses.replace(golden.SMALL, tied_embeddings=tied)
+        folders[tied] = make_folder(tmp_path_factory.mktemp("small"), config, random_weights(config))
+    return folders
+
+
+@pytest.mark.parametrize("case", golden.MORE)
+def test_logits_are_pefts_for_whole_matrices_new_tokens_dora_and_patterns(small, tmp_path, case):
+    folder, base = GOLDEN_FOLDER / "peft" / case, small[golden.small_config(case).tied_embeddings]
+    adapted = llama_jax.load(base, dtype="float32", adapters=folder)
+    logits = np.asarray(adapted.logits(golden.SMALL_TOKENS))
+    kept = np.asarray(logits)[..., :: golden.SMALL_STRIDE]
+    assert kept.shape == GOLD[f"{case}/logits"].shape and gap(kept, GOLD[f"{case}/logits"]) < MATCH
+    plain = np.asarray(adapted.use(None).logits(golden.SMALL_TOKENS))
+    assert gap(logits[..., : plain.shape[-1]], plain) > 0.1
+    merged = convert(base, tmp_path / "merged", "hf", "--adapter", str(folder))
+    assert gap(llama_jax.load(merged, dtype="float32").logits(golden.SMALL_TOKENS), logits) < MATCH
+    saved = adapted.save(tmp_path / "saved", "hf")
+    assert gap(llama_jax.load(saved, dtype="float32").logits(golden.SMALL_TOKENS), logits) < MATCH
+
+
 @pytest.mark.parametrize("case", golden.CASES)
 def test_merged_weights_are_pefts_and_the_others_are_the_bases(base, tmp_path, case):
     names = {w.name: w.path for w in adapters.name_table.weights(CONFIG, "huggingface")}
     merged = tensors(convert(base, tmp_path / "out", "hf", "--adapter", str(FOLDERS[case])))
     for name in golden.MERGED:
         assert gap(merged[names[name]][:: golden.ROWS], GOLD[f"{case}/{name}"]) < 1e-6
-    touched = peft.open_adapter(FOLDERS[case], CONFIG)
+    touched = peft.open_adapter(FOLDERS[case], CONFIG).lora
     for name, weight in random_weights(CONFIG).items():
         assert np.array_equal(merged[names[name]], weight) == (names[name] not in touched)
 
@@ -93,7 +121,8 @@ def test_every_format_is_a_base_and_takes_the_merged_weights(base, llama, tmp_pa
 
 def test_merging_reads_any_part_in_any_dtype(base):
     source = open_source(base)
-    entry = adapters.merge(source.leaves, peft.open_adapter(FOLDERS["all_linear"], CONFIG))["layers", 1, "ffn", "up"]
+    merged = adapters.merge_adapter(source.leaves, peft.open_adapter(FOLDERS["all_linear"], CONFIG))
+    entry = merged["layers", 1, "ffn", "up"]
     part = (slice(7, 30), slice(5, 9))
     np.testing.assert_allclose(entry.read(part), entry.read()[part], atol=1e-6)
     assert entry.read(part, np.dtype(ml_dtypes.bfloat16)).dtype == "bfloat16"
@@ -168,19 +197,30 @@ def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"peft_type": "ADALORA"}, "peft_type='ADALORA' is not implemented; only LORA"),
+        ({"peft_type": "ADALORA"}, "peft_type='ADALORA' is not supported; only LORA"),
         ({"peft_type": ...}, "lacks peft_type"),
-        ({"use_dora": True}, "use_dora=True is not implemented"),
-        ({"bias": "all"}, "bias='all' is not implemented; only none"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*lm_head"),
+        ({"use_dora": True}, "missing 14 tensors, the first '.*q_proj.lora_magnitude_vector'"),
+        ({"use_dora": "yes"}, "use_dora must be true or false"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "modules_to_save of adapter_config.json names 'lm_head', of which no weight",
+        ),
+        ({"modules_to_save": ["score"]}, "modules_to_save of adapter_config.json names 'score'"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"layers_pattern": "h"}, "layers_pattern='h' is not implemented; only layers"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices .* names 'model.embed_tokens', of which no"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices must be lists of different token ids"),
+        ({"trainable_token_indices": {"lm_head": [-1]}}, r"different token ids, got \[-1\] for 'lm_head'"),
+        (
+            {"target_modules": golden.LINEAR, "layers_to_transform": [0, 1], "layers_pattern": "h"},
+            "leaves it out",
+        ),
         ({"use_rsLora": True}, "'use_rsLora'=True is not known here; did you mean 'use_rslora'"),
         ({"use_rslora": 1}, "use_rslora must be true or false"),
-        ({"init_lora_weights": "pissa_niter_4"}, "moves part of the base into the adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "moves part of the base into the adapter; .*path_initial_model"),
+        ({"init_lora_weights": "OLoRA"}, "moves part of the base into the adapter; .*path_initial_model"),
+        ({"init_lora_weights": "loftq"}, "moves part of the base into the adapter; .*merge_and_unload"),
         ({"r": 0}, "r must be a whole number above 0, got 0"),
         ({"r": ...}, "r must be a whole number above 0, got None"),
         ({"r": 2.0}, "r must be a whole number"),
@@ -188,11 +228,17 @@ def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
         ({"lora_alpha": 1 << 2000}, "lora_alpha must be a finite number"),
         ({"lora_alpha": True}, "lora_alpha must be a finite number"),
-        ({"rank_pattern": {"(q|k)_proj": 3}}, "expressions are not run here"),
+        ({"rank_pattern": {"(q|k)_proj": 3}}, r"q_proj.lora_A.weight has shape .* need \(3, 64\)"),
+        ({"rank_pattern": {"(?=q)q_proj": 3}}, "rank_pattern: the expression .* has a lookaround"),
+        ({"alpha_pattern": {r"(q)\1_proj": 3}}, "alpha_pattern: the expression .* has a backreference"),
+        ({"alpha_pattern": {"(?i)Q_PROJ": 3}}, "alpha_pattern: .* is not a regular expression: 'global flags"),
+        ({"alpha_pattern": {"[q_proj": 3}}, "alpha_pattern: .* is not a regular expression"),
+        ({"alpha_pattern": {"[a]" * 1000: 3}}, "longer than 2,000 characters"),
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] must be a whole number"),
         ({"alpha_pattern": [1]}, "alpha_pattern must be an object"),
         ({"target_modules": [1]}, "target_modules must be a list of names"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, r"LoRA of the embedding \(model.embed_tokens\)"),
+        ({"target_modules": ["embed_tokens", *golden.LINEAR]}, "missing 2 tensors, the first '.*lora_embedding_B'"),
+        ({"target_modules": "(a+)+$"}, "q_proj.lora_A.weight is there, but target_modules .* leaves it out"),
         ({"target_modules": ["q_proj"]}, "k_proj.lora_A.weight is there, but target_modules .* leaves it out"),
         ({"target_modules": [*golden.LINEAR, "lm_head"]}, "missing 2 tensors, the first 'base_model.model.lm_head"),
         ({"layers_to_transform": ["1"]}, "layers_to_transform must be whole numbers"),
@@ -209,8 +255,9 @@ def test_what_would_change_the_numbers_is_refused_by_name(copy, changes, words):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_modules": "(a+)+$"},  # an expression that would never end
-        {"target_modules": None},
+        {"target_modules": r"((.*)*)*_proj|(a+)+$", "exclude_modules": "(.*a|.*b)*$"},  # which Python takes ages for
+        {"target_modules": None, "bias": "all", "fan_in_fan_out": True},
+        {"alpha_pattern": {"(([a-z_]+)+)+x": 3, "(.|.)+(.|.)+!": 4}, "rank_pattern": {"embed.*": 7}},
         {"exclude_modules": "lm_head", "target_modules": golden.LINEAR},
         {"target_modules": "all-linear", "layers_to_transform": [0, 1], "layers_pattern": ["layers"]},
         {"lora_dropout": 0.5, "init_lora_weights": "gaussian", "loftq_config": {"bits": 4}, "new_key": None},
@@ -240,11 +287,20 @@ def test_what_does_not_change_the_numbers_is_read(copy, changes):
         (lambda t: t.update({"x\ny" * 200: np.zeros(2)}), "has no place in this model"),
         (
             lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros(2)}),
-            "of an embedding or of DoRA",
+            "embed_tokens.lora_embedding_A is there, but target_modules .* leaves it out",
         ),
         (
-            lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros(2)}),
-            "save_embedding_layers=False",
+            lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((2, 2))}),
+            "embed_tokens has 512 rows and lm_head has 2: save it from peft with save_embedding_layers=True",
+        ),
+        (lambda t: t.update({"base_model.model.lm_head.weight": np.float32(0)}), r"lm_head.weight has shape \(\)"),
+        (
+            lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": np.zeros(64)}),
+            "lora_B.bias' is a bias, which a Llama cannot hold",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(64)}),
+            "lora_magnitude_vector belongs to DoRA, but use_dora",
         ),
         (
             lambda t: t.update({k: v.astype(np.float64) for k, v in t.items()}),
@@ -253,7 +309,7 @@ def test_what_does_not_change_the_numbers_is_read(copy, changes):
         (lambda t: t.update({k: v.T.copy() for k, v in t.items()}), "has shape"),
         (lambda t: t.clear(), "missing 28 tensors"),
     ],
-    ids=["missing", "norm", "unknown", "embedding", "base", "float64", "transposed", "empty"],
+    ids=["missing", "norm", "unknown", "embed", "base", "scalar", "bias", "dora", "float64", "transposed", "empty"],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(copy, change, words):
     folder = copy()

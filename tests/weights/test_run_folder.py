@@ -19,6 +19,7 @@ from llama_jax.text import chat_template
 from llama_jax.train.folder import RunFolder
 from llama_jax.train.setup import Frozen
 from llama_jax.weights import export, lora_params
+from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source
 
@@ -67,8 +68,8 @@ def make_run(folder, base, init_from):
     (folder / "config.json").write_text(json.dumps(config))
     sound.tokenizer().save(folder / "tokenizer.model")
     chat_template.write(chat_template.read_folder(base), folder)
-    adapter = export.stored(lora_params.by_path(LORA, trained))
-    peft.write_adapter(folder / "adapter", sound.CONFIG, adapter, base_model=str(base))
+    adapter = Adapter(sound.CONFIG, export.lazy_lora(lora_params.lora_by_path(LORA, trained)))
+    peft.write_adapter(folder / "adapter", adapter, base_model=str(base))
     return folder
 
 

@@ -1,20 +1,21 @@
-"""PEFT's LoRA adapters: adapter_config.json beside adapter_model.safetensors, read and written as they are.
+"""PEFT's LoRA adapters: adapter_config.json and adapter_model.safetensors (or .bin), read and written.
 
-The layout is that of Hugging Face's peft (github.com/huggingface/peft, LoraConfig): each module that is adapted has two
-tensors, base_model.model.MODULE.lora_A.weight (rank, in) and lora_B.weight (out, rank), and its weight becomes
-W + scale * B A. Rotary pairs are halves, as they are here. What a config says and this code does not do is refused by
-name, since it would change the numbers in silence.
+The layout is that of Hugging Face's peft (github.com/huggingface/peft). A linear module under LoRA has two tensors,
+base_model.model.MODULE.lora_A.weight (rank, in) and lora_B.weight (out, rank), and its weight becomes W + scale * B A.
+The embedding (V, D) has lora_embedding_A (rank, V) and lora_embedding_B (D, rank), the transposes of b and a here.
+DoRA adds lora_magnitude_vector. MODULE.base_layer.weight and MODULE.weight are whole weights that take the place of
+the base's, and MODULE.token_adapter.trainable_tokens_delta (n, D) holds rows that do. Rotary pairs are halves, as here.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,74 +25,38 @@ from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json, write_json
 from llama_jax.params import Params
 from llama_jax.weights import export, hub_models, name_table
-from llama_jax.weights.adapters import Adapter, Stored
-from llama_jax.weights.formats import safetensors
-from llama_jax.weights.tensor import FLOATS, LazyTensor, of_array
+from llama_jax.weights.adapters import EMBED, Adapter, LazyLora, LazyRows
+from llama_jax.weights.formats import peft_config, safetensors, torch_file
+from llama_jax.weights.formats.peft_config import PeftSettings
+from llama_jax.weights.tensor import FLOATS, Index, LazyTensor, equal, of_array, transposed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_BIN = "adapter_model.bin"
 
-_ROOT = "base_model.model."  # what peft's wrapper puts before the names of the model within
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBED, _UNEMBED = _VOCABULARY = tuple(name.removesuffix(".weight") for name in name_table.tied_names("huggingface"))
+_ROOT = "base_model.model."  # the prefix that peft's wrapper puts before the names of the model inside
 _WEIGHT = ".weight"
-# What would change the model, and the only value (beside null, false and what is empty) that is implemented.
-_ONLY: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "layers_pattern": "layers",
-    **dict.fromkeys(
-        (
-            "alora_invocation_tokens",
-            "arrow_config",
-            "fan_in_fan_out",
-            "kasa_config",
-            "layer_replication",
-            "lora_bias",
-            "modules_to_save",
-            "monteclora_config",
-            "target_parameters",
-            "trainable_token_indices",
-            "use_bdlora",
-            "use_dora",
-            "use_qalora",
-        )
-    ),
+# The parts of a module, by the ends of their tensors' names. A whole weight has several names, by what wraps it.
+_A, _B, _MAGNITUDE, _WHOLE, _ROWS, _BIAS, _COPY = "a", "b", "magnitude", "whole", "rows", "bias", "copy"
+_LINEAR_ENDS = {".lora_A.weight": _A, ".lora_B.weight": _B, ".lora_B.bias": _BIAS}
+_EMBED_ENDS = {".lora_embedding_B": _A, ".lora_embedding_A": _B}
+_MATRIX_ENDS = {
+    ".lora_magnitude_vector": _MAGNITUDE,
+    ".lora_magnitude_vector.weight": _MAGNITUDE,
+    ".token_adapter.trainable_tokens_delta": _ROWS,
+    ".token_adapter.base_layer.weight": _WHOLE,
+    ".base_layer.weight": _WHOLE,
 }
-# Of training, of other modules than Llama's, or of the place where the adapter was made.
-_IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-    "velora_config",
-}
-_READ = {
-    "alpha_pattern",
-    "exclude_modules",
-    "init_lora_weights",
-    "layers_to_transform",
-    "lora_alpha",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_rslora",
-}
-# The ways to begin that leave the base as it was; others (pissa, olora, ...) move part of it into the adapter.
-_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-_MOST = 1 << 31  # of a rank or an alpha
-_NAME = re.compile(r"\^?[A-Za-z0-9_.]+\$?")
+_WHOLE_ENDS = {".weight": _WHOLE, ".modules_to_save.weight": _WHOLE, ".original_module.weight": _COPY}
+
+
+class _Part(NamedTuple):
+    name: str  # as the file has it
+    tensor: LazyTensor
+
+
+_Parts = Mapping[str, Mapping[str, _Part]]  # by module and part
 
 
 def is_adapter(folder: Path) -> bool:
@@ -108,104 +73,282 @@ def base_of(folder: Path) -> str:
 
 
 def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """The adapter in a folder, or of an id on the hub, for a model of this config: its config, and headers of weights.
+    """The adapter in a folder, or of an id on the hub, for a model of this config. Reads only headers of weights.
 
-    `target_modules`, where it lists names, must agree with the tensors that there are. A regular expression is not run
-    (one in a file that is not trusted may take for ever): the tensors say what is adapted.
+    The config and the tensors must agree about which modules are under LoRA and at which ranks.
 
     Raises:
-        ConfigError: no adapter, a setting that is not implemented, or an adapter of another model.
+        ConfigError: no adapter, a setting that is not supported, or an adapter of another model.
         ValueError: a damaged file, or tensors that are not those that the config speaks of.
     """
-    on_hub = hub_models.is_hub_id(str(folder))
-    folder = hub_models.download_adapter(str(folder), (CONFIG, WEIGHTS)) if on_hub else Path(folder).expanduser()
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    if hub_models.is_hub_id(str(folder)):
+        folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
+    folder = Path(folder).expanduser()
+    weights = folder / (
+        WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_BIN).is_file() else WEIGHTS_BIN
+    )
+    if not (folder / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
         raise ConfigError(
             f"adapter {str(folder)!r} has no {absent}: give a folder as peft writes it, with {CONFIG} and {WEIGHTS}, "
             "or its id on the Hugging Face hub (owner/name)"
         )
-    where = str(folder / CONFIG)
-    raw = read_json(folder / CONFIG)
-    _check_config(raw, where)
-    modules = {w.name.removesuffix(_WEIGHT): w for w in name_table.weights(config, "huggingface") if len(w.shape) == 2}
-    embed, unembed = (name.removesuffix(_WEIGHT) for name in name_table.tied_names("huggingface"))
-    targets = _targets(raw, where, modules, unembed)
-    if targets is not None and embed in targets:
-        raise ConfigError(f"{where}: LoRA of the embedding ({embed}) is not implemented")
-    entries = safetensors.open_file(folder / WEIGHTS)
-    del modules[embed]
-    pairs = _pairs(entries, modules, targets, str(folder / WEIGHTS))
-    ranks = _patterns(raw, "rank_pattern", where)
-    alphas = _patterns(raw, "alpha_pattern", where)
-    found: dict[name_table.Path, Stored] = {}
-    for module, (a, b) in pairs.items():
-        rank, out, inner = _matching(ranks, module, raw["r"]), *modules[module].shape
-        for entry, shape, end in ((a, (rank, inner), _A), (b, (out, rank), _B)):
-            name = f"{folder / WEIGHTS}: {_ROOT}{module}{end}"
-            if entry.shape != shape:
-                raise ValueError(f"{name} has shape {entry.shape}, but {CONFIG} and the model need {shape}")
-            if entry.dtype not in FLOATS:
-                raise ValueError(f"{name} is {entry.dtype}; adapters must be {', '.join(map(str, FLOATS))}")
-        alpha = _matching(alphas, module, raw["lora_alpha"])
-        found[modules[module].path] = Stored(a, b, _number(alpha / (rank**0.5 if raw.get("use_rslora") else rank)))
-    return found
+    table = _table(config)
+    matrices = [module for module, weight in table.items() if len(weight.shape) == 2]
+    settings = peft_config.resolve(read_json(folder / CONFIG), matrices, *_VOCABULARY, str(folder / CONFIG))
+    tensors = (torch_file if weights.suffix == ".bin" else safetensors).open_file(weights)
+    parts = _parts(tensors, table, str(weights))
+    _check_agreement(parts, settings, config, str(weights))
+    config = _config_with(parts, settings, config, str(weights))
+    if config.tied_embeddings:
+        parts.pop(_UNEMBED, None)  # a copy of the embedding's
+    table = _table(config)
+    _check_shapes(parts, settings, table, str(weights))
+    return Adapter(
+        config,
+        lora={table[m].path: _lora(m, its, settings) for m, its in parts.items() if _A in its},
+        whole={table[m].path: its[_WHOLE].tensor for m, its in parts.items() if _WHOLE in its},
+        rows={
+            table[m].path: LazyRows(_ids(m, settings), its[_ROWS].tensor) for m, its in parts.items() if _ROWS in its
+        },
+        folder=folder,
+    )
+
+
+def _table(config: ModelConfig) -> dict[str, name_table.Weight]:
+    """Weights by module. peft sees the unembedding of a tied model as a module like any other."""
+    untied = dataclasses.replace(config, tied_embeddings=False)
+    return {w.name.removesuffix(_WEIGHT): w for w in name_table.weights(untied, "huggingface")}
+
+
+def _parts(tensors: Mapping[str, LazyTensor], table: Mapping[str, name_table.Weight], where: str) -> dict[str, Any]:
+    """The tensors by module and part, in the order of the table.
+
+    Raises:
+        ValueError: a tensor that no module of this model has.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    for module, weight in table.items():
+        matrix = _MATRIX_ENDS | (_EMBED_ENDS if module == _EMBED else _LINEAR_ENDS) if len(weight.shape) == 2 else {}
+        known |= {_ROOT + module + end: (module, part) for end, part in (matrix | _WHOLE_ENDS).items()}
+    found: dict[str, dict[str, _Part]] = {}
+    for name, tensor in tensors.items():
+        if name not in known:
+            near = nearest(name[:200], [full for full in known if full.endswith(tuple(_LINEAR_ENDS))])
+            raise ValueError(f"{where}: {name[:200]!r} has no place in this model{near}")
+        module, part = known[name]
+        if part == _BIAS:
+            raise ConfigError(f"{where}: {name!r} is a bias, which a Llama cannot hold: train with lora_bias=False")
+        found.setdefault(module, {})[part] = _Part(name, tensor)
+    return {module: found[module] for module in table if module in found}
+
+
+def _check_agreement(parts: _Parts, settings: PeftSettings, config: ModelConfig, where: str) -> None:
+    """Refuse tensors that the config leaves out, and settings without their tensors."""
+    targets = settings.targets
+    if targets is not None and settings.ensure_tied and config.tied_embeddings and not targets.isdisjoint(_VOCABULARY):
+        targets = {*targets, *_VOCABULARY}
+    adapted = [module for module, its in parts.items() if _A in its or _B in its]
+    for module in adapted:
+        if targets is not None and module not in targets:
+            name = next(parts[module][part].name for part in (_A, _B) if part in parts[module])
+            raise ValueError(f"{where}: {name} is there, but target_modules of {CONFIG} leaves it out")
+    wanted = [module for module in _table(config) if module in {*adapted, *(targets or ())}]
+    needed = (_A, _B, _MAGNITUDE) if settings.dora else (_A, _B)
+    missing = [_full_name(m, part) for m in wanted for part in needed if part not in parts.get(m, {})]
+    if missing:
+        raise ValueError(f"{where}: missing {len(missing)} tensors, the first {missing[0]!r}")
+    for its in parts.values():
+        if _MAGNITUDE in its and not settings.dora:
+            raise ValueError(f"{where}: {its[_MAGNITUDE].name} belongs to DoRA, but use_dora of {CONFIG} is false")
+    for key, named, part in (
+        ("modules_to_save", settings.whole, _WHOLE),
+        ("trainable_token_indices", settings.token_ids, _ROWS),
+    ):
+        there = {module for module, its in parts.items() if part in its}
+        if config.tied_embeddings and not there.isdisjoint(_VOCABULARY):
+            there |= {*_VOCABULARY}  # one may stand for both
+        ends = {end for module in there for end in peft_config.ends(module)}
+        if absent := [name for name in named if name not in ends]:
+            what = "weight is" if part == _WHOLE else "rows are"
+            raise ConfigError(f"{where}: {key} of {CONFIG} names {brief(absent[0])}, of which no {what} there")
+    if not any(part in its for its in parts.values() for part in (_A, _WHOLE, _ROWS)):
+        raise ConfigError(f"{where}: it adapts nothing that this model has")
+
+
+def _full_name(module: str, part: str) -> str:
+    ends = _MATRIX_ENDS | (_EMBED_ENDS if module == _EMBED else _LINEAR_ENDS)
+    return _ROOT + module + next(end for end, its in ends.items() if its == part)
+
+
+def _ids(module: str, settings: PeftSettings) -> tuple[int, ...]:
+    """The trained token ids of a module; none if the config names none."""
+    return next((settings.token_ids[end] for end in peft_config.ends(module) if end in settings.token_ids), ())
+
+
+def _config_with(parts: _Parts, settings: PeftSettings, config: ModelConfig, where: str) -> ModelConfig:
+    """The model's config with the adapter: rows of the vocabulary, and whether the embeddings are still tied.
+
+    Raises:
+        ConfigError: the adapter has new tokens, but not every matrix of the vocabulary has rows for them.
+    """
+    sizes = {}
+    for module in _VOCABULARY:
+        its = parts.get(module, {})
+        size = its[_WHOLE].tensor.shape[0] if _WHOLE in its and its[_WHOLE].tensor.shape else config.vocab_size
+        new = sorted(i for i in _ids(module, settings) if i >= size) if _ROWS in its else []
+        if new != list(range(size, size + len(new))):
+            raise ConfigError(
+                f"{where}: it has a row for token {new[-1]}, but none for some tokens from {size} on, and the base has "
+                f"{size} rows: give a base with resized embeddings (resize_token_embeddings in transformers)"
+            )
+        sizes[module] = size + len(new)
+    if config.tied_embeddings and _stays_tied(parts, config):
+        return dataclasses.replace(config, vocab_size=sizes[_EMBED])
+    if sizes[_EMBED] != sizes[_UNEMBED]:
+        raise ConfigError(
+            f"{where}: with the adapter {_EMBED} has {sizes[_EMBED]} rows and {_UNEMBED} has {sizes[_UNEMBED]}: save "
+            "it from peft with save_embedding_layers=True, or give a base with resized embeddings"
+        )
+    return dataclasses.replace(config, vocab_size=sizes[_EMBED], tied_embeddings=False)
+
+
+def _stays_tied(parts: _Parts, config: ModelConfig) -> bool:
+    """Whether a tied model is still tied with the adapter.
+
+    peft wraps one of the two matrices and leaves the other as it was. They stay tied where both are given alike, where
+    the vocabulary was resized, and where only rows of the embedding are trained, which peft ties.
+    """
+    embed, unembed = parts.get(_EMBED, {}), parts.get(_UNEMBED, {})
+    if _A in embed or _A in unembed or _ROWS in unembed:
+        return False
+    if _WHOLE in unembed:
+        return _WHOLE in embed and equal(embed[_WHOLE].tensor, unembed[_WHOLE].tensor)
+    if _WHOLE in embed:
+        return _ROWS in embed or embed[_WHOLE].tensor.shape[:1] != (config.vocab_size,)
+    return True
+
+
+def _check_shapes(parts: _Parts, settings: PeftSettings, table: Mapping[str, name_table.Weight], where: str) -> None:
+    """Refuse tensors whose shape or dtype the model cannot take."""
+    for module, its in parts.items():
+        shape = table[module].shape
+        ids = _ids(module, settings)
+        needed: dict[str, tuple[int, ...]] = {_WHOLE: shape}
+        if len(shape) == 2:
+            rank, (out, inner) = settings.lora[module].rank, shape
+            pair = {_A: (rank, inner), _B: (out, rank), _MAGNITUDE: (out,)}
+            if module == _EMBED:
+                pair = {_A: (inner, rank), _B: (rank, out), _MAGNITUDE: (inner,)}
+            needed |= {**pair, _ROWS: (len(ids), inner)}
+        for part, (name, tensor) in its.items():
+            if part == _COPY:
+                continue
+            if tensor.shape != needed[part]:
+                raise ValueError(
+                    f"{where}: {name} has shape {tensor.shape}, but {CONFIG} and the model need {needed[part]}"
+                )
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{where}: {name} is {tensor.dtype}; adapters must be {', '.join(map(str, FLOATS))}")
+
+
+def _lora(module: str, its: Mapping[str, _Part], settings: PeftSettings) -> LazyLora:
+    a, b, scale = its[_A].tensor, its[_B].tensor, np.float32(settings.lora[module].scale)
+    if module == _EMBED:
+        a, b = transposed(a), transposed(b)
+    magnitude = _matrix_of(its[_MAGNITUDE].tensor, row=module == _EMBED) if settings.dora else None
+    return LazyLora(a, b, of_array(lambda: scale, scale.dtype, ()), magnitude)
+
+
+def _matrix_of(vector: LazyTensor, *, row: bool) -> LazyTensor:
+    """A vector (n,) as a matrix (1, n) or (n, 1)."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        np.copyto(out.reshape(-1), vector.read((index[row],)), casting="unsafe")
+
+    shape = (1, *vector.shape) if row else (*vector.shape, 1)
+    return dataclasses.replace(vector, shape=shape, fill=fill)
 
 
 def save_adapter(
     folder: str | os.PathLike[str], config: ModelConfig, params: Params, *, base_model: str | None = None
 ) -> Path:
-    """Write the LoRA updates of params as peft loads them. Several processes call it together.
+    """Write the LoRA of params as peft loads it. Several processes call it together.
 
     Args:
-        folder: to make, or one without an adapter in it.
-        config: of the model.
-        params: its weights with LoraTensors among them, stacked or unrolled. a and b are written in their own dtype.
-        base_model: the name or path of the model that they belong to, for those who load the adapter.
+        folder: a folder to make, or one without an adapter in it.
+        config: the model's config.
+        params: the model's weights with LoraTensors among them, stacked or unrolled. a and b keep their dtype.
+        base_model: the name or path of the base, for those who load the adapter.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: no LoraTensor among the weights, one in the embedding's place, or an adapter is there already.
+        ConfigError: no LoraTensor among the weights, DoRA among them, or an adapter is there already.
     """
-    adapter = export.adapter_of(config, params)
-    if not adapter or ("embed",) in adapter:
-        what = "LoRA of the embedding is not implemented" if adapter else "these weights hold no LoRA"
-        raise ConfigError(f"{folder} is not written: {what}")
-    return write_adapter(folder, config, adapter, base_model=base_model)
+    lora = export.lora_of(config, params)
+    if not lora:
+        raise ConfigError(f"{folder} is not written: these weights hold no LoRA")
+    return write_adapter(folder, Adapter(config, lora), base_model=base_model)
 
 
 def write_adapter(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    adapter: Adapter,
-    *,
-    base_model: str | None,
-    dropout: float = 0.0,
+    folder: str | os.PathLike[str], adapter: Adapter, *, base_model: str | None, dropout: float = 0.0
 ) -> Path:
-    """The same of updates by themselves; `dropout` is what they were trained with, for those who train on."""
+    """Write LoRA's matrix pairs and trained rows as peft loads them. Several processes call it together.
+
+    Args:
+        folder: a folder to make, or one without an adapter in it.
+        adapter: LoRA and rows; whole weights and DoRA are not written.
+        base_model: the name or path of the base.
+        dropout: the rate that it was trained with, for those who train it on.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: an adapter is there already, or this one has whole weights or DoRA.
+    """
     folder = Path(folder).expanduser()
     taken = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if taken:
-        raise ConfigError(f"{folder} has {taken[0]} already: name another place, or remove it")
-    names = {w.path: w.name.removesuffix(_WEIGHT) for w in name_table.weights(config, "huggingface")}
-    scales = {names[path]: float(stored.scale.read()) for path, stored in adapter.items()}
+        raise ConfigError(f"{folder} has {taken[0]} already: name another folder, or remove it")
+    if adapter.whole or any(lazy.magnitude is not None for lazy in adapter.lora.values()):
+        what = "whole weights" if adapter.whole else "DoRA"
+        raise ConfigError(f"{folder} is not written: {what} cannot be written again; copy the folder it came from")
+    names = {weight.path: module for module, weight in _table(adapter.config).items()}
+    scales = {names[path]: float(lazy.scale.read()) for path, lazy in adapter.lora.items()}
+    tensors: dict[str, LazyTensor] = {}
+    for path, lazy in adapter.lora.items():
+        turned = transposed if path == EMBED else lambda tensor: tensor
+        tensors |= {_full_name(names[path], _A): turned(lazy.a), _full_name(names[path], _B): turned(lazy.b)}
+    tensors |= {_full_name(names[path], _ROWS): lazy.rows for path, lazy in adapter.rows.items()}
     if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
-        for stored in adapter.values():
-            for entry in stored[:2]:
-                for _ in entry.blocks():
-                    pass
+        for tensor in tensors.values():
+            for _ in tensor.blocks():
+                pass
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = {names[path]: stored.a.shape[0] for path, stored in adapter.items()}
+    safetensors.save_file(folder / WEIGHTS, tensors, {"format": "pt"})
+    ids = {names[path].rpartition(".")[2]: list(lazy.ids) for path, lazy in adapter.rows.items()}
+    ranks = {names[path]: lazy.a.shape[0] for path, lazy in adapter.lora.items()}
+    write_json(folder / CONFIG, _config_of(ranks, scales, list(names.values()), ids, base_model, dropout))
+    return folder
+
+
+def _config_of(
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    modules: Iterable[str],
+    ids: Mapping[str, list[int]],
+    base_model: str | None,
+    dropout: float,
+) -> dict[str, Any]:
+    """The adapter_config.json of ranks and scales by module, and of trained token ids."""
     alphas = {module: _near_whole(scale * ranks[module]) for module, scale in scales.items()}
     r, lora_alpha = (collections.Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
-    tensors: dict[str, LazyTensor] = {}
-    for path, stored in adapter.items():
-        tensors |= {_ROOT + names[path] + _A: stored.a, _ROOT + names[path] + _B: stored.b}
-    safetensors.save_file(folder / WEIGHTS, tensors, {"format": "pt"})
-    settings = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -213,147 +356,24 @@ def write_adapter(
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": dropout,
-        "use_rslora": False,  # scales are given as they are, by alphas
+        "use_rslora": False,  # alphas give the scales as they are
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != lora_alpha},
-        "target_modules": _shortest(ranks, names.values()),
+        "target_modules": _shortest(ranks, modules),
+        "trainable_token_indices": dict(ids) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "init_lora_weights": True,
     }
-    write_json(folder / CONFIG, settings)
-    return folder
-
-
-def _check_config(raw: dict[str, Any], where: str) -> None:
-    """Refuse what is not implemented, and numbers that are none."""
-    known = sorted({*_ONLY, *_IGNORED, *_READ})
-    for key, value in raw.items():
-        off = value is None or value is False or value in ("", [], {})
-        only = _ONLY.get(key)
-        if key in _ONLY and not off and value not in (only, [only]):
-            raise ConfigError(f"{where}: {key}={brief(value)} is not implemented; only {only or 'null'} is")
-        if key not in known and not off:
-            raise ConfigError(f"{where}: {brief(key)}={brief(value)} is not known here{nearest(key[:80], known)}")
-    if raw.get("peft_type") != "LORA":
-        raise ConfigError(f"{where} lacks peft_type; only LORA is implemented")
-    if not isinstance(raw.get("use_rslora", False), (bool, type(None))):
-        raise ConfigError(f"{where}: use_rslora must be true or false, got {brief(raw['use_rslora'])}")
-    if raw.get("init_lora_weights") not in _INITS:
-        raise ConfigError(
-            f"{where}: init_lora_weights={brief(raw['init_lora_weights'])} moves part of the base into the adapter; "
-            "save it from peft with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        )
-    _check_rank(raw.get("r"), f"{where}: r")
-    _check_alpha(raw.get("lora_alpha"), f"{where}: lora_alpha")
-
-
-def _check_rank(value: Any, what: str) -> None:
-    if type(value) is not int or not 0 < value < _MOST:
-        raise ConfigError(f"{what} must be a whole number above 0, got {brief(value)}")
-
-
-def _check_alpha(value: Any, what: str) -> None:
-    if type(value) not in (int, float) or not abs(value) < _MOST:  # false for NaN
-        raise ConfigError(f"{what} must be a finite number, got {brief(value)}")
-
-
-def _strings(value: Any, what: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{what} must be a list of names of modules, got {brief(value)}")
-    return value
-
-
-def _targets(raw: dict[str, Any], where: str, modules: Iterable[str], unembed: str) -> set[str] | None:
-    """The modules that the config says are adapted, by peft's rules; None where only a regular expression says so."""
-    given, without = raw.get("target_modules"), raw.get("exclude_modules") or []
-    if given is None or isinstance(without, str) or (isinstance(given, str) and given != "all-linear"):
-        return None
-    excluded = set(_strings(without, f"{where}: exclude_modules"))
-    if given == "all-linear":
-        embed = name_table.tied_names("huggingface")[0].removesuffix(_WEIGHT)
-        found = {module for module in modules if module not in (embed, unembed)}
-    else:
-        names = set(_strings(given, f"{where}: target_modules"))
-        found = {module for module in modules if not names.isdisjoint(_ends(module))}
-    found = {module for module in found if excluded.isdisjoint(_ends(module))}
-    layers = raw.get("layers_to_transform")
-    if layers is None or layers == []:
-        return found
-    numbers = layers if isinstance(layers, list) else [layers]
-    if not all(type(number) is int for number in numbers):
-        raise ConfigError(f"{where}: layers_to_transform must be whole numbers, got {brief(layers)}")
-    wanted = set(map(str, numbers))
-    return {module for module in found if wanted & set(module.split("."))}
-
-
-def _ends(module: str) -> list[str]:
-    """The names that a module goes by: a.b.c, b.c and c."""
-    words = module.split(".")
-    return [".".join(words[i:]) for i in range(len(words))]
-
-
-def _pairs(
-    entries: Mapping[str, LazyTensor], modules: Mapping[str, name_table.Weight], targets: set[str] | None, where: str
-) -> dict[str, tuple[LazyTensor, LazyTensor]]:
-    """lora_A and lora_B by module, in the order of the table; a tensor too few or too many is named."""
-    known = {_ROOT + module + end for module in modules for end in (_A, _B)}
-    for name in entries:
-        if name not in known:
-            if "lora_embedding_" in name or "lora_magnitude_vector" in name:
-                raise ConfigError(f"{where}: {name[:200]!r} is of an embedding or of DoRA, which are not implemented")
-            if name.endswith(".base_layer.weight"):
-                raise ConfigError(
-                    f"{where}: {name[:200]!r} is a whole weight of the base; save it from peft with "
-                    "save_embedding_layers=False"
-                )
-            raise ValueError(f"{where}: {name[:200]!r} has no place in this model{nearest(name[:200], sorted(known))}")
-    there = {module for module in modules for end in (_A, _B) if _ROOT + module + end in entries}
-    for module in modules:
-        if module in there and targets is not None and module not in targets:
-            raise ValueError(f"{where}: {_ROOT}{module}{_A} is there, but target_modules of {CONFIG} leaves it out")
-    wanted = [module for module in modules if module in there | (targets or set())]
-    missing = [_ROOT + module + end for module in wanted for end in (_A, _B) if _ROOT + module + end not in entries]
-    if missing:
-        raise ValueError(f"{where}: missing {len(missing)} tensors, the first {missing[0]!r}")
-    if not wanted:
-        raise ConfigError(f"{where}: it adapts nothing that this model has")
-    return {module: (entries[_ROOT + module + _A], entries[_ROOT + module + _B]) for module in wanted}
-
-
-def _patterns(raw: dict[str, Any], key: str, where: str) -> dict[str, tuple[int, int | float]]:
-    """rank_pattern or alpha_pattern: places in it and numbers, by names of modules. Expressions are not run."""
-    given = raw.get(key) or {}
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where}: {key} must be an object, got {brief(given)}")
-    for name, value in given.items():
-        if not _NAME.fullmatch(name.replace("\\.", ".")):
-            raise ConfigError(
-                f"{where}: {key} has {brief(name)}; expressions are not run here: write names, such as 'q_proj' or "
-                "'model.layers.0.self_attn.q_proj'"
-            )
-        (_check_rank if key == "rank_pattern" else _check_alpha)(value, f"{where}: {key}[{brief(name)}]")
-    return {name.replace("\\.", ".").removesuffix("$"): (i, value) for i, (name, value) in enumerate(given.items())}
-
-
-def _matching(patterns: Mapping[str, tuple[int, int | float]], module: str, default: int | float) -> int | float:
-    """The number of the first name that is this module or its end (whole with ^ before it), else the default."""
-    found = [patterns[name] for name in (f"^{module}", *_ends(module)) if name in patterns]
-    return min(found)[1] if found else default
 
 
 def _shortest(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """target_modules: last words of names where every module of that word is adapted, else whole names."""
+    """target_modules: the last word of a name where every module of that word is adapted, else whole names."""
     adapted = list(adapted)
     words = {module.rpartition(".")[2] for module in adapted}
     partial = {m.rpartition(".")[2] for m in modules if m not in adapted}
     return sorted(words - partial) + [m for m in adapted if m.rpartition(".")[2] in partial]
-
-
-def _number(value: float) -> LazyTensor:
-    array = np.float32(value)
-    return of_array(lambda: array, np.dtype(np.float32), ())
 
 
 def _near_whole(value: float) -> int | float:
