@@ -280,7 +280,8 @@ def test_a_run_that_cannot_be_read_says_so_in_a_line(tmp_path, capsys):
     assert llama_jax.load(tmp_path, dtype="bfloat16").params["embed"].dtype == jnp.bfloat16
     assert re.search(r"checkpoints/4 is damaged: params/\S+ is missing; trying step 2\n", capsys.readouterr().err)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "params")
-    with pytest.raises(ConfigError, match=r"checkpoints/2 is damaged: params/\S+ is missing, and there is no older one"):
+    damaged = r"checkpoints/2 is damaged: params/\S+ is missing, and there is no older one"
+    with pytest.raises(ConfigError, match=damaged):
         llama_jax.load(tmp_path)
 
 
