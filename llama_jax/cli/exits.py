@@ -23,6 +23,7 @@ from llama_jax.errors import one_line
 
 _log = logging.getLogger(__name__)
 _CAUGHT = (signal.SIGTERM, signal.SIGHUP)
+_interrupted: list[int] = []  # the signals that ended a command in the middle of its work
 
 
 class CommandError(Exception):
@@ -65,7 +66,7 @@ def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
     """Run a command as the whole of this process, and exit with its status."""
     _usable_streams()
     status = run(command, argv)
-    if status in (128 + signal.SIGINT, 128 + signal.SIGHUP):  # threads that download or compile would delay the exit
+    if _interrupted:  # threads that download or compile would delay the exit
         os._exit(status)
     sys.exit(status)
 
@@ -108,6 +109,8 @@ def _discard_output() -> None:
 
 
 def _stopped(number: int) -> int:
+    if number != signal.SIGTERM:
+        _interrupted.append(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     print(f"\nstopped by {name}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """Train as the arguments say, and print the command that samples from the model.
 
     Returns:
-        0, or 143 where the run was asked to stop and can be resumed.
+        0, or the status of the signal that stopped the run (130 for Ctrl-C). A stopped run can be resumed.
     """
     run, resume = parse_run(argv)
     _check_base(run)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         raise CommandError(error) from error
     if jax.process_index() == 0:
         print(_outcome(run, result) if result.finished else _next_command(argv))
-    return 0 if result.finished else 143
+    return 0 if result.finished else 128 + (result.stopped_by or signal.SIGTERM)  # or of another process
 
 
 def _check_base(run: RunConfig) -> None:

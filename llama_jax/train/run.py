@@ -44,6 +44,7 @@ class Result:
         folder: The run folder.
         dialogs: True if the run learned answers: from dialogs, completions or preference pairs.
         run: The run, with the shape of its model.
+        stopped_by: The number of the signal that stopped this process, or None.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Result:
     folder: Path
     dialogs: bool
     run: RunConfig
+    stopped_by: int | None = None
 
     @property
     def losses(self) -> dict[int, float]:
@@ -117,7 +119,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
                 state, finished = loop.train(), loop.is_end()
                 _say_end(program, folder, loop, time.monotonic() - started)
             folder.write_results(program, state)
-    return Result(int(state.step), finished, folder.path, data.dialogs, run)
+    return Result(int(state.step), finished, folder.path, data.dialogs, run, stop.number)
 
 
 def _done_already(program: Program, folder: RunFolder, newest: Newest, data: setup.Data) -> TrainState:

@@ -89,7 +89,7 @@ def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
     }
     bad = [f"{key}={width}" for key, width in widths.items() if width % quant.GROUP]
     if quantize in _BITS and bad:
-        raise ConfigError(f"{quantize} takes rows of a multiple of 32 numbers, but the model has {', '.join(bad)}")
+        raise ConfigError(f"{quantize} needs rows of a multiple of 32 numbers, but the model has {', '.join(bad)}")
     return _BITS.get(quantize)
 
 
