@@ -1,4 +1,4 @@
-"""Llama 3.1 8B trained on, all weights, with long documents: rows of 131,072 tokens.
+"""Llama 3.1 8B, all weights trained further on long documents, in rows of 131,072 tokens.
 
     python train.py --config configs/llama31_8b_128k.py --config.init_from=Llama-3.1-8B \
         --config.data.train='/data/books/*.jsonl' --config.distributed.coordinator=auto
