@@ -7,7 +7,7 @@ Hardware: 32 TPU v5p chips (v5p:4x4x2, 95.74 GiB each), a v5p-64; four rows at a
 Memory: 16.3 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 524,288 tokens a step. Speed and loss are not measured.
 Elsewhere: a row needs eight chips (mesh.tensor=8): data.batch_size is a multiple of the groups of eight.
-GPUs have no kernel for such rows yet.
+There is no kernel for such rows on GPUs yet.
 """
 
 import ml_collections

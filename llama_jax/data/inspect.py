@@ -1,4 +1,4 @@
-"""The `inspect data` command: the numbers of a run's data, and a preview of the rows of its first step."""
+"""The `inspect data` command: statistics of a run's data, and a preview of the rows of its first step."""
 
 from __future__ import annotations
 

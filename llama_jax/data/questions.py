@@ -128,7 +128,13 @@ def facts() -> tuple[Fact, ...]:
 def _things(
     modules: Sequence[str], classes: Sequence[str] = (), chosen: Sequence[str] = ()
 ) -> Iterator[tuple[str, Callable]]:
-    """Public functions, classes and methods by name, exceptions left out."""
+    """Yields (name, object) for public functions, classes and methods, without exceptions.
+
+    Args:
+        modules: modules whose public functions and classes are taken.
+        classes: dotted names of classes whose public methods are taken.
+        chosen: dotted names of single objects, which are skipped where the system lacks them.
+    """
     for module in modules:
         owner = importlib.import_module(module)
         own = [(key, thing) for key, thing in _public(owner) if not is_replaced(module, key)]

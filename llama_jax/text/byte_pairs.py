@@ -1,4 +1,4 @@
-"""Byte-level BPE for tiktoken: the vocabulary as plain data, and Llama 3's own layout and cuts."""
+"""Byte-level BPE for tiktoken: the vocabulary as plain data, and Llama 3's special tokens and split pattern."""
 
 import base64
 import dataclasses

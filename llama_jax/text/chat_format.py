@@ -28,7 +28,7 @@ Date = tuple[int, int, int]
 
 
 class ChatFormat(Protocol):
-    """What every chat format can do.
+    """The interface of chat formats.
 
     Attributes:
         name: "llama3" or "template".
@@ -355,8 +355,8 @@ class TemplateFormat:
             return cut.length - len(cut.tail) + last.start()
         raise ValueError(
             f"the chat template writes the first {count} messages in another way when more follow (from character "
-            f"{cut.common:,} on: {text[cut.common : cut.common + 40]!r}), so that what the assistant says cannot be "
-            "told from the rest"
+            f"{cut.common:,} on: {text[cut.common : cut.common + 40]!r}), so that the assistant's tokens cannot be "
+            "distinguished from the others"
         )
 
     def _without_space(self, places: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
@@ -463,7 +463,7 @@ def _mark(value: Any, names: re.Pattern[str]) -> Any:
 
 
 def _is_parts(content: Any) -> bool:
-    """Whether a content is a list of parts of text."""
+    """True if a message's content is a list of text parts."""
     listed = isinstance(content, list | tuple) and bool(content)
     return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
 

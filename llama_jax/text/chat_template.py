@@ -115,7 +115,7 @@ def named(value: Any, where: object) -> dict[str, str]:
 
 
 def special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The variables of special tokens, as transformers reads them from the files beside a tokenizer."""
+    """The variables of special tokens, as transformers reads them from the files next to a tokenizer."""
     folder = Path(folder)
     config = _config(folder)
     path = folder / SPECIAL_TOKENS

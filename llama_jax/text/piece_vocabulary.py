@@ -139,7 +139,12 @@ def piece_vocabulary(contents: bytes, **fields: Any) -> PieceVocabulary:
 
 
 def load_processor(contents: bytes, *, space_first: bool = True) -> Any:
-    """A `sentencepiece.SentencePieceProcessor`; without `space_first`, one that puts no space in front of a text."""
+    """A `sentencepiece.SentencePieceProcessor` of a model file's contents.
+
+    Args:
+        contents: contents of the model file.
+        space_first: False disables the model's setting that puts a space in front of a text.
+    """
     try:
         import sentencepiece
     except ImportError:

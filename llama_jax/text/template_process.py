@@ -14,7 +14,7 @@ big-endian).
 
 `text` is the rendering of all messages. A cut is the rendering of only the first `messages` of them: its length, the
 length of the beginning that it has in common with `text`, and its last TAIL characters. "refused" is the template's own
-`raise_exception`, or an error while it renders this dialog. "broken" is a template that is no sound Jinja, or a limit.
+`raise_exception`, or an error while it renders this dialog. "broken" is a template that is invalid or exceeds a limit.
 """
 
 import datetime

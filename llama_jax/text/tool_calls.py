@@ -1,6 +1,6 @@
 """Tool calls in the text of an answer, read into OpenAI's shape.
 
-Models write calls in a few ways, and a chat template does not say in which. Those that are read:
+Models write calls in several forms, and a chat template does not say which one its model uses. These forms are read:
 
     {"name": "f", "parameters": {...}}                      Llama 3.1 and later; also "arguments", also several, a list
     <function=f>{...}</function>                            Llama 3.1, as its documents suggest for custom functions
@@ -10,7 +10,7 @@ Models write calls in a few ways, and a chat template does not say in which. Tho
     [TOOL_CALLS] [{"name": "f", "arguments": {...}}]        Mistral; also [TOOL_CALLS]f[ARGS]{...}, [TOOL_CALLS]f{...}
     ... function<｜tool▁sep｜>f ```json {...} ``` ...         DeepSeek
 
-Anything that is not wholly a call stays content.
+Text that does not consist of calls only remains content.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def code_call(code: str) -> dict[str, Any]:
 
 
 def same(parsed: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
-    """Whether a message still says what was parsed: the same content and the same calls."""
+    """True if a message has the content and the calls of a parsed answer, so that it was not edited."""
     content = message.get("content") or ""
     return (parsed["content"] or "") == content and _calls_in(parsed) == _calls_in(message)
 
 
 def are_tokens(value: Any, vocab_size: int) -> bool:
-    """Whether a value is a list of ids, at least one."""
+    """True if a value is a list of at least one token id of the vocabulary."""
     is_list = isinstance(value, list) and bool(value)
     return is_list and all(type(i) is int and 0 <= i < vocab_size for i in value)
 

@@ -1,4 +1,4 @@
-"""The trained and the frozen weights of a run: all weights are trained, or LoRA's thin matrices on a frozen base.
+"""The trained and the frozen weights of a run: all weights are trained, or LoRA's low-rank matrices on a frozen base.
 
 The trained weights are a plain dict of stacked float32 arrays: the params themselves, or LoRA's matrices
 (weights/lora_params.py). The frozen weights are the model of `init_from` in the compute dtype, or quantized: LoRA's
@@ -30,7 +30,7 @@ def trained_axes(run: RunConfig) -> Trained:
 
 
 def init_trained(run: RunConfig, key: jax.Array) -> Trained:
-    """The trained weights before the first step: random weights, or LoRA matrices that change nothing yet."""
+    """The trained weights before the first step: random weights, or LoRA matrices whose product is zero."""
     return lora_params.initial(run.model, run.lora, key) if run.lora.rank else init_params(run.model, key)
 
 

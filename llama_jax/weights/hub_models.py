@@ -118,7 +118,7 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
     chosen = [file for file in weights if file in files][:1]
     if missing := [file for file in (config, *(chosen or weights[:1])) if file not in files]:
         raise ConfigError(
-            f"{name.repo.name} is no LoRA adapter as peft writes it: it has no {some(missing)}; it has "
+            f"{name.repo.name} is not a LoRA adapter in peft's format: it has no {some(missing)}; it has "
             f"{some(files) or 'no files'}"
         )
     fetch(name.repo, chosen, commit=folder.name)
@@ -217,6 +217,6 @@ def _gguf(name: _Name, file: str, files: list[str]) -> _Choice:
     missing = [part for part in parts if part not in files]
     if missing or not parts:
         raise ConfigError(
-            f"{name.repo.name} has not all of the split set of {file}, lacking {some(missing)}: name another"
+            f"{name.repo.name} lacks {some(missing)}, other parts of the split file {file}: name another file"
         )
     return _Choice(parts, parts[0])

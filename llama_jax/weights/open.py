@@ -71,7 +71,7 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
 
 
 def _checked(files: ModelFiles) -> FileSource:
-    """The source made of these files, after a check that the tensors are those that the config needs."""
+    """The source of a model's files. Raises an error if the tensors do not match the config."""
     config, leaves = match_tensors(files.tensors, files.config, format=files.names, source=str(files.path))
     metadata = files.metadata.within(config.vocab_size)
     if metadata != files.metadata:

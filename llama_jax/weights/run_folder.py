@@ -166,12 +166,12 @@ class RunSource:
         return checked_tokenizer(read, self.path, self.config, fingerprint=fingerprint)
 
     def _trained(self, layout: parallel.Layout) -> lora_params.Updates:
-        """Reads what LoRA trained, in float32."""
+        """Reads the trained LoRA arrays in float32."""
         shapes = jax.eval_shape(lambda: lora_params.initial(self._base_config, self.lora, jax.random.key(0)))
         return self._restore(shapes, lora_params.axes(self._base_config, self.lora), layout)
 
     def _adapter(self, layout: parallel.Layout, dtype: jnp.dtype) -> adapters.AdapterWeights:
-        """What LoRA trained as arrays in `dtype`, by path."""
+        """The trained LoRA arrays and token rows in `dtype`, by path."""
         trained = self._trained(layout)
         lora = lora_params.lora_by_path(self.lora, trained)
         lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}

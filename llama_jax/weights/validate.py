@@ -72,7 +72,7 @@ def _untied_if_different(
 
 
 def _check_names(tensors: Mapping[str, LazyTensor], config: ModelConfig, format: str, source: str) -> None:
-    """Raises ValueError if a tensor is missing, or if one has no place in the model and is no known buffer."""
+    """Raises ValueError if a tensor is missing, or if one belongs neither to the model nor to the known buffers."""
     known = {weight.name for weight in name_table.weights(config, format)}
     missing = [weight.name for weight in name_table.weights(config, format) if weight.name not in tensors]
     extra = [name for name in tensors if name not in known and not name.endswith(name_table.BUFFERS)]

@@ -538,7 +538,7 @@ def test_many_names_to_look_for_are_found_by_the_library(sound):
 
 
 def test_an_eos_that_is_no_token_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="eos_token 'nothing', in the files beside it, is none of its tokens"):
+    with pytest.raises(ValueError, match="eos_token 'nothing', which the files next to it name, is not one of"):
         opened(trained("gpt2"), tmp_path, eos_token="nothing")
     with pytest.raises(ValueError, match="tokenizer_config.json: eos_token must be a name, got 5"):
         opened(trained("gpt2"), tmp_path, eos_token=5)

@@ -129,7 +129,7 @@ def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
     assert fetched("someone/adapter") == {".gitattributes", *ADAPTER, "tokenizer.json"}
     assert all(Path(folder, name).is_file() for folder in (one, again) for name in ADAPTER)
     assert Path(old, "adapter_model.bin").is_file() and not Path(old, "adapter_model.safetensors").exists()
-    assert "meta/full is no LoRA adapter as peft writes it: it has no adapter_config.json" in model
+    assert "meta/full is not a LoRA adapter in peft's format: it has no adapter_config.json" in model
     assert "not the id of an adapter: write owner/name" in file
     (whole,) = download(tmp_path, endpoint, "someone/adapter")
     assert "is a LoRA adapter, not a model" in whole and "--adapter someone/adapter" in whole

@@ -1,4 +1,4 @@
-"""The small files of transformers beside a vocabulary: which tokens begin, end and pad a text, and what was added."""
+"""transformers' settings files next to a vocabulary: the tokens that begin, end and pad a text, and added tokens."""
 
 import dataclasses
 import os

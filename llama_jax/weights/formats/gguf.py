@@ -436,7 +436,10 @@ def _tokenizer(
 
 
 def _eos_of(template: ChatTemplate | None, vocabulary: Fields | None, stop_tokens: tuple[int, ...]) -> int | None:
-    """The stop token that a chat template writes as `eos_token`, or None: it must be the file's end of text."""
+    """The stop token that the chat template writes as `eos_token`, or None if the template does not use it.
+
+    The file's end-of-text id must be this token, because llama.cpp renders `eos_token` with it.
+    """
     if vocabulary is None or template is None or not any("eos_token" in source for source in template.sources.values()):
         return None
     name, tokens = template.tokens.get("eos_token"), vocabulary["tokens"]
