@@ -181,7 +181,7 @@ def kernels(
     gradient=False,
     cache=None,
 ):
-    """How many kernels a forward pass calls, or a gradient, lowered for a platform."""
+    """The number of kernel calls in a forward pass, or in its gradient, lowered for a platform."""
     layout = parallel.Layout(parallel.make_mesh(mesh or {}, jax.devices()[: 8 if mesh else 1]), "train")
 
     def run(params, tokens, positions, segments):

@@ -39,7 +39,7 @@ CUTS = ["llama3", "one_digit", "gpt2_split", "gpt2", "digits"]
 
 
 def cut(kind: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words, in the library's own pieces."""
+    """A pre-tokenizer of the library, which splits text into words."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "gpt2":
         return byte_level
@@ -108,7 +108,7 @@ def nasty(rng: random.Random) -> str:
 
 
 def differing(ours: Tokenizer, theirs: Library, strings: list[str]) -> list[str]:
-    """The strings whose ids are not equal, or do not come back as they were."""
+    """The strings whose ids differ, or which decoding does not restore."""
     ids = [ours.encode(s) for s in strings]
     expected = [encoding.ids for encoding in theirs.encode_batch(strings, add_special_tokens=False)]
     return [s for s, a, b in zip(strings, ids, expected, strict=True) if a != b or ours.decode(a) != s]

@@ -162,7 +162,7 @@ def apart(ours, theirs):
 @pytest.mark.parametrize(("kind", "bound"), [("float32", 1e-6), ("bfloat16", 0.008), ("int8", 0.1)])
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_updates_follow_optax_adam(kind, bound, b2):
-    """Of gradients without a mean, whose first moments are the smallest beside what they are rounded to.
+    """Gradients with zero mean, whose first moments are smallest relative to their rounding.
 
     The errors grow for 100 steps, to 0.5 and 0.7 % for bfloat16 and to 7 and 9 % for 8 bits; the first step is exact.
     """
