@@ -102,7 +102,7 @@ def _without_reader() -> int:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered to nowhere. Otherwise Python reports it with a traceback when it exits."""
+    """Discard buffered output. Otherwise Python reports the failed write with a traceback when it exits."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

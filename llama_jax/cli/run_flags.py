@@ -49,7 +49,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
 
 
 def parse_run_flags(argv: Sequence[str], *, command: str) -> tuple[RunConfig, argparse.Namespace]:
-    """The run that the arguments describe, and the flags of the command that are no keys.
+    """The run that the arguments describe, and the command's flags that are not config keys.
 
     Args:
         argv: The arguments after the command's name.

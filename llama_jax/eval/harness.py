@@ -112,7 +112,7 @@ class LlamaLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, however long."""
+        """The log-likelihood of whole texts of any length."""
         texts = [request.args[0] for request in requests]
         totals = lm_eval_requests.rolling(
             self.llama,
@@ -197,7 +197,7 @@ def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager
     """lm_eval's TaskManager, with the tasks in the folders of `include` too.
 
     Raises:
-        ConfigError: a folder that is none, or a task that is neither known nor a file, with the nearest name.
+        ConfigError: a folder does not exist, or a task is neither known nor a file. The message has the nearest name.
     """
     for folder in include:
         if not Path(folder).is_dir():

@@ -1,4 +1,4 @@
-"""The place of each token in the text that was encoded."""
+"""The position of each token in the text that was encoded."""
 
 from __future__ import annotations
 

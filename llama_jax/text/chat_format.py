@@ -1,4 +1,4 @@
-"""The chat format of a model: how a dialog becomes token ids, and how the model's answer becomes a message again.
+"""The chat format of a model: it encodes dialogs as token ids, and parses the model's answers into messages.
 
 There are two kinds. `Llama3Format` is Meta's reference format (`chat`). `TemplateFormat` is the model's own chat
 template, with the ids of transformers' `apply_chat_template`. `choose` picks one of them for sampling, training,
@@ -61,7 +61,7 @@ class ChatFormat(Protocol):
         """
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Returns the message that the ids of an answer stand for.
+        """Parses the ids of an answer into a message.
 
         It has `role`, `content` and `tool_calls` in OpenAI's shape, and `tokens`, by which `encode` writes it again.
         """
@@ -127,11 +127,11 @@ class Llama3Format:
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a dialog and the mask of what the assistant says; errors as in `chat.encode_dialog`."""
+        """Returns the ids of a dialog and a mask of the assistant's tokens; errors as in `chat.encode_dialog`."""
         return chat.encode_dialog(self.tokenizer, messages, tools=tools, add_generation_prompt=False, learn=learn)
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Returns the message that an answer stands for; see `chat.parse_assistant`."""
+        """Parses an answer into a message; see `chat.parse_assistant`."""
         tokens = _to_stop(ids, self.tokenizer.stop_tokens)
         message = chat.parse_assistant(tokens, tokenizer=self.tokenizer)
         return {**message, "tool_calls": tool_calls.with_ids(message["tool_calls"]), "tokens": tokens}
@@ -161,7 +161,7 @@ class TemplateFormat:
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The control token that the template writes after what the assistant says, if there is one."""
+        """The control token that the template writes after the assistant's text, if there is one."""
         dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
         try:
             text = self._render(dialog, None, add_generation_prompt=False).text
@@ -234,7 +234,7 @@ class TemplateFormat:
         return ids, mask
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Returns the message that an answer stands for, with tool calls in any of the ways of `tool_calls`."""
+        """Parses an answer into a message. Tool calls may have any of the forms in `tool_calls`."""
         stops = (*self.tokenizer.stop_tokens, *self.stop_tokens)
         tokens = _to_stop(ids, stops)
         said = tokens[:-1] if tokens and tokens[-1] in stops else tokens
@@ -252,7 +252,7 @@ class TemplateFormat:
     def render(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """Returns the text of a dialog, in which names of control tokens stand for the tokens, as others hand it on.
+        """Returns the text of a dialog, in which control tokens are written as their names, as in other libraries.
 
         Errors are those of `encode`.
         """
@@ -340,7 +340,7 @@ class TemplateFormat:
         return rendered, spans
 
     def _end(self, cut: rendering.Cut, count: int, text: str) -> int:
-        """The place where the first messages of a dialog end in the rendering of the whole dialog.
+        """The position in the rendering of the whole dialog where its first messages end.
 
         Some templates write one more control token at the end of a whole dialog. It is no part of the messages.
 
@@ -412,7 +412,7 @@ class _Rendered(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Part of a rendering: its text, its place in it, and its ids."""
+    """A part of a rendering: its text, its position in the rendering, and its ids."""
 
     text: str
     start: int
@@ -422,7 +422,7 @@ class _Piece(NamedTuple):
 def _generated(
     messages: Any, parse: Callable[[list[int]], dict[str, Any]], vocab_size: int, stops: Sequence[int]
 ) -> dict[int, list[int]]:
-    """The ids of those messages that a model has generated and nobody has changed, by their place."""
+    """The ids of messages that a model generated and that were not edited, by index of the message."""
     kept = {}
     for i, message in enumerate(messages if _have_tokens(messages) else ()):
         tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None

@@ -139,7 +139,7 @@ def config_entries(template: ChatTemplate) -> dict[str, Any]:
 
 
 def write(template: ChatTemplate | None, folder: str | os.PathLike[str]) -> None:
-    """Put a template, or none, into a folder's tokenizer_config.json, in place of all that the folder had."""
+    """Write a template to a folder's tokenizer_config.json. All templates that the folder had are removed."""
     folder = Path(folder)
     for path in (folder / FILE, *(folder / FOLDER).glob("*.jinja")):
         path.unlink(missing_ok=True)

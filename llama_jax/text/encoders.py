@@ -117,7 +117,7 @@ class PieceEncoder:
 
 
 def _without_surrogates(text: str) -> str:
-    """`text` with pairs of surrogates as the character they stand for, and U+FFFD for a lone one."""
+    """`text` with each pair of surrogates joined to its character, and U+FFFD for a lone surrogate."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -66,7 +66,7 @@ class PieceVocabulary(Vocabulary):
 
     Attributes:
         contents: contents of a SentencePiece model file.
-        found: name to id of further tokens that are found in text wherever they stand.
+        found: name to id of further tokens that are recognized anywhere in a text.
         space_after_special: whether text after such a token or a control token gets a space in front, as a whole text
             does (llama.cpp, and `legacy` tokenizers of transformers).
     """
@@ -122,7 +122,7 @@ class PieceVocabulary(Vocabulary):
 
 
 def piece_vocabulary(contents: bytes, **fields: Any) -> PieceVocabulary:
-    """The vocabulary of a SentencePiece model file; `fields` replace what it says itself.
+    """The vocabulary of a SentencePiece model file. `fields` override values in the file.
 
     Raises:
         ConfigError: a model that is not supported.
@@ -271,7 +271,7 @@ def _fields(data: Any, most: int = MOST_TOKENS + 100) -> Iterator[tuple[int, int
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, and the place after it."""
+    """A varint (7 bits a byte), and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):

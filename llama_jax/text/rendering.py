@@ -63,10 +63,10 @@ def render(
 
     Args:
         source: the template.
-        variables: all that it can see; JSON values only. `messages` is a list.
+        variables: the template's variables, which are JSON values. `messages` is a list.
         cuts: (number of messages, add_generation_prompt) of each shorter dialog to render too.
-        mark: put SPOKEN_START and SPOKEN_END around what the tag {% generation %} encloses.
-        date: year, month and day that `strftime_now` has; None is now.
+        mark: put SPOKEN_START and SPOKEN_END around the text inside the tag {% generation %}.
+        date: year, month and day for `strftime_now`; None is the current time.
 
     Raises:
         Refused: the template refuses the dialog, or an error happens while it renders this dialog.

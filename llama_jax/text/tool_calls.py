@@ -53,7 +53,7 @@ def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def whole_calls(text: str) -> list[dict[str, Any]]:
-    """The calls that a text wholly consists of, or []. This is what Llama 3.1 writes."""
+    """The calls of a text that consists of calls only, as Llama 3.1 writes them; otherwise []."""
     text = text.strip()
     if match := _QUERY_CALL.fullmatch(text):
         return [call(match[1], {"query": match[2]})]
@@ -142,7 +142,7 @@ def _tagged_calls(text: str) -> list[dict[str, Any]]:
 
 
 def _calls_of(values: list[Any]) -> list[dict[str, Any]]:
-    """The calls that JSON values stand for; [] if one of them is no call."""
+    """Converts JSON values to calls; [] if one of them is not a call."""
     calls = []
     for item in [item for value in values for item in (value if isinstance(value, list) else [value])]:
         if not isinstance(item, dict):

@@ -29,7 +29,7 @@ def find(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def read(path: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary in a file, whatever its format and name, or in a model's folder.
+    """Reads the vocabulary of a file, whose format is recognized by its contents, or of a model's folder.
 
     Files are Meta's `tokenizer.model`, SentencePiece's `tokenizer.model`, a `tokenizer.json`, and a GGUF file.
 

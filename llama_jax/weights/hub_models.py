@@ -185,7 +185,7 @@ def _checked(name: _Name, folder: Path, settings: list[str], weights: list[str])
 
 
 def _safetensors(name: _Name, folder: Path, files: list[str]) -> list[str]:
-    """The safetensors files that the reader opens, with their index. Other copies of the weights are left out."""
+    """The safetensors files that the reader opens, with their index, without other copies of the weights."""
     alone = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
     single = alone if len(alone) == 1 and "config.json" in files else []
     return _indexed(_SAFETENSORS, name, folder, files) or single

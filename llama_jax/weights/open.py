@@ -40,7 +40,7 @@ def open_source(name: str | os.PathLike[str]) -> Source:
         name: a path, a hub id, or the name of a model in a Python package; ALLOWED lists what can be opened.
 
     Raises:
-        ConfigError: the name stands for no model; the message says what is allowed and what is there instead.
+        ConfigError: the name is not that of a model. The message says what is allowed and what the path has instead.
         ValueError: a damaged file.
     """
     path = locate(name)

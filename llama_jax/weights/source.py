@@ -33,7 +33,7 @@ class Source(Protocol):
         description: name of the format, for people.
         config: the model's shape.
         metadata: token ids, sampling settings, chat template and tokenizer files.
-        dtype: dtype of most of the stored numbers. Quantized weights count as float32, which holds them exactly.
+        dtype: dtype of most stored weights. Quantized weights count as float32, which represents them exactly.
         quantized: True if some of the weights are stored in groups of 8 or 4 bits.
     """
 
@@ -93,7 +93,7 @@ class FileSource:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of most of the stored numbers."""
+        """Dtype of most stored weights."""
         return main_dtype(self.leaves.values())
 
     @property

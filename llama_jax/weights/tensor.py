@@ -1,6 +1,6 @@
 """Lazy tensors: a tensor in a file that has not been read, and the operations that make one lazy tensor of others.
 
-Files are read by byte range and never mapped. What was read belongs to the process alone: a file that changes later
+Files are read by byte range and never mapped. The data read are private to the process: a file that changes later
 changes nothing, and one that was cut off is an error rather than a signal. Pages of the file do not count as memory of
 the process.
 
@@ -48,7 +48,7 @@ class LazyTensor:
     """A tensor that has not been read yet.
 
     Attributes:
-        dtype: dtype of the numbers that `read` returns.
+        dtype: dtype of the array that `read` returns.
         shape: shape of the tensor.
         fill: called with (out, index). It writes the part `index` of the tensor into `out`, a C-contiguous array of any
             dtype, and casts.

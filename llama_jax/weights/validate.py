@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 def match_tensors(
     tensors: Mapping[str, LazyTensor], config: ModelConfig, *, format: str, source: str
 ) -> tuple[ModelConfig, name_table.Leaves]:
-    """Matches a file's tensors to the places in the params that they belong to.
+    """Matches a file's tensors to their paths in params.
 
     Args:
         tensors: the tensors by the format's names.
@@ -26,8 +26,8 @@ def match_tensors(
         source: the name of the file or folder in error messages.
 
     Returns:
-        The config, and the tensors by their paths in unrolled params. The config differs from the one given only if
-        it ties the embeddings while the file has an unembedding of its own with other numbers: then it is untied, as
+        The config, and the tensors by their paths in unrolled params. The config differs from the argument only if
+        it ties the embeddings while the file has an unembedding with other values: then it is untied, as
         in transformers 5, and a warning says so.
 
     Raises:

@@ -333,7 +333,7 @@ def _metadata(config: ModelConfig, dtype: str, name: str) -> dict[str, Value]:
 
 
 class _Fields:
-    """The numbers among a file's llama.* keys. ConfigError for one that is absent or is not a number.
+    """The numeric values of a file's llama.* keys. ConfigError for one that is absent or is not a number.
 
     Attributes:
         path: the file, for error messages.

@@ -1,7 +1,7 @@
 """Reading and writing safetensors files, without trusting them and without reading more than is asked for.
 
 The format (huggingface.co/docs/safetensors): eight bytes of header length, little-endian; that many bytes of JSON that
-give the dtype, shape and byte range of each tensor; then the numbers, without gaps. Everything in the header is checked
+give the dtype, shape and byte range of each tensor; then their data, without gaps. Everything in the header is checked
 against the size of the file before any data is read. Every error is one line that names the file.
 """
 
