@@ -217,6 +217,6 @@ def _gguf(name: _Name, file: str, files: list[str]) -> _Choice:
     missing = [part for part in parts if part not in files]
     if missing or not parts:
         raise ConfigError(
-            f"{name.repo.name} lacks {some(missing)}, other parts of the split file {file}: name another file"
+            f"the split file {file} of {name.repo.name} is incomplete, it lacks {some(missing)}: name another file"
         )
     return _Choice(parts, parts[0])
