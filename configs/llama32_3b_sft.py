@@ -4,7 +4,7 @@
         --config.data.train=chats.jsonl --config.data.validation=held_out.jsonl
 
 Hardware: one TPU v5p chip (v5p:1x1x1, 95.74 GiB); float32 weights and moments.
-Memory: about 64 GiB a chip at its peak, scaled from the account of llama32_1b_sft.py; checkpoints take 39 GB each.
+Memory: 67.4 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 39 GB each.
 Expect: 16,384 tokens a step, a row at a time. Speed and loss are not measured.
 Without validation data, add: --config.data.validation= --config.checkpoint.keep_best=0
 Elsewhere: a GPU of 80 GB should take it (not tried). On four v6e chips, add --config.train.accumulate=1 (not tried).

@@ -280,7 +280,8 @@ def test_a_run_that_cannot_be_read_says_so_in_a_line(tmp_path, capsys):
     assert llama_jax.load(tmp_path, dtype="bfloat16").params["embed"].dtype == jnp.bfloat16
     assert re.search(r"checkpoints/4 is damaged: params/\S+ is missing; trying step 2\n", capsys.readouterr().err)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "params")
-    with pytest.raises(ConfigError, match=r"checkpoints/2 is damaged: params/\S+ is missing, and no older one is left"):
+    damaged = r"checkpoints/2 is damaged: params/\S+ is missing, and there is no older one"
+    with pytest.raises(ConfigError, match=damaged):
         llama_jax.load(tmp_path)
 
 
@@ -308,7 +309,7 @@ def test_load_names_what_it_looked_for(tmp_path):
     ("options", "message"),
     [
         ({"quantize": "int5"}, "quantize must be one of none, int8, int4, or be left out; got 'int5'"),
-        ({"quantize": "int8"}, "int8 takes rows of a multiple of 32 numbers, but the model has embed_dim=48"),
+        ({"quantize": "int8"}, "int8 needs rows of a multiple of 32 numbers, but the model has embed_dim=48"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"mesh": {"tensors": 2}}, "unknown mesh axis 'tensors'; did you mean 'tensor'"),
