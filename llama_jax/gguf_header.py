@@ -72,7 +72,7 @@ class Header:
             )
 
     def spend(self, count: int, what: str) -> None:
-        """Refuse what would take more memory than a header may."""
+        """Raises ValueError if the header would take more memory than allowed."""
         self.spent += count
         if self.spent > _SPARE:
             raise ValueError(f"{self.file.path}: {what} would take more memory than the {_SPARE:,} bytes allowed")

@@ -44,7 +44,7 @@ def show(run: RunConfig, encoder: RecordEncoder, *, color: bool, rows: int | Non
     Args:
         run: the run.
         encoder: the run's tokenizer, chat format and reading of control tokens.
-        color: whether the output takes ANSI colors.
+        color: True if the output supports ANSI colors.
         rows: rows of the preview. None: two, or one on a small screen.
         full: show whole rows, even if they do not fit the screen.
 
@@ -143,7 +143,7 @@ def render(
         row: a row, arrays (T,).
         tokenizer: the run's tokenizer.
         color: mark with ANSI colors, otherwise with ⟦ ⟧.
-        pairs: the documents are the chosen and the rejected answer of one preference pair after the other.
+        pairs: True if the documents are preference pairs: the chosen, then the rejected answer of each.
         width: columns of the screen, at which lines are broken. None breaks no lines.
         lines: the most lines. The last one says if there is more. None: all.
     """

@@ -215,7 +215,7 @@ def _content(content: object, where: str) -> tuple[object, list[dict[str, Any]]]
 
 
 def _tool_result(block: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
-    """The message of a tool that a `tool_result` block in a user's message stands for."""
+    """Converts a `tool_result` block of a user's message to a message of the tool."""
     if role != "user":
         raise ValueError(f"{where}: a 'tool_result' block is allowed in a message of the user only, got role {role!r}")
     content, nested = _content(block.get("content", ""), where)

@@ -223,7 +223,7 @@ def _openai_pair(record: Mapping[str, Any]) -> dict[str, Any]:
     """A pair in the shape of OpenAI's preference fine-tuning, rewritten in TRL's."""
     asked = record.get("input")
     if not isinstance(asked, dict) or "messages" not in asked:
-        raise ValueError(f"'input' must hold 'messages' where there is 'preferred_output', found {brief(asked)}")
+        raise ValueError(f"'input' must have 'messages' if the record has 'preferred_output', got {brief(asked)}")
     answers = {"chosen": record["preferred_output"], "rejected": record["non_preferred_output"]}
     return {"prompt": asked["messages"], "tools": asked.get("tools"), **answers}
 

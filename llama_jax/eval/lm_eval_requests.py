@@ -42,7 +42,7 @@ def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
     Args:
         llama: a model with a tokenizer.
         text: any text.
-        begin: put the begin-of-text token first; by default where the text does not begin with it.
+        begin: True puts the begin-of-text token first. None does so if the text does not begin with it.
     """
     if begin is None:
         return control_tokens.encode_text(llama.tokenizer, text, parse_special=True)

@@ -233,7 +233,7 @@ def _piece(data: Any, number: int) -> Piece:
     if kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
         raise ValueError(f"piece {number} ({brief(text)}) has type {brief(kind)}; types are 1 to 6")
     if kind == BYTE and not is_byte_name(text):
-        raise ValueError(f"piece {number} ({brief(text)}) stands for a byte, but is not named as one")
+        raise ValueError(f"piece {number} ({brief(text)}) has the type of a byte, but its name is not that of a byte")
     return Piece(text, value, kind)
 
 

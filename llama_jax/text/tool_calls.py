@@ -116,7 +116,7 @@ def json_values(text: str) -> list[Any]:
 
 
 def _tagged_calls(text: str) -> list[dict[str, Any]]:
-    """The calls of a text that wholly consists of tagged ones, or []."""
+    """The calls of a text that consists only of tagged calls, or []."""
     calls: list[dict[str, Any]] = []
     text = text.strip()
     while text:

@@ -140,7 +140,7 @@ class Progress:
         print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
     def pause(self) -> None:
-        """Restart the clock of `speed`, after time that is not training: a compilation, an evaluation, a sample."""
+        """Restart the clock of `speed` after a pause of training: a compilation, an evaluation or a sample."""
         self._times = []
 
 

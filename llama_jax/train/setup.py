@@ -34,7 +34,7 @@ from llama_jax.weights.source import Source
 
 
 def check_paths(run: RunConfig) -> None:
-    """Make the folders that a run writes to, and check that what it reads exists, before any work is done.
+    """Make the folders that a run writes to, and check that its inputs exist, before any work is done.
 
     Raises:
         ConfigError: a folder cannot be written to, or a file does not exist. The message names the key.

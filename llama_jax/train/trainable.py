@@ -40,7 +40,7 @@ def policy(run: RunConfig, trained: Trained, frozen: Params | None, key: jax.Arr
 
 
 def policy_config(run: RunConfig) -> ModelConfig:
-    """The config of the params that `policy` gives: the run's, untied where LoRA unties the embeddings."""
+    """The config of the params of `policy`: that of the run, untied if LoRA unties the embeddings."""
     return lora_params.adapted_config(run.model, run.lora) if run.lora.rank else run.model
 
 

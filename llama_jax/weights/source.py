@@ -139,10 +139,10 @@ def checked_tokenizer(
 ) -> Tokenizer | None:
     """Reads a model's tokenizer and checks that it is the one that the model was trained with.
 
-    A tokenizer.model that lost its last lines is still well-formed, and would give every special token another id.
+    A tokenizer.model that lost its last lines is still well-formed, but would give every special token another id.
 
     Args:
-        read: reads it; returns None if there is none.
+        read: function that reads the tokenizer; it returns None if there is none.
         path: the model, for error messages.
         config: the model's shape.
         bos_token: id that begins a text according to the model's files, if they name one.

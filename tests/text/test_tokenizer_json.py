@@ -516,11 +516,11 @@ def test_unsound_json_is_refused_in_one_line_that_names_the_part(name, sound):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"", "not sound JSON"),
+        (b"", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"model": 1, "model": 2}', "'model' appears twice"),
         (b"[1]", "must be a JSON object"),
-        (b"\xff\xfe", "not sound JSON"),
+        (b"\xff\xfe", "not valid JSON"),
     ],
 )
 def test_a_file_that_is_no_json_is_refused(contents, message, tmp_path):

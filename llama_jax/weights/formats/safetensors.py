@@ -73,7 +73,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
             raise ValueError(f"{path}: tensor {name!r} {word} (it starts at byte {start}, after {end})")
         end = stop
     if end != space:
-        raise ValueError(f"{path}: its tensors end at byte {end:,} of {space:,}: the rest is unclaimed data")
+        raise ValueError(f"{path}: its tensors end at byte {end:,} of {space:,}: the rest belongs to no tensor")
     return {
         name: stored(file, start + 8 + length, DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
         for start, _, name in spans
