@@ -22,7 +22,7 @@ AUTO, LLAMA3 = "auto", "llama3"
 # Around the name of a control token in a content, while it is rendered. Unicode keeps these for use within programs.
 _START, _END = "\ufdd0", "\ufdd1"
 _SPOKEN = re.compile(f"[{rendering.SPOKEN_START}{rendering.SPOKEN_END}]")
-_PROBE = "zq7"  # the content of an assistant's message by which the end of a turn is found
+_PROBE = "zq7"  # content of an assistant's message that is rendered to find the end of a turn
 
 Date = tuple[int, int, int]
 
@@ -55,7 +55,7 @@ class ChatFormat(Protocol):
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
+        """Returns the ids of a whole dialog and a mask that is True for the assistant's tokens.
 
         `learn` has one flag for each message; the mask leaves out the assistant's messages whose flag is False.
         """
@@ -63,7 +63,7 @@ class ChatFormat(Protocol):
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
         """Parses the ids of an answer into a message.
 
-        It has `role`, `content` and `tool_calls` in OpenAI's shape, and `tokens`, by which `encode` writes it again.
+        It has `role`, `content` and `tool_calls` in OpenAI's schema, and `tokens`, which `encode` uses for it later.
         """
 
 
@@ -141,7 +141,7 @@ class TemplateFormat:
     """A model's own chat template.
 
     Ids are those of `apply_chat_template` in transformers. Contents stay text: where a message or a tool holds the name
-    of a control token, the name is marked before it is rendered and is encoded as the plain text that it is. The ids
+    of a control token, the name is marked before it is rendered, and is encoded as plain text. The ids
     are then those of `apply_chat_template(..., sanitize_control_tokens=True)`.
     """
 
@@ -175,8 +175,8 @@ class TemplateFormat:
     ) -> list[int]:
         """Returns the ids of a dialog.
 
-        A message that `Llama.chat` returned keeps its `tokens`, if the template leaves what comes before them as it
-        was.
+        A message that `Llama.chat` returned is encoded as its `tokens`, if the template renders the part before them
+        unchanged.
 
         Raises:
             ValueError: no dialog, or one that the template refuses; the message has the template's reason.
@@ -201,10 +201,10 @@ class TemplateFormat:
     ) -> tuple[list[int], list[bool]]:
         """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
 
-        The assistant says what its message adds to the rendering after the generation prompt, up to the last control
-        token in it; white space after that is the template's. A template with the tag {% generation %} says itself
-        where the assistant speaks. An assistant's message that begins the dialog is not in the mask: nothing asks for
-        it.
+        The assistant's text is the part that its message adds to the rendering after the generation prompt, up to and
+        including the last control token; white space after that belongs to the template. A template with the tag
+        {% generation %} marks the assistant's text itself. An assistant's message that begins the dialog is not in the
+        mask, because no prompt precedes it.
 
         Raises:
             ValueError: no dialog, one that the template refuses, or one in which the rendering of the longer dialog
@@ -360,7 +360,7 @@ class TemplateFormat:
         )
 
     def _without_space(self, places: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
-        """The places of tokens, without those of white space after the last control token among them."""
+        """The positions of tokens, without those of white space after the last control token among them."""
         control = set(self.tokenizer.special_tokens.values())
         last = next((n for n in range(len(places) - 1, -1, -1) if ids[places[n]] in control), None)
         if last is not None and not self.tokenizer.decode([ids[k] for k in places[last + 1 :]]).strip():

@@ -42,9 +42,9 @@ class PieceModel:
     Attributes:
         pieces: tokens by id.
         algorithm: UNIGRAM or BPE.
-        byte_fallback: whether characters without a piece become the pieces of their bytes.
-        space_first: whether a space is put in front of a text.
-        strip_spaces: whether spaces at the ends are dropped and runs of spaces become one.
+        byte_fallback: True if characters without a piece become the pieces of their bytes.
+        space_first: True if a space is put in front of a text.
+        strip_spaces: True if spaces at the ends are dropped and runs of spaces become one.
         character_map: compiled replacements of characters.
         unknown: text of the unknown piece.
         names: names of the pieces that begin a text, end it, and fill rows.

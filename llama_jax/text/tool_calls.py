@@ -1,4 +1,4 @@
-"""Tool calls in the text of an answer, read into OpenAI's shape.
+"""Tool calls in the text of an answer, parsed into OpenAI's schema.
 
 Models write calls in several forms, and a chat template does not say which one its model uses. These forms are read:
 
@@ -37,7 +37,7 @@ _DEEPSEEK_BEGIN = "<｜tool▁calls▁begin｜>"
 def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
     """The content of an answer and its tool calls, from text that still has the names of control tokens.
 
-    Without calls the content is the whole text. With calls it is what comes before the first one.
+    Without calls the content is the whole text. With calls it is the text before the first one.
     """
     if calls := whole_calls(text):
         return "", calls

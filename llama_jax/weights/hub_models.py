@@ -56,7 +56,7 @@ class _Choice:
 
 
 def is_hub_id(text: str) -> bool:
-    """Returns whether this names a model on the hub. A path goes first if it, or its first folder, exists."""
+    """Returns whether this names a model on the hub. A path has precedence if it, or its first folder, exists."""
     return _parse(text) is not None and not Path(Path(text).parts[0]).exists()
 
 
@@ -74,7 +74,8 @@ def download(repo_id: str) -> Path:
         The folder of config.json or of params.json, or the GGUF file (of a split set, the first).
 
     Raises:
-        ConfigError: no such model, no right to it, no network, no space, nothing in it that can be read.
+        ConfigError: the model does not exist, is not accessible or has no supported format; or there is no network, or
+            no space on the disk.
     """
     name = _parse(repo_id)
     if name is None:
@@ -105,7 +106,7 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
     Args:
         repo_id: owner/name, with @revision for a branch, a tag or a commit other than main.
         config: the file that an adapter must have.
-        weights: files of weights, the first of which that the repo has is downloaded.
+        weights: names of weight files. The first of them that the repo has is downloaded.
 
     Raises:
         ConfigError: as in `download`, or the repo has no config or no weights.

@@ -24,7 +24,7 @@ ALLOWED = (
     "*.safetensors, pytorch_model.bin or flax_model.msgpack), Meta's download (params.json and consolidated.*.pth), "
     f"a .gguf file, a hub id (owner/name), or a model in a Python package ({', '.join(packaged_models.PACKAGES)})"
 )
-# Two functions of each format: `recognizes` tells whether a path is of this format, `read` reads it.
+# Two functions of each format: `recognizes` returns True for a path of the format, and `read` reads it.
 READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], ModelFiles]], ...] = (
     (huggingface.recognizes, huggingface.read),
     (meta.recognizes, meta.read),
