@@ -18,7 +18,7 @@ from llama_jax.data.packing import PackedRows, WholeRows
 from llama_jax.ops.attention import splash, xla
 from llama_jax.params import abstract_params
 
-# Of float32 sums in another order, beside the largest number of the result; the most seen is 9e-7.
+# Tolerance for float32 sums in another order, relative to the largest value of the result; the largest seen is 9e-7.
 ROUNDING = 2e-6
 T, K = 384, 2  # three blocks of 128 each way
 

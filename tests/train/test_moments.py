@@ -11,13 +11,13 @@ import pytest
 from llama_jax.train import moments
 from llama_jax.train.moments import Moment, pack_first, pack_second, scale_by_adam, unpack, zeros
 
-# All numbers that a code of a block with scale 1 stands for, in float64.
+# The values of all codes in a block with scale 1, in float64.
 FIRST = np.sign(np.arange(-127, 128)) * (np.arange(-127, 128) / 127) ** 2
 SECOND = (np.arange(256) / 255) ** 4
 
 
 def spread(shape, seed=0):
-    """Positive numbers of many sizes, as second moments are: three in four within a factor of 1,000 of another."""
+    """Positive values of many magnitudes, like second moments: three in four within a factor of 1,000 of another."""
     rng = np.random.default_rng(seed)
     return np.exp(rng.normal(scale=3.0, size=shape)).astype(np.float32) * 1e-8
 

@@ -1,4 +1,4 @@
-"""A run that is stopped in any way and started again does every step once, with the same numbers to the bit."""
+"""A run that is stopped in any way and resumed does every step once, with bitwise equal results."""
 
 import dataclasses
 import fcntl

@@ -1,4 +1,4 @@
-"""GGUF files: the numbers, the config and the logits that ggml's own code finds in them, and one-line refusals.
+"""GGUF files: the weights, config and logits equal those of ggml's own code, and bad files are refused in one line.
 
 Goldens are made by golden/make_gguf.py.
 """

@@ -43,7 +43,7 @@ TOKENIZER = (
     "merges.txt",
 )
 BINS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
-# A repo as Meta publishes one, with other formats beside.
+# A repo like Meta's, which also has other formats.
 FULL = COMMON | {
     "config.json": CONFIG,
     "model.safetensors.index.json": index(*SHARDS, SHARDS[0]),
@@ -322,7 +322,7 @@ CHOICES = {
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """A hub whose one repo holds the files that are given, by name; returns what was downloaded of it."""
+    """A hub with one repo of the files in the argument. Returns the downloaded files."""
 
     def serve(files, name="a/b"):
         shards = [f for f in files if "-of-" in f and not f.endswith(".gguf")]

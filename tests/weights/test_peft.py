@@ -1,4 +1,4 @@
-"""PEFT's adapters: its own numbers with what it wrote, the same weights merged, and one line for what is not sound."""
+"""peft's adapters: logits and merged weights equal peft's, and invalid adapters raise an error of one line."""
 
 import json
 import random
