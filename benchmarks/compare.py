@@ -1,8 +1,8 @@
-"""Everything beside transformers in one go: prefill, decoding, start to first token, training. About ten minutes.
+"""All comparisons with transformers: prefill, decoding, time to the first token, training. Takes about ten minutes.
 
     pip install -r requirements.txt torch transformers && python benchmarks/compare.py
 
-Each part is a script of its own with more to say and to set: inference.py and training.py.
+It runs inference.py and training.py, which print more details and have options of their own.
 """
 
 import subprocess

@@ -1,13 +1,13 @@
-"""Fine-tuning speed, of all weights and of LoRA, beside transformers and peft (torch), on the same batches.
+"""Fine-tuning speed of all weights and of LoRA, compared with transformers and peft (torch) on the same batches.
 
     pip install -r requirements.txt torch transformers peft && python benchmarks/finetuning.py
 
-Each contender is a process of its own and they take turns, step by step. By default the model is a 6-layer Llama of
-width 384 with a vocabulary of 32,000, batches are 8 full rows of 512 tokens, and LoRA has rank 16 on all seven linears,
-no dropout. All use AdamW, clipping at 1.0 and float32 for what is trained. `bfloat16` is autocast in torch, over a base
-in bfloat16 where it is frozen, and `train.compute_dtype` here. torch is given what was fastest on a CPU of what was
-tried: sdpa, AdamW's fused kernel, all cores, no gradient checkpointing; `compiled` is the same under torch.compile,
-which needs a C++ compiler. Read the ratios: single timings on a shared machine mean little.
+Each implementation runs in a process of its own, and the processes alternate step by step. By default the model is a
+6-layer Llama of width 384 with a vocabulary of 32,000, batches are 8 full rows of 512 tokens, and LoRA has rank 16 on
+all seven linear layers, without dropout. All use AdamW, clipping at 1.0 and float32 for the trained weights. `bfloat16`
+means autocast in torch, with a frozen base in bfloat16, and `train.compute_dtype` here. torch uses the fastest of the
+tried settings on a CPU: sdpa, AdamW's fused kernel, all cores, no gradient checkpointing. `compiled` is the same with
+torch.compile, which needs a C++ compiler. Compare the ratios: single timings on a shared machine mean little.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ours(method: str, dtype: str, size: training.Size):
     from llama_jax.run_config import default_dict
 
     lora = default_dict("tiny")["lora"] | {"rank": RANK, "alpha": float(RANK)}
-    keys = {"full": {}, "lora": {"lora": lora, "init_from": "random"}}[method]  # what init_from names is never read
+    keys = {"full": {}, "lora": {"lora": lora, "init_from": "random"}}[method]  # its weights are not read
     return training.ours(dtype, size, keys=keys)
 
 
@@ -41,7 +41,7 @@ def theirs(method: str, dtype: str, size: training.Size, *, compiled: bool):
 
     model = training.their_model(size)
     if method == "lora":
-        # A frozen base need not be cast anew in every step; peft leaves its own matrices in float32.
+        # A frozen base is cast once, not in every step. peft keeps the LoRA matrices in float32.
         model = model.to(getattr(torch, dtype))
         config = LoraConfig(
             task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear"
@@ -68,7 +68,7 @@ def main() -> None:
         if name == "ours":
             return turns.serve(ours(method, dtype, size))
         return turns.serve(theirs(method, dtype, size, compiled=name == "compiled"))
-    for method, dtype in itertools.product(args.methods, args.dtypes):  # each by itself, for the memory they take
+    for method, dtype in itertools.product(args.methods, args.dtypes):  # one at a time, to measure its memory
         seconds = turns.race([(name, method, dtype) for name in args.names], steps=args.steps)
         speeds = {name: size.tokens / statistics.median(times) for (name, *_), times in seconds.items()}
         for name, speed in speeds.items():

@@ -1,9 +1,9 @@
-"""Sampling beside transformers on this machine: python benchmarks/inference.py
+"""Sampling speed compared with transformers on this machine: python benchmarks/inference.py
 
-Random weights of one shape (`160m` of llama_jax.config), written once as a Hugging Face folder and read by both. Each
-row of the table is timed in alternating turns, so that a busy machine hurts both alike; the median of the turns
-counts. Start to first token is a fresh process each time, with our compilation cache warm. Without torch and
-transformers only our own half is printed. Takes about five minutes.
+A model of the shape `160m` (llama_jax.config) with random weights is written as a Hugging Face folder, which both read.
+Each row of the table is the median of alternating turns, so that other load on the machine affects both equally. The
+time to the first token is measured in a new process each time, with a warm compilation cache. Without torch and
+transformers, only our own results are printed. Takes about five minutes.
 
     pip install torch transformers   # for the comparison
     python benchmarks/inference.py --turns 5
@@ -46,7 +46,7 @@ print(out[0, 16:].tolist())
 
 
 def write_model(folder: Path, name: str) -> None:
-    """The published shape `name` with random weights, as a Hugging Face folder in float32."""
+    """Writes a model of the shape `name` with random float32 weights as a Hugging Face folder."""
     import jax
 
     from llama_jax import config
@@ -61,12 +61,12 @@ def write_model(folder: Path, name: str) -> None:
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:
-    """Rows of distinct token ids, the same for both."""
+    """Prompts of distinct token ids, the same for both implementations."""
     return [[(7 * i + 13 * row) % 30_000 + 10 for i in range(length)] for row in range(rows)]
 
 
 def ours(folder: Path, dtype: str):
-    """Callables that run one turn of each task and return tokens per second."""
+    """One function for each task, which runs one turn of it with llama_jax and returns tokens per second."""
     from llama_jax.infer import engine
     from llama_jax.infer.llama import load
     from llama_jax.sampling_params import SamplingParams
@@ -96,7 +96,7 @@ def ours(folder: Path, dtype: str):
 
 
 def theirs(folder: Path, dtype: str):
-    """The same of transformers: its forward with a cache, driven greedily with as little around it as possible."""
+    """The functions of `ours` for transformers: its forward pass with a cache in a minimal greedy loop."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +123,7 @@ def theirs(folder: Path, dtype: str):
 
 
 def first_token(code: str) -> float:
-    """Seconds of a fresh process from its start to its first token printed."""
+    """The seconds from the start of a new process until it prints its first token."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)

@@ -1,11 +1,11 @@
-"""How fast a checkpoint is read, beside `cat FILES > /dev/null` on the same warm files, and what memory it takes.
+"""Loading speed of a checkpoint, compared with `cat FILES > /dev/null` on the same warm files, and its peak memory.
 
     python benchmarks/loading.py [--gigabytes 4] [--repeat 5]
 
-Writes a bfloat16 checkpoint of that size in each format to a temporary folder and loads it, each time in a process of
-its own; the first time is not counted, since a virtual machine gives out a page that it never gave out before many
-times more slowly than one that it did. Prints the medians of alternating runs, their ratio, and the peak of resident
-memory (the operating system's VmHWM, of which the interpreter and jax take 0.2 GB) over the size of the weights.
+It writes a bfloat16 checkpoint of that size in each format to a temporary folder and loads it, each time in a new
+process. The first run is not counted, because a virtual machine provides a page for the first time many times more
+slowly than later. It prints the medians of alternating runs, their ratio, and the ratio of peak resident memory (the
+operating system's VmHWM, of which the interpreter and jax take 0.2 GB) to the size of the weights.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _write(folder: Path, format: str, size: float) -> Path:
-    """A model of about `size` bytes in bfloat16, whose numbers are one block of noise over and over."""
+    """Writes a bfloat16 model of about `size` bytes. Its weights repeat one block of random values."""
     import dataclasses
 
     import ml_dtypes

@@ -1,7 +1,7 @@
-"""Decoding from quantized weights beside the same model in arrays: python benchmarks/quantized.py
+"""Decoding speed of quantized weights, compared with dequantized ones: python benchmarks/quantized.py
 
-One random model of the `160m` shape as a GGUF file in Q8_0 and Q4_0 and in float32, loaded as it is and as arrays.
-Each task is timed in alternating turns; the median of the turns counts. Takes about two minutes.
+A model of the shape `160m` with random weights is written as GGUF files in Q8_0, Q4_0 and float32. Each file is loaded
+quantized and as plain arrays. The result of each task is the median of alternating turns. Takes about two minutes.
 """
 
 from __future__ import annotations

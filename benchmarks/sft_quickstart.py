@@ -1,11 +1,12 @@
-"""How well configs/sft_quickstart.py teaches: trains it, and asks every question of its validation set greedily.
+"""Accuracy of configs/sft_quickstart.py: trains the model and asks it every question of its validation set greedily.
 
     python train.py --config configs/quickstart.py && python benchmarks/sft_quickstart.py
 
-Flags after `--` go to train.py (`-- --config.train.steps=600`). Answers count as exact, or as essentially right where
-they have at least 80 % of the reference's words and the reference 80 % of theirs.
+Flags after `--` are passed to train.py (`-- --config.train.steps=600`). An answer counts as exact if it equals the
+reference. It counts as essentially right if it has at least 80 % of the reference's words and the reference has at
+least 80 % of its words.
 
-`--prompts FILE` writes those questions with their answers and stops; `python -m llama_jax eval compare` takes them.
+`--prompts FILE` only writes the questions with their answers, as `python -m llama_jax eval compare` reads them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def shared(answer: str, reference: str) -> float:
-    """The smaller of the shares of words, with their counts, that each has of the other."""
+    """The fraction of the words of the longer text that both texts have. Repeated words count repeatedly."""
     a, b = Counter(answer.split()), Counter(reference.split())
     return (a & b).total() / max(a.total(), b.total(), 1)
 
@@ -41,7 +42,7 @@ def main() -> None:
     dialogs = [dialog.messages for dialog in questions.dialogs(questions.PARTS[1])]
     asked, references = [m[0]["content"] for m in dialogs], [m[1]["content"] for m in dialogs]
     if options.prompts:
-        kinds = [answer.split("`")[1].partition(".")[0] for answer in references]  # modules; of builtins their names
+        kinds = [answer.split("`")[1].partition(".")[0] for answer in references]  # module, or the builtin's name
         usual = {kind for kind, _ in Counter(kinds).most_common(6)}
         lines = [
             json.dumps({"prompt": q, "reference": a, "category": kind if kind in usual else "others"})

@@ -1,10 +1,10 @@
-"""Training speed beside Hugging Face transformers (torch), in one process each, taking turns, on the same batches.
+"""Training speed compared with Hugging Face transformers (torch): alternating processes, same batches.
 
     pip install -r requirements.txt torch transformers && python benchmarks/training.py
 
 The model is a 6-layer Llama of width 384 with a vocabulary of 32,000; batches are 8 x 512 tokens; both use AdamW,
-clipping at 1.0 and float32 master weights. `bfloat16` is autocast in torch and `train.compute_dtype` here. The figure
-to read is the ratio: single timings on a shared machine mean little.
+clipping at 1.0 and float32 master weights. `bfloat16` means autocast in torch and `train.compute_dtype` here. Compare
+the ratios: single timings on a shared machine mean little.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the model and of a batch."""
+    """The size of the model and of a batch."""
 
     vocab: int = 32_000
     width: int = 384
@@ -39,7 +39,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of a batch."""
+        """The number of tokens in a batch."""
         return self.rows * self.length
 
 
@@ -52,7 +52,7 @@ def batches(size: Size):
 
 
 def our_config(size: Size) -> dict:
-    """A run's keys, as nested dicts."""
+    """The config keys of our run, as nested dicts."""
     from llama_jax.run_config import default_dict
 
     values = default_dict("tiny")
@@ -72,7 +72,7 @@ def our_config(size: Size) -> dict:
 
 
 def our_batches(size: Size):
-    """The batches as the train step takes them."""
+    """The batches in the form of our train step: dicts of arrays (B, T)."""
     import numpy as np
 
     for tokens in batches(size):
@@ -86,7 +86,7 @@ def our_batches(size: Size):
 
 
 def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({})):
-    """A function that does one step of a run with these sections and keys in place of the usual ones."""
+    """A function that does one step of our training run. `keys` replace sections and keys of `our_config`."""
     import jax
 
     from llama_jax import parallel
@@ -117,7 +117,7 @@ def ours(dtype: str, size: Size, *, keys: Mapping[str, Any] = MappingProxyType({
 
 
 def their_model(size: Size):
-    """transformers' Llama of this size, random and in float32, with its default attention: sdpa."""
+    """The Llama of transformers in this size, with random float32 weights and its default attention (sdpa)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,7 +135,7 @@ def their_model(size: Size):
 
 
 def their_step(model, dtype: str, size: Size):
-    """A function that does one step on what of the model is to be trained."""
+    """A function that does one torch training step on the trainable weights of the model."""
     import torch
 
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -157,7 +157,7 @@ def their_step(model, dtype: str, size: Size):
 
 
 def transformers(dtype: str, size: Size):
-    """A function that does one step."""
+    """A function that does one training step with transformers."""
     return their_step(their_model(size), dtype, size)
 
 

@@ -1,4 +1,4 @@
-"""Contenders in one process each that take turns, step by step, so that a busy machine hurts them alike."""
+"""Alternating steps of several implementations, in one process each, so that other load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = tuple[str, ...]
 
 
 def serve(one: Callable[[], float]) -> None:
-    """In a contender's process: do a step for every line on standard input, and answer with its seconds and loss."""
+    """Runs one step for every line on standard input, and prints its seconds and loss. Each contender calls it."""
     for _ in sys.stdin:
         start = time.perf_counter()
         loss = one()
@@ -20,10 +20,12 @@ def serve(one: Callable[[], float]) -> None:
 
 
 def race(kinds: Sequence[Kind], *, steps: int) -> dict[Kind, list[float]]:
-    """The seconds of each step of each kind, the first, which compiles, left out.
+    """The seconds of each step of each contender, without the first step, which compiles.
 
-    A contender is this very command with `--serve` and the words of its kind at its end. Raises RuntimeError if one
-    ends before its time; what it said stands above.
+    The process of a contender runs this command with `--serve` and the words of its kind appended.
+
+    Raises:
+        RuntimeError: a process ended early. Its own output is on the terminal.
     """
     workers = {
         kind: subprocess.Popen(
@@ -39,7 +41,7 @@ def race(kinds: Sequence[Kind], *, steps: int) -> dict[Kind, list[float]]:
                 worker.stdin.flush()
                 answer = worker.stdout.readline()
                 if not answer:
-                    raise RuntimeError(f"{' '.join(kind)} ended in its step {turn}")
+                    raise RuntimeError(f"the process of {' '.join(kind)} ended in step {turn}")
                 if turn:
                     seconds[kind].append(json.loads(answer)["seconds"])
     finally:

@@ -6,7 +6,7 @@
 Hardware: one host of 8 TPU v6e chips (v6e:2x4, 31.25 GiB each); float32 weights and moments split eight ways.
 Memory: 20.8 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 65,536 tokens a step. Speed and loss are not measured.
-Elsewhere: as llama31_8b_sft.py says.
+Elsewhere: see llama31_8b_sft.py.
 """
 
 import ml_collections

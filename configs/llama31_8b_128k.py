@@ -1,4 +1,4 @@
-"""Llama 3.1 8B trained on, all weights, with long documents: rows of 131,072 tokens.
+"""Llama 3.1 8B, all weights trained further on long documents, in rows of 131,072 tokens.
 
     python train.py --config configs/llama31_8b_128k.py --config.init_from=Llama-3.1-8B \
         --config.data.train='/data/books/*.jsonl' --config.distributed.coordinator=auto
@@ -7,7 +7,7 @@ Hardware: 32 TPU v5p chips (v5p:4x4x2, 95.74 GiB each), a v5p-64; four rows at a
 Memory: 16.3 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 524,288 tokens a step. Speed and loss are not measured.
 Elsewhere: a row needs eight chips (mesh.tensor=8): data.batch_size is a multiple of the groups of eight.
-GPUs have no kernel for such rows yet.
+There is no kernel for such rows on GPUs yet.
 """
 
 import ml_collections

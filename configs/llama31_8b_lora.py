@@ -27,11 +27,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 8
     config.lora.rank = 16
     config.lora.alpha = 32.0
-    config.optimizer.learning_rate = 2e-4  # ten times and more what all weights take
+    config.optimizer.learning_rate = 2e-4  # ten times or more the rate for training all weights
     config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.0
     config.train.steps = 1000
-    config.train.accumulate = 8  # a row at a time
+    config.train.accumulate = 8  # one row at a time
     config.train.compute_dtype = "bfloat16"
     config.mesh.fsdp = -1
     config.log.eval_every = 100

@@ -36,6 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.compute_dtype = "bfloat16"
     config.mesh.fsdp = -1
     config.log.eval_every = 50
-    config.checkpoint.every = 50  # such machines are taken away without notice
+    config.checkpoint.every = 50  # such machines can be preempted without notice
     config.checkpoint.keep_best = 1
     return config

@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = "meta-llama/Llama-3.1-8B"
     config.data.train = ("data/train",)
     config.data.validation = ("data/validation",)
-    config.data.sequence_length = 8192  # dialogs are packed; longer ones are left out
+    config.data.sequence_length = 8192  # dialogs are packed; those longer than a row are left out
     config.data.batch_size = 8
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 50

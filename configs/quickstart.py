@@ -1,4 +1,4 @@
-"""A small Llama 3.1 (2.4 million weights) trained on the documentation that every Python carries.
+"""A small Llama 3.1 (2.4 million weights) trained on the documentation that comes with every Python.
 
     python train.py --config configs/quickstart.py
 

@@ -1,14 +1,14 @@
 """The quickstart model taught to answer: "What does `math.gcd` do?", for 698 names of the standard library.
 
-    python train.py --config configs/quickstart.py       # first: it is what this one starts from
+    python train.py --config configs/quickstart.py       # first: the model that this run starts from
     python train.py --config configs/sft_quickstart.py
 
-Hardware: a laptop's CPU; a million tokens, two minutes on 2 cores at 9,000 tokens/s, and three times that where they
-are shared with others. All 2.4 million weights are trained, on questions and answers made of docstrings
-(llama_jax/data/questions.py; they differ between Python versions), seen 1.9 times. Expect a validation loss of about
-0.004 nats per token, which is over the same facts asked for in phrasings that training has not, and 98.7 % of those
-answers right to the letter (benchmarks/sft_quickstart.py). It knows no other names, and does not know that: asked for
-one, it answers with something that it has learnt.
+Hardware: a laptop's CPU; a million tokens, two minutes on 2 cores at 9,000 tokens/s, and three times that on cores that
+other programs use too. All 2.4 million weights are trained on questions and answers made from docstrings
+(llama_jax/data/questions.py; they differ between Python versions), seen 1.9 times. The validation set asks for the same
+facts in phrasings that are not in the training set. Expect a validation loss of about 0.004 nats per token, and 98.7 %
+of its answers exactly right (benchmarks/sft_quickstart.py). The model knows no other names. Asked for one, it answers
+with a sentence that it has learned.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
     python train.py --config configs/smollm2_lora.py
 
 Hardware: a CPU and 5 GB of free memory. A step of 1,024 tokens takes 9 s of processor time (measured on a shared 2-core
-machine), so the 60 steps should take about five minutes on two idle cores. The texts are questions and answers made of
+machine), so the 60 steps should take about five minutes on two idle cores. The data are questions and answers made from
 docstrings (llama_jax/data/questions.py; they differ between Python versions), in the model's own chat format. In a
 trial of ten steps, the training loss fell from 2.3 to about 1.7 nats a token; the loss after 60 is not measured.
 """

@@ -120,10 +120,10 @@ class Checkpoints:
         return step
 
     def go_on_from(self, step: int | None) -> None:
-        """Prepares the folder for saves after `step` (None: from the start).
+        """Prepares the folder for a run that continues from `step`; None means that it starts from the beginning.
 
-        Newer steps were skipped as damaged. They are renamed to `damaged-STEP` and not deleted. Remains of saves that
-        were killed or failed are deleted.
+        Checkpoints of later steps are damaged, because a restore takes the newest intact one. They are not deleted but
+        renamed to `damaged-STEP`. Partial files of saves that were killed or failed are deleted.
         """
         if jax.process_index() or not self.folder.is_dir():
             return

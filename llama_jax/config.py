@@ -241,7 +241,7 @@ SIZES: dict[str, ModelConfig] = {
         ffn_dim=512,
         tied_embeddings=True,
     ),
-    # The shape of the benchmarks beside other libraries.
+    # The shape for benchmarks against other libraries.
     "160m": _long(
         _LLAMA3_8B,
         vocab_size=32_000,

@@ -45,13 +45,13 @@ def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> b
 def parse_json(data: bytes, where: str, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object in `data`, which errors call `where`. Anything else raises a one-line ValueError."""
     if len(data) > MAX_BYTES and sum(map(data.count, (b",", b"[", b"{"))) > max_values:
-        raise ValueError(f"{where} has over {max_values:,} values, more than any sound file of its kind")
+        raise ValueError(f"{where} has over {max_values:,} values, more than any valid file of its kind has")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except ValueError as error:  # not UTF-8, not JSON, or a repeated name
-        raise ValueError(f"{where} is not sound JSON: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object, got {brief(value)}")
     return value

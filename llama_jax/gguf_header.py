@@ -51,7 +51,7 @@ class Header:
         if version & 0xFFFF == 0:
             raise ValueError(f"{path}: a big-endian file; only little-endian ones are read: fetch the ordinary one")
         if version not in (2, 3):
-            raise ValueError(f"{path}: version {version} of the format; 2 and 3 are read: convert or fetch it anew")
+            raise ValueError(f"{path}: GGUF version {version} is not supported, only 2 and 3: convert the file again")
         tensors, keys = self.whole(8, "the count of tensors"), self.whole(8, "the count of keys")
         self.require(keys * 13 + tensors * 24, f"a header of {keys:,} keys and {tensors:,} tensors")
         self.spend(tensors * _TENSOR_COST + keys * _KEY_COST, f"a header of {keys:,} keys and {tensors:,} tensors")
@@ -72,7 +72,7 @@ class Header:
             )
 
     def spend(self, count: int, what: str) -> None:
-        """Refuse what would take more memory than a header may."""
+        """Raises ValueError if the header would take more memory than allowed."""
         self.spent += count
         if self.spent > _SPARE:
             raise ValueError(f"{self.file.path}: {what} would take more memory than the {_SPARE:,} bytes allowed")

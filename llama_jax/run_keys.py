@@ -231,7 +231,12 @@ class TrainConfig:
             )
 
     def steps_for(self, rows: int, batch_size: int) -> int:
-        """The optimizer steps of a run on so many training rows. The last batch of the epochs is filled up."""
+        """The number of optimizer steps of a run. With train.epochs it is rounded up, so that the last batch is full.
+
+        Args:
+            rows: number of training rows.
+            batch_size: rows in one optimizer step.
+        """
         return self.steps or max(1, math.ceil(self.epochs * rows / batch_size))
 
 

@@ -1,6 +1,6 @@
-"""Sampling settings: the record that users, models' own defaults and the command line share.
+"""Sampling settings: one record for users' settings, models' defaults and the command line.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ _FLOAT32_MAX = 3.4e38
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a token is drawn. The defaults are those of Meta's examples.
+    """The sampling settings of a request. The defaults are those of Meta's examples.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token (greedy) and ignores the three cuts below.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens until their mass reaches p, the one that crosses included; 1 keeps all.
-        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
-        repetition_penalty: logits of tokens in the prompt or the text so far are divided by it where positive and
-            multiplied where negative (Keskar et al., arXiv:1909.05858, section 4.1); 1 is off. Greedy rows too.
+        temperature: divisor of the logits. 0 takes the likeliest token (greedy) and ignores top_k, top_p and min_p.
+        top_k: number of likeliest tokens to keep; 0 keeps all.
+        top_p: probability mass to keep: the likeliest tokens up to and including the one with which their mass reaches
+            top_p; 1 keeps all.
+        min_p: smallest probability to keep, relative to the likeliest token; 0 keeps all.
+        repetition_penalty: factor against repetition. Logits of tokens in the prompt or the text so far are divided by
+            it if positive and multiplied by it if negative (Keskar et al., arXiv:1909.05858, section 4.1). It applies
+            to greedy sampling too; 1 is off.
     """
 
     temperature: float = 0.6

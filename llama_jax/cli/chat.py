@@ -200,6 +200,6 @@ def _reader() -> Callable[[str], str]:
         if os.access(path, os.R_OK | os.W_OK):
             history = FileHistory(path)
     except OSError:
-        pass  # a history for this session alone
+        pass  # a history of this session only
     session: PromptSession[str] = PromptSession(multiline=True, key_bindings=bindings, history=history)
     return session.prompt

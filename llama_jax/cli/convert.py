@@ -99,7 +99,7 @@ def size_of(path: Path) -> int:
 
 
 def shard_bytes(text: str) -> int:
-    """The bytes that a size such as 500M or 5G stands for."""
+    """The number of bytes of a size such as 500M or 5G."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)I?B?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not 0 < size <= _LARGEST:

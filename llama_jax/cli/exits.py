@@ -1,11 +1,11 @@
-"""The end of every command: exit statuses, errors of one line, signals, and readers that have gone.
+"""The end of every command: exit statuses, errors of one line, signals, and closed output pipes.
 
 | status | meaning |
 |---|---|
 | 0 | the command did its work |
 | 2 | an error, which is one line on standard error |
 | 129, 130, 143 | stopped by SIGHUP, by Ctrl-C, by SIGTERM |
-| 141 | the reader of standard output has gone |
+| 141 | the reader of standard output has closed it |
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
-    """Run a command as the whole of this process, and exit with its status."""
+    """Run a command, and exit this process with its status."""
     _usable_streams()
     status = run(command, argv)
     if _interrupted:  # threads that download or compile would delay the exit
@@ -103,7 +103,7 @@ def _without_reader() -> int:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered to nowhere. Otherwise Python reports it with a traceback when it exits."""
+    """Discard buffered output. Otherwise Python reports the failed write with a traceback when it exits."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_inputs(flags: parser.Parser) -> None:
-    """Add the flags that say what to answer and how to print it."""
+    """Add the flags of the prompts and of the output."""
     group = flags.add_argument_group("what to answer (one of the first five)")
     add = group.add_argument
     add("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for several")
@@ -114,7 +114,7 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what the flags say, and return the exit status. Errors are raised."""
+    """Run inference as the flags say, and return the exit status. Errors are raised."""
     options = parse(argv)
     prompts = _prompts(options)
     dialogs = [_messages(options.messages)] if options.messages else _dialogs(options.system, options.ask or ())

@@ -1,4 +1,4 @@
-"""`inspect`: what a model is (format, size, config, dtypes, tokenizer), or what a run would learn from."""
+"""`inspect`: prints the facts of a model (format, size, config, dtypes, tokenizer), or the data of a run."""
 
 from __future__ import annotations
 

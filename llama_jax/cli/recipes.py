@@ -9,7 +9,7 @@ from llama_jax.errors import ConfigError, nearest
 
 
 def folder() -> Path:
-    """The folder of the recipes: inside the installed package, or beside the package in a clone."""
+    """The folder of the recipes: inside an installed package, or next to the package in a clone."""
     package = Path(llama_jax.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"

@@ -29,7 +29,7 @@ examples:
 
 
 class _RunParser(Parser):
-    """The flags beside --config.KEY=VALUE. An unknown flag is taken for a key."""
+    """The parser of all flags but --config.KEY=VALUE. An error about an unknown flag treats it as a misspelled key."""
 
     def _unknown(self, arg: str) -> NoReturn:
         if not arg.startswith("-"):
@@ -49,7 +49,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
 
 
 def parse_run_flags(argv: Sequence[str], *, command: str) -> tuple[RunConfig, argparse.Namespace]:
-    """The run that the arguments describe, and the flags of the command that are no keys.
+    """The run that the arguments describe, and the command's flags that are not config keys.
 
     Args:
         argv: The arguments after the command's name.
@@ -194,9 +194,13 @@ def _one_length(argv: list[str]) -> list[str]:
 
 
 def _split_shape(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments without those of the section model, and these by key; `--config.model=NAME` is model.name.
+    """Separates the flags of the section model from the other arguments.
 
-    ml_collections cannot set a key whose default is None.
+    They are separated because ml_collections cannot set a key whose default is None.
+
+    Returns:
+        The other arguments, and a dict from key of the section model to the flag's text. The key of
+        `--config.model=NAME` is "name".
     """
     rest, shape = [], {}
     for arg in argv:

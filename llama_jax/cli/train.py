@@ -54,7 +54,7 @@ def _check_base(run: RunConfig) -> None:
     base = Path(run.init_from)
     if base.parent == Path("runs") and not base.exists() and base.name in recipes.names():
         raise ConfigError(
-            f"init_from={run.init_from!r} is not there yet: train it first with {program('train')} --config {base.name}"
+            f"init_from={run.init_from!r} does not exist: train it first with {program('train')} --config {base.name}"
         )
 
 

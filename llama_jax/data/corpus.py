@@ -103,7 +103,7 @@ def _groups() -> Iterator[list[_Piece]]:
     if len(sources) < _MIN_SOURCES:
         raise FileNotFoundError(
             f"the quickstart corpus needs the standard library's sources, but {stdlib} holds {len(sources)}"
-            " .py files; use a Python that carries its sources (python.org, uv, conda, pyenv or a full"
+            " .py files; use a Python that includes its sources (python.org, uv, conda, pyenv or a full"
             " distribution package), or train on your own text files"
         )
     try:
@@ -187,7 +187,7 @@ def _compiled_pieces(name: str) -> list[_Piece]:
 
 
 def _gather(group: list[_Piece], seen: set[str]) -> Iterator[Document]:
-    """Clean a group into documents: no paragraph twice in the corpus, no piece too short to stand alone."""
+    """Clean a group into documents, without paragraphs that the corpus already has and without very short pieces."""
     name, kept = "", []
     for piece, texts in group:
         fresh = [paragraph for text in texts for paragraph in prose(text, seen)]

@@ -1,7 +1,7 @@
 """Samples as token ids and targets.
 
-A target is a token that the loss counts: what the assistant says in the messages that are learnt, a completion with
-the token that ends it, or all of a text; of a pair, what comes after the prompt that both answers share.
+A target is a token that the loss counts. In a dialog these are the assistant's tokens in the messages that are learned;
+in a completion, its tokens and its end token; in a text, all tokens; in a pair, the tokens after the shared prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from llama_jax.data.records import BadLine, Completion, Dialog, Pair, Sample
 from llama_jax.errors import ConfigError
 from llama_jax.text.record_encoder import NameInText
 
-# Token ids, and whether each is a target. None: all are.
+# Token ids, and a mask of the targets. None: all tokens are targets.
 Encoded = tuple[list[int], list[bool] | None]
 # Values of data.too_long: what happens to a record that is longer than a row.
 TOO_LONG = ("drop", "cut", "refuse")
@@ -39,10 +39,10 @@ class Encoder(Protocol):
         tools: Sequence[Any] | None = None,
         learn: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a dialog, and a mask of what the assistant says in the messages that `learn` flags.
+        """Token ids of a dialog, and a mask of the assistant's tokens in the messages that `learn` flags.
 
         Raises:
-            ValueError: the messages are no dialog.
+            ValueError: the messages are not a valid dialog.
         """
 
 
@@ -56,8 +56,8 @@ class EncodedSample(NamedTuple):
     Attributes:
         name: name of the record, "file:line".
         documents: its documents: two of a pair, otherwise one.
-        marked: it has a message of the assistant that carries a mark not to be learnt.
-        cut: its last tokens were left out, because it is longer than a row.
+        marked: True if a message of the assistant is marked as not to be learned.
+        cut: True if its last tokens were dropped, because it is longer than a row.
     """
 
     name: str
@@ -67,10 +67,10 @@ class EncodedSample(NamedTuple):
 
 
 def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_length: int | None) -> Encoded:
-    """The ids of a sample, and which of them are targets.
+    """The token ids of a sample, with a mask of its targets.
 
-    A text is bos + text + eos. A completion is bos + prompt + completion + eos with nothing between. A dialog is what
-    the run's chat format makes of it.
+    A text is encoded as bos + text + eos, and a completion as bos + prompt + completion + eos without a separator. A
+    dialog is encoded by the run's chat format.
 
     Args:
         sample: the sample.
@@ -99,11 +99,11 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
 def cut(encoded: Encoded, max_length: int | None) -> Encoded:
     """The first `max_length` tokens of a dialog or a completion.
 
-    This teaches nothing wrong. The tokens that are left are predicted from what came before them, and the end of the
-    turn is not learnt where it was cut off.
+    Training on a cut sample is sound: the remaining tokens are predicted from the tokens before them, and no end of a
+    turn is learned at the cut.
 
     Raises:
-        TooLong: none of the tokens that are left is a target.
+        TooLong: none of the remaining tokens is a target.
     """
     ids, targets = encoded
     if max_length is None or targets is None or len(ids) <= max_length:
@@ -117,11 +117,11 @@ def cut(encoded: Encoded, max_length: int | None) -> Encoded:
 
 
 def encode_pair(pair: Pair, tokenizer: Encoder, *, max_length: int | None) -> tuple[Encoded, Encoded]:
-    """The chosen and the rejected answer of a pair, each after the prompt, as `encode` has them.
+    """Encodes the chosen and the rejected answer of a pair, each after the prompt, like `encode`.
 
-    Targets are what the assistant says after the prompt, not its earlier turns in it; of texts the answer and its eos.
-    (TRL 1.16 counts everything after the prompt, users' and tools' turns within an answer too, and merges text across
-    the border of prompt and answer. For one answer of the assistant the two are the same.)
+    Targets are the assistant's tokens after the prompt, without its earlier turns in the prompt. For texts they are the
+    answer and its eos. TRL 1.16 counts everything after the prompt, including turns of users and tools within an
+    answer, and merges tokens across the border of prompt and answer. For a single turn of the assistant both agree.
 
     Args:
         pair: the pair.
@@ -148,7 +148,7 @@ def encode_pair(pair: Pair, tokenizer: Encoder, *, max_length: int | None) -> tu
 def try_encode(
     sample: Sample, tokenizer: Encoder, *, max_length: int | None, too_long: str = "drop"
 ) -> EncodedSample | BadLine:
-    """A sample as token ids, or a BadLine that says what is wrong with it.
+    """A sample as token ids, or a BadLine with the reason why it cannot be used.
 
     `too_long` is one of TOO_LONG; "drop" and "refuse" give a BadLine for a record that is longer than `max_length`.
     """
@@ -172,7 +172,7 @@ def try_encode(
 
 
 def _check_answers(dialog: Dialog) -> None:
-    """Refuse a sound dialog that has nothing to learn."""
+    """Raises an error for a valid dialog without a token to learn."""
     spoken = [message["role"] == "assistant" for message in dialog.messages]
     if not any(spoken):
         raise ValueError("no message is the assistant's: there is nothing to learn")

@@ -1,9 +1,9 @@
 """Datasets of the Hugging Face hub, by the notation of its own library: hf://datasets/OWNER/NAME[@REVISION][/PATH].
 
-PATH is a file, a folder or a glob pattern (`**` crosses folders). Without one, the files whose path says the split are
-taken, as a word of its own: `train` or `training`; for validation `validation`, `valid`, `val` or `dev`, and where none
-says that, `test` or `eval`. Where no file says what it is for, all are for training. Of files in several formats only
-the first of FORMATS are taken: the others tend to say the same again, or to be about it.
+PATH is a file, a folder or a glob pattern (`**` crosses folders). Without one, files are chosen by a whole word in the
+path that names the split: `train` or `training`; for validation `validation`, `valid`, `val` or `dev`, and otherwise
+`test` or `eval`. If no path names a split, all files are used for training. If the files have several formats, only
+those in the first of FORMATS are used, because the others usually repeat the data or describe them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMATS = (
     (".jsonl", ".json-lines"),
     (".json",),
     (".txt", ".md"),
-)  # all but the first may have .gz after
+)  # all but the first may be followed by .gz
 
 _REVISION = r"refs/(?:pr|convert)/\w+|[^@/\s]+"
 _ID = re.compile(rf"hf://datasets/({ID})(?:@({_REVISION}))?(?:/(\S+?))?/?", re.ASCII)
@@ -34,13 +34,13 @@ _NOT_DATA = ("dataset_infos.json", "dataset_info.json", "README.md", "LICENSE.tx
 
 
 def is_bare_id(text: str) -> bool:
-    """True for OWNER/NAME, a dataset whose scheme was left out."""
+    """True for OWNER/NAME, the name of a dataset without the scheme."""
     return re.fullmatch(ID, text, re.ASCII) is not None
 
 
-@functools.cache  # a branch may move: within a process, one name stands for one commit
+@functools.cache  # a branch may move, so a name is resolved to a commit once in a process
 def find(text: str, split: str) -> dict[Path, tuple[str, int]]:
-    """Download the files that a name stands for, except those that the hub's cache has.
+    """Download the files that a name matches, except those in the hub's cache.
 
     Args:
         text: the name, in the notation of this module.
@@ -58,7 +58,7 @@ def find(text: str, split: str) -> dict[Path, tuple[str, int]]:
         raise ConfigError(f"{text!r} names no dataset of the Hugging Face hub: write {FORMS}")
     name, revision, pattern = found.groups()
     repo = Repo("dataset", text, name, revision, FORMS)
-    folder = fetch(repo, (".gitattributes",))  # which every repo has: for its commit and the list of its files
+    folder = fetch(repo, (".gitattributes",))  # a file of every repo, to get the commit and the list of files
     files = _choose(repo, listing(repo, folder), pattern=pattern, split=split)
     check_readable(files)
     fetch(repo, files, commit=folder.name)
@@ -75,7 +75,7 @@ def check_readable(files: Iterable[str]) -> None:
 
 
 def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str) -> list[str]:
-    """The files of the repo that the name stands for, at least one."""
+    """The files of the repo that the name matches, at least one."""
     if pattern in files:
         return [pattern]
     data = [file for file in files if _format(file) is not None and Path(file).name not in _NOT_DATA]

@@ -1,4 +1,4 @@
-"""The `inspect data` command: the numbers of a run's data, and a preview of the rows of its first step."""
+"""The `inspect data` command: statistics of a run's data, and a preview of the rows of its first step."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _Fragment = tuple[str, str]  # text, and a key of _COLORS
 
 
 def show(run: RunConfig, encoder: RecordEncoder, *, color: bool, rows: int | None = None, full: bool = False) -> None:
-    """Print the numbers of a run's data and a preview of its first step, which together fit a screen.
+    """Print statistics of a run's data and a preview of its first step, which together fit a screen.
 
-    Targets, the tokens that the loss counts, are green, or stand in ⟦these⟧ without color.
+    Targets, the tokens that the loss counts, are green, or in ⟦brackets⟧ without color.
 
     Args:
         run: the run.
         encoder: the run's tokenizer, chat format and reading of control tokens.
-        color: whether the output takes ANSI colors.
+        color: True if the output supports ANSI colors.
         rows: rows of the preview. None: two, or one on a small screen.
-        full: show whole rows instead of what fits the screen.
+        full: show whole rows, even if they do not fit the screen.
 
     Raises:
         ValueError: the data cannot be used, or too many of their records.
@@ -85,7 +85,7 @@ def show(run: RunConfig, encoder: RecordEncoder, *, color: bool, rows: int | Non
 
 
 def _describe(run: RunConfig, encoder: RecordEncoder, say: prepare.Say) -> tuple[Mixture, Rows | None, RecordEncoder]:
-    """Print the numbers. Returns the rows, and the encoder that they were made with."""
+    """Print the statistics. Returns the rows and their encoder."""
     try:
         train, validation = prepare.rows(run, encoder, say)
     except NameInText as error:
@@ -112,9 +112,9 @@ def _lengths(rows: Rows) -> str:
 
 
 def reasons(store: TokenStore) -> Iterator[str]:
-    """The commonest kinds of reasons why records were left out, each with its number and its first record.
+    """The most frequent reasons why records cannot be used, each with its count and its first record.
 
-    Reasons that differ only in numbers and in quoted values are of one kind.
+    Reasons that differ only in numbers and in quoted values count as one.
     """
     counts: collections.Counter[str] = collections.Counter()
     first: dict[str, BadLine] = {}
@@ -143,7 +143,7 @@ def render(
         row: a row, arrays (T,).
         tokenizer: the run's tokenizer.
         color: mark with ANSI colors, otherwise with ⟦ ⟧.
-        pairs: the documents are the chosen and the rejected answer of one preference pair after the other.
+        pairs: True if the documents are preference pairs: the chosen, then the rejected answer of each.
         width: columns of the screen, at which lines are broken. None breaks no lines.
         lines: the most lines. The last one says if there is more. None: all.
     """
@@ -205,7 +205,7 @@ def _visual_lines(fragments: Iterator[_Fragment], width: int | None) -> Iterator
 
 
 def _fitting(text: str, columns: int) -> int:
-    """The number of characters of a text that fit into so many columns."""
+    """The number of characters of a text that fit into a number of terminal columns."""
     for number, character in enumerate(text):
         columns -= _columns(character)
         if columns < 0:

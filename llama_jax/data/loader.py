@@ -1,8 +1,8 @@
 """The data loader, on top of grain: batches that are seeded, split over hosts and resumable to the exact batch.
 
 The batch of step s is a pure function of the rows, the seed, the global batch size B and s: it holds the global rows
-order[s * B : (s + 1) * B]. `order` visits every row once an epoch, and each epoch has a new shuffle. In a mixture each
-part has epochs of its own and is drawn in proportion to its weight. A position in the data is therefore one number, and
+order[s * B : (s + 1) * B]. `order` visits every row once an epoch, and each epoch has a new shuffle. In a mixture, each
+part has its own epochs and is drawn in proportion to its weight. A position in the data is therefore one number, and
 each host computes its own part of any batch without communication.
 """
 
@@ -100,7 +100,7 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position as values for JSON: the number of batches so far ("step"), and what they depend on."""
+        """The position as values for JSON: the number of batches so far ("step"), and all that batches depend on."""
         return {"step": self._step, **self._identity}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Messages of dialogs in the styles that are published, rewritten in one style: OpenAI's, with a learn flag for each.
+"""Conversion of published styles of dialog messages to one style: OpenAI's, with a learn flag for each message.
 
-Styles that are read: OpenAI's chat and fine-tuning messages, ShareGPT turns (`from` and `value`), the roles of
-LLaMA-Factory and ms-swift for calls and results, and Anthropic's content blocks. A message may carry a mark that says
-whether it is learnt. The spellings are OpenAI's and mistral-finetune's `weight`, axolotl's `train` and `training`,
+The supported styles are OpenAI's chat and fine-tuning messages, ShareGPT turns (`from` and `value`), the roles of
+LLaMA-Factory and ms-swift for calls and results, and Anthropic's content blocks. A message may have a mark that says
+whether it is learned. The spellings are OpenAI's and mistral-finetune's `weight`, axolotl's `train` and `training`,
 verl's `loss_mask` and `trainable`, ms-swift's and AgentTuning's `loss`, and torchtune's `masked`, which means the
-opposite. A key that is none of these is refused by name, because it may change what should be learnt.
+opposite. An unknown key is refused, and the error names it, because it may change what is learned.
 
 Sources: platform.openai.com/docs/guides/fine-tuning, docs.axolotl.ai/docs/dataset-formats/conversation.html,
 github.com/verl-project/verl/issues/5316, swift.readthedocs.io (Custom-dataset), torchtune.data.Message.
@@ -18,7 +18,7 @@ from llama_jax.errors import brief, nearest
 
 ROLES = {
     "system": "system",
-    "developer": "developer",  # each chat format has its own reading of it
+    "developer": "developer",  # each chat format encodes it in its own way
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = {"type", "cache_control", "citations", "annotations", "logprob
 
 
 class Message(NamedTuple):
-    """One message in OpenAI's style, and whether the loss counts what it says."""
+    """One message in OpenAI's style, with a flag that says whether the loss counts it."""
 
     content: dict[str, Any]
     learn: bool
@@ -80,7 +80,7 @@ def read(value: object, key: str) -> list[Message]:
 
 
 def from_json(value: object, *, opening: str) -> object:
-    """The value in a string of JSON that begins with `opening`. Anything else is returned as it is."""
+    """The value of a JSON string that begins with `opening`. Any other argument is returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith(opening):
         try:
             return json.loads(value)
@@ -95,7 +95,7 @@ def present(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_one(item: object, where: str) -> Iterator[Message]:
-    """The messages that one item of a list stands for: usually one."""
+    """Converts one item of a list to messages, usually one."""
     if not isinstance(item, dict):
         raise ValueError(f"{where} must be a dict with 'role' and 'content', got {brief(item)}")
     item = present(item)
@@ -215,7 +215,7 @@ def _content(content: object, where: str) -> tuple[object, list[dict[str, Any]]]
 
 
 def _tool_result(block: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
-    """The message of a tool that a `tool_result` block in a user's message stands for."""
+    """Converts a `tool_result` block of a user's message to a message of the tool."""
     if role != "user":
         raise ValueError(f"{where}: a 'tool_result' block is allowed in a message of the user only, got role {role!r}")
     content, nested = _content(block.get("content", ""), where)

@@ -124,7 +124,7 @@ class PackedRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row, with the arrays of `Rows`."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"row {index} does not exist: there are {len(self)} rows, from 0 on")
         start = index * self.sequence_length
         window = np.asarray(self.store.tokens[start : start + self.sequence_length + 1], dtype=np.int32)
         offsets = self.store.offsets
@@ -199,7 +199,7 @@ class WholeRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row, with the arrays of `Rows`."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"row {index} does not exist: there are {len(self)} rows, from 0 on")
         row = padding_row(self.sequence_length)
         at = 0
         for segment, piece in enumerate(range(self._first[index], self._first[index + 1]), start=1):

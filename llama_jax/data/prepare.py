@@ -117,7 +117,7 @@ def rows(run: RunConfig, encoder: Encoder, say: Say) -> tuple[Mixture, Rows | No
 
 
 def _packed(run: RunConfig, patterns: Sequence[str], split: str, encoder: Encoder, say: Say) -> Rows:
-    """The rows of one source, whose numbers are printed."""
+    """The rows of one source, whose statistics are printed."""
     data = run.data
     pairs = run.train.objective == "dpo"
     try:
@@ -159,10 +159,10 @@ def _other_objective(run: RunConfig, store: TokenStore) -> str:
 
 
 def describe(packed: Rows, data: DataConfig) -> Iterator[str]:
-    """The numbers of a source in lines: what it holds, and what of it was left out or cut."""
+    """Statistics of a source in lines: its documents and tokens, and the records that were rejected or cut."""
     store = packed.store
     kind, total = f"{store.record_kind}s", store.num_records + store.num_bad + store.num_too_long
-    # For plain text nothing else is worth a word: all of it is targets, and only the last row has padding.
+    # For plain text nothing else is of interest: all of it is targets, and only the last row has padding.
     targets = f" ({store.num_targets / store.num_tokens:.1%} targets)" if store.masked else ""
     padding = f" ({packed.padding_fraction:.1%} padding)" if store.masked else ""
     yield (

@@ -1,7 +1,7 @@
-"""The quickstart chat set: "What does `math.gcd` do?", answered from the docstrings that every Python carries.
+"""The quickstart chat set: "What does `math.gcd` do?", answered from the docstrings of the standard library.
 
 The facts are first sentences of the documentation of well-known functions, classes and methods, each asked for in many
-phrasings, alone and in the course of a dialog. Validation asks for the same facts in phrasings that training does not
+phrasings, alone and within a dialog. Validation asks for the same facts in phrasings that training does not
 have: it measures whether a question is understood, not knowledge of facts that were never learnt. The set depends on
 the version of Python. Tried and left out: the answer "I do not know that name." to names that do not exist. A model of
 2.4 million weights recognized half of them, and gave that answer for known names in new phrasings.
@@ -100,7 +100,7 @@ _LENGTH = (24, 190)  # characters of an answer
 
 @dataclass(frozen=True)
 class Fact:
-    """A name as people write it, and a sentence that says what it does, the name first."""
+    """A name as people write it, and a sentence about its purpose that begins with the name."""
 
     name: str
     sentence: str
@@ -128,7 +128,13 @@ def facts() -> tuple[Fact, ...]:
 def _things(
     modules: Sequence[str], classes: Sequence[str] = (), chosen: Sequence[str] = ()
 ) -> Iterator[tuple[str, Callable]]:
-    """Public functions, classes and methods by name, exceptions left out."""
+    """Yields (name, object) for public functions, classes and methods, without exceptions.
+
+    Args:
+        modules: modules whose public functions and classes are taken.
+        classes: dotted names of classes whose public methods are taken.
+        chosen: dotted names of single objects, which are skipped where the system lacks them.
+    """
     for module in modules:
         owner = importlib.import_module(module)
         own = [(key, thing) for key, thing in _public(owner) if not is_replaced(module, key)]

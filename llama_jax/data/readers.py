@@ -148,8 +148,8 @@ class _Reader:
     def _check(self, size: int) -> None:
         if size > self._allowed:
             raise ValueError(
-                f"{self._path}: it is compressed more than {MAX_RATIO} times, which data are not; decompress it "
-                "yourself if it is what you want to train on"
+                f"{self._path}: it is compressed more than {MAX_RATIO} times, which is implausible for training data; "
+                "to train on it, decompress it yourself"
             )
 
 

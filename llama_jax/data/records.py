@@ -27,8 +27,8 @@ class Dialog:
         name: name of the record, "file:line".
         messages: the messages.
         tools: the tools that the assistant may call, or None.
-        learn: one flag for each message, whether the loss counts it. None: every message of the assistant.
-        marked: some message of the assistant carries a mark that it is not to be learnt.
+        learn: one flag for each message, True if the loss counts it. None: it counts every message of the assistant.
+        marked: True if a message of the assistant is marked as not to be learned.
     """
 
     name: str
@@ -80,8 +80,8 @@ class BadLine:
 
     Attributes:
         name: name of the record, "file:line", or of the file.
-        reason: why it cannot be used, in one printable line.
-        too_long: nothing is wrong with it but that it is longer than a row.
+        reason: the reason why it cannot be used, in one printable line.
+        too_long: True if the only reason is that it is longer than a row.
     """
 
     name: str
@@ -90,7 +90,7 @@ class BadLine:
 
     @classmethod
     def of(cls, name: str, why: object, *, too_long: bool = False) -> "BadLine":
-        """A bad line whose reason has escapes in the place of characters that cannot be printed."""
+        """A bad line. Characters of the reason that cannot be printed are escaped."""
         text = " ".join(str(why).split())
         return cls(name, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), too_long)
 
@@ -147,7 +147,7 @@ KEYS = frozenset((*_PARTNERS, *_DIALOGS, *_MEDIA, *_MASKS, *_OTHERS))  # every k
 
 
 def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
-    """The sample that a record of JSON or Parquet stands for.
+    """Converts a record of JSON or Parquet to a sample.
 
     A key that holds null counts as absent: tables have every column in every row. Keys without a meaning here, such as
     an id or a source, are not read.
@@ -223,7 +223,7 @@ def _openai_pair(record: Mapping[str, Any]) -> dict[str, Any]:
     """A pair in the shape of OpenAI's preference fine-tuning, rewritten in TRL's."""
     asked = record.get("input")
     if not isinstance(asked, dict) or "messages" not in asked:
-        raise ValueError(f"'input' must hold 'messages' where there is 'preferred_output', found {brief(asked)}")
+        raise ValueError(f"'input' must have 'messages' if the record has 'preferred_output', got {brief(asked)}")
     answers = {"chosen": record["preferred_output"], "rejected": record["non_preferred_output"]}
     return {"prompt": asked["messages"], "tools": asked.get("tools"), **answers}
 
@@ -320,7 +320,7 @@ def _refuse_unwanted(record: Mapping[str, Any]) -> None:
 
 
 def _refuse(record: Mapping[str, Any], *keys: str, remedy: str) -> None:
-    """Raise ValueError for keys that a record of this shape has no use for. Nothing is left out in silence."""
+    """Raise ValueError for keys that have no meaning in a record of this shape, so that none is ignored silently."""
     if unread := [key for key in keys if record.get(key)]:
         raise ValueError(f"{unread[0]!r} is not read in a record of this kind: {remedy}")
 

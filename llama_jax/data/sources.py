@@ -80,7 +80,7 @@ def _corpus(name: str) -> Sequence[Document | Dialog]:
 
 
 def hub_files(patterns: Sequence[str], *, split: str) -> list[str]:
-    """The names, with the commit, of the files of the hub that the patterns stand for."""
+    """The names, with the commit, of the files of the hub that the patterns match."""
     ids = [pattern for pattern in patterns if pattern.startswith(hub_datasets.SCHEME)]
     return [name for text in ids for name, _ in hub_datasets.find(text, split).values()]
 

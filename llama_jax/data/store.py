@@ -50,13 +50,13 @@ class TokenStore:
         tokens: (num_tokens,) uint16 or uint32. Document d is `tokens[offsets[d]:offsets[d + 1]]`.
         offsets: (num_documents + 1,) int64.
         fingerprint: hash (hex) of the contents of the arrays.
-        masked: some documents are dialogs or completions, so that not every token is a target.
-        marked: some message of the assistant carries a mark that it is not to be learnt.
+        masked: True if some documents are dialogs or completions, so that not every token is a target.
+        marked: True if a message of the assistant is marked as not to be learned.
         num_targets: targets, the first token of each document excluded.
-        num_bad: records that cannot be used, which were left out.
+        num_bad: number of rejected records that cannot be used.
         first_bad: the first of them, or None.
-        num_too_long: records that are longer than a row, which were left out.
-        num_cut: records without their last tokens, because they are longer than a row.
+        num_too_long: number of rejected records that are longer than a row.
+        num_cut: number of records whose last tokens were dropped, because they are longer than a row.
         pairs: documents 2k and 2k + 1 are the chosen and the rejected answer of pair k.
     """
 
@@ -121,11 +121,11 @@ class TokenStore:
 
     @property
     def quarantine(self) -> Path:
-        """The file that lists the records that were left out, if there were any."""
+        """The file that lists the rejected records, if there are any."""
         return _quarantine(self.path)
 
     def rejected(self) -> Iterator[BadLine]:
-        """The records that were left out, in order."""
+        """The rejected records, in order."""
         if self.quarantine.is_file():
             with open(self.quarantine, encoding="utf-8") as file:
                 yield from map(BadLine.from_json, file)
@@ -263,7 +263,7 @@ def _written(
 
 
 def _refuse_hopeless(writer: StoreWriter, max_bad: float, *, listed: Path) -> None:
-    """Raise ValueError if so many of the records so far are bad that there is no use in reading on."""
+    """Raise ValueError if so many of the records so far are bad that reading the rest is useless."""
     seen = writer.num_bad + writer.num_records
     if writer.first_bad is not None and seen >= _HOPELESS_AT and writer.num_bad > max(_HOPELESS, max_bad) * seen:
         writer.flush_rejected()
@@ -278,7 +278,7 @@ def _refuse_bad(store: StoreWriter | TokenStore, max_bad: float, *, listed: Path
 
 
 def _publish(writer: StoreWriter, cache: Path, keys: tuple[str, str], max_bad: float) -> TokenStore:
-    """Rename a complete store to its path in the cache, its list of what was left out first.
+    """Rename a complete store to its path in the cache, after its list of rejected records.
 
     Raises:
         ValueError: it is of no use, because too many records are bad, or all are too long.
@@ -356,7 +356,7 @@ def _most_waiting(workers: int) -> int:
 
 
 def _as_arrays(sample: EncodedSample | BadLine, tokenizer: Encoder) -> EncodedSample | BadLine:
-    """An encoded sample with arrays in the place of lists, which take ten times as much memory.
+    """An encoded sample with arrays instead of lists, which take ten times as much memory.
 
     Raises:
         ValueError: a document has no ids, or ids that are not of the vocabulary.

@@ -102,7 +102,7 @@ class StoreWriter:
         self._marked |= sample.marked
 
     def reject(self, bad: BadLine) -> None:
-        """List a record that is left out, and count it as bad or as too long."""
+        """Add a record to the list of rejected ones, and count it as bad or as too long."""
         self._bad_file.write(bad.to_json() + "\n")
         if bad.too_long:
             self.num_too_long += 1
@@ -111,17 +111,17 @@ class StoreWriter:
             self.first_bad = self.first_bad or bad
 
     def flush_rejected(self) -> None:
-        """Write the list of what was left out so far."""
+        """Write the list of the records rejected so far."""
         self._bad_file.flush()
 
     def close(self, **about: Any) -> dict[str, Any]:
-        """Write what is left, meta.json last, and close the files.
+        """Write the remaining data, meta.json last, and close the files.
 
         Args:
             about: further entries of meta.json.
 
         Returns:
-            What meta.json holds.
+            The contents of meta.json.
         """
         self._write_bits(self._num_bits)
         for file in (self._tokens_file, self._bits_file, self._bad_file):

@@ -1,7 +1,7 @@
-"""Two models side by side on the same prompts: both answer, a judge compares the answers, and the rates are drawn.
+"""Comparison of two models on the same prompts: both answer, a judge compares the answers, and the rates are plotted.
 
-A folder keeps every answer and verdict at once, a line of JSON each, so that the same call continues where the last
-one ended: `answers.jsonl`, `verdicts.jsonl` (of any number of judges), `settings.json`. Each call ends by writing the
+A folder keeps every answer and verdict as soon as it exists, as a line of JSON, so that a repeated call continues where
+the last one ended: `answers.jsonl`, `verdicts.jsonl` (of all judges), `settings.json`. Each call ends by writing the
 results of its judge so far: `comparison.jsonl` (prompts, answers, verdicts), `summary.json` and `comparison.png`.
 """
 
@@ -84,7 +84,7 @@ class Comparison:
         tallies: the rates, overall first, then by category.
         judged: number of prompts with a verdict.
         total: number of prompts.
-        unread: number of answers of a judge model that hold no verdict; they count as ties.
+        unread: number of answers of a judge model without a verdict; they count as ties.
         folder: the folder that keeps everything.
         picture: file of the bars, or None before the first verdict.
     """
@@ -386,7 +386,7 @@ def _report(folder: Path, asked: Asked, cases: Sequence[Case], verdicts: Mapping
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """The complete lines of a file. A line that a kill cut short is removed, so that the next one is whole."""
+    """The complete lines of a file. The incomplete last line of a killed process is removed from the file."""
     if not path.exists():
         return
     data = path.read_bytes()

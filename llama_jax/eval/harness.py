@@ -67,17 +67,17 @@ class LlamaLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """The default of new tokens for a text, where the task gives none."""
+        """The default limit of new tokens, for tasks that set none."""
         return lm_eval_requests.MAX_GEN_TOKS
 
     @property
     def eot_token_id(self) -> int | None:
-        """The id that ends a text."""
+        """The tokenizer's end-of-text id, or None."""
         return self.llama.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands before a text without context."""
+        """The id that is put in front of a text without context."""
         return lm_eval_requests.prefix_id(self.llama)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -112,7 +112,7 @@ class LlamaLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, however long."""
+        """The log-likelihood of whole texts of any length."""
         texts = [request.args[0] for request in requests]
         totals = lm_eval_requests.rolling(
             self.llama,
@@ -184,12 +184,12 @@ class LlamaLM(TemplateLM):
         return self.llama.chat_format
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the file of results."""
+        """The entries about the model in lm_eval's file of results."""
         return {"model_num_parameters": self.llama.config.num_params, "model_dtype": str(self.llama.engine.dtype)}
 
 
 def harness_model(llama: Llama, **options: Any) -> LlamaLM:
-    """`llama` as lm_eval wants a model; options are those of LlamaLM."""
+    """`llama` as a model of lm_eval. Options are those of LlamaLM."""
     return LlamaLM(llama, **options)
 
 
@@ -197,7 +197,7 @@ def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager
     """lm_eval's TaskManager, with the tasks in the folders of `include` too.
 
     Raises:
-        ConfigError: a folder that is none, or a task that is neither known nor a file, with the nearest name.
+        ConfigError: a folder does not exist, or a task is neither known nor a file. The message has the nearest name.
     """
     for folder in include:
         if not Path(folder).is_dir():

@@ -24,7 +24,7 @@ class Prompt:
     """A prompt for both models.
 
     Attributes:
-        place: its position "FILE:LINE", for errors.
+        place: position "FILE:LINE" of the prompt, for error messages.
         asked: a text to continue, or the messages of a dialog.
         reference: the right answer, or several right ones; None where there is none.
         category: category of the prompt, which gets rates of its own; None for no category.
@@ -59,7 +59,7 @@ Judge = Callable[[Sequence[Case]], Iterator[Verdict]]
 
 
 def exact(cases: Sequence[Case]) -> Iterator[Verdict]:
-    """Exact match: an answer wins if it alone equals a reference. White space around both does not count."""
+    """Exact match: an answer wins if only it equals a reference. White space around both does not count."""
     for case in cases:
         right = case.prompt.reference
         right = [text.strip() for text in ([right] if isinstance(right, str) else right)]

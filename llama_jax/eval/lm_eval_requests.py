@@ -42,7 +42,7 @@ def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
     Args:
         llama: a model with a tokenizer.
         text: any text.
-        begin: put the begin-of-text token first; by default where the text does not begin with it.
+        begin: True puts the begin-of-text token first. None does so if the text does not begin with it.
     """
     if begin is None:
         return control_tokens.encode_text(llama.tokenizer, text, parse_special=True)
@@ -50,7 +50,7 @@ def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
 
 
 def decode(llama: Llama, ids: Sequence[int]) -> str:
-    """The text of ids, control tokens and rows that only pad the embedding left out."""
+    """The text of ids, without control tokens and without ids that only pad the embedding."""
     tokenizer = llama.tokenizer
     return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size], skip_special=True)
 
@@ -74,7 +74,7 @@ def rolling(
 
 
 def prefix_id(llama: Llama) -> int:
-    """The id that stands before a text without context."""
+    """The id that is put in front of a text without context."""
     begin = begin_id(llama)
     if begin is None:
         raise ConfigError("the tokenizer has no token that begins or ends a text: a text without context has no start")

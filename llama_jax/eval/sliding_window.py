@@ -1,6 +1,6 @@
 """Perplexity of a model on texts and dialogs, read through a sliding window.
 
-Each document is read by itself. The first window predicts `context` tokens. Each further one moves on by `stride` and
+Each document is read separately. The first window predicts `context` tokens. Each further one moves on by `stride` and
 predicts that many, after the `context - stride` tokens before them or more. So every token is predicted once, and all
 but the first tokens of a document have at least `context - stride` tokens before them.
 """
@@ -38,7 +38,7 @@ class Perplexity:
         standard_error: standard error of nats_per_token, from the variation among documents, or among windows where
             there is one document (see `_ratio_error`); nan where there is one window.
         tokens: number of counted tokens.
-        bytes: number of UTF-8 bytes that the counted tokens stand for, control tokens left out.
+        bytes: number of UTF-8 bytes of the counted tokens' text, without control tokens.
         documents: number of texts and dialogs with at least one counted token.
         windows: number of windows with a counted token.
         context, stride: lengths of the windows. Only perplexities of equal ones can be compared.
@@ -75,22 +75,22 @@ def perplexity(
 ) -> Perplexity:
     """Measure a model on texts, dialogs and completions.
 
-    Every token of a text counts, except the one that begins it. Of dialogs and completions the tokens count that the
-    training loss counts: what the assistant says, or the completion. The names of control tokens in a text are text.
+    Every token of a text counts, except the one that begins it. In dialogs and completions, the same tokens count as in
+    the training loss: the assistant's, or the completion's. Names of control tokens in a text are plain text.
     A model whose tokenizer has no token to begin with, nor one to end with, does not predict a text's first token.
 
     Args:
         llama: a model with a tokenizer.
         texts: texts, and dialogs and completions as `data.records.parse` makes them.
-        context: tokens that a window holds; by default 2,048, or all that a model of fewer has.
+        context: tokens in a window; by default 2,048, or all positions of a model that has fewer.
         stride: tokens between windows; half of `context` by default. A smaller one gives each token more context and
             takes more time; `context` itself is the fastest.
         batch_size: windows that run together.
         progress: a bar on standard error; by default where there are many windows.
 
     Raises:
-        ConfigError: no tokenizer, no token to predict, a dialog that the chat format cannot write, or a context or
-            stride that cannot be.
+        ConfigError: no tokenizer, no token to predict, a dialog that the chat format cannot encode, or a context or
+            stride that is out of range.
     """
     if llama.tokenizer is None:
         raise ConfigError("perplexity needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
@@ -129,7 +129,7 @@ def perplexity(
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """A window of a document: ids that are given, ids that are predicted, and which of these count."""
+    """A window of a document: context ids, ids to predict, and a mask of the predicted ids that count."""
 
     document: int
     context: Sequence[int]
@@ -147,7 +147,7 @@ def _lengths(llama: Llama, context: int | None, stride: int | None) -> tuple[int
 
 
 def _counted(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:
-    """The ids of a sample, and for each whether it counts."""
+    """The ids of a sample, and a mask of those that count."""
     if isinstance(sample, (str, Document)):
         ids = llama.tokenizer.encode(sample if isinstance(sample, str) else sample.text)
         begin = begin_id(llama)
@@ -203,7 +203,7 @@ def windows(ids: Sequence[int], *, context: int, stride: int) -> Iterator[tuple[
 def _ratio_error(nats: np.ndarray, counts: np.ndarray) -> float:
     """The standard error of sum(nats) / sum(counts) over clusters drawn at random (Cochran, Sampling Techniques, 2.11).
 
-    Tokens of one text are no independent draws, so that an error from single tokens would be far too small.
+    Tokens of one text are not independent, so that an error estimated from single tokens would be far too small.
     """
     n = len(nats)
     if n < 2:

@@ -1,1 +1,1 @@
-"""Floor 5: sampling. `llama` is the public face, `engine` the compiled prefill and decode under it."""
+"""Floor 5: inference. `llama` is the public interface, and `engine` has the compiled programs."""

@@ -1,4 +1,4 @@
-"""Batches of requests: which run together, and the sizes that few compiled programs cover."""
+"""Batching of requests: the requests that share a batch, and rounding of sizes so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The indices of requests in batches of at most `size`, the longest requests first.
+    """The indices of requests, grouped into batches of at most `size`, the longest requests first.
 
-    Requests of similar lengths share a batch, so that little is padded, and the batch that takes most memory runs
-    first. Requests of one length keep their order.
+    Requests of similar lengths share a batch, which keeps padding small. The batch that takes the most memory runs
+    first. Requests of equal length keep their order.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + size] for i in range(0, len(order), size)]

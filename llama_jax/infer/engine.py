@@ -1,16 +1,16 @@
-"""The compiled half of sampling: prompts into a KV cache in chunks, then a loop on the device that makes tokens.
+"""The compiled programs of inference: prefill, decoding, logits and scoring.
 
-Two programs do everything. *Prefill* feeds all tokens of the prompts but their last, for the whole batch at once and in
-chunks of a few fixed sizes. *Decode* starts from the last prompt token and runs up to DISPATCH steps in one
-`while_loop`, so that sampling exists once and the host is heard from once a dispatch. Shapes come from small sets
-(rows and cache capacity are powers of two), and everything else is an array, so that any mix of prompts, settings and
-limits costs a bounded number of compilations.
+*Prefill* writes all prompt tokens except the last of each row into the KV cache. It processes the whole batch at once,
+in chunks of a few fixed sizes. *Decode* starts from the last prompt token and runs up to DISPATCH steps in one
+`while_loop` on the device, so that device and host synchronize once a dispatch. Shapes come from small sets (rows and
+cache capacity are powers of two), and everything else is an array. Any mix of prompts, settings and limits therefore
+needs a bounded number of compilations.
 
 The state between calls is explicit: `state = engine.prefill(requests)`, then `state, slice = engine.decode(state,
-limit=...)` as often as one likes. `run` is that loop.
+limit=...)` until all rows are done. `run` is that loop.
 
-Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output buffer; in scoring C places, K ids
-scored at each, n places whose logits exist at a time.
+Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output buffer. In scoring: C scored positions,
+K candidate ids at each of them, n positions whose logits are in memory at a time.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, logical_axes
 from llama_jax.sampling_params import GREEDY, SamplingParams
 
-# Steps in one dispatch at most: enough to hide the host, few enough to hear of a cancelled request soon.
+# Most steps in one dispatch: enough to hide the host's work, few enough that a cancelled request ends soon.
 DISPATCH = 64
 CHUNKS = (16, 64, 256, 512)
 _MIN_CAPACITY = 128
 _MIN_STOPS = 4
-_LOGITS = 1 << 26  # held at a time while scoring, at most: 256 MiB
+_LOGITS = 1 << 26  # most float32 logits in memory at a time while scoring (256 MiB)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One row of a batch: its prompt, how many tokens it may get, and how they are drawn."""
+    """One row of a batch: its prompt, its limit of new tokens, its sampling settings and its seed."""
 
     tokens: Sequence[int]
     max_new_tokens: int
@@ -59,25 +59,37 @@ class Request:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where every row stands. A row is done when `remaining` is 0; rows that only pad the batch are born done."""
+    """The decoding state of a batch.
+
+    A row is done when its `remaining_B` is 0. Rows that only pad the batch are done from the start.
+
+    Attributes:
+        cache: KV cache of all rows.
+        tokens_B: int32 next input token of each row; it is not in the cache yet.
+        positions_B: int32 position of that token.
+        remaining_B: int32 number of tokens that the row may still generate.
+        seen_BV: bool, True for the tokens of the row's prompt and text so far, for the repetition penalty.
+        controls: sampling settings of each row.
+        stops_S: int32 ids that end a row, padded with -1.
+    """
 
     cache: KVCache
-    tokens_B: jax.Array  # the next input of each row, not yet in the cache
-    positions_B: jax.Array  # of that token
-    remaining_B: jax.Array  # tokens the row may still get
-    seen_BV: jax.Array  # what the repetition penalty looks at
+    tokens_B: jax.Array
+    positions_B: jax.Array
+    remaining_B: jax.Array
+    seen_BV: jax.Array
     controls: sampling.Controls
-    stops_S: jax.Array  # ids that end a row; padded with -1
+    stops_S: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """What one dispatch made, on the host.
+    """The tokens that one dispatch generated, on the host.
 
     Attributes:
-        tokens: for each row of the batch its new ids, the stop token that ended it included.
-        logprobs: for each of them its log-probability under the model (see `sampling.sample`).
-        done: rows that will get no more.
+        tokens: new ids of each row of the batch, including the stop token that ended it.
+        logprobs: log-probability of each new id under the model (see `sampling.sample`).
+        done: for each row, True if it generates no more tokens.
     """
 
     tokens: list[list[int]]
@@ -90,13 +102,14 @@ class Engine:
 
     Args:
         config: the model's shape.
-        params: its weights in the unrolled layout, already on the mesh (see `placed`).
-        mesh: where they are; None is one device.
-        dtype: of activations and KV cache.
-        max_chunk: the longest prefill chunk, one of CHUNKS. Longer ones multiply better and need more scratch memory.
+        params: weights in the unrolled layout, already on the mesh (see `placed`).
+        mesh: mesh of the weights; None is one device.
+        dtype: dtype of activations and of the KV cache.
+        max_chunk: length in tokens of the longest prefill chunk, one of CHUNKS. Longer chunks use the device better
+            and need more scratch memory.
 
     Raises:
-        ConfigError: a mesh that cannot carry this model, or an unknown chunk size.
+        ConfigError: the model cannot be split over the mesh, or max_chunk is not one of CHUNKS.
     """
 
     def __init__(
@@ -122,11 +135,12 @@ class Engine:
         self._score = jax.jit(self._trace_score)
 
     def of(self, params: Params, config: ModelConfig) -> Engine:
-        """The same compiled programs for other weights; another config has programs of its own.
+        """An engine for other weights that shares this engine's compiled programs.
 
-        Weights of the same kinds and shapes compile nothing anew.
+        Weights with the same leaf types and shapes need no further compilation. If `config` differs from this engine's
+        config, the result is a new engine with its own programs, and `params` are put on the mesh.
         """
-        if config != self.config:  # an adapter with more rows of the vocabulary, or that unties the embeddings
+        if config != self.config:  # the adapter adds rows to the vocabulary, or unties the embeddings
             mesh = None if self.layout is None else self.layout.mesh
             params = placed(config, params, mesh=mesh, dtype=self.dtype)
             return Engine(config, params, mesh=mesh, dtype=self.dtype, max_chunk=self.chunks[-1])
@@ -136,18 +150,18 @@ class Engine:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far by this engine."""
+        """The number of programs that this engine has compiled so far."""
         programs = (self._begin, self._extend, self._decode, self._logits, self._score)
         return sum(program._cache_size() for program in programs)
 
     def prefill(self, requests: Sequence[Request], *, stop_tokens: Sequence[int], rows: int = 1) -> State:
-        """The state of a fresh batch after all prompt tokens but the last of each row.
+        """The state of a new batch, whose cache holds all prompt tokens except the last of each row.
 
         Args:
-            requests: each with at least one token, and prompt and new tokens within config.max_seq_len: Llama
-                checks that with better words.
+            requests: the rows of the batch. Each has at least one prompt token, and its prompt and new tokens together
+                fit config.max_seq_len. `Llama` checks this beforehand; it is not checked here.
             stop_tokens: ids that end a row.
-            rows: pad the batch to at least so many rows, so that groups of several sizes share their programs.
+            rows: minimum batch size. Smaller groups are padded to it and reuse the compiled programs.
         """
         rows = power_of_two(max(len(requests), rows), 1)
         lengths = [len(r.tokens) for r in requests] + [1] * (rows - len(requests))
@@ -176,7 +190,12 @@ class Engine:
         return state
 
     def decode(self, state: State, *, limit: int) -> tuple[State, Slice]:
-        """Up to `limit` (at most DISPATCH) more tokens for every row that is not done. Consumes `state`."""
+        """Generates up to `limit` more tokens for every row that is not done. `state` is donated.
+
+        Raises:
+            ConfigError: `limit` is not from 1 to DISPATCH.
+            ValueError: the model's logits are not finite.
+        """
         if not 1 <= limit <= DISPATCH:
             raise ConfigError(f"limit must be from 1 to {DISPATCH}, got {limit}")
         with jax.transfer_guard("disallow"):
@@ -199,7 +218,15 @@ class Engine:
         first: int = DISPATCH,
         most: int = DISPATCH,
     ) -> Iterator[Slice]:
-        """Slices until every row is done. The first is up to `first` steps long, each next one up to twice as long."""
+        """Yields slices until every row is done.
+
+        Args:
+            requests: as in `prefill`.
+            stop_tokens: ids that end a row.
+            rows: minimum batch size.
+            first: largest number of steps of the first dispatch. The limit doubles with each dispatch.
+            most: largest number of steps of any dispatch.
+        """
         state = self.prefill(requests, stop_tokens=stop_tokens, rows=rows)
         limit = min(first, most)
         while True:
@@ -210,22 +237,26 @@ class Engine:
             limit = min(2 * limit, most)
 
     def logits(self, tokens_BT: np.ndarray) -> jax.Array:
-        """Logits (B, T, V) float32 of token ids (B, T), without a cache: the forward pass that training uses."""
+        """Logits (B, T, V) float32 of token ids (B, T), by the forward pass without a cache that training uses."""
         return self._logits(self.params, self._put(tokens_BT))
 
     def score(
         self, tokens_BT: np.ndarray, starts_B: np.ndarray, candidates_BCK: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """How likely given ids are after what stands before them, without logits of all places at once.
+        """Log-probabilities of candidate next tokens, computed without the logits of all positions in memory at once.
 
         Args:
-            tokens_BT: token ids, each row read from its first position.
-            starts_B: place c of row b is after the token `tokens_BT[b, starts_B[b] + c]`; later ones than the row's
-                last are its last.
-            candidates_BCK: ids to score at each place.
+            tokens_BT: int32 token ids. The first token of each row has position 0.
+            starts_B: index of the first scored position of each row. The logits at scored position c of row b are
+                those after the token `tokens_BT[b, starts_B[b] + c]`. An index beyond the row means its last token.
+            candidates_BCK: candidate ids at each scored position.
 
         Returns:
-            Log-probabilities (B, C, K) float32, and whether each id is the likeliest (of equals the lowest), bool.
+            Log-probabilities (B, C, K) float32, and bool (B, C, K): True where the candidate is the likeliest token of
+            the vocabulary. Of equally likely tokens, the one with the lowest id counts as the likeliest.
+
+        Raises:
+            ValueError: the model's logits are not finite.
         """
         with jax.transfer_guard("disallow"):
             given = self._put((tokens_BT, starts_B, candidates_BCK))
@@ -261,10 +292,10 @@ class Engine:
         }
 
     def _put(self, tree: object) -> object:
-        """Host arrays on the device, explicitly: nothing else may cross while a transfer guard is up."""
+        """Copies host arrays to the devices, replicated. The transfer guard disallows implicit copies."""
         return jax.device_put(tree, None if self.layout is None else parallel.replicated(self.layout.mesh))
 
-    # What follows is traced.
+    # The methods from here on are traced by jit.
 
     def _trace_logits(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
         with parallel.use(self.layout):
@@ -310,7 +341,7 @@ class Engine:
             return self._feed(params, state, chunk, bound)
 
     def _feed(self, params: Params, state: State, chunk: dict, bound: int) -> State:
-        """One prefill chunk. Only the first `bound` slots of the cache are attended to: no later one is filled."""
+        """Processes one prefill chunk. It attends only to the first `bound` cache slots: later ones are still empty."""
         tokens_BT = chunk["tokens_BT"]
         rows, size = tokens_BT.shape
         positions_BT = jnp.broadcast_to(chunk["start"] + jnp.arange(size), (rows, size))
@@ -339,7 +370,7 @@ class Engine:
             return state, out
 
     def _step(self, params: Params, carry: tuple) -> tuple:
-        """One token for every row that is not done; done rows keep their state and write nothing."""
+        """Generates one token for every row that is not done. Other rows keep their state and write nothing."""
         step, state, (tokens_BO, logprobs_BO) = carry
         live_B = state.remaining_B > 0
         hidden_BTD, cache = model.forward(
@@ -376,7 +407,7 @@ class Engine:
 
 
 def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
-    """The placement of a model for sampling: rows over data and fsdp, weights over tensor; other axes hold copies.
+    """The sharding layout of inference: batch rows over data and fsdp, weights over tensor, replicated over other axes.
 
     Raises:
         ConfigError: the tensor axis does not divide the key/value heads.
@@ -395,10 +426,10 @@ def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
 
 
 def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> Params:
-    """Unrolled weights in `dtype`, spread over the mesh; what is there already is not moved or copied."""
+    """Unrolled weights cast to `dtype` and sharded over the mesh. Arrays that already are so are not copied."""
 
     def cast(leaf: Weight) -> Weight:
-        if isinstance(leaf, LoraTensor):  # whose scale stays in float32
+        if isinstance(leaf, LoraTensor):  # its scale stays in float32
             return dataclasses.replace(leaf, base=cast(leaf.base), a=cast(leaf.a), b=cast(leaf.b))
         return leaf if isinstance(leaf, QTensor) or leaf.dtype == dtype else jnp.asarray(leaf).astype(dtype)
 
@@ -411,9 +442,9 @@ def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp
 
 
 def _settled(state: State) -> State:
-    """The state with its small arrays on every device and its cache split: the same on each way out of a program.
+    """Constrains the shardings of a state that a program returns: a sharded cache, and replicated small arrays.
 
-    Otherwise XLA is free to choose, and a program that meets another choice is compiled again.
+    Without the constraint, XLA may choose other shardings, and the next call recompiles.
     """
     return dataclasses.replace(
         _all_whole(dataclasses.replace(state, cache=None)),
@@ -426,7 +457,10 @@ def _all_whole(tree: object) -> object:
 
 
 def _spans(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, size) of the chunks that cover `length` tokens: the largest while they fit, then the least that does."""
+    """The (start, size) of each chunk that covers `length` tokens.
+
+    All chunks but the last have the largest size. The last has the smallest size that covers the remaining tokens.
+    """
     spans = []
     start = 0
     while not spans or start < length:

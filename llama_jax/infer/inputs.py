@@ -23,7 +23,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 
 class GenerateSettings(TypedDict, total=False):
-    """The keyword arguments of `Llama.generate`, for its overloads."""
+    """The types of the keyword arguments of `Llama.generate`, for its overloads."""
 
     max_new_tokens: int
     temperature: float | None
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def as_list(prompts: Any) -> tuple[bool, list[Any]]:
-    """True if the argument is a single prompt, and the prompts as a list."""
+    """A pair: True if the argument is a single prompt, and the list of prompts."""
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
     if isinstance(prompts, str):
@@ -52,7 +52,7 @@ def as_list(prompts: Any) -> tuple[bool, list[Any]]:
         kind = type(prompts).__name__
         raise ConfigError(f"prompts must be a text, a list of token ids, or a list of either, got {kind}")
     if not prompts:
-        raise ConfigError("no prompt: give a text, a list of token ids, or a list of either")
+        raise ConfigError("prompts is empty: give a text, a list of token ids, or a list of either")
     single = not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
     return single, [prompts] if single else list(prompts)
 
@@ -60,10 +60,16 @@ def as_list(prompts: Any) -> tuple[bool, list[Any]]:
 def encoded(
     tokenizer: Tokenizer | None, prompts: Sequence[Any], names: Sequence[str], parse_special: bool | None
 ) -> list[list[int]]:
-    """The ids of prompts, texts or lists of ids. See `Llama.generate` for parse_special; None warns once.
+    """The token ids of each prompt.
+
+    Args:
+        tokenizer: the tokenizer, or None if the model has none.
+        prompts: texts and lists of token ids.
+        names: the name of each prompt, for messages.
+        parse_special: as in `Llama.generate`. None logs a warning at the first text with a control token's name.
 
     Raises:
-        ConfigError: a text without a tokenizer, or a prompt that is neither text nor ids.
+        ConfigError: a prompt is a text and there is no tokenizer, or it is neither a text nor a list of ids.
     """
     warned = parse_special is not None
     ids = []
@@ -98,14 +104,14 @@ def as_ids(prompt: Any, name: str) -> list[int]:
 
 
 def as_path(path: Any, name: str = "path") -> Path:
-    """The name of a file or folder that is not empty."""
+    """The argument as a Path. An empty string, or a value that is not a path, raises a ConfigError."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"{name} must be the name of a folder, a file or a hub id, got {brief(path)}")
     return Path(path)
 
 
 def as_whole(value: Any, name: str) -> int:
-    """A whole number of at least 1."""
+    """The argument as an int. It must be a whole number from 1 to 2^63 - 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {brief(value)}")
     if value >= 1 << 63:
@@ -114,7 +120,7 @@ def as_whole(value: Any, name: str) -> int:
 
 
 def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """The seed of each of `count` prompts: counted up from a number, or taken from a list."""
+    """The seed of each of `count` prompts: seed + i for a number, or item i of a list."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     if any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) for s in seeds):
         raise ConfigError(f"seed must be a whole number, or a list of one for each prompt, got {brief(seed)}")
@@ -126,7 +132,7 @@ def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
-    """`default` with the keyword arguments that are not None. An unknown keyword raises a ConfigError."""
+    """`default`, with each option that is not None in place of its default. An unknown option raises a ConfigError."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in options:
         if name not in known:
@@ -146,7 +152,7 @@ def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 
 def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
-    """A dtype to compute in, by name or as numpy or jax represent it."""
+    """The compute dtype that an argument names, either as a string or as a dtype of numpy or jax."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -157,14 +163,15 @@ def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
 
 
 def default_dtype(stored: np.dtype, *, quantized: bool) -> jnp.dtype:
-    """The dtype to compute in where the caller names none.
+    """The default compute dtype.
 
-    It is the stored dtype, with bfloat16 for float16. A CPU without bfloat16 instructions would emulate them, and
-    computes in float32 instead (measured: benchmarks/); so does every CPU for quantized weights.
+    It is the stored dtype, with bfloat16 for float16. A CPU without bfloat16 instructions would emulate them, so its
+    default is float32 (measured: benchmarks/). For quantized weights the default is float32 on every CPU, and bfloat16
+    on other devices.
 
     Args:
         stored: dtype of the stored weights.
-        quantized: True if the stored weights are quantized; other devices than CPUs then compute in bfloat16.
+        quantized: True if the stored weights are quantized.
     """
     cpu = jax.default_backend() == "cpu"
     if quantized:
@@ -184,7 +191,7 @@ def _has_bfloat16() -> bool:
 
 
 def as_folders(adapters: Any) -> dict[str, str | os.PathLike[str]]:
-    """LoRA adapters by name: a single folder is named after itself, and None is no adapter."""
+    """LoRA adapters as a dict from name to folder or hub id. A single one is named after its folder; None gives {}."""
     if isinstance(adapters, (str, os.PathLike)):
         adapters = {Path(adapters).name: adapters}
     elif adapters is None:
@@ -201,7 +208,7 @@ def as_folders(adapters: Any) -> dict[str, str | os.PathLike[str]]:
 
 
 def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh | None:
-    """The mesh of the given axis sizes. It takes the first devices if there are more than it needs."""
+    """The mesh with these axis sizes. It uses the first devices if there are more than it needs."""
     if mesh is None or isinstance(mesh, Mesh):
         return mesh
     if not isinstance(mesh, Mapping):

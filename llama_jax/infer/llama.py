@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-# Several prompts. Sequence[str] would take a single str too, so that the result's type could not be known.
+# Several prompts. A single str would match Sequence[str] too, and the overloads of `generate` would be ambiguous.
 Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | list[str | list[int]]
 Place = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
-_STREAM_STEPS = 8  # in a dispatch, once a stream is under way: text comes often, and the host costs little
+_STREAM_STEPS = 8  # most steps in a dispatch of a stream: text appears often, and the host's overhead is small
 _QUIET_GROUPS = 3
 
 
@@ -61,9 +61,9 @@ class Llama:
         params: weights, unrolled, in the compute dtype, on the mesh.
         tokenizer: the tokenizer, or None. Without one, prompts and results are ids.
         mesh: mesh of the weights, or None for one device.
-        stop_tokens: default of the ids that end a generation.
-        sampling: default of the sampling settings.
-        chat_format: how dialogs become ids, and answers messages; None without a tokenizer.
+        stop_tokens: default ids that end a generation.
+        sampling: default sampling settings.
+        chat_format: chat format that encodes dialogs and parses answers; None without a tokenizer.
         metadata: token ids, sampling settings, chat template and tokenizer files that `save` writes.
         adapters: LoRA updates by the name of their adapter; see `use`.
         engine: the compiled programs.
@@ -89,15 +89,15 @@ class Llama:
             params: weights, stacked or unrolled, on any devices.
             tokenizer: tokenizer of the same vocabulary.
             mesh: mesh that the weights are placed on; None is the first device.
-            stop_tokens: the tokenizer's by default.
+            stop_tokens: ids that end a generation; those of the tokenizer by default.
             dtype: dtype of weights, activations and KV cache; the embedding's by default. Quantized weights are kept.
-            sampling: SamplingParams() by default.
-            chat_template: the model's own (Jinja), if it has one.
-            chat_format: "auto" talks to the model through its own chat template, or in Meta's reference format if it
-                has none; "llama3" is the reference format; anything else is the file of a Jinja template.
+            sampling: default sampling settings; SamplingParams() if None.
+            chat_template: the model's own chat template (Jinja), if it has one.
+            chat_format: "auto" encodes dialogs with the model's own chat template, or in Meta's reference format if it
+                has none; "llama3" is the reference format; any other value is the path of a Jinja template.
 
         Raises:
-            ConfigError: weights, tokenizer, mesh or dtype that do not fit the config.
+            ConfigError: weights, tokenizer, mesh or dtype do not match the config.
         """
         check_params(config, params)
         tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
@@ -115,19 +115,20 @@ class Llama:
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
         self.adapters: dict[str, adapters.AdapterWeights] = {}
-        self._base: Llama | None = None  # the model without an adapter, of a view that `use` gives
+        self._base: Llama | None = None  # for a view that `use` returned: the model without an adapter
         self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
 
     def add_adapter(self, name: str, folder: Place) -> None:
-        """Read a LoRA adapter, by its folder or hub id, for `use` by this name. Raises what `load` raises."""
+        """Reads a LoRA adapter from its folder or hub id, so that `use` can select it by name. Raises as `load`."""
         inputs.as_folders({name: folder})
         self._add(name, peft.open_adapter(folder, (self._base or self).config))
 
     def use(self, name: str | None) -> Llama:
-        """The same model under one of `adapters`, or under none.
+        """A view of this model with one of `adapters` applied, or with none.
 
-        It shares the weights and the compiled programs with this one, which does not change, so that several can be
-        sampled in turn. Adapters of the same targets and ranks share compiled programs too.
+        The view shares weights and compiled programs with this model, which does not change. Several views can be
+        sampled in turn. Adapters with the same targets and ranks share compiled programs too. A name that is not among
+        `adapters` raises a ConfigError.
         """
         known = list(self.adapters)
         if name is not None and name not in known:
@@ -149,7 +150,7 @@ class Llama:
         self.adapters[name] = adapters.read_adapter(opened, layout=self.engine.layout, dtype=self.engine.dtype)
 
     def set_params(self, params: Params | None) -> None:
-        """Replace the weights by others of the same shape, keeping compiled programs. None frees the weights."""
+        """Replaces the weights by others of the same shapes and keeps the compiled programs. None frees the weights."""
         if params is not None:
             if not isinstance(params, Mapping):
                 raise ConfigError(f"params must be the weights of a model, a dict of arrays, got {brief(params)}")
@@ -158,7 +159,7 @@ class Llama:
         self.params = self.engine.params = params
 
     def __repr__(self) -> str:
-        """Parameters, dtype and mesh on one line."""
+        """One line with the number of parameters, the dtype and the mesh."""
         where = "one device" if self.mesh is None else f"mesh {dict(self.mesh.shape)}"
         return f"Llama({self.config.num_params:,} parameters, {self.engine.dtype}, {where})"
 
@@ -204,28 +205,30 @@ class Llama:
         progress: bool | None = None,
         parse_special: bool | None = None,
     ) -> Result | list[Result]:
-        """Continue one prompt (a Result) or each of a list of prompts (a list of Results, in its order).
+        """Generates a continuation of each prompt.
 
         Args:
-            prompts: a text, a flat list of token ids, or a list of either. Texts get begin_of_text in front; lists of
-                ids are taken as they are.
-            max_new_tokens: most new tokens a prompt; prompt and new tokens together fit config.max_seq_len.
-            temperature: 0 takes the likeliest token each time (greedy). This and the next four: see SamplingParams; by
-                default they are those of `self.sampling`.
-            top_k: keep the k likeliest tokens; 0 is off.
-            top_p: keep the likeliest tokens up to this mass; 1 is off.
-            min_p: keep tokens at least this times as likely as the likeliest; 0 is off.
-            repetition_penalty: above 1 makes tokens already in prompt or text less likely; 1 is off.
-            seed: prompt i draws from seed + i, or from item i of a list. The same seed gives the same text, whatever
-                the other prompts are.
-            stop_tokens: ids that end a text, instead of the model's own; () for none.
-            batch_size: prompts that run together, longest first. More is faster and takes more memory.
-            progress: a bar on standard error; by default where there are more than a few groups.
-            parse_special: True reads names of control tokens in texts, such as <|eot_id|>, as these tokens: for a
-                text that was rendered with a chat template. By default they are plain text, with a warning.
+            prompts: a text, a flat list of token ids, or a list of either. begin_of_text is put in front of texts;
+                lists of ids are used unchanged.
+            max_new_tokens: most new tokens for each prompt; with the prompt they must fit config.max_seq_len.
+            temperature: divisor of the logits; 0 is greedy. This and the next four default to `self.sampling`.
+            top_k: number of likeliest tokens to keep; 0 is off.
+            top_p: probability mass of the likeliest tokens to keep; 1 is off.
+            min_p: smallest probability to keep, relative to the likeliest token; 0 is off.
+            repetition_penalty: factor above 1 against tokens that are in the prompt or the text so far; 1 is off.
+            seed: seed of the sampling noise. Prompt i uses seed + i, or item i of a list. The same seed gives the same
+                text, independently of the other prompts.
+            stop_tokens: ids that end a text, instead of those of the model; () for none.
+            batch_size: number of prompts in a batch, the longest first. Larger batches are faster and take more memory.
+            progress: True shows a progress bar on standard error. The default shows it for more than three batches.
+            parse_special: True encodes names of control tokens, such as <|eot_id|>, as these tokens, for texts that
+                were rendered with a chat template. False encodes them as plain text; so does None, with a warning.
+
+        Returns:
+            A Result for a single prompt, or a list of Results in the order of `prompts`.
 
         Raises:
-            ConfigError: an argument that cannot work; says what is allowed.
+            ConfigError: an argument is not allowed. The message says what is allowed.
         """
         settings = {
             "temperature": temperature,
@@ -271,10 +274,10 @@ class Llama:
         parse_special: bool | None = None,
         **sampling: Any,
     ) -> Iterator[str] | Iterator[int]:
-        """Yield the tokens of `generate` as they are generated, in pieces of text that never break a character.
+        """Yields the continuation of one prompt as it is generated, in pieces of text that never split a character.
 
-        Without a tokenizer the pieces are ids. Arguments are those of `generate`, for one prompt; they are checked
-        at the call, before the first piece is asked for.
+        Without a tokenizer, the pieces are token ids. The arguments are those of `generate`. They are checked when
+        `stream` is called, before the first piece is requested.
         """
         single, (prompt, *_) = inputs.as_list(prompt)
         if not single:
@@ -295,10 +298,10 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Result:
-        """The assistant's next message in a dialog of {"role": ..., "content": ...}, written in `chat_format`.
+        """Generates the assistant's next message in a dialog of {"role": ..., "content": ...} (see `chat_format`).
 
-        Other arguments are those of `generate`. `message` of the result can be added to the dialog as it is; tool calls
-        in it are parsed, and the ids of the dialog stay the same.
+        `tools` are functions in OpenAI's schema; other arguments are those of `generate`. `message` of the result has
+        the parsed tool calls. It can be appended to the dialog unchanged, and is then encoded as the generated ids.
         """
         ids = self.encode_dialog(messages, tools)
         stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
@@ -315,7 +318,7 @@ class Llama:
         stop_tokens: Sequence[int] | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Yield the answer of `chat` in pieces of text. Other arguments are those of `stream`."""
+        """Yields the answer of `chat` in pieces of text. Other arguments are those of `stream`."""
         ids = self.encode_dialog(messages, tools)
         stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
         return self.stream(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
@@ -329,21 +332,21 @@ class Llama:
         dtype: str | None = None,
         shard_bytes: int = export.SHARD_BYTES,
     ) -> Path:
-        """Write the model in another program's files: weights, config, tokenizer and settings. An adapter is merged.
+        """Saves the model in another program's format: weights, config, tokenizer and settings. An adapter is merged.
 
         Args:
-            path: the folder to create; for "gguf" the file.
+            path: the folder to create, or for "gguf" the file.
             format: "hf" (transformers), "meta" (Meta's own code) or "gguf" (llama.cpp).
-            dtype: "float32", "float16", "bfloat16", and for "gguf" also "q8_0" and "q4_0"; the weights' own by
-                default.
-            shard_bytes: most bytes of a file of format "hf".
+            dtype: dtype of the weights in the file: "float32", "float16", "bfloat16", and for "gguf" also "q8_0" and
+                "q4_0". The default is the dtype of this model's weights.
+            shard_bytes: largest size in bytes of one file of format "hf".
 
         Returns:
-            The folder or file.
+            The folder or file that was written.
 
         Raises:
-            ConfigError: an unknown format or dtype, a path that has a model already, or a model that the format cannot
-                hold.
+            ConfigError: an unknown format or dtype, a path that already has a model, or a model that the format cannot
+                represent.
         """
         path = inputs.as_path(path)
         shard_bytes = inputs.as_whole(shard_bytes, "shard_bytes")
@@ -353,7 +356,7 @@ class Llama:
         )
 
     def encode_dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
-        """The ids that `chat` continues: the dialog and the open header of an answer. ConfigError where it cannot."""
+        """The prompt ids of `chat`: the dialog and the header of an answer. ConfigError if it cannot be encoded."""
         if self.tokenizer is None:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
         return self.chat_format.encode(messages, tools=tools)
@@ -388,7 +391,7 @@ class Llama:
         return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
 
     def _known(self, tokens: list[int]) -> list[int]:
-        """The ids that the tokenizer has. A model may have more rows than its tokenizer, for padding."""
+        """The ids that the tokenizer can decode. A model's vocabulary may be padded beyond that of its tokenizer."""
         return [i for i in tokens if i < self.tokenizer.vocab_size]
 
     def _request(
@@ -402,7 +405,7 @@ class Llama:
         if len(ids) + new > limit:
             mend = f"max_new_tokens of at most {limit - len(ids):,}" if len(ids) < limit else "a shorter prompt"
             raise ConfigError(
-                f"{name} has {len(ids):,} tokens and max_new_tokens is {new:,}: together more than the model's "
+                f"{name} has {len(ids):,} tokens and max_new_tokens is {new:,}, which together exceed the model's "
                 f"max_seq_len={limit:,}. Use {mend}"
             )
         return engine.Request(tokens=ids, max_new_tokens=new, sampling=sampling, seed=seed)
@@ -411,7 +414,7 @@ class Llama:
         bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if bad.size:
             last = self.config.vocab_size - 1
-            raise ConfigError(f"{name} holds id {brief(int(bad[0]))}, which is not in the vocabulary: 0 to {last}")
+            raise ConfigError(f"{name} holds id {brief(int(bad[0]))}, but the ids of the vocabulary are 0 to {last}")
 
     def _stops(self, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
         return self.stop_tokens if stop_tokens is None else inputs.as_stops(stop_tokens, self.config.vocab_size)
@@ -427,27 +430,27 @@ def load(
     adapters: Place | Mapping[str, Place] | None = None,
     chat_format: str = AUTO,
 ) -> Llama:
-    """A model ready to be sampled, from whatever shape its files have.
+    """Loads a model of any supported file format, ready for sampling.
 
     Args:
-        source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file,
-            an old Flax folder, or the name of a model in a Python package (smollm2).
-        dtype: "float32" or "bfloat16", for weights, activations and KV cache. By default the checkpoint's own, with
-            bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which
-            takes twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B.
-            Tensors of a GGUF file in Q8_0 and Q4_0 stay quantized and are multiplied in this dtype, which for a
-            quantized file is float32 on a CPU and bfloat16 elsewhere.
-        quantize: None keeps weights as they are stored; "none" turns quantized ones into arrays of `dtype`, which
-            takes more memory; "int8" and "int4" round the matrices of all layers to groups of 32 (ops/quant.py) while
-            they are read, which takes 0.53 and 0.28 of what they take in bfloat16.
+        source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), the folder of Meta's download, a
+            .gguf file, an old Flax folder, or the name of a model in a Python package (smollm2).
+        dtype: dtype of weights, activations and KV cache: "float32" or "bfloat16". The default is the checkpoint's
+            dtype, with bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which takes
+            twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B. Tensors of a GGUF file in Q8_0 and
+            Q4_0 stay quantized and are multiplied in this dtype; its default for a quantized file is float32 on a CPU
+            and bfloat16 on other devices.
+        quantize: quantization of the weights. None keeps them as they are stored. "none" dequantizes them to `dtype`,
+            which takes more memory. "int8" and "int4" quantize the matrices of all layers in groups of 32
+            (ops/quant.py) while they are read. These matrices then take 0.53 and 0.28 of their memory in bfloat16.
         mesh: mesh of the weights: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4},
-            which take the first devices. One axis may be -1: it takes the remaining devices.
-        adapters: a LoRA adapter (peft), by its folder or hub id, which is then in use; or several by name, for
-            `use` to choose from.
-        chat_format: "auto", "llama3" or the file of a Jinja template; see `Llama`.
+            which use the first devices. An axis of size -1 uses all remaining devices.
+        adapters: one LoRA adapter (peft) as a folder or hub id, which is applied at once; or a dict of several by name,
+            which `use` selects from.
+        chat_format: "auto", "llama3" or the path of a Jinja template; see `Llama`.
 
     Raises:
-        ConfigError: not a model, or settings that cannot work; names the files that make a model.
+        ConfigError: `source` is not a model (the message lists what is), or a setting is not possible.
         ValueError: a damaged file.
     """
     inputs.as_path(source, "the model")
@@ -459,7 +462,7 @@ def load(
     found = open_source(source)
     wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
     mesh = inputs.as_mesh(mesh)
-    layout = engine.layout(found.config, mesh)  # before the weights, so that a bad mesh raises at once
+    layout = engine.layout(found.config, mesh)  # before the weights are read, so that a bad mesh raises at once
     opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
         opening = pool.submit(_tokenizer, found)
@@ -492,5 +495,5 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     try:
         return source.tokenizer()
     except UnknownTokenizer as error:
-        _log.warning("warning: %s: going on with token ids alone", error)
+        _log.warning("warning: %s: continuing without a tokenizer, with token ids only", error)
         return None

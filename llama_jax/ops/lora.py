@@ -1,10 +1,10 @@
-"""LoRA: a frozen weight and the product of two thin trained matrices (Hu et al., arXiv:2106.09685), as one leaf.
+"""LoRA: a frozen weight and the product of two trained low-rank matrices (Hu et al., arXiv:2106.09685), as one leaf.
 
-x W^T becomes x W^T + scale (x a^T) b^T. A LoraTensor stands where the weight stands, as a quantized weight does, so
-that the model does not know about it. The base inside may itself be quantized, which is QLoRA (arXiv:2305.14314).
-DoRA (arXiv:2402.09353) scales the rows of the sum; `dora_factor` computes by how much.
+x W^T becomes x W^T + scale (x a^T) b^T. A LoraTensor is a leaf of params instead of the plain weight, like a quantized
+weight, so that the code of the model does not change. Its base may itself be quantized, which is QLoRA
+(arXiv:2305.14314). DoRA (arXiv:2402.09353) multiplies the rows of the sum by factors, which `dora_factor` computes.
 
-One matrix pair has three forms: LazyLora on disk (weights/adapters.py), LoraWeights as arrays, LoraTensor as a leaf.
+A matrix pair has three types: LazyLora for files (weights/adapters.py), LoraWeights for arrays, LoraTensor for a leaf.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class LoraWeights(NamedTuple):
     """The arrays that LoRA adds to a weight (..., out, in): scale * b a.
 
     Attributes:
-        a: (..., rank, in), float32 or the compute dtype.
-        b: (..., out, rank), in the dtype of a.
-        scale: (...), float32: alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (arXiv:2312.03732). It is
-            not learned.
-        magnitude: DoRA's learned norms, float32: (..., out, 1) of the rows, or for an embedding (..., 1, in) of the
-            columns. None for plain LoRA.
+        a: the first matrix (..., rank, in), float32 or the compute dtype.
+        b: the second matrix (..., out, rank), in the dtype of a.
+        scale: factor (...), float32: alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (arXiv:2312.03732).
+            It is not trained.
+        magnitude: DoRA's trained norms, float32: row norms (..., out, 1), or for an embedding column norms
+            (..., 1, in). None for plain LoRA.
     """
 
     a: jax.Array
@@ -55,7 +55,7 @@ class Dropout:
     rate: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x with some elements zeroed and the others divided by 1 - rate, in the dtype of x."""
+        """x after dropout: random elements are zero and the others are divided by 1 - rate, in the dtype of x."""
         kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.rate, x.shape)
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
@@ -63,20 +63,20 @@ class Dropout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraTensor:
-    """A weight under LoRA, as one leaf of params. `shape` and `dtype` are those of the base.
+    """A weight with LoRA, as one leaf of params. `shape` and `dtype` are those of the base.
 
-    `ops.linear` multiplies by it and looks up its rows. Gradients flow to a and b, and also to the base if that is an
-    array, unless the base is closed over or constant. Stacked layers have a leading axis in every part, the scale
-    included.
+    `ops.linear` multiplies by it and looks up its rows. Gradients flow to a and b. They also flow to a base that is an
+    array, unless the base is closed over or constant. For stacked layers, every part has a leading axis, including the
+    scale.
 
     Attributes:
-        base: the frozen weight, (..., out, in).
-        a: (..., rank, in), as in LoraWeights.
-        b: (..., out, rank).
-        scale: (...).
+        base: the frozen weight (..., out, in).
+        a: the first matrix (..., rank, in), as in LoraWeights.
+        b: the second matrix (..., out, rank).
+        scale: the factor (...) of b a.
         dropout: dropout of the activations that enter a, never of those that enter the base; used in training only.
-        factor: DoRA's factors, (..., out, 1) or (..., 1, in), float32, which multiply base + scale * b a; None for
-            plain LoRA. They are constants here: this code does not train DoRA.
+        factor: DoRA's factors (..., out, 1) or (..., 1, in), float32, which multiply base + scale * b a; None for
+            plain LoRA. They are constants: DoRA cannot be trained here.
     """
 
     base: jax.Array | QTensor
@@ -110,12 +110,12 @@ class LoraTensor:
         return (x * lax.stop_gradient(self.scale)).astype(x.dtype)
 
     def merged(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight that the leaf stands for, factor * (base + scale * b a), as one array computed in float32."""
+        """The merged weight factor * (base + scale * b a) in `dtype`, computed in float32."""
         total = lora_sum(self.base, LoraWeights(self.a, self.b, self.scale))
         return (total if self.factor is None else self.factor * total).astype(dtype)
 
     def part_axes(self, axes: Axes) -> dict[str, Axes]:
-        """The logical axes of each part, from those of the weight. `parallel.shardings` asks such a leaf for them."""
+        """The logical axes of each part, derived from those of the weight; `parallel.shardings` calls it."""
         parts = part_axes(axes)
         columns = self.factor is not None and self.factor.shape[-1] > 1
         factor = (*axes[:-2], None, axes[-1]) if columns else parts.magnitude
@@ -123,7 +123,7 @@ class LoraTensor:
 
 
 def part_axes(axes: Axes) -> LoraWeights:
-    """The logical axes of a, b, scale and row magnitudes, from those of the weight; no device splits the rank."""
+    """The logical axes of a, b, scale and row magnitudes, derived from those of the weight. The rank is not sharded."""
     *lead, out, inner = axes
     return LoraWeights(a=(*lead, None, inner), b=(*lead, out, None), scale=(*lead,), magnitude=(*lead, out, None))
 

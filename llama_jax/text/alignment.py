@@ -1,4 +1,4 @@
-"""The place of each token in the text that was encoded."""
+"""The position of each token in the text that was encoded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def byte_offsets(text: bytes, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
                 if skipped < 0:
                     raise ValueError(
                         f"the token {token!r} is not where it should be in the text, near {text[at : at + 20]!r}: "
-                        "what the assistant says cannot be told from the rest with this tokenizer"
+                        "with this tokenizer, the assistant's tokens cannot be distinguished from the others"
                     )
                 at, token = skipped, bare
         offsets.append((at, at + len(token)))

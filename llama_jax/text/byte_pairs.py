@@ -1,4 +1,4 @@
-"""Byte-level BPE for tiktoken: the vocabulary as plain data, and Llama 3's own layout and cuts."""
+"""Byte-level BPE for tiktoken: the vocabulary as plain data, and Llama 3's special tokens and split pattern."""
 
 import base64
 import dataclasses
@@ -60,8 +60,8 @@ class BytePairs(Vocabulary):
     Attributes:
         tokens: bytes to id, in the order in which they merge.
         pattern: split pattern (see patterns.py).
-        silent: bytes to id of tokens that are in the vocabulary but come from no text.
-        found: rounds of names that are tokens wherever they stand in a text, each name to its id, the first and
+        silent: bytes to id of tokens that are in the vocabulary but that no text is encoded to.
+        found: rounds of names that are tokens anywhere in a text, as dicts from name to id, the first and
             longest first; with None, a name only keeps others from being found within it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Compiled character maps: the replacements of characters that SentencePiece's normalizers make."""
+"""Compiled character maps: the character replacements of SentencePiece's normalizers."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Llama 3.1's dialog format: messages to token ids with a mask of what the assistant says, and back.
+"""Llama 3.1's dialog format: messages to token ids with a mask of the assistant's tokens, and back.
 
 Source: Meta's "Llama 3.1 - Prompt Formats" (llama-models, `llama3_1/prompt_format.md`) and `chat_format.py`:
 
@@ -46,7 +46,7 @@ def encode_dialog(
     Messages are dicts in OpenAI's shape. The role is system or developer (the same thing, in any place), user,
     assistant, tool or ipython (the same thing). `content` is a string, or a list of {"type": "text", "text": str} that
     are encoded one by one. An assistant with `tool_calls` may leave it out; otherwise it comes before the calls. Other
-    keys, such as `name` and `tool_call_id`, have no place in the format and are not read.
+    keys, such as `name` and `tool_call_id`, are not part of the format and are ignored.
 
     `tool_calls` are {"type": "function", "function": {"name": str, "arguments": dict or string of JSON}}. The built-in
     tools brave_search, wolfram_alpha and photogen take {"query": str}, and code_interpreter takes {"code": str}. A call
@@ -102,7 +102,7 @@ def encode_dialog(
 
 
 def parse_assistant(source: str | Iterable[int], *, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """Returns the message that an assistant's output stands for; the inverse of `encode_dialog`.
+    """Parses an assistant's output into a message; the inverse of `encode_dialog`.
 
     Tool calls are read as in `tool_calls`. After <|python_tag|>, and only there, anything that is no call is Python
     code. What is not wholly a call is content, and so is text before <|python_tag|>. Unexpected output never raises.

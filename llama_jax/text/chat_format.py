@@ -1,4 +1,4 @@
-"""The chat format of a model: how a dialog becomes token ids, and how the model's answer becomes a message again.
+"""The chat format of a model: it encodes dialogs as token ids, and parses the model's answers into messages.
 
 There are two kinds. `Llama3Format` is Meta's reference format (`chat`). `TemplateFormat` is the model's own chat
 template, with the ids of transformers' `apply_chat_template`. `choose` picks one of them for sampling, training,
@@ -22,13 +22,13 @@ AUTO, LLAMA3 = "auto", "llama3"
 # Around the name of a control token in a content, while it is rendered. Unicode keeps these for use within programs.
 _START, _END = "\ufdd0", "\ufdd1"
 _SPOKEN = re.compile(f"[{rendering.SPOKEN_START}{rendering.SPOKEN_END}]")
-_PROBE = "zq7"  # the content of an assistant's message by which the end of a turn is found
+_PROBE = "zq7"  # content of an assistant's message that is rendered to find the end of a turn
 
 Date = tuple[int, int, int]
 
 
 class ChatFormat(Protocol):
-    """What every chat format can do.
+    """The interface of chat formats.
 
     Attributes:
         name: "llama3" or "template".
@@ -55,15 +55,15 @@ class ChatFormat(Protocol):
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
+        """Returns the ids of a whole dialog and a mask that is True for the assistant's tokens.
 
         `learn` has one flag for each message; the mask leaves out the assistant's messages whose flag is False.
         """
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Returns the message that the ids of an answer stand for.
+        """Parses the ids of an answer into a message.
 
-        It has `role`, `content` and `tool_calls` in OpenAI's shape, and `tokens`, by which `encode` writes it again.
+        It has `role`, `content` and `tool_calls` in OpenAI's schema, and `tokens`, which `encode` uses for it later.
         """
 
 
@@ -127,11 +127,11 @@ class Llama3Format:
     def encode_for_training(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a dialog and the mask of what the assistant says; errors as in `chat.encode_dialog`."""
+        """Returns the ids of a dialog and a mask of the assistant's tokens; errors as in `chat.encode_dialog`."""
         return chat.encode_dialog(self.tokenizer, messages, tools=tools, add_generation_prompt=False, learn=learn)
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Returns the message that an answer stands for; see `chat.parse_assistant`."""
+        """Parses an answer into a message; see `chat.parse_assistant`."""
         tokens = _to_stop(ids, self.tokenizer.stop_tokens)
         message = chat.parse_assistant(tokens, tokenizer=self.tokenizer)
         return {**message, "tool_calls": tool_calls.with_ids(message["tool_calls"]), "tokens": tokens}
@@ -141,7 +141,7 @@ class TemplateFormat:
     """A model's own chat template.
 
     Ids are those of `apply_chat_template` in transformers. Contents stay text: where a message or a tool holds the name
-    of a control token, the name is marked before it is rendered and is encoded as the plain text that it is. The ids
+    of a control token, the name is marked before it is rendered, and is encoded as plain text. The ids
     are then those of `apply_chat_template(..., sanitize_control_tokens=True)`.
     """
 
@@ -161,7 +161,7 @@ class TemplateFormat:
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The control token that the template writes after what the assistant says, if there is one."""
+        """The control token that the template writes after the assistant's text, if there is one."""
         dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
         try:
             text = self._render(dialog, None, add_generation_prompt=False).text
@@ -175,8 +175,8 @@ class TemplateFormat:
     ) -> list[int]:
         """Returns the ids of a dialog.
 
-        A message that `Llama.chat` returned keeps its `tokens`, if the template leaves what comes before them as it
-        was.
+        A message that `Llama.chat` returned is encoded as its `tokens`, if the template renders the part before them
+        unchanged.
 
         Raises:
             ValueError: no dialog, or one that the template refuses; the message has the template's reason.
@@ -201,10 +201,10 @@ class TemplateFormat:
     ) -> tuple[list[int], list[bool]]:
         """Returns the ids of a whole dialog and a mask that is True for the tokens that the assistant says.
 
-        The assistant says what its message adds to the rendering after the generation prompt, up to the last control
-        token in it; white space after that is the template's. A template with the tag {% generation %} says itself
-        where the assistant speaks. An assistant's message that begins the dialog is not in the mask: nothing asks for
-        it.
+        The assistant's text is the part that its message adds to the rendering after the generation prompt, up to and
+        including the last control token; white space after that belongs to the template. A template with the tag
+        {% generation %} marks the assistant's text itself. An assistant's message that begins the dialog is not in the
+        mask, because no prompt precedes it.
 
         Raises:
             ValueError: no dialog, one that the template refuses, or one in which the rendering of the longer dialog
@@ -234,7 +234,7 @@ class TemplateFormat:
         return ids, mask
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
-        """Returns the message that an answer stands for, with tool calls in any of the ways of `tool_calls`."""
+        """Parses an answer into a message. Tool calls may have any of the forms in `tool_calls`."""
         stops = (*self.tokenizer.stop_tokens, *self.stop_tokens)
         tokens = _to_stop(ids, stops)
         said = tokens[:-1] if tokens and tokens[-1] in stops else tokens
@@ -252,7 +252,7 @@ class TemplateFormat:
     def render(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """Returns the text of a dialog, in which names of control tokens stand for the tokens, as others hand it on.
+        """Returns the text of a dialog, in which control tokens are written as their names, as in other libraries.
 
         Errors are those of `encode`.
         """
@@ -340,7 +340,7 @@ class TemplateFormat:
         return rendered, spans
 
     def _end(self, cut: rendering.Cut, count: int, text: str) -> int:
-        """The place where the first messages of a dialog end in the rendering of the whole dialog.
+        """The position in the rendering of the whole dialog where its first messages end.
 
         Some templates write one more control token at the end of a whole dialog. It is no part of the messages.
 
@@ -355,12 +355,12 @@ class TemplateFormat:
             return cut.length - len(cut.tail) + last.start()
         raise ValueError(
             f"the chat template writes the first {count} messages in another way when more follow (from character "
-            f"{cut.common:,} on: {text[cut.common : cut.common + 40]!r}), so that what the assistant says cannot be "
-            "told from the rest"
+            f"{cut.common:,} on: {text[cut.common : cut.common + 40]!r}), so that the assistant's tokens cannot be "
+            "distinguished from the others"
         )
 
     def _without_space(self, places: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
-        """The places of tokens, without those of white space after the last control token among them."""
+        """The positions of tokens, without those of white space after the last control token among them."""
         control = set(self.tokenizer.special_tokens.values())
         last = next((n for n in range(len(places) - 1, -1, -1) if ids[places[n]] in control), None)
         if last is not None and not self.tokenizer.decode([ids[k] for k in places[last + 1 :]]).strip():
@@ -412,7 +412,7 @@ class _Rendered(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Part of a rendering: its text, its place in it, and its ids."""
+    """A part of a rendering: its text, its position in the rendering, and its ids."""
 
     text: str
     start: int
@@ -422,7 +422,7 @@ class _Piece(NamedTuple):
 def _generated(
     messages: Any, parse: Callable[[list[int]], dict[str, Any]], vocab_size: int, stops: Sequence[int]
 ) -> dict[int, list[int]]:
-    """The ids of those messages that a model has generated and nobody has changed, by their place."""
+    """The ids of messages that a model generated and that were not edited, by index of the message."""
     kept = {}
     for i, message in enumerate(messages if _have_tokens(messages) else ()):
         tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None
@@ -463,7 +463,7 @@ def _mark(value: Any, names: re.Pattern[str]) -> Any:
 
 
 def _is_parts(content: Any) -> bool:
-    """Whether a content is a list of parts of text."""
+    """True if a message's content is a list of text parts."""
     listed = isinstance(content, list | tuple) and bool(content)
     return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
 

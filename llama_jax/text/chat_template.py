@@ -115,7 +115,7 @@ def named(value: Any, where: object) -> dict[str, str]:
 
 
 def special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The variables of special tokens, as transformers reads them from the files beside a tokenizer."""
+    """The variables of special tokens, as transformers reads them from the files next to a tokenizer."""
     folder = Path(folder)
     config = _config(folder)
     path = folder / SPECIAL_TOKENS
@@ -139,7 +139,7 @@ def config_entries(template: ChatTemplate) -> dict[str, Any]:
 
 
 def write(template: ChatTemplate | None, folder: str | os.PathLike[str]) -> None:
-    """Put a template, or none, into a folder's tokenizer_config.json, in place of all that the folder had."""
+    """Write a template to a folder's tokenizer_config.json. All templates that the folder had are removed."""
     folder = Path(folder)
     for path in (folder / FILE, *(folder / FOLDER).glob("*.jinja")):
         path.unlink(missing_ok=True)

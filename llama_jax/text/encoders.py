@@ -51,7 +51,7 @@ class TiktokenEncoder:
         self._rounds_with_specials = [(_any_of(names), names) for names in everything]
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
-        """See `Encoder`. ValueError for more white space in a row than tiktoken can cut into words."""
+        """See `Encoder`. ValueError for more consecutive white space than tiktoken can split into words."""
         parts: list[str | int] = [text]
         for pattern, names in self._rounds_with_specials if special_tokens else self._rounds:
             parts = [x for part in parts for x in (_cut(part, pattern, names) if isinstance(part, str) else [part])]
@@ -117,7 +117,7 @@ class PieceEncoder:
 
 
 def _without_surrogates(text: str) -> str:
-    """`text` with pairs of surrogates as the character they stand for, and U+FFFD for a lone one."""
+    """`text` with each pair of surrogates joined to its character, and U+FFFD for a lone surrogate."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

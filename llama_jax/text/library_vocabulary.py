@@ -142,9 +142,9 @@ def load_library(contents: str, *, special_tokens: bool) -> Any:
 
 
 def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[str, int]) -> Any:
-    """A library that makes no control token of any text: the given one, or one whose model spells them otherwise.
+    """A library tokenizer that encodes no text as a control token: `library`, or one with other spellings in its model.
 
-    A Unigram or word-level model may list "<s>" as a piece like all others, and would make it of the text "<s>".
+    A Unigram or word-level model may list "<s>" as an ordinary piece, and would encode the text "<s>" as this piece.
     """
     unknown = unknown_of(data["model"])
     control = frozenset(i for name, i in specials.items() if name != unknown)
@@ -168,7 +168,7 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
 
 
 def unknown_of(model: Mapping[str, Any]) -> str | None:
-    """The name of a model's unknown token, which stands for characters without a token and may come from text."""
+    """The name of a model's unknown token, which replaces characters without a token and may result from text."""
     place, vocab = model.get("unk_id"), model.get("vocab")
     if isinstance(vocab, list) and isinstance(place, int) and 0 <= place < len(vocab):
         return vocab[place][0]
@@ -186,7 +186,7 @@ def _comes_from_text(library: Any, name: str, control: Collection[int]) -> bool:
 
 @contextlib.contextmanager
 def library_errors(message: str) -> Iterator[None]:
-    """Within it, errors of the library, panics of its Rust code included, become ConfigErrors."""
+    """A context that turns errors of the library, including panics of its Rust code, into ConfigErrors."""
     try:
         yield
     except ConfigError:
@@ -198,10 +198,10 @@ def library_errors(message: str) -> Iterator[None]:
 
 
 def check_contents(data: Mapping[str, Any]) -> None:
-    """Refuses what makes the ids random, or a text take unbounded time or memory.
+    """Checks the parts of a `tokenizer.json` that this package does not support.
 
     Raises:
-        ConfigError: a part of this kind.
+        ConfigError: a part makes ids random, or lets a text take unbounded time or memory.
     """
     model = data.get("model")
     if not isinstance(model, dict):

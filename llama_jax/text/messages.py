@@ -51,9 +51,9 @@ def show(value: object) -> str:
 
 
 def arguments_of(function: Mapping[str, Any]) -> Any:
-    """The arguments of a call as a dict: from a dict, from a string of JSON, or empty where there are none.
+    """The arguments of a call as a dict: from a dict, from a JSON string, or an empty dict if there are none.
 
-    Arguments that are none of these are returned as they are.
+    Any other arguments are returned unchanged.
     """
     arguments = function.get("arguments")
     if arguments is None or arguments == "":  # some servers write a call without arguments so

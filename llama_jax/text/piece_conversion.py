@@ -1,4 +1,4 @@
-"""The SentencePiece model that gives the ids of a tokenizer.json of Llama 2's kind, for formats that hold pieces."""
+"""Conversion of a tokenizer.json of Llama 2's kind to a SentencePiece model with the same ids."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ def _space_first(data: Mapping[str, Any]) -> bool | None:
 
 
 def _scores(plain: set[str], merges: Sequence[Any]) -> dict[str, float]:
-    """A score for each token that merges make; ConfigError unless they are all merges, token after token."""
+    """A score for each token that merges form. ConfigError unless the list has all its merges, token after token."""
     scores: dict[str, float] = {}
     last = ""
     for merge in merges:

@@ -42,9 +42,9 @@ class PieceModel:
     Attributes:
         pieces: tokens by id.
         algorithm: UNIGRAM or BPE.
-        byte_fallback: whether characters without a piece become the pieces of their bytes.
-        space_first: whether a space is put in front of a text.
-        strip_spaces: whether spaces at the ends are dropped and runs of spaces become one.
+        byte_fallback: True if characters without a piece become the pieces of their bytes.
+        space_first: True if a space is put in front of a text.
+        strip_spaces: True if spaces at the ends are dropped and runs of spaces become one.
         character_map: compiled replacements of characters.
         unknown: text of the unknown piece.
         names: names of the pieces that begin a text, end it, and fill rows.
@@ -66,7 +66,7 @@ class PieceVocabulary(Vocabulary):
 
     Attributes:
         contents: contents of a SentencePiece model file.
-        found: name to id of further tokens that are found in text wherever they stand.
+        found: name to id of further tokens that are recognized anywhere in a text.
         space_after_special: whether text after such a token or a control token gets a space in front, as a whole text
             does (llama.cpp, and `legacy` tokenizers of transformers).
     """
@@ -122,7 +122,7 @@ class PieceVocabulary(Vocabulary):
 
 
 def piece_vocabulary(contents: bytes, **fields: Any) -> PieceVocabulary:
-    """The vocabulary of a SentencePiece model file; `fields` replace what it says itself.
+    """The vocabulary of a SentencePiece model file. `fields` override values in the file.
 
     Raises:
         ConfigError: a model that is not supported.
@@ -139,7 +139,12 @@ def piece_vocabulary(contents: bytes, **fields: Any) -> PieceVocabulary:
 
 
 def load_processor(contents: bytes, *, space_first: bool = True) -> Any:
-    """A `sentencepiece.SentencePieceProcessor`; without `space_first`, one that puts no space in front of a text."""
+    """A `sentencepiece.SentencePieceProcessor` of a model file's contents.
+
+    Args:
+        contents: contents of the model file.
+        space_first: False disables the model's setting that puts a space in front of a text.
+    """
     try:
         import sentencepiece
     except ImportError:
@@ -228,7 +233,7 @@ def _piece(data: Any, number: int) -> Piece:
     if kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
         raise ValueError(f"piece {number} ({brief(text)}) has type {brief(kind)}; types are 1 to 6")
     if kind == BYTE and not is_byte_name(text):
-        raise ValueError(f"piece {number} ({brief(text)}) stands for a byte, but is not named as one")
+        raise ValueError(f"piece {number} ({brief(text)}) has the type of a byte, but its name is not that of a byte")
     return Piece(text, value, kind)
 
 
@@ -266,7 +271,7 @@ def _fields(data: Any, most: int = MOST_TOKENS + 100) -> Iterator[tuple[int, int
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, and the place after it."""
+    """A varint (7 bits a byte), and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):

@@ -14,7 +14,7 @@ STOP, YES, NO = PARSE_SPECIAL = ("stop", "yes", "no")  # values of data.parse_sp
 
 
 class NameInText(ConfigError):
-    """A text that holds the name of a control token, in a run that does not say whether it is plain text."""
+    """A text contains the name of a control token, and data.parse_special is `stop`."""
 
 
 class RecordEncoder:
@@ -66,5 +66,5 @@ class RecordEncoder:
         tools: Sequence[Any] | None = None,
         learn: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a dialog and a mask of what the assistant says; see `ChatFormat.encode_for_training`."""
+        """Returns the ids of a dialog and a mask of the assistant's tokens; see `ChatFormat.encode_for_training`."""
         return self.chat_format.encode_for_training(messages, tools=tools, learn=learn)

@@ -1,7 +1,7 @@
 """Renders chat templates as transformers does, in a process of its own with limits (`template_process`).
 
-The process starts at the first rendering and serves all later ones of this program. One that a template has ended is
-replaced at the next rendering.
+The process starts at the first rendering and serves all later ones of this program. If a template ends the process by
+exceeding a limit, the next rendering starts a new one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llama_jax.errors import ConfigError
 
 _PROGRAM = Path(__file__).with_name("template_process.py")
 SPOKEN_START, SPOKEN_END = "\ufdd2", "\ufdd3"  # those of template_process
-_SECONDS = 20.0  # of waiting for one answer, beyond its CPU time: only a machine without memory or CPUs takes so long
+_SECONDS = 20.0  # most seconds of waiting for an answer beyond its CPU time, for an overloaded machine
 _SECONDS_PER_CUT = 0.1
-_MOST_BYTES = 200_000_000  # of a request
+_MOST_BYTES = 200_000_000  # largest request
 
 
 class Refused(ValueError):
@@ -45,7 +45,7 @@ class Cut(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """A rendered dialog: its text, and what each cut that was asked for gives."""
+    """A rendered dialog: its text, and the requested cuts."""
 
     text: str
     cuts: list[Cut]
@@ -63,14 +63,14 @@ def render(
 
     Args:
         source: the template.
-        variables: all that it can see; JSON values only. `messages` is a list.
+        variables: the template's variables, which are JSON values. `messages` is a list.
         cuts: (number of messages, add_generation_prompt) of each shorter dialog to render too.
-        mark: put SPOKEN_START and SPOKEN_END around what the tag {% generation %} encloses.
-        date: year, month and day that `strftime_now` has; None is now.
+        mark: put SPOKEN_START and SPOKEN_END around the text inside the tag {% generation %}.
+        date: year, month and day for `strftime_now`; None is the current time.
 
     Raises:
         Refused: the template refuses the dialog, or an error happens while it renders this dialog.
-        ConfigError: the template is no sound Jinja, or goes beyond its limits of time, memory or output.
+        ConfigError: the template is not valid Jinja, or exceeds its limits of time, memory or output.
         ValueError: a variable is not JSON.
     """
     request = {

@@ -14,7 +14,7 @@ big-endian).
 
 `text` is the rendering of all messages. A cut is the rendering of only the first `messages` of them: its length, the
 length of the beginning that it has in common with `text`, and its last TAIL characters. "refused" is the template's own
-`raise_exception`, or an error while it renders this dialog. "broken" is a template that is no sound Jinja, or a limit.
+`raise_exception`, or an error while it renders this dialog. "broken" is a template that is invalid or exceeds a limit.
 """
 
 import datetime
@@ -54,7 +54,7 @@ class Refused(jinja2.TemplateError):
 
 
 class Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which encloses what the assistant says."""
+    """The tag {% generation %}, which encloses the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012  Jinja's interface
 
@@ -135,7 +135,7 @@ def _strftime_now(form: str) -> str:
 
 
 def answer(request: dict[str, Any], compiled: dict[str, jinja2.Template]) -> dict[str, Any]:
-    """The answer to one request; `compiled` holds the template of the last one."""
+    """The answer to one request. `compiled` caches the template of the last request."""
     global _marking, _date
     _marking, _date = request["mark"], request["date"]
     source = request["source"]

@@ -1,6 +1,6 @@
-"""Tool calls in the text of an answer, read into OpenAI's shape.
+"""Tool calls in the text of an answer, parsed into OpenAI's schema.
 
-Models write calls in a few ways, and a chat template does not say in which. Those that are read:
+Models write calls in several forms, and a chat template does not say which one its model uses. These forms are read:
 
     {"name": "f", "parameters": {...}}                      Llama 3.1 and later; also "arguments", also several, a list
     <function=f>{...}</function>                            Llama 3.1, as its documents suggest for custom functions
@@ -10,7 +10,7 @@ Models write calls in a few ways, and a chat template does not say in which. Tho
     [TOOL_CALLS] [{"name": "f", "arguments": {...}}]        Mistral; also [TOOL_CALLS]f[ARGS]{...}, [TOOL_CALLS]f{...}
     ... function<｜tool▁sep｜>f ```json {...} ``` ...         DeepSeek
 
-Anything that is not wholly a call stays content.
+Text that does not consist of calls only remains content.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DEEPSEEK_BEGIN = "<｜tool▁calls▁begin｜>"
 def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
     """The content of an answer and its tool calls, from text that still has the names of control tokens.
 
-    Without calls the content is the whole text. With calls it is what comes before the first one.
+    Without calls the content is the whole text. With calls it is the text before the first one.
     """
     if calls := whole_calls(text):
         return "", calls
@@ -53,7 +53,7 @@ def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def whole_calls(text: str) -> list[dict[str, Any]]:
-    """The calls that a text wholly consists of, or []. This is what Llama 3.1 writes."""
+    """The calls of a text that consists of calls only, as Llama 3.1 writes them; otherwise []."""
     text = text.strip()
     if match := _QUERY_CALL.fullmatch(text):
         return [call(match[1], {"query": match[2]})]
@@ -86,13 +86,13 @@ def code_call(code: str) -> dict[str, Any]:
 
 
 def same(parsed: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
-    """Whether a message still says what was parsed: the same content and the same calls."""
+    """True if a message has the content and the calls of a parsed answer, so that it was not edited."""
     content = message.get("content") or ""
     return (parsed["content"] or "") == content and _calls_in(parsed) == _calls_in(message)
 
 
 def are_tokens(value: Any, vocab_size: int) -> bool:
-    """Whether a value is a list of ids, at least one."""
+    """True if a value is a list of at least one token id of the vocabulary."""
     is_list = isinstance(value, list) and bool(value)
     return is_list and all(type(i) is int and 0 <= i < vocab_size for i in value)
 
@@ -116,7 +116,7 @@ def json_values(text: str) -> list[Any]:
 
 
 def _tagged_calls(text: str) -> list[dict[str, Any]]:
-    """The calls of a text that wholly consists of tagged ones, or []."""
+    """The calls of a text that consists only of tagged calls, or []."""
     calls: list[dict[str, Any]] = []
     text = text.strip()
     while text:
@@ -142,7 +142,7 @@ def _tagged_calls(text: str) -> list[dict[str, Any]]:
 
 
 def _calls_of(values: list[Any]) -> list[dict[str, Any]]:
-    """The calls that JSON values stand for; [] if one of them is no call."""
+    """Converts JSON values to calls; [] if one of them is not a call."""
     calls = []
     for item in [item for value in values for item in (value if isinstance(value, list) else [value])]:
         if not isinstance(item, dict):

@@ -21,7 +21,7 @@ _STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
 class Vocabulary(abc.ABC):
     """The ids of a tokenizer, independent of the file that they came from.
 
-    A subclass for each way from text to ids holds the rest: `BytePairs` for tiktoken, `LibraryVocabulary` for
+    Each way of encoding text has a subclass with the rest: `BytePairs` for tiktoken, `LibraryVocabulary` for
     `tokenizers`, `PieceVocabulary` for SentencePiece.
 
     Attributes:
@@ -78,22 +78,22 @@ class Vocabulary(abc.ABC):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a generation: `eos_id`, known names of ends of turns, and what the files name."""
+        """The ids that end a generation: `eos_id`, known end-of-turn names, and those that the files name."""
         ids = [self.eos_id, *(self.specials.get(name) for name in _STOP_NAMES), self.declared_eos]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def byte_chars() -> dict[int, str]:
-    """The printable character that stands for each byte in JSON and GGUF files (the table of GPT-2).
+    """The printable character that represents each byte in JSON and GGUF files (the table of GPT-2).
 
-    Printable Latin-1 stands for itself; the other bytes, in order, take the characters from U+0100 on.
+    Printable Latin-1 represents itself; the other bytes, in order, are represented by the characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-# For str.translate. Latin-1 characters that stand for no byte are mapped out of Latin-1, so that encoding refuses them.
+# For str.translate. Latin-1 characters that represent no byte are mapped out of Latin-1, so that encoding fails.
 _TO_BYTE = {c: 0xFFFF for c in range(256)} | {ord(char): byte for byte, char in byte_chars().items()}
 _TO_CHAR = byte_chars()
 
@@ -104,7 +104,7 @@ def spelled(token: bytes) -> str:
 
 
 def unspelled(text: str) -> bytes:
-    """The bytes that `spelled` gave as `text`; ValueError if a character stands for no byte."""
+    """The bytes that `spelled` wrote as `text`; ValueError if a character represents no byte."""
     try:
         return text.translate(_TO_BYTE).encode("latin-1")
     except UnicodeEncodeError:
@@ -112,7 +112,7 @@ def unspelled(text: str) -> bytes:
 
 
 def is_unicode(text: str) -> bool:
-    """True if a string can be written as UTF-8, that is, holds no lone surrogate."""
+    """True if a string can be encoded as UTF-8, that is, it has no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -29,7 +29,7 @@ def find(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def read(path: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary in a file, whatever its format and name, or in a model's folder.
+    """Reads the vocabulary of a file, whose format is recognized by its contents, or of a model's folder.
 
     Files are Meta's `tokenizer.model`, SentencePiece's `tokenizer.model`, a `tokenizer.json`, and a GGUF file.
 
@@ -61,7 +61,7 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The file to read of a folder."""
+    """The vocabulary file of a folder: the one that `find` returns, else its only .gguf file."""
     found = find(folder)
     ggufs = sorted(folder.glob("*.gguf"))
     if found is None and len(ggufs) == 1:
@@ -73,10 +73,10 @@ def _in_folder(folder: Path) -> Path:
 
 
 def write(vocabulary: Vocabulary, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> Path:
-    """Writes the file of `folder` from which `find` and `read` give this vocabulary again, and returns its path.
+    """Writes the vocabulary to a file in `folder`, so that `find` and `read` return it again. Returns the file's path.
 
-    It is a `tokenizer.model` for Meta's format and for SentencePiece, else a `tokenizer.json`. The last two come with a
-    `tokenizer_config.json`. A file of the other name is removed, so that `find` finds this one.
+    The file is a `tokenizer.model` for Meta's format and for SentencePiece, and otherwise a `tokenizer.json`. The last
+    two come with a `tokenizer_config.json`. A file of the other name is removed, so that `find` returns this one.
 
     Args:
         vocabulary: vocabulary to write.

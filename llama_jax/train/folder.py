@@ -34,7 +34,7 @@ from llama_jax.weights.model_files import tokenizer_in
 from llama_jax.weights.open import open_source
 from llama_jax.weights.run_folder import CONFIG_FILE
 
-# Keys that may differ between a run and its resumption; any other difference would make it another run.
+# Keys that may change when a run is resumed. A change of any other key is an error.
 _MAY_CHANGE = (
     "init_from",  # a frozen model is compared by its identity instead
     "optimizer.",
@@ -173,7 +173,7 @@ class RunFolder:
             draw_loss(self.path, program.run.train.objective)
 
     def _adapter_step(self) -> int | None:
-        """The step that the adapter was written at, or None where there is none."""
+        """The step of the adapter in the folder, or None if there is none."""
         marker = self.path / "adapter" / _ADAPTER_STEP
         text = marker.read_text() if marker.is_file() else ""
         return int(text) if text.isdecimal() else None
@@ -198,7 +198,7 @@ class RunFolder:
             for file in fresh.iterdir():
                 os.replace(file, final / file.name)
             fresh.rmdir()
-            (final / _ADAPTER_STEP).write_text(str(step))  # last: a kill before it has the adapter written again
+            (final / _ADAPTER_STEP).write_text(str(step))  # last: a killed process writes the adapter again
 
 
 def rest_of(state: TrainState) -> dict[str, Any]:

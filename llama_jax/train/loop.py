@@ -54,7 +54,7 @@ class Loop:
         program: The compiled steps.
         state: The state to start from.
         frozen: The frozen model of LoRA or DPO.
-        data: The tokenizer, the batches from the state's step on, and the validation rows.
+        data: The tokenizer, the batches (the first is that of the state's next step), and the validation rows.
         folder: The run folder, whose checkpoints are ready to be saved to.
         trend: The validation losses so far.
         stop: The signals that end the run early.
@@ -94,7 +94,7 @@ class Loop:
                 if self.step != self.saved:
                     self._save(None)
         except TrainingError:
-            self.checkpoints.close()  # a save that is under way is of an earlier step, and sound
+            self.checkpoints.close()  # a pending save is of an earlier, finite step
             raise
         self.checkpoints.close()
         self.data.loader.close()
@@ -107,7 +107,7 @@ class Loop:
         return self.trend.is_end(self.run, self.step, self.program.steps)
 
     def _do_steps(self) -> None:
-        """The steps, with what is due between them; each step is reported while the next one computes."""
+        """Do the steps and all that is due between them. A step is reported while the next one computes."""
         batches = to_devices(self.data.loader, self.program)
         pending: Report | None = None
         while not self.is_end() and not self._stopping():

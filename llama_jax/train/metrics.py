@@ -79,7 +79,7 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl. A last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl, without an incomplete last line of a killed process."""
     if not path.exists():
         return []
     lines = []
@@ -136,11 +136,11 @@ class Progress:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the status line, where it remains."""
         print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
     def pause(self) -> None:
-        """Restart the clock of `speed`, after time that is not training: a compilation, an evaluation, a sample."""
+        """Restart the clock of `speed` after a pause of training: a compilation, an evaluation or a sample."""
         self._times = []
 
 
@@ -156,7 +156,7 @@ _LOSSES = {"sft": "cross-entropy (nats per token)", "dpo": "preference loss (per
 
 def draw_loss(folder: Path, objective: str) -> Path:
     """Draw loss.png: the training loss of every step, its running mean, and the validation losses."""
-    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
+    from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the caller
 
     lines = read_metrics(folder / "metrics.jsonl")
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]

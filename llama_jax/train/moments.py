@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-BLOCKS = (128, 64, 32)  # numbers; the largest that divides the last axis. 128 are the lanes of a TPU's registers
+BLOCKS = (128, 64, 32)  # sizes; the largest that divides the last axis is used. A TPU's registers have 128 lanes
 _FIRST, _SECOND = 127, 255  # largest codes
 
 

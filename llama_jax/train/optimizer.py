@@ -1,4 +1,4 @@
-"""The optimizers: four of them on optax, with parameter groups and a schedule, and the shardings of their states.
+"""Four optimizers built on optax, with parameter groups and a schedule, and the shardings of their states.
 
 Every optimizer is a chain of five links: clipping by global norm; the optimizer itself, with rate 1; decoupled weight
 decay, on matrices only; the multipliers of groups; the schedule. The schedule's state is last, so that

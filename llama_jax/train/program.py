@@ -93,7 +93,7 @@ class Program:
 
     @functools.cached_property
     def rows_of_host(self) -> list[int]:
-        """The rows of a global batch that this process's devices hold, in order."""
+        """The rows of a global batch on the devices of this process, in order."""
         shape = self.batch["tokens"].shape
         indices = self.batch_sharding.addressable_devices_indices_map(shape).values()
         return sorted({row for index in indices for row in range(*index[0].indices(shape[0]))})
@@ -105,7 +105,7 @@ class Program:
         schedule = make_schedule(self.run.optimizer, steps=self.steps)
         return jax.jit(
             make_train_step(self.run, self.optimizer, schedule, self.layout, self.dtype),
-            # The state comes back with the shardings that it is given, so that the next call does not recompile. None
+            # The returned state has the shardings of the input state, so that the next call does not recompile. None
             # keeps the shardings that the frozen weights already have.
             in_shardings=(shardings, None, self.batch_sharding),
             out_shardings=(shardings, parallel.replicated(self.layout.mesh)),

@@ -56,7 +56,7 @@ class Result:
 
     @property
     def losses(self) -> dict[int, float]:
-        """The training loss by step, from metrics.jsonl: of the whole run, earlier starts included."""
+        """The training loss by step, from metrics.jsonl. It covers the whole run, including earlier starts."""
         return self._metric("loss")
 
     @property
@@ -123,7 +123,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
 
 
 def _done_already(program: Program, folder: RunFolder, newest: Newest, data: setup.Data) -> TrainState:
-    """The state of a run that has no steps left."""
+    """Restores the last state of a run that has no steps left, and prints why it has none."""
     more = "raise train.steps to continue" if program.run.train.steps else "raise train.epochs to continue"
     if newest.step < program.steps:
         more = "it ended early by train.patience; raise it to continue"
@@ -190,7 +190,7 @@ def _say_model(program: Program) -> None:
 
 
 def _say_end(program: Program, folder: RunFolder, loop: Loop, seconds: float) -> None:
-    """Print how far the run came, and which checkpoint is the best."""
+    """Print the last step of the run, and the checkpoint with the lowest validation loss."""
     step = loop.step
     word = "finished" if loop.is_end() else "stopped"
     why = (

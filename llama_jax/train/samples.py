@@ -1,4 +1,4 @@
-"""Samples from the model in training, as `llama_jax.load` would sample it. The loop imports this only if it is used."""
+"""Samples of the model during training, as `llama_jax.load` would give them. Imported only by runs that sample."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _TEMPERATURE, _TOP_P = 0.7, 0.9
 
 
 class TrainingSampler:
-    """A function of the weights in training to one text for each of log.sample_prompts. It compiles once."""
+    """A function from the current weights to one text for each of log.sample_prompts. It compiles once."""
 
     def __init__(self) -> None:
         self._llama: Llama | None = None
 
     def __call__(self, run: RunConfig, params: Params, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> list[str]:
-        """The texts that the model of `params` continues the prompts with, or answers them with."""
+        """The continuations of the prompts, or the answers to them, by the model with these params."""
         if self._llama is None:
             dtype = parallel.compute_dtype(run.train.compute_dtype)
-            template = chat_template.read_folder(Path(run.output).expanduser())  # the run's, whatever it began with
+            template = chat_template.read_folder(Path(run.output).expanduser())  # the run's, not init_from's
             self._llama = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
         else:
             self._llama.set_params(params)

@@ -34,7 +34,7 @@ from llama_jax.weights.source import Source
 
 
 def check_paths(run: RunConfig) -> None:
-    """Make the folders that a run writes to, and check that what it reads exists, before any work is done.
+    """Make the folders that a run writes to, and check that its inputs exist, before any work is done.
 
     Raises:
         ConfigError: a folder cannot be written to, or a file does not exist. The message names the key.
@@ -46,7 +46,7 @@ def check_paths(run: RunConfig) -> None:
             if not os.access(folder, os.W_OK):
                 raise PermissionError(0, "not writable")
         except OSError as error:
-            raise ConfigError(f"{key}={name!r} is no folder to write to ({error.strerror}): name another") from None
+            raise ConfigError(f"{key}={name!r} is not a writable folder ({error.strerror}): name another") from None
     check_sources(run)
 
 
@@ -128,7 +128,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     Args:
         run: The run.
         folder: The run folder.
-        resuming: Take the tokenizer in the folder. Without a checkpoint it may be the tokenizer of another start.
+        resuming: Take the tokenizer in the folder. False chooses the tokenizer again, since without a checkpoint, the
+            one in the folder may come from an earlier start with other settings.
         say: Prints a line.
 
     Raises:
@@ -146,13 +147,13 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
 
 
 def chat_format(run: RunConfig, folder: Path, tokens: Tokenizer, *, resuming: bool) -> ChatFormat:
-    """The chat format of a run. Its template is kept in the run folder, and in what is made of the run.
+    """The chat format of a run. Its template is saved in the run folder, and later with exported models and adapters.
 
     Args:
         run: The run.
         folder: The run folder.
         tokens: The tokenizer of the run.
-        resuming: Take the template in the folder. Runs that have none there use Meta's reference format.
+        resuming: Take the template in the folder. A run without a template there uses Meta's reference format.
 
     Raises:
         ConfigError: data.chat_format is neither a name nor a file.

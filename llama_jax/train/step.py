@@ -42,7 +42,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g * scale, grads)
             norms = group_norms(grads)
             grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
-            learning_rate = schedule(state.opt_state[-1].count)  # the count of the chain's last link, which scales
+            learning_rate = schedule(state.opt_state[-1].count)  # the count of the last link of the chain, the schedule
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             state = _updated(run, optimizer, state, grads, finite)
         return state, {
@@ -124,10 +124,10 @@ def make_eval_step(
 
 
 def _summed(function: Callable[[Batch, jax.Array], Any], batch: Batch, A: int) -> Any:
-    """The sum of function(part, number of the part) over A parts of a batch, computed one after the other."""
+    """The sum of function(part, index of the part) over A parts of a batch, computed one after the other."""
     if A == 1:
         return function(batch, jnp.zeros((), jnp.int32))
-    # Every A-th row goes into the same part, so that each device splits its own rows and sends none.
+    # Every A-th row goes into the same part, so that each device splits its own rows without communication.
     parts = jax.tree.map(lambda a: a.reshape(-1, A, *a.shape[1:]).swapaxes(0, 1), batch)
     parts = {name: parallel.constrain(a, None, "batch", "length") for name, a in parts.items()}
 

@@ -1,4 +1,4 @@
-"""The trained and the frozen weights of a run: all weights are trained, or LoRA's thin matrices on a frozen base.
+"""The trained and the frozen weights of a run: all weights are trained, or LoRA's low-rank matrices on a frozen base.
 
 The trained weights are a plain dict of stacked float32 arrays: the params themselves, or LoRA's matrices
 (weights/lora_params.py). The frozen weights are the model of `init_from` in the compute dtype, or quantized: LoRA's
@@ -30,7 +30,7 @@ def trained_axes(run: RunConfig) -> Trained:
 
 
 def init_trained(run: RunConfig, key: jax.Array) -> Trained:
-    """The trained weights before the first step: random weights, or LoRA matrices that change nothing yet."""
+    """The trained weights before the first step: random weights, or LoRA matrices whose product is zero."""
     return lora_params.initial(run.model, run.lora, key) if run.lora.rank else init_params(run.model, key)
 
 
@@ -40,7 +40,7 @@ def policy(run: RunConfig, trained: Trained, frozen: Params | None, key: jax.Arr
 
 
 def policy_config(run: RunConfig) -> ModelConfig:
-    """The config of the params that `policy` gives: the run's, untied where LoRA unties the embeddings."""
+    """The config of the params of `policy`: that of the run, untied if LoRA unties the embeddings."""
     return lora_params.adapted_config(run.model, run.lora) if run.lora.rank else run.model
 
 

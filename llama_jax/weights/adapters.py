@@ -1,9 +1,9 @@
-"""An adapter's tensors by the paths of params: read onto devices and put on params, or merged into lazy tensors.
+"""Adapters: their tensors are read onto devices and applied to params, or merged into lazy tensors.
 
-An adapter changes weights in three ways, in this order: `whole` weights take the place of the base's, `rows` take the
-place of some rows (new tokens), and LoRA adds to what is then there. An adapter may bring more rows of the vocabulary
-than its base has, and it may change the embedding of a tied model alone: `Adapter.config` is the model's config with
-the adapter.
+An adapter changes weights in three ways, in this order: `whole` weights replace weights of the base, `rows` replace
+single rows (of new tokens, for example), and LoRA adds to the result. An adapter may enlarge the vocabulary, and it may
+untie the embeddings of a tied model by changing only one of the two. `Adapter.config` is the config of the model with
+the adapter applied.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EMBED, UNEMBED = ("embed",), ("unembed",)
 
 
 class LazyLora(NamedTuple):
-    """One matrix pair of LoRA that has not been read yet; the fields are those of ops.lora.LoraWeights."""
+    """One matrix pair of LoRA as lazy tensors. The fields are those of ops.lora.LoraWeights."""
 
     a: LazyTensor
     b: LazyTensor
@@ -41,7 +41,7 @@ class LazyLora(NamedTuple):
 
 
 class LazyRows(NamedTuple):
-    """Rows that take the place of a weight's rows: rows[i], (n, in), is row ids[i]."""
+    """Rows (n, in) that replace rows of a weight: rows[i] replaces row ids[i]."""
 
     ids: tuple[int, ...]
     rows: LazyTensor
@@ -49,14 +49,14 @@ class LazyRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter that has not been read yet; keys are paths of unrolled params.
+    """An adapter as lazy tensors. Keys are paths of unrolled params.
 
     Attributes:
-        config: the model's config with the adapter: its vocabulary may be larger, and the embedding may be untied.
+        config: config of the model with the adapter. Its vocabulary may be larger, and its embeddings may be untied.
         lora: LoRA's matrix pairs.
-        whole: weights that take the place of the base's.
-        rows: rows of the embedding and unembedding that take the place of the base's or continue them.
-        folder: the folder it was opened from, or None.
+        whole: weights that replace weights of the base.
+        rows: rows of the embedding and unembedding that replace rows of the base or are appended to them.
+        folder: the folder that the adapter was opened from, or None.
     """
 
     config: ModelConfig
@@ -74,13 +74,13 @@ class Adapter:
 
 
 class AdapterWeights(NamedTuple):
-    """An adapter's arrays on the devices; keys are paths of unrolled params.
+    """An adapter as arrays on the devices. Keys are paths of unrolled params.
 
     Attributes:
-        config: the model's config with the adapter.
+        config: config of the model with the adapter.
         lora: LoRA's arrays.
-        whole: arrays that take the place of the base's.
-        rows: ids and arrays (n, in) of rows that take the place of the base's.
+        whole: weights that replace weights of the base.
+        rows: ids, and an array (n, in) of the rows that replace these rows of the base or are appended to them.
     """
 
     config: ModelConfig
@@ -90,7 +90,13 @@ class AdapterWeights(NamedTuple):
 
 
 def read_adapter(adapter: Adapter, *, layout: Layout | None, dtype: jnp.dtype) -> AdapterWeights:
-    """An adapter on the devices, all but scales and magnitudes in `dtype`. No layout means the first device."""
+    """Reads an adapter onto the devices.
+
+    Args:
+        adapter: the adapter to read.
+        layout: the sharding layout; None means the first device.
+        dtype: dtype of all arrays but scales and magnitudes, which are float32.
+    """
     axes, dtype = logical_axes(adapter.config, stacked=False), np.dtype(dtype)
 
     def lora(path: name_table.Path, lazy: LazyLora) -> LoraWeights:
@@ -114,16 +120,21 @@ def read_adapter(adapter: Adapter, *, layout: Layout | None, dtype: jnp.dtype) -
 
 
 def with_adapter(config: ModelConfig, params: Params, adapter: AdapterWeights | None) -> Params:
-    """Unrolled params of `config` with this adapter on them and no other; None takes LoRA off.
+    """Unrolled params with this adapter applied instead of any other LoRA. None removes LoRA.
 
-    Weights that the adapter leaves alone are shared, not copied. `config` is that with the adapter.
+    Weights that the adapter does not change are shared, not copied.
+
+    Args:
+        config: config of the model with the adapter.
+        params: unrolled params, with or without LoRA.
+        adapter: the adapter, or None.
     """
     adapter = adapter or AdapterWeights(config, {})
 
     def leaf(path: name_table.Path) -> jax.Array | QTensor | LoraTensor:
         base = adapter.whole.get(path)
         if base is None:
-            source = EMBED if path == UNEMBED and "unembed" not in params else path  # a tied model that is untied now
+            source = EMBED if path == UNEMBED and "unembed" not in params else path  # the adapter unties a tied model
             base = base_of(name_table.get(params, source))
         if path in adapter.rows:
             base = _with_rows(base, *adapter.rows[path])
@@ -138,15 +149,16 @@ def with_adapter(config: ModelConfig, params: Params, adapter: AdapterWeights | 
 
 
 def has_lora(params: Params) -> bool:
-    """Whether some weights are under LoRA."""
+    """True if at least one leaf of params is a LoraTensor."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, LoraTensor))
     return any(isinstance(leaf, LoraTensor) for leaf in leaves)
 
 
 def merge_adapter(leaves: name_table.Leaves, adapter: Adapter) -> name_table.Leaves:
-    """A model's lazy tensors with the adapter merged into them, for a model of `adapter.config`.
+    """The lazy tensors of a model with the adapter merged into them, for a model of `adapter.config`.
 
-    Each is computed in float32 when it is read and has the dtype of the base; float32 where the base is quantized.
+    A merged tensor is computed in float32 when it is read. It has the dtype of the base tensor, or float32 if that is
+    quantized.
     """
 
     def leaf(path: name_table.Path) -> LazyTensor:
@@ -185,7 +197,7 @@ def _lora_rows(base: LazyTensor, lora: LazyLora, rows: slice, *, columns: slice)
 
 
 def _lazy_factor(base: LazyTensor, lora: LazyLora) -> np.ndarray:
-    """DoRA's factors as `ops.lora.dora_factor` computes them, a block of rows at a time."""
+    """DoRA's factors by the formula of `ops.lora.dora_factor`, computed one block of rows at a time."""
     by_rows, whole = lora.magnitude.shape[-1] == 1, tuple(slice(0, n) for n in base.shape)
     squares = []
     for _, part in row_blocks(whole, 4):
@@ -196,7 +208,7 @@ def _lazy_factor(base: LazyTensor, lora: LazyLora) -> np.ndarray:
 
 
 def _with_rows(base: jax.Array | QTensor, ids: tuple[int, ...], rows: jax.Array) -> jax.Array:
-    """The weight with some of its rows replaced, and as many more as the largest id asks for."""
+    """The weight with rows replaced. Rows are appended if an id is beyond its last row."""
     if isinstance(base, QTensor):
         base = quant.dequantize(base, rows.dtype)
     more = max(0, max(ids) + 1 - base.shape[0])
@@ -205,7 +217,7 @@ def _with_rows(base: jax.Array | QTensor, ids: tuple[int, ...], rows: jax.Array)
 
 
 def _as_base(whole: LazyTensor, base: LazyTensor) -> LazyTensor:
-    """A tensor in the dtype that merged tensors of this base have."""
+    """The adapter's whole weight, cast to the dtype of the base tensor that it replaces."""
     return dataclasses.replace(whole, dtype=base.dtype, kind=base.dtype.name, quantized=None)
 
 

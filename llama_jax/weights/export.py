@@ -1,4 +1,4 @@
-"""Saving a model as Hugging Face's, Meta's or llama.cpp's own files."""
+"""Export of a model in the file formats of Hugging Face, Meta and llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from llama_jax.weights.formats import gguf, huggingface, meta
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array, row_blocks
 
-# Each format with its dtypes, and the bytes that a number takes in them.
+# The dtypes of each format, with the bytes that a weight takes in each dtype.
 _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 FORMATS = {"hf": _FLOATS, "meta": _FLOATS, "gguf": {**_FLOATS, "q8_0": 34 / 32, "q4_0": 18 / 32}}
-_COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # columns of the table of names
+_COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # columns of name_table's table
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS = (".safetensors", ".pth", ".gguf", ".bin", ".msgpack")
 _SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and headers
@@ -58,7 +58,7 @@ def save(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Saves a model. A block of one tensor at a time is in memory. Every process of a run must call it.
+    """Saves a model. Only one block of one tensor is in memory at a time. Every process of a run must call it.
 
     Args:
         path: a new folder, or a .gguf file (in a folder its name is model.gguf). A folder with weights is refused.
@@ -73,11 +73,12 @@ def save(
         The folder or file that was written.
 
     Raises:
-        ConfigError: an unknown format or dtype, a model that the format cannot hold, a path with weights in it.
+        ConfigError: an unknown format or dtype, a model that the format cannot represent, a path that already has
+            weights, or a disk that is too small.
     """
     check(format, dtype)
     if format == "meta":
-        meta.export_params(config)  # raises for what it cannot hold, in every process
+        meta.export_params(config)  # raises in every process if the format cannot represent the model
     path = _free(Path(path).expanduser(), format)
     main = dtype or default_dtype(leaves, format)
     if format != "gguf":  # gguf.save_file casts by itself
@@ -85,7 +86,7 @@ def save(
             key: leaf if dtype is None and _loses(leaf, np.dtype(main)) else leaf.cast(np.dtype(main), _name(key))
             for key, leaf in leaves.items()
         }
-    if jax.process_index() > 0:  # the first process writes; the others send their parts, in the same order
+    if jax.process_index() > 0:  # the first process writes; the others take part in its all-gathers, in the same order
         for weight in name_table.weights(config, _COLUMNS[format]):
             for _ in leaves[weight.path].blocks():
                 pass
@@ -98,7 +99,7 @@ def save(
         try:
             _WRITERS[format](path, config, leaves, metadata, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
         except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}; what was written so far is incomplete") from error
+            raise ConfigError(f"{path}: {error.strerror or error}; the files written so far are incomplete") from error
     return path
 
 
@@ -113,7 +114,7 @@ def check(format: str, dtype: str | None) -> None:
 
 
 def default_dtype(leaves: name_table.Leaves, format: str) -> str:
-    """The dtype of most of the numbers; for "gguf" their quantized type, if it can be written."""
+    """The dtype of most of the weights; for "gguf" their quantized type, if it can be written."""
     sizes: collections.Counter[str] = collections.Counter()
     for entry in leaves.values():
         kind = entry.kind.lower() if entry.quantized is not None else entry.dtype.name
@@ -122,7 +123,7 @@ def default_dtype(leaves: name_table.Leaves, format: str) -> str:
 
 
 def _loses(leaf: LazyTensor, dtype: np.dtype) -> bool:
-    """Returns whether a cast by default would change a tensor. Matrices are not read, and count as changed."""
+    """Returns whether a cast to `dtype` would change a tensor. Matrices are not read and count as changed."""
     if leaf.dtype == dtype:
         return False
     if len(leaf.shape) > 1:
@@ -137,37 +138,40 @@ def _name(path: name_table.Path) -> str:
 
 
 def leaves_of(config: ModelConfig, params: Params) -> name_table.Leaves:
-    """Params at hand (stacked or unrolled, on the devices of all processes) as entries, one on the host at a time.
+    """Lazy tensors by path for params in device memory, with LoRA merged into its weights.
 
-    LoRA updates are merged into their weights.
+    The params may be stacked or unrolled, and sharded over the devices of all processes. One tensor at a time is copied
+    to the host, when it is read.
     """
     return {path: _entry(leaf) for path, leaf in _stored(config, params).items()}
 
 
 def lora_of(config: ModelConfig, params: Params) -> dict[name_table.Path, LazyLora]:
-    """The LoRA matrix pairs of params at hand, as lazy tensors.
+    """The LoRA matrix pairs of params in device memory, as lazy tensors by path.
 
     Raises:
-        ConfigError: the params hold DoRA, whose magnitudes cannot be told from its factors.
+        ConfigError: a weight has DoRA. Its leaf keeps only factors, from which the magnitudes are not recovered.
     """
     found = {path: leaf for path, leaf in _stored(config, params).items() if isinstance(leaf, LoraTensor)}
     if any(leaf.factor is not None for leaf in found.values()):
-        raise ConfigError("DoRA in use cannot be written as an adapter again: copy the folder that it came from")
+        raise ConfigError(
+            "an applied DoRA adapter cannot be saved as an adapter: copy the folder that it was read from"
+        )
     return {path: LazyLora(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
 
 
 def lazy_lora(lora: Mapping[name_table.Path, LoraWeights]) -> dict[name_table.Path, LazyLora]:
-    """LoRA's arrays at hand as lazy tensors."""
+    """LoRA arrays in device memory as lazy tensors."""
     return {path: LazyLora(lazy_array(w.a), lazy_array(w.b), lazy_array(w.scale)) for path, w in lora.items()}
 
 
 def lazy_array(array: jax.Array) -> LazyTensor:
-    """An array on the devices of all processes as a lazy tensor."""
+    """An array in device memory, possibly sharded over several processes, as a lazy tensor."""
     return of_array(functools.partial(_on_host, array), np.dtype(array.dtype), array.shape)
 
 
 def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, Any]:
-    """The unrolled leaves by path, with an entry in the place of each array that they are made of."""
+    """The unrolled leaves of params by path. Each array inside a leaf is replaced by a lazy tensor."""
     check_params(config, params)
     stacked = is_stacked(params)
     latest: dict[name_table.Path, tuple[np.ndarray, ...]] = {}
@@ -225,7 +229,7 @@ def _quantized(pieces: QuantizedParts) -> LazyTensor:
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """An array as numpy, in memory of its own: jax would keep the host copy that it makes itself."""
+    """An array as a numpy array. The copy is made here, since jax would keep a copy that it makes itself."""
     if not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     if len(array.devices()) == 1 and jax.default_backend() == "cpu":
@@ -244,12 +248,12 @@ def _free(path: Path, format: str) -> Path:
         folder, taken = path.parent, [path] if path.exists() else []
     else:
         if path.is_file() or path.suffix == ".gguf":
-            raise ConfigError(f"{path} is the name of a file; name a folder to write to (or --to gguf)")
+            raise ConfigError(f"{path} is the name of a file: give a folder to write to (or --to gguf)")
         path.mkdir(parents=True, exist_ok=True)
         taken = sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))
         folder, path = path, path / "model.gguf" if format == "gguf" else path
     if taken:
-        raise ConfigError(f"{folder} already has {taken[0].name}: name another folder, or remove it")
+        raise ConfigError(f"{folder} already has {taken[0].name}: give another folder, or remove it")
     return path
 
 
@@ -283,7 +287,7 @@ def write_tokenizer(folder: Path, metadata: Metadata, *, model_max_length: int) 
     for file in files:
         shutil.copyfile(file, folder / file.name)
     if metadata.chat_template is not None and metadata.chat_template != chat_template.read_folder(folder):
-        chat_template.write(metadata.chat_template, folder)  # those in a folder of their own are not among the files
+        chat_template.write(metadata.chat_template, folder)  # tokenizer_files has no templates of a subfolder
 
 
 def _write_hf(
@@ -314,12 +318,14 @@ def _write_meta(
         try:
             metadata.tokenizer.save(path / "tokenizer.model")
         except ConfigError:
-            _log.warning("warning: written without a tokenizer: Meta's format holds Llama 3's alone, not this one")
+            _log.warning(
+                "warning: written without a tokenizer: Meta's format supports only Llama 3's, not this model's"
+            )
     meta.save_folder(path, config, leaves, progress=progress)
     context = meta.context_of(config)
     if context != config.max_seq_len:
         _log.warning(
-            "warning: Meta's params.json has no room for the context length: %s positions come back as %s",
+            "warning: Meta's params.json does not store the context length: %s positions will be read back as %s",
             config.max_seq_len,
             context,
         )

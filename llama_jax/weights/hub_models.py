@@ -56,7 +56,7 @@ class _Choice:
 
 
 def is_hub_id(text: str) -> bool:
-    """Returns whether this names a model on the hub. A path goes first if it, or its first folder, exists."""
+    """Returns whether this names a model on the hub. A path has precedence if it, or its first folder, exists."""
     return _parse(text) is not None and not Path(Path(text).parts[0]).exists()
 
 
@@ -74,7 +74,8 @@ def download(repo_id: str) -> Path:
         The folder of config.json or of params.json, or the GGUF file (of a split set, the first).
 
     Raises:
-        ConfigError: no such model, no right to it, no network, no space, nothing in it that can be read.
+        ConfigError: the model does not exist, is not accessible or has no supported format; or there is no network, or
+            no space on the disk.
     """
     name = _parse(repo_id)
     if name is None:
@@ -105,7 +106,7 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
     Args:
         repo_id: owner/name, with @revision for a branch, a tag or a commit other than main.
         config: the file that an adapter must have.
-        weights: files of weights, the first of which that the repo has is downloaded.
+        weights: names of weight files. The first of them that the repo has is downloaded.
 
     Raises:
         ConfigError: as in `download`, or the repo has no config or no weights.
@@ -118,7 +119,7 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
     chosen = [file for file in weights if file in files][:1]
     if missing := [file for file in (config, *(chosen or weights[:1])) if file not in files]:
         raise ConfigError(
-            f"{name.repo.name} is no LoRA adapter as peft writes it: it has no {some(missing)}; it has "
+            f"{name.repo.name} is not a LoRA adapter in peft's format: it has no {some(missing)}; it has "
             f"{some(files) or 'no files'}"
         )
     fetch(name.repo, chosen, commit=folder.name)
@@ -185,7 +186,7 @@ def _checked(name: _Name, folder: Path, settings: list[str], weights: list[str])
 
 
 def _safetensors(name: _Name, folder: Path, files: list[str]) -> list[str]:
-    """The safetensors files that the reader opens, with their index. Other copies of the weights are left out."""
+    """The safetensors files that the reader opens, with their index, without other copies of the weights."""
     alone = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
     single = alone if len(alone) == 1 and "config.json" in files else []
     return _indexed(_SAFETENSORS, name, folder, files) or single
@@ -217,6 +218,6 @@ def _gguf(name: _Name, file: str, files: list[str]) -> _Choice:
     missing = [part for part in parts if part not in files]
     if missing or not parts:
         raise ConfigError(
-            f"{name.repo.name} has not all of the split set of {file}, lacking {some(missing)}: name another"
+            f"the split file {file} of {name.repo.name} is incomplete, it lacks {some(missing)}: name another file"
         )
     return _Choice(parts, parts[0])

@@ -80,7 +80,7 @@ def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
     """The number of bits of "int8" and "int4"; None for None and "none".
 
     Raises:
-        ConfigError: the rows of the model's matrices cannot be split into groups of 32 numbers.
+        ConfigError: the row length of a matrix is not a multiple of 32, the group size of quantization.
     """
     widths = {
         "embed_dim": config.embed_dim,
@@ -139,7 +139,7 @@ def _quantizer(bits: int, places: QTensor | None) -> Callable[[jax.Array], QTens
 
 
 def place(entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:
-    """Reads a tensor in the dtype `to` onto the devices that its logical axes give; no layout is the first device."""
+    """Reads a tensor in the dtype `to` onto devices, sharded by its logical axes; no layout means the first device."""
     if layout is None:
         sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     else:

@@ -1,11 +1,11 @@
-"""LoRA as a run trains it: a plain tree of thin matrices, stacked over layers, and of rows of trained tokens.
+"""The trained arrays of a LoRA run: a plain tree of low-rank matrices, stacked over layers, and of token rows.
 
     {"layers": {"attention": {"q": {"a": (L, rank, in), "b": (L, out, rank)}}}, "unembed": {"a": ..., "b": ...},
      "tokens": {"embed": (n, D), "unembed": (n, D)}}
 
-Optimizers, meshes and checkpoints take this tree as they take params. `with_lora` puts it on a base, and `lora_by_path`
-and `token_rows` give it as adapters are written and merged (weights/adapters.py). What is trained of a token is the
-difference from its row in the base, so that weight decay draws it to the base.
+Optimizers, shardings and checkpoints treat this tree like params. `with_lora` applies it to a base. `lora_by_path` and
+`token_rows` convert it to the form in which adapters are written and merged (weights/adapters.py). A row under "tokens"
+is the difference from the token's row in the base, so that weight decay pulls the row towards that of the base.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llama_jax.weights.tensor import of_array
 Updates = dict[str, Any]
 Path = tuple[str, ...]
 
-# The path of each target in stacked params: the one list of places where LoRA may go in training.
+# The path of each target in stacked params. This is the only list of the weights that LoRA can train.
 _PATHS: dict[str, Path] = {
     **{name: ("layers", "attention", name) for name in ("q", "k", "v", "o")},
     **{name: ("layers", "ffn", name) for name in ("gate", "up", "down")},
@@ -39,13 +39,13 @@ _PATHS: dict[str, Path] = {
 
 
 def adapted_config(config: ModelConfig, settings: LoraConfig) -> ModelConfig:
-    """The model's config with LoRA: a tied model is untied where LoRA is on one of the two matrices, as in peft."""
+    """The config of the model with LoRA. As in peft, LoRA on the embedding or unembedding unties a tied model."""
     untied = not {"embed", "unembed"}.isdisjoint(settings.targets)
     return dataclasses.replace(config, tied_embeddings=config.tied_embeddings and not untied)
 
 
 def axes(config: ModelConfig, settings: LoraConfig) -> Updates:
-    """The logical axes of each array; no device splits the rank, or the trained tokens."""
+    """The logical axes of each array. The axes of the rank and of the trained tokens are not sharded."""
     of_weights = logical_axes(adapted_config(config, settings), stacked=True)
 
     def pair(path: Path) -> dict[str, lora.Axes]:
@@ -56,9 +56,10 @@ def axes(config: ModelConfig, settings: LoraConfig) -> Updates:
 
 
 def initial(config: ModelConfig, settings: LoraConfig, key: jax.Array) -> Updates:
-    """Float32 updates that change nothing yet: b and rows are zero, a is uniform within 1 / sqrt(in).
+    """The initial float32 updates, under which the model equals its base: b and the token rows are zero.
 
-    That is how peft begins (Kaiming's rule with a = sqrt 5). For the embedding it draws a from a standard normal.
+    As in peft, a is uniform within 1 / sqrt(in) (Kaiming initialization with a = sqrt 5), and for the embedding it is
+    drawn from a standard normal distribution.
     """
     shapes = abstract_params(adapted_config(config, settings), stacked=True)
     keys = {path: jax.random.fold_in(key, i) for i, path in enumerate(_paths(settings))}
@@ -82,8 +83,8 @@ def with_lora(settings: LoraConfig, base: Params, updates: Updates, key: jax.Arr
     Args:
         settings: rank, alpha, dropout, targets and trained tokens.
         base: stacked params, as arrays or quantized.
-        updates: the tree that `initial` makes, in any state of training.
-        key: the key of this step, for dropout; None means no dropout.
+        updates: the trained arrays, a tree like that of `initial`.
+        key: random key of the step, for dropout; None means no dropout.
     """
     params = {**base, "layers": {name: dict(block) for name, block in base["layers"].items()}}
     if "embed" in settings.targets or "unembed" in settings.targets:
@@ -93,7 +94,7 @@ def with_lora(settings: LoraConfig, base: Params, updates: Updates, key: jax.Arr
         lead = pair["a"].shape[:-2]
         scale = jnp.full(lead, _scale(settings), jnp.float32)
         dropout = None
-        if key is not None and settings.dropout and path != ("embed",):  # peft drops nothing of an embedding
+        if key is not None and settings.dropout and path != ("embed",):  # as in peft, no dropout for the embedding
             keys = jax.random.fold_in(key, i)
             dropout = lora.Dropout(
                 jax.random.key_data(jax.random.split(keys, lead) if lead else keys), settings.dropout
@@ -101,7 +102,7 @@ def with_lora(settings: LoraConfig, base: Params, updates: Updates, key: jax.Arr
         weight = name_table.get(params, path)
         _set(params, path, lora.LoraTensor(weight, pair["a"], pair["b"], scale, dropout))
     for name, rows in updates.get("tokens", {}).items():
-        # Row i of b is all zero, or chooses the row of a that belongs to token i.
+        # Row i of b is one-hot and selects the row of a for token i, or is zero if the token is not trained.
         chosen = jnp.arange(params[name].shape[0])[:, None] == jnp.array(settings.trained_tokens)
         params[name] = lora.LoraTensor(params[name], rows, chosen.astype(rows.dtype), jnp.ones((), jnp.float32))
     return params
@@ -122,11 +123,11 @@ def lora_by_path(settings: LoraConfig, updates: Updates) -> dict[name_table.Path
 
 
 def token_rows(settings: LoraConfig, updates: Updates, leaves: name_table.Leaves) -> dict[name_table.Path, LazyRows]:
-    """The trained tokens' rows in float32, by path. Several processes call it together.
+    """The float32 rows of the trained tokens by path: base plus trained difference. Every process must call it.
 
     Args:
         settings: the trained tokens.
-        updates: the tree that `initial` makes, in any state of training.
+        updates: the trained arrays, a tree like that of `initial`.
         leaves: the base's tensors by path.
     """
     found: dict[name_table.Path, LazyRows] = {}
@@ -142,7 +143,7 @@ def _scale(settings: LoraConfig) -> float:
 
 
 def _paths(settings: LoraConfig) -> Iterator[Path]:
-    """The path of each target, in an order that does not depend on how they are listed."""
+    """The path of each target, in an order that does not depend on the order of settings.targets."""
     return (_PATHS[name] for name in sorted(set(settings.targets)))
 
 

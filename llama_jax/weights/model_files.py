@@ -1,4 +1,4 @@
-"""The records that a format makes of a model's files: what they say, and their tensors, none of them read yet."""
+"""The records that each format's reader returns: a model's config and metadata, and its tensors, not read yet."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Metadata:
     generation: Mapping[str, Any] | None = None
 
     def with_tokenizer(self, tokenizer: Tokenizer | None) -> Metadata:
-        """The same metadata, completed from the model's tokenizer: what a model is saved with.
+        """The metadata to save with a model: these, completed from the model's tokenizer.
 
         `llama_jax.load(...).save` and the command `convert` both use it, so that they write the same files.
         """

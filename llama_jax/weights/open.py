@@ -24,7 +24,7 @@ ALLOWED = (
     "*.safetensors, pytorch_model.bin or flax_model.msgpack), Meta's download (params.json and consolidated.*.pth), "
     f"a .gguf file, a hub id (owner/name), or a model in a Python package ({', '.join(packaged_models.PACKAGES)})"
 )
-# Two functions of each format: `recognizes` tells whether a path is of this format, `read` reads it.
+# Two functions of each format: `recognizes` returns True for a path of the format, and `read` reads it.
 READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], ModelFiles]], ...] = (
     (huggingface.recognizes, huggingface.read),
     (meta.recognizes, meta.read),
@@ -40,7 +40,7 @@ def open_source(name: str | os.PathLike[str]) -> Source:
         name: a path, a hub id, or the name of a model in a Python package; ALLOWED lists what can be opened.
 
     Raises:
-        ConfigError: the name stands for no model; the message says what is allowed and what is there instead.
+        ConfigError: the name is not that of a model. The message says what is allowed and what the path has instead.
         ValueError: a damaged file.
     """
     path = locate(name)
@@ -71,7 +71,7 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
 
 
 def _checked(files: ModelFiles) -> FileSource:
-    """The source made of these files, after a check that the tensors are those that the config needs."""
+    """The source of a model's files. Raises an error if the tensors do not match the config."""
     config, leaves = match_tensors(files.tensors, files.config, format=files.names, source=str(files.path))
     metadata = files.metadata.within(config.vocab_size)
     if metadata != files.metadata:

@@ -44,7 +44,7 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
 
 
 class RunSource:
-    """A run folder as a model, on any mesh, whatever mesh it was trained on. `Source` describes the methods.
+    """A run folder as a model, on any mesh, also another than that of the training. For the methods see `Source`.
 
     Attributes:
         path: the run folder.
@@ -131,7 +131,7 @@ class RunSource:
         if self.lora is not None:
             adapter = self._adapter(layout, jnp.dtype(dtype or self.dtype))
             return adapters.with_adapter(self.config, self.base.load_merged(layout, dtype, quantize), adapter)
-        # Orbax casts while it reads, so that the float32 master weights never exist as well as what is asked for.
+        # Orbax casts while it reads, so that the float32 master weights are never in memory next to the cast ones.
         shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
         params = self._restore(shapes, logical_axes(self.config, stacked=True), layout)
         return load.quantize_layers(self.config, unstack(params), quantize, layout)
@@ -166,12 +166,12 @@ class RunSource:
         return checked_tokenizer(read, self.path, self.config, fingerprint=fingerprint)
 
     def _trained(self, layout: parallel.Layout) -> lora_params.Updates:
-        """Reads what LoRA trained, in float32."""
+        """Reads the trained LoRA arrays in float32."""
         shapes = jax.eval_shape(lambda: lora_params.initial(self._base_config, self.lora, jax.random.key(0)))
         return self._restore(shapes, lora_params.axes(self._base_config, self.lora), layout)
 
     def _adapter(self, layout: parallel.Layout, dtype: jnp.dtype) -> adapters.AdapterWeights:
-        """What LoRA trained as arrays in `dtype`, by path."""
+        """The trained LoRA arrays and token rows in `dtype`, by path."""
         trained = self._trained(layout)
         lora = lora_params.lora_by_path(self.lora, trained)
         lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
@@ -199,7 +199,7 @@ class RunSource:
 
 
 def _name_of_base(folder: Path, name: str) -> str | Path:
-    """The name under which to open a run's `init_from`: as it is, or as a path below a parent of the run folder.
+    """The name under which to open a run's `init_from`: unchanged, or as a path below a parent of the run folder.
 
     A path may not exist here because it is relative to another working folder, or because the run folder and its base
     were moved together. Then the longest end of the path that exists below a parent of the run folder is taken.

@@ -33,7 +33,7 @@ class Source(Protocol):
         description: name of the format, for people.
         config: the model's shape.
         metadata: token ids, sampling settings, chat template and tokenizer files.
-        dtype: dtype of most of the stored numbers. Quantized weights count as float32, which holds them exactly.
+        dtype: dtype of most stored weights. Quantized weights count as float32, which represents them exactly.
         quantized: True if some of the weights are stored in groups of 8 or 4 bits.
     """
 
@@ -93,7 +93,7 @@ class FileSource:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of most of the stored numbers."""
+        """Dtype of most stored weights."""
         return main_dtype(self.leaves.values())
 
     @property
@@ -139,10 +139,10 @@ def checked_tokenizer(
 ) -> Tokenizer | None:
     """Reads a model's tokenizer and checks that it is the one that the model was trained with.
 
-    A tokenizer.model that lost its last lines is still well-formed, and would give every special token another id.
+    A tokenizer.model that lost its last lines is still well-formed, but would give every special token another id.
 
     Args:
-        read: reads it; returns None if there is none.
+        read: function that reads the tokenizer; it returns None if there is none.
         path: the model, for error messages.
         config: the model's shape.
         bos_token: id that begins a text according to the model's files, if they name one.

@@ -1,6 +1,6 @@
 """Lazy tensors: a tensor in a file that has not been read, and the operations that make one lazy tensor of others.
 
-Files are read by byte range and never mapped. What was read belongs to the process alone: a file that changes later
+Files are read by byte range and never mapped. The data read are private to the process: a file that changes later
 changes nothing, and one that was cut off is an error rather than a signal. Pages of the file do not count as memory of
 the process.
 
@@ -48,7 +48,7 @@ class LazyTensor:
     """A tensor that has not been read yet.
 
     Attributes:
-        dtype: dtype of the numbers that `read` returns.
+        dtype: dtype of the array that `read` returns.
         shape: shape of the tensor.
         fill: called with (out, index). It writes the part `index` of the tensor into `out`, a C-contiguous array of any
             dtype, and casts.
@@ -80,7 +80,7 @@ class LazyTensor:
             yield self.read(part, dtype)
 
     def cast(self, dtype: np.dtype, what: str) -> LazyTensor:
-        """The same tensor cast to another dtype. `what` names it in the error for numbers too large for float16."""
+        """The tensor cast to another dtype. `what` names it in the error about values beyond float16's range."""
         if dtype == self.dtype:
             return self
 
@@ -106,7 +106,7 @@ def equal(a: LazyTensor, b: LazyTensor) -> bool:
 
 
 def main_dtype(tensors: Iterable[LazyTensor]) -> np.dtype:
-    """The dtype of most of the numbers in these tensors."""
+    """The dtype of most elements of these tensors."""
     sizes: dict[np.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -122,7 +122,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, kind: str | None = None) -> LazyTensor:
-    """A tensor whose numbers are stored in a file in C order, from byte `start` on."""
+    """A lazy tensor whose elements are stored in a file in C order, beginning at byte `start`."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         if out.dtype == dtype:
@@ -137,7 +137,7 @@ def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, k
 
 
 def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> LazyTensor:
-    """A tensor whose numbers a function returns as an array in memory. The function is called when they are read."""
+    """A lazy tensor that `array` returns as an array in memory. It is called at each read."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         np.copyto(out, array()[index], casting="unsafe")

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 def match_tensors(
     tensors: Mapping[str, LazyTensor], config: ModelConfig, *, format: str, source: str
 ) -> tuple[ModelConfig, name_table.Leaves]:
-    """Matches a file's tensors to the places in the params that they belong to.
+    """Matches a file's tensors to their paths in params.
 
     Args:
         tensors: the tensors by the format's names.
@@ -26,8 +26,8 @@ def match_tensors(
         source: the name of the file or folder in error messages.
 
     Returns:
-        The config, and the tensors by their paths in unrolled params. The config differs from the one given only if
-        it ties the embeddings while the file has an unembedding of its own with other numbers: then it is untied, as
+        The config, and the tensors by their paths in unrolled params. The config differs from the argument only if
+        it ties the embeddings while the file has an unembedding with other values: then it is untied, as
         in transformers 5, and a warning says so.
 
     Raises:
@@ -72,7 +72,7 @@ def _untied_if_different(
 
 
 def _check_names(tensors: Mapping[str, LazyTensor], config: ModelConfig, format: str, source: str) -> None:
-    """Raises ValueError if a tensor is missing, or if one has no place in the model and is no known buffer."""
+    """Raises ValueError if a tensor is missing, or if one belongs neither to the model nor to the known buffers."""
     known = {weight.name for weight in name_table.weights(config, format)}
     missing = [weight.name for weight in name_table.weights(config, format) if weight.name not in tensors]
     extra = [name for name in tensors if name not in known and not name.endswith(name_table.BUFFERS)]

@@ -388,7 +388,7 @@ def rows(built) -> PackedRows:
 
 
 def row_ids(rows: PackedRows, batches) -> list[int]:
-    """Which rows the batches hold."""
+    """The indices of the rows in these batches."""
     known = {rows[i]["tokens"].tobytes(): i for i in range(len(rows))}
     assert len(known) == len(rows)
     return [known[tokens.tobytes()] for batch in batches for tokens in batch["tokens"]]

@@ -151,7 +151,7 @@ PROMPTS = [
 
 
 class Fake:
-    """Answers in place of a model: A says it again with a mark, B in capitals."""
+    """Fake models: A repeats the prompt with a mark, and B repeats it in capitals."""
 
     alive: list = []
     loads: list = []

@@ -1,4 +1,4 @@
-"""lm_eval's requests: numbers against what its HFLM answered (golden/make_harness.py), and lm_eval itself where it is.
+"""lm_eval's requests: scores equal stored ones of HFLM (golden/make_harness.py), and of lm_eval if it is installed.
 
 The first part needs neither lm_eval nor torch. The second runs the real harness on our model and, where torch and
 transformers are there too, on HFLM with the same folder.

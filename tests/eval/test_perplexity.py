@@ -1,4 +1,4 @@
-"""Perplexity and scoring: against sums over full logits in numpy, and by hand where numbers are small."""
+"""Perplexity and scoring, compared with sums over full logits in numpy, and with small examples by hand."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def nats_at(llama, ids, place, context, stride):
 
 
 def naive(llama, texts, context, stride):
-    """Nats of each document and its tokens, one place at a time."""
+    """The nats of each document and its number of tokens, computed one position at a time."""
     nats, counts = [], []
     for text in texts:
         ids = [llama.tokenizer.bos_id, *text.encode()]

@@ -83,11 +83,11 @@ FULL_GRADS = (
     "lm_head.weight",
 )
 EOS = 0
-_WHOLE, _STRIDE = 384, 31  # every lora matrix is kept whole; of larger gradients one number of so many
+_WHOLE, _STRIDE = 384, 31  # LoRA matrices are stored whole; of larger gradients, every _STRIDE-th element
 
 
 def thin(array: np.ndarray) -> np.ndarray:
-    """What is kept of a gradient: all of a small one, else every 31st number, counted row by row, as (n,)."""
+    """The stored part of a gradient, as (n,): all of a small one, else every 31st element in row-major order."""
     return array if array.size <= _WHOLE else array.reshape(-1)[::_STRIDE]
 
 

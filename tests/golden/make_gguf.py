@@ -89,7 +89,7 @@ def tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def factors(config: ModelConfig) -> np.ndarray:
-    """What llama.cpp's converter writes as rope_freqs.weight (conversion of Llama 3.1), float32."""
+    """The tensor rope_freqs.weight of llama.cpp's converter for Llama 3.1, float32."""
     scaling, out = config.rope_scaling, []
     longest = scaling.original_max_seq_len / scaling.low_freq_factor
     shortest = scaling.original_max_seq_len / scaling.high_freq_factor

@@ -27,7 +27,7 @@ from llama_jax.run_config import RunConfig
 
 
 def stated(path):
-    """What a recipe's docstring states as "(v6e:2x4" and "19.0 GiB a chip at its peak": the topology and the number."""
+    """The topology and peak memory (GiB) of a recipe, stated as "(v6e:2x4" and "19.0 GiB a chip at its peak"."""
     text = " ".join(ast.get_docstring(ast.parse(Path(path).read_text())).split())
     topology, peak = re.search(r"\((v\w+:[\dx]+)\b", text), re.search(r"([\d.]+) GiB a chip at its peak", text)
     return topology[1], float(peak[1])

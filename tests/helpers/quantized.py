@@ -15,7 +15,7 @@ CONFIG = type(SIZES["tiny"])(**TINY)
 
 
 def random_quantized(shape, bits, seed=0):
-    """A QTensor, and its numbers as Q8_0 and Q4_0 are defined, one at a time."""
+    """A random QTensor, and its values, dequantized one at a time by the definition of Q8_0 and Q4_0."""
     rng = np.random.default_rng(seed)
     out, size = shape
     integers = rng.integers(-127, 128, shape) if bits == 8 else rng.integers(-8, 8, shape)

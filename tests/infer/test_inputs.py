@@ -1,4 +1,4 @@
-"""Mistakes in Python calls: one line that says what was given and what is allowed."""
+"""Mistakes in Python calls: the error is one line with the argument and what is allowed."""
 
 import jax
 import pytest

@@ -49,7 +49,7 @@ def bare():
 
 
 def parrot(text):
-    """A model that says `text` byte by byte, whatever it is asked: position p is followed by the text's byte p."""
+    """A model that generates `text` byte by byte for any prompt: after position p comes the text's byte p."""
     ids = [*text.encode(), tokenizer().eot_id]
 
     class Parrot:

@@ -1,4 +1,4 @@
-"""What the config computes and refuses."""
+"""The values that the config computes, and those that it refuses."""
 
 import dataclasses
 

@@ -74,7 +74,7 @@ def test_greedy_tokens_are_those_of_transformers(key):
     tokens = np.zeros((2, prompt + expected.shape[1]), np.int32)
     tokens[:, :prompt] = random_tokens(config, rows=2, length=32)[:, :prompt]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    for at in range(prompt, tokens.shape[1]):  # what lies beyond `at` is not seen
+    for at in range(prompt, tokens.shape[1]):  # positions beyond `at` are masked
         tokens[:, at] = logits(config, weights(config), tokens, positions)[:, at - 1].argmax(-1)
     np.testing.assert_array_equal(tokens[:, prompt:], expected)
 
@@ -204,7 +204,7 @@ def test_rows_of_different_lengths_share_a_cache():
     params, lengths = weights(TINY), jnp.array([5, 12, 9])
     full = logits(TINY, params, tokens, positions)
     cache = init_cache(TINY, batch=3, capacity=24, dtype=jnp.float32)
-    cache = jax.tree.map(lambda a: a + 7.0, cache)  # what a slot held before must not matter
+    cache = jax.tree.map(lambda a: a + 7.0, cache)  # the earlier contents of a slot must not matter
     real = (positions < lengths[:, None]).astype(jnp.int32)
     _, cache = cached(TINY, params, tokens[:, :12], positions[:, :12], real[:, :12], cache)
     rows = jnp.arange(3)

@@ -18,7 +18,7 @@ from llama_jax.data.packing import PackedRows, WholeRows
 from llama_jax.ops.attention import splash, xla
 from llama_jax.params import abstract_params
 
-# Of float32 sums in another order, beside the largest number of the result; the most seen is 9e-7.
+# Tolerance for float32 sums in another order, relative to the largest value of the result; the largest seen is 9e-7.
 ROUNDING = 2e-6
 T, K = 384, 2  # three blocks of 128 each way
 
@@ -181,7 +181,7 @@ def kernels(
     gradient=False,
     cache=None,
 ):
-    """How many kernels a forward pass calls, or a gradient, lowered for a platform."""
+    """The number of kernel calls in a forward pass, or in its gradient, lowered for a platform."""
     layout = parallel.Layout(parallel.make_mesh(mesh or {}, jax.devices()[: 8 if mesh else 1]), "train")
 
     def run(params, tokens, positions, segments):

@@ -34,7 +34,7 @@ def random_lora(base, seed=0, rank=RANK):
 
 
 def bases(shape):
-    """Of each kind, and their numbers."""
+    """One base of each kind with its dequantized values, by name."""
     dense = jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
     return {"dense": (dense, dense)} | {f"q{bits}": random_quantized(shape, bits) for bits in (8, 4)}
 

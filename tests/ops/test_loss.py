@@ -104,7 +104,7 @@ def test_gradients_agree_with_finite_differences():
 @pytest.mark.parametrize("mesh", [{"tensor": 8}, {"tensor": 4, "fsdp": 2}, {"fsdp": 4, "context": 2}])
 @pytest.mark.parametrize(("V", "chunk"), [(64, 0), (64, 3), (36, 2), (37, 4)])
 def test_a_split_vocabulary_gives_the_same_numbers(mesh, V, chunk):
-    """37 rows divide by no axis, and are then held whole."""
+    """37 rows are divisible by no mesh axis, and are then replicated."""
     layout = parallel.Layout(parallel.make_mesh(mesh), "train")
 
     def ours(hidden, table, targets):

@@ -1,4 +1,4 @@
-"""Quantized weights: products, look-ups and whole forward passes are those of the numbers they stand for."""
+"""Quantized weights: products, look-ups and forward passes equal those of the dequantized values."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""Every recipe's steps compile for the TPUs that its docstring names, and take the memory that it states.
+"""Ahead-of-time compilation: every recipe compiles for the TPUs that its docstring names, with the memory it states.
 
 libtpu compiles without a chip: `pip install libtpu==0.0.42.1` anywhere, and name its libtpu.so in TPU_LIBRARY_PATH
-(kept out of requirements: an environment that has it looks for a TPU at every start).
+(it is not in the requirements, because jax would then look for a TPU at every start).
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from helpers import aot_compile
 from helpers.paths import ROOT, TESTS
 
 _GIB = 1 << 30
-_HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB a chip that the compiler lets a program have
+_HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB a chip that the compiler allows a program
 _RECIPES = sorted((ROOT / "configs").glob("llama*.py"))
 
 
@@ -56,7 +56,7 @@ def test_a_recipe_fits_its_chips_in_the_memory_that_it_states(path):
     assert found["devices"] == math.prod(int(n) for n in shape.split("x"))
     assert found["peak_bytes"] < _HBM[chip] * _GIB, found
     assert abs(found["peak_bytes"] / _GIB / gib - 1) < 0.03, found
-    assert found["kernels"] >= 3  # splash forward, again where a layer is recomputed, and backward
+    assert found["kernels"] >= 3  # the forward pass, the recomputation of a layer, and the backward pass
 
 
 @pytest.mark.slow

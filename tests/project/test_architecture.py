@@ -17,7 +17,7 @@ PACKAGE = ROOT / "llama_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
 
-# The first that matches a module's dotted name, as docs/architecture/index.md#floors stacks them.
+# The floors of docs/architecture/index.md#floors. The first entry that matches a module's dotted name applies.
 FLOORS = {
     "llama_jax.errors": 0,
     "llama_jax.files": 0,
@@ -49,9 +49,9 @@ FLOORS = {
     "llama_jax.cli": 6,
     "llama_jax.__main__": 6,
 }
-# On floor 5, who may see whom.
+# On floor 5: the packages that each package may import.
 NEIGHBOURS = {"train": {"infer"}, "eval": {"infer"}, "serve": {"infer"}}
-# On floor 4, packages that may not see all of it.
+# On floor 4: packages that may import only some of the others.
 SEES = {"text": set(), "data": {"text", "hub"}}
 MESH_AXES = {"data", "fsdp", "stage", "context", "tensor"}
 
@@ -62,7 +62,7 @@ def dotted(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of all that a file imports, inside functions too; `from a import b` gives both a and a.b."""
+    """The dotted names that a file imports, also inside functions. `from a import b` gives both a and a.b."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -83,7 +83,7 @@ def within(name: str, package: str) -> bool:
 
 
 def test_every_module_is_on_a_floor():
-    assert [dotted(p) for p in MODULES if floor(dotted(p)) is None] == ["llama_jax"]  # the public face is on none
+    assert [dotted(p) for p in MODULES if floor(dotted(p)) is None] == ["llama_jax"]  # the public interface
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -113,7 +113,7 @@ def test_text_sees_nothing_beside_it_and_data_only_text_and_the_hub(package):
 
 @pytest.mark.parametrize("package", SEES)
 def test_text_and_data_have_no_import_cycle(package):
-    """Imports inside functions and for types count too; a package's __init__ is its face and imports from all."""
+    """Imports inside functions and for types count too. A package's __init__ is exempt: it imports from all."""
     modules = {dotted(p): p for p in MODULES if within(dotted(p), f"llama_jax.{package}") and p.name != "__init__.py"}
     graph = {name: imports(path) & modules.keys() for name, path in modules.items()}
     assert len(graph) > 8
@@ -149,7 +149,7 @@ def test_entry_points_are_short():
 
 
 def mesh_axis_literals(path: Path) -> list[str]:
-    """Strings that are the name of a mesh axis; `data` is also a word, and does not count."""
+    """The string literals that name a mesh axis. `data` does not count, since it is an ordinary word too."""
     tree = ast.parse(path.read_text())
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     axes = {s for s in strings if s in MESH_AXES}

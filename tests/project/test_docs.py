@@ -30,7 +30,7 @@ def prose(path: Path) -> str:
     return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-# ---- what is generated -------------------------------------------------------------------------------------
+# ---- generated pages ----------------------------------------------------------------------------------------
 
 
 def test_generated_references_are_current():
@@ -73,7 +73,7 @@ def test_the_row_that_the_data_page_shows_is_the_row_that_packing_makes(tmp_path
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub and mkdocs make of a page's headings; a heading of which they make two is an error."""
+    """The anchors of a page's headings. A heading with different anchors on GitHub and in mkdocs is an error."""
     found = set()
     for title in re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE):
         plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()).strip()
@@ -163,7 +163,7 @@ def test_every_decision_has_its_four_parts():
 
 
 def commands(page: Path) -> list[str]:
-    """The command lines of our own programs in a page: of its bash blocks, and in the code of its sentences."""
+    """The command lines of our own programs in a page, from its bash blocks and its inline code."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -178,11 +178,11 @@ COMMANDS = [(name_of(page), line) for page in PAGES for line in commands(page)]
 
 
 class Parsed(Exception):
-    """Raised in place of what a command would do after its arguments are parsed."""
+    """Raised after a command's arguments are parsed, so that the command does not run."""
 
 
 def parsed(argv: list[str]) -> None:
-    """Parse the arguments of our program, the command's name first, without doing what they say."""
+    """Parses the arguments of our program, beginning with the command's name, without running the command."""
     from llama_jax.cli import commands, convert, infer, parser, run_flags
 
     parse = parser.Parser.parse
@@ -217,7 +217,7 @@ def test_every_command_of_a_page_parses(page, line, monkeypatch):
     else:
         argv = argv[1:]
     if {"FILE", "COMMAND", "--help"} & set(argv) or not any(re.search(r"[^a-z_]", arg) for arg in argv):
-        return  # not a whole command: it names a program, or stands for any file
+        return  # not a complete command: it names a program, or has placeholders
     parsed(argv)
 
 
@@ -276,17 +276,7 @@ def test_the_two_commands_of_the_readme_are_these():
 # ---- how we write (CONTRIBUTING.md) ------------------------------------------------------------------------
 
 # Modules and packages whose docstrings are not rewritten yet. Take an entry out when you have rewritten it.
-NOT_YET = (
-    "llama_jax.eval.harness",
-    "llama_jax.infer.engine",
-    "llama_jax.sampling_params",
-    "llama_jax.text.chat_format",
-    "llama_jax.text.tool_calls",
-    "llama_jax.weights.adapters",
-    "llama_jax.weights.formats.name_patterns",
-    "llama_jax.weights.formats.peft",
-    "llama_jax.weights.run_folder",
-)
+NOT_YET: tuple[str, ...] = ()
 OPENINGS = ("What", "Of", "Where", "Whether", "Which", "How", "Whatever")
 
 
@@ -309,7 +299,7 @@ def docstrings(path: Path) -> list[tuple[int, str]]:
 
 
 def broken_rules(doc: str) -> list[str]:
-    """The writing rules that a docstring breaks, of those that a machine can see."""
+    """The writing rules that a docstring breaks, among those that can be checked automatically."""
     broken = []
     if re.match(rf"({'|'.join(OPENINGS)})\b", doc):
         broken.append(f"opens with {doc.split()[0]!r}: name the thing first")

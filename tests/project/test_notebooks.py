@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a fresh kernel, and what is stored of them can be shown to anybody."""
+"""The notebooks run from top to bottom in a new kernel, and their stored outputs are ready for publication."""
 
 import os
 import re
@@ -18,7 +18,7 @@ import execute
 
 NAMES = execute.names()
 PATHS = re.compile(r"/tmp/|/home/(?!runner)|/root/|/Users/|/private/|site-packages|[A-Z]:\\\\")
-MOST_BYTES = 300_000  # of a file; GitHub shows larger ones late or not at all
+MOST_BYTES = 300_000  # largest notebook file; GitHub shows larger ones slowly or not at all
 
 
 def cells(name, kind):
@@ -26,14 +26,14 @@ def cells(name, kind):
 
 
 def shown(cell):
-    """All text that a cell has stored."""
+    """All text in the stored outputs of a cell."""
     for output in cell.outputs:
         yield output.get("text", "")
         yield from (str(data) for kind, data in output.get("data", {}).items() if not kind.startswith("image/"))
 
 
 def missing_pictures(code):
-    """Cells that draw, and show nothing: a backend that another library has changed is silent."""
+    """The sources of cells that draw but have no picture. If a library changes the backend, drawing fails silently."""
     draws = [cell for cell in code if "plt.subplots" in cell.source or "Image(" in cell.source]
     assert draws
     return [c.source for c in draws if not any("image/png" in output.get("data", {}) for output in c.outputs)]
@@ -58,7 +58,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
         "LLAMA_JAX_CACHE": str(tmp_path / "compiled"),
         "HOME": str(tmp_path),  # ~/.cache
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else its list of fonts is made anew
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # otherwise matplotlib rebuilds its list of fonts
     }
     notebook = execute.execute(name, tmp_path, environment=environment, timeout=300)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -97,7 +97,7 @@ def test_the_first_cell_does_nothing_where_llama_jax_imports(monkeypatch, capsys
 
 
 def test_the_first_cell_fetches_the_project_and_the_right_jax_where_it_is_not_there(tmp_path):
-    """With commands in place of git and pip: what is asked for, with a GPU and without, and again after a restart."""
+    """The setup cell's commands, recorded instead of run: with a GPU, without one, and after a restart."""
     place = tmp_path / "work"
     place.mkdir()
     setup, address = cells(NAMES[0], "code")[0].source, "https://example.org/llama_jax"
@@ -128,7 +128,7 @@ exec(pathlib.Path("setup.py").read_text())
     assert clone == f"git clone --quiet --depth=1 {address} {place / 'llama_jax'}"
     assert install.endswith(f" -r {place / 'llama_jax' / 'requirements.txt'} {jax.replace('jax', 'jax[cuda12]', 1)}")
     assert said == "llama_jax 9"
-    assert go("gpu") == ["llama_jax 9"]  # a restarted session finds what is there
+    assert go("gpu") == ["llama_jax 9"]  # after a restart, the clone exists already
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""pyproject.toml and setup.py: what `pip install .` brings."""
+"""Packaging by pyproject.toml and setup.py: the files and dependencies that `pip install .` installs."""
 
 import ast
 import importlib

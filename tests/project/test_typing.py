@@ -1,4 +1,4 @@
-"""The types that users of the package see: what an editor completes and a type checker accepts."""
+"""The public types of the package, as an editor completes them and a type checker checks them."""
 
 import subprocess
 import sys

@@ -420,7 +420,7 @@ def test_bad_tools_are_refused_by_index(byte_level):
 
 
 def parsed(name: str, arguments: dict, **rest) -> dict:
-    """What parse_assistant returns for one call."""
+    """The result of parse_assistant for one call."""
     function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return {
         "role": "assistant",

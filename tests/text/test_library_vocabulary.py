@@ -185,7 +185,7 @@ def test_smollm2_gives_llama_cpps_ids_and_drops_bytes_without_a_token():
 
 
 def byte_level_fields(pre: str, lacking: set[int] = frozenset()) -> dict:
-    """GGUF metadata of bytes, a few merges, a control token and one that is found in text."""
+    """GGUF metadata with bytes, a few merges, a control token and a user-defined token."""
     chars = [char for byte, char in byte_chars().items() if byte not in lacking]
     merges = ["a b", "ab c", "Ġ a", "1 2", "12 3"]
     tokens = [*chars, *(merge.replace(" ", "") for merge in merges), "<|im_end|>", "<found>"]

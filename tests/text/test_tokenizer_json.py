@@ -39,7 +39,7 @@ CUTS = ["llama3", "one_digit", "gpt2_split", "gpt2", "digits"]
 
 
 def cut(kind: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words, in the library's own pieces."""
+    """A pre-tokenizer of the library, which splits text into words."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "gpt2":
         return byte_level
@@ -108,7 +108,7 @@ def nasty(rng: random.Random) -> str:
 
 
 def differing(ours: Tokenizer, theirs: Library, strings: list[str]) -> list[str]:
-    """The strings whose ids are not equal, or do not come back as they were."""
+    """The strings whose ids differ, or which decoding does not restore."""
     ids = [ours.encode(s) for s in strings]
     expected = [encoding.ids for encoding in theirs.encode_batch(strings, add_special_tokens=False)]
     return [s for s, a, b in zip(strings, ids, expected, strict=True) if a != b or ours.decode(a) != s]
@@ -516,11 +516,11 @@ def test_unsound_json_is_refused_in_one_line_that_names_the_part(name, sound):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"", "not sound JSON"),
+        (b"", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"model": 1, "model": 2}', "'model' appears twice"),
         (b"[1]", "must be a JSON object"),
-        (b"\xff\xfe", "not sound JSON"),
+        (b"\xff\xfe", "not valid JSON"),
     ],
 )
 def test_a_file_that_is_no_json_is_refused(contents, message, tmp_path):
@@ -538,7 +538,7 @@ def test_many_names_to_look_for_are_found_by_the_library(sound):
 
 
 def test_an_eos_that_is_no_token_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="eos_token 'nothing', in the files beside it, is none of its tokens"):
+    with pytest.raises(ValueError, match="eos_token 'nothing', which the files next to it name, is not one of"):
         opened(trained("gpt2"), tmp_path, eos_token="nothing")
     with pytest.raises(ValueError, match="tokenizer_config.json: eos_token must be a name, got 5"):
         opened(trained("gpt2"), tmp_path, eos_token=5)

@@ -99,7 +99,7 @@ def test_files_that_are_cut_short_empty_longer_or_gone_are_found(run, capsys):
 
 
 def test_a_file_that_is_none_of_its_own_is_named(run, capsys):
-    """Orbax reads whatever lies in some folders. What file systems leave, under hidden names, is not meant."""
+    """Orbax reads all files of some folders. Hidden files, which file systems may leave there, do not count."""
     for name in ("extra", "params/extra", "params/array_metadatas/process_7"):
         path = run / "checkpoints" / "4" / name
         path.write_bytes(b"\xff" * 100)

@@ -1,4 +1,4 @@
-"""LoRA, QLoRA and DPO as runs: what is trained, what stays, what is saved, and the same numbers on every mesh."""
+"""Runs of LoRA, QLoRA and DPO: the trained, frozen and saved weights, and equal results on every mesh."""
 
 import dataclasses
 import json
@@ -134,7 +134,7 @@ def test_lora_and_qlora_train_to_the_same_numbers_on_every_mesh(base, kind):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_qlora_is_lora_beside_the_rounded_base(base, bits, tmp_path):
-    """The same run beside a folder that holds what the rounded base stands for."""
+    """QLoRA equals LoRA on a folder with the dequantized values of the rounded base."""
     run = lora_run(base, lora__base=f"int{bits}")
     program = on_mesh(run)
     _, frozen, metrics = steps(program, 3)

@@ -55,7 +55,7 @@ def small_run(case) -> RunConfig:
 
 
 def trained_of(run, case, base):
-    """What peft trained as what a run trains: pairs stacked over layers, and rows less those of the base."""
+    """The trained arrays of a peft adapter in the form of a run: stacked pairs, and rows minus those of the base."""
     adapter = peft.open_adapter(GOLDEN_FOLDER / "peft" / case, run.model)
     pairs = {path: {"a": lazy.a.read(), "b": lazy.b.read()} for path, lazy in adapter.lora.items()}
     tree: dict = {path[0]: pair for path, pair in pairs.items() if path[0] != "layers"}

@@ -11,13 +11,13 @@ import pytest
 from llama_jax.train import moments
 from llama_jax.train.moments import Moment, pack_first, pack_second, scale_by_adam, unpack, zeros
 
-# All numbers that a code of a block with scale 1 stands for, in float64.
+# The values of all codes in a block with scale 1, in float64.
 FIRST = np.sign(np.arange(-127, 128)) * (np.arange(-127, 128) / 127) ** 2
 SECOND = (np.arange(256) / 255) ** 4
 
 
 def spread(shape, seed=0):
-    """Positive numbers of many sizes, as second moments are: three in four within a factor of 1,000 of another."""
+    """Positive values of many magnitudes, like second moments: three in four within a factor of 1,000 of another."""
     rng = np.random.default_rng(seed)
     return np.exp(rng.normal(scale=3.0, size=shape)).astype(np.float32) * 1e-8
 
@@ -162,7 +162,7 @@ def apart(ours, theirs):
 @pytest.mark.parametrize(("kind", "bound"), [("float32", 1e-6), ("bfloat16", 0.008), ("int8", 0.1)])
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_updates_follow_optax_adam(kind, bound, b2):
-    """Of gradients without a mean, whose first moments are the smallest beside what they are rounded to.
+    """Gradients with zero mean, whose first moments are smallest relative to their rounding.
 
     The errors grow for 100 steps, to 0.5 and 0.7 % for bfloat16 and to 7 and 9 % for 8 bits; the first step is exact.
     """

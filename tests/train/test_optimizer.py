@@ -456,7 +456,7 @@ def test_moments_lie_where_their_weights_lie(name, moments):
 
 @pytest.mark.parametrize(("name", "moments"), [c for c in CHOICES if c[1] != "bfloat16"])
 def test_adapters_alone_are_trained_by_each(name, moments):
-    """Rank 32 has blocks on both sides, and its matrices are told from one another by their names."""
+    """With rank 32 both matrices have blocks on both sides. They are distinguished by their names."""
     shape = {"a": (2, 32, 128), "b": (2, 256, 32)}
     params = jax.tree.map(
         lambda axes: jnp.full(shape["a" if axes[1] is None else "b"], 0.1),

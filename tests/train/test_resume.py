@@ -1,4 +1,4 @@
-"""A run that is stopped in any way and started again does every step once, with the same numbers to the bit."""
+"""A run that is stopped in any way and resumed does every step once, with bitwise equal results."""
 
 import dataclasses
 import fcntl
@@ -130,7 +130,7 @@ def test_changed_text_is_not_resumed(tmp_path):
 
 
 def test_a_start_without_a_checkpoint_makes_its_tokenizer_anew(tmp_path):
-    """What an earlier start with other settings left in the folder is not taken for this run's own."""
+    """Files that an earlier start with other settings left in the folder are not used."""
     run = text_run(tmp_path, model__vocab_size=540)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.model").write_text("left over")

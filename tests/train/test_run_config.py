@@ -1,4 +1,4 @@
-"""What a run's config refuses, and with which words."""
+"""Values that a run's config refuses, and the messages."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""One optimizer step: what it adds up, what it leaves out, and the same numbers on every mesh.
+"""One optimizer step: its sums, its masks, and equal results on every mesh.
 
 Differences are the largest one, relative to the largest number compared.
 """

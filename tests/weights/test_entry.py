@@ -43,7 +43,7 @@ def check(found: LazyTensor, expected: np.ndarray, parts=PARTS):
 
 @pytest.fixture(params=["stored", "joined rows", "joined columns", "transposed", "reordered", "in memory"])
 def wrapped(request, tmp_path):
-    """An entry of each kind, and the array that it stands for."""
+    """A lazy tensor of each kind, and its array."""
     array = numbers(SHAPE, ml_dtypes.bfloat16)
     if request.param == "stored":
         return written(tmp_path / "a", array), array

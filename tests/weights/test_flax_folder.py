@@ -72,7 +72,7 @@ def refused(tmp_path, data, *words):
 
 
 def array(shape, dtype, data, code=1):
-    """An extension value as flax packs an array, of whatever is given."""
+    """An extension value like those of flax for arrays, with any contents."""
     return reference.ExtType(code, reference.packb((shape, dtype, data), use_bin_type=True))
 
 

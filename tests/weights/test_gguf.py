@@ -1,4 +1,4 @@
-"""GGUF files: the numbers, the config and the logits that ggml's own code finds in them, and one-line refusals.
+"""GGUF files: the weights, config and logits equal those of ggml's own code, and bad files are refused in one line.
 
 Goldens are made by golden/make_gguf.py.
 """
@@ -348,7 +348,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
             gguf_file.open_file(path)
         refusal(error)
     again = encode([key("split.no", 2, b"\2\0"), key("split.count", 2, b"\3\0")], [info("t0", (8,))], ROW)
-    with pytest.raises(ValueError, match="'t0' is in an earlier part"):
+    with pytest.raises(ValueError, match="'t0' is already in an earlier part"):
         gguf_file.open_file(copy(data={third: again}))
     alone = write(tmp_path, first.read_bytes(), "renamed.gguf")
     with pytest.raises(ValueError, match="keep the names"):

@@ -10,7 +10,7 @@ from helpers.paths import ROOT, TESTS
 
 
 def fuzzed(format: str, count: int) -> dict:
-    """What helpers/fuzz.py says in a process of its own; it fails on the first file that misbehaves."""
+    """The outcomes of helpers/fuzz.py, run in a separate process. It fails at the first file that misbehaves."""
     command = [sys.executable, "-m", "helpers.fuzz", format, "--count", str(count)]
     environment = {"PYTHONPATH": f"{ROOT}:{TESTS}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

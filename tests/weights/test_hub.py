@@ -43,7 +43,7 @@ TOKENIZER = (
     "merges.txt",
 )
 BINS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
-# A repo as Meta publishes one, with other formats beside.
+# A repo like Meta's, which also has other formats.
 FULL = COMMON | {
     "config.json": CONFIG,
     "model.safetensors.index.json": index(*SHARDS, SHARDS[0]),
@@ -129,7 +129,7 @@ def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
     assert fetched("someone/adapter") == {".gitattributes", *ADAPTER, "tokenizer.json"}
     assert all(Path(folder, name).is_file() for folder in (one, again) for name in ADAPTER)
     assert Path(old, "adapter_model.bin").is_file() and not Path(old, "adapter_model.safetensors").exists()
-    assert "meta/full is no LoRA adapter as peft writes it: it has no adapter_config.json" in model
+    assert "meta/full is not a LoRA adapter in peft's format: it has no adapter_config.json" in model
     assert "not the id of an adapter: write owner/name" in file
     (whole,) = download(tmp_path, endpoint, "someone/adapter")
     assert "is a LoRA adapter, not a model" in whole and "--adapter someone/adapter" in whole
@@ -322,7 +322,7 @@ CHOICES = {
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """A hub whose one repo holds the files that are given, by name; returns what was downloaded of it."""
+    """A hub with one repo of the files in the argument. Returns the downloaded files."""
 
     def serve(files, name="a/b"):
         shards = [f for f in files if "-of-" in f and not f.endswith(".gguf")]
@@ -360,8 +360,8 @@ def test_the_weights_are_taken_in_one_format(local, tmp_path, files, weights, op
         (("original/consolidated.00.pth",), "a/b", "params.json"),
         (("README.md",), "a/b", "it has README.md"),
         ((), "a/b", "it has no files"),
-        (("m-00001-of-00002.gguf",), "a/b", "lacking m-00002-of-00002.gguf"),
-        (("m-00001-of-00000.gguf",), "a/b", "not all of the split set"),
+        (("m-00001-of-00002.gguf",), "a/b", "it lacks m-00002-of-00002.gguf"),
+        (("m-00001-of-00000.gguf",), "a/b", "is incomplete, it lacks"),
         (("m-00001-of-99999.gguf",), "a/b", "and 99978 more"),
         (tuple(f"m-Q{i}.gguf" for i in range(50)), "a/b", "has 50 GGUF models; name one, e.g. a/b/m-Q0.gguf"),
         (("config.json", "model.safetensors"), "a/b/m.gguf", "has no m.gguf; it has no GGUF files"),

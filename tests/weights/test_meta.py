@@ -63,7 +63,7 @@ def change(folder, **settings):
 
 
 def rewrite(path, spoil):
-    """Save a file anew with other tensors."""
+    """Save a file again with other tensors."""
     torch_file.save_file(path.with_suffix(".new"), spoil(torch_file.open_file(path)))
     path.with_suffix(".new").replace(path)
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters: its own numbers with what it wrote, the same weights merged, and one line for what is not sound."""
+"""peft's adapters: logits and merged weights equal peft's, and invalid adapters raise an error of one line."""
 
 import json
 import random
@@ -189,7 +189,7 @@ def test_what_is_saved_is_read_back_as_it_was(llama, tmp_path, case):
 
 
 def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
-    with pytest.raises(ConfigError, match="these weights hold no LoRA"):
+    with pytest.raises(ConfigError, match="the params have no LoRA weights"):
         peft.save_adapter(tmp_path / "new", CONFIG, llama.params)
     assert not (tmp_path / "new").exists()
 
@@ -204,17 +204,20 @@ def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         (
             {"modules_to_save": ["lm_head"]},
-            "modules_to_save of adapter_config.json names 'lm_head', of which no weight",
+            "modules_to_save of adapter_config.json names 'lm_head', whose weight is missing",
         ),
         ({"modules_to_save": ["score"]}, "modules_to_save of adapter_config.json names 'score'"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
         ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices .* names 'model.embed_tokens', of which no"),
+        (
+            {"trainable_token_indices": [1]},
+            "trainable_token_indices .* names 'model.embed_tokens', whose rows are missing",
+        ),
         ({"trainable_token_indices": [1, 1]}, "trainable_token_indices must be lists of different token ids"),
         ({"trainable_token_indices": {"lm_head": [-1]}}, r"different token ids, got \[-1\] for 'lm_head'"),
         (
             {"target_modules": golden.LINEAR, "layers_to_transform": [0, 1], "layers_pattern": "h"},
-            "leaves it out",
+            "does not name its module",
         ),
         ({"use_rsLora": True}, "'use_rsLora'=True is not known here; did you mean 'use_rslora'"),
         ({"use_rslora": 1}, "use_rslora must be true or false"),
@@ -238,11 +241,11 @@ def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
         ({"alpha_pattern": [1]}, "alpha_pattern must be an object"),
         ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"target_modules": ["embed_tokens", *golden.LINEAR]}, "missing 2 tensors, the first '.*lora_embedding_B'"),
-        ({"target_modules": "(a+)+$"}, "q_proj.lora_A.weight is there, but target_modules .* leaves it out"),
-        ({"target_modules": ["q_proj"]}, "k_proj.lora_A.weight is there, but target_modules .* leaves it out"),
+        ({"target_modules": "(a+)+$"}, "q_proj.lora_A.weight, but target_modules .* does not name its module"),
+        ({"target_modules": ["q_proj"]}, "k_proj.lora_A.weight, but target_modules .* does not name its module"),
         ({"target_modules": [*golden.LINEAR, "lm_head"]}, "missing 2 tensors, the first 'base_model.model.lm_head"),
         ({"layers_to_transform": ["1"]}, "layers_to_transform must be whole numbers"),
-        ({"target_modules": golden.LINEAR, "layers_to_transform": 1}, "layers.0.* leaves it out"),
+        ({"target_modules": golden.LINEAR, "layers_to_transform": 1}, "layers.0.* does not name its module"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -284,10 +287,10 @@ def test_what_does_not_change_the_numbers_is_read(copy, changes):
             "missing 1 tensors, the first .*B",
         ),
         (lambda t: t.update({"base_model.model.model.norm.lora_A.weight": np.zeros(2)}), "norm.* has no place"),
-        (lambda t: t.update({"x\ny" * 200: np.zeros(2)}), "has no place in this model"),
+        (lambda t: t.update({"x\ny" * 200: np.zeros(2)}), "does not belong to a module of this model"),
         (
             lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros(2)}),
-            "embed_tokens.lora_embedding_A is there, but target_modules .* leaves it out",
+            "embed_tokens.lora_embedding_A, but target_modules .* does not name its module",
         ),
         (
             lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.zeros((2, 2))}),
@@ -296,7 +299,7 @@ def test_what_does_not_change_the_numbers_is_read(copy, changes):
         (lambda t: t.update({"base_model.model.lm_head.weight": np.float32(0)}), r"lm_head.weight has shape \(\)"),
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": np.zeros(64)}),
-            "lora_B.bias' is a bias, which a Llama cannot hold",
+            "lora_B.bias' is a bias, which a Llama does not have",
         ),
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(64)}),
@@ -339,7 +342,7 @@ def test_an_adapter_given_as_the_model_names_its_base(copy, capsys):
 
 def test_a_folder_without_an_adapter_says_what_is_wanted(base, tmp_path):
     for folder in (base, tmp_path / "absent"):
-        with pytest.raises(ConfigError, match="has no adapter_config.json: give a folder as peft writes it") as error:
+        with pytest.raises(ConfigError, match="has no adapter_config.json: give a folder that peft saved") as error:
             llama_jax.load(base, adapters=folder)
         refusal(error)
 

@@ -68,12 +68,12 @@ HOSTILE = {
     "header longer than the file": (crafted({}, length=1 << 20), "claims 1,048,576"),
     "header of 2^63 bytes": (crafted({}, length=1 << 63), "claims"),
     "header of all ones": (b"\xff" * 64, "claims"),
-    "no JSON": (crafted(b"{'a'"), "not sound JSON"),
-    "no UTF-8": (crafted(b'{"\xff": 1}'), "not sound JSON"),
-    "empty header": (crafted(b""), "not sound JSON"),
+    "no JSON": (crafted(b"{'a'"), "not valid JSON"),
+    "no UTF-8": (crafted(b'{"\xff": 1}'), "not valid JSON"),
+    "empty header": (crafted(b""), "not valid JSON"),
     "a list": (crafted([]), "must be a JSON object"),
     "deep nesting": (crafted(b"[" * 200_000), "nested too deeply"),
-    "a number of 10,000 digits": (crafted(b'{"a": ' + b"9" * 10_000 + b"}"), "not sound JSON"),
+    "a number of 10,000 digits": (crafted(b'{"a": ' + b"9" * 10_000 + b"}"), "not valid JSON"),
     "duplicate names": (crafted(b'{"a": {}, "a": {}}'), "twice"),
     "duplicate keys": (crafted(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "twice"),
     "metadata of numbers": (crafted({"__metadata__": {"a": 1}}, b""), "__metadata__"),
@@ -101,7 +101,7 @@ HOSTILE = {
     "overlap": (crafted({"a": _SOUND, "b": {**_SOUND, "data_offsets": [4, 12]}}, b"\0" * 12), "overlaps"),
     "same bytes twice": (crafted({"a": _SOUND, "b": _SOUND}, b"\0" * 8), "overlaps"),
     "gap": (crafted({"a": _SOUND, "b": {**_SOUND, "data_offsets": [12, 20]}}, b"\0" * 20), "gap"),
-    "bytes that nothing claims": (crafted({"a": _SOUND}, b"\0" * 12), "unclaimed"),
+    "bytes that nothing claims": (crafted({"a": _SOUND}, b"\0" * 12), "belongs to no tensor"),
 }
 
 
@@ -139,7 +139,7 @@ def test_index_may_only_name_files_of_its_own_folder(tmp_path, shard):
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ("{", "not sound JSON"),
+        ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ("{}", "weight_map"),
         ('{"weight_map": {}}', "weight_map"),

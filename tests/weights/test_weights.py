@@ -199,7 +199,7 @@ def test_a_tied_embedding_may_have_either_name(tmp_path):
 
 
 def test_an_unembedding_that_differs_from_the_tied_embedding_is_used(tmp_path, caplog):
-    """As in transformers 5: the file's numbers go before what the config says of ties."""
+    """As in transformers 5, the file's weights have precedence over the config's tie."""
     tensors = random_weights(TIED)
     head = tensors["model.embed_tokens.weight"] + 1
     folder = make_folder(tmp_path, TIED, {**tensors, "lm_head.weight": head})

@@ -38,13 +38,13 @@ _ALGORITHMS = {"llama": piece_vocabulary.BPE, "t5": piece_vocabulary.UNIGRAM}
 
 
 class Fields(TypedDict):
-    """The tokenizer metadata of a GGUF file; None for what the file does not say.
+    """The tokenizer metadata of a GGUF file. A field is None if its key is absent.
 
     Attributes:
         model: tokenizer.ggml.model.
         pre: name of the pre-tokenizer ("gpt2" only).
         tokens: token texts by id.
-        token_types: types by id: 1 normal, 2 unknown, 3 control, 4 user-defined (found in text wherever it stands),
+        token_types: types by id: 1 normal, 2 unknown, 3 control, 4 user-defined (recognized anywhere in a text),
             5 unused, 6 byte.
         merges: two tokens with a space between, the first merge first ("gpt2" only).
         bos: id that begins a text.
@@ -201,7 +201,7 @@ def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
 
 
 def _by_type(fields: Fields) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Control tokens, tokens that are found in text, and all other tokens: name to id."""
+    """Control tokens, user-defined tokens, and all other tokens, as dicts from name to id."""
     tokens, types = fields["tokens"], fields["token_types"]
     if types is None or len(types) != len(tokens):
         count = 0 if types is None else len(types)
@@ -323,11 +323,11 @@ def _typed_pieces(fields: Fields, unknown: int | None) -> list[Piece]:
 
 
 def fields(held: Vocabulary, *, rows: int | None = None) -> Fields:
-    """The metadata to write into a GGUF file so that llama.cpp, and `vocabulary`, come to the same ids.
+    """The metadata of a GGUF file with which llama.cpp, and `vocabulary` here, encode text to the same ids.
 
     Args:
         held: vocabulary to write.
-        rows: number of ids that the model has; added tokens beyond them are left out. None keeps all.
+        rows: number of ids that the model has; added tokens beyond them are dropped. None keeps all.
 
     Raises:
         ConfigError: a GGUF file cannot describe such a vocabulary.

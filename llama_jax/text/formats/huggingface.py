@@ -38,7 +38,7 @@ _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
-    """The vocabulary of a `tokenizer.json`, with the settings of the files beside it (see tokenizer_config.py).
+    """The vocabulary of a `tokenizer.json`, with the settings of the files next to it (see tokenizer_config.py).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,7 +124,7 @@ def _named(config: TokenizerConfig, ids: Mapping[str, int], bos: str | None) -> 
     if config.add_bos is not None:
         bos = config.bos if config.add_bos else None
     if config.eos is not None and config.eos not in ids:
-        raise ValueError(f"eos_token {config.eos[:60]!r}, in the files beside it, is none of its tokens")
+        raise ValueError(f"eos_token {config.eos[:60]!r}, which the files next to it name, is not one of its tokens")
     return {
         "bos_id": None if bos is None else ids.get(bos),
         "declared_eos": None if config.eos is None else ids[config.eos],

@@ -30,7 +30,7 @@ def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a `tokenizer.model` in order of rank.
 
     Raises:
-        ValueError: the file is damaged or of another format; one line with the place and the remedy.
+        ValueError: the file is damaged or of another format. The message names the line and the remedy.
     """
     data = read_small(path, max_bytes=MOST_BYTES)
     if data.count(b"\n") > MOST_TOKENS:
@@ -100,7 +100,7 @@ def in_rank_order(
 
 
 def _remedy_for(data: bytes) -> str:
-    """The remedy for a file that cannot be read; a Git LFS pointer has one of its own."""
+    """The advice in the error about an unreadable file. A Git LFS pointer gets different advice."""
     if data.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer: run `git lfs pull` to fetch the file itself"
     return FETCH_AGAIN

@@ -1,4 +1,4 @@
-"""SentencePiece's `tokenizer.model` (Llama 2, TinyLlama, Mistral): read with the settings beside it, and written."""
+"""Reader and writer of SentencePiece's `tokenizer.model` (Llama 2, TinyLlama, Mistral) and the settings next to it."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def looks_like_pieces(data: bytes) -> bool:
 
 
 def read(path: Path) -> PieceVocabulary:
-    """The vocabulary of a SentencePiece model, with the tokens that the files beside it add.
+    """The vocabulary of a SentencePiece model, with the tokens that the files next to it add.
 
     A text begins with bos unless `tokenizer_config.json` says otherwise, as in Meta's and transformers' code.
 
@@ -61,7 +61,7 @@ def _with_config(contents: bytes, config: tokenizer_config.TokenizerConfig) -> P
     ids = {piece.text: i for i, piece in enumerate(pieces)} | specials | found
     for name in (config.bos, config.eos):
         if name is not None and name not in ids:
-            raise ValueError(f"{brief(name)}, in the files beside it, is none of its tokens")
+            raise ValueError(f"{brief(name)}, which the files next to it name, is not one of its tokens")
     bos = made.bos_id if config.bos is None else ids[config.bos]
     return piece_vocabulary.piece_vocabulary(
         contents,

@@ -1,4 +1,4 @@
-"""The small files of transformers beside a vocabulary: which tokens begin, end and pad a text, and what was added."""
+"""transformers' settings files next to a vocabulary: the tokens that begin, end and pad a text, and added tokens."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file that may list a whole vocabulary; an empty one if there is no such file.
 
     Raises:
-        ValueError: it holds no JSON object.
+        ValueError: a file is not a JSON object.
     """
     return read_json(path, max_bytes=MOST_BYTES, max_values=MOST_VALUES) if os.path.isfile(path) else {}
 
@@ -76,7 +76,7 @@ def read(folder: Path) -> TokenizerConfig:
 
 
 def _content(token: Any) -> Any:
-    """The name of a token, which is given as such or as an object."""
+    """The name of a token, which the file has as a string or in an object."""
     return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
 
 

@@ -333,7 +333,7 @@ def _metadata(config: ModelConfig, dtype: str, name: str) -> dict[str, Value]:
 
 
 class _Fields:
-    """The numbers among a file's llama.* keys. ConfigError for one that is absent or is not a number.
+    """The numeric values of a file's llama.* keys. ConfigError for one that is absent or is not a number.
 
     Attributes:
         path: the file, for error messages.
@@ -436,7 +436,10 @@ def _tokenizer(
 
 
 def _eos_of(template: ChatTemplate | None, vocabulary: Fields | None, stop_tokens: tuple[int, ...]) -> int | None:
-    """The stop token that a chat template writes as `eos_token`, or None: it must be the file's end of text."""
+    """The stop token that the chat template writes as `eos_token`, or None if the template does not use it.
+
+    The file's end-of-text id must be this token, because llama.cpp renders `eos_token` with it.
+    """
     if vocabulary is None or template is None or not any("eos_token" in source for source in template.sources.values()):
         return None
     name, tokens = template.tokens.get("eos_token"), vocabulary["tokens"]

@@ -1,8 +1,8 @@
-"""The block formats of ggml: how it packs rows of numbers, undone exactly, and two of them done.
+"""The block formats of ggml's quantized tensors: exact dequantization, and quantization to two of them.
 
 A row is cut into blocks of 32 or 256 numbers, each with its own scale. What follows is laid out as in ggml-common.h of
 ggml (github.com/ggml-org/ggml); products and sums are rounded to float32 in the order of its `dequantize_row_*`, so
-that the numbers are bit for bit those that llama.cpp works with. No jax here.
+that the values equal those of llama.cpp bit for bit. No jax here.
 
 In the layouts, [n] is n bytes, d, m and dmin are float16 little-endian, and "bits b of runs of r" is how bytes hold
 several small numbers: of each run of r bytes first the lowest b bits of all, then the next b bits of all, and so on.
@@ -48,7 +48,7 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
 
 
 def quantize(kind: str, values: np.ndarray) -> np.ndarray:
-    """Quantizes numbers into blocks, rounding like ggml's `quantize_row_*_ref`.
+    """Quantizes values to blocks, rounded like ggml's `quantize_row_*_ref`.
 
     Args:
         kind: "Q8_0" or "Q4_0".

@@ -88,7 +88,7 @@ def open_file(path: str | os.PathLike[str]) -> GGUF:
         _check_part(found, i, count)
         twice = next((name for name in found.entries if name in entries), None)
         if twice is not None:
-            raise ValueError(f"{part}: tensor {brief(twice)} is in an earlier part already")
+            raise ValueError(f"{part}: tensor {brief(twice)} is already in an earlier part")
         entries |= found.entries
         parts.append(found)
     total = parts[0].metadata.get("split.tensors.count", len(entries))

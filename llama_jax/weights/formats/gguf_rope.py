@@ -79,7 +79,7 @@ def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _candidates(given: np.ndarray, wavelengths: np.ndarray, context: int) -> Iterator[tuple[float, float, float]]:
-    """Candidates (low, high, original) that may reproduce the factors `given`, the likeliest first."""
+    """Candidates (low, high, original) that may reproduce the factors, the likeliest first."""
     inverse, least = 1 / given, 1 / given.max()
     smooth = (inverse - least) / (1 - least)
     powers = sorted((2**n for n in range(24)), key=lambda n: (n != 8192, n > context, -n))

@@ -165,7 +165,7 @@ def save_folder(
     shard_bytes: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes what transformers (and this module) reads, except the tokenizer.
+    """Writes the files that transformers (and this module) reads, except those of the tokenizer.
 
     A block of one tensor at a time is in memory. config.json comes last: a folder without one is not complete.
 

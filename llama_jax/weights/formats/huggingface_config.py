@@ -135,7 +135,7 @@ def _check_effects(raw: Mapping[str, Any]) -> None:
     quantization = raw.get("quantization_config")
     if quantization and not _is_off(quantization):
         raise ConfigError(
-            f"quantization_config={_short(quantization)} is not implemented: take the model that it was made from"
+            f"quantization_config={_short(quantization)} is not supported: use the model before quantization"
         )
 
 

@@ -186,10 +186,10 @@ def _check_settings(raw: dict[str, Any]) -> None:
     for key, value in raw.items():
         if key in _OTHER_MODELS:
             if value is not None and value != _OTHER_MODELS[key]:
-                raise ConfigError(f"{key}={brief(value)} makes it another model than is implemented here")
+                raise ConfigError(f"{key}={brief(value)} belongs to another kind of model, which is not supported")
         elif value and key not in (*_NEEDED, *_OPTIONAL, *_OF_A_RUN):  # null, false and 0 turn a setting off
             near = nearest(key, [*_NEEDED, *_OPTIONAL])
-            raise ConfigError(f"{brief(key)} is not a setting that is known, and may change the model{near}")
+            raise ConfigError(f"{brief(key)} is an unknown setting, which may change the model{near}")
     missing = [key for key in _NEEDED if raw.get(key) is None]
     if missing:
         raise ConfigError(f"lacks {', '.join(missing)}")
@@ -248,7 +248,10 @@ def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
 
 
 def _ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """The width of the feed-forward: 8/3 `dim`, scaled, rounded up to a multiple (`FeedForward` in Meta's model.py)."""
+    """The hidden width of the feed-forward layer, by the formula of `FeedForward` in Meta's model.py.
+
+    It is 8/3 `dim` times `multiplier`, rounded up to a multiple of `multiple_of`.
+    """
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         hidden = int(multiplier * hidden)

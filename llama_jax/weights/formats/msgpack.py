@@ -3,7 +3,7 @@
 The file is MessagePack (github.com/msgpack/msgpack/blob/master/spec.md): maps with string keys, whose leaves are
 extension values of type 1 that hold [shape, dtype name, bytes in C order]. An array of more than 2**30 bytes is a map
 instead, of its shape and of the pieces of the flattened array (flax/serialization.py, `_chunk`). Only headers are
-read, and the numbers are skipped. All other MessagePack values are refused in one line that names the file.
+read, and the array data are skipped. All other MessagePack values are refused in one line that names the file.
 """
 
 from __future__ import annotations

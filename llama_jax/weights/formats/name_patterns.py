@@ -147,7 +147,7 @@ class _Matcher:
 
 
 def _accepts(kind: Any, value: Any, character: str) -> bool:
-    """Whether a node for one character accepts this one."""
+    """True if a regular expression node for one character matches `character`."""
     if kind is codes.ANY:
         return True
     if kind is codes.LITERAL:
@@ -161,7 +161,7 @@ def _accepts(kind: Any, value: Any, character: str) -> bool:
     if kind is codes.IN:
         negated = value[0][0] is codes.NEGATE
         return any(_accepts(*item, character) for item in value[negated:]) != negated
-    raise ValueError(f"{kind} is no node of one character")
+    raise ValueError(f"the regular expression node {kind} does not match a single character")
 
 
 def _kind(kind: Any) -> str:

@@ -1,10 +1,11 @@
-"""PEFT's LoRA adapters: adapter_config.json and adapter_model.safetensors (or .bin), read and written.
+"""Reader and writer of peft's LoRA adapters: adapter_config.json and adapter_model.safetensors (or .bin).
 
 The layout is that of Hugging Face's peft (github.com/huggingface/peft). A linear module under LoRA has two tensors,
 base_model.model.MODULE.lora_A.weight (rank, in) and lora_B.weight (out, rank), and its weight becomes W + scale * B A.
 The embedding (V, D) has lora_embedding_A (rank, V) and lora_embedding_B (D, rank), the transposes of b and a here.
-DoRA adds lora_magnitude_vector. MODULE.base_layer.weight and MODULE.weight are whole weights that take the place of
-the base's, and MODULE.token_adapter.trainable_tokens_delta (n, D) holds rows that do. Rotary pairs are halves, as here.
+DoRA adds lora_magnitude_vector. MODULE.base_layer.weight and MODULE.weight are whole weights that replace those of the
+base. MODULE.token_adapter.trainable_tokens_delta (n, D) has rows that replace rows of the base. Rotary pairs are split
+in halves, as in params here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WEIGHTS_BIN = "adapter_model.bin"
 _EMBED, _UNEMBED = _VOCABULARY = tuple(name.removesuffix(".weight") for name in name_table.tied_names("huggingface"))
 _ROOT = "base_model.model."  # the prefix that peft's wrapper puts before the names of the model inside
 _WEIGHT = ".weight"
-# The parts of a module, by the ends of their tensors' names. A whole weight has several names, by what wraps it.
+# The part of a module by the suffix of its tensor's name. The name of a whole weight depends on the wrapping module.
 _A, _B, _MAGNITUDE, _WHOLE, _ROWS, _BIAS, _COPY = "a", "b", "magnitude", "whole", "rows", "bias", "copy"
 _LINEAR_ENDS = {".lora_A.weight": _A, ".lora_B.weight": _B, ".lora_B.bias": _BIAS}
 _EMBED_ENDS = {".lora_embedding_B": _A, ".lora_embedding_A": _B}
@@ -52,34 +53,34 @@ _WHOLE_ENDS = {".weight": _WHOLE, ".modules_to_save.weight": _WHOLE, ".original_
 
 
 class _Part(NamedTuple):
-    name: str  # as the file has it
+    name: str  # in the file
     tensor: LazyTensor
 
 
-_Parts = Mapping[str, Mapping[str, _Part]]  # by module and part
+_Parts = Mapping[str, Mapping[str, _Part]]  # keys: module, part
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """True if a folder has an adapter and no model."""
     if not (folder / CONFIG).is_file() or (folder / "checkpoints").is_dir():
         return False
     return all(path.name.startswith("adapter_") for path in folder.glob("*.safetensors"))
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter was made for, as its config names it."""
+    """The name of the base model in an adapter's config, or "another model" if it has no usable name."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
     return base if isinstance(base, str) and base.isprintable() and 0 < len(base) < 200 else "another model"
 
 
 def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """The adapter in a folder, or of an id on the hub, for a model of this config. Reads only headers of weights.
+    """Opens the adapter in a folder, or on the hub, for a model of this config. Of weights, only headers are read.
 
-    The config and the tensors must agree about which modules are under LoRA and at which ranks.
+    adapter_config.json and the tensors must agree on the modules that have LoRA and on their ranks.
 
     Raises:
-        ConfigError: no adapter, a setting that is not supported, or an adapter of another model.
-        ValueError: a damaged file, or tensors that are not those that the config speaks of.
+        ConfigError: there is no adapter, a setting is not supported, or the adapter belongs to another model.
+        ValueError: a damaged file, or tensors that do not match adapter_config.json.
     """
     if hub_models.is_hub_id(str(folder)):
         folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
@@ -90,7 +91,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     if not (folder / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
         raise ConfigError(
-            f"adapter {str(folder)!r} has no {absent}: give a folder as peft writes it, with {CONFIG} and {WEIGHTS}, "
+            f"adapter {str(folder)!r} has no {absent}: give a folder that peft saved, with {CONFIG} and {WEIGHTS}, "
             "or its id on the Hugging Face hub (owner/name)"
         )
     table = _table(config)
@@ -101,7 +102,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     _check_agreement(parts, settings, config, str(weights))
     config = _config_with(parts, settings, config, str(weights))
     if config.tied_embeddings:
-        parts.pop(_UNEMBED, None)  # a copy of the embedding's
+        parts.pop(_UNEMBED, None)  # a copy of the embedding
     table = _table(config)
     _check_shapes(parts, settings, table, str(weights))
     return Adapter(
@@ -116,7 +117,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
 
 
 def _table(config: ModelConfig) -> dict[str, name_table.Weight]:
-    """Weights by module. peft sees the unembedding of a tied model as a module like any other."""
+    """The weights by module name. As in peft, the unembedding of a tied model is a module of its own."""
     untied = dataclasses.replace(config, tied_embeddings=False)
     return {w.name.removesuffix(_WEIGHT): w for w in name_table.weights(untied, "huggingface")}
 
@@ -125,7 +126,8 @@ def _parts(tensors: Mapping[str, LazyTensor], table: Mapping[str, name_table.Wei
     """The tensors by module and part, in the order of the table.
 
     Raises:
-        ValueError: a tensor that no module of this model has.
+        ValueError: a tensor does not belong to any module of this model.
+        ConfigError: a tensor is a bias, which is not supported.
     """
     known: dict[str, tuple[str, str]] = {}
     for module, weight in table.items():
@@ -135,16 +137,16 @@ def _parts(tensors: Mapping[str, LazyTensor], table: Mapping[str, name_table.Wei
     for name, tensor in tensors.items():
         if name not in known:
             near = nearest(name[:200], [full for full in known if full.endswith(tuple(_LINEAR_ENDS))])
-            raise ValueError(f"{where}: {name[:200]!r} has no place in this model{near}")
+            raise ValueError(f"{where}: tensor {name[:200]!r} does not belong to a module of this model{near}")
         module, part = known[name]
         if part == _BIAS:
-            raise ConfigError(f"{where}: {name!r} is a bias, which a Llama cannot hold: train with lora_bias=False")
+            raise ConfigError(f"{where}: {name!r} is a bias, which a Llama does not have: train with lora_bias=False")
         found.setdefault(module, {})[part] = _Part(name, tensor)
     return {module: found[module] for module in table if module in found}
 
 
 def _check_agreement(parts: _Parts, settings: PeftSettings, config: ModelConfig, where: str) -> None:
-    """Refuse tensors that the config leaves out, and settings without their tensors."""
+    """Raises an error for tensors that the config does not name, and for settings whose tensors are missing."""
     targets = settings.targets
     if targets is not None and settings.ensure_tied and config.tied_embeddings and not targets.isdisjoint(_VOCABULARY):
         targets = {*targets, *_VOCABULARY}
@@ -152,7 +154,9 @@ def _check_agreement(parts: _Parts, settings: PeftSettings, config: ModelConfig,
     for module in adapted:
         if targets is not None and module not in targets:
             name = next(parts[module][part].name for part in (_A, _B) if part in parts[module])
-            raise ValueError(f"{where}: {name} is there, but target_modules of {CONFIG} leaves it out")
+            raise ValueError(
+                f"{where}: it has the tensor {name}, but target_modules of {CONFIG} does not name its module"
+            )
     wanted = [module for module in _table(config) if module in {*adapted, *(targets or ())}]
     needed = (_A, _B, _MAGNITUDE) if settings.dora else (_A, _B)
     missing = [_full_name(m, part) for m in wanted for part in needed if part not in parts.get(m, {})]
@@ -167,13 +171,13 @@ def _check_agreement(parts: _Parts, settings: PeftSettings, config: ModelConfig,
     ):
         there = {module for module, its in parts.items() if part in its}
         if config.tied_embeddings and not there.isdisjoint(_VOCABULARY):
-            there |= {*_VOCABULARY}  # one may stand for both
+            there |= {*_VOCABULARY}  # the tensor of either may be stored for both
         ends = {end for module in there for end in peft_config.ends(module)}
         if absent := [name for name in named if name not in ends]:
             what = "weight is" if part == _WHOLE else "rows are"
-            raise ConfigError(f"{where}: {key} of {CONFIG} names {brief(absent[0])}, of which no {what} there")
+            raise ConfigError(f"{where}: {key} of {CONFIG} names {brief(absent[0])}, whose {what} missing")
     if not any(part in its for its in parts.values() for part in (_A, _WHOLE, _ROWS)):
-        raise ConfigError(f"{where}: it adapts nothing that this model has")
+        raise ConfigError(f"{where}: none of its tensors belongs to a module of this model")
 
 
 def _full_name(module: str, part: str) -> str:
@@ -182,15 +186,15 @@ def _full_name(module: str, part: str) -> str:
 
 
 def _ids(module: str, settings: PeftSettings) -> tuple[int, ...]:
-    """The trained token ids of a module; none if the config names none."""
+    """The trained token ids of a module, in the order of its rows; () if the config names none."""
     return next((settings.token_ids[end] for end in peft_config.ends(module) if end in settings.token_ids), ())
 
 
 def _config_with(parts: _Parts, settings: PeftSettings, config: ModelConfig, where: str) -> ModelConfig:
-    """The model's config with the adapter: rows of the vocabulary, and whether the embeddings are still tied.
+    """The config of the model with the adapter, which may have a larger vocabulary or untied embeddings.
 
     Raises:
-        ConfigError: the adapter has new tokens, but not every matrix of the vocabulary has rows for them.
+        ConfigError: the adapter has new tokens, but lacks their rows in the embedding or in the unembedding.
     """
     sizes = {}
     for module in _VOCABULARY:
@@ -199,8 +203,8 @@ def _config_with(parts: _Parts, settings: PeftSettings, config: ModelConfig, whe
         new = sorted(i for i in _ids(module, settings) if i >= size) if _ROWS in its else []
         if new != list(range(size, size + len(new))):
             raise ConfigError(
-                f"{where}: it has a row for token {new[-1]}, but none for some tokens from {size} on, and the base has "
-                f"{size} rows: give a base with resized embeddings (resize_token_embeddings in transformers)"
+                f"{where}: it has a row for token {new[-1]}, but the base has {size} rows, and some rows from "
+                f"{size} on are missing: give a base with resized embeddings (transformers: resize_token_embeddings)"
             )
         sizes[module] = size + len(new)
     if config.tied_embeddings and _stays_tied(parts, config):
@@ -214,10 +218,10 @@ def _config_with(parts: _Parts, settings: PeftSettings, config: ModelConfig, whe
 
 
 def _stays_tied(parts: _Parts, config: ModelConfig) -> bool:
-    """Whether a tied model is still tied with the adapter.
+    """True if the embeddings of a tied model remain tied with the adapter.
 
-    peft wraps one of the two matrices and leaves the other as it was. They stay tied where both are given alike, where
-    the vocabulary was resized, and where only rows of the embedding are trained, which peft ties.
+    peft wraps one of the two matrices and does not change the other. They remain tied if the adapter has equal weights
+    for both, if the vocabulary was resized, or if only rows of the embedding are trained, which peft ties.
     """
     embed, unembed = parts.get(_EMBED, {}), parts.get(_UNEMBED, {})
     if _A in embed or _A in unembed or _ROWS in unembed:
@@ -230,7 +234,7 @@ def _stays_tied(parts: _Parts, config: ModelConfig) -> bool:
 
 
 def _check_shapes(parts: _Parts, settings: PeftSettings, table: Mapping[str, name_table.Weight], where: str) -> None:
-    """Refuse tensors whose shape or dtype the model cannot take."""
+    """Raises a ValueError for a tensor whose shape or dtype does not match the model and the config."""
     for module, its in parts.items():
         shape = table[module].shape
         ids = _ids(module, settings)
@@ -273,50 +277,50 @@ def _matrix_of(vector: LazyTensor, *, row: bool) -> LazyTensor:
 def save_adapter(
     folder: str | os.PathLike[str], config: ModelConfig, params: Params, *, base_model: str | None = None
 ) -> Path:
-    """Write the LoRA of params as peft loads it. Several processes call it together.
+    """Saves the LoRA of params in peft's format. Every process of a run must call it.
 
     Args:
-        folder: a folder to make, or one without an adapter in it.
+        folder: a new folder, or one without an adapter.
         config: the model's config.
-        params: the model's weights with LoraTensors among them, stacked or unrolled. a and b keep their dtype.
-        base_model: the name or path of the base, for those who load the adapter.
+        params: stacked or unrolled params in which some leaves are LoraTensors. a and b are saved in their dtype.
+        base_model: name or path of the base model, which is written to adapter_config.json.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: no LoraTensor among the weights, DoRA among them, or an adapter is there already.
+        ConfigError: no leaf is a LoraTensor, one has DoRA, or the folder already has an adapter.
     """
     lora = export.lora_of(config, params)
     if not lora:
-        raise ConfigError(f"{folder} is not written: these weights hold no LoRA")
+        raise ConfigError(f"{folder} is not written: the params have no LoRA weights")
     return write_adapter(folder, Adapter(config, lora), base_model=base_model)
 
 
 def write_adapter(
     folder: str | os.PathLike[str], adapter: Adapter, *, base_model: str | None, dropout: float = 0.0
 ) -> Path:
-    """Write LoRA's matrix pairs and trained rows as peft loads them. Several processes call it together.
+    """Writes LoRA's matrix pairs and trained rows in peft's format. Every process of a run must call it.
 
     Args:
-        folder: a folder to make, or one without an adapter in it.
-        adapter: LoRA and rows; whole weights and DoRA are not written.
-        base_model: the name or path of the base.
-        dropout: the rate that it was trained with, for those who train it on.
+        folder: a new folder, or one without an adapter.
+        adapter: LoRA and rows. Adapters with whole weights or DoRA cannot be written.
+        base_model: name or path of the base model, which is written to adapter_config.json.
+        dropout: LoRA dropout rate of the training, which is written to adapter_config.json.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: an adapter is there already, or this one has whole weights or DoRA.
+        ConfigError: the folder already has an adapter, or this one has whole weights or DoRA.
     """
     folder = Path(folder).expanduser()
     taken = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if taken:
-        raise ConfigError(f"{folder} has {taken[0]} already: name another folder, or remove it")
+        raise ConfigError(f"{folder} already has {taken[0]}: give another folder, or remove it")
     if adapter.whole or any(lazy.magnitude is not None for lazy in adapter.lora.values()):
         what = "whole weights" if adapter.whole else "DoRA"
-        raise ConfigError(f"{folder} is not written: {what} cannot be written again; copy the folder it came from")
+        raise ConfigError(f"{folder} is not written: an adapter with {what} cannot be saved; copy its folder instead")
     names = {weight.path: module for module, weight in _table(adapter.config).items()}
     scales = {names[path]: float(lazy.scale.read()) for path, lazy in adapter.lora.items()}
     tensors: dict[str, LazyTensor] = {}
@@ -324,7 +328,7 @@ def write_adapter(
         turned = transposed if path == EMBED else lambda tensor: tensor
         tensors |= {_full_name(names[path], _A): turned(lazy.a), _full_name(names[path], _B): turned(lazy.b)}
     tensors |= {_full_name(names[path], _ROWS): lazy.rows for path, lazy in adapter.rows.items()}
-    if jax.process_index() > 0:  # the first process writes; the others give it their parts, in the same order
+    if jax.process_index() > 0:  # the first process writes; the others take part in its all-gathers, in the same order
         for tensor in tensors.values():
             for _ in tensor.blocks():
                 pass
@@ -345,7 +349,7 @@ def _config_of(
     base_model: str | None,
     dropout: float,
 ) -> dict[str, Any]:
-    """The adapter_config.json of ranks and scales by module, and of trained token ids."""
+    """The contents of adapter_config.json. Ranks and scales are by module, token ids by the last part of its name."""
     alphas = {module: _near_whole(scale * ranks[module]) for module, scale in scales.items()}
     r, lora_alpha = (collections.Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     return {
@@ -356,7 +360,7 @@ def _config_of(
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": dropout,
-        "use_rslora": False,  # alphas give the scales as they are
+        "use_rslora": False,  # lora_alpha and alpha_pattern already give the scales
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != lora_alpha},
         "target_modules": _shortest(ranks, modules),
@@ -369,7 +373,7 @@ def _config_of(
 
 
 def _shortest(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """target_modules: the last word of a name where every module of that word is adapted, else whole names."""
+    """The value of target_modules. A last word of module names stands for all its modules if all of them have LoRA."""
     adapted = list(adapted)
     words = {module.rpartition(".")[2] for module in adapted}
     partial = {m.rpartition(".")[2] for m in modules if m not in adapted}
@@ -377,5 +381,5 @@ def _shortest(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
 
 
 def _near_whole(value: float) -> int | float:
-    """The whole number that a float32 product stands for, if it is one."""
+    """The nearest whole number if the value is within float32's rounding error of it, else the value itself."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-6) else value

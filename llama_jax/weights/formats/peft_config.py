@@ -1,4 +1,4 @@
-"""adapter_config.json of peft: checked, and resolved into what it says about each module.
+"""Checks peft's adapter_config.json, and resolves its settings for each module.
 
 The keys are those of peft's LoraConfig (github.com/huggingface/peft, src/peft/tuners/lora/config.py). A key that would
 change the result and is not supported is refused by name; keys about training or about where the adapter was made are
@@ -87,9 +87,9 @@ class PeftSettings(NamedTuple):
     """An adapter_config.json, resolved for the modules of one model.
 
     Attributes:
-        lora: rank and scale by module, as they are if the module is under LoRA.
+        lora: rank and scale by module, which apply if the module has LoRA.
         targets: the modules that the config puts under LoRA; None where it does not say.
-        dora: whether LoRA comes with DoRA's magnitudes.
+        dora: True if the adapter has DoRA's magnitudes.
         ensure_tied: whether peft keeps the embedding and the unembedding of a tied model alike.
         whole: the names in modules_to_save.
         token_ids: the trained token ids, by the name of the module as the config gives it.

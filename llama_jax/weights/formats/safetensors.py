@@ -1,7 +1,7 @@
 """Reading and writing safetensors files, without trusting them and without reading more than is asked for.
 
 The format (huggingface.co/docs/safetensors): eight bytes of header length, little-endian; that many bytes of JSON that
-give the dtype, shape and byte range of each tensor; then the numbers, without gaps. Everything in the header is checked
+give the dtype, shape and byte range of each tensor; then their data, without gaps. Everything in the header is checked
 against the size of the file before any data is read. Every error is one line that names the file.
 """
 
@@ -73,7 +73,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
             raise ValueError(f"{path}: tensor {name!r} {word} (it starts at byte {start}, after {end})")
         end = stop
     if end != space:
-        raise ValueError(f"{path}: its tensors end at byte {end:,} of {space:,}: the rest is unclaimed data")
+        raise ValueError(f"{path}: its tensors end at byte {end:,} of {space:,}: the rest belongs to no tensor")
     return {
         name: stored(file, start + 8 + length, DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
         for start, _, name in spans

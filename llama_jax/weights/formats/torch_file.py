@@ -76,7 +76,7 @@ class _Member(NamedTuple):
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of one file by name. No numbers are read. Two names of one tensor (tied weights) share a LazyTensor.
+    """The tensors of one file by name. Only headers are read. Names of one tensor (tied weights) share a LazyTensor.
 
     Raises:
         ValueError: (one line) the file is damaged, of another format, or describes anything but a dict of tensors.

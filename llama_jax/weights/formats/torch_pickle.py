@@ -1,7 +1,7 @@
 """The pickles in PyTorch's files, read and written without running them.
 
-A pickle is a program, and Python's unpickler imports and calls whatever the program names. The one here knows only the
-instructions that build plain data, and the few names that a dict of tensors needs (torch/_utils.py and
+A pickle is a program, and Python's unpickler imports and calls any function that it names. The interpreter here knows
+only the instructions that build plain data, and the few names that a dict of tensors needs (torch/_utils.py and
 torch/serialization.py of PyTorch define them). These names become records of this module. Everything else is refused by
 name.
 """
@@ -50,14 +50,14 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Name:
-    """An allowed name, in the place of the object that Python would import."""
+    """An allowed name, instead of the object that Python would import."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage: `length` numbers in the member data/`key` of the archive."""
+    """A storage: `length` elements in the member data/`key` of the archive."""
 
     key: str
     dtype: np.dtype
@@ -66,7 +66,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor: the offset of its first number in a storage, its shape, and its strides, all in numbers."""
+    """A tensor: the offset of its first element in a storage, its shape, and its strides, all in elements."""
 
     storage: Storage
     offset: int
@@ -242,7 +242,7 @@ class _Machine:
         self.push(_Name(text))
 
     def call(self) -> None:
-        """Calls an allowed function: pushes the record that it stands for."""
+        """Calls an allowed function: pushes the record that represents its result."""
         function, arguments = self.pop(2)
         what = function.text if isinstance(function, _Name) else None
         if what == _DICT and arguments == ():
