@@ -122,7 +122,9 @@ def test_in_rows_of_documents_the_order_of_positions_in_a_segment_is_that_of_pla
     total = int(lengths.sum())
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = kind(
-        SimpleNamespace(pairs=False, tokens=np.arange(total), offsets=offsets, num_tokens=total, fingerprint=""),
+        SimpleNamespace(
+            pairs=False, marked=False, tokens=np.arange(total), offsets=offsets, num_tokens=total, fingerprint=""
+        ),
         sequence_length=64,
     )
     padding = 0
