@@ -168,12 +168,18 @@ def _check_agreement(parts: _Parts, settings: PeftSettings, config: ModelConfig,
         there = {module for module, its in parts.items() if part in its}
         if config.tied_embeddings and not there.isdisjoint(_VOCABULARY):
             there |= {*_VOCABULARY}  # one may stand for both
-        ends = {end for module in there for end in peft_config.ends(module)}
+        ends = {end for module in there for inside in _containers(module) for end in peft_config.ends(inside)}
         if absent := [name for name in named if name not in ends]:
             what = "weight is" if part == _WHOLE else "rows are"
             raise ConfigError(f"{where}: {key} of {CONFIG} names {brief(absent[0])}, of which no {what} there")
     if not any(part in its for its in parts.values() for part in (_A, _WHOLE, _ROWS)):
         raise ConfigError(f"{where}: it adapts nothing that this model has")
+
+
+def _containers(module: str) -> Iterable[str]:
+    """The module and those that it is a part of: a.b.c, a.b and a."""
+    words = module.split(".")
+    return (".".join(words[: i + 1]) for i in range(len(words)))
 
 
 def _full_name(module: str, part: str) -> str:
