@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 
 from llama_jax import parallel
+from llama_jax.files import expanded
 from llama_jax.infer.llama import Llama
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
@@ -26,7 +25,7 @@ class TrainingSampler:
         """The texts that the model of `params` continues the prompts with, or answers them with."""
         if self._llama is None:
             dtype = parallel.compute_dtype(run.train.compute_dtype)
-            template = chat_template.read_folder(Path(run.output).expanduser())  # the run's, whatever it began with
+            template = chat_template.read_folder(expanded(run.output))  # the run's, whatever it began with
             self._llama = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
         else:
             self._llama.set_params(params)

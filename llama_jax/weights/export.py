@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
+from llama_jax.files import expanded
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
 from llama_jax.ops.quant import QTensor
@@ -78,7 +79,7 @@ def save(
     check(format, dtype)
     if format == "meta":
         meta.export_params(config)  # raises for what it cannot hold, in every process
-    path = _free(Path(path).expanduser(), format)
+    path = _free(expanded(path), format)
     main = dtype or default_dtype(leaves, format)
     if format != "gguf":  # gguf.save_file casts by itself
         leaves = {

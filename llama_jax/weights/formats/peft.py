@@ -22,7 +22,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.files import read_json, write_json
+from llama_jax.files import expanded, read_json, write_json
 from llama_jax.params import Params
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import EMBED, Adapter, LazyLora, LazyRows
@@ -83,7 +83,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     """
     if hub_models.is_hub_id(str(folder)):
         folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     weights = folder / (
         WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_BIN).is_file() else WEIGHTS_BIN
     )
@@ -316,7 +316,7 @@ def write_adapter(
     Raises:
         ConfigError: an adapter is there already, or this one has whole weights or DoRA.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     taken = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder} has {taken[0]} already: name another folder, or remove it")
