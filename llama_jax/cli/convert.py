@@ -34,7 +34,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("source", type=parser.path, metavar="SOURCE", help=parser.MODEL)
     add("dest", type=parser.path, metavar="DEST", help="folder to make; for gguf the file")
     add("--to", type=parser.one_of(FORMATS), required=True, metavar="FORMAT", help="format to write")
-    add("--adapter", type=parser.path, metavar="PATH", help="LoRA adapter of SOURCE, which is merged")
+    add(
+        "--adapter",
+        action=parser.OneAdapter,
+        type=parser.path,
+        metavar="PATH",
+        help="LoRA adapter of SOURCE, which is merged",
+    )
     add(
         "--dtype",
         type=parser.one_of(DTYPES),
