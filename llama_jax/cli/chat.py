@@ -92,7 +92,7 @@ class Chat:
         name, _, argument = line.partition(" ")
         command = self._commands.get(name)
         if command is None:
-            _say(f"unknown command {one_line(name)}{nearest(name, list(self._commands), cutoff=0.6)} {_HINT}")
+            _say(f"unknown command {one_line(name)}{nearest(name, list(self._commands), cutoff=0.6) or ':'} {_HINT}")
             return
         try:
             command(argument.strip())

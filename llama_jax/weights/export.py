@@ -106,7 +106,9 @@ def save(
 def check(format: str, dtype: str | None) -> None:
     """Raises ConfigError for a format or dtype that is not in FORMATS. A dtype of None is allowed."""
     if format not in FORMATS:
-        raise ConfigError(f"unknown format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"unknown format {format!r}{nearest(format, list(FORMATS)) or '.'} Allowed: {', '.join(FORMATS)}"
+        )
     if dtype is not None and dtype not in FORMATS[format]:
         near = nearest(dtype, list(FORMATS[format]))
         allowed = ", ".join(FORMATS[format])

@@ -325,6 +325,7 @@ def test_load_names_what_it_looked_for(tmp_path):
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"mesh": {"tensors": 2}}, "unknown mesh axis 'tensors'; did you mean 'tensor'"),
+        ({"mesh": {"zzz": 2}}, "unknown mesh axis 'zzz'. Allowed: data"),
         ({"mesh": {"tensor": 16}}, "there are 8"),
         ({"mesh": {"tensor": 8}}, "key/value heads"),
         ({"mesh": {"tensor": "two"}}, "whole number of devices"),
