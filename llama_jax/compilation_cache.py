@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from llama_jax.files import expanded
+
 ENV = "LLAMA_JAX_CACHE"
 
 
@@ -15,9 +17,9 @@ def folder() -> Path | None:
     if chosen.lower() == "off":
         return None
     if chosen:
-        return Path(chosen).expanduser() / "jax"
+        return expanded(chosen) / "jax"
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "llama_jax" / "jax"
+    return expanded(root) / "llama_jax" / "jax"
 
 
 def enable() -> Path | None:
@@ -34,10 +36,10 @@ def enable() -> Path | None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    path = folder()
-    if path is None:
-        return None
     try:
+        path = folder()
+        if path is None:
+            return None
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(f"{path} is not writable")

@@ -153,7 +153,7 @@ def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
     for name in values:
         if name not in known:
             shown = name if name.isidentifier() and len(name) <= _LONGEST_NAME else brief(name)
-            raise ConfigError(f"unknown key {where}.{shown}{nearest(name, known)} Allowed: {', '.join(known)}")
+            raise ConfigError(f"unknown key {where}.{shown}{nearest(name, known) or '.'} Allowed: {', '.join(known)}")
     missing = [name for name in known if name not in values]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
@@ -258,5 +258,5 @@ SIZES: dict[str, ModelConfig] = {
 def size(name: str) -> ModelConfig:
     """The config of a published size by its name, e.g. `llama3.1-8b`; an unknown name raises ConfigError."""
     if name not in SIZES:
-        raise ConfigError(f"unknown model size {name!r}{nearest(name, list(SIZES))} Allowed: {', '.join(SIZES)}")
+        raise ConfigError(f"unknown model size {name!r}{nearest(name, list(SIZES)) or '.'} Allowed: {', '.join(SIZES)}")
     return SIZES[name]

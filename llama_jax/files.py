@@ -6,6 +6,7 @@ Floor 0: no jax here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -25,6 +26,14 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in a file of at most `max_bytes`. Anything else raises a one-line ValueError."""
     return parse_json(read_small(path, max_bytes=max_bytes), str(path), max_values=max_values)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with a leading ~ or ~user replaced; FileNotFoundError where that home folder is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "its home folder is not known", os.fspath(path)) from None
 
 
 def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:

@@ -85,7 +85,7 @@ def unset(name: str) -> dict[str, Any]:
 def _known(name: object) -> ModelConfig:
     if not isinstance(name, str) or name not in SIZES:
         near = nearest(str(name), list(SIZES))
-        raise ConfigError(f"model={brief(name)} is no known size{near} The sizes are {', '.join(SIZES)}")
+        raise ConfigError(f"model={brief(name)} is no known size{near or '.'} The sizes are {', '.join(SIZES)}")
     return SIZES[name]
 
 

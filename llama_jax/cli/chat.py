@@ -11,11 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import ConfigError, nearest, one_line
-from llama_jax.files import read_small, write_json
+from llama_jax.files import expanded, read_small, write_json
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -93,7 +92,7 @@ class Chat:
         name, _, argument = line.partition(" ")
         command = self._commands.get(name)
         if command is None:
-            _say(f"unknown command {one_line(name)}{nearest(name, list(self._commands), cutoff=0.6)} {_HINT}")
+            _say(f"unknown command {one_line(name)}{nearest(name, list(self._commands), cutoff=0.6) or ':'} {_HINT}")
             return
         try:
             command(argument.strip())
@@ -141,7 +140,7 @@ class Chat:
     def _save(self, file: str) -> None:
         if not file:
             raise ValueError("/save needs the name of a file")
-        path = Path(file).expanduser()
+        path = expanded(file)
         if path.exists():
             raise ValueError(f"{path} exists: name another file")
         write_json(path, self.messages)
@@ -151,7 +150,7 @@ class Chat:
         if not file:
             raise ValueError("/load needs the name of a file")
         try:
-            messages = json.loads(read_small(Path(file).expanduser(), max_bytes=_MOST_BYTES))
+            messages = json.loads(read_small(expanded(file), max_bytes=_MOST_BYTES))
         except RecursionError:
             raise ValueError(f"{file} is nested too deeply") from None
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -191,9 +190,9 @@ def _reader() -> Callable[[str], str]:
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama_jax"
     history: History = InMemoryHistory()
     try:
+        folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llama_jax"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "chat_history"
         path.touch(mode=0o600)

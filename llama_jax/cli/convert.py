@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llama_jax.cli import parser
 from llama_jax.errors import brief, nearest
+from llama_jax.files import expanded
 
 _EXAMPLES = """\
 examples:
@@ -33,7 +34,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("source", type=parser.path, metavar="SOURCE", help=parser.MODEL)
     add("dest", type=parser.path, metavar="DEST", help="folder to make; for gguf the file")
     add("--to", type=parser.one_of(FORMATS), required=True, metavar="FORMAT", help="format to write")
-    add("--adapter", type=parser.path, metavar="PATH", help="LoRA adapter of SOURCE, which is merged")
+    add(
+        "--adapter",
+        action=parser.OneAdapter,
+        type=parser.path,
+        metavar="PATH",
+        help="LoRA adapter of SOURCE, which is merged",
+    )
     add(
         "--dtype",
         type=parser.one_of(DTYPES),
@@ -74,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     except UnknownTokenizer as error:
         without = str(error)
     metadata = source.metadata.with_tokenizer(tokenizer)
-    if options.adapter is not None and (own := read_folder(Path(options.adapter).expanduser())):
+    if options.adapter is not None and (own := read_folder(expanded(options.adapter))):
         metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
     dtype = options.dtype or export.default_dtype(leaves, options.to)
     path = export.save(

@@ -219,6 +219,18 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return _typed(convert, f"one of {', '.join(choices)}", ", ".join(choices))
 
 
+class OneAdapter(argparse.Action):
+    """The value of --adapter; a second one is refused, because it would silently replace the first."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Sets the value."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice, and a model takes one adapter: merge one with convert first")
+        setattr(namespace, self.dest, values)
+
+
 def _path(text: str) -> str:
     if not text.strip():
         raise ValueError
@@ -282,7 +294,11 @@ def add_model_flags(parser: Parser, *, adapter: bool = True) -> None:
     group = parser.add_argument_group("model")
     if adapter:
         group.add_argument(
-            "--adapter", type=path, metavar="PATH", help="LoRA adapter (peft) of the model: folder or hub id"
+            "--adapter",
+            action=OneAdapter,
+            type=path,
+            metavar="PATH",
+            help="LoRA adapter (peft) of the model: folder or hub id",
         )
     group.add_argument(
         "--dtype",

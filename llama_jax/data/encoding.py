@@ -91,6 +91,8 @@ def encode(sample: Document | Dialog | Completion, tokenizer: Encoder, *, max_le
     else:
         ids, targets = tokenizer.encode_dialog(sample.messages, tools=sample.tools, learn=sample.learn)
         _check_answers(sample)
+        if not any(targets[1:]):
+            raise ValueError("the chat format counts no token of the assistant's messages: there is nothing to learn")
     if max_length is None or len(ids) <= max_length:
         return ids, targets
     raise TooLong(f"{len(ids):,} tokens are more than data.sequence_length={max_length}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from llama_jax.data.encoding import Encoder
 from llama_jax.data.packing import Mixture, Rows, pack
@@ -11,6 +10,7 @@ from llama_jax.data.records import BadLine, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
+from llama_jax.files import expanded
 from llama_jax.hub import some
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig
@@ -33,7 +33,7 @@ def check_sources(data: DataConfig) -> None:
             documents_from(patterns, split=split) if patterns else None  # resolves the patterns, and reads nothing yet
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.{split}: {error}") from None
-    if data.tokenizer and not Path(data.tokenizer).expanduser().exists():
+    if data.tokenizer and not expanded(data.tokenizer).exists():
         raise ConfigError(f"data.tokenizer={data.tokenizer!r} does not exist: name a file")
 
 
@@ -50,7 +50,7 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
         ValueError: too many lines of the text that a tokenizer is trained on cannot be used.
     """
     if run.data.tokenizer:
-        tokenizer = Tokenizer(Path(run.data.tokenizer).expanduser())
+        tokenizer = Tokenizer(expanded(run.data.tokenizer))
         if base is not None and base.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
@@ -79,7 +79,7 @@ def _texts(data: DataConfig) -> Iterator[str]:
             good += 1
             yield sample.text
     if bad:
-        listed = Path(data.cache_dir).expanduser() / "quarantine.jsonl"
+        listed = expanded(data.cache_dir) / "quarantine.jsonl"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
         refuse_many_bad(len(bad), good, bad[0], listed=listed, allowed=data.max_bad)
@@ -124,7 +124,7 @@ def _packed(run: RunConfig, patterns: Sequence[str], split: str, encoder: Encode
         store = build_store(
             patterns,
             encoder,
-            cache_dir=Path(data.cache_dir).expanduser(),
+            cache_dir=expanded(data.cache_dir),
             max_length=data.sequence_length,
             too_long=data.too_long,
             max_bad=data.max_bad,

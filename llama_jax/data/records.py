@@ -143,7 +143,9 @@ _DIALOGS = ("messages", "conversations", "conversation")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 _OTHERS = ("text", "input", "system", "tools", "functions", "history", "label", "weight")
-KEYS = frozenset((*_PARTNERS, *_DIALOGS, *_MEDIA, *_MASKS, *_OTHERS))  # every key that is read
+# Marks of messages (see `messages`), by the value that would say of a whole record that it is not to be learnt.
+_RECORD_MARKS = {"train": False, "training": False, "trainable": False, "loss": False, "masked": True}
+KEYS = frozenset((*_PARTNERS, *_DIALOGS, *_MEDIA, *_MASKS, *_OTHERS, *_RECORD_MARKS))  # every key that is read
 
 
 def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
@@ -317,6 +319,11 @@ def _refuse_unwanted(record: Mapping[str, Any]) -> None:
             f"'weight' {weight} of a whole record is not read: mark its messages, or leave the record out "
             "(data.weights are weights of sources)"
         )
+    for key, unwanted in _RECORD_MARKS.items():
+        if record.get(key) is unwanted:
+            raise ValueError(
+                f"{key!r} of a whole record is not read: mark its messages, each with {key!r}, or leave the record out"
+            )
 
 
 def _refuse(record: Mapping[str, Any], *keys: str, remedy: str) -> None:

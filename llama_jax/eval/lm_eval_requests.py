@@ -127,7 +127,8 @@ def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_le
     unknown = [name for name in given if name not in _KNOWN]
     if unknown:
         raise ConfigError(
-            f"unknown setting of generation {unknown[0]!r}{nearest(unknown[0], _KNOWN)} Allowed: {', '.join(_KNOWN)}"
+            f"unknown setting of generation {unknown[0]!r}{nearest(unknown[0], _KNOWN) or '.'} "
+            f"Allowed: {', '.join(_KNOWN)}"
         )
     limits = [given[name] for name in _LIMITS if given.get(name) is not None]
     new = inputs.as_whole(limits[0] if limits else MAX_GEN_TOKS, "max_gen_toks")

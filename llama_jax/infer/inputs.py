@@ -136,7 +136,7 @@ def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> Sampling
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in options:
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r}{nearest(name, known)} Allowed: {', '.join(known)}")
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, known) or '.'} Allowed: {', '.join(known)}")
     return dataclasses.replace(default, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -216,7 +216,7 @@ def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh | None:
     for axis, size in mesh.items():
         if axis not in parallel.AXES:
             raise ConfigError(
-                f"unknown mesh axis {axis!r}{nearest(axis, parallel.AXES)} Allowed: {', '.join(parallel.AXES)}"
+                f"unknown mesh axis {axis!r}{nearest(axis, parallel.AXES) or '.'} Allowed: {', '.join(parallel.AXES)}"
             )
         if isinstance(size, bool) or not isinstance(size, int):
             raise ConfigError(f"mesh axis {axis} must be a whole number of devices, got {size!r}")

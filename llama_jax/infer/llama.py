@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
+from llama_jax.files import expanded
 from llama_jax.infer import engine, inputs
 from llama_jax.infer.batches import longest_first
 from llama_jax.infer.result import Result
@@ -469,7 +470,7 @@ def load(
         params = found.load(layout, wanted, quantize)
         tokenizer = opening.result()
     metadata = found.metadata.with_tokenizer(tokenizer)
-    if isinstance(adapters, (str, os.PathLike)) and (own := read_folder(Path(adapters).expanduser())):
+    if isinstance(adapters, (str, os.PathLike)) and (own := read_folder(expanded(adapters))):
         metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
     llama = Llama(
         found.config,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llama_jax.text import alignment, chat, chat_template, control_tokens, rendering, template, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
-from llama_jax.text.messages import Messages, plain_messages
+from llama_jax.text.messages import Messages, check_tools, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
 
 AUTO, LLAMA3 = "auto", "llama3"
@@ -271,14 +271,15 @@ class TemplateFormat:
         marked: bool | None = None,
     ) -> _Rendered:
         """The rendering of a dialog. `marked` marks names of control tokens; None does where there are some."""
+        tools = check_tools(tools)
         source = self.template.source(tools)
         dialog = plain_messages(messages, keeps_developer="developer" in source)
-        builtin = [tool for tool in tools or () if isinstance(tool, str)]
+        builtin = [tool for tool in tools if isinstance(tool, str)]
         if builtin and "builtin_tools" not in source:
             raise ValueError(
                 f"the chat template has no built-in tools: give {builtin[0]!r} as the schema of a function"
             )
-        inputs = {"messages": dialog, "tools": [tool for tool in tools or () if not isinstance(tool, str)] or None}
+        inputs = {"messages": dialog, "tools": [tool for tool in tools if not isinstance(tool, str)] or None}
         inputs |= {"builtin_tools": builtin} if builtin else {}
         if marked is None:
             marked = any(self._names.search(text) for text in _strings(inputs))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.files import read_json, read_small, write_json
+from llama_jax.files import expanded, read_json, read_small, write_json
 
 FILE, FOLDER = "chat_template.jinja", "additional_chat_templates"
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -88,11 +88,10 @@ def read_file(path: str | os.PathLike[str], tokens: Mapping[str, str]) -> ChatTe
         ConfigError: there is no such file.
         ValueError: the file is too large or not UTF-8.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        near = nearest(str(path), ["auto", "llama3"])
-        raise ConfigError(f"chat format {str(path)!r} must be auto, llama3 or the file of a Jinja template{near}")
-    return ChatTemplate({DEFAULT: _text(path)}, tokens)
+    if not isinstance(path, (str, os.PathLike)) or not expanded(path).is_file():
+        near = nearest(path, ["auto", "llama3"]) if isinstance(path, str) else ""
+        raise ConfigError(f"chat format {brief(path)} must be auto, llama3 or the file of a Jinja template{near}")
+    return ChatTemplate({DEFAULT: _text(expanded(path))}, tokens)
 
 
 def named(value: Any, where: object) -> dict[str, str]:

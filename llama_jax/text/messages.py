@@ -45,6 +45,21 @@ def check_list(messages: Any) -> Messages:
     return messages
 
 
+def check_tools(tools: Any) -> Sequence[Any]:
+    """The tools, none for None; ValueError unless they are a list of dicts and strings."""
+    if tools is None:
+        return ()
+    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
+        raise ValueError(f"tools must be a list of function schemas and built-in names, got {show(tools)}")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, str | Mapping):
+            raise ValueError(
+                f"tools[{index}] must be {{'type': 'function', 'function': {{'name', 'description', 'parameters'}}}} "
+                f"or the name of a built-in tool, got {show(tool)}"
+            )
+    return tools
+
+
 def show(value: object) -> str:
     """A value and its type, shortened, for an error message."""
     return f"{brief(value)} ({type(value).__name__})"
@@ -211,12 +226,8 @@ def _parse_call(call: Any, where: str) -> tuple[str, str]:
 
 def parse_tools(tools: Sequence[Any] | None) -> tuple[list[str], list[Mapping[str, Any]]]:
     """The names of built-in tools and the schemas of functions, checked; ValueError names the first wrong one."""
-    if tools is None:
-        return [], []
-    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-        raise ValueError(f"tools must be a list of function schemas and built-in names, got {show(tools)}")
     builtin, functions = [], []
-    for i, tool in enumerate(tools):
+    for i, tool in enumerate(check_tools(tools)):
         if isinstance(tool, str):
             if tool not in BUILTIN_TOOLS:
                 raise ValueError(

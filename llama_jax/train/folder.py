@@ -16,7 +16,7 @@ import jax
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.data.loader import Loader
 from llama_jax.errors import ConfigError
-from llama_jax.files import write_json
+from llama_jax.files import expanded, write_json
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_shape import PartialShape
 from llama_jax.text import chat_template
@@ -103,7 +103,7 @@ class RunFolder:
     """
 
     def __init__(self, run: RunConfig):
-        self.path = Path(run.output).expanduser()
+        self.path = expanded(run.output)
         self.checkpoints = Checkpoints(self.path, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
 
     def newest(self, *, resume: bool) -> Newest | None:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from llama_jax import parallel
+from llama_jax.files import expanded
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LoraConfig
 from llama_jax.train import setup, trainable
@@ -102,7 +103,7 @@ def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True
     with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
         mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
-        with locked(Path(run.output).expanduser()):
+        with locked(expanded(run.output)):
             folder = RunFolder(run)
             newest = folder.newest(resume=resume)
             if newest is None:

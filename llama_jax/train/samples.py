@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 
 from llama_jax import parallel
+from llama_jax.files import expanded
 from llama_jax.infer.llama import Llama
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
@@ -26,7 +25,7 @@ class TrainingSampler:
         """The continuations of the prompts, or the answers to them, by the model with these params."""
         if self._llama is None:
             dtype = parallel.compute_dtype(run.train.compute_dtype)
-            template = chat_template.read_folder(Path(run.output).expanduser())  # the run's, not init_from's
+            template = chat_template.read_folder(expanded(run.output))  # the run's, not init_from's
             self._llama = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
         else:
             self._llama.set_params(params)

@@ -16,6 +16,7 @@ from llama_jax.data.loader import Loader
 from llama_jax.data.packing import Rows
 from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
+from llama_jax.files import expanded
 from llama_jax.params import Params, restack
 from llama_jax.run_config import RunConfig
 from llama_jax.text import chat_template, vocabulary_files
@@ -40,8 +41,8 @@ def check_paths(run: RunConfig) -> None:
         ConfigError: a folder cannot be written to, or a file does not exist. The message names the key.
     """
     for key, name in (("output", run.output), ("data.cache_dir", run.data.cache_dir)):
-        folder = Path(name).expanduser()
         try:
+            folder = expanded(name)
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(0, "not writable")
@@ -54,7 +55,7 @@ def check_sources(run: RunConfig) -> None:
     """Check that the data, the tokenizer and the first model of a run exist; ConfigError names the key."""
     prepare.check_sources(run.data)
     name = run.init_from
-    if name and is_path(name) and not Path(name).expanduser().exists():
+    if name and is_path(name) and not expanded(name).exists():
         raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
 
 

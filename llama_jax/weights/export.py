@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, nearest
+from llama_jax.files import expanded
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
 from llama_jax.ops.quant import QTensor
@@ -79,7 +80,7 @@ def save(
     check(format, dtype)
     if format == "meta":
         meta.export_params(config)  # raises in every process if the format cannot represent the model
-    path = _free(Path(path).expanduser(), format)
+    path = _free(expanded(path), format)
     main = dtype or default_dtype(leaves, format)
     if format != "gguf":  # gguf.save_file casts by itself
         leaves = {
@@ -106,7 +107,9 @@ def save(
 def check(format: str, dtype: str | None) -> None:
     """Raises ConfigError for a format or dtype that is not in FORMATS. A dtype of None is allowed."""
     if format not in FORMATS:
-        raise ConfigError(f"unknown format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"unknown format {format!r}{nearest(format, list(FORMATS)) or '.'} Allowed: {', '.join(FORMATS)}"
+        )
     if dtype is not None and dtype not in FORMATS[format]:
         near = nearest(dtype, list(FORMATS[format]))
         allowed = ", ".join(FORMATS[format])

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from llama_jax.errors import ConfigError, brief
+from llama_jax.files import expanded
 from llama_jax.weights import hub_models, packaged_models
 
 
@@ -25,7 +26,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
         return packaged_models.locate(str(name))
     if hub_models.is_hub_id(str(name)):
         return hub_models.download(str(name))
-    return Path(name).expanduser()
+    return expanded(name)
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:
@@ -35,5 +36,5 @@ def is_path(name: str | os.PathLike[str]) -> bool:
 
 def absolute(name: str) -> str:
     """The name in a form that means the same model from every working folder. Only paths that exist change."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path.resolve()) if name and path.exists() else name

@@ -17,7 +17,7 @@ from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
-from llama_jax.files import read_json
+from llama_jax.files import expanded, read_json
 from llama_jax.ops.lora import LoraWeights
 from llama_jax.params import Params, abstract_params, logical_axes, unstack
 from llama_jax.run_keys import LoraConfig
@@ -205,7 +205,7 @@ def _name_of_base(folder: Path, name: str) -> str | Path:
     were moved together. Then the longest end of the path that exists below a parent of the run folder is taken.
     `RunSource.base` compares the identity of that model with the one in the run's config.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         return name
     parts = path.parts[1:] if path.is_absolute() else path.parts

@@ -145,6 +145,7 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: must be a whole number of at least 1"),
         (["--prompt", "a", "--max_new_tokens", "999999"], "max_seq_len=131,072"),
         (["--prompt", "a", "--mesh", "tensor"], "expected AXIS=N"),
+        (["--prompt", "a", "--adapter", "x", "--lora", "y"], "--adapter is given twice, and a model takes one adapter"),
         (["--prompt_file", "missing/a.txt"], "error: missing/a.txt: No such file or directory\n"),
         (["--prompt_file", str(ROOT / "requirement.txt")], "directory; did you mean 'requirements.txt'?"),
         (["--messages", "missing.json"], "missing.json"),

@@ -24,6 +24,8 @@ from llama_jax.data.records import BadLine, Completion, Dialog, parse
 from llama_jax.data.sources import documents_from
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
+from llama_jax.text.chat_format import choose
+from llama_jax.text.record_encoder import RecordEncoder
 
 # ---- a construction of its own, from the format's description ------------------------------------------------
 
@@ -227,6 +229,8 @@ BAD = [
         "'images' is not read in a record of this kind: the model reads text",
     ),
     ({"messages": [ASK, ANSWER], "weight": 0.5}, "'weight' 0.5 of a whole record is not read"),
+    ({"messages": [ASK, ANSWER], "train": False}, "'train' of a whole record is not read"),
+    ({"prompt": "a", "completion": "b", "masked": True}, "'masked' of a whole record is not read"),
     (
         {"messages": [ASK, {**ANSWER, "content": [{"type": "thinking", "thinking": "x"}]}]},
         "content[0] must be {'type': 'text'",
@@ -274,6 +278,17 @@ def test_a_bad_line_goes_to_quarantine_with_file_line_and_reason(tmp_path, token
     (listed,) = [json.loads(text) for text in store.quarantine.read_text().splitlines()]
     assert (listed["file"], listed["line"]) == (str(tmp_path / "data.jsonl"), 21)
     assert reason in listed["reason"] and listed["reason"].isprintable()
+
+
+def test_a_dialog_of_which_the_chat_format_counts_nothing_is_refused(tmp_path, tokenizer):
+    """A chat template leaves an answer that nothing asks for, the first message, out of the mask."""
+
+    source = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '<|eot_id|>' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant: {% endif %}"
+    encoder = RecordEncoder(tokenizer, choose(tokenizer, source))
+    store = store_of(tmp_path, [*[{"messages": [ASK, ANSWER]}] * 20, {"messages": [ANSWER, ASK]}], encoder)
+    assert (store.num_documents, store.num_bad) == (20, 1)
+    assert "there is nothing to learn" in next(store.rejected()).reason
 
 
 def test_more_than_five_percent_of_bad_lines_stop_with_the_first_of_them(tmp_path, tokenizer):

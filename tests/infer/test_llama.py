@@ -21,7 +21,8 @@ from llama_jax.errors import ConfigError
 from llama_jax.infer import llama as llama_file
 from llama_jax.infer.llama import Llama, Result
 from llama_jax.params import init_params, stack, unstack
-from llama_jax.text import Tokenizer, encode_dialog
+from llama_jax.text import Tokenizer, chat_template, encode_dialog
+from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source
 
 CONFIG = configs.size("tiny")
@@ -291,6 +292,18 @@ def test_logits_that_are_not_finite_are_an_error():
         Llama(CONFIG, broken).generate([1, 2, 3], max_new_tokens=3)
 
 
+def test_a_path_in_an_unknown_home_is_an_error_that_names_it(tmp_path):
+    name = "~nobody_has_this_name/model"
+    for call in (
+        lambda: llama_jax.load(name),
+        lambda: peft.open_adapter(name, CONFIG),
+        lambda: chat_template.read_file(name, {}),
+    ):
+        with pytest.raises(FileNotFoundError, match="its home folder is not known") as error:
+            call()
+        assert error.value.filename == name
+
+
 def test_load_names_what_it_looked_for(tmp_path):
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(ConfigError, match="does not exist; did you mean 'quickstart'.*checkpoints/.*safetensors"):
@@ -313,6 +326,7 @@ def test_load_names_what_it_looked_for(tmp_path):
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"mesh": {"tensors": 2}}, "unknown mesh axis 'tensors'; did you mean 'tensor'"),
+        ({"mesh": {"zzz": 2}}, "unknown mesh axis 'zzz'. Allowed: data"),
         ({"mesh": {"tensor": 16}}, "there are 8"),
         ({"mesh": {"tensor": 8}}, "key/value heads"),
         ({"mesh": {"tensor": "two"}}, "whole number of devices"),

@@ -251,6 +251,25 @@ def test_auto_is_the_models_own_template_and_else_the_reference_format(byte_leve
     assert chosen.template == ChatTemplate({"default": INST}, TOKENS)
     with pytest.raises(ConfigError, match="must be auto, llama3 or the file of a Jinja template; did you mean 'auto'"):
         choose(byte_level, own, "atuo")
+    for setting in (None, 5, tmp_path):
+        with pytest.raises(ConfigError, match="must be auto, llama3 or the file of a Jinja template"):
+            choose(byte_level, own, setting)
+
+
+@pytest.mark.parametrize(
+    "tools, match",
+    [
+        (5, r"tools must be a list .*, got 5 \(int\)"),
+        ("weather", r"tools must be a list .*, got 'weather' \(str\)"),
+        ({"name": "weather"}, "tools must be a list"),
+        ([None], r"tools\[0\] must be .*, got None \(NoneType\)"),
+        ([WEATHER, print], r"tools\[1\] must be"),
+    ],
+)
+def test_tools_that_are_no_list_of_tools_are_refused_for_any_format(byte_level, tools, match):
+    for chat_format in (TemplateFormat(byte_level, ChatTemplate({"default": META}, TOKENS)), Llama3Format(byte_level)):
+        with pytest.raises(ValueError, match=match):
+            chat_format.encode([{"role": "user", "content": "Hi"}], tools=tools)
 
 
 def test_templates_of_a_folder_are_read_as_transformers_reads_them(tmp_path):

@@ -322,13 +322,19 @@ def test_settings_that_cannot_work_are_refused_with_the_mend(base):
         ({"lora__targets": ()}, "lora.targets is empty"),
         ({"optimizer__rates": ("embed=0.1",)}, "embed is not trained in this run: LoRA trains only lora_a and lora_b"),
         ({"optimizer__rates": ("lora_a:2",)}, "'lora_a:2' must be GROUP=FACTOR"),
-        ({"optimizer__name": "lion", "optimizer__moments": "int8"}, "'int8' is not available for optimizer.name='lion'"),
+        (
+            {"optimizer__name": "lion", "optimizer__moments": "int8"},
+            "'int8' is not available for optimizer.name='lion'",
+        ),
         ({"lora__rank": 0, "lora__base": "int4"}, "lora.base needs lora.rank, which is 0"),
         ({"lora__targets": ("q", "q")}, "names a matrix twice"),
         ({"optimizer__rates": ("lora_a=2", "lora_a=3")}, "has lora_a twice"),
         ({"dpo__beta": 0.5}, "dpo.beta applies to DPO only: set train.objective='dpo'"),
         ({"train__objective": "dpo", "train__z_loss": 0.1}, "train.z_loss does not apply to train.objective='dpo'"),
-        ({"train__objective": "dpo", "dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "label_smoothing does not apply to IPO"),
+        (
+            {"train__objective": "dpo", "dpo__loss": "ipo", "dpo__label_smoothing": 0.1},
+            "label_smoothing does not apply to IPO",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
             lora_run(base, **changes)

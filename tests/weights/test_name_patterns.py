@@ -43,11 +43,26 @@ def test_matches_are_those_of_re():
 
 
 @pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?!.*lm_head).*_proj",
+        r"^model(?=\.).*\.(q|v)_proj$",
+        r".*(?=q_proj$).*",
+        r"(?:(?!mlp|norm).)*",
+        r"(.*\.)?(?=q|up)\w+",
+        r"(?=.*self(?!_attn\.k)).*",
+    ],
+)
+def test_lookahead_matches_as_in_re(pattern):
+    assert full_matches([pattern], LAYERS, "here")[pattern] == {n for n in LAYERS if re.fullmatch(pattern, n)} != set()
+
+
+@pytest.mark.parametrize(
     "pattern, words",
     [
         ("(a)?(?(1)b|c)", "has a groupref exists, which is not supported"),
         ("(?>a+)b", "has a atomic group"),
-        ("(?<=m)odel.*", "has a lookaround"),
+        ("(?<=m)odel.*", "looks behind"),
         ("(?i:MODEL).*", "sets flags"),
         ("(", "is not a regular expression"),
         ("(" * 900 + ")" * 900, "is not a regular expression: it is nested too deeply"),

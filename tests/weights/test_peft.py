@@ -22,8 +22,9 @@ from llama_jax.cli import exits, infer
 from llama_jax.errors import ConfigError
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import adapters
-from llama_jax.weights.formats import peft
+from llama_jax.weights.formats import peft, safetensors
 from llama_jax.weights.open import open_source
+from llama_jax.weights.tensor import of_array
 
 FOLDERS = {case: GOLDEN_FOLDER / "peft" / case for case in golden.CASES}
 GOLD = np.load(GOLDEN_FOLDER / "peft.npz")
@@ -188,6 +189,23 @@ def test_what_is_saved_is_read_back_as_it_was(llama, tmp_path, case):
         peft.save_adapter(folder, CONFIG, llama.use(case).params)
 
 
+def test_modules_to_save_may_name_what_holds_the_saved_modules(tmp_path):
+    """peft saves every weight inside a module that modules_to_save names, such as `mlp`."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(GOLDEN_FOLDER / "peft" / "modules_twice", folder)
+    config = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps(config | {"modules_to_save": [*config["modules_to_save"], "mlp"]}))
+    with pytest.raises(ConfigError, match="names 'mlp', of which no weight is there"):
+        peft.open_adapter(folder, golden.SMALL)
+    up = np.ones((golden.SMALL.ffn_dim, golden.SMALL.embed_dim), np.float32)
+    parts = dict(safetensors.open_file(folder / peft.WEIGHTS))
+    parts["base_model.model.model.layers.0.mlp.up_proj.weight"] = of_array(lambda: up, up.dtype, up.shape)
+    safetensors.save_file(folder / "new", parts, {"format": "pt"})
+    (folder / "new").rename(folder / peft.WEIGHTS)
+    (whole,) = (t for path, t in peft.open_adapter(folder, golden.SMALL).whole.items() if "up" in path)
+    assert (whole.read() == up).all()
+
+
 def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
     with pytest.raises(ConfigError, match="the params have no LoRA weights"):
         peft.save_adapter(tmp_path / "new", CONFIG, llama.params)
@@ -232,7 +250,7 @@ def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
         ({"lora_alpha": 1 << 2000}, "lora_alpha must be a finite number"),
         ({"lora_alpha": True}, "lora_alpha must be a finite number"),
         ({"rank_pattern": {"(q|k)_proj": 3}}, r"q_proj.lora_A.weight has shape .* need \(3, 64\)"),
-        ({"rank_pattern": {"(?=q)q_proj": 3}}, "rank_pattern: the expression .* has a lookaround"),
+        ({"rank_pattern": {"(?<=q)_proj": 3}}, "rank_pattern: the expression .* looks behind"),
         ({"alpha_pattern": {r"(q)\1_proj": 3}}, "alpha_pattern: the expression .* has a backreference"),
         ({"alpha_pattern": {"(?i)Q_PROJ": 3}}, "alpha_pattern: .* is not a regular expression: 'global flags"),
         ({"alpha_pattern": {"[q_proj": 3}}, "alpha_pattern: .* is not a regular expression"),

@@ -121,7 +121,7 @@ def save_file(
     end = 0
     for name, (entry, kind) in tensors.items():
         if kind not in WRITTEN:
-            raise ValueError(f"{path}: kind {kind!r} is not written{nearest(kind, WRITTEN)} Allowed: {WRITTEN}")
+            raise ValueError(f"{path}: kind {kind!r} is not written{nearest(kind, WRITTEN) or '.'} Allowed: {WRITTEN}")
         dims = b"".join(map(_u64, reversed(entry.shape)))
         number = next(number for number, known in _TYPES.items() if known == kind)
         header.append(_text(name) + _u32(len(entry.shape)) + dims + _u32(number) + _u64(end))

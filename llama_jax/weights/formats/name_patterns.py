@@ -2,7 +2,7 @@
 
 Python's own matcher backtracks, and an expression such as (a+)+$ takes it exponential time. Here an expression maps a
 set of start positions to the set of end positions (Thompson, 1968), so that no position is visited twice for one node.
-Python's parser reads the expression; backreferences, lookaround, flags and possessive repeats are refused, because
+Python's parser reads the expression; backreferences, lookbehind, flags and possessive repeats are refused, because
 they are not regular or would need more than a set of positions.
 """
 
@@ -56,7 +56,7 @@ def _full_matches(matcher: _Matcher, pattern: str, names: Iterable[str], source:
     except _UnsupportedError as error:
         raise ConfigError(
             f"{source}: the expression {brief(pattern)} {error}, which is not supported: write names of modules, or "
-            "expressions of literals, classes, groups, alternatives and repeats"
+            "expressions of literals, classes, groups, alternatives, repeats and lookahead"
         ) from None
     except (re.error, RecursionError, OverflowError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else brief(str(error))
@@ -106,6 +106,12 @@ class _Matcher:
             if added or removed:
                 raise _UnsupportedError("sets flags")
             return self._sequence(inner, frozenset({start}))
+        if kind in (codes.ASSERT, codes.ASSERT_NOT):
+            direction, inner = value
+            if direction < 0:
+                raise _UnsupportedError("looks behind")
+            follows = bool(self._sequence(inner, frozenset({start})))
+            return frozenset({start}) if follows == (kind is codes.ASSERT) else frozenset()
         if kind is codes.BRANCH:
             return frozenset().union(*(self._sequence(branch, frozenset({start})) for branch in value[1]))
         if kind in (codes.MAX_REPEAT, codes.MIN_REPEAT):
@@ -165,6 +171,4 @@ def _accepts(kind: Any, value: Any, character: str) -> bool:
 
 
 def _kind(kind: Any) -> str:
-    return {codes.ASSERT: "lookaround", codes.ASSERT_NOT: "lookaround", codes.GROUPREF: "backreference"}.get(
-        kind, str(kind).lower().replace("_", " ")
-    )
+    return "backreference" if kind is codes.GROUPREF else str(kind).lower().replace("_", " ")

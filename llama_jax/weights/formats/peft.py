@@ -23,7 +23,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.files import read_json, write_json
+from llama_jax.files import expanded, read_json, write_json
 from llama_jax.params import Params
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import EMBED, Adapter, LazyLora, LazyRows
@@ -84,7 +84,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     """
     if hub_models.is_hub_id(str(folder)):
         folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     weights = folder / (
         WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_BIN).is_file() else WEIGHTS_BIN
     )
@@ -172,12 +172,18 @@ def _check_agreement(parts: _Parts, settings: PeftSettings, config: ModelConfig,
         there = {module for module, its in parts.items() if part in its}
         if config.tied_embeddings and not there.isdisjoint(_VOCABULARY):
             there |= {*_VOCABULARY}  # the tensor of either may be stored for both
-        ends = {end for module in there for end in peft_config.ends(module)}
+        ends = {end for module in there for inside in _containers(module) for end in peft_config.ends(inside)}
         if absent := [name for name in named if name not in ends]:
             what = "weight is" if part == _WHOLE else "rows are"
             raise ConfigError(f"{where}: {key} of {CONFIG} names {brief(absent[0])}, whose {what} missing")
     if not any(part in its for its in parts.values() for part in (_A, _WHOLE, _ROWS)):
         raise ConfigError(f"{where}: none of its tensors belongs to a module of this model")
+
+
+def _containers(module: str) -> Iterable[str]:
+    """The module and those that it is a part of: a.b.c, a.b and a."""
+    words = module.split(".")
+    return (".".join(words[: i + 1]) for i in range(len(words)))
 
 
 def _full_name(module: str, part: str) -> str:
@@ -314,7 +320,7 @@ def write_adapter(
     Raises:
         ConfigError: the folder already has an adapter, or this one has whole weights or DoRA.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     taken = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder} already has {taken[0]}: give another folder, or remove it")
