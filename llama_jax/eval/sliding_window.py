@@ -8,6 +8,7 @@ but the first tokens of a document have at least `context - stride` tokens befor
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from llama_jax.data.records import Completion, Dialog
 from llama_jax.errors import ConfigError, brief
 from llama_jax.eval import scoring
 from llama_jax.infer import inputs
+from llama_jax.text import control_tokens
 from llama_jax.text.record_encoder import NO, RecordEncoder
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 Sample = str | Document | Dialog | Completion
 _CONTEXT = 2048
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,8 @@ def perplexity(
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of documents, got one text: give [text]")
     context, stride = _lengths(llama, context, stride)
+    texts = list(texts)
+    _warn_of_names(llama, texts)
     counted = [_counted(llama, sample) for sample in texts]
     parts = [
         _Window(number, before, ids, keep)
@@ -144,6 +149,17 @@ def _lengths(llama: Llama, context: int | None, stride: int | None) -> tuple[int
     if stride > context:
         raise ConfigError(f"stride must be from 1 to context={context:,}, got {stride:,}: it would jump over tokens")
     return context, stride
+
+
+def _warn_of_names(llama: Llama, samples: Sequence[Sample]) -> None:
+    """One line about the first text that holds the name of a control token, as a dialog that was rendered does."""
+    texts = (s if isinstance(s, str) else s.text for s in samples if isinstance(s, str | Document))
+    if name := next(filter(None, (control_tokens.first_name(llama.tokenizer, text) for text in texts)), None):
+        _log.warning(
+            "warning: a text holds %r, the name of a control token, which is read as plain text: give a dialog as "
+            '{"messages": [...]} if it was rendered from one',
+            name,
+        )
 
 
 def _counted(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:

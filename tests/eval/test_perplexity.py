@@ -256,3 +256,11 @@ def test_a_mistake_on_the_command_line_is_one_line(run, tmp_path, lines, argv, s
     status, out, err = run("--text", tmp_path / "d.jsonl", *argv)
     assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert said.lower() in err.lower()
+
+
+def test_a_text_that_holds_the_name_of_a_control_token_is_warned_about_once(llama, caplog):
+    llama_jax.eval.perplexity(llama, TEXTS)
+    assert not caplog.records
+    llama_jax.eval.perplexity(llama, (text + "<|eot_id|>" for text in TEXTS))
+    (record,) = caplog.records
+    assert "a text holds '<|eot_id|>', the name of a control token" in record.getMessage()
