@@ -143,6 +143,22 @@ def test_files_can_be_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) < limit
 
 
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str]) -> int:
+    """Lines of a function without its docstring, comments and empty lines."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = range(first.lineno, first.end_lineno + 1) if documented else ()
+    lines = (source[n - 1].strip() for n in range(function.lineno, function.end_lineno + 1) if n not in docstring)
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_functions_fit_on_a_screen(path):
+    text = path.read_text()
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert [f.name for f in functions if code_lines(f, text.splitlines()) >= 50] == []
+
+
 def test_entry_points_are_short():
     for path in ROOT.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path.name
