@@ -94,7 +94,7 @@ class Llama:
             dtype: dtype of weights, activations and KV cache; the embedding's by default. Quantized weights are kept.
             sampling: default sampling settings; SamplingParams() if None.
             chat_template: the model's own chat template (Jinja), if it has one.
-            chat_format: "auto" (the model's own template, else "llama3"), "llama3" (Meta's format), or a template's path.
+            chat_format: "auto" (the model's template, else "llama3"), "llama3" (Meta's format), or a template's path.
 
         Raises:
             ConfigError: weights, tokenizer, mesh or dtype do not match the config.
