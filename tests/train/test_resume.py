@@ -137,7 +137,8 @@ def test_a_start_without_a_checkpoint_makes_its_tokenizer_anew(tmp_path):
     tokenizer = setup.tokenizer(run, tmp_path / "run", resuming=False, say=lambda *_: None)
     assert tokenizer.vocab_size == 540
     with pytest.raises(ConfigError, match="set model.vocab_size=540"):
-        setup.tokenizer(text_run(tmp_path), tmp_path / "run", resuming=True, say=lambda *_: None)
+        # Fewer rows than plain text needs; reserved tokens alone would need none.
+        setup.tokenizer(text_run(tmp_path, model__vocab_size=270), tmp_path / "run", resuming=True, say=lambda *_: None)
 
 
 # Asynchronous saving
@@ -171,9 +172,8 @@ def test_a_save_that_fails_in_the_background_is_an_error(tmp_path):
     params = {f"w{i}": jnp.ones((1024, 1024)) for i in range(8)}
     checkpoints.save(1, params=params, rest={"n": jnp.ones(())}, meta={})
     folder = tmp_path / "checkpoints"
-    folder.rename(tmp_path / "aside")
-    folder.write_text("in the way")
-    with pytest.raises((OSError, ValueError, RuntimeError)):
+    (folder / "1").write_text("in the way of the commit")
+    with pytest.raises(SaveError, match="of step 1 could not be saved"):
         checkpoints.wait()
 
 

@@ -252,7 +252,7 @@ def test_what_metas_code_cannot_express_is_refused_by_field(config, words):
     [
         ({"dim": None}, ("lacks dim",)),
         ({"norm_eps": None}, ("lacks norm_eps",)),
-        ({"quantization_args": {"scheme": "int4"}}, ("quantization_args", "another model")),
+        ({"quantization_args": {"scheme": "int4"}}, ("quantization_args", "another kind of model")),
         ({"lora_args": {"rank": 16}}, ("lora_args",)),
         ({"vision_chunk_size": 448}, ("vision_chunk_size=448",)),
         ({"moe_args": {}}, ("moe_args",)),
