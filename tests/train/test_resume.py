@@ -138,7 +138,8 @@ def test_a_start_without_a_checkpoint_makes_its_tokenizer_anew(tmp_path):
     assert tokenizer.vocab_size == 540
     with pytest.raises(ConfigError, match="set model.vocab_size=540"):
         # Fewer rows than plain text needs; reserved tokens alone would need none.
-        setup.tokenizer(text_run(tmp_path, model__vocab_size=270), tmp_path / "run", resuming=True, say=lambda *_: None)
+        narrow = text_run(tmp_path, model__vocab_size=270)
+        setup.tokenizer(narrow, tmp_path / "run", resuming=True, say=lambda *_: None)
 
 
 # Asynchronous saving
