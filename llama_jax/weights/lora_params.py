@@ -20,7 +20,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.ops import lora
-from llama_jax.params import Params, abstract_params, logical_axes
+from llama_jax.params import WEIGHTS, Params, abstract_params, logical_axes
 from llama_jax.run_keys import LoraConfig
 from llama_jax.weights import export, name_table
 from llama_jax.weights.adapters import LazyRows
@@ -29,12 +29,9 @@ from llama_jax.weights.tensor import of_array
 Updates = dict[str, Any]
 Path = tuple[str, ...]
 
-# The path of each target in stacked params. This is the only list of the weights that LoRA can train.
+# The path in stacked params of each matrix of the table of weights: LoRA can train these.
 _PATHS: dict[str, Path] = {
-    **{name: ("layers", "attention", name) for name in ("q", "k", "v", "o")},
-    **{name: ("layers", "ffn", name) for name in ("gate", "up", "down")},
-    "embed": ("embed",),
-    "unembed": ("unembed",),
+    spec.path[-1]: ("layers", *spec.path) if spec.per_layer else spec.path for spec in WEIGHTS if len(spec.axes) == 2
 }
 
 
