@@ -278,12 +278,12 @@ def unknown_key(name: str) -> ConfigError:
     for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.6)):
         near = difflib.get_close_matches(last, list(candidates), n=1, cutoff=cutoff)
         if near:
-            mend = f"did you mean {candidates[near[0]]!r}?"
+            suggestion = f"did you mean {candidates[near[0]]!r}?"
             break
     else:
-        mend = "it has no near relative."
+        suggestion = "no known name is near."
     allowed = siblings if section and siblings else sections
-    return ConfigError(f"unknown key {name!r}: {mend} Allowed here: {', '.join(allowed)}")
+    return ConfigError(f"unknown key {name!r}: {suggestion} Allowed here: {', '.join(allowed)}")
 
 
 def _plain(value: Any) -> Any:

@@ -403,10 +403,10 @@ class Llama:
         new = inputs.as_whole(max_new_tokens, "max_new_tokens")
         limit = self.config.max_seq_len
         if len(ids) + new > limit:
-            mend = f"max_new_tokens of at most {limit - len(ids):,}" if len(ids) < limit else "a shorter prompt"
+            remedy = f"max_new_tokens of at most {limit - len(ids):,}" if len(ids) < limit else "a shorter prompt"
             raise ConfigError(
                 f"{name} has {len(ids):,} tokens and max_new_tokens is {new:,}, which together exceed the model's "
-                f"max_seq_len={limit:,}. Use {mend}"
+                f"max_seq_len={limit:,}. Use {remedy}"
             )
         return engine.Request(tokens=ids, max_new_tokens=new, sampling=sampling, seed=seed)
 
