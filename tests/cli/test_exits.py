@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from helpers.paths import ROOT
+from helpers.processes import default_signals
 from llama_jax.cli import exits
 from llama_jax.errors import ConfigError
 
@@ -50,6 +51,7 @@ def test_a_defect_keeps_its_traceback():
 def process(body, **options):
     code = f"import sys, time\nfrom llama_jax.cli import exits\ndef command(argv):\n    {body}\n    return 0\n"
     code += "exits.leave(command, [])"
+    options = {"preexec_fn": default_signals, **options}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
 

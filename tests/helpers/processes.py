@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,12 @@ def say_last(log: Path) -> str:
     return log.read_text()[-2000:]
 
 
+def default_signals() -> None:
+    """Undoes what a child inherits from tests that run in the background, where SIGINT and SIGHUP may be ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Process:
     """train.py in a process of its own."""
 
@@ -35,7 +42,9 @@ class Process:
         }
         command = [sys.executable, str(ROOT / "train.py"), f"--config={write_config(folder, settings)}", *arguments]
         with self.log.open("w") as out:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, preexec_fn=default_signals
+            )
 
     def wait(self, seconds: float = 120) -> int:
         try:

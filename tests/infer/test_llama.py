@@ -169,7 +169,7 @@ def test_a_mesh_of_axis_sizes_makes_the_same_tokens():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.generate([]), "no prompt"),
+        (lambda m: m.generate([]), "prompts is empty"),
         (lambda m: m.generate([[]]), "prompt 0 is empty"),
         (lambda m: m.generate([[1], [1, 512]]), "prompt 1 holds id 512.*0 to 511"),
         (lambda m: m.generate([-1]), "id -1"),
@@ -274,7 +274,7 @@ def test_a_run_that_cannot_be_read_says_so_in_a_line(tmp_path, capsys):
     checkpoints.close()
     for text in ("[]", "{", '{"model": "llama3.1-8b"}'):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"config\.json (must be|is not sound|has no model)"):
+        with pytest.raises(ConfigError, match=r"config\.json (must be|is not valid|has no model)"):
             llama_jax.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG.to_dict()}))
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "params")
