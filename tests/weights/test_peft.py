@@ -195,7 +195,7 @@ def test_modules_to_save_may_name_what_holds_the_saved_modules(tmp_path):
     shutil.copytree(GOLDEN_FOLDER / "peft" / "modules_twice", folder)
     config = json.loads((folder / peft.CONFIG).read_text())
     (folder / peft.CONFIG).write_text(json.dumps(config | {"modules_to_save": [*config["modules_to_save"], "mlp"]}))
-    with pytest.raises(ConfigError, match="names 'mlp', of which no weight is there"):
+    with pytest.raises(ConfigError, match="names 'mlp', whose weight is missing"):
         peft.open_adapter(folder, golden.SMALL)
     up = np.ones((golden.SMALL.ffn_dim, golden.SMALL.embed_dim), np.float32)
     parts = dict(safetensors.open_file(folder / peft.WEIGHTS))
