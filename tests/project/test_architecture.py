@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from helpers.paths import ROOT
+from helpers.paths import ROOT, dotted
 from llama_jax.cli.run_flags import parse_run
 from llama_jax.run_config import RunConfig
 
@@ -54,11 +54,6 @@ NEIGHBOURS = {"train": {"infer"}, "eval": {"infer"}, "serve": {"infer"}}
 # On floor 4: packages that may import only some of the others.
 SEES = {"text": set(), "data": {"text", "hub"}}
 MESH_AXES = {"data", "fsdp", "stage", "context", "tensor"}
-
-
-def dotted(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> set[str]:

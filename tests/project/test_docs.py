@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+from helpers.paths import ROOT, dotted
+
 DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 SOURCES = [
@@ -275,19 +276,8 @@ def test_the_two_commands_of_the_readme_are_these():
 
 # ---- how we write (CONTRIBUTING.md) ------------------------------------------------------------------------
 
-# Modules and packages whose docstrings are not rewritten yet. Take an entry out when you have rewritten it.
-NOT_YET: tuple[str, ...] = ()
+MODULES = [*sorted((ROOT / "llama_jax").rglob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
 OPENINGS = ("What", "Of", "Where", "Whether", "Which", "How", "Whatever")
-
-
-def dotted(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def rewritten() -> list[Path]:
-    modules = [*sorted((ROOT / "llama_jax").rglob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
-    return [path for path in modules if not any(f"{dotted(path)}.".startswith(f"{name}.") for name in NOT_YET)]
 
 
 def docstrings(path: Path) -> list[tuple[int, str]]:
@@ -307,7 +297,7 @@ def broken_rules(doc: str) -> list[str]:
     return broken + [f"{line!r}: an attribute line stands alone" for line in lines]
 
 
-@pytest.mark.parametrize("path", rewritten(), ids=dotted)
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_docstrings_name_their_subject_first(path):
     assert [f"line {line}: {rule}" for line, doc in docstrings(path) for rule in broken_rules(doc)] == []
 
