@@ -73,8 +73,11 @@ def compare(tmp_path, compiled, *arguments, steps=6):
         Processes(folder, compiled, second, *arguments, f"--config.train.steps={2 * steps}").wait()
         runs[first] = metrics_of(folder / "run")
     losses = {k: [line["loss"] for line in lines if "loss" in line] for k, lines in runs.items()}
-    valid = {k: [line["validation_loss"] for line in lines if "validation_loss" in line] for k, lines in runs.items()}
-    assert len(losses[1]) == len(losses[2]) == 2 * steps and len(valid[1]) == 3
+    validated = {k: [line for line in lines if "validation_loss" in line] for k, lines in runs.items()}
+    valid = {k: [line["validation_loss"] for line in lines] for k, lines in validated.items()}
+    assert len(losses[1]) == len(losses[2]) == 2 * steps
+    # Before the first step, each 10 steps, and at the end of each half; not again where the second half starts.
+    assert all([line["step"] for line in lines] == [0, steps, 10, 2 * steps] for lines in validated.values())
     np.testing.assert_allclose(losses[2], losses[1], rtol=ROUNDING)
     np.testing.assert_allclose(valid[2], valid[1], rtol=ROUNDING)
 
