@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from llama_jax.text import alignment, chat, chat_template, control_tokens, rendering, template, tool_calls
+from llama_jax.text import alignment, chat, chat_template, control_tokens, llama3_template, rendering, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.messages import Messages, check_tools, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def choose(
     if setting != AUTO:
         own = chat_template.read_file(setting, own.tokens if own else tokens_of(tokenizer))
     # The template that this package writes into its exports is the reference format itself.
-    if own is None or set(own.sources.values()) == {template.CHAT_TEMPLATE}:
+    if own is None or set(own.sources.values()) == {llama3_template.CHAT_TEMPLATE}:
         return Llama3Format(tokenizer)
     return TemplateFormat(tokenizer, own, date=date)
 
@@ -111,8 +111,8 @@ class Llama3Format:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Takes a tokenizer. One without the format's control tokens is refused when a dialog is encoded."""
         self.tokenizer = tokenizer
-        fits = template.fits(tokenizer.vocabulary)
-        source = {chat_template.DEFAULT: template.CHAT_TEMPLATE}
+        fits = llama3_template.fits(tokenizer.vocabulary)
+        source = {chat_template.DEFAULT: llama3_template.CHAT_TEMPLATE}
         self.template = ChatTemplate(source, tokens_of(tokenizer)) if fits else None
 
     def encode(

@@ -21,7 +21,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from llama_jax.text import Tokenizer, chat_template, template  # noqa: E402
+from llama_jax.text import Tokenizer, chat_template, llama3_template  # noqa: E402
 from llama_jax.text.chat_format import Llama3Format  # noqa: E402
 from llama_jax.text.formats import gguf as gguf_vocabulary  # noqa: E402
 from llama_jax.text.formats import huggingface as huggingface_vocabulary  # noqa: E402
@@ -125,7 +125,7 @@ def main() -> None:
                 "strings": {n: digest(theirs(s, add_special_tokens=False).input_ids) for n, s in special_free(strings)},
                 "merges": hashlib.sha256(json.dumps(merges).encode()).hexdigest(),
             },
-            "template": hashlib.sha256(template.CHAT_TEMPLATE.encode()).hexdigest(),
+            "template": hashlib.sha256(llama3_template.CHAT_TEMPLATE.encode()).hexdigest(),
             "dialogs": {
                 name: case
                 | {"text": theirs.apply_chat_template(tokenize=False, **{"add_generation_prompt": True} | rename(case))}

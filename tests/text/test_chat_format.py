@@ -10,7 +10,7 @@ import pytest
 
 from helpers.tokenizers import byte_tokenizer
 from llama_jax.errors import ConfigError
-from llama_jax.text import chat_template, encode_dialog, template
+from llama_jax.text import chat_template, encode_dialog, llama3_template
 from llama_jax.text.chat_format import Llama3Format, TemplateFormat, choose
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ TAGGED = (
 )
 TEMPLATES = {
     "chatml": CHATML, "inst": INST, "zephyr": ZEPHYR, "vicuna": VICUNA, "meta": META, "hermes": HERMES,
-    "deepseek": DEEPSEEK, "ended": ENDED, "last": LAST, "ours": template.CHAT_TEMPLATE,
+    "deepseek": DEEPSEEK, "ended": ENDED, "last": LAST, "ours": llama3_template.CHAT_TEMPLATE,
 }  # fmt: skip
 
 WEATHER = {

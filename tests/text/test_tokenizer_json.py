@@ -21,7 +21,7 @@ from helpers.paths import GOLDEN_FOLDER
 from helpers.tokenizers import GOLDEN as TEXT
 from helpers.tokenizers import digest, small_tokenizer
 from llama_jax.errors import ConfigError
-from llama_jax.text import StreamDecoder, Tokenizer, encode_dialog, parse_assistant, template
+from llama_jax.text import StreamDecoder, Tokenizer, encode_dialog, llama3_template, parse_assistant
 from llama_jax.text.byte_pairs import LLAMA3_SPECIALS
 from llama_jax.text.chat_format import Llama3Format
 from llama_jax.text.formats import gguf as gguf_vocabulary
@@ -578,7 +578,7 @@ def test_merges_are_those_of_hugging_faces_converter(small):
 
 
 def test_the_chat_template_renders_what_encode_dialog_encodes(small):
-    golden = hashlib.sha256(template.CHAT_TEMPLATE.encode()).hexdigest()
+    golden = hashlib.sha256(llama3_template.CHAT_TEMPLATE.encode()).hexdigest()
     assert golden == GOLDEN["template"], "run tests/golden/make_tokenizers.py: the template has changed"
     for name, case in GOLDEN["dialogs"].items():
         arguments = {key: value for key, value in case.items() if key != "text"}
@@ -587,7 +587,7 @@ def test_the_chat_template_renders_what_encode_dialog_encodes(small):
 
 def test_only_vocabularies_of_dialogs_fit_the_chat_template(small, tmp_path):
     for tokenizer, fits in ((small, True), (opened(trained("gpt2", specials=("<s>",)), tmp_path), False)):
-        assert template.fits(tokenizer.vocabulary) == fits
+        assert llama3_template.fits(tokenizer.vocabulary) == fits
         assert (Llama3Format(tokenizer).template is not None) == fits
 
 
