@@ -238,7 +238,7 @@ class Checkpoints:
         return None
 
     def _without_manifests(self) -> bool:
-        """True if no step has a manifest, because an older version wrote them. One without among others is damaged."""
+        """True if no step has a manifest: an older version wrote them all. If some have one, the others are damaged."""
         return not any((self.folder / str(step) / manifest.FILE).exists() for step in self.steps())
 
     def _commit(self, step: int, loss: float | None) -> None:

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read from front to back without trusting it. No jax here.
+"""The header of a GGUF file, read from front to back without trusting it. Imports no jax.
 
 The format (github.com/ggml-org/ggml, docs/gguf.md): a magic word, a version and two counts; metadata as keys with typed
 values; then the tensors. All numbers are little-endian. Everything that the header says is checked against the bytes
@@ -32,7 +32,7 @@ _KEY_COST, _TENSOR_COST, _TEXT_COST = 250, 4000, _EMPTY + 8
 
 
 class Header:
-    """The header of a file, read from front to back; knows what is left of the file and of the memory allowed."""
+    """Reads the header of a GGUF file in order, and counts the bytes left in the file and in the memory allowance."""
 
     def __init__(self, file: File, spent: int):
         self.file, self.spent = file, spent

@@ -1,4 +1,7 @@
-"""The program `llama-jax COMMAND ...`, which is also `python -m llama_jax COMMAND ...`. No jax until it is needed."""
+"""The program `llama-jax COMMAND ...`, which is also `python -m llama_jax COMMAND ...`.
+
+It imports jax only where a command needs it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`eval`: perplexity, lm_eval's tasks, and two models side by side. No jax until the flags are checked."""
+"""`eval`: perplexity, lm_eval's tasks, and two models side by side. It imports jax only after its flags are checked."""
 
 from __future__ import annotations
 

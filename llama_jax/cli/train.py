@@ -1,4 +1,4 @@
-"""`train`: a training run from its config file. No jax until the arguments are checked."""
+"""`train`: a training run from its config file. It imports jax only after its arguments are checked."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ _SIGNATURE = re.compile(r"[\w.]+ ?\([^)]*\)+(?: *-+>? +(?P<text>.*)|$)")
 
 
 def _sentences(docstring: str) -> Iterator[str]:
-    """The first sentence of each of the first paragraphs, without markup and ends of lines; last, a signature's."""
+    """The first sentence of each of the first paragraphs without markup or line ends, then that of a signature."""
     said = ""
     for paragraph in docstring.split("\n\n")[:4]:
         lines = paragraph.split("\n")

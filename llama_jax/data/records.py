@@ -1,4 +1,4 @@
-"""Records of data: the known shapes, and the samples that they stand for.
+"""Records of data: the known shapes, and the samples made of them.
 
 The keys of a record decide its shape; of several that fit, the first is taken: `messages` (OpenAI, with `tools`),
 `conversations` or `conversation` (ShareGPT), `chosen` and `rejected` or OpenAI's `preferred_output` and

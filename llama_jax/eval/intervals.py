@@ -1,4 +1,4 @@
-"""Rates of wins, ties and losses with their confidence intervals. No jax."""
+"""Rates of wins, ties and losses with their confidence intervals. Imports no jax."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """A trainer of small byte-level BPE vocabularies with Llama 3's split pattern."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from llama_jax.text.byte_pairs import NUM_SPECIAL
 from llama_jax.text.patterns import SPLIT_PATTERN
-from llama_jax.text.vocabulary import byte_chars, unspelled
+from llama_jax.text.vocabulary import byte_chars, unspelled, without_surrogates
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
@@ -58,10 +58,5 @@ def _trained_model(texts: Iterable[str], num_ranks: int) -> Any:
         special_tokens=[],
         show_progress=False,
     )
-    model.train_from_iterator(_without_surrogates(texts), trainer)
+    model.train_from_iterator(map(without_surrogates, texts), trainer)
     return model
-
-
-def _without_surrogates(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -5,11 +5,13 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from llama_jax.errors import ConfigError, brief
+from llama_jax.text.merging import Merge, in_merge_order
 from llama_jax.text.patterns import SPLIT_PATTERN
-from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, is_unicode, spelled
+from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, is_unicode, spelled, unspelled
 
 NUM_SPECIAL = 256
 _NAMED_SPECIAL = (
@@ -79,9 +81,9 @@ class BytePairs(Vocabulary):
         if size > MOST_TOKENS:
             raise ConfigError(f"the vocabulary has {size:,} ids; at most {MOST_TOKENS:,} are supported")
         if longest := next((token for token, _ in self._every_id() if len(token) > _LONGEST), None):
-            raise ConfigError(f"the token {brief(longest)} has {len(longest):,} bytes; {_LONGEST} are supported")
+            raise ConfigError(f"the token {brief(longest)} has {len(longest):,} bytes; {_LONGEST:,} is the limit")
         self._check_ids(size)
-        check_bytes({spelled(token) for token in self.tokens if len(token) == 1})
+        _check_bytes({spelled(token) for token in self.tokens if len(token) == 1})
         if (count := sum(map(len, self.found))) > _MAX_FOUND:
             raise ConfigError(
                 f"{count:,} added tokens would be looked for in text; at most {_MAX_FOUND:,} are supported"
@@ -163,7 +165,34 @@ class BytePairs(Vocabulary):
         return digest.hexdigest()
 
 
-def check_bytes(chars: Collection[str]) -> None:
+def from_merges(
+    ids: Mapping[str, int], merges: Sequence[Merge], *, whole_words: bool, pattern: str, **fields: Any
+) -> BytePairs:
+    """The vocabulary that gives the same ids as a list of merges.
+
+    Args:
+        ids: ids of the tokens that text may become, by the token's spelling in files (one character a byte).
+        merges: pairs of tokens, the first merge first.
+        whole_words: True if a word that is a token is encoded as it, even without merges that form it.
+        pattern: split pattern.
+        fields: the other fields of `BytePairs`.
+
+    Raises:
+        ValueError: a token is not spelled in bytes, or the merges do not agree with the tokens.
+        ConfigError: tiktoken cannot give the same ids.
+    """
+    _check_bytes({token for token in ids if len(token) == 1})
+    as_bytes = {token: unspelled(token) for token in ids}
+    order, silent = in_merge_order(ids, merges, whole_words=whole_words)
+    return BytePairs(
+        tokens={as_bytes[token]: ids[token] for token in order},
+        silent={as_bytes[token]: ids[token] for token in silent},
+        pattern=pattern,
+        **fields,
+    )
+
+
+def _check_bytes(chars: Collection[str]) -> None:
     """Refuses a vocabulary whose tokens of one byte, spelled as `chars`, are not all bytes that text is made of."""
     lacking = [byte for byte in range(256) if spelled(bytes([byte])) not in chars and byte not in _NEVER_IN_TEXT]
     if lacking:

@@ -126,7 +126,7 @@ def parse_assistant(source: str | Iterable[int], *, tokenizer: Tokenizer | None 
     else:
         content, calls = before, []
         if tagged.strip():
-            calls = tool_calls.whole_calls(tagged) or [tool_calls.code_call(tagged)]
+            calls = tool_calls.whole_calls(tagged) or [tool_calls.call(CODE_TOOL, {"code": tagged})]
     message = {"role": "assistant", "content": content, "tool_calls": calls}
     return message | ({"stop": stop} if stop else {})
 

@@ -16,6 +16,7 @@ from llama_jax.text import alignment, chat, chat_template, control_tokens, llama
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.messages import Messages, check_tools, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.vocabulary import without_surrogates
 
 AUTO, LLAMA3 = "auto", "llama3"
 
@@ -427,10 +428,16 @@ def _generated(
     kept = {}
     for i, message in enumerate(messages if _have_tokens(messages) else ()):
         tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None
-        whole = tool_calls.are_tokens(tokens, vocab_size) and tokens[-1] in stops
+        whole = _are_ids(tokens, vocab_size) and tokens[-1] in stops
         if whole and tool_calls.same(parse(tokens), message):
             kept[i] = list(tokens)
     return kept
+
+
+def _are_ids(value: Any, vocab_size: int) -> bool:
+    """True if a value is a list of at least one token id of the vocabulary."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(type(i) is int and 0 <= i < vocab_size for i in value)
 
 
 def _have_tokens(messages: Any) -> bool:
@@ -475,7 +482,7 @@ def _joined(parts: Iterable[Mapping[str, Any]]) -> str:
 
 def _utf8(text: str) -> bytes:
     """A text in UTF-8 as tokenizers read it: pairs of surrogates are characters, and lone ones are U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    return without_surrogates(text).encode()
 
 
 def _bytes(text: str) -> int:

@@ -10,7 +10,7 @@ from llama_jax.errors import ConfigError, brief
 from llama_jax.text.byte_pairs import BytePairs, metas_pieces
 from llama_jax.text.library_vocabulary import LibraryVocabulary, library_errors, load_library
 from llama_jax.text.piece_vocabulary import PieceVocabulary, load_processor
-from llama_jax.text.vocabulary import Vocabulary
+from llama_jax.text.vocabulary import Vocabulary, without_surrogates
 
 # In characters. tiktoken's regex engine keeps a stack of a million steps within white space.
 _MAX_SPACE = 800_000
@@ -83,7 +83,7 @@ class LibraryEncoder:
             self._with_specials = load_library(self._contents, special_tokens=True)
         library = self._with_specials if special_tokens else self._library
         with library_errors("the `tokenizers` library cannot encode this text"):
-            ids = library.encode(_without_surrogates(text), add_special_tokens=False).ids
+            ids = library.encode(without_surrogates(text), add_special_tokens=False).ids
         if not special_tokens and not self._control.isdisjoint(ids):  # the vocabulary was checked for this
             raise ConfigError(f"the text {brief(text)} would become a control token, which text never does here")
         return ids
@@ -107,20 +107,14 @@ class PieceEncoder:
         pattern, names = self._found_with_specials if special_tokens else self._found
         ids: list[int] = []
         processor = self._processor
-        for part in _cut(_without_surrogates(text), pattern, names) if names else [_without_surrogates(text)]:
+        text = without_surrogates(text)
+        for part in _cut(text, pattern, names) if names else [text]:
             if isinstance(part, str):
                 ids += processor.encode(part) if part else []
             else:
                 ids.append(part)
             processor = self._continuing
         return ids
-
-
-def _without_surrogates(text: str) -> str:
-    """`text` with each pair of surrogates joined to its character, and U+FFFD for a lone surrogate."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _with_specials(found: Iterable[Mapping[str, int | None]], specials: Mapping[str, int]) -> list[Mapping[str, int]]:

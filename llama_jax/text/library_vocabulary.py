@@ -294,7 +294,7 @@ def _after_space(token: str | bytes) -> str | bytes:
 
 
 def _from_byte_chars(token: str | bytes) -> str | bytes:
-    """ByteLevel: each character stands for a byte."""
+    """ByteLevel: each character represents a byte."""
     try:
         return token if isinstance(token, bytes) else unspelled(token)
     except ValueError:
@@ -302,7 +302,7 @@ def _from_byte_chars(token: str | bytes) -> str | bytes:
 
 
 def _from_byte_name(token: str | bytes) -> str | bytes:
-    """ByteFallback: "<0x0A>" stands for a byte."""
+    """ByteFallback: "<0x0A>" represents a byte."""
     match = _BYTE.fullmatch(token) if isinstance(token, str) else None
     return bytes([int(match[1], 16)]) if match else token
 

@@ -1,7 +1,7 @@
 """Meta's reference format as a Jinja chat template, for transformers, llama.cpp and servers that read one.
 
 It renders the text of what `chat.encode_dialog` encodes: the same roles, tools and calls, nothing stripped or added.
-Those programs encode that text at once and read the name of a control token as the token, wherever it stands. The ids
+Those programs encode that text at once and read the name of a control token as the token, in any place. The ids
 may therefore differ where a content begins with white space (it joins the two newlines of the header), comes in parts,
 or holds such a name. Two things are refused by `raise_exception`: arguments of calls given as strings of JSON, and
 content that is neither text nor parts of text.

@@ -138,6 +138,13 @@ def one_pattern(splits: Sequence[str], gpt2: bool) -> str | None:
     return _ONE_PATTERN.get((tuple(splits), gpt2))
 
 
+def cuts_by(pattern: str) -> tuple[tuple[str, ...], bool]:
+    """The split patterns, and whether GPT-2's pattern cuts last, that cut exactly as one pattern does in tiktoken."""
+    return _CUTS.get(pattern, ((pattern,), False))
+
+
+_CUTS = {pattern: cuts for cuts, pattern in _ONE_PATTERN.items()}
+
 _MAX_LENGTH = 4_000
 _MAX_REPEATS = 4  # in one alternative: the time for a word grows with this power of its length
 _FORBIDDEN = re.compile(r"\\[1-9gkGK]|\(\?(?![:=!]|[im]+:)")

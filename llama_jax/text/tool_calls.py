@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.text.messages import CODE_TOOL, QUERY_TOOLS, arguments_of
+from llama_jax.text.messages import QUERY_TOOLS, arguments_of
 
 _QUERY_CALL = re.compile(rf'({"|".join(QUERY_TOOLS)})\.call\(query="(.*)"\)', re.DOTALL)
 _FUNCTION_TAG = re.compile(r"<function=([^<>{}]+)>(\{.*\})(?:</function>)?", re.DOTALL)
@@ -46,7 +46,7 @@ def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
             return text[: match.start()], calls
     if _DEEPSEEK_BEGIN in text:
         before, _, after = text.partition(_DEEPSEEK_BEGIN)
-        named = [(m[1], json_values(m[2])) for m in _DEEPSEEK.finditer(after)]
+        named = [(m[1], _json_values(m[2])) for m in _DEEPSEEK.finditer(after)]
         if named and all(len(values) == 1 and isinstance(values[0], dict) for _, values in named):
             return before, [call(name.strip(), values[0]) for name, values in named]
     return text, []
@@ -58,9 +58,9 @@ def whole_calls(text: str) -> list[dict[str, Any]]:
     if match := _QUERY_CALL.fullmatch(text):
         return [call(match[1], {"query": match[2]})]
     if match := _FUNCTION_TAG.fullmatch(text):
-        values = json_values(match[2])
+        values = _json_values(match[2])
         return [call(match[1].strip(), values[0])] if len(values) == 1 and isinstance(values[0], dict) else []
-    values = json_values(text)
+    values = _json_values(text)
     return _calls_of(values) if all(isinstance(value, dict) for value in values) else []
 
 
@@ -80,24 +80,13 @@ def with_ids(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": own(number, call), **call} for number, call in enumerate(calls)]
 
 
-def code_call(code: str) -> dict[str, Any]:
-    """The call of Llama 3.1's code interpreter."""
-    return call(CODE_TOOL, {"code": code})
-
-
 def same(parsed: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
     """True if a message has the content and the calls of a parsed answer, so that it was not edited."""
     content = message.get("content") or ""
     return (parsed["content"] or "") == content and _calls_in(parsed) == _calls_in(message)
 
 
-def are_tokens(value: Any, vocab_size: int) -> bool:
-    """True if a value is a list of at least one token id of the vocabulary."""
-    is_list = isinstance(value, list) and bool(value)
-    return is_list and all(type(i) is int and 0 <= i < vocab_size for i in value)
-
-
-def json_values(text: str) -> list[Any]:
+def _json_values(text: str) -> list[Any]:
     """The JSON objects and lists that follow one another in a text, with space or ';' between; [] if there is more.
 
     Llama 3.1 writes several calls in a row with either mark, though Meta documents a single call only.
@@ -130,7 +119,7 @@ def _tagged_calls(text: str) -> list[dict[str, Any]]:
             body, _, text = body.partition("[TOOL_CALLS]")
             text = "[TOOL_CALLS]" + text
         named = _NAMED.match(body)
-        values = json_values(body[named.end() :].strip() if named else body.strip())
+        values = _json_values(body[named.end() :].strip() if named else body.strip())
         if named and len(values) == 1 and isinstance(values[0], dict):
             values = [{"name": named[1], "arguments": values[0]}]
         own = _calls_of(values)

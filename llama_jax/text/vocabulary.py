@@ -1,8 +1,11 @@
 """The base class of all vocabularies, and the spelling of bytes that JSON and GGUF files share."""
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from llama_jax.errors import ConfigError
 
 MOST_TOKENS = 500_000
 """Limit on the number of ids: twice the largest vocabulary in use."""
@@ -83,6 +86,20 @@ class Vocabulary(abc.ABC):
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
+@contextlib.contextmanager
+def errors_of(source: str = "") -> Iterator[None]:
+    """A context in which errors begin with `source`, a file's path, and those about an unsupported kind say more."""
+    place = f"{source}: " if source else ""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{place}it is nested too deeply") from None
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}; the model itself can still be used with token ids") from None
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from None
+
+
 def byte_chars() -> dict[int, str]:
     """The printable character that represents each byte in JSON and GGUF files (the table of GPT-2).
 
@@ -109,6 +126,11 @@ def unspelled(text: str) -> bytes:
         return text.translate(_TO_BYTE).encode("latin-1")
     except UnicodeEncodeError:
         raise ValueError(f"token {text[:60]!r} has characters that stand for no byte in byte-level BPE") from None
+
+
+def without_surrogates(text: str) -> str:
+    """A text with each pair of surrogates joined to its character, and U+FFFD for a lone surrogate."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def is_unicode(text: str) -> bool:

@@ -49,12 +49,7 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
         fields = gguf.fields_of(gguf_header.read_metadata(path), str(path))
         if fields is None:
             raise ConfigError(f"{path}: this GGUF file holds no tokenizer")
-        try:
-            return gguf.vocabulary(fields)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return gguf.vocabulary(fields, str(path))
     if path.suffix == ".json" or start.lstrip().startswith(b"{"):
         return huggingface.read(path)
     return sentencepiece.read(path) if sentencepiece.looks_like_pieces(start) else meta.read(path)

@@ -59,7 +59,7 @@ class MetricLog:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else 0)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write the metrics of a step as one line. A non-finite number becomes null, so that the line is valid JSON."""

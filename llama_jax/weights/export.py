@@ -46,7 +46,26 @@ _SPARE = 64 << 20  # bytes of disk beyond the weights, for a tokenizer and heade
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int], None]  # takes the number of bytes that were written since the last call
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """Everything that a writer of one format needs besides the path.
+
+    Attributes:
+        config: shape of the model.
+        leaves: tensors by path. They have the dtype to write, except for GGUF, which casts by itself.
+        metadata: tokenizer, token ids, sampling settings and chat template.
+        dtype: dtype of most of the weights, one of FORMATS[format].
+        shard_bytes: largest size in bytes of one file (Hugging Face's format only).
+        progress: takes the number of bytes that were written since the last call.
+    """
+
+    config: ModelConfig
+    leaves: name_table.Leaves
+    metadata: Metadata
+    dtype: str
+    shard_bytes: int
+    progress: Callable[[int], None]
 
 
 def save(
@@ -98,7 +117,7 @@ def save(
         raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
     with progress_bar(total, f"writing {path.name}") as bar:
         try:
-            _WRITERS[format](path, config, leaves, metadata, dtype=main, shard_bytes=shard_bytes, progress=bar.update)
+            _WRITERS[format](path, _Export(config, leaves, metadata, main, shard_bytes, bar.update))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}; the files written so far are incomplete") from error
     return path
@@ -293,38 +312,28 @@ def write_tokenizer(folder: Path, metadata: Metadata, *, model_max_length: int) 
         chat_template.write(metadata.chat_template, folder)  # tokenizer_files has no templates of a subfolder
 
 
-def _write_hf(
-    path: Path,
-    config: ModelConfig,
-    leaves: name_table.Leaves,
-    metadata: Metadata,
-    *,
-    dtype: str,
-    shard_bytes: int,
-    progress: Progress,
-) -> None:
-    write_tokenizer(path, metadata, model_max_length=config.max_seq_len)
-    huggingface.save_folder(path, config, leaves, metadata, shard_bytes=shard_bytes, progress=progress)
+def _write_hf(path: Path, export: _Export) -> None:
+    write_tokenizer(path, export.metadata, model_max_length=export.config.max_seq_len)
+    huggingface.save_folder(
+        path,
+        export.config,
+        export.leaves,
+        export.metadata,
+        shard_bytes=export.shard_bytes,
+        progress=export.progress,
+    )
 
 
-def _write_meta(
-    path: Path,
-    config: ModelConfig,
-    leaves: name_table.Leaves,
-    metadata: Metadata,
-    *,
-    dtype: str,
-    shard_bytes: int,
-    progress: Progress,
-) -> None:
-    if metadata.tokenizer is not None:
+def _write_meta(path: Path, export: _Export) -> None:
+    config, tokenizer = export.config, export.metadata.tokenizer
+    if tokenizer is not None:
         try:
-            metadata.tokenizer.save(path / "tokenizer.model")
+            tokenizer.save(path / "tokenizer.model")
         except ConfigError:
             _log.warning(
                 "warning: written without a tokenizer: Meta's format supports only Llama 3's, not this model's"
             )
-    meta.save_folder(path, config, leaves, progress=progress)
+    meta.save_folder(path, config, export.leaves, progress=export.progress)
     context = meta.context_of(config)
     if context != config.max_seq_len:
         _log.warning(
@@ -334,16 +343,8 @@ def _write_meta(
         )
 
 
-def _write_gguf(
-    path: Path,
-    config: ModelConfig,
-    leaves: name_table.Leaves,
-    metadata: Metadata,
-    *,
-    dtype: str,
-    shard_bytes: int,
-    progress: Progress,
-) -> None:
+def _write_gguf(path: Path, export: _Export) -> None:
+    config, metadata = export.config, export.metadata
     fields = None
     if metadata.tokenizer is not None:
         try:
@@ -353,14 +354,14 @@ def _write_gguf(
     gguf.save_file(
         path,
         config,
-        leaves,
-        dtype=dtype,
+        export.leaves,
+        dtype=export.dtype,
         vocabulary=fields,
         name=path.stem,
         stop_tokens=metadata.stop_tokens,
         bos_token=metadata.bos_token,
         chat_template=_chat_template(metadata),
-        progress=progress,
+        progress=export.progress,
     )
 
 

@@ -5,7 +5,7 @@ changes nothing, and one that was cut off is an error rather than a signal. Page
 the process.
 
 Every format returns its tensors as lazy tensors. Differences in the order of rows and in the packing of numbers are
-removed by wrapping one lazy tensor in another, so that loading and saving do not depend on the format. No jax here.
+removed by wrapping one lazy tensor in another, so that loading and saving do not depend on the format. Imports no jax.
 """
 
 from __future__ import annotations

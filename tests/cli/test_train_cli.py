@@ -1,4 +1,4 @@
-"""train.py from outside: one line on standard error that mends the mistake, exit status 2, no traceback."""
+"""train.py from outside: one line on standard error that says how to fix the mistake, exit status 2, no traceback."""
 
 import os
 import subprocess

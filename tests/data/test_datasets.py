@@ -41,7 +41,7 @@ for text in sys.argv[1:]:
 
 
 def find(home, endpoint, *names, **environment):
-    """The files and the fingerprint of each name; a split and a space may stand before it."""
+    """The files and the fingerprint of each name; a split and a space may come before it."""
     return download(home, endpoint, *names, script=FIND, **environment)
 
 

@@ -366,7 +366,7 @@ def _check(policy: str, kept: dict[str, np.ndarray], batch: dict[str, Any]) -> N
 
 
 def main() -> None:
-    """Write finetune.npz and peft_trained/ beside this file."""
+    """Write finetune.npz and peft_trained/ next to this file."""
     import torch
 
     torch.manual_seed(0)

@@ -4,7 +4,7 @@
     python tests/golden/make_flax.py
 
 Two folders of one small model: float32 in one file, and bfloat16 in shards. Names in the npz are "folder/file" (bytes),
-beside tokens and the logits of the float32 weights.
+next to tokens and the logits of the float32 weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Write flax_folder.npz beside this file."""
+    """Write flax_folder.npz next to this file."""
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=16,

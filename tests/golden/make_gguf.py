@@ -265,7 +265,7 @@ def _split() -> None:
 
 
 def main() -> None:
-    """Write the files beside this one."""
+    """Write the files next to this one."""
     kept: dict[str, np.ndarray] = {}
     _types(kept)
     _quantized(kept)

@@ -9,7 +9,7 @@ whose weights make_model.py draws by name. Its vocabulary is learnt from TEXT an
 none. HFLM alone makes every number of the file.
 
 HFLM's cache of logits is off: in lm_eval 0.4.13 it answers a shorter one of two requests that are read alike, such as
-("The river", " rises") beside ("", "The river rises"), from the first place of the longer one instead of the last.
+("The river", " rises") next to ("", "The river rises"), from the first place of the longer one instead of the last.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _inside(text: str) -> str:
 
 
 def main() -> None:
-    """Write harness.json beside this file."""
+    """Write harness.json next to this file."""
     from lm_eval.models.huggingface import HFLM
 
     ranks = train_bpe([TEXT], vocab_size=VOCAB)

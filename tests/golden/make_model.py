@@ -194,7 +194,7 @@ def _frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def main() -> None:
-    """Write model_logits.npz beside this file."""
+    """Write model_logits.npz next to this file."""
     kept: dict[str, np.ndarray] = {f"frequencies/{name}": _frequencies(c) for name, c in SIZES.items()}
     for case, (config, where) in CASES.items():
         positions = np.array(where)

@@ -109,7 +109,7 @@ def _parts(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Write parts.npz beside this file."""
+    """Write parts.npz next to this file."""
     kept = {f"{case}/{name}": array for case, config in CASES.items() for name, array in _parts(config).items()}
     np.savez_compressed(FILE, **kept)
     print({name: array.shape for name, array in kept.items()}, f"{FILE.stat().st_size:,} bytes")

@@ -195,7 +195,7 @@ def _more(case: str, kept: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
-    """Write peft.npz and a folder a case beside this file."""
+    """Write peft.npz and a folder a case next to this file."""
     import torch
     from peft import LoraConfig, get_peft_model
 

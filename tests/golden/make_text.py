@@ -1,6 +1,6 @@
 """Regenerate text.json: ids of strings and dialogs from Meta's own code, for the tests of llama_jax.text.
 
-    pip install llama-models pillow    # beside this project's own requirements
+    pip install llama-models pillow    # in addition to this project's own requirements
     LLAMA3_TOKENIZER=/path/to/tokenizer.model python tests/golden/make_text.py
 
 Each string and dialog is encoded by `llama_models.llama3` with two vocabularies: the published one, and one
@@ -250,7 +250,7 @@ def documented() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write text.json beside this file."""
+    """Write text.json next to this file."""
     small_ranks = train_bpe([*SENTENCES.values(), *fuzz(1, 300).values()], vocab_size=1_100)
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.from_ranks(small_ranks).save(Path(folder) / "small.model")

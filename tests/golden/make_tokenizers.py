@@ -1,6 +1,6 @@
 """Regenerate tokenizers.json: what transformers and llama.cpp make of tokenizers that llama_jax.text wrote.
 
-    pip install transformers jinja2 gguf llama-cpp-python    # beside this project's own requirements
+    pip install transformers jinja2 gguf llama-cpp-python    # in addition to this project's own requirements
     python tests/golden/make_tokenizers.py
 
 The vocabulary is the small one of text.json. The golden file holds hashes of what was given to the other programs, so
@@ -98,7 +98,7 @@ DIALOGS = {
 
 
 def main() -> None:
-    """Write tokenizers.json beside this file."""
+    """Write tokenizers.json next to this file."""
     text = json.loads((HERE / "text.json").read_text(encoding="utf-8"))
     ours = Tokenizer.from_ranks({base64.b64decode(t): i for i, t in enumerate(text["small_tokens"])})
     strings = {n: s["text"] for n, s in text["strings"].items() if n != "lone_surrogates"}

@@ -139,7 +139,7 @@ def test_in_rows_of_documents_the_order_of_positions_in_a_segment_is_that_of_pla
 
 
 @pytest.mark.parametrize("blocks", [(128, 128), (128, 256), (256, 128), (512, 512)], ids=str)
-def test_blocks_told_by_their_corners_are_those_told_by_looking(blocks):
+def test_blocks_found_by_their_corners_are_those_found_by_looking(blocks):
     def information(mask):
         q, kv = blocks
         sizes = library.BlockSizes(q, kv, 128, q, kv, 128, q, kv)

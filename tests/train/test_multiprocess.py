@@ -63,7 +63,7 @@ class Processes:
 
 
 def compare(tmp_path, compiled, *arguments, steps=6):
-    """Both ways, and each folder gone on with the other way."""
+    """Runs both ways, and continues each folder the other way."""
     arguments = [*arguments, "--config.optimizer.schedule=constant", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     runs = {}
     for first, second in ((2, 1), (1, 2)):
@@ -83,7 +83,7 @@ def compare(tmp_path, compiled, *arguments, steps=6):
 
 
 def test_two_processes_train_to_the_metrics_of_one(tmp_path, compiled):
-    """The weights lie split over both; the checkpoint of both is gone on with by one."""
+    """The weights are sharded over both processes."""
     arguments = ["--config.train.steps=4", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     runs = {}
     for count in (1, 2):

@@ -104,7 +104,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 
 
 def test_resuming_on_another_mesh_goes_on_with_the_same_metrics_of(tmp_path):
-    """Saved on fsdp x tensor, gone on with on data x fsdp: equal to rounding, where one mesh throughout is exact."""
+    """Saved on fsdp x tensor, resumed on data x fsdp: equal to rounding, where one mesh throughout is exact."""
     settings = {"optimizer__schedule": "constant", "mesh__tensor": 4, "data__validation": ()}
     (tmp_path / "a").mkdir()
     whole = text_run(tmp_path / "a", **settings)

@@ -203,7 +203,7 @@ def test_a_chat_template_of_its_own_is_saved_with_the_model_and_used(tmp_path, f
     assert json.loads((saved / "tokenizer_config.json").read_text())["chat_template"] == CHATML
 
 
-def test_what_a_format_has_no_room_for_is_told(tmp_path, folder, caplog):
+def test_what_a_format_cannot_hold_is_warned_of(tmp_path, folder, caplog):
     config = dataclasses.replace(sound.CONFIG, max_seq_len=600)
     metadata = Metadata(sound.tokenizer(), stop_tokens=(3, 4, 5, 6))
     export.save(tmp_path / "meta", config, sound.random_leaves(config), metadata, format="meta")
@@ -241,7 +241,7 @@ def test_stop_tokens_outside_the_vocabulary_are_left_out(folder, caplog):
 # Where a model is not.
 
 
-def test_what_names_no_model_is_told_what_does(tmp_path, folder):
+def test_a_name_of_no_model_is_refused_with_the_names_that_are_allowed(tmp_path, folder):
     cases = {
         "missing": (tmp_path / "hg", "does not exist; did you mean 'hf'"),
         "a shard": (folder / "model.safetensors", "name its folder"),

@@ -15,7 +15,7 @@ from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.gguf_header import Value, shown
 from llama_jax.text import byte_level_json, piece_vocabulary
 from llama_jax.text.byte_level_json import cuts_of, pre_tokenizer_of
-from llama_jax.text.byte_pairs import BytePairs, check_bytes
+from llama_jax.text.byte_pairs import BytePairs, from_merges
 from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import every_split, in_merge_order
 from llama_jax.text.patterns import PRE_TOKENIZERS, Pre, one_pattern
@@ -31,9 +31,8 @@ from llama_jax.text.piece_vocabulary import (
     PieceModel,
     PieceVocabulary,
 )
-from llama_jax.text.vocabulary import Vocabulary, spelled, unspelled
+from llama_jax.text.vocabulary import Vocabulary, errors_of, spelled
 
-_BY_IDS = "the model itself can still be used with token ids"
 _ALGORITHMS = {"llama": piece_vocabulary.BPE, "t5": piece_vocabulary.UNIGRAM}
 
 
@@ -138,28 +137,30 @@ class _Keys:
         return array
 
 
-def vocabulary(fields: Fields) -> Vocabulary:
+def vocabulary(fields: Fields, source: str = "") -> Vocabulary:
     """The vocabulary that a file's metadata describes.
+
+    Args:
+        fields: tokenizer metadata.
+        source: path of the file, which errors then begin with.
 
     Raises:
         ConfigError: a tokenizer of a kind that is not supported; says why.
         ValueError: metadata that does not agree with itself.
     """
-    for name in ("bos", "eos", "unknown", "pad"):
-        token = fields.get(name)
-        if token is not None and not 0 <= token < len(fields["tokens"]):
-            raise ValueError(
-                f"tokenizer.ggml.{name}_token_id is {token}, but there are {len(fields['tokens']):,} tokens"
-            )
-    try:
+    with errors_of(source):
+        for name in ("bos", "eos", "unknown", "pad"):
+            token = fields.get(name)
+            if token is not None and not 0 <= token < len(fields["tokens"]):
+                raise ValueError(
+                    f"tokenizer.ggml.{name}_token_id is {token}, but there are {len(fields['tokens']):,} tokens"
+                )
         if fields["model"] == "gpt2":
             return _byte_level(fields)
         if fields["model"] in _ALGORITHMS:
             return _pieces(fields)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; {_BY_IDS}") from None
-    known = ", ".join(("gpt2", *_ALGORITHMS))
-    raise ConfigError(f"tokenizer.ggml.model {brief(fields['model'])} is not supported, only {known}; {_BY_IDS}")
+        known = ", ".join(("gpt2", *_ALGORITHMS))
+        raise ConfigError(f"tokenizer.ggml.model {brief(fields['model'])} is not supported, only {known}")
 
 
 # ---- byte-level BPE ----------------------------------------------------------------------------------------
@@ -181,14 +182,12 @@ def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
     try:
         if pattern is None:
             raise ConfigError("its way of cutting text is not one that tiktoken can do")
-        check_bytes({token for token in ids if len(token) == 1})
-        as_bytes = {token: unspelled(token) for token in ids}
-        order, silent = in_merge_order(ids, pairs, whole_words=pre.whole_words)
-        return BytePairs(
-            tokens={as_bytes[token]: ids[token] for token in order},
-            specials=specials,
+        return from_merges(
+            ids,
+            pairs,
+            whole_words=pre.whole_words,
             pattern=pattern,
-            silent={as_bytes[token]: ids[token] for token in silent},
+            specials=specials,
             found=(found,) if found else (),
             **named,
         )

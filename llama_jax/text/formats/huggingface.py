@@ -15,15 +15,13 @@ from llama_jax.errors import ConfigError, brief
 from llama_jax.files import write_whole
 from llama_jax.text import byte_level_json
 from llama_jax.text.byte_level_json import cuts_of, pre_tokenizer_of
-from llama_jax.text.byte_pairs import BytePairs, check_bytes
+from llama_jax.text.byte_pairs import BytePairs, from_merges
 from llama_jax.text.formats import tokenizer_config
 from llama_jax.text.formats.tokenizer_config import TokenizerConfig
 from llama_jax.text.library_vocabulary import LibraryVocabulary
-from llama_jax.text.merging import Merge, every_split, in_merge_order
-from llama_jax.text.patterns import DIGITS, DIGITS_PATTERN, GPT2_PATTERN, one_pattern
-from llama_jax.text.vocabulary import spelled, unspelled
-
-_BY_IDS = "the model itself can still be used with token ids"
+from llama_jax.text.merging import Merge, every_split
+from llama_jax.text.patterns import cuts_by, one_pattern
+from llama_jax.text.vocabulary import errors_of, spelled
 
 _MODEL = {  # settings under which a model is plain BPE, and what they may be
     "type": ("BPE", None),
@@ -50,14 +48,8 @@ def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
         raise FileNotFoundError(f"{path}: no such file; give the path of a tokenizer.json or a tokenizer.model")
     data = tokenizer_config.load(path)
     config = tokenizer_config.read(path.parent)
-    try:
+    with errors_of(str(path)):
         return _vocabulary(data, config)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; {_BY_IDS}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def write(
@@ -152,15 +144,13 @@ def _byte_pairs(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs:
     specials, found = _added(data.get("added_tokens"), ids)
     added = {*specials, *(name for names in found for name in names)}
     plain = {token: i for token, i in ids.items() if token not in added} if added else ids
-    check_bytes({char for char in plain if len(char) == 1})
-    as_bytes = {token: unspelled(token) for token in plain}
-    order, silent = in_merge_order(plain, _merges(model.get("merges")), whole_words=bool(model.get("ignore_merges")))
     known = {**ids, **specials, **{name: i for names in found for name, i in names.items() if i is not None}}
-    return BytePairs(
-        tokens={as_bytes[token]: ids[token] for token in order},
-        specials=specials,
+    return from_merges(
+        plain,
+        _merges(model.get("merges")),
+        whole_words=bool(model.get("ignore_merges")),
         pattern=pattern,
-        silent={as_bytes[token]: ids[token] for token in silent},
+        specials=specials,
         found=found,
         **_named(config, known, _bos(data.get("post_processor"), specials)),
     )
@@ -288,14 +278,8 @@ def _contents(vocabulary: BytePairs) -> dict[str, Any]:
         vocab=plain | {name: i for name, i in ids.items() if i < last},
         merges=[f"{spelled(left)} {spelled(right)}" for left, right in every_split(list(vocabulary.tokens))],
         added=[(i, name, *flags[name]) for name, i in ids.items()],
-        pre_tokenizer=_pre_tokenizer(vocabulary.pattern),
+        pre_tokenizer=pre_tokenizer_of(*cuts_by(vocabulary.pattern)),
         bos=None if bos is None else (vocabulary.by_id[bos].decode(), bos),
         # Where there are silent tokens, the merges make all others, and would not make a word one of the silent.
         ignore_merges=not vocabulary.silent,
     )
-
-
-def _pre_tokenizer(pattern: str) -> dict[str, Any]:
-    if pattern == GPT2_PATTERN:
-        return pre_tokenizer_of((), gpt2=True)
-    return pre_tokenizer_of((DIGITS,), gpt2=True) if pattern == DIGITS_PATTERN else pre_tokenizer_of((pattern,), False)

@@ -6,14 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import brief
 from llama_jax.files import read_small, write_whole
 from llama_jax.text import piece_vocabulary
 from llama_jax.text.formats import tokenizer_config
 from llama_jax.text.piece_vocabulary import CONTROL, NORMAL, USER_DEFINED, PieceVocabulary
-from llama_jax.text.vocabulary import MOST_BYTES
-
-_BY_IDS = "the model itself can still be used with token ids"
+from llama_jax.text.vocabulary import MOST_BYTES, errors_of
 
 
 def looks_like_pieces(data: bytes) -> bool:
@@ -34,12 +32,8 @@ def read(path: Path) -> PieceVocabulary:
     """
     contents = read_small(path, max_bytes=MOST_BYTES)
     config = tokenizer_config.read(path.parent)
-    try:
+    with errors_of(str(path)):
         return _with_config(contents, config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; {_BY_IDS}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _with_config(contents: bytes, config: tokenizer_config.TokenizerConfig) -> PieceVocabulary:

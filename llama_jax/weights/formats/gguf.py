@@ -2,7 +2,7 @@
 
 Keys are those of llama.cpp (gguf-py/gguf/constants.py); what its converter leaves out has the value that llama.cpp
 assumes. What a file says and this code does not do is refused by name, since a model that runs with the wrong physics
-looks like one that runs. No jax here.
+looks like one that runs. Imports no jax.
 """
 
 from __future__ import annotations

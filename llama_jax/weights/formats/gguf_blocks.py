@@ -2,7 +2,7 @@
 
 A row is cut into blocks of 32 or 256 numbers, each with its own scale. What follows is laid out as in ggml-common.h of
 ggml (github.com/ggml-org/ggml); products and sums are rounded to float32 in the order of its `dequantize_row_*`, so
-that the values equal those of llama.cpp bit for bit. No jax here.
+that the values equal those of llama.cpp bit for bit. Imports no jax.
 
 In the layouts, [n] is n bytes, d, m and dmin are float16 little-endian, and "bits b of runs of r" is how bytes hold
 several small numbers: of each run of r bytes first the lowest b bits of all, then the next b bits of all, and so on.

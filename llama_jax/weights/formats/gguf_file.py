@@ -3,7 +3,7 @@
 The format (github.com/ggml-org/ggml, docs/gguf.md): a magic word, a version and two counts; metadata as keys with typed
 values; the name, dimensions, type and offset of each tensor; then the tensors, aligned. Numbers are little-endian, and
 dimensions are listed innermost first. This module knows nothing about Llama. Everything in the header is checked
-against the size of the file, and every error is one line that names the file. No jax here.
+against the size of the file, and every error is one line that names the file. Imports no jax.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
     numbers, size = gguf_blocks.BLOCKS[kind]
     if len(shape) < 2 or shape[-1] % numbers:
         raise ValueError(
-            f"{where} is {kind} of shape {shape}: it must be a matrix, with rows of a multiple of {numbers}"
+            f"{where} is {kind} of shape {shape}: it must be a matrix whose row length is a multiple of {numbers}"
         )
     return math.prod(shape) // numbers * size
 

@@ -110,7 +110,7 @@ def resolve(raw: dict[str, Any], modules: Sequence[str], embed: str, unembed: st
         raw: the file's object.
         modules: full names of the modules that can be under LoRA.
         embed: the embedding's name among them.
-        unembed: the unembedding's.
+        unembed: that of the unembedding.
         where: the path that errors begin with.
 
     Raises:
