@@ -121,6 +121,17 @@ def test_files_beside_a_model_add_tokens_and_settings(model, tmp_path):
     assert small.decode([1_101]) == "[PAD]" and small.encode("ab") == ours.encode("ab")
 
 
+def test_tokens_that_the_settings_name_without_an_id_are_added(model, tmp_path):
+    size = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    ours = opened(model, tmp_path, eos_token="<|im_end|>", pad_token="a", additional_special_tokens=["<|x|>", "<s>"])
+    assert ours.special_tokens == {"<s>": 1, "</s>": 2, "<ctl>": 3, "<|im_end|>": size, "<|x|>": size + 1}
+    assert ours.eos_id == size and ours.decode([ours.pad_id]) == "a" and size in ours.stop_tokens
+    assert ours.encode("<|x|>", special_tokens=True) == [size + 1] and size not in ours.encode("a<|im_end|>")
+    listed = {"added_tokens_decoder": {str(size + 4): {"content": "<|im_end|>", "special": False}}}
+    ours = opened(model, tmp_path, eos_token="<|im_end|>", **listed)
+    assert ours.eos_id == ours.special_tokens["<|im_end|>"] == size + 4
+
+
 def test_a_piece_that_is_a_control_token_never_comes_from_text(tmp_path):
     contents = trained("bpe")
     pieces = parse_model(contents).pieces

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -537,11 +538,83 @@ def test_many_names_to_look_for_are_found_by_the_library(sound):
     assert Tokenizer(path).encode("a<7><2000>") == [97, 307, 2_300]
 
 
-def test_an_eos_that_is_no_token_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="eos_token 'nothing', which the files next to it name, is not one of"):
-        opened(trained("gpt2"), tmp_path, eos_token="nothing")
-    with pytest.raises(ValueError, match="tokenizer_config.json: eos_token must be a name, got 5"):
-        opened(trained("gpt2"), tmp_path, eos_token=5)
+def test_settings_that_are_no_tokens_are_refused(tmp_path):
+    for settings, message in (
+        ({"eos_token": 5}, "eos_token must be a name, got 5"),
+        ({"additional_special_tokens": "<a>"}, "additional_special_tokens must be a list of tokens, got '<a>'"),
+        ({"extra_special_tokens": ["<a>", 7]}, "a token of extra_special_tokens or additional_special_tokens must be"),
+        ({"added_tokens_decoder": {"900": "<a>"}}, "added_tokens_decoder has '900': '<a>', not an id and a token"),
+        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder has 'x'"),
+    ):
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {re.escape(message)}"):
+            opened(trained("gpt2"), tmp_path, **settings)
+
+
+# The tokens that transformers 5.24 adds, for the `tokenizers` library to add.
+NAMED = "<|im_start|> <|im_end|> <tool_call> [PAD]".split()
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "metaspace"])
+@pytest.mark.parametrize(
+    ("files", "added"),
+    [
+        ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, ["<|im_end|>"]),
+        ({"tokenizer_config": {"pad_token": "[PAD]", "eos_token": {"content": "<|im_end|>"}}}, ["<|im_end|>", "[PAD]"]),
+        ({"tokenizer_config": {"image_token": "[PAD]", "bos_token": "<|im_start|>"}}, ["<|im_start|>", "[PAD]"]),
+        ({"tokenizer_config": {"additional_special_tokens": NAMED[:2], "pad_token": "[PAD]"}}, ["[PAD]", *NAMED[:2]]),
+        ({"tokenizer_config": {"extra_special_tokens": {"a": "<|im_end|>"}}}, ["<|im_end|>"]),
+        ({"special_tokens_map": {"eos_token": "<|im_end|>"}, "tokenizer_config": {"eos_token": "[PAD]"}}, NAMED[1:2]),
+        ({"special_tokens_map": {"eos_token": "[PAD]"}, "tokenizer_config": {"added_tokens_decoder": {}}}, []),
+        ({"special_tokens_map": {"additional_special_tokens": NAMED[:2]}}, NAMED[:2]),
+        (
+            {"added_tokens": {"<tool_call>": 5_001, "[PAD]": 5_000}, "special_tokens_map": {"pad_token": "[PAD]"}},
+            ["[PAD]", AddedToken("<tool_call>", special=False, normalized=True)],
+        ),
+        (
+            {
+                "tokenizer_config": {
+                    "eos_token": "<|im_end|>",
+                    "added_tokens_decoder": {
+                        "7001": {"content": "<tool_call>", "special": False, "normalized": False, "rstrip": True},
+                        "7000": {"content": "[PAD]", "special": True},
+                    },
+                }
+            },
+            ["[PAD]", AddedToken("<tool_call>", special=False, normalized=False, rstrip=True), "<|im_end|>"],
+        ),
+        # A word of the vocabulary is looked for in text, and is no control token.
+        ({"tokenizer_config": {"pad_token": "end"}}, [AddedToken("end", special=False, normalized=False)]),
+        ({"tokenizer_config": {"pad_token": "d"}}, [AddedToken("d", special=False, normalized=False)]),
+    ],
+)
+def test_tokens_of_other_files_are_added_as_transformers_adds_them(kind, files, added, tmp_path):
+    theirs = metaspace() if kind == "metaspace" else trained(kind, specials=("<s>",))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    theirs.add_tokens([t if isinstance(t, AddedToken) else AddedToken(t, special=True) for t in added])
+    ours = Tokenizer(tmp_path)
+    rng = random.Random(kind)
+    pieces = [*NAMED, *NAMED, "<s>", " ", "the end", "héllo", "\n"]
+    texts = ["".join(rng.choice(pieces) for _ in range(8)) for _ in range(60)]
+    for special in (True, False):
+        theirs.encode_special_tokens = not special
+        for text in texts:
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            as_piece = kind == "metaspace" and {*ids} & {*ours.special_tokens.values()}  # by the model, which lists it
+            if special or not as_piece:
+                assert ours.encode(text, special_tokens=special) == ids
+    assert ours.special_tokens == {t.content: i for i, t in theirs.get_added_tokens_decoder().items() if t.special}
+
+
+def metaspace() -> Library:
+    """A Unigram vocabulary, whose words begin with a space."""
+    characters = sorted({*"abcdefghijklmnopqrstuvwxyz<>|/_[]PADé\n"})
+    listed = [("<unk>", 0.0), ("<s>", 0.0), ("\u2581", -2.0), ("end", -2.4), *((c, -3.0) for c in characters)]
+    made = Library(models.Unigram(listed, unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.add_special_tokens(["<s>"])
+    return made
 
 
 # ---- written ----

@@ -6,6 +6,7 @@ file is run by the library itself. `truncation` and `padding` are not used, as i
 """
 
 import json
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from llama_jax.text import byte_level_json
 from llama_jax.text.byte_level_json import cuts_of, pre_tokenizer_of
 from llama_jax.text.byte_pairs import BytePairs, from_merges
 from llama_jax.text.formats import tokenizer_config
-from llama_jax.text.formats.tokenizer_config import TokenizerConfig
+from llama_jax.text.formats.tokenizer_config import AddedToken, TokenizerConfig, looks_like_control, token_of
 from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.merging import Merge, every_split
 from llama_jax.text.patterns import cuts_by, one_pattern
@@ -49,7 +50,7 @@ def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
     data = tokenizer_config.load(path)
     config = tokenizer_config.read(path.parent)
     with errors_of(str(path)):
-        return _vocabulary(data, config)
+        return _vocabulary(_completed(data, config), config)
 
 
 def write(
@@ -107,6 +108,60 @@ def _vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs |
             raise fault from None  # names the place of the damage
 
 
+def _completed(data: Mapping[str, Any], config: TokenizerConfig) -> Mapping[str, Any]:
+    """The contents of the file with the tokens that transformers adds to it from the files next to it.
+
+    A token that the vocabulary knows keeps its id. Another one gets the next id, whatever id the other files give it
+    (`add_tokens` in added_vocabulary.rs of `tokenizers`). A token that is a control token in one file remains one. A
+    word that the model makes of text, such as "!" as a token for padding, is found in text and is no control token.
+    """
+    model, listed = data.get("model"), data.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict | list) or not isinstance(listed, list) or not all(map(_has_id, listed)):
+        return data  # damaged, which is reported where it is read
+    own = {token["content"]: token for token in listed}
+    control = {token.content for token in config.roles} | {name for name in own if own[name].get("special") is True}
+    taken = {token["id"] for token in listed} if config.added_yields else ()
+    wanted = [token_of(own[token.content], "") for token in config.roles if token.content in own]
+    wanted += [token for i, token in sorted(config.added.items()) if i not in taken]
+    names = {*own, *(token.content for token in wanted)}
+    wanted += [token for token in (*config.roles, *config.more) if token.content not in names]
+    wanted = [token._replace(special=token.special or token.content in control) for token in wanted]
+    new: dict[str, AddedToken] = {}
+    for token in wanted:
+        if token.content not in own or token_of(own[token.content], "") != token:
+            new[token.content] = token
+    if not new:
+        return data
+    ids = vocab if isinstance(vocab, dict) else {p[0]: i for i, p in enumerate(vocab) if isinstance(p, list) and p}
+    words = _words(model) if any(name in ids and name not in own for name in new) else ()
+    new |= {name: new[name]._replace(special=False) for name in new if name in words and name not in own}
+    known = {name: token["id"] for name, token in own.items()}
+    last = max(known.values(), default=-1)
+    for name in new:
+        if name not in known:
+            known[name] = ids.get(name, max(last + 1, len(vocab)))
+            last = max(last, known[name])
+    entries = own | {name: {"id": known[name], **token._asdict()} for name, token in new.items()}
+    return {**data, "added_tokens": sorted(entries.values(), key=operator.itemgetter("id"))}
+
+
+def _words(model: Mapping[str, Any]) -> set[str]:
+    """The tokens that a model makes of ordinary text."""
+    vocab, merges = model["vocab"], model.get("merges")
+    if isinstance(vocab, list):
+        return {piece[0] for piece in vocab if isinstance(piece, list) and piece and not looks_like_control(piece[0])}
+    if not isinstance(merges, list):
+        return {token for token in vocab if not looks_like_control(token)}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    made = {"".join(pair) for pair in pairs if isinstance(pair, list) and all(isinstance(part, str) for part in pair)}
+    return made | {token for token in vocab if len(token) == 1}
+
+
+def _has_id(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+
+
 def _library_vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> LibraryVocabulary:
     return LibraryVocabulary.of(data, lambda ids: _named(config, ids, _bos(data.get("post_processor"), ids)))
 
@@ -115,11 +170,9 @@ def _named(config: TokenizerConfig, ids: Mapping[str, int], bos: str | None) -> 
     """The ids that begin, end and pad a text. `bos` is the name that a post-processor puts in front."""
     if config.add_bos is not None:
         bos = config.bos if config.add_bos else None
-    if config.eos is not None and config.eos not in ids:
-        raise ValueError(f"eos_token {config.eos[:60]!r}, which the files next to it name, is not one of its tokens")
     return {
         "bos_id": None if bos is None else ids.get(bos),
-        "declared_eos": None if config.eos is None else ids[config.eos],
+        "declared_eos": None if config.eos is None else ids.get(config.eos),
         "declared_pad": None if config.pad is None else ids.get(config.pad),
     }
 

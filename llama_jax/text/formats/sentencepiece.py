@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.errors import brief
 from llama_jax.files import read_small, write_whole
 from llama_jax.text import piece_vocabulary
 from llama_jax.text.formats import tokenizer_config
+from llama_jax.text.formats.tokenizer_config import AddedToken, TokenizerConfig, looks_like_control
 from llama_jax.text.piece_vocabulary import CONTROL, NORMAL, USER_DEFINED, PieceVocabulary
 from llama_jax.text.vocabulary import MOST_BYTES, errors_of
+
+_PLAIN = (NORMAL, USER_DEFINED)
 
 
 def looks_like_pieces(data: bytes) -> bool:
@@ -36,26 +39,23 @@ def read(path: Path) -> PieceVocabulary:
         return _with_config(contents, config)
 
 
-def _with_config(contents: bytes, config: tokenizer_config.TokenizerConfig) -> PieceVocabulary:
+def _with_config(contents: bytes, config: TokenizerConfig) -> PieceVocabulary:
     made = piece_vocabulary.piece_vocabulary(contents)
     pieces = made.model.pieces
     specials, found = dict(made.specials), {}
     hidden: dict[int, piece_vocabulary.Piece] = {}  # pieces that are control tokens, and may not come from text
-    for i, name in config.added.items():
+    for i, token in _added(pieces, config).items():
         own = pieces[i] if i < len(pieces) else None
-        if name in config.specials:
-            specials = {other: j for other, j in specials.items() if j != i} | {name: i}
-            if own is not None and own.type in (NORMAL, USER_DEFINED):
+        if token.special:
+            specials = {other: j for other, j in specials.items() if j != i} | {token.content: i}
+            if own is not None and own.type in _PLAIN:
                 hidden[i] = own._replace(type=CONTROL)
-        elif own is None or own.text != name:
-            found[name] = i
+        elif own is None or own.text != token.content:
+            found[token.content] = i
     if hidden:
         listed = tuple(hidden.get(i, piece) for i, piece in enumerate(pieces))
         contents = piece_vocabulary.model_contents(dataclasses.replace(made.model, pieces=listed))
     ids = {piece.text: i for i, piece in enumerate(pieces)} | specials | found
-    for name in (config.bos, config.eos):
-        if name is not None and name not in ids:
-            raise ValueError(f"{brief(name)}, which the files next to it name, is not one of its tokens")
     bos = made.bos_id if config.bos is None else ids[config.bos]
     return piece_vocabulary.piece_vocabulary(
         contents,
@@ -66,6 +66,21 @@ def _with_config(contents: bytes, config: tokenizer_config.TokenizerConfig) -> P
         declared_pad=made.declared_pad if config.pad is None else ids.get(config.pad),
         space_after_special=config.legacy,
     )
+
+
+def _added(pieces: Sequence[piece_vocabulary.Piece], config: TokenizerConfig) -> dict[int, AddedToken]:
+    """The added tokens by id. One that is named without an id has that of its piece, or the next free one."""
+    roles = {token.content for token in config.roles}
+    added = {i: token._replace(special=token.special or token.content in roles) for i, token in config.added.items()}
+    names = {token.content for token in added.values()}
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    for token in (*config.roles, *config.more):
+        i = ids.get(token.content, max([len(pieces) - 1, *added]) + 1)
+        plain = i < len(pieces) and (pieces[i].type not in _PLAIN or not looks_like_control(token.content))
+        if token.content not in names and not plain:
+            added[i] = token
+            names.add(token.content)
+    return added
 
 
 def write(
