@@ -163,13 +163,25 @@ class TemplateFormat:
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """The control token that the template writes after the assistant's text, if there is one."""
+        name = self._names.search(self._after_probe(add_generation_prompt=False))
+        return (self.tokenizer.special_tokens[name[0]],) if name else ()
+
+    @functools.cached_property
+    def _always_prompts(self) -> bool:
+        """True if the template ends every dialog with a generation prompt, as the first one of Llama 3 does."""
+        after = self._after_probe(add_generation_prompt=False)
+        name = self._names.search(after)
+        prompted = self._after_probe(add_generation_prompt=True) == after
+        return prompted and name is not None and bool(after[name.end() :].strip())
+
+    def _after_probe(self, *, add_generation_prompt: bool) -> str:
+        """The text that the template writes after the last message of the assistant, or "" if it drops the message."""
         dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
         try:
-            text = self._render(dialog, None, add_generation_prompt=False).text
+            text = self._render(dialog, None, add_generation_prompt=add_generation_prompt).text
         except ValueError:
-            return ()
-        name = self._names.search(text.rpartition(_PROBE)[2]) if _PROBE in text else None
-        return (self.tokenizer.special_tokens[name[0]],) if name else ()
+            return ""
+        return text.rpartition(_PROBE)[2] if _PROBE in text else ""
 
     def encode(
         self, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
@@ -332,19 +344,24 @@ class TemplateFormat:
             if i == 0:
                 spans.append((0, 0))
                 continue
-            prompt = places[i, True]
+            prompt, before = places[i, True], places[i, False]
+            start = prompt.length
             if prompt.common < prompt.length:
                 # The prompt may go on, for example with <think>, where the message does not.
-                start = max(self._end(places[i, False], i, rendered.text), prompt.common)
+                start = max(self._end(before, i, rendered.text, exactly=True), prompt.common)
+            if self._always_prompts:
+                text = rendered.text
+                ends = (m.end() for m in self._names.finditer(text, start) if text[m.start() - 1] != _START)
+                spans.append((start, next(ends, len(text))))
             else:
-                start = prompt.length
-            spans.append((start, self._end(places[i + 1, False], i + 1, rendered.text)))
+                spans.append((start, self._end(places[i + 1, False], i + 1, rendered.text)))
         return rendered, spans
 
-    def _end(self, cut: rendering.Cut, count: int, text: str) -> int:
+    def _end(self, cut: rendering.Cut, count: int, text: str, *, exactly: bool = False) -> int:
         """The position in the rendering of the whole dialog where its first messages end.
 
-        Some templates write one more control token at the end of a whole dialog. It is no part of the messages.
+        Some templates write one more control token at the end of a whole dialog. It is no part of the messages, and is
+        allowed unless `exactly`.
 
         Raises:
             ValueError: the rendering of the first messages is not the beginning of the whole.
@@ -353,7 +370,7 @@ class TemplateFormat:
             return cut.length
         bare = cut.tail.rstrip()
         last = next((match for match in self._names.finditer(bare) if match.end() == len(bare)), None)
-        if last and cut.length - len(cut.tail) + last.start() <= cut.common:
+        if last and not exactly and cut.length - len(cut.tail) + last.start() <= cut.common:
             return cut.length - len(cut.tail) + last.start()
         raise ValueError(
             f"the chat template writes the first {count} messages in another way when more follow (from character "
