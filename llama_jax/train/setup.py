@@ -29,6 +29,7 @@ from llama_jax.train.metrics import say
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState, init_state, state_shardings
 from llama_jax.weights import hub_models
+from llama_jax.weights.formats import huggingface
 from llama_jax.weights.locate import is_path
 from llama_jax.weights.open import open_source
 from llama_jax.weights.source import Source
@@ -110,6 +111,8 @@ def load_data(program: Program, folder: Path, *, resuming: bool) -> Data:
     run = program.run
     tokens = tokenizer(run, folder, resuming=resuming, say=say)
     chat = chat_format(run, folder, tokens, resuming=resuming)
+    if run.init_from and not resuming:  # the model keeps the stop tokens and the sampling defaults of its base
+        huggingface.write_generation_config(folder, open_source(run.init_from).metadata)
     train, validation = prepare.rows(run, RecordEncoder(tokens, chat, run.data.parse_special), say)
     loader = Loader(
         train,

@@ -81,7 +81,7 @@ ENDED = (  # an end of text after a whole dialog, as Phi-3 has it
 )
 ALWAYS = (  # a generation prompt after every dialog, as in Llama 3's first template and fine-tunes of that time
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
-    "<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 CLOSED = (  # a result of a tool ends in another way where more follows, as in Hermes 3's template for tools
     "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '\n' + m.content }}"

@@ -23,6 +23,7 @@ from llama_jax.train.folder import Trend
 from llama_jax.train.program import Program
 from llama_jax.train.run import train
 
+GENERATION = {"do_sample": True, "temperature": 0.3, "note": "kept"}
 SMALL = dataclasses.replace(SIZES["tiny"], num_layers=1, ffn_dim=64, max_seq_len=256)
 
 
@@ -33,6 +34,7 @@ def base(tmp_path_factory):
     params = jax.jit(init_params, static_argnums=0)(SMALL, jax.random.key(7))
     sound.save_params(folder, SMALL, params)
     byte_tokenizer().save(folder / "tokenizer.model")
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     return folder
 
 
@@ -50,7 +52,9 @@ def test_the_shape_of_a_run_is_that_of_the_model_it_starts_from(tmp_path, base):
     result = train(run)
     assert result.run.model == SMALL
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == SMALL.to_dict()
-    assert result.model(dtype="float32").config == SMALL
+    llama = result.model(dtype="float32")
+    assert llama.config == SMALL and llama.sampling.temperature == 0.3
+    assert json.loads((llama.save(tmp_path / "out", "hf") / "generation_config.json").read_text()) == GENERATION
     # The same config resumes, and needs the model no more.
     longer = dataclasses.replace(run, init_from="nowhere/at-all", train=dataclasses.replace(run.train, steps=3))
     assert train(longer).step == 3

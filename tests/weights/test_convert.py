@@ -136,6 +136,12 @@ def test_sampling_settings_travel_with_the_model(tmp_path, caplog):
     (path / "generation_config.json").write_text('{"do_sample": true, "temperature": -1}')
     assert llama_jax.load(path).sampling == SamplingParams()  # with a warning
     assert "generation_config.json: temperature must be" in caplog.text
+    for text in ("{", "[]", '{"do_sample": true, "eos_token_id": "x"}', '{"a": ' + "[" * 5_000 + "}"):
+        (path / "generation_config.json").write_text(text)
+        caplog.clear()
+        assert llama_jax.load(path).sampling == SamplingParams()
+        (record,) = [record for record in caplog.records if "generation_config.json" in record.getMessage()]
+        assert record.getMessage().startswith("warning: the model is used without its sampling defaults: ")
 
 
 def open_source_params(tmp_path):

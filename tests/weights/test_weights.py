@@ -359,13 +359,13 @@ def test_stop_tokens_come_from_the_generation_config_first(tmp_path, generation,
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert huggingface.stop_tokens(tmp_path) == expected
+    assert huggingface.read_metadata(tmp_path).stop_tokens == expected
 
 
 def test_stop_tokens_that_are_no_ids_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(ConfigError, match="eos_token_id"):
-        huggingface.stop_tokens(tmp_path)
+        huggingface.read_metadata(tmp_path).stop_tokens
 
 
 # Saving, and the two layouts.
@@ -385,7 +385,7 @@ def test_saved_folder_loads_again_to_the_bit(tmp_path, config, shard_bytes, stac
     options = {"format": "hf", "dtype": "bfloat16", "shard_bytes": shard_bytes}
     assert export.save(out, config, leaves, METADATA, **options) == out
     again, loaded = load(out)
-    assert again == config and huggingface.stop_tokens(out) == (3, 4)
+    assert again == config and huggingface.read_metadata(out).stop_tokens == (3, 4)
     same(loaded, config, tensors, dtype=ml_dtypes.bfloat16)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 50_000)
     assert not list(out.glob("*.part"))

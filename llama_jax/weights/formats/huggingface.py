@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, brief, one_line
 from llama_jax.files import read_json, write_json
 from llama_jax.sampling_params import GREEDY, SamplingParams
 from llama_jax.text import chat_template
@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_GENERATION = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
 # The sampling settings of generation_config.json. SamplingParams has the same names.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -81,17 +82,29 @@ def read_metadata(folder: Path) -> Metadata:
 
     Every one of these files may be absent.
     """
-    config, generation = folder / "config.json", folder / "generation_config.json"
-    ids = read_json(config) if config.is_file() else {}
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    generation = _read_generation(folder / _GENERATION)
     return Metadata(
-        bos_token=bos_token(folder),
-        stop_tokens=stop_tokens(folder),
-        sampling=sampling_defaults(folder),
+        bos_token=_bos_token(config),
+        stop_tokens=_stop_tokens(generation, folder / _GENERATION) or _stop_tokens(config, path),
+        sampling=_sampling_defaults(generation, folder / _GENERATION),
         chat_template=_chat_template(folder),
         tokenizer_files=tokenizer_files(folder),
-        token_ids={key: ids[key] for key in _TOKEN_IDS if key in ids},
-        generation=read_json(generation) if generation.is_file() else None,
+        token_ids={key: config[key] for key in _TOKEN_IDS if key in config},
+        generation=generation,
     )
+
+
+def _read_generation(path: Path) -> dict[str, Any] | None:
+    """The contents of generation_config.json, or None. A damaged file costs only these settings, with a warning."""
+    try:
+        values = read_json(path) if path.exists() else None
+        _stop_tokens(values, path)
+    except (OSError, ValueError) as error:
+        _log.warning("warning: the model is used without its sampling defaults: %s", one_line(error))
+        return None
+    return values
 
 
 def _chat_template(folder: Path) -> ChatTemplate | None:
@@ -103,43 +116,36 @@ def _chat_template(folder: Path) -> ChatTemplate | None:
         return None
 
 
-def bos_token(folder: str | os.PathLike[str]) -> int | None:
-    """The `bos_token_id` of config.json, or None."""
-    token = read_json(Path(folder) / "config.json").get("bos_token_id")
+def _bos_token(config: Mapping[str, Any]) -> int | None:
+    token = config.get("bos_token_id")
     return token if type(token) is int and 0 <= token < 1 << 31 else None
 
 
-def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The ids that end a generation: `eos_token_id` of generation_config.json, else of config.json, else none.
+def _stop_tokens(values: Mapping[str, Any] | None, path: Path) -> tuple[int, ...]:
+    """The ids that end a generation: `eos_token_id` of generation_config.json or config.json.
 
     Llama 3.1's instruct models have three (128001, 128008, 128009), in generation_config.json.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
-        if ids is None:
-            continue
-        listed = ids if isinstance(ids, list) else [ids]
-        if not all(type(i) is int and i >= 0 for i in listed):
-            raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {str(ids)[:80]}")
-        return tuple(dict.fromkeys(listed))
-    return ()
+    ids = (values or {}).get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int and i >= 0 for i in listed):
+        raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {brief(ids)}")
+    return tuple(dict.fromkeys(listed))
 
 
-def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams | None:
+def _sampling_defaults(values: Mapping[str, Any] | None, path: Path) -> SamplingParams | None:
     """The sampling settings of generation_config.json (`do_sample` and others), or None without them.
 
     A setting that is absent is off. (transformers would also keep only the 50 likeliest tokens, which Meta does not.)
     """
-    path = Path(folder) / "generation_config.json"
-    raw = read_json(path) if path.is_file() else {}
-    if raw.get("do_sample") is False:
+    values = values or {}
+    if values.get("do_sample") is False:
         return GREEDY
-    if not raw.get("do_sample"):
+    if not values.get("do_sample"):
         return None
-    found = {name: raw[name] for name in _SAMPLING if raw.get(name) is not None}
+    settings = {name: values[name] for name in _SAMPLING if values.get(name) is not None}
     try:
-        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **found})
+        return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **settings})
     except ConfigError as error:  # the model works without them
         _log.warning("warning: %s: %s: its settings are ignored", path, error)
         return None
@@ -178,7 +184,7 @@ def save_folder(
         progress: called with the number of bytes that were written since the last call.
     """
     _save_weights(folder, config, leaves, shard_bytes, progress)
-    write_json(folder / "generation_config.json", _generation(metadata))
+    write_generation_config(folder, metadata)
     ids = metadata.token_ids or {
         "bos_token_id": metadata.bos_token,
         "eos_token_id": _one_or_all(metadata.stop_tokens),
@@ -213,10 +219,12 @@ def _save_weights(
         write_json(folder / safetensors.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
+def write_generation_config(folder: Path, metadata: Metadata) -> None:
+    """Writes generation_config.json: the one that the model came with, or a new one from its metadata."""
+    write_json(folder / _GENERATION, _generation(metadata) if metadata.generation is None else metadata.generation)
+
+
 def _generation(metadata: Metadata) -> Mapping[str, Any]:
-    """The contents of generation_config.json: those that the model came with, or new ones from its metadata."""
-    if metadata.generation is not None:
-        return metadata.generation
     settings: dict[str, Any] = {
         "bos_token_id": metadata.bos_token,
         "eos_token_id": _one_or_all(metadata.stop_tokens),
