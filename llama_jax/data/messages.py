@@ -1,7 +1,8 @@
 """Conversion of published styles of dialog messages to one style: OpenAI's, with a learn flag for each message.
 
 The supported styles are OpenAI's chat and fine-tuning messages, ShareGPT turns (`from` and `value`), the roles of
-LLaMA-Factory and ms-swift for calls and results, and Anthropic's content blocks. A message may have a mark that says
+LLaMA-Factory and ms-swift for calls and results, and Anthropic's content blocks. Reasoning before an answer is
+`reasoning_content`, also from the keys `thinking` and `reasoning`. A message may have a mark that says
 whether it is learned. The spellings are OpenAI's and mistral-finetune's `weight`, axolotl's `train` and `training`,
 verl's `loss_mask` and `trainable`, ms-swift's and AgentTuning's `loss`, and torchtune's `masked`, which means the
 opposite. An unknown key is refused, and the error names it, because it may change what is learned.
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.errors import brief, nearest
+from llama_jax.text.messages import REASONING
 
 ROLES = {
     "system": "system",
@@ -39,7 +41,7 @@ MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # tru
 _NOT_LEARNT = "masked"  # true or 1: the message is not learnt
 _PARTIAL = ("train_detail", "training_detail", "loss_scale")  # marks for parts of a message, or of other strengths
 _FIELDS = ("role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "stop", "refusal")
-_KNOWN = (*_FIELDS, *MARKS, _NOT_LEARNT)
+_KNOWN = (*_FIELDS, *REASONING, *MARKS, _NOT_LEARNT)
 _TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of OpenAI's Responses API
 _WITHOUT_EFFECT = {"type", "cache_control", "citations", "annotations", "logprobs"}  # keys of a part
 
@@ -121,7 +123,8 @@ def _read_one(item: object, where: str) -> Iterator[Message]:
     calls = _calls(item, where) + [_call(block, where) for block in blocks if block.get("type") == "tool_use"]
     message = {"role": role, "content": content, "tool_calls": calls or None}
     message |= {key: item.get(key) for key in ("name", "tool_call_id", "stop")}
-    if content is not None or not blocks or calls:
+    message["reasoning_content"] = _reasoning(item, blocks, role, where)
+    if content is not None or not blocks or calls or message["reasoning_content"]:
         yield Message(present(message), learn)
 
 
@@ -182,6 +185,22 @@ def _learn(item: Mapping[str, Any], role: str, where: str) -> bool:
     return spoken and False not in marks.values()
 
 
+def _reasoning(item: Mapping[str, Any], blocks: list[dict[str, Any]], role: str, where: str) -> str | None:
+    """The reasoning before an answer: in a key of the message, or in Anthropic's blocks of thinking."""
+    texts = [(key, item[key]) for key in REASONING if item.get(key) not in (None, "")]
+    thoughts = [block.get("thinking") for block in blocks if block.get("type") == "thinking"]
+    if thoughts and all(isinstance(thought, str) for thought in thoughts):
+        texts.append(("thinking", "\n\n".join(thoughts)))
+    for key, text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {key!r} must be a string, got {brief(text)}")
+        if role != "assistant":
+            raise ValueError(f"{where}: {key!r} is allowed on role assistant only, got role {role!r}")
+        if text != texts[0][1]:
+            raise ValueError(f"{where}: {texts[0][0]!r} and {key!r} say different things: keep one of them")
+    return texts[0][1] if texts else None
+
+
 # ---- content and calls --------------------------------------------------------------------------------------
 
 
@@ -198,7 +217,7 @@ def _content(content: object, where: str) -> tuple[object, list[dict[str, Any]]]
     for index, part in enumerate(content):
         part = present(part) if isinstance(part, dict) else part
         name = part.get("type") if isinstance(part, dict) else None
-        if name in ("tool_use", "tool_result"):
+        if name in ("tool_use", "tool_result") or (name == "thinking" and isinstance(part.get("thinking"), str)):
             blocks.append(part)
         elif name in _TEXT_PARTS and isinstance(part.get("text"), str):
             if strange := {key for key in part if part[key] not in ("", [], {})} - _WITHOUT_EFFECT - {"text"}:

@@ -144,7 +144,7 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 _OTHERS = ("text", "input", "system", "tools", "functions", "history", "label", "weight")
 # Marks of messages (see `messages`), by the value that would say of a whole record that it is not to be learnt.
-_RECORD_MARKS = {"train": False, "training": False, "trainable": False, "loss": False, "masked": True}
+_RECORD_MARKS = {"train": 0, "training": 0, "trainable": 0, "loss": 0, "loss_mask": 0, "weight": 0, "masked": 1}
 KEYS = frozenset((*_PARTNERS, *_DIALOGS, *_MEDIA, *_MASKS, *_OTHERS, *_RECORD_MARKS))  # every key that is read
 
 
@@ -166,19 +166,18 @@ def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
     if not isinstance(record, dict):
         raise ValueError(f'expected a record such as {{"text": ...}}, found a JSON {type(record).__name__}')
     fields = present(record)
+    _refuse_marks(fields)
     is_pair = {"chosen", "rejected"} <= fields.keys()
     if pairs and is_pair:
         return _pair(fields, name)
     for key in _DIALOGS:
         if key in fields:
-            _refuse_unwanted(fields)
             return _dialog(fields, name, _with_system(fields, messages.read(fields[key], key)))
     if is_pair:
         return _pair(fields, name)
     if {"preferred_output", "non_preferred_output"} <= fields.keys():
         return _pair(_openai_pair(fields), name)
     if {"prompt", "completion"} <= fields.keys():
-        _refuse_unwanted(fields)
         return _completion(fields, name)
     if {"instruction", "output"} <= fields.keys():
         return _dialog(fields, name, _alpaca(fields))
@@ -309,20 +308,16 @@ def _with_system(record: Mapping[str, Any], read: list[Message]) -> list[Message
     return [system, *read]
 
 
-def _refuse_unwanted(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for a record that says that its answer is a bad one, or counts for more or less than others."""
-    if record.get("label") is False:  # unpaired preferences, as for KTO
+def _refuse_marks(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for a record that is marked as one not to learn, or that counts for more or less than others."""
+    if record.get("label") is False and "text" not in record:  # unpaired preferences, as for KTO
         raise ValueError("'label' is false: the answer is marked as one not to give; leave the record out")
-    weight = record.get("weight", 1)
-    if isinstance(weight, int | float) and weight != 1:
-        raise ValueError(
-            f"'weight' {weight} of a whole record is not read: mark its messages, or leave the record out "
-            "(data.weights are weights of sources)"
-        )
     for key, unwanted in _RECORD_MARKS.items():
-        if record.get(key) is unwanted:
+        value = record.get(key)
+        if isinstance(value, bool | int | float) and (value == unwanted or (key == "weight" and value != 1)):
             raise ValueError(
-                f"{key!r} of a whole record is not read: mark its messages, each with {key!r}, or leave the record out"
+                f"{key!r} {brief(value)} of a whole record is not read: leave the record out, or mark its messages "
+                "themselves"
             )
 
 

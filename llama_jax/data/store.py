@@ -30,7 +30,7 @@ from llama_jax.data.store_writer import FORMAT, QUARANTINE, StoreWriter, token_d
 
 # Part of the cache key of everything but plain texts: raise it when a record may become other ids or targets, or may
 # be refused where it was not. 2: marks of messages, developer, system messages anywhere.
-_DIALOG_ENCODING = 2
+_DIALOG_ENCODING = 3
 _GROUP_CHARACTERS = 1 << 18  # text given to a thread at a time
 _BLOCK = 1 << 23  # bytes that are hashed at a time
 _ABANDONED_S = 3600  # an unfinished build that nobody has written to for this long is deleted

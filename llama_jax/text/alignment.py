@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llama_jax.text.vocabulary import without_surrogates
+
 _WINDOW = 64  # bytes that a vocabulary may lack tokens for, in a row
 
 
@@ -40,3 +42,13 @@ def byte_offsets(text: bytes, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
     if len(text) - at > _WINDOW:
         raise ValueError("the tokens end before the text does")
     return offsets
+
+
+def utf8(text: str) -> bytes:
+    """A text in UTF-8 as tokenizers read it: pairs of surrogates are characters, and lone ones are U+FFFD."""
+    return without_surrogates(text).encode()
+
+
+def length(text: str) -> int:
+    """The number of bytes of a text in UTF-8, as tokenizers read it."""
+    return len(utf8(text))

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 from llama_jax.text import alignment, chat, chat_template, control_tokens, llama3_template, rendering, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
-from llama_jax.text.messages import Messages, check_tools, plain_messages
+from llama_jax.text.messages import Messages, check_list, check_reasoning, check_tools, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.text.vocabulary import without_surrogates
 
 AUTO, LLAMA3 = "auto", "llama3"
 
@@ -129,6 +128,7 @@ class Llama3Format:
         self, messages: Messages, *, tools: Sequence[Any] | None = None, learn: Sequence[bool] | None = None
     ) -> tuple[list[int], list[bool]]:
         """Returns the ids of a dialog and a mask of the assistant's tokens; errors as in `chat.encode_dialog`."""
+        check_reasoning(check_list(messages), learn)
         return chat.encode_dialog(self.tokenizer, messages, tools=tools, add_generation_prompt=False, learn=learn)
 
     def parse(self, ids: Iterable[int]) -> dict[str, Any]:
@@ -142,8 +142,8 @@ class TemplateFormat:
     """A model's own chat template.
 
     Ids are those of `apply_chat_template` in transformers. Contents stay text: where a message or a tool holds the name
-    of a control token, the name is marked before it is rendered, and is encoded as plain text. The ids
-    are then those of `apply_chat_template(..., sanitize_control_tokens=True)`.
+    of a control token, the name is marked before it is rendered, and is encoded as plain text. The ids are then those
+    of `apply_chat_template(..., sanitize_control_tokens=True)`.
     """
 
     name = "template"
@@ -171,8 +171,11 @@ class TemplateFormat:
         """True if the template ends every dialog with a generation prompt, as the first one of Llama 3 does."""
         after = self._after_probe(add_generation_prompt=False)
         name = self._names.search(after)
-        prompted = self._after_probe(add_generation_prompt=True) == after
-        return prompted and name is not None and bool(after[name.end() :].strip())
+        return (
+            after == self._after_probe(add_generation_prompt=True)
+            and name is not None
+            and bool(after[name.end() :].strip())
+        )
 
     def _after_probe(self, *, add_generation_prompt: bool) -> str:
         """The text that the template writes after the last message of the assistant, or "" if it drops the message."""
@@ -227,20 +230,21 @@ class TemplateFormat:
         speakers = [i for i, message in enumerate(plain_messages(messages)) if message["role"] == "assistant"]
         if learn is not None and len(learn) != len(messages):
             raise ValueError(f"learn must have one flag for each of the {len(messages)} messages, got {len(learn)}")
+        check_reasoning(messages, learn, self.template.source(tools))
         tagged = self._tagged(messages, tools, len(speakers))
         rendered, spans = tagged or self._added(messages, tools, speakers)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []  # in bytes of the rendering
         for piece in self._pieces(rendered.text, rendered.marked):
-            start = _bytes(rendered.text[: piece.start])
+            start = alignment.length(rendered.text[: piece.start])
             tokens = [self.tokenizer.decode_bytes([i]) for i in piece.ids]
-            own = alignment.byte_offsets(_utf8(piece.text), tokens)
+            own = alignment.byte_offsets(alignment.utf8(piece.text), tokens)
             ids += piece.ids
             offsets += [(start + first, start + last) for first, last in own]
         mask = [False] * len(ids)
         for speaker, (start, stop) in zip(speakers, spans, strict=True):
             if learn is None or learn[speaker]:
-                first, last = _bytes(rendered.text[:start]), _bytes(rendered.text[:stop])
+                first, last = alignment.length(rendered.text[:start]), alignment.length(rendered.text[:stop])
                 inside = [k for k, (begin, end) in enumerate(offsets) if begin < last and end > first]
                 for k in inside if tagged else self._without_space(inside, ids):
                     mask[k] = True
@@ -350,9 +354,9 @@ class TemplateFormat:
                 # The prompt may go on, for example with <think>, where the message does not.
                 start = max(self._end(before, i, rendered.text, exactly=True), prompt.common)
             if self._always_prompts:
-                text = rendered.text
-                ends = (m.end() for m in self._names.finditer(text, start) if text[m.start() - 1] != _START)
-                spans.append((start, next(ends, len(text))))
+                names = self._names.finditer(rendered.text, start)
+                ends = (name.end() for name in names if rendered.text[name.start() - 1] != _START)
+                spans.append((start, next(ends)))
             else:
                 spans.append((start, self._end(places[i + 1, False], i + 1, rendered.text)))
         return rendered, spans
@@ -495,12 +499,3 @@ def _is_parts(content: Any) -> bool:
 
 def _joined(parts: Iterable[Mapping[str, Any]]) -> str:
     return "".join(part["text"] for part in parts)
-
-
-def _utf8(text: str) -> bytes:
-    """A text in UTF-8 as tokenizers read it: pairs of surrogates are characters, and lone ones are U+FFFD."""
-    return without_surrogates(text).encode()
-
-
-def _bytes(text: str) -> int:
-    return len(_utf8(text))

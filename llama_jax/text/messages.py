@@ -27,7 +27,7 @@ BUILTIN_TOOLS = (*QUERY_TOOLS, CODE_TOOL)
 Messages = Sequence[Mapping[str, Any]]
 
 # Names under which a message's reasoning is published. Templates read the first; transformers copies the others to it.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _OURS = ("tokens", "stop")  # keys of messages that Llama.chat returns
 
 
@@ -58,6 +58,29 @@ def check_tools(tools: Any) -> Sequence[Any]:
                 f"or the name of a built-in tool, got {show(tool)}"
             )
     return tools
+
+
+def check_reasoning(messages: Messages, learn: Sequence[bool] | None, source: str = "") -> None:
+    """Checks that a chat format writes the reasoning that is to be learned.
+
+    Args:
+        messages: the dialog.
+        learn: one flag for each message, or None if all are learned.
+        source: the chat template. Meta's reference format writes no reasoning.
+
+    Raises:
+        ValueError: a message has reasoning, and the format leaves it out.
+    """
+    if any(key in source for key in REASONING):
+        return
+    for index, message in enumerate(messages):
+        key = next((key for key in REASONING if message.get(key)), None)
+        if key and (learn is None or any(learn[index : index + 1])):
+            raise ValueError(
+                f"messages[{index}]: {key!r} is not written by the chat format of the model, which would learn to "
+                "answer without it: put it into 'content' (between <think> and </think>, for example), remove it, or "
+                "set data.chat_format to a template that writes it"
+            )
 
 
 def show(value: object) -> str:
@@ -104,7 +127,7 @@ def plain_messages(messages: Messages, *, keeps_developer: bool = True) -> list[
         copy = {key: value for key, value in message.items() if value is not None and key not in _OURS}
         if copy["role"] == "developer" and not keeps_developer:
             copy["role"] = "system"
-        reasoning = next((copy[key] for key in _REASONING if key in copy), None)
+        reasoning = next((copy[key] for key in REASONING if key in copy), None)
         if reasoning is not None:
             copy = {"thinking": reasoning, **copy, "reasoning_content": reasoning}
         if not copy.get("tool_calls"):

@@ -16,6 +16,8 @@ from llama_jax.data.packing import pack
 from llama_jax.data.records import Completion, Pair, parse
 from llama_jax.data.store import build_store
 from llama_jax.errors import ConfigError
+from llama_jax.text.chat_format import choose
+from llama_jax.text.record_encoder import RecordEncoder
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 LATER = [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Nothing."}]
@@ -274,6 +276,45 @@ def test_marks_are_read_from_tables_whose_rows_all_have_every_key(tmp_path, toke
 
 
 # ---- pairs ---------------------------------------------------------------------------------------------------
+
+
+# ---- reasoning -----------------------------------------------------------------------------------------------
+
+SOURCE = (
+    "{% for m in messages %}{{ m.role ~ ':' }}{% if m.reasoning_content %}{{ '(' ~ m.reasoning_content ~ ')' }}"
+    "{% endif %}{{ m.content ~ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {**ANSWER, "reasoning_content": "Hm."},  # DeepSeek, Qwen, vLLM
+        {**ANSWER, "thinking": "Hm."},  # gpt-oss, TRL
+        {**ANSWER, "reasoning": "Hm.", "thinking": None},  # OpenRouter
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Because."}],
+        },
+    ],
+)
+def test_reasoning_is_learnt_where_the_chat_template_writes_it(tokenizer, answer):
+    encoder = RecordEncoder(tokenizer, choose(tokenizer, SOURCE))
+    ids, mask = ids_of({"messages": [ASK, answer]}, encoder)[:2]
+    assert tokenizer.decode(ids) == "user:Why?<|eot_id|>assistant:(Hm.)Because.<|eot_id|>"
+    assert tokenizer.decode([i for i, learn in zip(ids, mask, strict=True) if learn]) == "(Hm.)Because.<|eot_id|>"
+
+
+@pytest.mark.parametrize("source", [None, SOURCE.replace("reasoning_content", "name")])
+def test_reasoning_that_the_chat_format_leaves_out_is_refused_unless_it_is_not_learnt(tokenizer, source):
+    encoder = RecordEncoder(tokenizer, choose(tokenizer, source))
+    with pytest.raises(
+        ValueError, match=r"messages\[1\]: 'reasoning_content' is not written by the chat format of the"
+    ):
+        ids_of({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]}, encoder)
+    dialog = [ASK, {**ANSWER, "thinking": "Hm.", "train": False}, *LATER]
+    plain = [ASK, {**ANSWER, "train": False}, *LATER]
+    assert ids_of({"messages": dialog}, encoder)[0] == ids_of({"messages": plain}, encoder)[0]
 
 
 def test_openai_names_of_a_pair_are_trls(tokenizer):

@@ -365,7 +365,7 @@ def test_stop_tokens_come_from_the_generation_config_first(tmp_path, generation,
 def test_stop_tokens_that_are_no_ids_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(ConfigError, match="eos_token_id"):
-        huggingface.read_metadata(tmp_path).stop_tokens
+        huggingface.read_metadata(tmp_path)
 
 
 # Saving, and the two layouts.
