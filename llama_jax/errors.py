@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
+_LONGEST_PATH = 300
 _REPR = reprlib.Repr()
 
 
@@ -48,6 +49,7 @@ def one_line(message: object) -> str:
         name = os.fsdecode(message.filename)
         folder, last = os.path.split(name)
         missing = isinstance(message, FileNotFoundError) and os.path.isdir(folder or ".")
+        name = name if len(name) <= _LONGEST_PATH else f"{name[:100]}...{name[-100:]}"
         message = f"{name}: {message.strerror}{nearest(last, os.listdir(folder or '.')) if missing else ''}"
     elif isinstance(message, OSError) and message.strerror:
         message = message.strerror

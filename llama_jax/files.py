@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama_jax.errors import brief
+from llama_jax.errors import ConfigError, brief
 
 MAX_BYTES = 2_000_000  # parsed, JSON takes up to 25 times its size; a config or an index is far smaller
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
 MAX_VALUES = 1_500_000  # in a larger file
 
 
@@ -29,7 +30,15 @@ def read_json(
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with a leading ~ or ~user replaced; FileNotFoundError where that home folder is not known."""
+    """The path with a leading ~ or ~user replaced.
+
+    Raises:
+        FileNotFoundError: that home folder is not known.
+        ConfigError: the path is longer than the operating system allows.
+    """
+    data = str(path).encode("utf-8", "surrogatepass")
+    if len(data) > _LONGEST_PATH or max(map(len, data.split(b"/"))) > _LONGEST_NAME:
+        raise ConfigError(f"{brief(str(path))} cannot be the path of a file: it has {len(data):,} bytes, too many")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -71,7 +71,9 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group("general")
         group.add_argument("-h", "--help", action="help", help="print this page")
         group.add_argument("--version", action="version", version=version(), help="print the version")
-        group.add_argument("--quiet", action="store_true", help="no progress bars and no messages except errors")
+        group.add_argument(
+            "--quiet", action="store_true", help="no progress bars, and no messages except warnings and errors"
+        )
         group.add_argument("--verbose", action="store_true", help="more messages, and the traceback of an error")
         options, unknown = super().parse_known_args(self._canonical(argv))
         if unknown:
@@ -153,7 +155,7 @@ def set_verbosity(*, quiet: bool, verbose: bool) -> None:
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose exclude each other: give one of them")
     progress.enabled = not quiet
-    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING
+    level = logging.DEBUG if verbose else logging.WARNING
     logging.getLogger("llama_jax").setLevel(level)
     if verbose and not logging.getLogger().handlers:
         logging.basicConfig(format="%(message)s")

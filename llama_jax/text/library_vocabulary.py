@@ -17,6 +17,9 @@ from llama_jax.text import character_map, patterns
 from llama_jax.text.vocabulary import MOST_TOKENS, Vocabulary, unspelled
 
 _MAX_GROWTH = 1_000  # characters that a normalizer may make of one
+_MOST_PARTS = 200  # of a normalizer, a pre-tokenizer or a decoder; published ones have up to 20
+_LONGEST_NAME = 4096  # characters of an added token
+_MAX_DECODED_GROWTH = 4  # and a decoder, which is applied to all tokens at once
 _MODEL_KEYS = set(
     "type vocab merges dropout unk_token unk_id continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback "
     "ignore_merges max_input_chars_per_word".split()
@@ -212,23 +215,39 @@ def check_contents(data: Mapping[str, Any]) -> None:
         raise ConfigError(f"model.dropout is {brief(model['dropout'])}, which makes ids random")
     if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
         raise ConfigError("model.continuing_subword_prefix is not supported in a BPE model")
-    growth = 1.0
+    for token in data.get("added_tokens") or ():
+        if isinstance(token, dict) and len(str(token.get("content"))) > _LONGEST_NAME:
+            raise ConfigError(f"an added token has more than {_LONGEST_NAME:,} characters")
+    prepended = 0
     for part in _objects([data.get("normalizer"), data.get("pre_tokenizer")]):
         if isinstance(regex := part.get("Regex"), str):
             patterns.check(regex)
-        if part.get("type") == "Replace":
-            content, pattern = part.get("content"), part.get("pattern")
-            string = pattern.get("String") if isinstance(pattern, dict) else None
-            replaced = len(string) if isinstance(string, str) and string else 1
-            growth *= max(1.0, len(str(content)) / replaced)
+        prepended += len(str(part.get("prepend"))) if part.get("type") == "Prepend" else 0
+        if prepended > _MAX_GROWTH:
+            raise ConfigError(f"its normalizer puts more than {_MAX_GROWTH:,} characters in front of a text")
         if part.get("type") == "Precompiled":
             try:
                 compiled = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
             except (TypeError, ValueError):
                 raise ConfigError("normalizer Precompiled holds no character map") from None
             character_map.check(compiled)
-    if growth > _MAX_GROWTH:
-        raise ConfigError(f"its normalizer may make a text {growth:,.0f} times as long; {_MAX_GROWTH:,} is the limit")
+    for name, most in (("normalizer", _MAX_GROWTH), ("pre_tokenizer", _MAX_GROWTH), ("decoder", _MAX_DECODED_GROWTH)):
+        if sum(1 for _ in _objects(data.get(name))) > _MOST_PARTS:
+            raise ConfigError(f"its {name} has more than {_MOST_PARTS:,} parts")
+        if (growth := _growth(data.get(name))) > most:
+            raise ConfigError(f"its {name} may make a text {growth:,.0f} times as long; {most:,} is the limit")
+
+
+def _growth(value: Any) -> float:
+    """The number of characters that the replacements of a normalizer or decoder may make of one."""
+    growth = 1.0
+    for part in _objects(value):
+        if part.get("type") == "Replace":
+            pattern = part.get("pattern")
+            string = pattern.get("String") if isinstance(pattern, dict) else None
+            replaced = len(string) if isinstance(string, str) and string else 1
+            growth *= max(1.0, len(str(part.get("content"))) / replaced)
+    return growth
 
 
 def _objects(value: Any) -> Iterator[Mapping[str, Any]]:

@@ -99,7 +99,7 @@ class _Worker:
     def ask(self, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
         """The answer to a request."""
         try:
-            data = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            data = json.dumps(request, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"messages and tools must be JSON values for a chat template: {error}") from None
         if len(data) > _MOST_BYTES:

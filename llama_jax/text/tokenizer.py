@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief
-from llama_jax.files import write_whole
+from llama_jax.files import expanded, write_whole
 from llama_jax.text import vocabulary_files
 from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
 from llama_jax.text.encoders import encoder_of
@@ -51,11 +51,12 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ConfigError: a tokenizer whose ids cannot be reproduced; the message names the part that is the reason.
+            ConfigError: no path, or a tokenizer whose ids cannot be reproduced; the message names the part that is the
+                reason.
             ValueError: the file is damaged (one line: file, fault, remedy), or its vocabulary is not of the expected
                 size.
         """
-        self._setup(vocabulary_files.read(path), Path(path))
+        self._setup(vocabulary_files.read(path), expanded(path))
         if expected_vocab_size is not None and expected_vocab_size != self.vocab_size:
             raise ValueError(
                 f"{path}: holds {self.vocab_size:,} tokens but the model has {expected_vocab_size:,}; the file is cut "

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from llama_jax import gguf_header
-from llama_jax.errors import ConfigError
-from llama_jax.files import write_whole
+from llama_jax.errors import ConfigError, brief
+from llama_jax.files import expanded, write_whole
 from llama_jax.text.byte_pairs import BytePairs, ranks_file
 from llama_jax.text.formats import gguf, huggingface, meta, sentencepiece
 from llama_jax.text.piece_vocabulary import PieceVocabulary
@@ -35,10 +35,12 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: a tokenizer of a kind that is not supported; the message says why.
+        ConfigError: no path, or a tokenizer of a kind that is not supported; the message says why.
         ValueError: a damaged file.
     """
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise ConfigError(f"a tokenizer is opened by the path of its file or folder ({LOOKED_FOR}), got {brief(path)}")
+    path = expanded(path)
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():

@@ -22,11 +22,12 @@ def locate(name: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
         raise ConfigError(f"a model's name must be a path, a hub id or the name of a packaged model, got {brief(name)}")
+    path = expanded(name)
     if packaged_models.is_packaged(str(name)):
         return packaged_models.locate(str(name))
     if hub_models.is_hub_id(str(name)):
         return hub_models.download(str(name))
-    return expanded(name)
+    return path
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:

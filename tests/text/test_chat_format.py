@@ -289,6 +289,8 @@ def test_auto_is_the_models_own_template_and_else_the_reference_format(byte_leve
         ({"name": "weather"}, "tools must be a list"),
         ([None], r"tools\[0\] must be .*, got None \(NoneType\)"),
         ([WEATHER, print], r"tools\[1\] must be"),
+        ([{"name": "f", "parameters": {"maximum": float("nan")}}], "JSON.*: Out of range float values are not JSON"),
+        ([{"name": "f", "parameters": {"maximum": float("-inf")}}], "JSON.*: Out of range float values are not JSON"),
     ],
 )
 def test_tools_that_are_no_list_of_tools_are_refused_for_any_format(byte_level, tools, match):

@@ -243,6 +243,37 @@ def test_patterns_that_could_take_very_long_are_refused(regex):
         patterns.check(regex)
 
 
+LARGE = [
+    ({"normalizer": {"type": "Prepend", "prepend": "a" * 1_001}}, "puts more than 1,000 characters in front of a text"),
+    (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 9}] * 112}},
+        "puts more than 1,000 characters in front of a text",
+    ),
+    (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "ab"}, "content": "a" * 2_002}},
+        "its normalizer may make a text 1,001 times as long; 1,000 is the limit",
+    ),
+    (
+        {"decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 5}},
+        "its decoder may make a text 5 times as long; 4 is the limit",
+    ),
+    (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 200}},
+        "its pre_tokenizer has more than 200 parts",
+    ),
+    ({"added_tokens": [{"id": 256, "content": "a" * 4_097}]}, "an added token has more than 4,096 characters"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), LARGE)
+def test_parts_that_could_take_very_long_are_refused(changes, message, tmp_path):
+    Library(models.BPE({char: byte for byte, char in byte_chars().items()}, [])).save(str(tmp_path / "tokenizer.json"))
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | changes))
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer(tmp_path)
+
+
 def test_known_patterns_are_quick_on_long_words():
     rng = random.Random(0)
     for known in patterns.PRE_TOKENIZERS.values():

@@ -286,6 +286,13 @@ def test_file_cut_between_lines_is_known_by_the_models_size(lines, tmp_path):
 
 
 def test_missing_file_and_folder_say_what_to_give(tmp_path):
+    for path in (None, "", "  ", 5, b"tokenizer.model"):
+        with pytest.raises(ConfigError, match="a tokenizer is opened by the path of its file or folder .*, got "):
+            Tokenizer(path)
+    for path in ("a" * 5_000, tmp_path / ("a" * 300), "a/" * 2_500):
+        with pytest.raises(ConfigError, match=r"cannot be the path of a file: it has .* bytes, too many") as caught:
+            Tokenizer(path)
+        assert len(str(caught.value)) < 200
     with pytest.raises(FileNotFoundError, match="no such file; give a vocabulary file"):
         Tokenizer(tmp_path / "nothing.model")
     with pytest.raises(FileNotFoundError, match="has no vocabulary file"):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,9 @@ def test_a_tokenizer_that_is_not_understood_goes_along_but_is_not_used(tmp_path,
     assert sha256(hf / "tokenizer.model") == sha256(folder / "tokenizer.model")
     convert(folder, tmp_path / "m.gguf", "gguf")
     assert "written without a tokenizer" in capsys.readouterr().err
+    convert(folder, tmp_path / "n.gguf", "gguf", "--quiet")  # no progress bars, but every warning
+    assert "written without a tokenizer" in capsys.readouterr().err
+    assert logging.getLogger("llama_jax").isEnabledFor(logging.WARNING)
 
 
 def test_what_a_link_of_a_folder_leads_to_elsewhere_is_not_copied(tmp_path, folder):
@@ -253,6 +257,7 @@ def test_a_name_of_no_model_is_refused_with_the_names_that_are_allowed(tmp_path,
         "a shard": (folder / "model.safetensors", "name its folder"),
         "above": (tmp_path, "a folder with models below it: bin, hf"),
     }
+    cases["too long"] = ("a" * 5_000, "cannot be the path of a file: it has 5,000 bytes")
     (tmp_path / "none").mkdir()
     cases["empty"] = (tmp_path / "none", "none of these")
     (tmp_path / "bin").mkdir()
