@@ -299,7 +299,7 @@ class TemplateFormat:
         inputs = {"messages": dialog, "tools": [tool for tool in tools if not isinstance(tool, str)] or None}
         inputs |= {"builtin_tools": builtin} if builtin else {}
         if marked is None:
-            marked = any(self._names.search(text) for text in _strings(inputs))
+            marked = any(self._names.search(text) for text in control_tokens.strings(inputs))
         if marked:
             inputs = _mark(inputs, self._names)
         variables = {
@@ -317,7 +317,7 @@ class TemplateFormat:
             if not parts:
                 raise
         # The template takes only strings as contents.
-        joined = [{**m, "content": _joined(m["content"])} if _is_parts(m.get("content")) else m for m in dialog]
+        joined = [_with_text(message) for message in dialog]
         options = {"add_generation_prompt": add_generation_prompt, "cuts": cuts, "mark": mark, "marked": marked}
         return self._render(joined, tools, **options)
 
@@ -472,16 +472,6 @@ def _to_stop(ids: Iterable[int], stops: Sequence[int]) -> list[int]:
     return tokens[: next((k for k, i in enumerate(tokens) if i in stops), len(tokens)) + 1]
 
 
-def _strings(value: Any) -> Iterator[str]:
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, Mapping | list | tuple):
-            waiting += item.values() if isinstance(item, Mapping) else item
-
-
 def _mark(value: Any, names: re.Pattern[str]) -> Any:
     """A value with marks around the names of control tokens in its strings, but not in its keys."""
     if isinstance(value, str):
@@ -497,5 +487,6 @@ def _is_parts(content: Any) -> bool:
     return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
 
 
-def _joined(parts: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(part["text"] for part in parts)
+def _with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    parts = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in parts)} if _is_parts(parts) else message

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -60,3 +61,14 @@ def encode_text(
     if eos and tokenizer.eos_id is not None and not (parse_special and ids and ids[-1] in tokenizer.stop_tokens):
         ids.append(tokenizer.eos_id)
     return ids
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string within lists and the values of dicts, without their keys."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping | list | tuple):
+            waiting += item.values() if isinstance(item, Mapping) else item
