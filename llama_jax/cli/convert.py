@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from llama_jax.cli import parser
 from llama_jax.errors import brief, nearest
-from llama_jax.files import expanded
 
 _EXAMPLES = """\
 examples:
@@ -62,7 +60,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Convert as the flags say, and return the exit status. Errors are raised."""
     options = parse(argv)
-    from llama_jax.text.chat_template import read_folder
     from llama_jax.weights import adapters, export
     from llama_jax.weights.formats import peft
     from llama_jax.weights.open import open_source
@@ -71,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     export.check(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
-    leaves, config = source.merged_leaves(), source.config
+    leaves, config, adapter = source.merged_leaves(), source.config, None
     if options.adapter is not None:
         adapter = peft.open_adapter(options.adapter, config)
         leaves, config = adapters.merge_adapter(leaves, adapter), adapter.config
@@ -81,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
     except UnknownTokenizer as error:
         without = str(error)
     metadata = source.metadata.with_tokenizer(tokenizer)
-    if options.adapter is not None and (own := read_folder(expanded(options.adapter))):
-        metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
+    if adapter is not None:
+        metadata = peft.adapted_metadata(metadata, adapter, source.config)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
     path = export.save(
         options.dest,
@@ -95,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     )
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {parser.human_bytes(size_of(path))} in {seconds:.1f} s")
-    if tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
+    if metadata.tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
         print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
     return 0
 

@@ -101,12 +101,15 @@ def read_shape(repo_id: str) -> ModelConfig | None:
 
 
 def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
-    """Downloads a LoRA adapter with its tokenizer files unless the cache has them, and returns their folder.
+    """Downloads a LoRA adapter with its tokenizer files and chat templates unless the cache has them.
 
     Args:
         repo_id: owner/name, with @revision for a branch, a tag or a commit other than main.
         config: the file that an adapter must have.
         weights: names of weight files. The first of them that the repo has is downloaded.
+
+    Returns:
+        The folder of these files.
 
     Raises:
         ConfigError: as in `download`, or the repo has no config or no weights.
@@ -122,6 +125,7 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
             f"{name.repo.name} is not a LoRA adapter in peft's format: it has no {some(missing)}; it has "
             f"{some(files) or 'no files'}"
         )
+    chosen += [file for file in files if _TEMPLATES.fullmatch(file)]
     fetch(name.repo, chosen, commit=folder.name)
     check_there(name.repo, folder, (config, *chosen))
     return folder

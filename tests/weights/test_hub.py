@@ -79,9 +79,10 @@ REPOS |= {
     | dict.fromkeys((*BINS, "training_args.bin", "flax_model.msgpack"), "x"),
     "someone/tensorflow": COMMON | {"config.json": CONFIG, "tf_model.h5": "x"},
 }
+TEXT = {"tokenizer.json": "x", "chat_template.jinja": "x", "additional_chat_templates/tool_use.jinja": "x"}
 ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": "x"}
 REPOS |= {
-    "someone/adapter": COMMON | ADAPTER | {"tokenizer.json": "x", "adapter_model.bin": "x"},
+    "someone/adapter": COMMON | ADAPTER | TEXT | {"adapter_model.bin": "x"},
     "someone/old-adapter": COMMON | {"adapter_config.json": "{}", "adapter_model.bin": "x"},
 }
 
@@ -126,7 +127,7 @@ def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
         "someone/ggufs/m-Q4_0.gguf",
         script=script,
     )
-    assert fetched("someone/adapter") == {".gitattributes", *ADAPTER, "tokenizer.json"}
+    assert fetched("someone/adapter") == {".gitattributes", *ADAPTER, *TEXT}
     assert all(Path(folder, name).is_file() for folder in (one, again) for name in ADAPTER)
     assert Path(old, "adapter_model.bin").is_file() and not Path(old, "adapter_model.safetensors").exists()
     assert "meta/full is not a LoRA adapter in peft's format: it has no adapter_config.json" in model

@@ -8,6 +8,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 
 import llama_jax
 from golden import make_peft as golden
@@ -23,6 +24,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.weights import adapters
 from llama_jax.weights.formats import peft, safetensors
+from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
 from llama_jax.weights.tensor import of_array
 
@@ -52,7 +54,7 @@ def copy(tmp_path):
 
     def copy(case="all_linear", **changes):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(FOLDERS[case], folder)
+        shutil.copytree(GOLDEN_FOLDER / "peft" / case, folder)
         config = {**json.loads((folder / peft.CONFIG).read_text()), **changes}
         (folder / peft.CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
         return folder
@@ -97,6 +99,22 @@ def test_logits_are_pefts_for_whole_matrices_new_tokens_dora_and_patterns(small,
     assert gap(llama_jax.load(merged, dtype="float32").logits(golden.SMALL_TOKENS), logits) < MATCH
     saved = adapted.save(tmp_path / "saved", "hf")
     assert gap(llama_jax.load(saved, dtype="float32").logits(golden.SMALL_TOKENS), logits) < MATCH
+
+
+def test_a_merged_model_has_the_tokenizer_that_knows_the_new_tokens(small, copy, tmp_path, caplog):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({chr(33 + i): i for i in range(64)}, []))
+    made.add_special_tokens([f"<new{i}>" for i in range(6)])
+    adapter = copy("resized")
+    made.save(str(adapter / "tokenizer.json"))
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}<new3>")
+    llama = llama_jax.load(convert(small[False], tmp_path / "merged", "hf", "--adapter", str(adapter)))
+    assert llama.tokenizer.vocab_size == llama.config.vocab_size == 70
+    assert llama.encode_dialog([{"role": "user", "content": "!"}]) == [0, 67]
+    (adapter / "tokenizer.json").write_text("{")
+    out = convert(small[False], tmp_path / "without", "hf", "--adapter", str(adapter))
+    assert not (out / "tokenizer.json").exists() and "the tokenizer of the adapter cannot be used" in caplog.text
+    same = peft.open_adapter(copy("tokens"), golden.SMALL)  # no new rows: the tokenizer is the base's
+    assert peft.adapted_metadata(Metadata(), same, golden.SMALL) == Metadata()
 
 
 @pytest.mark.parametrize("case", golden.CASES)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -22,15 +23,18 @@ import jax
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.errors import ConfigError, brief, nearest, one_line
 from llama_jax.files import expanded, read_json, write_json
 from llama_jax.params import Params
+from llama_jax.text import chat_template
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import EMBED, Adapter, LazyLora, LazyRows
-from llama_jax.weights.formats import peft_config, safetensors, torch_file
+from llama_jax.weights.formats import huggingface, peft_config, safetensors, torch_file
 from llama_jax.weights.formats.peft_config import PeftSettings
+from llama_jax.weights.model_files import Metadata, tokenizer_in
 from llama_jax.weights.tensor import FLOATS, Index, LazyTensor, equal, of_array, transposed
 
+_log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
@@ -114,6 +118,38 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         },
         folder=folder,
     )
+
+
+def adapted_metadata(metadata: Metadata, adapter: Adapter, base: ModelConfig) -> Metadata:
+    """The metadata of a model with an adapter, which may come with a chat template and with a tokenizer of its own.
+
+    The tokenizer is used if the adapter adds rows to the vocabulary: only it has the names of the new tokens. A
+    tokenizer that cannot be used is left out with a warning.
+
+    Args:
+        metadata: metadata of the model without the adapter.
+        adapter: adapter from `open_adapter`.
+        base: config of the model without the adapter.
+
+    Raises:
+        ValueError: a damaged chat template.
+    """
+    if adapter.folder is None:
+        return metadata
+    if template := chat_template.read_folder(adapter.folder):  # the adapter was trained with it
+        metadata = dataclasses.replace(metadata, chat_template=template)
+    if adapter.config.vocab_size == base.vocab_size:
+        return metadata
+    try:
+        tokenizer = tokenizer_in(adapter.folder)
+        tokenizer = tokenizer and tokenizer.for_model(adapter.config.vocab_size)
+    except (OSError, ValueError) as error:
+        _log.warning("warning: the tokenizer of the adapter cannot be used: %s", one_line(error))
+        return metadata
+    if tokenizer is None:
+        return metadata
+    files = huggingface.tokenizer_files(adapter.folder)
+    return dataclasses.replace(metadata, tokenizer_files=files).with_tokenizer(tokenizer)
 
 
 def _table(config: ModelConfig) -> dict[str, name_table.Weight]:
