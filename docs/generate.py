@@ -1,6 +1,6 @@
 """Write the pages that follow from the code or from other pages.
 
-These are docs/reference/{config,cli,formats,recipes}.md and docs/decisions/index.md.
+These are docs/reference/{config,cli,formats,recipes}.md, docs/decisions/index.md and docs/plans/index.md.
 
     python docs/generate.py            # writes the pages that are out of date
     python docs/generate.py --check    # writes nothing; exit status 1 if a page is out of date
@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -40,8 +41,50 @@ def pages() -> dict[Path, str]:
         "reference/formats": formats_page,
         "reference/recipes": recipes_page,
         "decisions/index": decisions_page,
+        "plans/index": plans_page,
     }
     return {DOCS / f"{name}.md": _HEAD + make().strip() + "\n" for name, make in makers.items()}
+
+
+# Plans
+
+
+def plans_page() -> str:
+    """The committed plans (benchmarks/plans.py) as a table."""
+    plans = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "plans").glob("*.json"))}
+    lines = [
+        "# Plans",
+        "",
+        "Training steps compiled for devices that were not there, by `python benchmarks/plans.py`: all weights, AdamW,",
+        "float32 weights, bfloat16 products. Each has its JSON beside this page. Peaks are those of the compilers;",
+        "**nothing here ran on a TPU or GPU, and times are projections.** How to make one: [Plan](../guides/plan.md).",
+        "",
+        "| plan | devices | mesh | batch | GiB a device, of | closed model | GB sent exposed, overlapped | projected |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_plan_row(name, plan) for name, plan in plans.items()]
+    if (DOCS / "plans" / "memory.svg").exists():
+        lines += ["", "![Memory of one device by part](memory.svg)"]
+    return "\n".join(lines)
+
+
+def _plan_row(name: str, plan: dict[str, Any]) -> str:
+    """A row of the table of plans."""
+    gib, moved = 1 << 30, plan["collectives"]
+    mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
+    exposed, overlapped = (sum(one[key] for one in moved) / 1e9 for key in ("exposed", "overlapped"))
+    step = plan["projection"]
+    cells = [
+        f"[{name}]({name}.json)",
+        f"{plan['device']}",
+        mesh,
+        f"{plan['batch_size']} x {plan['sequence_length']:,}",
+        f"{plan['peak_bytes'] / gib:.1f} of {plan['limit_bytes'] / gib:.1f}{'' if plan['fits'] else ', does not fit'}",
+        f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
+        f"{exposed:,.0f}, {overlapped:,.0f}" if moved else "-",
+        f"{step['seconds']:.1f} s, MFU {100 * step['mfu']:.0f} %",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 # Config keys

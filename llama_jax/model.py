@@ -31,8 +31,9 @@ from llama_jax.params import BY_PATH, Params, check_params
 
 LayerCache = tuple[jax.Array, jax.Array]
 
-# Values that a block keeps for its backward pass: all, the results of matrix products, or only its input.
-REMAT = ("none", "dots", "full")
+# Values that a block keeps for its backward pass: all; the results of matrix products and of attention; those of
+# attention alone, on the device or in the host's memory; or only its input.
+REMAT = ("none", "dots", "attention", "offload", "full")
 
 
 @jax.tree_util.register_dataclass
@@ -188,18 +189,32 @@ def _with_remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """Wraps a layer so that its backward pass recomputes what `remat` does not keep (see REMAT)."""
     if remat == "none":
         return function
+    policies = jax.checkpoint_policies
     if remat == "dots":
-        return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("product"))
+        return jax.checkpoint(function, policy=policies.save_only_these_names("product", "attention"))
+    if remat == "attention":
+        return jax.checkpoint(function, policy=policies.save_only_these_names("attention"))
+    if remat == "offload":
+        offload = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["attention"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return jax.checkpoint(function, policy=offload)
     return jax.checkpoint(function)
 
 
 def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
-    """Runs stacked layers as one scan, which is compiled once whatever the depth."""
+    """Runs stacked layers as one scan, which is compiled once whatever the depth, or one scan a pipeline stage."""
 
-    def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return Block(config, layer)(x_BTD, where, None)[0], None
+    def run(layers: Params, x_BTD: jax.Array, where: Where) -> jax.Array:
+        def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+            return Block(config, layer)(x_BTD, where, None)[0], None
 
-    return jax.lax.scan(_with_remat(body, remat), x_BTD, layers)[0]
+        return jax.lax.scan(_with_remat(body, remat), x_BTD, layers)[0]
+
+    return parallel.pipeline(run, layers, x_BTD, where)
 
 
 def _unroll(config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:

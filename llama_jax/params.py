@@ -214,9 +214,7 @@ def _unstack(leaf: Any) -> tuple[Any, ...]:
     placement = _placement(leaf)
     if placement is None:
         return tuple(leaf[i] for i in range(leaf.shape[0]))
-    mesh, spec = placement
-    if spec and spec[0] is not None:
-        raise ValueError(f"the layer axis is sharded over {spec[0]!r}, but it must not be sharded (parallel.RULES)")
+    mesh, spec = placement  # layers that pipeline stages share come together
     return _split_layers(leaf.shape[0], NamedSharding(mesh, PartitionSpec(*spec[1:])))(leaf)
 
 

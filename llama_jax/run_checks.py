@@ -107,14 +107,16 @@ def check_trained_tokens(lora: LoraConfig, model: ModelConfig) -> None:
 
 def check_mesh(sizes: Mapping[str, int], model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """Check that the model and a batch can be split over a mesh, whose sizes are resolved (no -1)."""
-    tensor = sizes["tensor"]
-    for name in ("num_kv_heads", "num_heads", "ffn_dim", "vocab_size"):
-        if getattr(model, name) % tensor:
-            allowed = [
-                n for n in range(1, model.num_kv_heads + 1)
-                if not (model.num_kv_heads % n or model.ffn_dim % n or model.vocab_size % n)
-            ]  # fmt: skip
-            raise ConfigError(f"mesh.tensor={tensor} must divide model.{name}={getattr(model, name)}: one of {allowed}")
+    tensor, stage = sizes["tensor"], sizes["stage"]
+    if not _takes_tensor(model, tensor):
+        raise ConfigError(
+            f"mesh.tensor={tensor} must divide model.num_heads={model.num_heads}, ffn_dim={model.ffn_dim} and "
+            f"vocab_size={model.vocab_size}, and be a divisor or a multiple of num_kv_heads={model.num_kv_heads}: one "
+            f"of {[n for n in range(1, model.num_heads + 1) if _takes_tensor(model, n)]}"
+        )
+    if model.num_layers % stage:
+        stages = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+        raise ConfigError(f"mesh.stage={stage} must divide model.num_layers={model.num_layers}: one of {stages}")
     if model.embed_dim % sizes["fsdp"]:
         raise ConfigError(f"mesh.fsdp={sizes['fsdp']} must divide model.embed_dim={model.embed_dim}")
     if data.sequence_length % sizes["context"]:
@@ -126,3 +128,16 @@ def check_mesh(sizes: Mapping[str, int], model: ModelConfig, data: DataConfig, t
             f"data.batch_size / train.accumulate is {rows}: set data.batch_size to a multiple of "
             f"{parts * train.accumulate}, or move devices to mesh.tensor"
         )
+    micro = train.microbatches or stage
+    if stage > 1 and rows % (parts * micro):
+        raise ConfigError(
+            f"train.microbatches={micro} must divide the {rows // parts} rows that each part of the mesh has: set "
+            f"data.batch_size to a multiple of {parts * micro * train.accumulate}, or train.microbatches"
+        )
+
+
+def _takes_tensor(model: ModelConfig, n: int) -> bool:
+    """True if n devices can share the heads, the feed-forward and the vocabulary."""
+    kv = model.num_kv_heads
+    whole = not (model.num_heads % n or model.ffn_dim % n or model.vocab_size % n)
+    return whole and (kv % n == 0 or n % kv == 0)

@@ -200,8 +200,12 @@ class TrainConfig:
             divide data.batch_size.
         compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16, and
             float32 on a CPU.
+        microbatches: Parts of a batch that follow one another through pipeline stages; 0 makes as many as there are
+            stages. More of them leave the stages idle for a smaller part of a step. They must divide data.batch_size /
+            train.accumulate. Without stages it has no effect.
         remat: Rematerialization in the backward pass: `none` keeps every activation of a layer, `dots` keeps the
-            results of its matrix products, `full` keeps only its input.
+            results of its matrix products and of attention, `attention` keeps the result of attention, `offload` keeps
+            it in the host's memory, `full` keeps only the layer's input.
         vocab_chunk: Rows of the vocabulary whose logits exist at one time on a device; 0 computes all at once.
         z_loss: Weight of the squared log-normalizer in the loss (PaLM, arXiv:2204.02311, section 5).
         max_skipped: Consecutive steps with a non-finite loss or gradient after which the run stops. Such a step is
@@ -214,7 +218,8 @@ class TrainConfig:
     patience: int = bounded(0, low=0)
     accumulate: int = bounded(1, low=1)
     compute_dtype: str = bounded("auto", choices=("auto", "float32", "bfloat16"))
-    remat: str = bounded("full", choices=("none", "dots", "full"))
+    microbatches: int = bounded(0, low=0)
+    remat: str = bounded("full", choices=("none", "dots", "attention", "offload", "full"))
     vocab_chunk: int = bounded(8192, low=0)
     z_loss: float = bounded(0.0, low=0.0, high=1.0)
     max_skipped: int = bounded(10, low=1)
@@ -307,10 +312,11 @@ class MeshConfig:
     Attributes:
         data: Copies of the model; each computes its part of the batch.
         fsdp: Shards of weights, gradients and moments; each computes its part of the batch.
-        stage: Pipeline stages. Only 1 is built.
+        stage: Pipeline stages. It must divide model.num_layers; train.microbatches parts of a batch follow one another
+            through them.
         context: Parts of each row along its length (sequence parallelism). It must divide data.sequence_length.
-        tensor: Parts of the heads, the feed-forward and the vocabulary. It must divide model.num_kv_heads,
-            model.ffn_dim and model.vocab_size.
+        tensor: Parts of the heads, the feed-forward and the vocabulary. It must divide model.num_heads, model.ffn_dim
+            and model.vocab_size, and be a divisor or a multiple of model.num_kv_heads.
     """
 
     data: int = bounded(1, low=-1)
@@ -320,10 +326,6 @@ class MeshConfig:
     tensor: int = bounded(1, low=-1)
 
     def __post_init__(self) -> None:
-        if self.stage != 1:
-            raise ConfigError(
-                f"mesh.stage={self.stage}: pipeline stages are not built; set mesh.stage=1 and use fsdp or tensor"
-            )
         sizes = dataclasses.asdict(self)
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             shape = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n < 1)

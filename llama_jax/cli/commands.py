@@ -19,6 +19,7 @@ COMMANDS = {
     "infer": "sample text from a model, or talk to it",
     "convert": "write a model in the files of transformers, Meta's code or llama.cpp",
     "eval": "measure models: perplexity, lm_eval's tasks, or two models side by side",
+    "plan": "print what a training run would need on TPUs or GPUs that need not be here",
     "inspect": "print what a model is, or what a run would learn from",
 }
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,10 @@ examples:
   PROGRAM --config configs/llama31_8b_lora.py --config.optimizer.learning_rate=1e-4 --config.data.train='chats/*.jsonl'
   PROGRAM --keys
 """
+_PURPOSES = {
+    "train": "Train a Llama as a config file says.",
+    "plan": "Print what a training run needs on devices that need not be here: memory, communication, projected time.",
+}
 
 
 class _RunParser(Parser):
@@ -48,44 +52,41 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     return run, options.resume
 
 
-def parse_run_flags(argv: Sequence[str], *, command: str) -> tuple[RunConfig, argparse.Namespace]:
+def parse_run_flags(
+    argv: Sequence[str],
+    *,
+    command: str,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+    examples: str = _EXAMPLES,
+) -> tuple[RunConfig, argparse.Namespace]:
     """The run that the arguments describe, and the command's flags that are not config keys.
 
     Args:
         argv: The arguments after the command's name.
-        command: "train" or "inspect data".
+        command: "train", "plan" or "inspect data".
+        add: adds the flags that the command has besides these.
+        examples: text at the end of --help.
 
     Raises:
         ConfigError: a flag, a key or a value that is not allowed; SystemExit after --help and --keys.
     """
     changes, rest = _split_changes(argv)
-    parser = _RunParser(command, "Train a Llama as a config file says.", examples=_EXAMPLES)
-    add = parser.add_argument
-    add("--config", metavar="FILE", help=f"name of a recipe, or a Python file with get_config(). Recipes: {_recipes()}")
-    add(
+    parser = _RunParser(command, _PURPOSES.get(command, _PURPOSES["train"]), examples=examples)
+    flag = parser.add_argument
+    flag(
+        "--config", metavar="FILE", help=f"name of a recipe, or a Python file with get_config(). Recipes: {_recipes()}"
+    )
+    flag(
         "--config.KEY",
         metavar="VALUE",
         dest="key",
         help="change a key of the config, e.g. --config.optimizer.learning_rate=1e-4; --keys lists the keys",
     )
-    if command == "train":
-        add(
-            "--resume",
-            action="store_true",
-            default=True,
-            help="continue from the newest checkpoint, as by default",
-        )
-        add(
-            "--noresume",
-            dest="resume",
-            action="store_false",
-            help="refuse a run folder that already has a checkpoint",
-        )
-        parser.aliases["--no_resume"] = "--noresume"
+    if add is not None:
+        add(parser)
     else:
-        add("--rows", type=int, metavar="N", help="rows of the preview (by default what fits the screen)")
-        add("--full", action="store_true", help="show whole rows instead of what fits the screen")
-    add("--keys", action="store_true", help="print every key with its value, type, allowed values and meaning")
+        (_add_train_flags if command == "train" else _add_data_flags)(parser)
+    flag("--keys", action="store_true", help="print every key with its value, type, allowed values and meaning")
     options = parser.parse(rest)
     changes = [_override(arg) for arg in changes]
     if options.config is None and options.keys:
@@ -98,6 +99,32 @@ def parse_run_flags(argv: Sequence[str], *, command: str) -> tuple[RunConfig, ar
         _print_keys(run.to_dict())
         sys.exit(0)
     return run, options
+
+
+def _add_train_flags(parser: Parser) -> None:
+    """The flags of `train` that are not config keys."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        default=True,
+        help="continue from the newest checkpoint, as by default",
+    )
+    parser.add_argument(
+        "--noresume",
+        dest="resume",
+        action="store_false",
+        help="refuse a run folder that already has a checkpoint",
+    )
+    parser.add_argument(
+        "--plan", metavar="DEVICE", help="print what the run needs on DEVICE, e.g. v5p:4x4x4, and do not train"
+    )
+    parser.aliases["--no_resume"] = "--noresume"
+
+
+def _add_data_flags(parser: Parser) -> None:
+    """The flags of `inspect data` that are not config keys."""
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of the preview (by default what fits the screen)")
+    parser.add_argument("--full", action="store_true", help="show whole rows instead of what fits the screen")
 
 
 def _recipes() -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import progress
-from llama_jax.cli import recipes
+from llama_jax.cli import plan, recipes
 from llama_jax.cli.exits import CommandError
 from llama_jax.cli.parser import program
-from llama_jax.cli.run_flags import parse_run
+from llama_jax.cli.run_flags import parse_run_flags
 from llama_jax.errors import ConfigError
 from llama_jax.run_config import RunConfig
 
@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or the status of the signal that stopped the run (130 for Ctrl-C). A stopped run can be resumed.
     """
-    run, resume = parse_run(argv)
+    run, options = parse_run_flags(argv, command="train")
+    if options.plan:
+        return plan.of_training(run, options.plan)
     _check_base(run)
 
     import jax
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with open(os.devnull, "w") as nowhere:
             with contextlib.nullcontext() if progress.enabled else contextlib.redirect_stdout(nowhere):
-                result = train(run, resume=resume)
+                result = train(run, resume=options.resume)
     except TrainingError as error:
         raise CommandError(error) from error
     if jax.process_index() == 0:

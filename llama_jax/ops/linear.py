@@ -61,12 +61,13 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
     Args:
         x: activations (..., in).
         w: weight (out, in).
-        axes: logical axes of w. A quantized weight that is sharded is all-gathered by these before it is dequantized.
-            XLA would gather it afterwards, and communicate four times as much.
+        axes: logical axes of w. A sharded weight is all-gathered by these in the dtype of x, or packed if it is
+            quantized, and its gradient is reduce-scattered. XLA by itself may gather float32 or dequantized weights,
+            and all-reduce gradients.
     """
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear(x, w.base, axes) + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
-    return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w)
+    return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w, axes)
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
@@ -145,25 +146,45 @@ def _quantized_backward(axes, w, g):
 _quantized_linear.defvjp(_quantized_forward, _quantized_backward)
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _forward(x, w)[0]
+def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtype) -> jax.Array:
+    """The weight in `dtype`, all-gathered over the mesh axes of `embed`.
+
+    The barrier keeps the cast within the scan of the layers. XLA would cast the stacked weights of all layers before
+    it, which takes half of the memory of float32 weights once more (docs/measurements/tpu-compiler.md#casts-in-a-scan).
+    """
+    if axes is None:
+        return w.astype(dtype)
+    w = w if w.dtype == dtype else lax.optimization_barrier(w)
+    return parallel.constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
 
-def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, w.astype(x.dtype)).astype(x.dtype), (x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
+    return _forward(x, w, axes)[0]
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(x, w, axes):
+    return _product(x, _gathered(w, axes, x.dtype)).astype(x.dtype), (x, w)
+
+
+def _backward(axes, residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
+    dx = _dot(g, _gathered(w, axes, x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
+    if axes is None or x.ndim != 3:
+        return dx, _weight_gradient(g, x).astype(w.dtype)
+    outer, inner = (("batch", "length", None if axis == "embed" else axis) for axis in axes)
+    dw = parallel.summed(_weight_gradient, (g, outer), (x, inner), axes=axes, shape=w.shape)
+    return dx, dw.astype(w.dtype)
+
+
+def _weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
+    """The gradient (out, in) in float32 of a weight, from those of the products (..., out) and the inputs (..., in)."""
     leading = tuple(range(x.ndim - 1))
-    dx = _dot(g, w.astype(x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
     # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
     # it has no product with a transposed first operand for some of these shapes.
     narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
-    dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
-    return dx, dw.astype(w.dtype)
+    return _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
 
 
 _linear.defvjp(_forward, _backward)
@@ -180,10 +201,15 @@ def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return rows if table.factor is None else (rows * table.factor[0]).astype(dtype)
     if isinstance(table, QTensor):
         return quant.take(table, ids, dtype)
-    # All-gather the table's columns, not the batch. From a table sharded along `embed`, every device would look up rows
-    # for the whole batch first.
-    table = parallel.constrain(table.astype(dtype), "vocab", None)
-    return _bf16_rows(table, ids) if table.dtype == jnp.bfloat16 else _rows_of(table, ids)
+    # Each device looks up its columns for the rows of all devices that share the table, and an all-to-all exchanges
+    # columns for rows. Gathering the table instead would take its memory twice, for itself and for its gradient.
+    table = parallel.constrain(table.astype(dtype), "vocab", "embed")
+    return _columns(_bf16_rows(table, ids) if table.dtype == jnp.bfloat16 else _rows_of(table, ids))
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """Constrains rows of the table (B, T, D) to be sharded by columns, as the table is."""
+    return parallel.constrain(x, "gathered_batch", "length", "embed") if x.ndim == 3 else x
 
 
 def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -208,8 +234,8 @@ def _bf16_rows_forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tup
 
 def _bf16_rows_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
     table, ids = residuals
-    sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(g.astype(jnp.float32), mode="drop")
-    return sums.astype(table.dtype), None
+    sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(_columns(g).astype(jnp.float32), mode="drop")
+    return parallel.constrain(sums, "vocab", "embed").astype(table.dtype), None
 
 
 _bf16_rows.defvjp(_bf16_rows_forward, _bf16_rows_backward)

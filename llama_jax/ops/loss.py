@@ -64,6 +64,11 @@ def _chunk_ids(V: int, num_shards: int, num_chunks: int) -> jax.Array:
     return ids.reshape(num_shards, num_chunks, -1).swapaxes(0, 1)
 
 
+def _gathered(tables: Arrays) -> Arrays:
+    """The chunks of one step (P, n, D), all-gathered over the mesh axes of `embed`."""
+    return tuple(parallel.constrain(table, "vocab", None, None) for table in tables)
+
+
 def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
     """The logits of one chunk, float32 (B, T, P, n); -inf for padding."""
     precision = _HIGHEST if hiddens[0].dtype == jnp.float32 else None
@@ -86,6 +91,7 @@ def _forward(hiddens, tables, targets, num_shards, num_chunks):
     def scan_chunk(carry, chunk):
         peak, total, score = carry
         rows, ids = chunk
+        rows = _gathered(rows)
         logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
@@ -111,13 +117,24 @@ def _backward(num_shards, num_chunks, residuals, cotangents):
 
     def scan_chunk(dxs, chunk):
         rows, row_ids, logits = chunk
+        rows = _gathered(rows)
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits
         probability = jnp.exp(logits - lse[..., None, None])
         hit = row_ids == targets[..., None, None]
         g = (g_nll + g_lse)[..., None, None] * probability - jnp.where(hit, g_nll[..., None, None], 0.0)
         g = g.astype(dtype)
         dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
-        return dxs, tuple(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))) for hidden in hiddens)
+        logical = ("batch", "length", "vocab", None)
+        return dxs, tuple(
+            parallel.summed(
+                lambda g, hidden: dot(g, hidden, (((0, 1), (0, 1)), ((), ()))),
+                (g, logical),
+                (hidden, ("batch", "length", None)),
+                axes=("vocab", None, name),
+                shape=(*g.shape[2:], hidden.shape[-1]),
+            )
+            for hidden, name in zip(hiddens, ("embed", *names[1:]), strict=True)
+        )
 
     names = ("act_embed",) + (None,) * (len(hiddens) - 1)  # no device splits the rank of LoRA
     dxs = tuple(

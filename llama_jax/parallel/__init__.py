@@ -1,19 +1,28 @@
 """The device mesh, and the rules that shard logical axes over it (floor 1)."""
 
-from llama_jax.parallel.mesh import AXES, make_mesh, single_device_mesh
-from llama_jax.parallel.platform import compute_dtype
+from llama_jax.parallel.flags import compiler_options
+from llama_jax.parallel.mesh import AXES, make_mesh, resolve, single_device_mesh
+from llama_jax.parallel.pipeline import pipeline
+from llama_jax.parallel.platform import compute_dtype, named_dtype
 from llama_jax.parallel.rules import (
     RULES,
     Layout,
     abstract,
     active,
+    all_gathered,
     axis_size,
     constrain,
+    constrain_first,
+    length_order,
     on_each_part,
+    reordered,
     replicated,
     shardings,
     spread,
+    stages,
+    summed,
     use,
+    use_balanced,
 )
 
 __all__ = [
@@ -22,14 +31,25 @@ __all__ = [
     "Layout",
     "abstract",
     "active",
+    "all_gathered",
     "axis_size",
+    "compiler_options",
     "compute_dtype",
     "constrain",
+    "constrain_first",
+    "length_order",
     "make_mesh",
+    "named_dtype",
     "on_each_part",
+    "pipeline",
+    "reordered",
     "replicated",
+    "resolve",
     "shardings",
     "single_device_mesh",
     "spread",
+    "stages",
+    "summed",
     "use",
+    "use_balanced",
 ]

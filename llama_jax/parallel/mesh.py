@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llama_jax.errors import ConfigError
@@ -48,23 +49,56 @@ def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A Mesh with the axes data, fsdp, stage, context and tensor, in that order.
 
+    Several TPU slices, which a slow network connects, are put along the first of data and stage that their number
+    divides.
+
     Args:
         sizes: devices along each axis; an absent axis is 1, and one may be -1 (the rest).
         devices: the devices of the mesh; all devices of all processes by default.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices, or do not fit a TPU's grid of chips.
+        ConfigError: the sizes do not multiply to the number of devices, or do not fit a TPU's grid of chips or slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = tuple(resolve(sizes, len(devices)).values())
+    resolved = resolve(sizes, len(devices))
+    shape = tuple(resolved.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return _across_slices(resolved, slices, devices)
     try:
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    except NotImplementedError:  # the chips of a TPU form a grid, and not every shape fits it
+    except NotImplementedError:  # the chips of a TPU form a grid, and this shape splits one of its axes
+        return _on_split_axes(shape, devices)
+
+
+def _on_split_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
+    """A Mesh some of whose axes share an axis of the grid of chips, and its links."""
+    try:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError):
         named = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n > 1)
         raise ConfigError(
             f"mesh {named} does not fit the grid of these {len(devices)} chips: use sizes of the grid's own axes, or "
             "products of them (for 4 x 4 chips fsdp=4, tensor=4 or fsdp=16)"
         ) from None
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _across_slices(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A Mesh whose data or stage axis crosses slices."""
+    crossing = next((axis for axis in ("data", "stage") if sizes[axis] % slices == 0), None)
+    if crossing is None:
+        raise ConfigError(
+            f"mesh data={sizes['data']} x stage={sizes['stage']} cannot be split over {slices} slices, whose network "
+            f"is slow: set mesh.data to a multiple of {slices}"
+        )
+    outer = tuple(slices if axis == crossing else 1 for axis in AXES)
+    inner = tuple(n // m for n, m in zip(sizes.values(), outer, strict=True))
+    try:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    except NotImplementedError:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def single_device_mesh() -> Mesh:

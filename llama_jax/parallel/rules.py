@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 
 # Each logical axis is sharded over the mesh axes named here. Weights are sharded twice: their `embed` axis over fsdp
-# (all-gathered one layer at a time), the other over tensor. `layers` is not sharded, because a scan over a sharded axis
-# all-gathers all of it. Activations between layers are sharded over tensor too (arXiv:2205.05198 shards the length over
-# it): the residuals of a layer are held once, and each all-reduce becomes a reduce-scatter and an all-gather.
+# (all-gathered one layer at a time), the other over tensor. `layers` is sharded over stages only (pipeline.py):
+# a scan over a sharded axis all-gathers all of it. The vocabulary is sharded over stages too, so that they share
+# the work of the loss. Activations between layers are sharded over tensor (arXiv:2205.05198 shards the length over it):
+# the residuals of a layer are held once, and each all-reduce becomes a reduce-scatter and an all-gather.
 _TRAIN: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "gathered_batch": ("data",),  # rows where fsdp shards the columns instead, as in embedding look-ups
     "length": ("context",),
-    "layers": (),
+    "layers": ("stage",),
     "embed": ("fsdp",),
-    "vocab": ("tensor",),
+    "vocab": ("tensor", "stage"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
@@ -33,7 +36,15 @@ _TRAIN: dict[str, tuple[str, ...]] = {
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": _TRAIN,
     # Sampling all-gathers no weights, so `embed` is not sharded. The length of a decode step is 1.
-    "infer": {**_TRAIN, "embed": (), "length": (), "act_embed": ()},
+    "infer": {
+        **_TRAIN,
+        "gathered_batch": ("data", "fsdp"),
+        "layers": (),
+        "embed": (),
+        "vocab": ("tensor",),
+        "length": (),
+        "act_embed": (),
+    },
 }
 
 
@@ -44,10 +55,19 @@ class Layout:
     Attributes:
         mesh: the devices.
         rules: a key of RULES, "train" or "infer".
+        microbatches: parts of a batch that follow one another through pipeline stages.
+        balanced: True while rows are in the order of `length_order`.
     """
 
     mesh: Mesh
     rules: str
+    microbatches: int = 1
+    balanced: bool = False
+
+    @property
+    def stage_axis(self) -> str:
+        """The mesh axis of pipeline stages."""
+        return RULES["train"]["layers"][0]
 
     def parts(self, axis: str) -> int:
         """Number of shards of a logical axis."""
@@ -106,24 +126,115 @@ def axis_size(axis: str) -> int:
     return 1 if layout is None else layout.parts(axis)
 
 
-def on_each_part(function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes]) -> jax.Array:
+def constrain_first(x: jax.Array, axis: str) -> jax.Array:
+    """Constrains the sharding of the first dimension alone by its logical axis."""
+    layout = _active.get()
+    if layout is None or layout.mesh.size == 1:
+        return x
+    first = layout.spec((axis,), x.shape[:1])[0]
+    spec = PartitionSpec(first, *(PartitionSpec.UNCONSTRAINED for _ in x.shape[1:]))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def length_order(T: int) -> tuple[int, ...]:
+    """The order of 2 n equal chunks of a row that balances causal attention over n devices; (0,) for one device.
+
+    Device i holds the chunks i and 2 n - 1 - i, so that all devices attend to equally many keys (Dubey et al.,
+    arXiv:2407.21783, section 3.3.2).
+
+    Args:
+        T: length of a row. A length that 2 n does not divide stays in order.
+    """
+    n = axis_size("length")
+    if n == 1 or T % (2 * n):
+        return (0,)
+    return tuple(chunk for i in range(n) for chunk in (i, 2 * n - 1 - i))
+
+
+def reordered(x: jax.Array, order: tuple[int, ...], *, axis: int = 1, back: bool = False) -> jax.Array:
+    """An array with the chunks of one axis in another order, or back from it to the order of the row."""
+    n = len(order)
+    if n == 1:
+        return x
+    indices = sorted(range(n), key=order.__getitem__) if back else order
+    shape = x.shape
+    chunks = x.reshape(*shape[:axis], n, shape[axis] // n, *shape[axis + 1 :])
+    return chunks.take(np.asarray(indices), axis=axis).reshape(shape)
+
+
+@contextlib.contextmanager
+def use_balanced(order: tuple[int, ...]) -> Iterator[None]:
+    """Marks rows as being in the order of `length_order` for the attention kernels, while tracing."""
+    layout = _active.get()
+    with use(layout if layout is None or len(order) == 1 else dataclasses.replace(layout, balanced=True)):
+        yield
+
+
+def all_gathered(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """The shards of all devices along a logical axis, joined; inside a function of `on_each_part` only."""
+    layout = _active.get()
+    names = None if layout is None else layout.spec((axis,))[0]
+    return x if names is None else jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+
+
+def on_each_part(
+    function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes], whole: tuple[Any, Any] | None = None
+) -> jax.Array:
     """Runs `function` on each device's own shards, for code that XLA cannot partition, such as Pallas kernels.
 
     Args:
-        function: takes the shards and returns an array with the shape of the first. It must need no other device.
+        function: takes the shards and returns an array with the shape of the first. What it needs of other devices it
+            takes from `all_gathered`.
         *arrays: each array with its logical axes.
+        whole: a tree and the tree of its PartitionSpecs, the last argument of `function`.
 
     Returns:
         An array with the shape and the axes of the first array.
     """
     layout = _active.get()
-    values = [array for array, _ in arrays]
+    values = [array for array, _ in arrays] + ([] if whole is None else [whole[0]])
     if layout is None or layout.mesh.size == 1:
         return function(*values)
-    specs = tuple(layout.spec(axes, array.shape) for array, axes in arrays)
+    specs = tuple(layout.spec(axes, array.shape) for array, axes in arrays) + (() if whole is None else (whole[1],))
     # check_vma must be off: kernels do not declare over which axes their results are replicated.
     split = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*values)
+
+
+def summed(
+    function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes], axes: Axes, shape: tuple[int, ...]
+) -> jax.Array:
+    """The sum of `function` over the shards of a batch, for gradients: reduce-scattered over the shards of `embed`.
+
+    XLA by itself would all-reduce it, which sends twice as much, and then take a shard.
+
+    Args:
+        function: a sum over the rows and tokens of its arguments: takes shards, returns that part of the result.
+        *arrays: each array with its logical axes, which begin with "batch" and "length".
+        axes: logical axes of the result.
+        shape: shape of the result.
+    """
+    layout = _active.get()
+    batch = arrays[0][0].shape[:2]
+    if layout is None or layout.mesh.size == 1 or any(n % layout.parts(a) for n, a in zip(batch, _BATCH, strict=True)):
+        return function(*(array for array, _ in arrays))
+    rules = RULES[layout.rules]
+    spec = layout.spec(axes, shape)
+    scattered = [name for name in rules["embed"] if layout.mesh.shape[name] > 1 and "embed" in axes]
+    whole = [name for axis in _BATCH for name in rules[axis] if layout.mesh.shape[name] > 1 and name not in scattered]
+
+    def part(*shards: jax.Array) -> jax.Array:
+        result = function(*shards)
+        for name in scattered:
+            result = jax.lax.psum_scatter(result, name, scatter_dimension=axes.index("embed"), tiled=True)
+        return jax.lax.psum(result, tuple(whole)) if whole else result
+
+    specs = tuple(layout.spec(names, array.shape) for array, names in arrays)
+    split = jax.shard_map(part, mesh=layout.mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return split(*(array for array, _ in arrays))
+
+
+_BATCH = ("batch", "length")
 
 
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
@@ -147,6 +258,11 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def stages(mesh: Mesh) -> int:
+    """Number of pipeline stages of a mesh."""
+    return Layout(mesh, "train").parts("layers")
 
 
 def spread(mesh: Mesh) -> NamedSharding:

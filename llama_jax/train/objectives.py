@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llama_jax import model
+from llama_jax import model, parallel
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
@@ -115,9 +115,14 @@ def answer_sums(values_BT: jax.Array, batch: Batch) -> jax.Array:
 def _token_losses(run: RunConfig, params: Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """-log p of each target and the log-normaliser of its logits, (B, T) float32."""
     config = dataclasses.replace(run.model, tied_embeddings="unembed" not in params)  # LoRA may untie the policy's
-    hidden_BTD, _ = model.forward(
-        config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=run.train.remat
+    order = parallel.length_order(run.data.sequence_length)  # of the row's parts on the devices that share it
+    tokens, positions, segments, targets = (
+        parallel.reordered(batch[name], order) for name in ("tokens", "positions", "segments", "targets")
     )
+    with parallel.use_balanced(order):
+        hidden_BTD, _ = model.forward(config, params, tokens, positions, segments, dtype=dtype, remat=run.train.remat)
     with jax.named_scope("loss"):
         table_VD = model.unembedding(config, params)
-        return cross_entropy(hidden_BTD, table_VD, batch["targets"], vocab_chunk=run.train.vocab_chunk)
+        losses = cross_entropy(hidden_BTD, table_VD, targets, vocab_chunk=run.train.vocab_chunk)
+        nll_BT, lse_BT = (parallel.reordered(a, order, back=True) for a in losses)
+        return nll_BT, lse_BT

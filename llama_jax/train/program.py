@@ -59,8 +59,8 @@ class Program:
             ConfigError: the model or a batch cannot be split over the mesh, or the base cannot be quantized.
         """
         run.check_mesh(dict(mesh.shape))
-        layout = parallel.Layout(mesh, "train")
-        dtype = parallel.compute_dtype(run.train.compute_dtype)
+        layout = parallel.Layout(mesh, "train", microbatches=run.train.microbatches or parallel.stages(mesh))
+        dtype = parallel.compute_dtype(run.train.compute_dtype, mesh)
         optimizer = make_optimizer(run.optimizer, trainable.trained_axes(run), steps=run.train.steps)
         return cls(
             run=run,
@@ -99,6 +99,11 @@ class Program:
         return sorted({row for index in indices for row in range(*index[0].indices(shape[0]))})
 
     @functools.cached_property
+    def compiler_options(self) -> dict[str, bool | int | str]:
+        """The options that the steps are compiled with (parallel/flags.py)."""
+        return parallel.compiler_options(self.layout.mesh)
+
+    @functools.cached_property
     def train_step(self) -> Any:
         """The compiled step, (state, frozen, batch) -> (state, metrics). The state is donated."""
         shardings = state_shardings(self.state)
@@ -110,6 +115,7 @@ class Program:
             in_shardings=(shardings, None, self.batch_sharding),
             out_shardings=(shardings, parallel.replicated(self.layout.mesh)),
             donate_argnums=0,
+            compiler_options=self.compiler_options,
         )
 
     @functools.cached_property
@@ -119,4 +125,5 @@ class Program:
             make_eval_step(self.run, self.layout, self.dtype),
             in_shardings=(state_shardings(self.state).params, None, self.batch_sharding),
             out_shardings=parallel.replicated(self.layout.mesh),
+            compiler_options=self.compiler_options,
         )

@@ -224,7 +224,7 @@ def program(folder, *arguments, devices=1):
     [
         (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
         (["--config.data.train=missing.txt"], "data.train: "),
-        (["--config.mesh.tensor=8", "--config.mesh.fsdp=1"], "must divide model.num_kv_heads=4: one of [1, 2, 4]"),
+        (["--config.mesh.stage=8", "--config.mesh.fsdp=1"], "must divide model.num_layers=3: one of [1, 3]"),
     ],
 )
 def test_the_program_leaves_with_one_line_and_status_2(tmp_path, arguments, words):

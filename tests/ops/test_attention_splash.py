@@ -113,6 +113,37 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(sizes):
         check(4 * PADDED, N=2 * K)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+def test_devices_that_share_a_row_attend_to_the_keys_of_all_of_it(sizes, balanced):
+    T, N = 1024, 2 * K
+    segments, positions = packed(2 * [[300, 17, T - 317], [5, 900]], T)
+    B, real = segments.shape[0], (segments > 0)[:, :, None, None]
+    q, k, v, g = draw(1, B, T, N, 64), draw(2, B, K, T, 64), draw(3, B, K, T, 64), draw(4, B, T, N, 64) * real
+    expected = with_gradients(functools.partial(plain, segments=segments, positions=positions), q, k, v, g)
+    layout = parallel.Layout(parallel.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))]), "train")
+
+    def attend(q, k, v):
+        with parallel.use(layout):
+            order = parallel.length_order(T) if balanced else (0,)
+            rows = [parallel.reordered(a, order, axis=axis) for a, axis in ((q, 1), (k, 2), (v, 2), (segments, 1))]
+            with parallel.use_balanced(order):
+                out = splash.attention(*rows[:3], segments_BT=rows[3], interpret=True)
+            return parallel.reordered(out, order, back=True)
+
+    for name, a, b in zip("oqkv", with_gradients(attend, q, k, v, g), expected, strict=True):
+        a, b = (a * real, b * real) if name == "o" else (a, b)
+        assert gap(a, b) < ROUNDING, name
+
+
+def test_in_balanced_order_all_devices_attend_to_equally_many_keys():
+    layout = parallel.Layout(parallel.make_mesh({"context": 4}, jax.devices()[:4]), "train")
+    with parallel.use(layout):
+        mask = splash._Causal((1024, 1024), parallel.length_order(1024))
+    keys = (mask.q_sequence + 1).reshape(4, -1).sum(axis=1)
+    assert len(set(keys.tolist())) == 1
+
+
 # What the kernel takes for granted.
 
 
@@ -198,9 +229,19 @@ def kernels(
     return traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call")
 
 
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+# Among them more tensor parts than the two key/value heads, a row on four devices, and pipeline stages.
+TAKEN = [
+    None,
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"tensor": 4, "data": 2},
+    {"context": 2, "fsdp": 4},
+    {"stage": 2, "fsdp": 4},
+]
+
+
+@pytest.mark.parametrize("mesh", TAKEN, ids=str)
 def test_on_a_tpu_the_model_runs_the_kernel(mesh):
-    assert kernels(mesh=mesh) == 1  # in the scan of the layers
+    assert kernels(mesh=mesh, length=512) == 1  # in the scan of the layers
 
 
 @pytest.mark.parametrize(
@@ -211,8 +252,7 @@ def test_on_a_tpu_the_model_runs_the_kernel(mesh):
         {"length": 200},
         {"dtype": jnp.float32},
         {"config": dataclasses.replace(CONFIG, head_dim=32)},
-        {"mesh": {"context": 2, "data": 4}},
-        {"mesh": {"tensor": 4, "data": 2}},  # of two key/value heads
+        {"mesh": {"context": 4, "data": 2}},  # 64 tokens a device
         {"cache": init_cache(CONFIG, batch=8, capacity=256, dtype=jnp.bfloat16)},
     ],
     ids=lambda case: "-".join(case),
@@ -221,6 +261,6 @@ def test_what_the_kernel_cannot_do_is_plain_attention(case):
     assert kernels(**case) == 0
 
 
-@pytest.mark.parametrize(("remat", "calls"), [("none", 2), ("dots", 2), ("full", 3)])
+@pytest.mark.parametrize(("remat", "calls"), [("none", 2), ("dots", 2), ("attention", 2), ("full", 3)])
 def test_the_backward_pass_runs_the_kernel_again_only_where_everything_is_recomputed(remat, calls):
     assert kernels(remat=remat, gradient=True) == calls

@@ -21,7 +21,7 @@ optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
 train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype
-train.remat train.vocab_chunk train.z_loss train.max_skipped
+train.microbatches train.remat train.vocab_chunk train.z_loss train.max_skipped
 lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora lora.base
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
@@ -178,7 +178,6 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("mesh__data", 0, "every axis must be at least 1"),
         ("mesh__tensor", -2, "must be at least -1"),
         ("mesh__tensor", -1, "one of them may be -1"),
-        ("mesh__stage", 2, "pipeline stages are not built"),
         ("log__every", 0, "must be at least 1"),
         ("log__eval_batches", 0, "must be at least 1"),
         ("log__sample_tokens", 0, "must be at least 1"),
@@ -225,8 +224,10 @@ def sizes(**given):
 @pytest.mark.parametrize(
     ("mesh", "words"),
     [
-        ({"tensor": 8}, "mesh.tensor=8 must divide model.num_kv_heads=4: one of [1, 2, 4]"),
-        ({"tensor": 3}, "mesh.tensor=3 must divide model.num_kv_heads=4: one of [1, 2, 4]"),
+        ({"tensor": 16}, "mesh.tensor=16 must divide model.num_heads=8, ffn_dim=96 and vocab_size=512"),
+        ({"tensor": 3}, "a divisor or a multiple of num_kv_heads=4: one of [1, 2, 4, 8]"),
+        ({"stage": 2}, "mesh.stage=2 must divide model.num_layers=3: one of [1, 3]"),
+        ({"stage": 3}, "train.microbatches=3 must divide the 8 rows that each part of the mesh has"),
         ({"fsdp": 5}, "mesh.fsdp=5 must divide model.embed_dim=48"),
         ({"context": 5}, "mesh.context=5 must divide data.sequence_length=32"),
         ({"data": 16}, "set data.batch_size to a multiple of 16, or move devices to mesh.tensor"),

@@ -200,6 +200,8 @@ QUICK = [
     {"fsdp": 4},
     {"fsdp": 2, "tensor": 4},
     {"data": 2, "context": 2, "tensor": 2},
+    {"fsdp": 2, "stage": 2, "tensor": 2},
+    {"tensor": 8},
 ]
 SLOW = [
     {"data": 2},
@@ -215,6 +217,12 @@ SLOW = [
     {"fsdp": 4, "context": 2},
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"fsdp": 2, "context": 2, "tensor": 2},
+    {"stage": 2},
+    {"data": 4, "stage": 2},
+    {"stage": 2, "context": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "stage": 2},
+    {"fsdp": 2, "stage": 2, "context": 2},
+    {"stage": 2, "tensor": 4},
 ]
 
 

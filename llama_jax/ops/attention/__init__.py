@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from llama_jax import parallel
 from llama_jax.ops.attention import xla
 
 __all__ = ["attention"]
@@ -27,9 +29,10 @@ def attention(
     """Attention with the arguments and results of `xla.attention`, by the best backend for them.
 
     Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`). All else
-    runs plain XLA. So does a length axis that is sharded (mesh.context), because the kernel needs all keys on each
-    device.
+    runs plain XLA. If the length axis is sharded, both gather the keys and values of a row on each of its devices.
     """
+    if aligned:
+        k_BKSH, v_BKSH = _repeated(k_BKSH), _repeated(v_BKSH)
     plain = functools.partial(
         xla.attention,
         q_positions_BT=q_positions_BT,
@@ -39,10 +42,18 @@ def attention(
         aligned=aligned,
         unsplit=unsplit,
     )
-    if aligned and unsplit:
+    if aligned:
         from llama_jax.ops.attention import splash  # importing Pallas takes 0.2 s; sampling does not need it
 
         if splash.takes(q_BTNH, k_BKSH):
             kernel = functools.partial(splash.attention, segments_BT=q_segments_BT)
             return lax.platform_dependent(q_BTNH, k_BKSH, v_BKSH, tpu=kernel, default=plain)
     return plain(q_BTNH, k_BKSH, v_BKSH)
+
+
+def _repeated(k_BKSH: jax.Array) -> jax.Array:
+    """The key/value heads, repeated where tensor parallelism has more parts than heads, so that each part has one."""
+    parts, K = parallel.axis_size("heads"), k_BKSH.shape[1]
+    if parts <= K or parts % K:
+        return k_BKSH
+    return parallel.constrain(jnp.repeat(k_BKSH, parts // K, axis=1), "batch", "kv_heads", "length", None)

@@ -10,11 +10,13 @@ Letters: B batch, T length, N query heads, K key/value heads, H head dim.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
 
 from llama_jax import parallel
 
@@ -31,7 +33,9 @@ def takes(q_BTNH: jax.Array, k_BKTH: jax.Array) -> bool:
     """
     _, T, N, H = q_BTNH.shape
     parts = parallel.axis_size("heads")
-    whole = T % _LANES == 0 and N % parts == 0 and k_BKTH.shape[1] % parts == 0
+    tokens = T // parallel.axis_size("length")
+    tokens //= 2 if len(parallel.length_order(T)) > 1 else 1
+    whole = tokens % _LANES == 0 and N % parts == 0 and k_BKTH.shape[1] % parts == 0
     return whole and H in _HEAD_DIMS and q_BTNH.dtype == jnp.bfloat16
 
 
@@ -45,7 +49,9 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to itself.
 
-    Each device runs the kernel on its own rows and heads. The length axis must not be sharded.
+    Each device runs the kernel on its own rows and heads. If the length axis is sharded, a device has the queries of
+    its part of a row, and gathers the keys and values of the whole row. The parts are those of
+    `parallel.length_order`, which balances the work, if the active layout says so.
 
     Args:
         q_BTNH: queries, already rotated. They are multiplied by 1 / sqrt(H) and rounded to their own dtype.
@@ -62,47 +68,75 @@ def attention(
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     if segments_BT is None:
         segments_BT = jnp.zeros((B, T), jnp.int32)
+    order, axes = (0,), parallel.axis_size("length")
+    layout = parallel.active()
+    if layout is not None and layout.balanced:
+        order = parallel.length_order(T)
+    kernel = _kernel(T, q_BTNH.shape[2] // parallel.axis_size("heads"), order, shards=axes, interpret=interpret)
+    whole = (kernel, jax.tree.map(lambda _: PartitionSpec(), kernel))
+    if axes > 1:
+        whole = (kernel, kernel.manual_sharding_spec(layout.sharding((None, "length"))))
     return parallel.on_each_part(
-        functools.partial(_rows, interpret=interpret),
+        functools.partial(_rows, order=order),
         (q_BTNH, ("batch", "length", "heads", None)),
         (k_BKTH, ("batch", "kv_heads", "length", None)),
         (v_BKTH, ("batch", "kv_heads", "length", None)),
         (segments_BT, ("batch", "length")),
+        whole=whole,
+    )
+
+
+def _kernel(T: int, N: int, order: tuple[int, ...], *, shards: int, interpret: bool) -> Any:
+    """The kernel for rows of T tokens in chunks of `order`, whose queries are sharded over devices."""
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([_Causal((T, T), order)] * N),
+        block_sizes=_block_sizes(T, T // max(shards, len(order))),
+        head_shards=1,
+        q_seq_shards=shards,
+        # remat="dots" and "attention" (model.py) keep its residuals, so that the kernel runs once.
+        residual_checkpoint_name="attention",
+        interpret=interpret,
     )
 
 
 def _rows(
-    q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: jax.Array, *, interpret: bool
+    q_BTNH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    segments_BT: jax.Array,
+    kernel: Any,
+    *,
+    order: tuple[int, ...],
 ) -> jax.Array:
-    """The kernel on the rows and heads of one device."""
-    _, T, N, _ = q_BTNH.shape
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([_Causal((T, T))] * N),
-        block_sizes=_block_sizes(T),
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name="product",  # remat="dots" (model.py) keeps it, so that the kernel runs once
-        interpret=interpret,
+    """The kernel on the rows, queries and heads of one device."""
+    k_BKSH, v_BKSH = (
+        parallel.reordered(parallel.all_gathered(a, "length", 2), order, axis=2, back=True) for a in (k_BKTH, v_BKTH)
     )
+    segments_BS = parallel.reordered(parallel.all_gathered(segments_BT, "length", 1), order, back=True)
     # The kernel masks keys after the query's index and keys of other segments; the plain attention compares positions.
     # The masks are equal because the documents of a row are contiguous (data/packing.py), with a segment each and
     # increasing positions. Only padding, whose positions are all 0, attends to less here, and nothing attends to it.
-    documents_BT = splash.SegmentIds(segments_BT, segments_BT)
-    return jax.vmap(kernel)(q_BTNH.swapaxes(1, 2), k_BKTH, v_BKTH, documents_BT).swapaxes(1, 2)
+    documents_BT = splash.SegmentIds(segments_BT, segments_BS)
+    return jax.vmap(kernel)(q_BTNH.swapaxes(1, 2), k_BKSH, v_BKSH, documents_BT).swapaxes(1, 2)
 
 
 class _Causal(splash.CausalMask):
-    """The causal mask, whose blocks off the diagonal are decided by their corners.
+    """The causal mask of queries in chunks of an order, whose blocks off the diagonal are decided by their corners.
 
     To find the blocks to skip, jax evaluates every block of the mask. At T = 131,072 a CPU took 50 s to compare 17
     billion pairs three times.
     """
 
+    def __init__(self, shape: tuple[int, int], order: tuple[int, ...] = (0,)):
+        super().__init__(shape)
+        self.q_sequence = self.q_sequence.reshape(len(order), -1)[np.asarray(order)].reshape(-1)
+
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         queries, keys = index
-        if keys.stop <= queries.start + 1:
+        rows = self.q_sequence[queries]  # a block is within a chunk, so that its rows follow one another
+        if keys.stop <= rows[0] + 1:
             return np.ones((1, 1), bool)
-        if queries.stop <= keys.start:
+        if rows[-1] < keys.start:
             return np.zeros((1, 1), bool)
         return super().__getitem__(index)
 
@@ -112,14 +146,15 @@ class _Causal(splash.CausalMask):
 _MAX_FUSED = 8192
 
 
-def _block_sizes(T: int) -> splash.BlockSizes:
-    """Block sizes of queries and keys, and of the keys that are multiplied at once.
+def _block_sizes(T: int, chunk: int | None = None) -> splash.BlockSizes:
+    """Block sizes of queries, within a chunk of the row, and of keys, and of the keys that are multiplied at once.
 
     Larger blocks are fetched fewer times, but more of their entries are above the diagonal. The sizes are not measured
     on a TPU.
     """
     fused = T <= _MAX_FUSED
-    block_q, block_kv, compute = (_divisor(T, most) for most in (512 if fused else 1024, 1024, 512))
+    block_q = _divisor(chunk or T, 512 if fused else 1024)
+    block_kv, compute = _divisor(T, 1024), _divisor(T, 512)
     return splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

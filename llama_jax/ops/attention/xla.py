@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax import parallel
+
 # Query rows of a causal chunk, and the most chunks. Short chunks skip more keys and long ones multiply faster; the
 # values were measured on a CPU (docs/measurements/cpu-products.md#attention-in-chunks).
 _CAUSAL_CHUNK = 128
@@ -77,11 +79,34 @@ def attention(
         None if k_segments_BS is None else q_segments_BT,
     )
     keys = _Keys(k_BKSH, v_BKSH, k_positions_BS, k_segments_BS)
-    if aligned and unsplit and _CAUSAL_CHUNK < T:
+    if aligned and not unsplit:
+        out_BKGTH = _split_length(queries, keys)
+    elif aligned and unsplit and _CAUSAL_CHUNK < T:
         out_BKGTH = _causal_prefixes(queries, keys)
     else:
         out_BKGTH = _all_keys(queries, keys, unsplit=unsplit)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _split_length(queries: _Queries, keys: _Keys) -> jax.Array:
+    """Attention where the length is sharded: each device's own queries, in chunks, to the gathered keys of the row."""
+    tokens = ("batch", "length")
+    arrays = [
+        (queries.q_BKGTH, ("batch", "kv_heads", None, "length", None)),
+        (queries.positions_BT, tokens),
+        (keys.k_BKSH, ("batch", "kv_heads", "length", None)),
+        (keys.v_BKSH, ("batch", "kv_heads", "length", None)),
+        (keys.positions_BS, tokens),
+    ]
+    if keys.segments_BS is not None:
+        arrays += [(queries.segments_BT, tokens), (keys.segments_BS, tokens)]
+
+    def own(q, q_positions, k, v, k_positions, q_segments=None, k_segments=None):
+        gathered = (None if a is None else parallel.all_gathered(a, "length", 1) for a in (k_positions, k_segments))
+        k, v = (parallel.all_gathered(a, "length", 2) for a in (k, v))
+        return _all_keys(_Queries(q, q_positions, q_segments), _Keys(k, v, *gathered), unsplit=True)
+
+    return parallel.on_each_part(own, *arrays)
 
 
 def _causal_prefixes(queries: _Queries, keys: _Keys) -> jax.Array:

@@ -1,0 +1,69 @@
+"""Write the committed plans: docs/plans/NAME.json by the compilers, and the picture. The page follows from the JSON.
+
+    TPU_LIBRARY_PATH=.../libtpu.so CUDA_PLUGIN_PATH=... python benchmarks/plans.py [NAME ...] [--closed]
+    python docs/generate.py
+
+Without names it makes all of them; --closed only draws the picture again. One plan takes one to four minutes of a core.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from llama_jax.cli.plan import with_shape
+from llama_jax.cli.run_flags import parse_run_flags
+from llama_jax.plan import planner, report
+from llama_jax.plan.devices import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "plans"
+
+# Name: device, slices, and the flags beyond the recipe for all weights of 8B in rows of 8,192 tokens.
+PLANS: dict[str, tuple[str, int, str]] = {
+    "160m-v5e-4": ("v5e:4", 1, "model=160m data.sequence_length=2048 data.batch_size=4"),  # cheap enough for every CI
+    "8b-v5e-16": ("v5e:16", 1, "data.batch_size=16"),
+    "8b-v5e-8-int8": ("v5e:8", 1, "data.batch_size=8 data.sequence_length=4096 optimizer.moments=int8"),
+    "8b-v5p-16": ("v5p:16", 1, "data.batch_size=16"),
+    "8b-v5p-256": ("v5p:256", 1, "data.batch_size=256"),
+    "8b-v6e-8": ("v6e:8", 1, "data.batch_size=8"),
+    "8b-tpu7x-8": ("tpu7x:8", 1, "data.batch_size=16"),
+    "8b-128k-v5p-32": ("v5p:4x4x2", 1, "data.batch_size=4 data.sequence_length=131072 mesh.tensor=8"),
+    "8b-128k-context-v5p-32": ("v5p:4x4x2", 1, "data.batch_size=4 data.sequence_length=131072 mesh.context=8"),
+    "8b-h100-8": ("h100:8", 1, "data.batch_size=8"),
+    "70b-v5p-64": ("v5p:64", 1, "model=llama3.1-70b data.batch_size=64"),
+    "70b-h200-64": ("h200:64", 1, "model=llama3.1-70b data.batch_size=64"),
+    "405b-v5p-512": ("v5p:512", 1, "model=llama3.1-405b data.batch_size=64 mesh.tensor=8"),
+    "405b-v6e-256": ("v6e:256", 1, "model=llama3.1-405b data.batch_size=16 mesh.tensor=16"),
+    "405b-2-v5p-512": ("v5p:512", 2, "model=llama3.1-405b data.batch_size=128 mesh.data=2 mesh.tensor=8"),
+    "405b-h100-512": ("h100:512", 1, "model=llama3.1-405b data.batch_size=64 mesh.tensor=8"),
+}
+
+
+def plan(name: str) -> planner.Plan:
+    """The plan of a name, compiled."""
+    device, slices, changes = PLANS[name]
+    flags = [f"--config.{change}" for change in changes.split()]
+    run, _ = parse_run_flags(["--config", str(ROOT / "configs" / "llama31_8b.py"), *flags], command="inspect data")
+    return planner.make(with_shape(run), parse(device, slices=slices))
+
+
+def main() -> None:
+    """Make the plans that the arguments name, and draw all that are there."""
+    for name in [arg for arg in sys.argv[1:] if arg != "--closed"] or ([] if "--closed" in sys.argv else list(PLANS)):
+        record = plan(name).to_dict()
+        print(f"{name}: {report.table(record)}\n", flush=True)
+        if record["by"] == "compiler":
+            (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    made = [
+        (name, json.loads((FOLDER / f"{name}.json").read_text()))
+        for name in PLANS
+        if (FOLDER / f"{name}.json").exists()
+    ]
+    if made:
+        report.draw(made, FOLDER / "memory.svg")
+
+
+if __name__ == "__main__":
+    main()

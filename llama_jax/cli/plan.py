@@ -1,0 +1,103 @@
+"""`plan`: what a training run would need on devices that need not be here. No jax until the arguments are checked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.cli import parser
+from llama_jax.cli.run_flags import parse_run_flags
+from llama_jax.config import SIZES, ModelConfig
+from llama_jax.errors import ConfigError
+from llama_jax.plan.devices import Devices, parse
+from llama_jax.run_config import RunConfig
+
+_EXAMPLES = """\
+examples:
+  PROGRAM --config configs/llama31_8b.py --device v5p:2x2x4 --config.data.batch_size=16
+  PROGRAM --config configs/llama31_8b.py --config.model=llama3.1-405b --device v6e:16x16 --search
+  PROGRAM --config configs/llama31_8b_lora.py --device h100:8 --json
+"""
+DEVICE = "KIND:SHAPE or KIND:COUNT, e.g. v5p:4x4x4, v5e:16, v6e:4x8, tpu7x:2x2x1, h100:8, h200:64"
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """The flags of `plan` besides those of a run."""
+    add = flags.add_argument
+    add("--device", required=True, metavar="DEVICE", help=f"the devices: {DEVICE}")
+    add("--slices", type=parser.whole(1), default=1, metavar="N", help="TPU slices of that shape")
+    add("--search", action="store_true", help="propose meshes, batches, remat and accumulation, without a compiler")
+    add(
+        "--batch",
+        type=parser.whole(1),
+        metavar="N",
+        help="rows of a batch that --search keeps to",
+    )
+    add("--closed", action="store_true", help="use the closed memory model even where a compiler is installed")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--picture", type=parser.path, metavar="FILE", help="draw the memory of a device as a bar, .svg or .png")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan, and return 0, or 1 if nothing fits. Errors are raised."""
+    run, options = parse_run_flags(argv, command="plan", add=add_flags, examples=_EXAMPLES)
+    return show(run, parse(options.device, slices=options.slices), options)
+
+
+def of_training(run: RunConfig, device: str) -> int:
+    """`train --plan DEVICE`: the plan of the run that would start."""
+    options = argparse.Namespace(search=False, batch=None, closed=False, json=False, picture=None)
+    return show(run, parse(device), options)
+
+
+def show(run: RunConfig, devices: Devices, options: argparse.Namespace) -> int:
+    """Make and print a plan or the proposals of a search; 1 if it does not fit."""
+    if options.picture and Path(options.picture).suffix not in (".svg", ".png"):
+        raise ConfigError(f"--picture={options.picture} must end in .svg or .png")
+    run = with_shape(run)
+
+    from llama_jax.plan import planner, report, search
+
+    if options.search:
+        found = search.search(run, devices, batch=options.batch)
+        records = [_record(one) for one in found]
+        print(json.dumps(records, indent=2) if options.json else report.proposals(found, devices.chip.hbm))
+        return 0 if found else 1
+    plan = planner.make(run, devices, compiling=not options.closed)
+    record = plan.to_dict()
+    print(json.dumps(record, indent=2) if options.json else report.table(record))
+    if options.picture:
+        report.draw([(devices.name, record)], Path(options.picture))
+    return 0 if plan.fits else 1
+
+
+def _record(one: Any) -> dict[str, Any]:
+    """A proposal as a JSON-able dict."""
+    return {
+        "mesh": one.sizes,
+        "batch_size": one.run.data.batch_size,
+        "accumulate": one.run.train.accumulate,
+        "remat": one.run.train.remat,
+        "peak_bytes": one.memory.peak,
+        "parts": dataclasses.asdict(one.memory),
+        "projection": dataclasses.asdict(one.projection),
+        "flags": one.flags,
+    }
+
+
+def with_shape(run: RunConfig) -> RunConfig:
+    """The run with the shape of its model. A published name such as Llama-3.1-8B-Instruct needs no file."""
+    if isinstance(run.model, ModelConfig):
+        return run
+    match = re.search(r"llama-?(\d\.\d)-(\d+b)\b", run.init_from.rpartition("/")[2].lower())
+    name = f"llama{match[1]}-{match[2]}" if match else ""
+    if name in SIZES:
+        return run.with_shape(SIZES[name])
+    from llama_jax.weights.open import open_source
+
+    return run.with_shape(open_source(run.init_from).config)

@@ -1,0 +1,58 @@
+"""Compiler options of a mesh: asynchronous collectives, so that all-gathers and reduce-scatters overlap products.
+
+They are options of our programs alone, and not of the process. A compiler that does not know an option refuses the
+program, so that each option is first compiled with an empty program.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+Options = dict[str, bool | int | str]
+
+# Sources: MaxText's benchmarks/xla_flags_library.py (TPU), and the 70B and 405B recipes of AI-Hypercomputer/gpu-recipes
+# with the names of 2026 (GPU). What they do to a program is in docs/measurements/tpu-compiler.md.
+OPTIONS: dict[str, Options] = {
+    "tpu": {
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
+        "xla_enable_async_reduce_scatter_fusion": True,
+        "xla_tpu_prefer_async_allgather_to_allreduce": True,
+    },
+    "cuda": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+        "xla_gpu_all_gather_combine_threshold_bytes": 134217728,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 67108864,
+    },
+}
+
+
+def compiler_options(mesh: Mesh) -> Options:
+    """The options for programs on a mesh that its compiler knows; empty for one device and for CPUs."""
+    device = mesh.devices.flat[0]
+    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+    options = OPTIONS.get(platform, {}) if mesh.size > 1 else {}
+    return {name: value for name, value in options.items() if _known(device, name, value)}
+
+
+@functools.lru_cache(maxsize=256)
+def _known(device: jax.Device, name: str, value: bool | int | str) -> bool:
+    """True if the compiler of a device takes an option."""
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x).lower(nothing).compile(compiler_options={name: value})
+    except Exception:  # each platform has its own class of errors here
+        return False
+    return True

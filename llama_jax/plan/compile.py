@@ -1,0 +1,102 @@
+"""Compile the steps of a run for devices that are not here, in a process of its own: python -m llama_jax.plan.compile
+
+It reads a request as JSON from standard input and prints the answer as the last line of standard output. libtpu and the
+CUDA plugin want their environment before jax starts, which is why `planner` starts a process for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from llama_jax import parallel
+from llama_jax.errors import ConfigError, one_line
+from llama_jax.plan import hlo
+from llama_jax.plan.devices import GIB, Devices
+from llama_jax.run_config import RunConfig
+from llama_jax.train.program import Program
+
+
+def topology(devices: Devices) -> list[Any]:
+    """The jax devices of a group of accelerators that is described, not attached."""
+    if devices.chip.platform == "cuda":
+        target = (Path(__file__).parent / "targets" / f"{devices.kind}.txtpb").read_text()
+        shape = f"1x{devices.shape[0]}x{devices.shape[1]}"
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=devices.kind, target_config=target, topology=shape
+        ).devices
+    host = [min(2, n) for n in devices.shape[:2]] + [1]
+    name = f"{devices.kind}:{'x'.join(map(str, devices.shape))}"
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, chips_per_host_bounds=tuple(host), num_slices=devices.slices
+        ).devices
+    except Exception as error:  # libtpu's own classes
+        raise ConfigError(
+            f"libtpu describes no grid {name}: {one_line(error)[:200]}; --closed plans without it"
+        ) from None
+
+
+def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[str, Any]:
+    """Facts about the compiled training step, as a JSON-able dict.
+
+    `peak_bytes` is None where the compiler names no number. `fits` is False where the compiler says so, or where the
+    peak is more than a GPU has.
+    """
+    started = time.monotonic()
+    program = Program.make(run, parallel.make_mesh(sizes, topology(devices)))
+    lowered = program.train_step.lower(program.state, program.frozen, program.batch)
+    facts: dict[str, Any] = {"compiler_options": program.compiler_options, "libraries": _libraries(devices)}
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return facts | {"fits": False, "peak_bytes": needed, "seconds": round(time.monotonic() - started, 1)}
+    memory = executable.memory_analysis()
+    text = executable.as_text()
+    return facts | {
+        "fits": memory.peak_memory_in_bytes <= devices.chip.hbm,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "host_bytes": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        "collectives": [vars(one) for one in hlo.collectives(text)],
+        "kernels": hlo.kernels(text),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _needed(message: str) -> int | None:
+    """The bytes that a program needs by the message that it does not fit; None for another message."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    match = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) (?:of|out of)", message)
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
+    return math.ceil(float(match[1]) * scale[match[2]]) if match else 0
+
+
+def _libraries(devices: Devices) -> dict[str, str]:
+    """Versions of what decides the result."""
+    import jaxlib
+
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "platform": devices.chip.platform}
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
+    run = RunConfig.from_dict(request["run"])
+    kind, shape, slices = request["devices"]
+    print(json.dumps(compiled(run, Devices(kind, tuple(shape), slices), request["mesh"])))
+
+
+if __name__ == "__main__":
+    main()

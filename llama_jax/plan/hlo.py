@@ -1,0 +1,235 @@
+"""The collectives and kernels of a compiled program, read from its scheduled HLO text. No jax here.
+
+A computation that a loop calls counts as often as the loop runs. An asynchronous collective overlaps if its start and
+its done have arithmetic between them; one without, and every synchronous one, is exposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(?:calls|body|true_computation|false_computation|branch_computations=\{)=?%([\w.\-]+)")
+_ARITHMETIC = ("fusion", "dot", "convolution", "custom-call", "while")
+_PARTICIPANTS = re.compile(r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[[^\]]*\] \{[^}]*\})")
+_KERNELS = {
+    "splash attention": r"%splash_[\w.]+ = ",
+    "pallas": r'custom_call_target="tpu_custom_call"',
+    "cudnn attention": r'custom_call_target="__cudnn\$fmha',
+    "cublas": r'custom_call_target="__cublas\$',
+    "triton": r'"__triton|__gpu\$xla.gpu.triton',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind in a program.
+
+    Attributes:
+        kind: One of KINDS.
+        count: How often they run in a step.
+        overlapped: Bytes that a device sends in a step while it computes.
+        exposed: Bytes that a device sends in a step while it waits.
+    """
+
+    kind: str
+    count: int
+    overlapped: float
+    exposed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+    @property
+    def called(self) -> list[str]:
+        return _CALLED.findall(self.rest)
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
+
+
+Computations = dict[str, list[_Instruction]]
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program by kind; bytes are those that leave one device, by ring algorithms."""
+    computations, entry = _parse(text)
+    totals = {kind: [0, 0.0, 0.0] for kind in KINDS}
+    for kind, times, sent, hidden in _walk(computations, entry, 1, False):
+        totals[kind][0] += times
+        totals[kind][1 if hidden else 2] += times * sent
+    return [Collective(kind, *values) for kind, values in totals.items() if values[0]]
+
+
+def kernels(text: str) -> dict[str, int]:
+    """The number of calls of hand-written kernels in the program's text by name: Pallas, cuDNN, cuBLAS, Triton."""
+    counts = {name: len(re.findall(mark, text)) for name, mark in _KERNELS.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _parse(text: str) -> tuple[Computations, str]:
+    """The instructions of each computation in their scheduled order, and the name of the entry."""
+    computations: Computations = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[1], [])
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif line.rstrip() == "}":  # a kernel's configuration has lines that begin with braces
+            current = None
+        elif current is not None:
+            match = _INSTRUCTION.match(line)
+            if match:
+                current.append(_Instruction(*match.groups()))
+    return computations, entry
+
+
+def _walk(computations: Computations, name: str, times: int, hidden: bool) -> Iterator[tuple[str, int, float, bool]]:
+    """(kind, runs in a step, bytes sent in one, overlapped) of every collective under a computation."""
+    instructions = computations.get(name, [])
+    ends = {op: i for i, done in enumerate(instructions) if _is_done(done) for op in done.operands[:1]}
+    chains = _chains(computations, instructions)
+    for i, instruction in enumerate(instructions):
+        opcode = instruction.opcode
+        done = ends.get(instruction.name)
+        inside = hidden
+        if done is not None:
+            inside = hidden or any(op.opcode in _ARITHMETIC for op in instructions[i + 1 : done])
+        kind = opcode.removesuffix("-start")
+        if kind in KINDS and not opcode.endswith("-done"):
+            final = instructions[done] if done is not None and opcode.endswith("-start") else instruction
+            yield kind, times, _sent(kind, final.type, instruction.rest), inside
+        if opcode == "fusion":  # its collectives are those of _chains
+            continue
+        runs = times * _trips(computations, instructions, instruction) if opcode == "while" else times
+        for called in instruction.called:
+            yield from _walk(computations, called, runs, inside)
+    for collective, fused in chains.values():
+        yield collective.opcode, times, _sent(collective.opcode, collective.type, collective.rest), hidden or fused
+
+
+def _chains(computations: Computations, instructions: list[_Instruction]) -> dict[str, tuple[_Instruction, bool]]:
+    """The collectives that a TPU computes within fusions, by channel, and whether arithmetic is fused with them.
+
+    Such a collective is in several fusions: one starts it, some compute and move it forward, and one ends it.
+    """
+    chains: dict[str, tuple[_Instruction, bool]] = {}
+    for instruction in instructions:
+        for called in instruction.called if instruction.opcode == "fusion" else ():
+            for op in computations.get(called, []):
+                channel = re.search(r"channel_id=(\d+)", op.rest)
+                if op.opcode in KINDS and channel:
+                    known = chains.get(channel[1], (op, False))
+                    chains[channel[1]] = (known[0], known[1] or called.startswith("async_collective_fusion"))
+    return chains
+
+
+def _is_done(instruction: _Instruction) -> bool:
+    return instruction.opcode.endswith("-done") or "async-collective-done" in instruction.name.replace("_", "-")
+
+
+def _sent(kind: str, type_: str, rest: str) -> float:
+    """Bytes that one device sends, from the type of the result."""
+    size = _bytes(type_)
+    n = _participants(rest)
+    if kind == "collective-permute":
+        return size
+    if kind == "all-reduce":
+        return 2 * size * (n - 1) / n
+    return size * (n - 1) / (1 if kind == "reduce-scatter" else n)
+
+
+def _bytes(type_: str) -> float:
+    """Bytes of an array type, or of all arrays of a tuple type."""
+    total = 0.0
+    for dtype, shape in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_):
+        width = _WIDTHS.get(dtype) or int(re.sub(r"\D", "", dtype[:4]) or 0) / 8
+        total += width * math.prod(int(n) for n in shape.split(",") if n)
+    return total
+
+
+def _participants(rest: str) -> int:
+    """The number of devices in a group of a collective."""
+    match = _PARTICIPANTS.search(rest)
+    if match is None:
+        return 2
+    groups = match[1]
+    if groups.startswith("{{"):
+        return groups.count(",") + 1
+    if groups.startswith("["):
+        return int(groups[1:-1].split(",")[1])
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups.rpartition("{")[2]))
+
+
+def _trips(computations: Computations, instructions: list[_Instruction], loop: _Instruction) -> int:
+    """How often a loop runs: its annotation, or the limit of its condition over the stride of its counter.
+
+    It is 1 where neither is understood.
+    """
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition, body = (_by_name(computations, loop, key) for key in ("condition", "body"))
+    counters = [int(index) for op in condition.values() for index in _INDEX.findall(op.rest) if op.opcode in _READS]
+    limits = [value for op in condition.values() if (value := _constant(op)) is not None]
+    if not limits and loop.operands:  # the limit of a loop that XLA widened enters with its tuple
+        outer = {op.name: op for op in instructions}
+        entering = outer[loop.operands[0]].operands if loop.operands[0] in outer else []
+        values = [_value(outer, entering[i]) for i in counters if i < len(entering)]
+        limits = [value for value in values if value is not None]
+    if not limits or not counters:
+        return 1
+    return max(1, max(limits) // _stride(body, counters[0]))
+
+
+_INDEX = re.compile(r"index=(\d+)")
+_READS = ("get-tuple-element",)
+
+
+def _by_name(computations: Computations, loop: _Instruction, key: str) -> dict[str, _Instruction]:
+    """The instructions of a loop's condition or body by name."""
+    match = re.search(rf"{key}=%([\w.\-]+)", loop.rest)
+    return {op.name: op for op in computations.get(match[1] if match else "", [])}
+
+
+def _stride(body: dict[str, _Instruction], counter: int) -> int:
+    """The constant that a loop's body adds to element `counter` of its tuple; 1 where that is not understood."""
+    root = next((op for op in reversed(body.values()) if op.opcode == "tuple"), None)
+    name = root.operands[counter] if root is not None and counter < len(root.operands) else ""
+    stride = 0
+    while name in body and body[name].opcode in ("add", "copy"):
+        values = [_value(body, operand) for operand in body[name].operands]
+        stride += sum(value for value in values if value is not None)
+        name = next((o for o, value in zip(body[name].operands, values, strict=True) if value is None), "")
+    return max(1, stride)
+
+
+def _value(outer: dict[str, _Instruction], name: str) -> int | None:
+    """The constant that an instruction is, through copies; None for anything else."""
+    while name in outer:
+        op = outer[name]
+        if op.opcode == "constant":
+            return _constant(op)
+        if op.opcode not in ("copy", "bitcast", "copy-done", "copy-start") or not op.operands:
+            return None
+        name = op.operands[0]
+    return None
+
+
+def _constant(op: _Instruction) -> int | None:
+    match = re.match(r"(\d+)\)", op.rest) if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.type) else None
+    return int(match[1]) if match else None

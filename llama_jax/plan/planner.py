@@ -1,0 +1,251 @@
+"""Plans: what a training run needs on devices that need not be here, by the compiler or by the closed model.
+
+    plan = planner.make(run, devices.parse("v5p:4x4x4"))
+
+The compiler runs in a process of its own (`compile`) on the very `train.Program` that the run would execute. Its
+answers are kept by a hash of the run, the devices, the versions of the libraries and the source of this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from llama_jax import compilation_cache, parallel
+from llama_jax.errors import ConfigError
+from llama_jax.files import expanded
+from llama_jax.plan import memory, projection, search
+from llama_jax.plan.devices import Devices
+from llama_jax.run_config import RunConfig
+
+TPU_LIBRARY = "TPU_LIBRARY_PATH"
+CUDA_PLUGIN = "CUDA_PLUGIN_PATH"
+_INSTALL = {
+    "tpu": f"pip install --no-deps --target DIR libtpu==0.0.42.1, then {TPU_LIBRARY}=DIR/libtpu/libtpu.so",
+    "cuda": f'pip install --target DIR "jax-cuda13-plugin[with-cuda]==JAX" (4.4 GB), then {CUDA_PLUGIN}=DIR',
+}
+_SECONDS = 3600  # of one compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a training step needs on one device, and does on the wire.
+
+    Attributes:
+        run: The run, with the shape of its model.
+        devices: The devices.
+        sizes: Devices along each mesh axis.
+        closed: Peak memory by the closed model.
+        peak: Peak bytes of one device: the compiler's, or the closed model's without one.
+        fits: True if the peak is within the memory of a device, and the compiler accepts the program.
+        compiled: The compiler's facts (`compile.compiled`), or None.
+        proof: Instruction for a compiled plan where there is none, or "".
+        projection: The projected step.
+        instead: Flags of proposals that fit, where this plan does not.
+    """
+
+    run: RunConfig
+    devices: Devices
+    sizes: dict[str, int]
+    closed: memory.Memory
+    peak: int
+    fits: bool
+    compiled: dict[str, Any] | None
+    proof: str
+    projection: projection.Projection
+    instead: tuple[str, ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part of the peak. With a compiler, scratch is what its peak has beyond the other parts."""
+        parts = dataclasses.asdict(self.closed)
+        if self.compiled is not None:
+            parts["scratch"] = max(0, self.peak - (self.closed.peak - self.closed.scratch))
+        return parts
+
+    @property
+    def attention(self) -> tuple[str, str]:
+        """The attention kernel, and the reason for it."""
+        return attention_kernel(self.run, self.sizes, self.devices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict: the plan, and what it was made from."""
+        m, train, data = self.run.model, self.run.train, self.run.data
+        work = projection.flops(self.run)
+        kernel, why = self.attention
+        return {
+            "model": {"parameters": m.num_params, "layers": m.num_layers, "embed_dim": m.embed_dim},
+            "device": self.devices.name,
+            "chips": self.devices.chips,
+            "mesh": self.sizes,
+            "batch_size": data.batch_size,
+            "sequence_length": data.sequence_length,
+            "accumulate": train.accumulate,
+            "remat": train.remat,
+            "moments": self.run.optimizer.moments,
+            "lora_rank": self.run.lora.rank,
+            "fits": self.fits,
+            "by": "closed model" if self.compiled is None else "compiler",
+            "limit_bytes": self.devices.chip.hbm,
+            "peak_bytes": self.peak,
+            "closed_peak_bytes": self.closed.peak,
+            "parts": self.parts,
+            "collectives": [] if self.compiled is None else self.compiled.get("collectives", []),
+            "kernels": {} if self.compiled is None else self.compiled.get("kernels", {}),
+            "attention": {"kernel": kernel, "why": why},
+            "flops": dataclasses.asdict(work),
+            "projection": dataclasses.asdict(self.projection) | {"assumed_efficiency": projection.EFFICIENCY},
+            "instead": list(self.instead),
+            "compiler_options": {} if self.compiled is None else self.compiled.get("compiler_options", {}),
+            "compile_seconds": None if self.compiled is None else self.compiled["seconds"],
+            "libraries": None if self.compiled is None else self.compiled["libraries"],
+            "proof": self.proof,
+        }
+
+
+def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
+    """The plan of a run with the shape of its model; `compiling=False` uses the closed model even with a compiler.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, or the model and batch do not fit the mesh.
+    """
+    sizes = parallel.resolve(dataclasses.asdict(run.mesh), devices.count)
+    run.check_mesh(sizes)
+    dtype = parallel.named_dtype(run.train.compute_dtype)
+    kernel, _ = attention_kernel(run, sizes, devices)
+    closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla")
+    environment = _environment(devices)
+    facts, proof = None, ""
+    if environment is None:
+        proof = _INSTALL[devices.chip.platform].replace("JAX", importlib.metadata.version("jax"))
+    elif compiling:
+        facts = _compiled(run, devices, sizes, environment)
+    peak = closed.peak if facts is None else facts["peak_bytes"] or closed.peak
+    fits = peak <= devices.chip.hbm and (facts is None or facts["fits"])
+    return Plan(
+        run=run,
+        devices=devices,
+        sizes=sizes,
+        closed=closed,
+        peak=peak,
+        fits=fits,
+        compiled=facts,
+        proof=proof,
+        projection=_projection(run, devices, sizes, facts, dtype),
+        instead=() if fits else tuple(one.flags for one in search.search(run, devices, keep=3)),
+    )
+
+
+def attention_kernel(run: RunConfig, sizes: dict[str, int], devices: Devices) -> tuple[str, str]:
+    """The attention kernel of a training step on some devices, and the reason in words."""
+    m, tokens = run.model, run.data.sequence_length // memory.parts(sizes, "length")
+    if devices.chip.platform != "tpu":
+        return "xla", "no kernel for packed rows on this platform: plain XLA, in chunks of queries"
+    if run.train.compute_dtype == "float32":
+        return "xla", "splash attention takes bfloat16 only"
+    if m.head_dim not in (64, 128):
+        return "xla", f"splash attention takes heads of 64 or 128 numbers, not {m.head_dim}"
+    if tokens % 128:
+        return "xla", f"splash attention takes rows in multiples of 128 tokens a device, not {tokens}"
+    return "splash", "bfloat16 rows on a TPU: scores stay on the chip, and blocks above the diagonal are skipped"
+
+
+def _projection(
+    run: RunConfig, devices: Devices, sizes: dict[str, int], facts: dict[str, Any] | None, dtype: jnp.dtype
+) -> projection.Projection:
+    """The projection from the compiled collectives, or from formulas without them."""
+    if facts is None or "collectives" not in facts:
+        return search.projected(run, devices, sizes, dtype)
+    exposed, overlapped = (sum(one[key] for one in facts["collectives"]) for key in ("exposed", "overlapped"))
+    shape = memory.share(run, sizes, dtype)
+    return projection.project(
+        run,
+        devices,
+        exposed=exposed,
+        overlapped=overlapped,
+        stages=shape.stages,
+        microbatches=shape.microbatches,
+    )
+
+
+def _environment(devices: Devices) -> dict[str, str] | None:
+    """The environment of a process that compiles for some devices; None where the compiler is not installed."""
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(_roots())}
+    if devices.chip.platform == "tpu":
+        library = _tpu_library()
+        more = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", TPU_LIBRARY: str(library)}
+        return None if library is None else base | more
+    folder = os.environ.get(CUDA_PLUGIN, "")
+    if folder and (expanded(folder) / "jax_plugins").is_dir():
+        return base | {"PYTHONPATH": os.pathsep.join([*_roots(), str(expanded(folder))])}
+    return base if any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (13, 12)) else None
+
+
+def _roots() -> list[str]:
+    """The folders that this process imports from, for the compiling process."""
+    return [str(Path(__file__).resolve().parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+
+
+def _tpu_library() -> Path | None:
+    """The libtpu.so of $TPU_LIBRARY_PATH or of this environment."""
+    named = os.environ.get(TPU_LIBRARY, "")
+    if named:
+        path = expanded(named)
+        if not path.is_file():
+            raise ConfigError(f"{TPU_LIBRARY}={named!r} is not a file: name a libtpu.so, or unset it")
+        return path
+    spec = importlib.util.find_spec("libtpu")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "libtpu.so"
+
+
+def _compiled(run: RunConfig, devices: Devices, sizes: dict[str, int], environment: dict[str, str]) -> dict[str, Any]:
+    """The compiler's facts, from the folder of results if they are there."""
+    request = {"run": run.to_dict(), "devices": dataclasses.astuple(devices), "mesh": sizes}
+    path = _result_path(request, environment)
+    if path is not None and path.is_file():
+        return json.loads(path.read_text())
+    command = [sys.executable, "-m", "llama_jax.plan.compile"]
+    done = subprocess.run(
+        command, input=json.dumps(request), env=environment, capture_output=True, text=True, timeout=_SECONDS
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise ConfigError(f"the program does not compile for {devices.name}: {reason[0]}")
+    line = done.stdout.splitlines()[-1]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line)
+    return json.loads(line)
+
+
+def _result_path(request: dict[str, Any], environment: dict[str, str]) -> Path | None:
+    """The file of a result by a hash of what it follows from; None where the compilation cache is off."""
+    folder = compilation_cache.folder()
+    if folder is None:
+        return None
+    run = {key: request["run"][key] for key in ("model", "optimizer", "train", "lora", "dpo")}
+    run["rows"] = [request["run"]["data"][key] for key in ("batch_size", "sequence_length")]
+    library = Path(environment[TPU_LIBRARY]).stat() if request["devices"][0].startswith(("v", "tpu")) else None
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
+    key = [run, request["devices"], request["mesh"], versions, library and library.st_size, _source_hash()]
+    return folder.parent / "plans" / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]}.json"
+
+
+@functools.cache
+def _source_hash() -> str:
+    """A hash of the source files that a training step is made of."""
+    root = Path(__file__).resolve().parents[1]
+    packages = ("parallel", "ops", "train", "plan", "weights")
+    files = [*sorted(root.glob("*.py")), *(path for name in packages for path in sorted((root / name).rglob("*.py")))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -1,0 +1,270 @@
+"""Plans without a compiler: devices, the text of a compiled program, the closed memory model, and the command."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.paths import ROOT
+from helpers.program import program
+from helpers.runs import run_dict
+from llama_jax import parallel
+from llama_jax.config import size
+from llama_jax.errors import ConfigError
+from llama_jax.parallel import flags, mesh
+from llama_jax.plan import hlo, memory, planner, projection, search
+from llama_jax.plan.devices import CHIPS, parse
+from llama_jax.run_config import RunConfig
+
+RECIPE = "configs/llama31_8b.py"
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(planner, "_environment", lambda devices: None)
+
+
+def run_8b(model="llama3.1-8b", *, rows=16, length=8192, **changes):
+    base = {"train__compute_dtype": "bfloat16", "data__batch_size": rows, "data__sequence_length": length}
+    run = RunConfig.from_dict(run_dict(model=model, **base, **changes))
+    return dataclasses.replace(run, model=size(model))
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "count"),
+    [
+        ("v5p:4x4x4", (4, 4, 4), 64),
+        ("v5p-128", (4, 4, 4), 64),
+        ("v5p:16x20x28", (16, 20, 28), 8960),
+        ("v5e:16", (4, 4), 16),
+        ("v5litepod-8", (2, 4), 8),
+        ("v6e-256", (16, 16), 256),
+        ("tpu7x:2x2x1", (2, 2, 1), 8),  # two devices a chip
+        ("h100:4", (1, 4), 4),
+        ("H200:64", (8, 8), 64),
+        ("h100:16384", (2048, 8), 16384),
+    ],
+)
+def test_devices_are_named_by_shape_by_count_or_as_the_cloud_names_them(text, shape, count):
+    devices = parse(text)
+    assert (devices.shape, devices.count) == (shape, count)
+    assert parse(devices.name) == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("v5q:8", "did you mean 'v5"),
+        ("v5e:4x4x4", "has a grid of 2 axes"),
+        ("v5e:12", "must be a power of two"),
+        ("v5e:512", "at most 256: use --slices"),
+        ("v5p-7", "N must be even"),
+        ("h100:12", "hosts of 8"),
+        ("h100-8", "no shape that is understood"),
+        ("v5e:0", "at least 1"),
+        ("v5e", "no shape that is understood"),
+    ],
+)
+def test_devices_that_do_not_exist_are_refused(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(text)
+    with pytest.raises(ConfigError, match="applies to TPUs only"):
+        parse("h100:8", slices=2)
+
+
+# The text of a program
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %ag-start = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%nothing
+  %ag-done = f32[32]{0} all-gather-done(%ag-start)
+  %rs = f32[8]{0} reduce-scatter(%ag-done), replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%sum
+  %kernel = (f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"xprof_metadata":"{
+}}, metadata={op_name="x"}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %rs)
+}
+
+%condition (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]{0}) parameter(0)
+  %limit = s32[] constant(10)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %tuple = (s32[], f32[8]{0}) tuple(%zero, %a)
+  %while = (s32[], f32[8]{0}) while(%tuple), condition=%condition, body=%body
+  %out = f32[8]{0} get-tuple-element(%while), index=1
+  %s = (bf16[4]{0}, bf16[4]{0}) collective-permute-start(%out), source_target_pairs={{0,1},{1,0}}
+  %d = bf16[4]{0} collective-permute-done(%s)
+  ROOT %ar = f32[8]{0} all-reduce(%out), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%sum
+}
+"""
+
+
+FUSED = """\
+%start (x: f32[8]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %ag.1 = f32[32]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_collective_fusion.1 (x.1: f32[8]) -> f32[32] {
+  %x.1 = f32[8]{0} parameter(0)
+  ROOT %ag.2 = f32[32]{0} all-gather(%x.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %async-collective-start = f32[32]{0} fusion(%a), kind=kCustom, calls=%start
+  ROOT %fusion.1 = f32[32]{0} fusion(%a), kind=kCustom, calls=%async_collective_fusion.1
+}
+"""
+
+
+def test_a_collective_in_several_fusions_is_one_and_overlaps_if_something_is_fused_with_it():
+    (gather,) = hlo.collectives(FUSED)
+    assert (gather.count, gather.overlapped, gather.exposed) == (1, 96, 0)
+    (gather,) = hlo.collectives(FUSED.replace("calls=%async_collective_fusion.1", "calls=%nothing"))
+    assert (gather.overlapped, gather.exposed) == (0, 96)
+
+
+def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is_computed_meanwhile():
+    found = {one.kind: one for one in hlo.collectives(PROGRAM)}
+    gather, scatter = found["all-gather"], found["reduce-scatter"]
+    assert (gather.count, gather.overlapped, gather.exposed) == (10, 10 * 32 * 4 * 3 / 4, 0)
+    assert (scatter.count, scatter.overlapped, scatter.exposed) == (10, 0, 10 * 8 * 4 * 3)
+    assert (found["collective-permute"].count, found["collective-permute"].exposed) == (1, 8)
+    assert found["all-reduce"].exposed == 2 * 32 * 3 / 4
+    assert hlo.kernels(PROGRAM) == {"pallas": 1}
+
+
+@pytest.mark.parametrize(("stride", "runs"), [(1, 10), (2, 5)])
+def test_a_loop_with_a_stride_runs_less_often(stride, runs):
+    text = PROGRAM.replace("%one = s32[] constant(1)", f"%one = s32[] constant({stride})")
+    assert {one.kind: one.count for one in hlo.collectives(text)}["all-gather"] == runs
+
+
+# Meshes and options
+
+
+def test_slices_are_crossed_by_copies_of_the_model_or_stages_only():
+    sizes = {"data": 3, "fsdp": 4, "stage": 1, "context": 1, "tensor": 1}
+    with pytest.raises(ConfigError, match="set mesh.data to a multiple of 2"):
+        mesh._across_slices(sizes, 2, [])
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
+    devices = parallel.make_mesh({"fsdp": 2}, jax.devices()[:2])
+    assert parallel.compiler_options(devices) == {}
+    known = {"xla_cpu_enable_fast_math": False, "xla_no_such_option": True}
+    monkeypatch.setitem(flags.OPTIONS, "cpu", known)
+    assert parallel.compiler_options(devices) == {"xla_cpu_enable_fast_math": False}
+    assert parallel.compiler_options(parallel.single_device_mesh()) == {}
+
+
+# The closed model
+
+
+def test_state_is_exact_and_each_axis_of_the_mesh_splits_it():
+    run, dtype = run_8b(), jnp.dtype("bfloat16")
+    one = memory.training(run, {}, dtype=dtype, flash=True)
+    assert one.weights == 4 * run.model.num_params
+    assert one.moments == 2 * one.weights + 8  # two counters
+    for sizes in ({"fsdp": 8}, {"tensor": 8}, {"stage": 8}, {"fsdp": 2, "stage": 2, "tensor": 2}):
+        parts = memory.training(run, sizes, dtype=dtype, flash=True)
+        assert parts.weights == pytest.approx(one.weights / 8, rel=0.002), sizes  # norms are copied
+    int8 = memory.training(run_8b(optimizer__moments="int8"), {}, dtype=dtype, flash=True)
+    assert int8.moments == pytest.approx(one.moments * (1 + 4 / 128) / 4, rel=0.001)
+    lora = memory.training(run_8b(init_from="x", lora__rank=16), {}, dtype=dtype, flash=True)
+    assert lora.frozen == 2 * run.model.num_params and lora.weights < one.weights / 100
+
+
+def test_less_rematerialization_keeps_more_and_longer_rows_need_more():
+    kept = [
+        memory.training(run_8b(train__remat=remat), {"fsdp": 16}, dtype=jnp.dtype("bfloat16"), flash=True).activations
+        for remat in ("full", "attention", "dots", "none")
+    ]
+    assert kept == sorted(kept) and kept[0] * 1.5 < kept[1]
+    assert kept[0] == 32 * 8192 * 4096 * 2  # the input of each layer, of one row
+
+
+def test_flops_are_those_of_the_formula():
+    run = run_8b()
+    work = projection.flops(run)
+    tokens = 16 * 8192
+    assert work.model == pytest.approx(tokens * 51.5e9, rel=0.01)
+    assert 1.3 < work.hardware / work.model < 1.34
+    assert projection.flops(run_8b(train__remat="none")).hardware == work.model
+
+
+# Searches
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "length"),
+    [("llama3.1-8b", "v5e:16", 8192), ("llama3.1-70b", "v5p:64", 8192), ("llama3.1-8b", "v5p:32", 131072)],
+)
+def test_a_search_proposes_legal_runs_that_fit_in_seconds(model, device, length):
+    started = time.monotonic()
+    devices = parse(device)
+    found = search.search(run_8b(model, length=length), devices)
+    assert time.monotonic() - started < 20
+    assert found
+    for one in found:
+        one.run.check_mesh(one.sizes)
+        assert np.prod(list(one.sizes.values())) == devices.count
+        assert one.memory.peak < devices.chip.hbm
+    assert found[0].projection.tokens_per_second == max(one.projection.tokens_per_second for one in found)
+
+
+# The command
+
+
+def test_the_command_says_what_does_not_fit_what_would_and_how_to_prove_it(capsys):
+    assert program("plan", "--config", RECIPE, "--device", "v5e:4") == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "closed model" in out and "nothing fits" in out and "libtpu==" in out
+    arguments = ("--config.optimizer.moments=int8", "--config.data.batch_size=8", "--config.train.accumulate=1")
+    assert program("plan", "--config", RECIPE, "--device", "v5p:8", *arguments, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["by"] == "closed model" and plan["mesh"]["fsdp"] == 8
+    assert sum(plan["parts"].values()) == plan["peak_bytes"] == plan["closed_peak_bytes"]
+    assert plan["attention"]["kernel"] == "splash"
+
+
+def test_a_search_prints_flags_that_the_command_takes(capsys):
+    assert program("plan", "--config", RECIPE, "--device", "v6e:8", "--search", "--json") == 0
+    best = json.loads(capsys.readouterr().out)[0]["flags"].split()
+    assert program("plan", "--config", RECIPE, "--device", "v6e:8", *best) == 0
+    assert program("train", "--config", RECIPE, "--plan", "v6e:8", *best) == 0
+    assert "fits" in capsys.readouterr().out
+
+
+def test_a_picture_is_drawn_with_every_part(tmp_path):
+    path = tmp_path / "plan.svg"
+    assert program("plan", "--config", RECIPE, "--device", "v5p:8", "--picture", path) == 0
+    assert b"</svg>" in path.read_bytes()
+
+
+def test_every_kind_has_its_facts():
+    for name, chip in CHIPS.items():
+        assert 1e14 < chip.flops < 1e16 and 10 << 30 < chip.hbm < 200 << 30, name
+        assert (ROOT / "llama_jax" / "plan" / "targets" / f"{name}.txtpb").is_file() == (chip.platform == "cuda")
