@@ -40,7 +40,7 @@ _SECONDS = 3600  # of one compilation
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training step needs on one device, and does on the wire.
+    """The needs of a training step on one device, and its communication.
 
     Attributes:
         run: The run, with the shape of its model.
