@@ -153,7 +153,7 @@ def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
         ("train__accumulate", 0, "must be at least 1"),
         ("train__accumulate", 3, "must divide data.batch_size=8: one of [1, 2, 4, 8]"),
         ("train__compute_dtype", "fp16", "must be one of 'auto', 'float32', 'bfloat16'"),
-        ("train__remat", "all", "must be one of 'none', 'dots', 'full'"),
+        ("train__remat", "all", "must be one of 'none', 'dots', 'attention', 'offload', 'full'"),
         ("train__remat", True, "must be a string, got True"),
         ("train__vocab_chunk", -1, "must be at least 0"),
         ("train__z_loss", math.nan, "must be a finite number"),
