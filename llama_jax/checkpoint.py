@@ -49,13 +49,22 @@ class Checkpoints:
         keep: number of newest steps to keep; None keeps all.
         keep_best: number of steps of the lowest validation loss to keep in addition.
         create: create the folder if it does not exist; False for reading only.
+        on_commit: called in the first process, in the background, after each commit.
     """
 
-    def __init__(self, run_folder: str | Path, *, keep: int | None = None, keep_best: int = 0, create: bool = True):
+    def __init__(
+        self,
+        run_folder: str | Path,
+        *,
+        keep: int | None = None,
+        keep_best: int = 0,
+        create: bool = True,
+        on_commit: Callable[[], None] | None = None,
+    ):
         self.folder = Path(run_folder).resolve() / _FOLDER
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._keep, self._keep_best = keep, keep_best
+        self._keep, self._keep_best, self._on_commit = keep, keep_best, on_commit
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name in ("params", "rest"):
             handlers.add(name, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
@@ -255,6 +264,8 @@ class Checkpoints:
             raise self._save_error(step, error) from error
         if jax.process_index() == 0:
             self._prune()
+            if self._on_commit is not None:
+                self._on_commit()
 
     def _manifests(self) -> dict[int, manifest.Manifest]:
         """The manifest of each step, the newest first, without damaged ones."""
@@ -267,8 +278,8 @@ class Checkpoints:
     @staticmethod
     def _by_loss(manifests: dict[int, manifest.Manifest]) -> list[int]:
         """The steps with a validation loss, sorted by it. Equal losses are sorted from new to old."""
-        scored = [step for step in manifests if manifests[step].loss is not None]
-        return sorted(scored, key=lambda step: manifests[step].loss)  # stable
+        scored = [(found.loss, step) for step, found in manifests.items() if found.loss is not None]
+        return [step for _, step in sorted(scored, key=lambda pair: pair[0])]  # stable
 
     def _prune(self) -> None:
         """Deletes all steps but the newest and the best. Damaged steps are not counted and not deleted."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief, nearest
@@ -138,8 +139,10 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """The config of a dict that names every field; an unknown or missing one raises ConfigError."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a model's shape must be a dict of its fields, got {brief(values)}")
         values = dict(values)
         if isinstance(values.get("rope_scaling"), dict):
             _check_names(RopeScaling, values["rope_scaling"], "model.rope_scaling")

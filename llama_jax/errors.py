@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Class = TypeVar("Class")
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _LONGEST_PATH = 300
@@ -66,10 +67,17 @@ def checked_keywords(function: Function) -> Function:
         for name in keywords:
             if name not in parameters:
                 near = nearest(name, known) or ";"
-                raise TypeError(f"{function.__name__}() has no argument {name!r}{near} allowed: {', '.join(known)}")
+                title = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"{title}() has no argument {name!r}{near} allowed: {', '.join(known)}")
         return function(*args, **keywords)
 
     return cast(Function, checked)
+
+
+def checked_fields(cls: type[Class]) -> type[Class]:
+    """Decorates a dataclass: a field that does not exist raises a TypeError with the nearest that does."""
+    setattr(cls, "__init__", checked_keywords(cls.__init__))  # noqa: B010  (an assignment would not be typed)
+    return cls
 
 
 def brief(value: Any, length: int = 80) -> str:

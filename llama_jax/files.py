@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from llama_jax.errors import ConfigError, brief
 
@@ -118,7 +118,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     partial = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False)
     try:
         with partial:
-            yield partial
+            yield cast(BinaryIO, partial)
             os.fchmod(partial.fileno(), 0o666 & ~_umask())
         os.replace(partial.name, path)
     finally:
@@ -143,6 +143,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the name {brief(twice)} appears twice")
     return found

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import glob
 from collections.abc import Sequence
 from pathlib import Path
 
 from llama_jax.errors import ConfigError
+from llama_jax.storage import check_room
 
 # The hub's rule for names (huggingface_hub's validate_repo_id), but with an owner. Use it with re.ASCII.
 _WORD = r"\w(?:[\w.-]{0,94}\w)?"
@@ -59,7 +61,11 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
     try:
         patterns = [glob.escape(file) for file in files]
         revision = commit or repo.revision
+        if commit is not None:
+            _check_room(repo, files, commit)
         return Path(snapshot_download(repo.name, repo_type=repo.kind, revision=revision, allow_patterns=patterns))
+    except ConfigError:
+        raise
     except KeyboardInterrupt:
         why = f"the download was interrupted; {again}"
     except errors.GatedRepoError:
@@ -84,6 +90,26 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
         else:
             why = f"the download failed ({type(error).__name__}: {text}); {again}"
     raise ConfigError(f"{repo.text}: {why}")
+
+
+def _check_room(repo: Repo, files: Sequence[str], commit: str) -> None:
+    """Compare the size of the files that are not cached yet with the free space, where the sizes are known.
+
+    Raises:
+        ConfigError: there is less free space than the download needs.
+    """
+    from huggingface_hub import constants, get_cached_repo_tree, try_to_load_from_cache
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    cache = Path(constants.HF_HUB_CACHE)
+    try:
+        sizes = {file.path: file.size for file in get_cached_repo_tree(repo.name, repo_type=repo.kind, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        return
+    cached = functools.partial(try_to_load_from_cache, repo.name, repo_type=repo.kind, revision=commit)
+    missing = [file for file in files if file in sizes and not isinstance(cached(file), str)]
+    if missing and cache.is_dir():
+        check_room(repo.text, sum(sizes[file] or 0 for file in missing), cache, count=len(missing))
 
 
 def listing(repo: Repo, folder: Path) -> list[str]:

@@ -247,7 +247,9 @@ def _cached_layer(
 ) -> tuple[jax.Array, LayerCache]:
     """One layer of `_unroll_cached`. A jit of its own lets all layers share one trace and one lowering."""
     with parallel.use(layout):
-        return Block(config, params)(x_BTD, where, cache)
+        x_BTD, updated = Block(config, params)(x_BTD, where, cache)
+        assert updated is not None  # a block returns a cache for a cache
+        return x_BTD, updated
 
 
 def forward(

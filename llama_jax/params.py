@@ -200,7 +200,8 @@ def restack(params: Params) -> Params:
 
     The model is never held twice. Afterwards the layers' dicts of the argument are empty.
     """
-    layers, stacked = params["layers"], {}
+    layers = params["layers"]
+    stacked: dict[str, Params] = {}
     for block in list(layers[0]):
         stacked[block] = {}
         for name in list(layers[0][block]):

@@ -45,3 +45,10 @@ def progress_bar(total: int | None, title: str, *, unit: str = "B", shown: bool 
         leave=False,
         disable=not (shown and enabled),
     )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,15 +10,16 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax import run_checks, run_shape
 from llama_jax.config import SIZES, ModelConfig
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, checked_fields, nearest
 from llama_jax.run_keys import (
     CheckpointConfig,
     DataConfig,
@@ -34,12 +35,14 @@ from llama_jax.run_keys import (
 from llama_jax.run_shape import PartialShape
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole training run.
 
     Attributes:
         output: The run folder, which holds the config, the tokenizer, checkpoints, metrics and the picture of the loss.
+            An address such as gs://BUCKET/RUN keeps a copy of it in a store, for a run of one process.
         seed: Seed of the first weights, of dropout and of sampling.
         init_from: The model to start from: a folder, a file or a hub id, as `llama_jax.load` takes it. Empty starts
             from random weights.
@@ -63,12 +66,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """The checks that need more than one section; those of the mesh need the devices (`check_mesh`)."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind: Any = (ModelConfig, PartialShape) if field.name == "model" else type(field.default)
+            if not isinstance(value, kind):
+                names = "a ModelConfig" if field.name == "model" else kind.__name__
+                raise ConfigError(
+                    f"{field.name} must be {names}, got {brief(value)}: RunConfig.from_dict takes plain values"
+                )
         if not self.output:
             raise ConfigError("output is empty: name the run folder, e.g. output='runs/my_run'")
-        if "://" in self.output:
-            raise ConfigError(
-                f"output={self.output!r} must be a folder: mount the bucket, and name the folder where it is mounted"
-            )
         if not self.data.train:
             raise ConfigError("data.train is empty: name text files, folders or patterns, or 'stdlib:train'")
         if isinstance(self.model, ModelConfig):
@@ -82,17 +89,27 @@ class RunConfig:
         run_checks.check_patience(self.train, self.log, self.data)
         run_checks.check_best(self.checkpoint, self.log, self.data)
 
+    @property
+    def shape(self) -> ModelConfig:
+        """The shape of the model; ConfigError while the model of init_from has not been opened (`with_shape`)."""
+        if isinstance(self.model, PartialShape):
+            raise ConfigError(f"the shape of the model is not known until init_from={self.init_from!r} is opened")
+        return self.model
+
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
         """Check that this model and batch can be split over a mesh, whose sizes are resolved (no -1).
 
         Raises:
             ConfigError: the mesh does not fit. The message names the axis and its allowed values.
         """
-        run_checks.check_mesh(sizes, self.model, self.data, self.train)
+        run_checks.check_mesh(sizes, self.shape, self.data, self.train)
 
-    def steps_for(self, rows: int) -> int:
-        """The optimizer steps of this run on so many training rows; ConfigError if its warmup is longer."""
-        steps = self.train.steps_for(rows, self.data.batch_size)
+    def steps_for(self, rows: int, *, step: int = 0, position: int = 0) -> int:
+        """The optimizer steps of this run on so many training rows; ConfigError if its warmup is longer.
+
+        A resumed run is at `step`, and its steps so far took `position` rows.
+        """
+        steps = self.train.steps_for(rows, self.data.batch_size, step=step, position=position)
         run_checks.check_warmup(self.optimizer, self.train, steps)
         return steps
 
@@ -115,7 +132,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """A nested JSON-able dict; `from_dict` reads it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
+        plain = {key: _as_dict(value) for key, value in values.items()}
         return {**plain, "model": self.model.to_dict()}
 
     @classmethod
@@ -127,13 +144,24 @@ class RunConfig:
         Raises:
             ConfigError: unknown keys, wrong types, NaN, values out of bounds, and combinations that cannot work.
         """
-        values = _plain(values)
+        if not hasattr(values, "keys"):
+            raise ConfigError(f"a run must be a dict of its keys, got {brief(values)}: e.g. {{'output': 'runs/mine'}}")
+        values = dict(_plain(values))
         init_from = values.get("init_from") or ""
         model = run_shape.parse(values.pop("model", {} if init_from else None), init_from=init_from)
         train = values.get("train")
         if isinstance(train, Mapping) and train.get("epochs") and "steps" not in train:
             values["train"] = {**train, "steps": 0}
+        log = values.get("log")
+        if isinstance(log, Mapping) and isinstance(log.get("tensorboard"), bool):  # a key of earlier versions
+            log = {"to": ("tensorboard",) if log["tensorboard"] else (), **log}
+            values["log"] = {key: value for key, value in log.items() if key != "tensorboard"}
         return _build(cls, values, "", model=model)
+
+
+def _as_dict(value: Any) -> Any:
+    """A section as a dict; any other value as it is."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def default_dict(size: str = "") -> dict[str, Any]:
@@ -144,7 +172,7 @@ def default_dict(size: str = "") -> dict[str, Any]:
             are those of the size or of that model.
     """
     sections = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.name != "model"}
-    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in sections.items()}
+    plain = {key: _as_dict(value) for key, value in sections.items()}
     return {**plain, "model": run_shape.unset(size)}
 
 
@@ -191,7 +219,8 @@ def _described(section: type, prefix: str) -> list[Key]:
     keys: list[Key] = []
     for field in dataclasses.fields(section):
         hint, name = hints[field.name], prefix + field.name
-        inner = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        kinds: tuple[Any, ...] = (hint, *typing.get_args(hint))
+        inner: Any = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if inner is not None:
             keys += _described(inner, f"{name}.")
             continue
@@ -223,7 +252,7 @@ def _allowed(bounds: Mapping[str, Any]) -> str:
 
 def known_keys() -> list[str]:
     """Every key by its dotted name, e.g. `optimizer.learning_rate`."""
-    return list(_flat(default_dict()))
+    return list(flat(default_dict()))
 
 
 def kind_of(key: str) -> str:
@@ -231,59 +260,94 @@ def kind_of(key: str) -> str:
     return next(described.type for described in describe() if described.name == key)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested dict by their dotted keys."""
+    keys: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        keys |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return keys
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two nested dicts, with both values."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     plain = lambda v: list(v) if isinstance(v, tuple) else v  # noqa: E731  (JSON has no tuples)
     keys = sorted(a.keys() | b.keys())
     return {k: (a.get(k), b.get(k)) for k in keys if plain(a.get(k)) != plain(b.get(k))}
 
 
-# What people call these keys elsewhere.
+# Names of keys in other trainers: transformers, TRL, peft, torchtitan, and common short forms.
 _ALIASES = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "num_train_epochs": "epochs",
-    "num_steps": "steps",
-    "max_steps": "steps",
-    "seq_len": "sequence_length",
-    "max_length": "sequence_length",
-    "bs": "batch_size",
-    "grad_accum": "accumulate",
-    "gradient_accumulation_steps": "accumulate",
-    "dtype": "compute_dtype",
-    "output_dir": "output",
+    "init_from": "model_name_or_path base_model initial_load_path hf_assets_path",
+    "output": "output_dir dump_folder",
+    "data.train": "dataset dataset_name dataset_path train_file train_dataset",
+    "data.validation": "validation_file eval_dataset",
+    "data.tokenizer": "tokenizer_name tokenizer_path",
+    "data.loss_on": "assistant_only_loss completion_only_loss train_on_inputs",
+    "data.sequence_length": "seq_len seq_length max_length max_seq_length sequence_len block_size",
+    "data.batch_size": "bs per_device_train_batch_size train_batch_size local_batch_size global_batch_size",
+    "optimizer.name": "optim",
+    "optimizer.learning_rate": "lr",
+    "optimizer.weight_decay": "wd",
+    "optimizer.schedule": "lr_scheduler lr_scheduler_type",
+    "optimizer.clip_norm": "max_grad_norm max_norm grad_clip gradient_clipping",
+    "optimizer.b1": "beta1 adam_beta1",
+    "optimizer.b2": "beta2 adam_beta2",
+    "optimizer.eps": "adam_epsilon",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.steps": "num_steps max_steps",
+    "train.patience": "early_stopping_patience",
+    "train.accumulate": "grad_accum gradient_accumulation_steps",
+    "train.compute_dtype": "dtype bf16 torch_dtype mixed_precision_param",
+    "train.remat": "gradient_checkpointing activation_checkpoint",
+    "lora.rank": "r lora_r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_target_modules lora_target",
+    "dpo.beta": "pref_beta",
+    "mesh.tensor": "tensor_parallel_degree tensor_parallel_size tp",
+    "mesh.fsdp": "data_parallel_shard_degree",
+    "mesh.data": "data_parallel_replicate_degree",
+    "mesh.context": "context_parallel_degree",
+    "log.every": "logging_steps log_freq",
+    "log.eval_every": "eval_steps eval_interval",
+    "log.to": "report_to tensorboard wandb enable_tensorboard enable_wandb",
+    "log.profile": "enable_profiling profile_freq",
+    "checkpoint.every": "save_steps interval",
+    "checkpoint.keep": "save_total_limit keep_latest_k",
+    "checkpoint.keep_best": "load_best_model_at_end",
 }
+_BY_ALIAS = {alias: key for key, aliases in _ALIASES.items() for alias in aliases.split()}
 
 
 def unknown_key(name: str) -> ConfigError:
     """The error for a dotted key that does not exist, with the nearest that does."""
     known = known_keys()
-    section, _, last = name.rpartition(".")
-    last = _ALIASES.get(last, last)
+    section = name.rpartition(".")[0]
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     sections = sorted({k.split(".")[0] for k in known})
     if name in sections:
         return ConfigError(f"{name} is a section: set one of {', '.join(k for k in known if k.startswith(name + '.'))}")
-    # The right name in the wrong section, else the nearest in its own section, else the nearest anywhere.
-    by_last = {k.rpartition(".")[2]: k for k in (*known, *(sections if not section else ()), *siblings)}
-    own = {k.rpartition(".")[2]: k for k in siblings}
-    for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.6)):
-        near = difflib.get_close_matches(last, list(candidates), n=1, cutoff=cutoff)
-        if near:
-            suggestion = f"did you mean {candidates[near[0]]!r}?"
-            break
-    else:
-        suggestion = "no known name is near."
+    near = _near_key(name, known, siblings, [] if section else sections)
+    suggestion = f"did you mean {near!r}?" if near else "no known name is near."
     allowed = siblings if section and siblings else sections
     return ConfigError(f"unknown key {name!r}: {suggestion} Allowed here: {', '.join(allowed)}")
+
+
+def _near_key(name: str, known: Sequence[str], siblings: Sequence[str], sections: Sequence[str]) -> str | None:
+    """The key that a name of other trainers means, else the nearest one, or None if none is near.
+
+    The right name in another section is the nearest; then come those of its own section, and then those of any.
+    """
+    last = name.rpartition(".")[2].replace("-", "_")
+    if last in _BY_ALIAS:
+        return _BY_ALIAS[last]
+    by_last = {k.rpartition(".")[2]: k for k in (*known, *sections, *siblings)}
+    own = {k.rpartition(".")[2]: k for k in siblings}
+    for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.6)):
+        if near := difflib.get_close_matches(last, list(candidates), n=1, cutoff=cutoff):
+            return candidates[near[0]]
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -312,9 +376,11 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
     if isinstance(kind, types.GenericAlias):  # tuple[str, ...] or tuple[float, ...]
         item = typing.get_args(kind)[0]
         value = value if isinstance(value, (tuple, list)) else (value,)
-        if item is str and not all(isinstance(v, str) and v for v in value):
+        if item is str and not all(isinstance(v, (str, os.PathLike)) and v for v in value):
             raise wrong
         return tuple(_check(name, v, item, bounds) for v in value)
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, checked_fields, nearest
 
 # Parameter groups: optimizer.rates and the metrics grad_norm/GROUP use these names. The last two are LoRA's matrices.
 GROUPS = ("embed", "unembed", "norm", "attention", "ffn", "lora_a", "lora_b")
@@ -41,6 +41,7 @@ def bounded(default: Any, *, low: float | None = None, high: float | None = None
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The training and validation data, and how they are cut into batches.
@@ -111,6 +112,7 @@ class DataConfig:
             )
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule.
@@ -184,6 +186,7 @@ class OptimizerConfig:
         return factors
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The training step, and how many of them.
@@ -235,16 +238,19 @@ class TrainConfig:
                 "for epochs, or train.epochs=0 to train for steps"
             )
 
-    def steps_for(self, rows: int, batch_size: int) -> int:
+    def steps_for(self, rows: int, batch_size: int, *, step: int = 0, position: int = 0) -> int:
         """The number of optimizer steps of a run. With train.epochs it is rounded up, so that the last batch is full.
 
         Args:
             rows: number of training rows.
             batch_size: rows in one optimizer step.
+            step: steps that are done, perhaps with other batch sizes.
+            position: rows that they took.
         """
-        return self.steps or max(1, math.ceil(self.epochs * rows / batch_size))
+        return self.steps or max(1, step + math.ceil((self.epochs * rows - position) / batch_size))
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """LoRA (Hu et al., arXiv:2106.09685): two thin matrices are trained for each target, and the base stays frozen.
@@ -285,6 +291,7 @@ class LoraConfig:
             )
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoConfig:
     """Direct preference optimization (Rafailov et al., arXiv:2305.18290); its reference is the model of init_from.
@@ -305,6 +312,7 @@ class DpoConfig:
             raise ConfigError("dpo.label_smoothing does not apply to IPO: set it to 0, or dpo.loss='sigmoid'")
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """The number of devices along each axis of the mesh. One axis may be -1, which takes the devices that are left.
@@ -332,6 +340,7 @@ class MeshConfig:
             raise ConfigError(f"{shape}: every axis must be at least 1, and one of them may be -1 (what is left)")
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Logging, evaluation and sampling intervals in steps; 0 turns evaluation or sampling off.
@@ -347,7 +356,11 @@ class LogConfig:
         sample_prompts: Prompts of the samples.
         sample_as: Kind of the prompts: `text` continues them, `chat` answers them as questions of a user.
         sample_tokens: New tokens in each sample, at most.
-        tensorboard: Also write TensorBoard event files to OUTPUT/tensorboard.
+        to: Trackers that get every metric of metrics.jsonl, the keys of the run and its samples: `tensorboard` writes
+            event files to OUTPUT/tensorboard; `wandb` needs the package wandb and reads its own settings, such as
+            WANDB_PROJECT and WANDB_MODE. Empty writes metrics.jsonl alone.
+        profile: First and last step that the profiler traces, e.g. 10,12; empty traces none. The trace is in
+            OUTPUT/profile, for xprof, TensorBoard and Perfetto.
     """
 
     every: int = bounded(10, low=1)
@@ -357,13 +370,21 @@ class LogConfig:
     sample_prompts: tuple[str, ...] = bounded(("The",))
     sample_as: str = bounded("text", choices=("text", "chat"))
     sample_tokens: int = bounded(64, low=1)
-    tensorboard: bool = bounded(True)
+    to: tuple[str, ...] = bounded(("tensorboard",), choices=("tensorboard", "wandb"))
+    profile: tuple[int, ...] = bounded((), low=1)
 
     def __post_init__(self) -> None:
+        if len(set(self.to)) < len(self.to):
+            raise ConfigError(f"log.to={self.to} names a tracker twice: name each once")
+        if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
+            raise ConfigError(
+                f"log.profile={self.profile} must be the first and the last step to trace, e.g. log.profile=10,12"
+            )
         if self.sample_every and not self.sample_prompts:
             raise ConfigError("log.sample_every needs log.sample_prompts: give at least one, or set log.sample_every=0")
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints: when they are saved, and how many are kept.
@@ -383,6 +404,7 @@ class CheckpointConfig:
     grace_seconds: float = bounded(8.0, low=0.0, high=86_400.0)
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """The connection of several processes, one on each host.
@@ -392,11 +414,14 @@ class DistributedConfig:
             runs one process.
         num_processes: Number of processes. Not read with `auto`.
         process_id: Number of this process, from 0. Not read with `auto`.
+        download: Processes that download data and models of stores and of the hub: `each` for itself, for hosts with
+            disks of their own; `first` only, before the others start to read, for caches on a disk that all share.
     """
 
     coordinator: str = bounded("")
     num_processes: int = bounded(1, low=1)
     process_id: int = bounded(0, low=0)
+    download: str = bounded("each", choices=("each", "first"))
 
     def __post_init__(self) -> None:
         if self.coordinator not in ("", "auto"):

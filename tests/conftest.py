@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, no accelerator, and no program compiled twice in a session."""
 
+import functools
 import os
 import tempfile
 
@@ -17,6 +18,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 pytest.register_assert_rewrite("helpers")  # before any of them is imported
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Lets runs train on the first device alone, which is faster where sharding is not the matter."""
+    from llama_jax import parallel
+
+    monkeypatch.setattr(parallel, "make_mesh", functools.partial(parallel.make_mesh, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

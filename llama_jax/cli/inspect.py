@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def _inspect_data(argv: Sequence[str]) -> int:
     from llama_jax.data.inspect import show
     from llama_jax.train import setup
 
-    sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # data holds characters that a terminal may lack
     setup.check_sources(run)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     show(run, setup.chosen_encoder(run, print), color=color, rows=options.rows, full=options.full)

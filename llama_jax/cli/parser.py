@@ -29,11 +29,16 @@ MODEL = (
 
 def program(command: str) -> str:
     """The command as the user typed it: `python train.py`, `python -m llama_jax train` or `llama-jax train`."""
-    typed = Path(sys.argv[0] or "-").name
+    path = Path(sys.argv[0] or "-")
+    typed = path.name
     if typed in ("train.py", "infer.py"):  # the scripts of the repository
         script = f"{command}.py" if command in ("train", "infer") else f"-m llama_jax {command}"
         return f"python {script}"
-    return f"python -m llama_jax {command}".rstrip() if typed == "__main__.py" else f"llama-jax {command}".rstrip()
+    return (
+        f"python -m llama_jax {command}".rstrip()
+        if path.parts[-2:] == ("llama_jax", "__main__.py")
+        else f"llama-jax {command}".rstrip()
+    )
 
 
 class Parser(argparse.ArgumentParser):

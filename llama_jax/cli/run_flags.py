@@ -254,10 +254,10 @@ def _with_shape(values: dict[str, Any], shape: dict[str, str]) -> dict[str, Any]
     return {**values, "model": model} if shape else values
 
 
-_NUMBER_KEYS = ("data.weights", "lora.trained_tokens")
+_NUMBER_KEYS = ("data.weights", "lora.trained_tokens", "log.profile")
 _TUPLE_KEYS = (
     "data.train", "data.weights", "data.validation", "optimizer.rates", "lora.targets", "lora.trained_tokens",
-    "log.sample_prompts",
+    "log.sample_prompts", "log.to", "log.profile",
 )  # fmt: skip
 
 

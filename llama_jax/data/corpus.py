@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,23 @@ class Document:
     text: str
 
 
+class NamedText(Protocol):
+    """Anything with a name and a text, such as a Document or a dialog."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        ...
+
+
 # A piece is a name and the raw texts found under it, in order; a group is the pieces of one file or topic.
 _Piece = tuple[str, list[str]]
+_Docstrings = tuple[str, list[str | None]]
 
 _SKIP = frozenset(
     "test tests idle_test site-packages dist-packages __pycache__ _vendor _bundled"  # not the library itself
@@ -76,7 +92,7 @@ def split(docs: Sequence[Document], *, validation_fraction: float = 0.05) -> tup
     return sides
 
 
-def fingerprint(docs: Sequence[Document]) -> str:
+def fingerprint(docs: Sequence[NamedText]) -> str:
     """SHA-256 (hex) over the names and texts in order: fixed for one build of Python."""
     digest = hashlib.sha256()
     for doc in docs:
@@ -173,7 +189,7 @@ def _compiled_pieces(name: str) -> list[_Piece]:
         module = importlib.import_module(name)
     except ImportError:
         return []
-    pieces: list[_Piece] = [(f"compiled/{name}", [module.__doc__])]
+    pieces: list[_Docstrings] = [(f"compiled/{name}", [module.__doc__])]
     for key, value in sorted(vars(module).items()):
         if getattr(value, "__name__", None) != key or is_replaced(name, key):
             continue  # an alias such as IOError, or not the library's own
@@ -188,7 +204,8 @@ def _compiled_pieces(name: str) -> list[_Piece]:
 
 def _gather(group: list[_Piece], seen: set[str]) -> Iterator[Document]:
     """Clean a group into documents, without paragraphs that the corpus already has and without very short pieces."""
-    name, kept = "", []
+    name = ""
+    kept: list[str] = []
     for piece, texts in group:
         fresh = [paragraph for text in texts for paragraph in prose(text, seen)]
         if kept and sum(map(len, fresh)) >= _MIN_PIECE and sum(map(len, kept)) >= _MIN_PIECE:
@@ -223,7 +240,7 @@ _SIGNATURE = re.compile(
     r"(?: *->? *(?:[\w.]+(?:\[[^\]]*\])?(?: or \w+)?|\([^)]*\)|\[[^\]]*\])(?=[\s.:,]|$))?[.,:]?"
     r"(?: *--? +| *$|(?<=[.:]) +| {2,}(?=[A-Z]))"
 )
-_MARKUP = [
+_MARKUP: list[tuple[re.Pattern[str], Any]] = [  # a pattern, and the text or the function that replaces it
     (re.compile(r":[\w:]+:`~?\.?([^`<]+?)(?: ?<[^>]*>)?`"), r"\1"),  # a role with its target
     (re.compile(r"``([^`]*)``|`([^`'\s][^`']*)[`']_{0,2}"), lambda m: m[1] or m[2]),
     (re.compile(r"(?<![\w*])(\*{1,2})(\w[^*\n]*?)\1(?![\w*])"), r"\2"),
@@ -305,6 +322,7 @@ def _items(block: str) -> Iterator[str]:
     doctest = next((i for i, line in enumerate(lines) if line.lstrip().startswith((">>>", "..."))), len(lines))
     item: list[str] = []
     first = previous = 0
+    new: object
     for line in lines[:doctest]:
         if re.fullmatch(r"\s*\W{3,}", line):  # a ruler
             continue

@@ -186,7 +186,7 @@ def _check_answers(dialog: Dialog) -> None:
             raise ValueError(f"messages[{i}]: the assistant's answer is empty")
 
 
-def _has_text(content: object) -> bool:
+def _has_text(content: Any) -> bool:
     """True if a message's content, a string or a list of parts, has more than white space."""
     texts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
     return any(text.strip() for text in texts)

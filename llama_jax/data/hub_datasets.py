@@ -76,20 +76,20 @@ def check_readable(files: Iterable[str]) -> None:
 
 def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str) -> list[str]:
     """The files of the repo that the name matches, at least one."""
-    if pattern in files:
+    if pattern is not None and pattern in files:
         return [pattern]
     data = [file for file in files if _format(file) is not None and Path(file).name not in _NOT_DATA]
     if pattern is not None:
         wanted = [f for f in data if f.startswith(f"{pattern}/") or _matches(pattern.split("/"), f.split("/"))]
         if not wanted:
             raise ConfigError(
-                f"{repo.text}: no file of data there{nearest(pattern, files)}; it has {some(data or files)}"
+                f"{repo.text}: no file of data there{nearest(pattern, files)}; it has {some(data or list(files))}"
             )
         return wanted
     if not data:
         endings = ", ".join(ending for endings in FORMATS for ending in endings)
         raise ConfigError(f"{repo.text}: no file ends in {endings}; it has {some(list(files)) or 'no files'}")
-    first = min(_format(file) for file in data)
+    first = min(number for file in data if (number := _format(file)) is not None)
     data = [file for file in data if _format(file) == first]
     for words in _WORDS[split]:
         if says := [file for file in data if _says(file, words)]:

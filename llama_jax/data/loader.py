@@ -1,14 +1,16 @@
 """The data loader, on top of grain: batches that are seeded, split over hosts and resumable to the exact batch.
 
-The batch of step s is a pure function of the rows, the seed, the global batch size B and s: it holds the global rows
-order[s * B : (s + 1) * B]. `order` visits every row once an epoch, and each epoch has a new shuffle. In a mixture, each
-part has its own epochs and is drawn in proportion to its weight. A position in the data is therefore one number, and
-each host computes its own part of any batch without communication.
+The rows have one endless order, a pure function of the rows and the seed. It visits every row once an epoch, and each
+epoch has a new shuffle. In a mixture, each part has its own epochs and is drawn in proportion to its weight. A batch of
+B rows at position p holds the global rows order[p : p + B], and the next batch begins at p + B. A position in the data
+is therefore one number, which means the same rows for any batch size, and each host computes its own part of any batch
+without communication.
 """
 
 import bisect
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,9 +64,10 @@ class Loader:
         mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
         if epochs is not None and len(mixture.parts) > 1:
             raise ValueError("a mixture has no epochs: each of its parts has its own")
-        if epochs is not None and (epochs < 1 or epochs * len(rows) < batch_size):
+        total = sum(map(len, mixture.parts))
+        if epochs is not None and (epochs < 1 or epochs * total < batch_size):
             raise ValueError(
-                f"{epochs} epochs of {len(rows)} rows do not fill one batch of {batch_size}; take more epochs"
+                f"{epochs} epochs of {total} rows do not fill one batch of {batch_size}; take more epochs"
                 " (None repeats for ever), a smaller batch_size or a shorter sequence_length"
             )
         self._rows = mixture.parts
@@ -82,29 +85,33 @@ class Loader:
         self._identity = {
             "store": mixture.fingerprint,
             "sequence_length": mixture.sequence_length,
-            "batch_size": batch_size,
             "seed": seed,
             "shuffle": shuffle,
         }
         self._options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-        self._seek(start_step)
+        self._seek(start_step * batch_size)
+
+    @property
+    def position(self) -> int:
+        """The number of rows in all batches so far."""
+        return self._position
 
     def __iter__(self) -> "Loader":
         """The loader itself: a second `for` continues where the first stopped."""
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. `state()` counts it from now on."""
+        """The next batch. `state()` counts its rows from now on."""
         batch = next(self._batches)
-        self._step += 1
+        self._position += self._batch_size
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position as values for JSON: the number of batches so far ("step"), and all that batches depend on."""
-        return {"step": self._step, **self._identity}
+        """The position as values for JSON: the number of rows so far, and all that their order depends on."""
+        return {"rows": self._position, **self._identity}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position that `state()` returned.
+        """Go to a position that `state()` of a loader returned, which may have had another batch size.
 
         Raises:
             ValueError: the position belongs to other data or settings.
@@ -118,32 +125,39 @@ class Loader:
                 raise ValueError(
                     f"cannot resume the data: {change}; set it back, or start a new run to train on from these weights"
                 )
-        step = state.get("step")
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"cannot resume the data: step must be a count of batches, got {step!r}")
-        self._seek(step)
+        self._seek(position_of(state))
 
     def close(self) -> None:
         """Stop the prefetching threads."""
         self._batches.close()
 
-    def _seek(self, step: int) -> None:
+    def _seek(self, position: int) -> None:
         import grain
 
         if hasattr(self, "_batches"):
             self.close()
-        steps = max(len(self._order) // self._batch_size - step, 0)
-        batches = grain.MapDataset.range(step, step + steps).map(self._batch)
-        self._batches = iter(batches.to_iter_dataset(self._options))
-        self._step = step
+        count = max((len(self._order) - position) // self._batch_size, 0)
+        starts = functools.partial(self._batch, position)
+        self._batches = iter(grain.MapDataset.range(count).map(starts).to_iter_dataset(self._options))
+        self._position = position
 
-    def _batch(self, step: int) -> Batch:
-        start = int(step) * self._batch_size
+    def _batch(self, first: int, number: int) -> Batch:
+        start = first + int(number) * self._batch_size
         return _stack([self._row(int(self._order[start + row])) for row in self._rows_of_host])
 
     def _row(self, number: int) -> Batch:
         part = bisect.bisect_right(self._ends, number)
         return self._rows[part][number - self._ends[part] + len(self._rows[part])]
+
+
+def position_of(state: Mapping[str, Any]) -> int:
+    """The number of rows before a position that `Loader.state` returned; ValueError for values that are none."""
+    rows = state.get("rows")
+    if rows is None and isinstance(state.get("step"), int):  # earlier versions counted batches
+        rows = state["step"] * state.get("batch_size", 0)
+    if not isinstance(rows, int) or rows < 0:
+        raise ValueError(f"cannot resume the data: rows must be a count of rows, got {rows!r}")
+    return rows
 
 
 def evaluation_batches(

@@ -261,7 +261,7 @@ def _calls_in_text(text: object, where: str) -> list[dict[str, Any]]:
     return [_call(call, where) for call in calls]
 
 
-def _call(call: object, where: str) -> dict[str, Any]:
+def _call(call: Any, where: str) -> dict[str, Any]:
     """A call in OpenAI's style with its arguments as a dict, from OpenAI's or Anthropic's.
 
     An empty string of arguments means none. Arguments that are no dict are left for the encoder to refuse.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from llama_jax import storage
 from llama_jax.data.encoding import Encoder
 from llama_jax.data.packing import Mixture, Rows, pack
 from llama_jax.data.records import BadLine, refuse_many_bad
@@ -12,6 +14,8 @@ from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
 from llama_jax.files import expanded
 from llama_jax.hub import some
+from llama_jax.phases import phase
+from llama_jax.progress import progress_bar
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig
 from llama_jax.text.bpe_training import train_bpe
@@ -33,8 +37,18 @@ def check_sources(data: DataConfig) -> None:
             documents_from(patterns, split=split) if patterns else None  # resolves the patterns, and reads nothing yet
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.{split}: {error}") from None
-    if data.tokenizer and not expanded(data.tokenizer).exists():
+    if data.tokenizer and not _tokenizer_path(data.tokenizer).exists():
         raise ConfigError(f"data.tokenizer={data.tokenizer!r} does not exist: name a file")
+
+
+def _tokenizer_path(name: str) -> Path:
+    """The path of data.tokenizer; a file behind an address is downloaded."""
+    if not storage.is_url(name):
+        return expanded(storage.local_path(name) or name)
+    files = storage.find(name)
+    folder = storage.cache_folder(name, files)
+    paths = storage.download(name, files, folder)
+    return folder if len(files) > 1 else paths[files[0].name]
 
 
 def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokenizer:
@@ -50,7 +64,7 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
         ValueError: too many lines of the text that a tokenizer is trained on cannot be used.
     """
     if run.data.tokenizer:
-        tokenizer = Tokenizer(expanded(run.data.tokenizer))
+        tokenizer = Tokenizer(_tokenizer_path(run.data.tokenizer))
         if base is not None and base.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {run.init_from}: unset it"
@@ -60,8 +74,8 @@ def choose_tokenizer(run: RunConfig, base: Tokenizer | None, say: Say) -> Tokeni
         if base is None:
             raise ConfigError(f"init_from={run.init_from!r} has no tokenizer: set data.tokenizer")
         return base
-    say(f"training a tokenizer of {run.model.vocab_size} tokens on {', '.join(run.data.train)}")
-    return Tokenizer.from_ranks(train_bpe(_texts(run.data), vocab_size=run.model.vocab_size))
+    with phase(f"training a tokenizer of {run.shape.vocab_size} tokens on {', '.join(run.data.train)}", say):
+        return Tokenizer.from_ranks(train_bpe(_texts(run.data), vocab_size=run.shape.vocab_size))
 
 
 def _texts(data: DataConfig) -> Iterator[str]:
@@ -121,16 +135,18 @@ def _packed(run: RunConfig, patterns: Sequence[str], split: str, encoder: Encode
     data = run.data
     pairs = run.train.objective == "dpo"
     try:
-        store = build_store(
-            patterns,
-            encoder,
-            cache_dir=expanded(data.cache_dir),
-            max_length=data.sequence_length,
-            too_long=data.too_long,
-            max_bad=data.max_bad,
-            split=split,
-            pairs=pairs,
-        )
+        with progress_bar(None, f"tokenizing data.{split}", unit=" tokens") as bar:
+            store = build_store(
+                patterns,
+                encoder,
+                cache_dir=expanded(data.cache_dir),
+                max_length=data.sequence_length,
+                too_long=data.too_long,
+                max_bad=data.max_bad,
+                split=split,
+                pairs=pairs,
+                progress=lambda documents, tokens: bar.update(tokens - bar.n),
+            )
     except NameInText as error:
         raise NameInText(f"data.{split}: {error}") from None
     except ValueError as error:

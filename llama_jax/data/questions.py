@@ -299,7 +299,7 @@ def _train() -> tuple[Dialog, ...]:
     draw.shuffle(pairs)
     made: list[Dialog] = []
     while pairs:
-        turns = []
+        turns: list[tuple[str, str]] = []
         for _ in range(min(_TURNS[len(made) % len(_TURNS)], len(pairs))):
             asked, fact = pairs.pop()
             if turns and draw.random() < 0.5:

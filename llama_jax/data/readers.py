@@ -119,7 +119,8 @@ class _Reader:
         self._allowed = max(MAX_UNCHECKED, MAX_RATIO * path.stat().st_size)
 
     def __enter__(self) -> "_Reader":
-        self._file: IO[bytes] = gzip.open(self._path, "rb") if self._compressed else open(self._path, "rb")
+        opened: Any = gzip.open(self._path, "rb") if self._compressed else open(self._path, "rb")
+        self._file: IO[bytes] = opened
         if self._compressed and _size_in_trailer(self._path) > self._allowed:
             while self.read(_CHUNK):  # the trailer may be wrong: decompress up to the bound, before anything is encoded
                 pass
@@ -297,7 +298,8 @@ class _Items:
     def _mark(self) -> str:
         """The next character that is no white space, or "" at the end of the file."""
         while True:
-            self._advance(_SPACE.match(self._text, self._next).end())
+            space = _SPACE.match(self._text, self._next)
+            self._advance(space.end() if space else self._next)
             if self._next < len(self._text) or self._ended:
                 return self._text[self._next : self._next + 1]
             self._read_more()

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llama_jax import storage
 from llama_jax.data import corpus, hub_datasets, questions, readers
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Dialog, Sample
@@ -35,11 +36,11 @@ def documents_from(patterns: Sequence[str], *, split: str = "train", pairs: bool
     """An iterator over every document that the patterns name, and every record that cannot be used.
 
     A pattern is one of: a file (an unknown ending counts as text); a folder, which is searched recursively for the
-    endings above except .json, since such files may be anything; a glob (`**` crosses folders); a dataset of the hub
-    (see `hub_datasets`); stdlib:train or stdlib:validation, the quickstart corpus; stdlib:chat-train or
-    stdlib:chat-validation, its chat set. Documents come pattern by pattern, sorted by path within each. A file that is
-    named twice is read once. Patterns are resolved, and files of the hub downloaded, at once; files are read one by
-    one.
+    endings above except .json, since such files may be anything; a glob (`**` crosses folders); the address of any of
+    these in a store, such as gs://BUCKET/FOLDER (see `storage`); a dataset of the hub (see `hub_datasets`);
+    stdlib:train or stdlib:validation, the quickstart corpus; stdlib:chat-train or stdlib:chat-validation, its chat set.
+    Documents come pattern by pattern, sorted by path within each. A file that is named twice is read once. Patterns are
+    resolved, and files of stores and of the hub downloaded, at once; files are read one by one.
 
     Args:
         patterns: the patterns.
@@ -93,8 +94,12 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
     found: _Sources = {}  # ordered, without repeats
     for pattern in map(os.path.expanduser, patterns):
         if pattern.startswith(hub_datasets.SCHEME):
-            found |= hub_datasets.find(pattern, split)
+            found |= dict[Path | str, tuple[str, int] | None](hub_datasets.find(pattern, split).items())
             continue
+        if storage.is_url(pattern):
+            found |= _stored(pattern)
+            continue
+        pattern = storage.local_path(pattern) or pattern
         if pattern in _NAMED:
             matches: list[Path | str] = [pattern]
         elif os.path.isfile(pattern):
@@ -109,14 +114,33 @@ def _resolve(patterns: Sequence[str], split: str) -> _Sources:
         if not matches:
             raise FileNotFoundError(_nothing_matched(pattern))
         found.update(dict.fromkeys(matches))
-    for source in found:
-        if isinstance(source, Path) and source.suffix.lower() in _NOT_TEXT:
+    _check_readable([source for source, known in found.items() if isinstance(source, Path) and not known])
+    return found
+
+
+def _check_readable(paths: Sequence[Path]) -> None:
+    """Check the formats of files by their endings; ValueError or ConfigError for the first that is not read."""
+    for path in paths:
+        if path.suffix.lower() in _NOT_TEXT:
             raise ValueError(
-                f"{source}: {source.suffix} is not read; write records as lines of a .jsonl file or as .parquet, and "
+                f"{path}: {path.suffix} is not read; write records as lines of a .jsonl file or as .parquet, and "
                 "texts as .txt or .md (each perhaps with .gz)"
             )
-    hub_datasets.check_readable(str(source) for source in found if isinstance(source, Path))
-    return found
+    hub_datasets.check_readable(map(str, paths))
+
+
+def _stored(url: str) -> _Sources:
+    """The files of an address, which are downloaded unless the cache has them; of a folder those of known endings."""
+    files = storage.find(url)
+    if len(files) > 1 or files[0].name != url.rpartition("/")[2]:  # neither a folder's files nor a pattern's
+        files = [file for file in files if "*" in url or _kind(Path(file.name)) not in ("", "list")]
+    if not files:
+        raise FileNotFoundError(
+            f"{url!r} holds no file ending in {', '.join(_TEXT + _JSON + _TABLE)}, or in .gz after it"
+        )
+    _check_readable([Path(file.name) for file in files])
+    paths = storage.download(url, files, storage.cache_folder(url, files))
+    return {paths[file.name]: (f"{url}#{file.name}@{file.version}", file.size) for file in files}
 
 
 def _kind(path: Path) -> str:

@@ -371,7 +371,8 @@ def _as_arrays(sample: EncodedSample | BadLine, tokenizer: Encoder) -> EncodedSa
             raise ValueError(f"{sample.name}: the tokenizer gave no ids, or ids outside {limit}")
         mask = None if targets is None else np.array(targets, bool)
         documents.append((tokens.astype(token_dtype(tokenizer)), mask))
-    return sample._replace(documents=tuple(documents))
+    arrays: Any = tuple(documents)  # in the place of lists
+    return sample._replace(documents=arrays)
 
 
 def _groups(samples: Iterator[Sample | BadLine]) -> Iterator[tuple[int, list[Sample | BadLine]]]:

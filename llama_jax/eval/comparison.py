@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, checked_keywords
 from llama_jax.eval import judges, plot
 from llama_jax.eval.intervals import Tally, tally
 from llama_jax.eval.judges import Case, Judge, Prompt
@@ -97,6 +97,7 @@ class Comparison:
     picture: Path | None
 
 
+@checked_keywords
 def compare(
     asked: Asked,
     prompts: Sequence[Prompt],

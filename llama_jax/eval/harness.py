@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
 from llama_jax.eval import lm_eval_requests, scoring
 from llama_jax.text.chat_format import ChatFormat, TemplateFormat
 
@@ -210,6 +210,7 @@ def find_tasks(tasks: Sequence[str], include: Sequence[str] = ()) -> TaskManager
     return manager
 
 
+@checked_keywords
 def evaluate(
     model: LlamaLM,
     tasks: Sequence[str],
@@ -222,6 +223,8 @@ def evaluate(
     log_samples: bool = False,
 ) -> dict[str, Any]:
     """The results of tasks by name, file or pattern. Arguments are those of `lm_eval.simple_evaluate`."""
+    if isinstance(tasks, str):
+        raise ConfigError(f"tasks must be a list of names, got the string {brief(tasks)}: give [{brief(tasks)}]")
     manager = manager or find_tasks(tasks)
     known = [name for task in tasks for name in ([task] if Path(task).is_file() else manager.match_tasks([task]))]
     return lm_eval.simple_evaluate(

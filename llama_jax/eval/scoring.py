@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, checked_keywords
 from llama_jax.infer import inputs
 from llama_jax.infer.batches import longest_first, power_of_two
 from llama_jax.progress import progress_bar
@@ -36,6 +36,7 @@ class Scored:
     greedy: np.ndarray
 
 
+@checked_keywords
 def score(
     llama: Llama,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],

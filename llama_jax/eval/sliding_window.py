@@ -18,7 +18,7 @@ import numpy as np
 from llama_jax.data.corpus import Document
 from llama_jax.data.encoding import encode
 from llama_jax.data.records import Completion, Dialog
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import ConfigError, brief, checked_keywords
 from llama_jax.eval import scoring
 from llama_jax.infer import inputs
 from llama_jax.text import control_tokens
@@ -67,6 +67,7 @@ class Perplexity:
         return self.nats_per_token * self.tokens / math.log(2) / self.bytes
 
 
+@checked_keywords
 def perplexity(
     llama: Llama,
     texts: Sequence[Sample],

@@ -8,6 +8,7 @@ or a LoraTensor around either.
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,8 @@ def _quantized(x: jax.Array, w: QTensor) -> jax.Array:
 
 def _dequantized_product(x: jax.Array, w: QTensor) -> jax.Array:
     parts = zip(quant.inputs_of_planes(w, x), quant.planes(w), strict=True)
-    return sum(_product(part, quant.scaled(plane, w.scales, x.dtype)) for part, plane in parts)
+    products = (_product(part, quant.scaled(plane, w.scales, x.dtype)) for part, plane in parts)
+    return functools.reduce(operator.add, products)
 
 
 def _dequantized_by_blocks(x: jax.Array, w: QTensor) -> jax.Array:
@@ -124,7 +126,7 @@ def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
     if axes is None:
         return jax.tree.map(by_rows, w)
-    kept = [None if axis == "embed" else axis for axis in axes]
+    kept = tuple(None if axis == "embed" else axis for axis in axes)
     return jax.tree.map(lambda a: parallel.on_each_part(by_rows, (a, kept)), w)
 
 
@@ -133,12 +135,12 @@ def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | N
     return _quantized(x, _all_gathered(w, axes)).astype(x.dtype)
 
 
-def _quantized_forward(x, w, axes):
+def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
     # The residual is the packed, sharded weight. Gathered and dequantized it would be many times as large.
     return _quantized_linear(x, w, axes), w
 
 
-def _quantized_backward(axes, w, g):
+def _quantized_backward(axes: tuple[str | None, ...] | None, w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
     whole = quant.dequantize(_all_gathered(w, axes), g.dtype)
     return _dot(g, whole, ((g.ndim - 1,), (0,))).astype(g.dtype), None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from llama_jax.ops import quant
 from llama_jax.ops.quant import QTensor
 
 Axes = tuple[str | None, ...]
+
+
+Part = Any  # an array, or what stands for one in a tree of axes, shapes or tensors of a file
 
 
 class LoraWeights(NamedTuple):
@@ -35,10 +38,10 @@ class LoraWeights(NamedTuple):
             (..., 1, in). None for plain LoRA.
     """
 
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array
-    magnitude: jax.Array | None = None
+    a: Part
+    b: Part
+    scale: Part
+    magnitude: Part = None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])

@@ -6,6 +6,7 @@ Letters: B batch, T length, D embedding, V vocab; C chunks of n vocabulary rows 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +86,11 @@ def _cross_entropy(
     return _forward(hiddens, tables, targets, num_shards, num_chunks)[0]
 
 
-def _forward(hiddens, tables, targets, num_shards, num_chunks):
+def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int) -> Any:
+    """((nll, lse), residuals of `_backward`)."""
     chunks = tuple(_chunks(table, num_shards, num_chunks, hiddens[0].dtype) for table in tables)
 
-    def scan_chunk(carry, chunk):
+    def scan_chunk(carry: Any, chunk: Any) -> Any:
         peak, total, score = carry
         rows, ids = chunk
         rows = _gathered(rows)
@@ -107,7 +109,8 @@ def _forward(hiddens, tables, targets, num_shards, num_chunks):
     return (lse - score, lse), (hiddens, tables, targets, lse, kept)
 
 
-def _backward(num_shards, num_chunks, residuals, cotangents):
+def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    """The gradients of hiddens and tables, and None for targets."""
     hiddens, tables, targets, lse, kept = residuals
     dtype, V = hiddens[0].dtype, tables[0].shape[0]
     chunks = tuple(_chunks(table, num_shards, num_chunks, dtype) for table in tables)
@@ -115,7 +118,7 @@ def _backward(num_shards, num_chunks, residuals, cotangents):
     precision = _HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def scan_chunk(dxs, chunk):
+    def scan_chunk(dxs: Arrays, chunk: Any) -> tuple[Arrays, Arrays]:
         rows, row_ids, logits = chunk
         rows = _gathered(rows)
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits

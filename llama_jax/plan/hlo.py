@@ -176,7 +176,7 @@ def _participants(rest: str) -> int:
 
 
 def _trips(computations: Computations, instructions: list[_Instruction], loop: _Instruction) -> int:
-    """The number of times that a loop runs: its annotation, or the limit of its condition over the stride of its counter.
+    """The number of times that a loop runs: its annotation, or its condition's limit over the stride of its counter.
 
     It is 1 where neither is understood.
     """

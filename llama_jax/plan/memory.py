@@ -158,7 +158,7 @@ def _frozen_bytes(run: RunConfig, sizes: tuple[tuple[str, int], ...], dtype: str
 
 def kept(run: RunConfig, shape: Shape, *, flash: bool) -> int:
     """Bytes that rematerialization keeps of all layers of a device."""
-    m, t, s = run.model, shape.tensor, shape.width
+    m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     names = {
         "full": 0,
@@ -186,7 +186,7 @@ def _products(m: ModelConfig, t: int, s: int) -> int:
 
 def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: bool) -> int:
     """Bytes of what is alive besides: the larger of a layer's backward pass and the loss."""
-    m, t, s = run.model, shape.tensor, shape.width
+    m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim
     # The stacked weights in the compute dtype, which XLA makes before the scan; and the gathered weights of a layer.

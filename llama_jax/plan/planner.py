@@ -81,7 +81,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict: the plan, and what it was made from."""
-        m, train, data = self.run.model, self.run.train, self.run.data
+        m, train, data = self.run.shape, self.run.train, self.run.data
         work = projection.flops(self.run)
         kernel, why = self.attention
         return {
@@ -149,7 +149,7 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
 
 def attention_kernel(run: RunConfig, sizes: dict[str, int], devices: Devices) -> tuple[str, str]:
     """The attention kernel of a training step on some devices, and the reason in words."""
-    m, tokens = run.model, run.data.sequence_length // memory.parts(sizes, "length")
+    m, tokens = run.shape, run.data.sequence_length // memory.parts(sizes, "length")
     if devices.chip.platform != "tpu":
         return "xla", "no kernel for packed rows on this platform: plain XLA, in chunks of queries"
     if run.train.compute_dtype == "float32":

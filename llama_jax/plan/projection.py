@@ -50,7 +50,7 @@ class Projection:
 
 def flops(run: RunConfig) -> Flops:
     """The operations of one training step, by the formulas of PaLM (arXiv:2204.02311, appendix B)."""
-    m = run.model
+    m = run.shape
     tokens = run.data.batch_size * run.data.sequence_length
     matrices = 2 * m.matmul_params
     attention = 2 * m.num_layers * m.num_heads * m.head_dim * run.data.sequence_length  # causal: half of the scores
@@ -70,7 +70,7 @@ def flops(run: RunConfig) -> Flops:
 
 def wire_bytes(run: RunConfig, sizes: Mapping[str, int], shape: Shape) -> float:
     """Bytes that one device sends in a step, by formulas: weights gathered, gradients and activations reduced."""
-    m = run.model
+    m = run.shape
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim
     weights = m.num_layers * layer / shape.tensor / shape.stages
     gathers = (3 if run.train.remat in ("full", "attention") else 2) * run.train.accumulate

@@ -101,7 +101,7 @@ def meshes(run: RunConfig, devices: Devices) -> Iterator[dict[str, int]]:
         rest = inside // (t * c)
         for s, f in itertools.product(_STAGES if rest >= _MANY else (1,), _divisors(rest)):
             copies = rest // f // s
-            if f * s * copies == rest and (copies <= 64 or f == rest) and run.model.num_layers % s == 0:
+            if f * s * copies == rest and (copies <= 64 or f == rest) and run.shape.num_layers % s == 0:
                 yield {data: devices.slices * copies, fsdp: f, stage: s, context: c, tensor: t}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import ConfigError, brief, checked_keywords
 from llama_jax.files import expanded, write_whole
 from llama_jax.text import vocabulary_files
 from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
@@ -41,6 +41,7 @@ class Tokenizer:
         fingerprint: sha256 (hex) of everything that ids depend on; in Meta's layout, that of Meta's `tokenizer.model`.
     """
 
+    @checked_keywords
     def __init__(self, path: str | os.PathLike[str], *, expected_vocab_size: int | None = None) -> None:
         """Reads any vocabulary file (see `vocabulary_files.read`).
 
@@ -56,6 +57,8 @@ class Tokenizer:
             ValueError: the file is damaged (one line: file, fault, remedy), or its vocabulary is not of the expected
                 size.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"path must be that of a tokenizer's file or a model's folder, got {brief(path)}")
         self._setup(vocabulary_files.read(path), expanded(path))
         if expected_vocab_size is not None and expected_vocab_size != self.vocab_size:
             raise ValueError(

@@ -14,15 +14,18 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import Checkpoints
-from llama_jax.data.loader import Loader
+from llama_jax.data.loader import Loader, position_of
 from llama_jax.errors import ConfigError
-from llama_jax.files import expanded, write_json
+from llama_jax.files import write_json
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_shape import PartialShape
+from llama_jax.storage import is_url, work_folder
 from llama_jax.text import chat_template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.metrics import draw_loss, say
+from llama_jax.train.mirror import Mirror
+from llama_jax.train.objectives import Objective, own_name
 from llama_jax.train.program import Program
 from llama_jax.train.setup import Frozen
 from llama_jax.train.state import TrainState
@@ -42,6 +45,9 @@ _MAY_CHANGE = (
     "train.epochs",
     "train.patience",
     "train.max_skipped",
+    "train.accumulate",
+    "data.batch_size",  # the position in the data counts rows
+    "data.train",  # the loader compares the contents
     "log.",
     "checkpoint.",
     "mesh.",
@@ -86,12 +92,16 @@ class Newest:
         config: The nested dict of the run that saved it.
         frozen: The identity of the frozen model, or None.
         trend: The validation losses until then.
+        position: The number of training rows that its steps took.
+        objective: The name of a loss of the caller's own, or None.
     """
 
     step: int
     config: dict[str, Any]
     frozen: str | None
     trend: Trend
+    position: int
+    objective: str | None
 
 
 class RunFolder:
@@ -103,8 +113,16 @@ class RunFolder:
     """
 
     def __init__(self, run: RunConfig):
-        self.path = expanded(run.output)
-        self.checkpoints = Checkpoints(self.path, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
+        self.path = work_folder(run.output)
+        self.mirror = Mirror(run.output, self.path) if is_url(run.output) else None
+        if self.mirror is not None:
+            self.mirror.fetch()
+        self.checkpoints = Checkpoints(
+            self.path,
+            keep=run.checkpoint.keep,
+            keep_best=run.checkpoint.keep_best,
+            on_commit=None if self.mirror is None else self.mirror.push_soon,
+        )
 
     def newest(self, *, resume: bool) -> Newest | None:
         """The newest sound checkpoint, or None in a new folder; ConfigError if there is one and not `resume`."""
@@ -114,9 +132,16 @@ class RunFolder:
         if not resume:
             raise ConfigError(f"{self.path} has a checkpoint of step {step}: resume it, or set another output")
         meta = self.checkpoints.meta(step)
-        return Newest(step, meta["config"], meta.get("frozen"), Trend(**meta.get("trend", {})))
+        return Newest(
+            step,
+            meta["config"],
+            meta.get("frozen"),
+            Trend(**meta.get("trend", {})),
+            position_of(meta["data"]),
+            meta.get("objective"),
+        )
 
-    def check_resume(self, run: RunConfig, newest: Newest) -> RunConfig:
+    def check_resume(self, run: RunConfig, newest: Newest, objective: Objective) -> RunConfig:
         """Check that `run` continues the run that saved the checkpoint, and print the keys that have changed.
 
         Returns:
@@ -127,7 +152,7 @@ class RunFolder:
         """
         saved = RunConfig.from_dict(newest.config)  # keys that an older version lacked have their defaults
         if isinstance(run.model, PartialShape):
-            run = dataclasses.replace(run, model=run.model.of(saved.model))
+            run = dataclasses.replace(run, model=run.model.of(saved.shape))
         changed = differences(saved.to_dict(), run.to_dict())
         refused = {key: values for key, values in changed.items() if not key.startswith(_MAY_CHANGE) or key in _MAY_NOT}
         if refused:
@@ -135,6 +160,12 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} was trained with other settings: {lines}. Set them back to resume it, or set another "
                 "output to start a new run"
+            )
+        if newest.objective != own_name(objective):
+            words = [name or "the one of train.objective" for name in (newest.objective, own_name(objective))]
+            raise ConfigError(
+                f"{self.path} was trained with another loss: it was {words[0]}, is now {words[1]}. Give the same loss "
+                "to train(..., loss=...), or set another output to start a new run"
             )
         for key, (old, new) in changed.items():
             say(f"{key} was {old!r}, is now {new!r}")
@@ -171,6 +202,8 @@ class RunFolder:
             self._write_adapter(program.run, state.best, step)
         if jax.process_index() == 0:
             draw_loss(self.path, program.run.train.objective)
+        if self.mirror is not None:
+            self.mirror.close()
 
     def _adapter_step(self) -> int | None:
         """The step of the adapter in the folder, or None if there is none."""
@@ -193,7 +226,7 @@ class RunFolder:
         if jax.process_index() == 0:
             metadata = open_source(run.init_from).metadata.with_tokenizer(tokenizer_in(self.path))
             metadata = dataclasses.replace(metadata, chat_template=chat_template.read_folder(self.path))
-            export.write_tokenizer(fresh, metadata, model_max_length=run.model.max_seq_len)
+            export.write_tokenizer(fresh, metadata, model_max_length=run.shape.max_seq_len)
             final.mkdir(exist_ok=True)
             for file in fresh.iterdir():
                 os.replace(file, final / file.name)

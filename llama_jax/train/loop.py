@@ -5,6 +5,7 @@ The device never waits for the host. The metrics of a step are fetched while the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -16,18 +17,38 @@ import numpy as np
 from llama_jax import parallel
 from llama_jax.data.loader import evaluation_batches
 from llama_jax.params import Params
+from llama_jax.phases import phase
 from llama_jax.run_config import RunConfig
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train import setup, trainable
+from llama_jax.train import setup, trackers, trainable
 from llama_jax.train.folder import RunFolder, Trend, rest_of
 from llama_jax.train.metrics import MetricLog, Progress
-from llama_jax.train.objectives import Batch
+from llama_jax.train.objectives import Batch, own_name
+from llama_jax.train.profile import Profile
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
 
 # (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts.
 Sampler = Callable[[RunConfig, Params, Tokenizer, jax.sharding.Mesh], list[str]]
+
+
+# (step, its metrics by name) -> True to stop the run after this step.
+OnMetrics = Callable[[int, dict[str, float]], bool | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """Functions of the caller that a run calls.
+
+    Attributes:
+        sampler: Makes the texts of log.sample_every; None makes none.
+        on_metrics: Called in the first process with every line of metrics.jsonl: the metrics of a step, or the
+            validation loss. If it returns True, the run stops in good order, as at Ctrl-C.
+    """
+
+    sampler: Sampler | None = None
+    on_metrics: OnMetrics | None = None
 
 
 class TrainingError(RuntimeError):
@@ -58,7 +79,7 @@ class Loop:
         folder: The run folder, whose checkpoints are ready to be saved to.
         trend: The validation losses so far.
         stop: The signals that end the run early.
-        sampler: Makes the texts of log.sample_every; None makes none.
+        hooks: Functions of the caller.
     """
 
     def __init__(
@@ -70,19 +91,22 @@ class Loop:
         folder: RunFolder,
         trend: Trend,
         stop: StopSignal,
-        sampler: Sampler | None,
+        hooks: Hooks,
     ):
         self.program, self.run, self.state, self.frozen, self.data = program, program.run, state, frozen, data
         self.folder, self.checkpoints, self.trend = folder, folder.checkpoints, trend
-        self.stop, self.sampler = stop, sampler
+        self.stop, self.hooks = stop, hooks
         self.first = self.step = self.saved = int(state.step)
         self.all_finite = jax.jit(_all_finite)
         self.any_stop = _any_process(program.layout) if jax.process_count() > 1 else None
         self.stop_seen = False
         self.main = jax.process_index() == 0
         self.progress = self._new_progress()
-        tensorboard = self.run.log.tensorboard
-        self.log = MetricLog(folder.path, from_step=self.first, tensorboard=tensorboard) if self.main else None
+        self.profile = Profile(self.run.log.profile, folder.path / "profile")
+        self.log: MetricLog | None = None
+        if self.main:
+            started = trackers.start(self.run, folder.path, from_step=self.first)
+            self.log = MetricLog(folder.path, from_step=self.first, trackers=started)
 
     def train(self) -> TrainState:
         """Do the steps, and save the last one; returns the last state."""
@@ -96,6 +120,7 @@ class Loop:
         except TrainingError:
             self.checkpoints.close()  # a pending save is of an earlier, finite step
             raise
+        self.profile.close()
         self.checkpoints.close()
         self.data.loader.close()
         if self.log is not None:
@@ -130,13 +155,20 @@ class Loop:
 
     def _do_step(self, batch: Batch) -> Report:
         """Dispatch one optimizer step."""
-        if self.step == self.first and self.main:
-            self.progress.say("compiling the training step")
-        self.state, metrics = self.program.train_step(self.state, self.frozen.params, batch)
+        self.profile.before(self.step + 1, self.state)
+        with self._phase("compiling the training step", self.step == self.first):
+            self.state, metrics = self.program.train_step(self.state, self.frozen.params, batch)
         if self.any_stop is not None:
             metrics["stop"] = self.any_stop(self.stop.requested)
         self.step += 1
+        self.profile.after(self.step, self.state)
         return Report(self.step, metrics)
+
+    def _phase(self, title: str, long: bool) -> contextlib.AbstractContextManager[None]:
+        """Announces a phase of the first process if it is long."""
+        if not (long and self.main):
+            return contextlib.nullcontext()
+        return phase(title, self.progress.say, of=f"{self.run.shape.num_params} {self.program.batch['tokens'].shape}")
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.program.steps)
@@ -166,17 +198,22 @@ class Loop:
         if self.log is None:
             return
         speed = self.progress.speed(step)
-        self.log.write(step, {**values, **speed})
+        self._log(step, {**values, **speed})
         self.progress.show(step, values=values, speed=speed)
         if values["skipped"]:
             self.progress.say(f"step {step}: loss or gradient not finite, step skipped")
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Write metrics to the log and give them to the caller, in the first process."""
+        assert self.log is not None
+        self.log.write(step, values)
+        if self.hooks.on_metrics is not None and self.hooks.on_metrics(step, dict(values)):
+            self.stop.requested = True
 
     def _evaluate(self) -> float | None:
         """The validation loss of the state, logged and printed; None for a run that has no evaluation."""
         if self.data.validation is None or not self.run.log.eval_every:
             return None
-        if self.step == self.first == 0 and self.main:
-            self.progress.say("evaluating the model before the first step")
         batches = evaluation_batches(
             self.data.validation,
             batch_size=self.run.data.batch_size,
@@ -184,12 +221,13 @@ class Loop:
             rows_of_host=self.program.rows_of_host,
         )
         evaluate = functools.partial(self.program.eval_step, self.state.best, self.frozen.params)
-        sums = jax.device_get([evaluate(batch) for batch in to_devices(batches, self.program)])
+        with self._phase("evaluating the model before the first step", self.step == self.first == 0):
+            sums = jax.device_get([evaluate(batch) for batch in to_devices(batches, self.program)])
         total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
         count = max(total.pop("count"), 1.0)
         means = {name: value / count for name, value in total.items()}
         if self.log is not None:
-            self.log.write(self.step, {f"validation_{name}": mean for name, mean in means.items()})
+            self._log(self.step, {f"validation_{name}": mean for name, mean in means.items()})
             more = f"perplexity {np.exp(min(means['loss'], 50)):.2f}"
             if "accuracy" in means:
                 more = f"accuracy {means['accuracy']:.1%}  margin {means['margin']:.3f}"
@@ -199,14 +237,16 @@ class Loop:
 
     def _sample(self) -> None:
         """Print a sample for each of log.sample_prompts."""
-        if self.sampler is None or self.stop.requested:
+        if self.hooks.sampler is None or self.stop.requested:
             return
         with jax.transfer_guard("allow"):
             params = trainable.policy(self.run, self.state.best, self.frozen.params)
             run = dataclasses.replace(self.run, model=trainable.policy_config(self.run))
-            texts = self.sampler(run, params, self.data.tokenizer, self.program.layout.mesh)
-        if self.main:
-            for prompt, text in zip(self.run.log.sample_prompts, texts, strict=True):
+            texts = self.hooks.sampler(run, params, self.data.tokenizer, self.program.layout.mesh)
+        if self.log is not None:
+            samples = dict(zip(self.run.log.sample_prompts, texts, strict=True))
+            self.log.write_texts(self.step, samples)
+            for prompt, text in samples.items():
                 self.progress.say(f"step {self.step}  sample: {prompt}" + f"|{text}".replace("\n", "\n    "))
 
     def _save(self, loss: float | None) -> None:
@@ -218,10 +258,11 @@ class Loop:
                 "one"
             )
         meta = {
-            "data": {**self.data.loader.state(), "step": self.step},
+            "data": self.data.loader.state(),
             "config": self.run.to_dict(),
             "frozen": self.frozen.identity,
             "trend": dataclasses.asdict(self.trend),
+            "objective": own_name(self.program.loss),
         }
         with jax.transfer_guard("allow"):
             self.checkpoints.save(self.step, params=self.state.best, rest=rest_of(self.state), meta=meta, loss=loss)
@@ -230,7 +271,7 @@ class Loop:
     def _new_progress(self) -> Progress:
         run = self.run
         tokens = run.data.batch_size * run.data.sequence_length
-        forward = run.model.flops_per_token(run.data.sequence_length, training=False)
+        forward = run.shape.flops_per_token(run.data.sequence_length, training=False)
         flops = tokens * forward * trainable.forward_equivalents(run)
         return Progress(
             start=self.first,
@@ -253,7 +294,7 @@ def to_devices(batches: Iterator[dict[str, np.ndarray]], program: Program) -> It
 
     for batch in batches:
         with jax.transfer_guard_host_to_device("allow"):  # the only transfer of a batch
-            arrays = {
+            arrays: Batch = {
                 name: jax.make_array_from_callback(shape, sharding, functools.partial(shard, local))
                 for name, local in batch.items()
             }

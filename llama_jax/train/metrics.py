@@ -1,4 +1,4 @@
-"""The reports of a run: a status line, metrics.jsonl, TensorBoard events, and a picture of the loss."""
+"""The reports of a run: a status line, metrics.jsonl with its trackers, and a picture of the loss."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from llama_jax.progress import duration
+from llama_jax.train.trackers import Tracker
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. MFU is not shown for other devices.
 _PEAK_FLOPS = {
@@ -40,42 +44,42 @@ def say(text: str) -> None:
 
 
 class MetricLog:
-    """metrics.jsonl and TensorBoard events of a run folder. A resumed run drops the lines of steps that it does again.
+    """metrics.jsonl of a run folder, and the run's trackers. A resumed run drops the lines of steps that it does again.
 
     Args:
         folder: The run folder.
         from_step: The step of the checkpoint that the run resumes from; 0 starts with no lines.
-        tensorboard: Also write event files.
+        trackers: Trackers that get the same numbers.
     """
 
-    def __init__(self, folder: Path, *, from_step: int, tensorboard: bool):
+    def __init__(self, folder: Path, *, from_step: int, trackers: Sequence[Tracker] = ()):
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if from_step and line["step"] <= from_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else 0)
+        self._trackers = trackers
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write the metrics of a step as one line. A non-finite number becomes null, so that the line is valid JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, value in finite.items():
-                if isinstance(value, (int, float)):
-                    self._events.add_scalar(name, value, step)
+        numbers = {name: value for name, value in finite.items() if isinstance(value, (int, float))}
+        for tracker in self._trackers:
+            tracker.numbers(step, numbers)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Give the trackers the samples of a step, a text for each prompt."""
+        for tracker in self._trackers:
+            tracker.texts(step, texts)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and end the trackers."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -142,13 +146,6 @@ class Progress:
     def pause(self) -> None:
         """Restart the clock of `speed` after a pause of training: a compilation, an evaluation or a sample."""
         self._times = []
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 _LOSSES = {"sft": "cross-entropy (nats per token)", "dpo": "preference loss (per pair)"}

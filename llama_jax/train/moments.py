@@ -148,8 +148,8 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
         """
 
         def layer(i: jax.Array, stacked: Any) -> Any:
-            single = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
-            new = one(*single, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+            grad, mu, nu = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+            new = one(grad, mu, nu, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
             return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, new)
 
         return lax.fori_loop(0, grad.shape[0], layer, (grad, mu, nu))
@@ -157,6 +157,7 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
+        tree: Any
         leaves, tree = jax.tree.flatten(grads)
         new = []
         stored = zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)

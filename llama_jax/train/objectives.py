@@ -8,6 +8,7 @@ Letters: B rows, T tokens, P pairs.
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,38 @@ from llama_jax.run_keys import DpoConfig
 
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32
 Sums = dict[str, jax.Array]  # float32 scalars; "count" is the divisor of the others
+
+
+class Objective(Protocol):
+    """A loss as a sum over a batch. `objective` is the one of train.objective, and `train(..., loss=...)` takes others.
+
+    It is traced by jax, and called for each part of an accumulated batch.
+    """
+
+    def __call__(
+        self, run: RunConfig, policy: Params, reference: Params | None, batch: Batch, *, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Sums]:
+        """The sum to minimize, a float32 scalar, and the sums to report.
+
+        Args:
+            run: The run.
+            policy: The params that are trained, stacked; with LoRA they have its matrices in them.
+            reference: The frozen params of DPO or LoRA, or None.
+            batch: Packed rows.
+            dtype: Compute dtype.
+
+        Returns:
+            The sum and a dict of float32 scalars. The dict has `loss`, which is printed, and `count`. The sum and all
+            the others are divided by the count of the whole batch, for example its number of target tokens.
+        """
+        ...
+
+
+def own_name(loss: Objective) -> str | None:
+    """The name of a loss of the caller's own, by which a resumed run is compared; None for `objective`."""
+    if loss is objective:
+        return None
+    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
 
 
 def objective(
@@ -35,13 +68,14 @@ def objective(
         dtype: Compute dtype.
     """
     if run.train.objective == "dpo":
+        assert reference is not None  # it is the model of init_from, which DPO needs (run_checks)
         return dpo_sums(run, policy, reference, batch, dtype=dtype)
     return sft_sums(run, policy, batch, dtype=dtype)
 
 
 def sft_sums(run: RunConfig, policy: Params, batch: Batch, *, dtype: jnp.dtype) -> tuple[jax.Array, Sums]:
     """The weighted cross-entropy of all targets; its count is that of the targets."""
-    nll_BT, lse_BT = _token_losses(run, policy, batch, dtype)
+    nll_BT, lse_BT = token_losses(run, policy, batch, dtype)
     nll = jnp.sum(batch["weights"] * nll_BT)
     z_term = run.train.z_loss * jnp.sum(batch["weights"] * jnp.square(lse_BT))
     return nll + z_term, {"count": jnp.sum(batch["weights"]), "loss": nll}
@@ -51,10 +85,10 @@ def dpo_sums(
     run: RunConfig, policy: Params, reference: Params, batch: Batch, *, dtype: jnp.dtype
 ) -> tuple[jax.Array, Sums]:
     """The loss of `dpo_losses` over all pairs, with the metrics that TRL reports; its count is that of the pairs."""
-    policy_BP2 = -answer_sums(_token_losses(run, policy, batch, dtype)[0], batch)
+    policy_BP2 = -answer_sums(token_losses(run, policy, batch, dtype)[0], batch)
     with jax.named_scope("reference"):
         frozen = jax.lax.stop_gradient(reference)
-        reference_BP2 = -jax.lax.stop_gradient(answer_sums(_token_losses(run, frozen, batch, dtype)[0], batch))
+        reference_BP2 = -jax.lax.stop_gradient(answer_sums(token_losses(run, frozen, batch, dtype)[0], batch))
     counts_BP2 = answer_sums(jnp.ones_like(batch["weights"]), batch)
     real_BP = jnp.all(counts_BP2 > 0, axis=-1)
     losses_BP = dpo_losses(run.dpo, policy_BP2, reference_BP2, counts_BP2)
@@ -112,9 +146,9 @@ def answer_sums(values_BT: jax.Array, batch: Batch) -> jax.Array:
     return sums.reshape(B, pairs, 2)
 
 
-def _token_losses(run: RunConfig, params: Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def token_losses(run: RunConfig, params: Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """-log p of each target and the log-normaliser of its logits, (B, T) float32."""
-    config = dataclasses.replace(run.model, tied_embeddings="unembed" not in params)  # LoRA may untie the policy's
+    config = dataclasses.replace(run.shape, tied_embeddings="unembed" not in params)  # LoRA may untie the policy's
     order = parallel.length_order(run.data.sequence_length)  # of the row's parts on the devices that share it
     tokens, positions, segments, targets = (
         parallel.reordered(batch[name], order) for name in ("tokens", "positions", "segments", "targets")

@@ -23,7 +23,7 @@ from llama_jax import parallel
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
-from llama_jax.train.objectives import Batch
+from llama_jax.train.objectives import Batch, Objective, objective
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, state_shardings
 from llama_jax.train.step import make_eval_step, make_train_step
@@ -41,6 +41,7 @@ class Program:
         optimizer: The optax transformation.
         state: The abstract TrainState: shapes, dtypes and shardings.
         frozen: The abstract params of the frozen model, or None (see `trainable`).
+        loss: The loss; `objective` is the one of train.objective.
     """
 
     run: RunConfig
@@ -50,9 +51,10 @@ class Program:
     optimizer: optax.GradientTransformation
     state: TrainState
     frozen: Params | None
+    loss: Objective = objective
 
     @classmethod
-    def make(cls, run: RunConfig, mesh: jax.sharding.Mesh) -> Program:
+    def make(cls, run: RunConfig, mesh: jax.sharding.Mesh, *, loss: Objective = objective) -> Program:
         """The program of a run on a mesh.
 
         Raises:
@@ -70,6 +72,7 @@ class Program:
             optimizer=optimizer,
             state=abstract_state(run, optimizer, layout),
             frozen=trainable.abstract_frozen(run, layout, dtype),
+            loss=loss,
         )
 
     def with_steps(self, steps: int) -> Program:
@@ -89,14 +92,15 @@ class Program:
         """A batch as ShapeDtypeStructs: tokens, targets, positions, segments int32, weights float32, all (B, T)."""
         shape = (self.run.data.batch_size, self.run.data.sequence_length)
         kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
-        return {k: jax.ShapeDtypeStruct(shape, kind, sharding=self.batch_sharding) for k, kind in kinds.items()}
+        abstract: Any = {k: jax.ShapeDtypeStruct(shape, d, sharding=self.batch_sharding) for k, d in kinds.items()}
+        return abstract
 
     @functools.cached_property
     def rows_of_host(self) -> list[int]:
         """The rows of a global batch on the devices of this process, in order."""
         shape = self.batch["tokens"].shape
         indices = self.batch_sharding.addressable_devices_indices_map(shape).values()
-        return sorted({row for index in indices for row in range(*index[0].indices(shape[0]))})
+        return sorted({row for index in indices if index for row in range(*index[0].indices(shape[0]))})
 
     @functools.cached_property
     def compiler_options(self) -> dict[str, bool | int | str]:
@@ -109,7 +113,7 @@ class Program:
         shardings = state_shardings(self.state)
         schedule = make_schedule(self.run.optimizer, steps=self.steps)
         return jax.jit(
-            make_train_step(self.run, self.optimizer, schedule, self.layout, self.dtype),
+            make_train_step(self.run, self.optimizer, schedule, self.layout, self.dtype, self.loss),
             # The returned state has the shardings of the input state, so that the next call does not recompile. None
             # keeps the shardings that the frozen weights already have.
             in_shardings=(shardings, None, self.batch_sharding),
@@ -122,7 +126,7 @@ class Program:
     def eval_step(self) -> Any:
         """The compiled evaluation, (trained, frozen, batch) -> sums, where `count` is the divisor of the others."""
         return jax.jit(
-            make_eval_step(self.run, self.layout, self.dtype),
+            make_eval_step(self.run, self.layout, self.dtype, self.loss),
             in_shardings=(state_shardings(self.state).params, None, self.batch_sharding),
             out_shardings=parallel.replicated(self.layout.mesh),
             compiler_options=self.compiler_options,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,19 @@ import jax
 import numpy as np
 
 from llama_jax import parallel
+from llama_jax.data import own_records
+from llama_jax.data.own_records import Record
+from llama_jax.errors import ConfigError, brief, checked_keywords
 from llama_jax.files import expanded
+from llama_jax.progress import duration
 from llama_jax.run_config import RunConfig
-from llama_jax.run_keys import LoraConfig
-from llama_jax.train import setup, trainable
+from llama_jax.run_keys import DataConfig, LoraConfig
+from llama_jax.storage import is_url, work_folder
+from llama_jax.train import setup, trackers, trainable
 from llama_jax.train.folder import Newest, RunFolder, Trend, locked
-from llama_jax.train.loop import Loop, Sampler, TrainingError
-from llama_jax.train.metrics import duration, read_metrics, say
+from llama_jax.train.loop import Hooks, Loop, OnMetrics, Sampler, TrainingError
+from llama_jax.train.metrics import read_metrics, say
+from llama_jax.train.objectives import Objective, objective
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
 from llama_jax.train.stop import StopSignal
@@ -79,48 +86,96 @@ class Result:
             flags = ["--ask", first]
         else:
             flags = ["--chat"] if self.dialogs else ["--prompt", first]
-        return ["python", "infer.py", "--model", str(self.folder), *flags]
+        model = self.run.output if is_url(self.run.output) else str(self.folder)
+        return ["python", "infer.py", "--model", model, *flags]
 
     def _metric(self, name: str) -> dict[int, float]:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return {line["step"]: line[name] for line in lines if line.get(name) is not None}
 
 
-def train(run: RunConfig, *, sampler: Sampler | None = None, resume: bool = True) -> Result:
+@checked_keywords
+def train(
+    run: RunConfig | Mapping[str, Any],
+    *,
+    records: Iterable[Record] | None = None,
+    validation_records: Iterable[Record] | None = None,
+    loss: Objective = objective,
+    on_metrics: OnMetrics | None = None,
+    sampler: Sampler | None = None,
+    resume: bool = True,
+) -> Result:
     """Train a model, from the newest checkpoint of the run folder if there is one.
 
+    It does all that train.py does, and prints the same lines. It returns after the last step, or after the step in
+    which SIGINT, SIGTERM or SIGHUP arrived or `on_metrics` returned True; call it again to continue.
+
     Args:
-        run: The run.
+        run: The run, or a dict of its keys as `RunConfig.from_dict` takes it.
+        records: Training data in the place of data.train: an iterable of records (docs/reference/records.md), each a
+            dict, or a string for a text. They are read once and kept as a file in data.cache_dir, which becomes
+            data.train.
+        validation_records: Validation data in the place of data.validation, in the same form.
+        loss: A loss in the place of that of train.objective. A resumed run must have the loss of the same name.
+        on_metrics: Called in the first process with the step and the metrics of every line of metrics.jsonl. If it
+            returns True, the run stops after the running step.
         sampler: Makes the texts of log.sample_every; None samples from the model as `llama_jax.load` would.
         resume: False refuses a folder that already has a checkpoint.
 
     Raises:
-        ConfigError: a mesh, a model, data, a tokenizer or a folder that does not fit the run.
+        ConfigError: a mesh, a model, data, a tokenizer or a folder that does not fit the run, or a wrong argument.
         TrainingError: the loss or the weights are not finite.
         SaveError: a checkpoint could not be written; raised at the first step after the failure.
+        TypeError: an argument that does not exist.
     """
     started = time.monotonic()
+    run = _run(run, records, validation_records)
+    for name, function in (("loss", loss), ("on_metrics", on_metrics), ("sampler", sampler)):
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} must be a function, got {brief(function)}")
+    trackers.check(run)
     with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
         mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
-        with locked(expanded(run.output)):
+        with locked(work_folder(run.output)):
             folder = RunFolder(run)
             newest = folder.newest(resume=resume)
             if newest is None:
                 run = setup.shaped(run, mesh)
             else:
-                run = folder.check_resume(run, newest)
-            program = Program.make(run, mesh)
+                run = folder.check_resume(run, newest, loss)
+            program = Program.make(run, mesh, loss=loss)
             data = setup.load_data(program, folder.path, resuming=newest is not None)
-            program = program.with_steps(run.steps_for(data.rows))
+            step, position = (0, 0) if newest is None else (newest.step, newest.position)
+            program = program.with_steps(run.steps_for(data.rows, step=step, position=position))
             if newest is not None and newest.trend.is_end(run, newest.step, program.steps):
                 state, finished = _done_already(program, folder, newest, data), True
             else:
-                loop = _begin(program, folder, newest, data, stop, sampler)
+                loop = _begin(program, folder, newest, data, stop, Hooks(_sampler(run, sampler), on_metrics))
                 state, finished = loop.train(), loop.is_end()
                 _say_end(program, folder, loop, time.monotonic() - started)
             folder.write_results(program, state)
     return Result(int(state.step), finished, folder.path, data.dialogs, run, stop.number)
+
+
+def _run(
+    run: RunConfig | Mapping[str, Any],
+    records: Iterable[Record] | None,
+    validation_records: Iterable[Record] | None,
+) -> RunConfig:
+    """The run, whose data are these records where there are any."""
+    if not isinstance(run, (RunConfig, Mapping)):
+        raise ConfigError(f"run must be a RunConfig, or a dict of its keys, got {brief(run)}")
+    values = run.to_dict() if isinstance(run, RunConfig) else dict(run)
+    data = values.get("data") or {}
+    for key, given in (("train", records), ("validation", validation_records)):
+        if given is not None and isinstance(data, Mapping):
+            folder = expanded(data.get("cache_dir") or DataConfig().cache_dir) / "records"
+            name = "records" if key == "train" else "validation_records"
+            data = {**data, key: (str(own_records.save(given, folder, name=name)),)}
+    if isinstance(run, RunConfig) and data == values["data"]:
+        return run
+    return RunConfig.from_dict({**values, "data": data})
 
 
 def _done_already(program: Program, folder: RunFolder, newest: Newest, data: setup.Data) -> TrainState:
@@ -141,7 +196,7 @@ def _begin(
     newest: Newest | None,
     data: setup.Data,
     stop: StopSignal,
-    sampler: Sampler | None,
+    hooks: Hooks,
 ) -> Loop:
     """The loop at its first step, with new weights or with the state of the newest checkpoint."""
     if newest is None:
@@ -154,7 +209,7 @@ def _begin(
         folder.check_frozen(program.run, newest, frozen)
     folder.write_config(program.run, data.tokenizer, frozen)
     folder.checkpoints.go_on_from(None if newest is None else newest.step)
-    return Loop(program, state, frozen, data, folder, trend, stop, _sampler(program.run, sampler))
+    return Loop(program, state, frozen, data, folder, trend, stop, hooks)
 
 
 def _sampler(run: RunConfig, sampler: Sampler | None) -> Sampler | None:
@@ -178,14 +233,14 @@ def _say_model(program: Program) -> None:
     where = " x ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1) or "1"
     products = np.dtype(program.dtype).name
     say(
-        f"model: {run.model.num_params:,} weights, {products} products, on {where} {jax.devices()[0].device_kind} "
+        f"model: {run.shape.num_params:,} weights, {products} products, on {where} {jax.devices()[0].device_kind} "
         "device(s)"
     )
     if run.lora.rank:
         trained = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
         base = trainable.frozen_dtype(run, program.dtype).name
         base = base if trainable.frozen_quantize(run) == "none" else run.lora.base
-        say(f"LoRA: {trained:,} weights are trained ({trained / run.model.num_params:.2%}), the base is in {base}")
+        say(f"LoRA: {trained:,} weights are trained ({trained / run.shape.num_params:.2%}), the base is in {base}")
     elif run.lora != LoraConfig():
         say("lora.rank is 0: all weights are trained, and lora.alpha is not read")
 

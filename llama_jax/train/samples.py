@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from llama_jax import parallel
-from llama_jax.files import expanded
 from llama_jax.infer.llama import Llama
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
+from llama_jax.storage import work_folder
 from llama_jax.text import chat_template
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -25,11 +27,12 @@ class TrainingSampler:
         """The continuations of the prompts, or the answers to them, by the model with these params."""
         if self._llama is None:
             dtype = parallel.compute_dtype(run.train.compute_dtype)
-            template = chat_template.read_folder(expanded(run.output))  # the run's, not init_from's
-            self._llama = Llama(run.model, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
+            template = chat_template.read_folder(work_folder(run.output))  # the run's, not init_from's
+            self._llama = Llama(run.shape, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
         else:
             self._llama.set_params(params)
-        prompts, stops = list(run.log.sample_prompts), self._llama.stop_tokens
+        prompts: list[Any] = list(run.log.sample_prompts)
+        stops = self._llama.stop_tokens
         if run.log.sample_as == "chat":
             prompts = [self._llama.encode_dialog([{"role": "user", "content": prompt}]) for prompt in prompts]
             stops = self._llama.chat_stop_tokens

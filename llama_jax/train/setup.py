@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 
 from llama_jax.data import prepare
 from llama_jax.data.loader import Loader
@@ -18,7 +22,9 @@ from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
 from llama_jax.files import expanded
 from llama_jax.params import Params, restack
+from llama_jax.phases import phase
 from llama_jax.run_config import RunConfig
+from llama_jax.storage import is_url, local_path, work_folder
 from llama_jax.text import chat_template, vocabulary_files
 from llama_jax.text.chat_format import AUTO, ChatFormat, choose
 from llama_jax.text.chat_template import ChatTemplate
@@ -34,6 +40,10 @@ from llama_jax.weights.locate import is_path
 from llama_jax.weights.open import open_source
 from llama_jax.weights.source import Source
 
+Outcome = TypeVar("Outcome")
+_DOWNLOAD_TIMEOUT_MS = 24 * 3600 * 1000
+_downloads = itertools.count()  # all processes reach the barriers in the same order
+
 
 def check_paths(run: RunConfig) -> None:
     """Make the folders that a run writes to, and check that its inputs exist, before any work is done.
@@ -41,22 +51,45 @@ def check_paths(run: RunConfig) -> None:
     Raises:
         ConfigError: a folder cannot be written to, or a file does not exist. The message names the key.
     """
+    if is_url(run.output) and jax.process_count() > 1:
+        raise ConfigError(
+            f"output={run.output!r} is written through a folder of one machine, which several processes do not share: "
+            "mount the bucket on all of them, and name the folder where it is mounted"
+        )
     for key, name in (("output", run.output), ("data.cache_dir", run.data.cache_dir)):
         try:
-            folder = expanded(name)
+            folder = work_folder(name) if key == "output" else expanded(name)
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(0, "not writable")
         except OSError as error:
             raise ConfigError(f"{key}={name!r} is not a writable folder ({error.strerror}): name another") from None
-    check_sources(run)
+    in_turn(run, lambda: check_sources(run))
+
+
+def in_turn(run: RunConfig, action: Callable[[], Outcome]) -> Outcome:
+    """The result of an action that may download. With distributed.download='first' process 0 does it alone at first.
+
+    All processes must call it. The others act once the first is done, and then find its files.
+    """
+    if jax.process_count() == 1 or run.distributed.download == "each":
+        return action()
+    wait = functools.partial(ocp.multihost.get_barrier_sync_fn(), timeout_ms=_DOWNLOAD_TIMEOUT_MS)
+    key = f"llama_jax download {next(_downloads)}"
+    if jax.process_index() > 0:
+        wait(key=key)
+        return action()
+    try:
+        return action()
+    finally:
+        wait(key=key)  # after an error too: the others then meet it themselves
 
 
 def check_sources(run: RunConfig) -> None:
     """Check that the data, the tokenizer and the first model of a run exist; ConfigError names the key."""
     prepare.check_sources(run.data)
     name = run.init_from
-    if name and is_path(name) and not expanded(name).exists():
+    if name and is_path(name) and not expanded(local_path(name) or name).exists():
         raise ConfigError(f"init_from={name!r} does not exist: name a model's folder or file, or a hub id (owner/name)")
 
 
@@ -74,7 +107,7 @@ def shaped(run: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
         config = hub_models.read_shape(run.init_from)
         if config is not None:
             run.with_shape(config).check_mesh(dict(mesh.shape))
-    return run.with_shape(open_source(run.init_from).config)
+    return run.with_shape(in_turn(run, lambda: open_source(run.init_from)).config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +175,10 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     path = vocabulary_files.find(folder) if resuming else None
     chosen = Tokenizer(path or chosen_tokenizer(run, say).save_to(folder))  # every process writes the same bytes
     try:
-        return chosen.for_model(run.model.vocab_size)
+        return chosen.for_model(run.shape.vocab_size)
     except ConfigError:
         raise ConfigError(
-            f"the tokenizer has {chosen.vocab_size} tokens, but model.vocab_size={run.model.vocab_size}: set "
+            f"the tokenizer has {chosen.vocab_size} tokens, but model.vocab_size={run.shape.vocab_size}: set "
             f"model.vocab_size={chosen.vocab_size}"
         ) from None
 
@@ -206,8 +239,8 @@ def first_state(program: Program) -> TrainState:
     init = functools.partial(init_state, run, program.optimizer)
     if run.lora.rank or not run.init_from:
         return jax.jit(init, out_shardings=shardings)()
-    say(f"loading {run.init_from}")
-    params = _loaded(_pretrained(run), program, jnp.dtype(jnp.float32), "none")
+    with phase(f"loading {run.init_from}", say):
+        params = _loaded(_pretrained(run), program, jnp.dtype(jnp.float32), "none")
     return jax.jit(lambda params: init(params=params), out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -234,9 +267,9 @@ def frozen(program: Program) -> Frozen:
         return Frozen(None, None)
     run = program.run
     source = _pretrained(run)
-    say(f"loading {run.init_from}")
     dtype = trainable.frozen_dtype(run, program.dtype)
-    return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
+    with phase(f"loading {run.init_from}", say):
+        return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
 
 
 def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:

@@ -21,7 +21,7 @@ class TrainState:
     """The whole mutable state of a run.
 
     Attributes:
-        step: Number of batches consumed (int32). A skipped step counts, so that this is also the data position.
+        step: Number of batches consumed (int32). A skipped step counts.
         params: Float32 master weights of the trained params, stacked (see `trainable`).
         opt_state: State of the optax transformation.
         key: Raw uint32 key data of the run's random stream.
@@ -66,7 +66,7 @@ def abstract_state(run: RunConfig, optimizer: optax.GradientTransformation, layo
     state = jax.eval_shape(lambda: init_state(run, optimizer))
     axes = trainable.trained_axes(run)
     sharded = parallel.shardings(layout, axes, state.params)
-    replicated = parallel.replicated(layout.mesh)
+    replicated: Any = parallel.replicated(layout.mesh)  # stands for an array
     shardings = TrainState(
         step=replicated,
         params=sharded,

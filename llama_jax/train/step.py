@@ -17,7 +17,7 @@ from llama_jax import parallel
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
-from llama_jax.train.objectives import Batch, Sums, objective
+from llama_jax.train.objectives import Batch, Objective, Sums, objective
 from llama_jax.train.optimizer import group_norms
 from llama_jax.train.state import TrainState
 
@@ -30,9 +30,10 @@ def make_train_step(
     schedule: optax.Schedule,
     layout: parallel.Layout,
     dtype: jnp.dtype,
+    loss: Objective = objective,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The step as a function of the state, the frozen params and a batch; `Program` jits it with the state donated."""
-    accumulated = _make_gradients(run, dtype)
+    accumulated = _make_gradients(run, dtype, loss)
 
     def train_step(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with parallel.use(layout):
@@ -58,7 +59,7 @@ def make_train_step(
 
 
 def _make_gradients(
-    run: RunConfig, dtype: jnp.dtype
+    run: RunConfig, dtype: jnp.dtype, loss_sums: Objective
 ) -> Callable[..., tuple[tuple[jax.Array, Sums], trainable.Trained]]:
     """A function (trained, frozen, batch, key) -> ((loss, sums), gradients), all summed over the accumulated parts."""
     A = run.train.accumulate
@@ -67,7 +68,7 @@ def _make_gradients(
         trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
         def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
-            return objective(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
+            return loss_sums(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
@@ -106,7 +107,7 @@ def _updated(
 
 
 def make_eval_step(
-    run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype
+    run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype, loss: Objective = objective
 ) -> Callable[[trainable.Trained, Params | None, Batch], Sums]:
     """The evaluation as a function of the trained params, the frozen params and a batch, to the objective's sums.
 
@@ -115,7 +116,7 @@ def make_eval_step(
 
     def eval_step(trained: trainable.Trained, frozen: Params | None, batch: Batch) -> Sums:
         def one(part: Batch, _: jax.Array) -> Sums:
-            return objective(run, trainable.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
+            return loss(run, trainable.policy(run, trained, frozen), frozen, part, dtype=dtype)[1]
 
         with parallel.use(layout):
             return _summed(one, batch, run.train.accumulate)
@@ -142,5 +143,5 @@ def _summed(function: Callable[[Batch, jax.Array], Any], batch: Batch, A: int) -
 
 def _averaged(decay: float, step: jax.Array, ema: trainable.Trained, params: trainable.Trained) -> trainable.Trained:
     """One update of the exponential moving average. Its decay warms up as (1 + step) / (10 + step)."""
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+    warmed = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1.0 - warmed) * (new - old), ema, params)

@@ -26,22 +26,25 @@ Trained = dict[str, Any]
 
 def trained_axes(run: RunConfig) -> Trained:
     """The logical axes of the trained weights."""
-    return lora_params.axes(run.model, run.lora) if run.lora.rank else logical_axes(run.model, stacked=True)
+    return lora_params.axes(run.shape, run.lora) if run.lora.rank else logical_axes(run.shape, stacked=True)
 
 
 def init_trained(run: RunConfig, key: jax.Array) -> Trained:
     """The trained weights before the first step: random weights, or LoRA matrices whose product is zero."""
-    return lora_params.initial(run.model, run.lora, key) if run.lora.rank else init_params(run.model, key)
+    return lora_params.initial(run.shape, run.lora, key) if run.lora.rank else init_params(run.shape, key)
 
 
 def policy(run: RunConfig, trained: Trained, frozen: Params | None, key: jax.Array | None = None) -> Params:
     """The params of the model that is trained; `key` is the random key of this step, for LoRA's dropout."""
-    return lora_params.with_lora(run.lora, frozen, trained, key) if run.lora.rank else trained
+    if not run.lora.rank:
+        return trained
+    assert frozen is not None  # LoRA's base, which `setup.frozen` loads
+    return lora_params.with_lora(run.lora, frozen, trained, key)
 
 
 def policy_config(run: RunConfig) -> ModelConfig:
     """The config of the params of `policy`: that of the run, untied if LoRA unties the embeddings."""
-    return lora_params.adapted_config(run.model, run.lora) if run.lora.rank else run.model
+    return lora_params.adapted_config(run.shape, run.lora) if run.lora.rank else run.shape
 
 
 def frozen_dtype(run: RunConfig, dtype: jnp.dtype) -> jnp.dtype:
@@ -63,12 +66,12 @@ def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -
     """
     if not run.lora.rank and run.train.objective != "dpo":
         return None
-    shapes = abstract_params(run.model, stacked=True, dtype=frozen_dtype(run, dtype))
-    bits = group_bits(run.model, frozen_quantize(run))
+    shapes = abstract_params(run.shape, stacked=True, dtype=frozen_dtype(run, dtype))
+    bits = group_bits(run.shape, frozen_quantize(run))
     if bits:
         rounded = lambda a: quant.quantize(a, bits) if a.ndim == 3 else a  # noqa: E731  (norms stay)
         shapes["layers"] = jax.eval_shape(lambda layers: jax.tree.map(rounded, layers), shapes["layers"])
-    return parallel.abstract(shapes, parallel.shardings(layout, logical_axes(run.model, stacked=True), shapes))
+    return parallel.abstract(shapes, parallel.shardings(layout, logical_axes(run.shape, stacked=True), shapes))
 
 
 def forward_equivalents(run: RunConfig) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, checked_keywords, nearest
 from llama_jax.files import expanded
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
@@ -68,6 +68,7 @@ class _Export:
     progress: Callable[[int], None]
 
 
+@checked_keywords
 def save(
     path: str | os.PathLike[str],
     config: ModelConfig,

@@ -22,7 +22,7 @@ _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # llama.cpp's gguf-split
 _SAFETENSORS, _TORCH, _FLAX = "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"
 _INDEX = ".index.json"
 # Files that decide the choice. Every repo has a .gitattributes; the hub's library warns if no file matches.
-_FIRST = (".gitattributes", "config.json", *(whole + _INDEX for whole in (_SAFETENSORS, _TORCH, _FLAX)))
+FIRST = (".gitattributes", "config.json", *(whole + _INDEX for whole in (_SAFETENSORS, _TORCH, _FLAX)))
 # Files that are downloaded with the weights of a Hugging Face folder.
 _SETTINGS = ("config.json", "generation_config.json", *TOKENIZER_FILES, "original/tokenizer.model")
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
@@ -30,7 +30,7 @@ _WEIGHTS = (".safetensors", ".msgpack", ".gguf", ".pth", ".pt", ".bin", ".h5", "
 
 
 @dataclasses.dataclass(frozen=True)
-class _Name:
+class Name:
     """The parts of an id.
 
     Attributes:
@@ -80,8 +80,8 @@ def download(repo_id: str) -> Path:
     name = _parse(repo_id)
     if name is None:
         raise ConfigError(f"{repo_id!r} is not the id of a model on the Hugging Face hub: write {FORMS}")
-    folder = fetch(name.repo, _FIRST)
-    choice = _choose(name, folder, listing(name.repo, folder))
+    folder = fetch(name.repo, FIRST)
+    choice = choose(name, folder, listing(name.repo, folder))
     fetch(name.repo, choice.files, commit=folder.name)
     check_there(name.repo, folder, choice.files)
     return folder / choice.opened
@@ -96,7 +96,7 @@ def read_shape(repo_id: str) -> ModelConfig | None:
     name = _parse(repo_id)
     if name is None or name.file is not None:
         return None
-    folder = fetch(name.repo, _FIRST)
+    folder = fetch(name.repo, FIRST)
     return read_config(folder) if (folder / "config.json").is_file() else None
 
 
@@ -131,20 +131,20 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
     return folder
 
 
-def _parse(text: str) -> _Name | None:
+def _parse(text: str) -> Name | None:
     found = _ID.fullmatch(text)
-    if found is None or ".." in text or "--" in found[1] or found[1].endswith(".git"):
+    if found is None or ".." in text or "--" in found[1] or found[1].endswith((".git", *_WEIGHTS)):
         return None
     name, file, revision = found.groups()
-    return _Name(Repo("model", text, name, revision, FORMS), file)
+    return Name(Repo("model", text, name, revision, FORMS), file)
 
 
-def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
+def choose(name: Name, folder: Path, files: list[str]) -> _Choice:
     """Chooses the files of a repo to download.
 
     Args:
         name: the id.
-        folder: the snapshot in the cache, which has the files of _FIRST that the repo has.
+        folder: the snapshot in the cache, which has the files of FIRST that the repo has.
         files: paths of all files in the repo.
     """
     ggufs = [file for file in files if file.endswith(".gguf")]
@@ -182,21 +182,21 @@ def _choose(name: _Name, folder: Path, files: list[str]) -> _Choice:
     )
 
 
-def _checked(name: _Name, folder: Path, settings: list[str], weights: list[str]) -> _Choice:
+def _checked(name: Name, folder: Path, settings: list[str], weights: list[str]) -> _Choice:
     """The choice of a Hugging Face folder. Its config is read first, since weights may take hours to download."""
     check_there(name.repo, folder, ("config.json",))
     read_config(folder)
     return _Choice((*settings, *weights), "")
 
 
-def _safetensors(name: _Name, folder: Path, files: list[str]) -> list[str]:
+def _safetensors(name: Name, folder: Path, files: list[str]) -> list[str]:
     """The safetensors files that the reader opens, with their index, without other copies of the weights."""
     alone = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
     single = alone if len(alone) == 1 and "config.json" in files else []
     return _indexed(_SAFETENSORS, name, folder, files) or single
 
 
-def _indexed(whole: str, name: _Name, folder: Path, files: list[str]) -> list[str]:
+def _indexed(whole: str, name: Name, folder: Path, files: list[str]) -> list[str]:
     """The file `whole`, else its index and the shards that the index lists, else nothing."""
     if "config.json" not in files:
         return []
@@ -213,7 +213,7 @@ def _indexed(whole: str, name: _Name, folder: Path, files: list[str]) -> list[st
     return [whole + _INDEX, *shards]
 
 
-def _gguf(name: _Name, file: str, files: list[str]) -> _Choice:
+def _gguf(name: Name, file: str, files: list[str]) -> _Choice:
     """The choice of a GGUF file, or of all parts of the split one that it belongs to."""
     split = _SPLIT.fullmatch(file)
     if split is None:

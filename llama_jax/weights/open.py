@@ -88,6 +88,8 @@ def _contents(path: Path) -> str:
     """A description of a path that is not a model, with the name that may have been meant."""
     if path.is_file():
         return "a file, and of files only .gguf is a whole model: name its folder instead"
+    if (path / "checkpoints").is_dir():
+        return "a run folder without a checkpoint: the run has not saved one yet"
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
         return f"a folder with {len(ggufs)} GGUF files: name one, such as {ggufs[0]}"

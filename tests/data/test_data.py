@@ -433,7 +433,7 @@ def test_resuming_gives_the_same_batches_in_mid_epoch(rows, stop):
     first = Loader(rows, batch_size=4, seed=7, prefetch=5)
     assert by_index(take(first, stop)) == straight[:stop]
     state = json.loads(json.dumps(first.state()))
-    assert state["step"] == stop
+    assert state["rows"] == stop * 4
     second = Loader(rows, batch_size=4, seed=7)
     take(second, 2)
     second.restore(state)
@@ -463,15 +463,32 @@ def test_fewer_rows_than_a_batch_repeat_inside_it(built):
 def test_epochs_end(rows):
     loader = Loader(rows, batch_size=4, seed=0, epochs=2)
     assert len(list(loader)) == 2 * len(rows) // 4
-    loader.restore({**loader.state(), "step": 1})
+    loader.restore({**loader.state(), "rows": 4})
     assert len(list(loader)) == 2 * len(rows) // 4 - 1
+
+
+def test_resuming_with_another_batch_size_goes_on_with_the_next_row(rows):
+    wanted = row_ids(rows, take(Loader(rows, batch_size=1, seed=3), 42))
+    first = Loader(rows, batch_size=6, seed=3)
+    seen = row_ids(rows, take(first, 2))
+    for size in (1, 4, 5):
+        second = Loader(rows, batch_size=size, seed=3)
+        second.restore(first.state())
+        more = row_ids(rows, take(second, 30 // size))
+        assert seen + more == wanted[: len(seen + more)] and second.position == len(seen + more)
+
+
+def test_positions_of_earlier_versions_counted_batches(rows):
+    loader = Loader(rows, batch_size=4, seed=7)
+    state = {key: value for key, value in loader.state().items() if key != "rows"} | {"step": 3, "batch_size": 4}
+    loader.restore(state)
+    assert loader.position == 12
 
 
 def test_state_of_other_data_or_settings_is_refused(built, rows):
     state = Loader(rows, batch_size=4, seed=7).state()
     others = {
         "seed": Loader(rows, batch_size=4, seed=8),
-        "batch_size": Loader(rows, batch_size=5, seed=7),
         "sequence_length": Loader(PackedRows(built, sequence_length=8), batch_size=4, seed=7),
         "shuffle": Loader(rows, batch_size=4, seed=7, shuffle=False),
     }
@@ -484,8 +501,8 @@ def test_state_of_other_data_or_settings_is_refused(built, rows):
         ValueError, match="the text, tokenizer, weights or loss of data.train are not what they were; set it back"
     ):
         loader.restore({**state, "store": "abc"})
-    with pytest.raises(ValueError, match="step must be a count of batches, got -1"):
-        loader.restore({**state, "step": -1})
+    with pytest.raises(ValueError, match="rows must be a count of rows, got -1"):
+        loader.restore({**state, "rows": -1})
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def text_run(tmp_path, **changes) -> RunConfig:
         "output": str(tmp_path / "run"),
         "data__train": (str(text),),
         "data__cache_dir": str(tmp_path / "cache"),
-        "log__tensorboard": False,
+        "log__to": (),
         "model__num_layers": 1,
         "train__steps": 8,
     }
@@ -109,7 +109,7 @@ def get_config():
     config.data.batch_size = 8
     config.optimizer.warmup_steps = 2
     config.train.steps = 4
-    config.log.tensorboard = False
+    config.log.to = ()
     {extra}
     return config
 """

@@ -199,7 +199,7 @@ def file_run(tmp_path, base, name: str, **changes) -> RunConfig:
         "data__train": (text_of(tmp_path),),
         "data__cache_dir": str(tmp_path / "cache"),
         "data__sequence_length": 64,
-        "log__tensorboard": False,
+        "log__to": (),
         "optimizer__schedule": "constant",
         "train__steps": 6,
     }

@@ -128,7 +128,7 @@ def file_run(tmp_path, base, model, name, **changes) -> RunConfig:
         "output": str(tmp_path / name),
         "data__train": (write(tmp_path / "d.jsonl", [{"text": f"Say y{i % 7}! " * 9} for i in range(60)]),),
         "data__cache_dir": str(tmp_path / "cache"),
-        "log__tensorboard": False,
+        "log__to": (),
         "optimizer__learning_rate": 3e-2,
         "optimizer__schedule": "constant",
         "train__steps": 4,

@@ -96,7 +96,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     whole = "".join(json.dumps({"step": s, "loss": 1.0 / s}) + "\n" for s in range(1, 6))
     for end in ('{"step": 6, "lo', '{"step": 6, "loss": 0.1', '{"step": 6, "loss": 0.1}', "{", "\0\0\0"):
         path.write_text(whole + end)
-        log = MetricLog(tmp_path, from_step=4, tensorboard=False)
+        log = MetricLog(tmp_path, from_step=4)
         log.write(5, {"loss": float("nan")})
         log.close()
         assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]

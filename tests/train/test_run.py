@@ -12,7 +12,7 @@ from helpers import sound
 from helpers.errors import refusal
 from helpers.runs import dialog_run, metrics_of, parse, text_run, write_config
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model, parallel
+from llama_jax import model, parallel, phases
 from llama_jax.config import SIZES
 from llama_jax.data.loader import evaluation_batches
 from llama_jax.errors import ConfigError
@@ -264,6 +264,26 @@ def test_long_phases_are_announced(tmp_path, base, capsys):
     out = capsys.readouterr().out
     assert f"loading {base}" in out and "compiling the training step" in out
     assert out.index("loading") < out.index("compiling") < out.index("step 1/2")
+
+
+def test_a_phase_is_announced_with_its_last_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    now, lines = [0.0], []
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    for seconds in (90.0, 1.0, 5.0, 5.0):
+        with phases.phase("compiling", lines.append, of="a model"):
+            now[0] += seconds
+    assert lines == ["compiling", "compiling (took 1:30 last time)", "compiling", "compiling (took 0:05 last time)"]
+    with pytest.raises(KeyError), phases.phase("compiling", lines.append, of="a model"):
+        raise KeyError  # what failed is not remembered
+    with phases.phase("compiling", lines.append, of="another model"):
+        pass
+    assert lines[4:] == ["compiling (took 0:05 last time)", "compiling"]
+    (tmp_path / "phases.json").write_text("{")
+    monkeypatch.setattr(phases, "write_json", lambda *args: (_ for _ in ()).throw(OSError("read-only")))
+    with phases.phase("compiling", lines.append, of="a model"):
+        pass
+    assert lines[6:] == ["compiling"]
 
 
 def test_an_adapter_of_an_earlier_step_is_written_again(tmp_path, base):

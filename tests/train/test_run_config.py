@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from helpers.runs import run_dict
+from llama_jax import run_config
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.run_config import RunConfig, describe, differences, known_keys
+from llama_jax.run_keys import TrainConfig
 
 # Every key there is. A new one belongs here, in its section's docstring, and in a test that it does something.
 KEYS = """
@@ -26,9 +29,9 @@ lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora l
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
 log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_as log.sample_tokens
-log.tensorboard
+log.to log.profile
 checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
-distributed.coordinator distributed.num_processes distributed.process_id
+distributed.coordinator distributed.num_processes distributed.process_id distributed.download
 model.name model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
 model.ffn_dim model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
 model.rope_scaling.high_freq_factor model.rope_scaling.original_max_seq_len model.max_seq_len model.tied_embeddings
@@ -108,7 +111,10 @@ def test_differences_name_dotted_keys_with_both_values():
         ("log__evry", "did you mean 'log.every'?"),
         ("checkpoint__keeps", "did you mean 'checkpoint.keep'?"),
         ("distributed__process", "did you mean 'distributed.process_id'?"),
-        ("zzz", "Allowed here: checkpoint, data, distributed"),
+        ("per_device_train_batch_size", "did you mean 'data.batch_size'?"),  # transformers
+        ("tensor_parallel_degree", "did you mean 'mesh.tensor'?"),  # torchtitan
+        ("log__tensorboard_dir", "Allowed here: log.every"),
+        ("zzz", "no known name is near. Allowed here: checkpoint, data, distributed"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest(key, mend):
@@ -255,3 +261,34 @@ def test_accumulated_parts_must_fill_the_mesh():
 def test_a_run_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig.from_dict(run_dict()).train.steps = 3
+
+
+def test_a_run_that_is_no_dict_and_sections_that_are_no_records_are_refused():
+    with pytest.raises(ConfigError, match="a run must be a dict of its keys, got 5"):
+        RunConfig.from_dict(5)
+    with pytest.raises(ConfigError, match="model must be a ModelConfig, got 'tiny': RunConfig.from_dict takes"):
+        RunConfig(output="x", model="tiny")
+    with pytest.raises(ConfigError, match="data must be DataConfig, got {'train': 'a'}"):
+        RunConfig(output="x", model=SIZES["tiny"], data={"train": "a"})
+    with pytest.raises(TypeError, match=r"RunConfig\(\) has no argument 'outptu'; did you mean 'output'"):
+        RunConfig(outptu="x", model=SIZES["tiny"])
+    with pytest.raises(TypeError, match=r"TrainConfig\(\) has no argument 'stepps'; did you mean 'steps'"):
+        TrainConfig(stepps=3)
+
+
+def test_paths_are_strings_of_a_run():
+    values = run_dict(output=Path("runs/x"), data__train=[Path("a.txt")])
+    assert RunConfig.from_dict(values) == RunConfig.from_dict(run_dict())
+
+
+def test_the_key_of_earlier_versions_for_tensorboard_is_read():
+    values = run_dict()
+    del values["log"]["to"]
+    for old, new in ((True, ("tensorboard",)), (False, ())):
+        assert RunConfig.from_dict(values | {"log": values["log"] | {"tensorboard": old}}).log.to == new
+
+
+def test_names_of_other_trainers_are_those_of_existing_keys():
+    assert set(run_config._ALIASES) <= set(known_keys())
+    names = [name for names in run_config._ALIASES.values() for name in names.split()]
+    assert len(names) == len(set(names))

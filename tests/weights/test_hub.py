@@ -382,4 +382,4 @@ def test_an_index_that_names_anything_but_shards_is_refused(tmp_path, places):
     (tmp_path / "config.json").write_text(CONFIG)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ConfigError, match="weight_map must name .safetensors files"):
-        hub_models._choose(hub_models._parse("a/b"), tmp_path, ["config.json", "model.safetensors.index.json"])
+        hub_models.choose(hub_models._parse("a/b"), tmp_path, ["config.json", "model.safetensors.index.json"])

@@ -158,7 +158,7 @@ def _all_keys(queries: _Queries, keys: _Keys, *, unsplit: bool) -> jax.Array:
 def _masked(queries: _Queries, keys: _Keys) -> jax.Array:
     """Attention of one chunk of queries under the mask of positions and segments."""
     mask_BTS = keys.positions_BS[:, None, :] <= queries.positions_BT[:, :, None]
-    if keys.segments_BS is not None:
+    if keys.segments_BS is not None and queries.segments_BT is not None:
         mask_BTS &= keys.segments_BS[:, None, :] == queries.segments_BT[:, :, None]
     return _attend(queries.q_BKGTH, keys.k_BKSH, keys.v_BKSH, mask_BTS)
 

@@ -26,6 +26,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest, one_line
 from llama_jax.files import expanded, read_json, write_json
 from llama_jax.params import Params
+from llama_jax.storage import download_folder, is_url
 from llama_jax.text import chat_template
 from llama_jax.weights import export, hub_models, name_table
 from llama_jax.weights.adapters import EMBED, Adapter, LazyLora, LazyRows
@@ -88,6 +89,8 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     """
     if hub_models.is_hub_id(str(folder)):
         folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
+    if is_url(str(folder)):
+        folder = download_folder(str(folder))
     folder = expanded(folder)
     weights = folder / (
         WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_BIN).is_file() else WEIGHTS_BIN
