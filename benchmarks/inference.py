@@ -29,7 +29,7 @@ TASKS = (f"prefill {PREFILL}", "decode, 1 row", "decode, 8 rows")
 OURS_FIRST_TOKEN = """
 import sys, time
 from llama_jax import compilation_cache
-from llama_jax.infer.llama import load
+from llama_jax.infer.load import load
 from llama_jax.params import init_params
 compilation_cache.enable()
 print(load({folder!r}, dtype={dtype!r}).generate(list(range(10, 26)), max_new_tokens=1, temperature=0).tokens)
@@ -68,7 +68,7 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 def ours(folder: Path, dtype: str):
     """One function for each task, which runs one turn of it with llama_jax and returns tokens per second."""
     from llama_jax.infer import engine
-    from llama_jax.infer.llama import load
+    from llama_jax.infer.load import load
     from llama_jax.sampling_params import SamplingParams
 
     llama = load(folder, dtype=dtype)

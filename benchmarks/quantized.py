@@ -25,7 +25,8 @@ def main() -> None:
     import jax
 
     from llama_jax import config
-    from llama_jax.infer.llama import Llama, load
+    from llama_jax.infer.llama import Llama
+    from llama_jax.infer.load import load
     from llama_jax.params import init_params
 
     dense = Llama(config.size("160m"), init_params(config.size("160m"), jax.random.key(0)), dtype="float32")

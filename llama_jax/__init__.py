@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # type checkers and editors read these; at run time __getattr
     from llama_jax.config import RopeScaling as RopeScaling
     from llama_jax.errors import ConfigError as ConfigError
     from llama_jax.infer.llama import Llama as Llama
-    from llama_jax.infer.llama import load as load
+    from llama_jax.infer.load import load as load
     from llama_jax.infer.result import Result as Result
     from llama_jax.run_config import RunConfig as RunConfig
     from llama_jax.sampling_params import SamplingParams as SamplingParams
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 # `import llama_jax` imports no jax, and a tokenizer needs none.
 _MODULES = {
-    "load": "llama_jax.infer.llama",
+    "load": "llama_jax.infer.load",
     "Llama": "llama_jax.infer.llama",
     "Result": "llama_jax.infer.result",
     "SamplingParams": "llama_jax.sampling_params",

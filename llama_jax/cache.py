@@ -1,19 +1,48 @@
-"""The KV cache: keys and values of the tokens so far, for the tokens after them.
+"""The KV cache: keys and values of the tokens so far, for the tokens after them. It owns its addressing.
 
-Letters: B batch, K key/value heads, S positions, T new tokens, H head dim.
+A forward pass with a cache makes one `Window`, which says where each token is written and how much of the cache is
+read. Each layer then calls `write` and `read` with its own arrays. A cache of another kind (paged, say) replaces the
+functions of this file, and neither the model nor a caller changes.
+
+Letters: B batch, K key/value heads, S slots, T new tokens, H head dim, R rows that are taken out of a batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
 
-_AXES = ("batch", "kv_heads", None, None)
+KV_TYPES = ("compute", "int8")
+AXES = ("batch", "kv_heads", "slots", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QCache:
+    """Keys or values in 8 bits, with one scale per row, head and slot: value = values * scale.
+
+    Attributes:
+        values_BKSH: int8, from -127 to 127.
+        scales_BKS: float16 scale of each vector of H values: its largest magnitude / 127.
+    """
+
+    values_BKSH: jax.Array
+    scales_BKS: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, K, S, H)."""
+        return self.values_BKSH.shape
+
+
+Leaf = jax.Array | QCache
 
 
 @jax.tree_util.register_dataclass
@@ -22,16 +51,22 @@ class KVCache:
     """Rotated keys and values. Slot s of a row holds position s of that row.
 
     Lengths are not stored. A query attends to the slots up to its own position, so later slots are never read before
-    they are overwritten. One array a layer lets a decode step update a donated cache in place; a stacked cache carried
-    through a scan would be copied whole.
+    they are overwritten. A row that is used again therefore needs no clearing, and a rejected draft no repair. One
+    array a layer lets a decode step update a donated cache in place; a stacked cache carried through a scan would be
+    copied whole.
 
     Attributes:
-        k: one array (B, K, S, H) a layer.
+        k: one leaf (B, K, S, H) a layer: an array, or a QCache.
         v: likewise.
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[Leaf, ...]
+    v: tuple[Leaf, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows (B)."""
+        return self.k[0].shape[0]
 
     @property
     def capacity(self) -> int:
@@ -39,32 +74,145 @@ class KVCache:
         return self.k[0].shape[2]
 
 
-def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for `batch` rows of `capacity` positions. Traced under `parallel.use`, it is sharded."""
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The part of a cache that one forward pass writes and reads, shared by all layers.
 
-    def empty() -> tuple[jax.Array, ...]:
-        return tuple(parallel.constrain(jnp.zeros(shape, dtype), *_AXES) for _ in range(config.num_layers))
+    Attributes:
+        positions_BT: int32 position of each new token.
+        slots_BT: int32 slot that each token is written to; tokens with a slot beyond the capacity are dropped.
+        bound: number of slots that are read. It is static, so that a step costs what the cache holds instead of what it
+            could hold.
+    """
 
-    return KVCache(k=empty(), v=empty())
+    positions_BT: jax.Array
+    slots_BT: jax.Array
+    bound: int = dataclasses.field(metadata={"static": True})
 
-
-def write(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Writes new keys or values to the slots of their positions. Positions outside 0..S-1 (padding) are dropped."""
-    new_BTKH = new_BTKH.astype(slots_BKSH.dtype)
-    if slots_BKSH.dtype == jnp.bfloat16:
-        out = jax.lax.platform_dependent(slots_BKSH, new_BTKH, positions_BT, cpu=_scatter_bits, default=_scatter)
-    else:
-        out = _scatter(slots_BKSH, new_BTKH, positions_BT)
-    return parallel.constrain(out, *_AXES)
-
-
-def _scatter(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    rows = jnp.arange(slots_BKSH.shape[0])[:, None]
-    return slots_BKSH.at[rows, :, positions_BT].set(new_BTKH, mode="drop", wrap_negative_indices=False)
+    @property
+    def key_positions_BS(self) -> jax.Array:
+        """int32 position of each key that `read` returns."""
+        return jnp.broadcast_to(jnp.arange(self.bound), (self.positions_BT.shape[0], self.bound))
 
 
-def _scatter_bits(slots_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The scatter on 16-bit integers. XLA on a CPU would scatter into a float32 copy of the whole cache."""
-    slots, new = (jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (slots_BKSH, new_BTKH))
-    return jax.lax.bitcast_convert_type(_scatter(slots, new, positions_BT), jnp.bfloat16)
+def kv_heads(config: ModelConfig) -> int:
+    """Heads of the cache under the active layout.
+
+    A tensor axis of more devices than there are key/value heads holds each head several times, so that every device has
+    the one that its query heads read.
+    """
+    parts = parallel.axis_size("kv_heads")
+    return parts if parts > config.num_kv_heads and parts % config.num_kv_heads == 0 else config.num_kv_heads
+
+
+def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dtype, kv: str = "compute") -> KVCache:
+    """An empty cache for `batch` rows of `capacity` positions. Traced under `parallel.use`, it is sharded.
+
+    Args:
+        config: the model's shape.
+        batch: number of rows.
+        capacity: positions that a row can hold.
+        dtype: dtype of keys and values for kv="compute".
+        kv: one of KV_TYPES: "compute" keeps the dtype of the activations; "int8" takes a byte a value and two a vector.
+    """
+    shape = (batch, kv_heads(config), capacity, config.head_dim)
+
+    def empty() -> Leaf:
+        if kv == "int8":
+            return constrained(QCache(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float16)))
+        return constrained(jnp.zeros(shape, dtype))
+
+    layers = range(config.num_layers)
+    return KVCache(k=tuple(empty() for _ in layers), v=tuple(empty() for _ in layers))
+
+
+def constrained(tree: Any) -> Any:
+    """The arrays of a cache, or of a part of it, with their shardings constrained."""
+    return jax.tree.map(lambda a: parallel.constrain(a, *AXES[: a.ndim]), tree)
+
+
+def window(cache: KVCache, positions_BT: jax.Array, live_BT: jax.Array | None, *, bound: int | None = None) -> Window:
+    """The window of a forward pass.
+
+    Args:
+        cache: the cache.
+        positions_BT: position of each new token.
+        live_BT: bool, False for padding, whose keys and values are not kept; None for no padding.
+        bound: number of slots to read, greater than every position of a live token; by default the capacity.
+    """
+    slots_BT = positions_BT if live_BT is None else jnp.where(live_BT, positions_BT, cache.capacity)
+    return Window(positions_BT, slots_BT, cache.capacity if bound is None else min(bound, cache.capacity))
+
+
+def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
+    """Writes new keys or values to the slots of their positions. Slots outside 0..S-1 (padding) are dropped."""
+    repeats = leaf.shape[1] // new_BTKH.shape[2]
+    if repeats > 1:
+        new_BTKH = jnp.repeat(new_BTKH, repeats, axis=2)
+    if not isinstance(leaf, QCache):
+        return constrained(_scatter(leaf, new_BTKH.astype(leaf.dtype), at.slots_BT))
+    largest_BTK = jnp.max(jnp.abs(new_BTKH.astype(jnp.float32)), axis=-1)
+    scales_BTK = jnp.maximum(largest_BTK / 127, jnp.finfo(jnp.float16).tiny).astype(jnp.float16)
+    scaled_BTKH = new_BTKH / scales_BTK[..., None].astype(jnp.float32)
+    values_BTKH = jnp.clip(jnp.round(scaled_BTKH), -127, 127).astype(jnp.int8)
+    return constrained(
+        QCache(_scatter(leaf.values_BKSH, values_BTKH, at.slots_BT), _scatter(leaf.scales_BKS, scales_BTK, at.slots_BT))
+    )
+
+
+def read(leaf: Leaf, at: Window, dtype: jnp.dtype) -> jax.Array:
+    """The first `at.bound` slots of keys or values, (B, K, bound, H); those of a QCache are multiplied out."""
+    if not isinstance(leaf, QCache):
+        return leaf[:, :, : at.bound]
+    values_BKSH = leaf.values_BKSH[:, :, : at.bound].astype(jnp.float32)
+    return (values_BKSH * leaf.scales_BKS[:, :, : at.bound, None].astype(jnp.float32)).astype(dtype)
+
+
+def take_rows(cache: KVCache, rows_R: jax.Array, *, bound: int) -> KVCache:
+    """The first `bound` slots of some rows. A row number beyond the last gives any row."""
+    return constrained(jax.tree.map(lambda a: jnp.take(a[:, :, :bound], rows_R, axis=0, mode="clip"), cache))
+
+
+def put_rows(cache: KVCache, part: KVCache, rows_R: jax.Array) -> KVCache:
+    """The cache with the slots of `part` written back to these rows. A row number beyond the last is dropped."""
+
+    def put(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a.at[rows_R, :, : b.shape[2]].set(b, mode="drop")
+
+    return constrained(jax.tree.map(lambda a, b: _as_bits(put, a, b), cache, part))
+
+
+def resized(cache: KVCache, rows_R: jax.Array, *, capacity: int) -> KVCache:
+    """A cache with these rows of another (a number beyond the last gives any row), of another capacity."""
+
+    def resize(a: jax.Array) -> jax.Array:
+        a = jnp.take(a[:, :, :capacity], rows_R, axis=0, mode="clip")
+        return jnp.pad(a, [(0, 0), (0, 0), (0, capacity - a.shape[2]), (0, 0)][: a.ndim])
+
+    return constrained(jax.tree.map(resize, cache))
+
+
+def _scatter(slots_BKS: jax.Array, new_BTK: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """Writes new_BTK (and its trailing axes) to the slots of each row."""
+
+    def scatter(slots: jax.Array, new: jax.Array) -> jax.Array:
+        rows = jnp.arange(slots.shape[0])[:, None]
+        return slots.at[rows, :, slots_BT].set(new, mode="drop", wrap_negative_indices=False)
+
+    return _as_bits(scatter, slots_BKS, new_BTK)
+
+
+def _as_bits(function: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    """`function(old, new)`, which only moves values. On a CPU, 16-bit floats are moved as integers.
+
+    XLA on a CPU would scatter into a float32 copy of the whole cache.
+    """
+    if np.dtype(old.dtype).itemsize != 2:
+        return function(old, new)
+
+    def moved(old: jax.Array, new: jax.Array) -> jax.Array:
+        bits = function(*(jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (old, new)))
+        return jax.lax.bitcast_convert_type(bits, old.dtype)
+
+    return jax.lax.platform_dependent(old, new, cpu=moved, default=function)

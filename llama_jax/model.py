@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import parallel
-from llama_jax.cache import KVCache, write
+from llama_jax.cache import KVCache, Leaf, Window, read, window, write
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
@@ -29,7 +29,7 @@ from llama_jax.ops import norm, rope
 from llama_jax.ops.attention import attention
 from llama_jax.params import BY_PATH, Params, check_params
 
-LayerCache = tuple[jax.Array, jax.Array]
+LayerCache = tuple[Leaf, Leaf]
 
 # Values that a block keeps for its backward pass: all; the results of matrix products and of attention; those of
 # attention alone, on the device or in the host's memory; or only its input.
@@ -39,21 +39,19 @@ REMAT = ("none", "dots", "attention", "offload", "full")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Positions and cache slots of a batch of tokens, computed once and shared by all layers.
+    """Positions of a batch of tokens, computed once and shared by all layers.
 
     Attributes:
         positions_BT: position of each token within its document.
         segments_BT: document number of each token, or None if every row is one document.
-        k_positions_BS: position of each key.
-        slots_BT: cache slot to write each token to; padding has a slot beyond the capacity.
+        window: the part of the cache that is written and read; None without a cache.
         cos_BTR: cosine of each rotary angle, float32.
         sin_BTR: sine of each rotary angle, float32.
     """
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None
-    k_positions_BS: jax.Array
-    slots_BT: jax.Array
+    window: Window | None
     cos_BTR: jax.Array
     sin_BTR: jax.Array
 
@@ -101,22 +99,22 @@ class Attention(nnx.Module):
         with jax.named_scope("rope"):
             q_BTNH = rope.rotate(q_BTNH, where.cos_BTR, where.sin_BTR)
             k_BTKH = rope.rotate(k_BTKH, where.cos_BTR, where.sin_BTR)
-        if cache is None:
-            k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        if cache is None or where.window is None:
+            k_BKSH, v_BKSH, key_positions_BS = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), where.positions_BT
         else:
             with jax.named_scope("cache"):
-                k_BKSH = write(cache[0], k_BTKH, where.slots_BT)
-                v_BKSH = write(cache[1], v_BTKH, where.slots_BT)
-                cache = (k_BKSH, v_BKSH)
+                cache = (write(cache[0], k_BTKH, where.window), write(cache[1], v_BTKH, where.window))
+                k_BKSH, v_BKSH = (read(leaf, where.window, q_BTNH.dtype) for leaf in cache)
+                key_positions_BS = where.window.key_positions_BS
         with jax.named_scope("attend"):
             out_BTNH = attention(
                 q_BTNH,
                 k_BKSH,
                 v_BKSH,
                 q_positions_BT=where.positions_BT,
-                k_positions_BS=where.k_positions_BS,
-                q_segments_BT=where.segments_BT if cache is None else None,
-                k_segments_BS=where.segments_BT if cache is None else None,
+                k_positions_BS=key_positions_BS,
+                q_segments_BT=where.segments_BT,
+                k_segments_BS=where.segments_BT,
                 aligned=cache is None,
                 unsplit=parallel.axis_size("length") == 1,
             )
@@ -260,6 +258,7 @@ def forward(
     segments_BT: jax.Array | None,
     cache: KVCache | None = None,
     *,
+    bound: int | None = None,
     dtype: jnp.dtype | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, KVCache | None]:
@@ -273,6 +272,7 @@ def forward(
         segments_BT: document numbers of packed rows (equal numbers attend to each other), or None for one document
             a row. With a cache, 0 marks padding, whose keys and values are not kept.
         cache: keys and values of the tokens before these, or None. Donate it.
+        bound: number of cache slots to read, greater than all positions; by default the capacity.
         dtype: dtype of the activations and of the products' operands; by default the embedding's own.
         remat: one of REMAT; it has no effect with a cache.
 
@@ -289,13 +289,11 @@ def forward(
     if remat not in REMAT:
         raise ConfigError(f"remat must be one of {REMAT}, got {remat!r}")
     check_params(config, params)
-    slots_BT, k_positions_BS = positions_BT, positions_BT
+    at = None
     if cache is not None:
-        k_positions_BS = jnp.broadcast_to(jnp.arange(capacity), (tokens_BT.shape[0], capacity))
-        if segments_BT is not None:
-            slots_BT = jnp.where(segments_BT > 0, positions_BT, capacity)
-    cos_BTR, sin_BTR = rope.rotations(config, positions_BT)
-    where = Where(positions_BT, segments_BT, k_positions_BS, slots_BT, cos_BTR, sin_BTR)
+        at = window(cache, positions_BT, None if segments_BT is None else segments_BT > 0, bound=bound)
+        segments_BT = None
+    where = Where(positions_BT, segments_BT, at, *rope.rotations(config, positions_BT))
     dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
     return Decoder(config, params)(tokens_BT, where, cache, dtype, remat)
 

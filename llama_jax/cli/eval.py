@@ -121,7 +121,7 @@ continues from there.
 
 def _load(options: argparse.Namespace) -> Llama:
     from llama_jax import compilation_cache
-    from llama_jax.infer.llama import load
+    from llama_jax.infer.load import load
 
     compilation_cache.enable()
     return load(

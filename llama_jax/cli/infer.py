@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         settings["parse_special"] = options.parse_special
 
     from llama_jax import compilation_cache
-    from llama_jax.infer.llama import load
+    from llama_jax.infer.load import load
 
     compilation_cache.enable()
     llama = load(

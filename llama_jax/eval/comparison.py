@@ -21,7 +21,7 @@ from llama_jax.eval import judges, plot
 from llama_jax.eval.intervals import Tally, tally
 from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
-from llama_jax.infer.llama import load
+from llama_jax.infer.load import load
 from llama_jax.progress import progress_bar
 from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source

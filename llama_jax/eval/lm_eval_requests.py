@@ -11,7 +11,6 @@ be compared with those published with it. Three of its conventions differ from t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,7 @@ from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval import scoring
 from llama_jax.eval.sliding_window import begin_id, windows
 from llama_jax.infer import inputs
-from llama_jax.infer.batches import longest_first
-from llama_jax.infer.engine import Request
+from llama_jax.infer.request import Request
 from llama_jax.progress import progress_bar
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
@@ -32,7 +30,6 @@ MAX_GEN_TOKS = 256  # default of tasks, as in HFLM
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 _CUTS = ("top_k", "top_p", "min_p", "repetition_penalty")
 _KNOWN = ("until", "do_sample", "temperature", *_LIMITS, *_CUTS)
-_STEPS = 16  # decoding steps between two searches for stop strings
 _QUIET_GROUPS = 3
 
 
@@ -81,12 +78,6 @@ def prefix_id(llama: Llama) -> int:
     return begin
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ask:
-    request: Request
-    until: tuple[str, ...]
-
-
 def generate_until(
     llama: Llama,
     asks: Sequence[tuple[str, Mapping[str, Any]]],
@@ -96,7 +87,7 @@ def generate_until(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Continue each (context, settings), and yield (index, text up to the first of its stop strings) as batches end.
+    """Continue each (context, settings), and yield (index, text up to the first of its stop strings) as each ends.
 
     Args:
         llama: a model with a tokenizer. Its stop tokens end a text too.
@@ -104,7 +95,7 @@ def generate_until(
             names, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`. Decoding is greedy
             by default; other settings that are absent are the model's own.
         max_length: tokens of context and text together; a longer context loses its beginning.
-        batch_size: rows that run together, the longest first.
+        batch_size: rows that run together.
         seed: row i draws from seed + i.
         progress: a bar on standard error; by default where there are more than a few batches.
 
@@ -114,16 +105,14 @@ def generate_until(
     max_length = scoring.check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")
     ready = [_ask(llama, context, given, seed + i, max_length) for i, (context, given) in enumerate(asks)]
-    groups = longest_first([len(ask.request.tokens) for ask in ready], batch_size)
-    shown = len(groups) > _QUIET_GROUPS if progress is None else progress
+    shown = len(ready) > _QUIET_GROUPS * batch_size if progress is None else progress
     with progress_bar(len(ready), "texts", unit="row", shown=shown, delay=0) as bar:
-        for group in groups:
-            texts = _generate(llama, [ready[i] for i in group], batch_size if len(groups) > 1 else 1)
-            yield from zip(group, texts, strict=True)
-            bar.update(len(group))
+        for i, result in llama.sampler.results(ready, batch_size):
+            yield i, _cut(decode(llama, result.tokens), ready[i].stops)
+            bar.update(1)
 
 
-def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_length: int) -> _Ask:
+def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_length: int) -> Request:
     unknown = [name for name in given if name not in _KNOWN]
     if unknown:
         raise ConfigError(
@@ -142,10 +131,15 @@ def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_le
     end = llama.tokenizer.eos_id
     if end is not None:  # spelled out in plain characters it ends a text as well
         until = (*until, llama.tokenizer.decode([end]))
-    request = Request(
-        tokens=tokens[new - max_length :], max_new_tokens=new, sampling=_sampling(llama, given), seed=seed
+    stops = llama.stop_tokens
+    return Request(
+        tokens=tokens[new - max_length :],
+        max_new_tokens=new,
+        sampling=_sampling(llama, given),
+        seed=seed,
+        stop_tokens=stops if end is None or end in stops else (*stops, end),
+        stops=tuple(dict.fromkeys(stop for stop in until if stop)),
     )
-    return _Ask(request, tuple(stop for stop in until if stop))
 
 
 def _sampling(llama: Llama, given: Mapping[str, Any]) -> SamplingParams:
@@ -155,25 +149,6 @@ def _sampling(llama: Llama, given: Mapping[str, Any]) -> SamplingParams:
         temperature = 0.0
     cuts = {name: given[name] for name in _CUTS if given.get(name) is not None}
     return inputs.as_sampling({"temperature": 1.0 if temperature is None else temperature, **cuts}, llama.sampling)
-
-
-def _generate(llama: Llama, asks: Sequence[_Ask], rows: int) -> list[str]:
-    stops = llama.stop_tokens
-    end = llama.tokenizer.eos_id
-    if end is not None and end not in stops:
-        stops = (*stops, end)
-    tokens: list[list[int]] = [[] for _ in asks]
-    texts = [""] * len(asks)
-    for piece in llama.engine.run([ask.request for ask in asks], stop_tokens=stops, rows=rows, most=_STEPS):
-        for row in range(len(asks)):
-            tokens[row] += piece.tokens[row]
-            texts[row] = decode(llama, tokens[row])
-        if all(
-            done or any(stop in text for stop in ask.until)
-            for done, text, ask in zip(piece.done, texts, asks, strict=False)
-        ):
-            break
-    return [_cut(text, ask.until) for text, ask in zip(texts, asks, strict=True)]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -1,196 +1,231 @@
-"""The compiled programs of inference: prefill, decoding, logits and scoring.
+"""The host's side of a batch: weights, state and the rounding of shapes around a `Program`.
 
-*Prefill* writes all prompt tokens except the last of each row into the KV cache. It processes the whole batch at once,
-in chunks of a few fixed sizes. *Decode* starts from the last prompt token and runs up to DISPATCH steps in one
-`while_loop` on the device, so that device and host synchronize once a dispatch. Shapes come from small sets (rows and
-cache capacity are powers of two), and everything else is an array. Any mix of prompts, settings and limits therefore
-needs a bounded number of compilations.
+Every method takes and returns numpy values, and chooses shapes from small sets so that few programs are compiled:
+rows of a call are powers of four, lengths come from CHUNKS, capacities and bounds from `round_up`.
 
-The state between calls is explicit: `state = engine.prefill(requests)`, then `state, slice = engine.decode(state,
-limit=...)` until all rows are done. `run` is that loop.
-
-Letters: B batch, T chunk length, S cache slots, V vocab, O width of the output buffer. In scoring: C scored positions,
-K candidate ids at each of them, n positions whose logits are in memory at a time.
+Letters: B rows of the batch, R rows of one call, T chunk length, V vocab, P padded prompt length, C scored positions,
+K candidate ids.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
-from llama_jax import model, parallel
-from llama_jax.cache import KVCache, init_cache
+from llama_jax import parallel
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer.batches import power_of_two
+from llama_jax.infer.program import Program, layout_of
+from llama_jax.infer.request import DISPATCH, Fill, Piece, Request
+from llama_jax.infer.state import MAX_STOPS, State
 from llama_jax.ops import sampling
 from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, logical_axes
-from llama_jax.sampling_params import GREEDY, SamplingParams
 
-# Most steps in one dispatch: enough to hide the host's work, few enough that a cancelled request ends soon.
-DISPATCH = 64
-CHUNKS = (16, 64, 256, 512)
-_MIN_CAPACITY = 128
-_MIN_STOPS = 4
-_LOGITS = 1 << 26  # most float32 logits in memory at a time while scoring (256 MiB)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One row of a batch: its prompt, its limit of new tokens, its sampling settings and its seed."""
-
-    tokens: Sequence[int]
-    max_new_tokens: int
-    sampling: SamplingParams
-    seed: int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """The decoding state of a batch.
-
-    A row is done when its `remaining_B` is 0. Rows that only pad the batch are done from the start.
-
-    Attributes:
-        cache: KV cache of all rows.
-        tokens_B: int32 next input token of each row; it is not in the cache yet.
-        positions_B: int32 position of that token.
-        remaining_B: int32 number of tokens that the row may still generate.
-        seen_BV: bool, True for the tokens of the row's prompt and text so far, for the repetition penalty.
-        controls: sampling settings of each row.
-        stops_S: int32 ids that end a row, padded with -1.
-    """
-
-    cache: KVCache
-    tokens_B: jax.Array
-    positions_B: jax.Array
-    remaining_B: jax.Array
-    seen_BV: jax.Array
-    controls: sampling.Controls
-    stops_S: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """The tokens that one dispatch generated, on the host.
-
-    Attributes:
-        tokens: new ids of each row of the batch, including the stop token that ended it.
-        logprobs: log-probability of each new id under the model (see `sampling.sample`).
-        done: for each row, True if it generates no more tokens.
-    """
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    done: list[bool]
+CHUNKS = (16, 64, 256, 512)  # lengths of prefill
+_TOPS = (0, 5, 20)  # numbers of likeliest tokens that a step may report
+_LEAST_CAPACITY = 128
+_FINE = 4096  # capacities above it are multiples of it; below it, powers of two
 
 
 class Engine:
-    """Compiled prefill and decode for one model on one mesh.
+    """Weights and the rows of one batch.
 
-    Args:
-        config: the model's shape.
-        params: weights in the unrolled layout, already on the mesh (see `placed`).
-        mesh: mesh of the weights; None is one device.
-        dtype: dtype of activations and of the KV cache.
-        max_chunk: length in tokens of the longest prefill chunk, one of CHUNKS. Longer chunks use the device better
-            and need more scratch memory.
-
-    Raises:
-        ConfigError: the model cannot be split over the mesh, or max_chunk is not one of CHUNKS.
+    Attributes:
+        program: the compiled programs; other engines may share them.
+        params: weights in the unrolled layout, on the mesh (see `placed`).
+        draft: weights of the draft model, or None.
+        state: the batch, or None before the first `resize`.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: Params,
-        *,
-        mesh: Mesh | None,
-        dtype: jnp.dtype,
-        max_chunk: int = CHUNKS[-1],
-    ):
+    def __init__(self, program: Program, params: Params, *, draft: Params | None = None, max_chunk: int = CHUNKS[-1]):
+        """An engine without rows.
+
+        Args:
+            program: the programs of the model.
+            params: its weights.
+            draft: weights of the program's draft model.
+            max_chunk: length in tokens of the longest prefill chunk, one of CHUNKS. Longer chunks use the device better
+                and need more scratch memory.
+
+        Raises:
+            ConfigError: max_chunk is not one of CHUNKS.
+        """
         if max_chunk not in CHUNKS:
             raise ConfigError(f"max_chunk must be one of {CHUNKS}, got {max_chunk}")
-        self.config = config
+        self.program = program
         self.params = params
-        self.layout = layout(config, mesh)
-        self.dtype = jnp.dtype(dtype)
+        self.draft = draft
+        self.state: State | None = None
         self.chunks = tuple(size for size in CHUNKS if size <= max_chunk)
-        self._begin = jax.jit(self._trace_begin, static_argnames=("capacity", "bound"))
-        self._extend = jax.jit(self._trace_extend, static_argnames="bound", donate_argnums=1)
-        self._decode = jax.jit(self._trace_decode, donate_argnums=1)
-        self._logits = jax.jit(self._trace_logits)
-        self._score = jax.jit(self._trace_score)
 
-    def of(self, params: Params, config: ModelConfig) -> Engine:
-        """An engine for other weights that shares this engine's compiled programs.
+    @property
+    def _weights(self) -> Any:
+        return self.params if self.program.draft is None else (self.params, self.draft)
 
-        Weights with the same leaf types and shapes need no further compilation. If `config` differs from this engine's
-        config, the result is a new engine with its own programs, and `params` are put on the mesh.
-        """
-        if config != self.config:  # the adapter adds rows to the vocabulary, or unties the embeddings
-            mesh = None if self.layout is None else self.layout.mesh
-            params = placed(config, params, mesh=mesh, dtype=self.dtype)
-            return Engine(config, params, mesh=mesh, dtype=self.dtype, max_chunk=self.chunks[-1])
-        other = copy.copy(self)
-        other.params = params
-        return other
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.program.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the activations."""
+        return self.program.dtype
+
+    @property
+    def layout(self) -> parallel.Layout | None:
+        """Mesh and sharding rules."""
+        return self.program.layout
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the batch."""
+        return 0 if self.state is None else self.state.cache.rows
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row can hold."""
+        return 0 if self.state is None else self.state.cache.capacity
 
     @property
     def compilations(self) -> int:
-        """The number of programs that this engine has compiled so far."""
-        programs = (self._begin, self._extend, self._decode, self._logits, self._score)
-        return sum(program._cache_size() for program in programs)
+        """The number of programs that have been compiled so far."""
+        return self.program.compilations
 
-    def prefill(self, requests: Sequence[Request], *, stop_tokens: Sequence[int], rows: int = 1) -> State:
-        """The state of a new batch, whose cache holds all prompt tokens except the last of each row.
+    def of(self, params: Params, config: ModelConfig) -> Engine:
+        """An engine without rows for other weights, which shares this engine's compiled programs.
+
+        Weights with the same leaf types and shapes need no further compilation. If `config` differs from this engine's
+        config, the result has its own programs, and `params` are put on the mesh.
+        """
+        other = copy.copy(self)
+        other.state = None
+        if config != self.config:  # the adapter adds rows to the vocabulary, or unties the embeddings
+            mesh = None if self.layout is None else self.layout.mesh
+            params = placed(config, params, mesh=mesh, dtype=self.dtype)
+            other.program = Program.make(config, mesh=mesh, dtype=self.dtype, kv=self.program.kv)
+            other.draft = None
+        other.params = params
+        return other
+
+    # Rows.
+
+    def capacity_for(self, length: int) -> int:
+        """The capacity of a batch whose longest row has `length` positions."""
+        return min(round_up(length), self.config.max_seq_len)
+
+    def resize(self, keep: Sequence[int], *, rows: int, capacity: int) -> None:
+        """Makes a batch of `rows` rows, whose first are the rows `keep` of the present batch.
+
+        `capacity` is at least the length of every kept row that matters; positions beyond it are lost.
+        """
+        with jax.transfer_guard("disallow"):
+            if self.state is None:
+                self.state = self.program.start(rows=rows, capacity=capacity)
+                return
+            order = np.full(rows, self.rows, np.int32)
+            order[: len(keep)] = keep
+            self.state = self.program.resize(self.state, self._put(order), capacity=capacity)
+
+    def clear(self) -> None:
+        """Frees the batch."""
+        self.state = None
+
+    def prefill(self, fills: Sequence[Fill]) -> None:
+        """Writes prompt tokens into the cache. Rows of similar numbers of tokens should come together."""
+        groups = _groups(fills, self.rows)
+        with jax.transfer_guard("disallow"):
+            for group, height in groups:
+                for start, size in spans(max(len(fill.tokens) for fill in group), self.chunks):
+                    chunk = {
+                        "rows_R": np.full(height, self.rows, np.int32),
+                        "tokens_RT": np.zeros((height, size), np.int32),
+                        "starts_R": np.zeros(height, np.int32),
+                        "counts_R": np.zeros(height, np.int32),
+                    }
+                    for i, fill in enumerate(group):
+                        part = fill.tokens[start : start + size]
+                        chunk["rows_R"][i] = fill.row if len(part) else self.rows
+                        chunk["tokens_RT"][i, : len(part)] = part
+                        chunk["starts_R"][i] = fill.start + start
+                        chunk["counts_R"][i] = len(part)
+                    end = int((chunk["starts_R"] + chunk["counts_R"]).max())
+                    self.state = self.program.prefill(
+                        self._weights, self.state, self._put(chunk), bound=self._bound(end)
+                    )
+
+    def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Copies at least the first `length` positions of the cache from row to row, for (source, target) pairs."""
+        height = _height(len(pairs), self.rows)
+        sources, targets = (np.full(height, self.rows, np.int32) for _ in range(2))
+        sources[: len(pairs)], targets[: len(pairs)] = zip(*pairs, strict=True)
+        with jax.transfer_guard("disallow"):
+            self.state = self.program.copy(self.state, *self._put((sources, targets)), bound=self._bound(length))
+
+    def insert(self, requests: Mapping[int, Request]) -> None:
+        """Makes rows live: their cache holds all prompt tokens but the last. `requests` are by row."""
+        for group, height in _groups(list(requests.items()), self.rows):
+            padding = height - len(group)
+            picked = [request for _, request in group] + [_NOTHING] * padding
+            width = power_of_two(max(len(r.tokens) for r in picked), CHUNKS[0])
+            fresh: dict[str, Any] = {
+                "rows_R": np.array([row for row, _ in group] + [self.rows] * padding, np.int32),
+                "prompts_RP": np.zeros((height, width), np.int32),
+                "lengths_R": np.array([len(r.tokens) for r in picked], np.int32),
+                "remaining_R": np.array([r.max_new_tokens for r in picked], np.int32),
+                "stops_RN": np.full((height, MAX_STOPS), -1, np.int32),
+                "controls": sampling.controls(
+                    [r.sampling for r in picked],
+                    [r.seed for r in picked],
+                    masked=[r.matcher is not None for r in picked],
+                ),
+                "bias_RV": None,
+            }
+            for i, request in enumerate(picked):
+                fresh["prompts_RP"][i, : len(request.tokens)] = request.tokens
+                fresh["stops_RN"][i, : len(request.stop_tokens)] = request.stop_tokens
+            if any(sampling.has_bias(r.sampling) for r in picked):
+                fresh["bias_RV"] = np.stack([sampling.bias(r.sampling, self.config.vocab_size) for r in picked])
+            with jax.transfer_guard("disallow"):
+                self.state = self.program.insert(self.state, self._put(fresh))
+
+    def decode(
+        self,
+        alive: Sequence[bool],
+        *,
+        limit: int,
+        longest: int,
+        least: int = 0,
+        top: int = 0,
+        allowed: np.ndarray | None = None,
+        guesses: int = 0,
+        drafter: str = "",
+    ) -> list[Piece]:
+        """Up to `limit` steps for all live rows.
 
         Args:
-            requests: the rows of the batch. Each has at least one prompt token, and its prompt and new tokens together
-                fit config.max_seq_len. `Llama` checks this beforehand; it is not checked here.
-            stop_tokens: ids that end a row.
-            rows: minimum batch size. Smaller groups are padded to it and reuse the compiled programs.
-        """
-        rows = power_of_two(max(len(requests), rows), 1)
-        lengths = [len(r.tokens) for r in requests] + [1] * (rows - len(requests))
-        longest = max(lengths) - 1
-        need = max(len(r.tokens) + r.max_new_tokens for r in requests)
-        capacity = min(power_of_two(need, _MIN_CAPACITY), self.config.max_seq_len)
-        spans = _spans(longest, self.chunks)
-        prompts_BT = np.zeros((rows, spans[-1][0] + spans[-1][1] + 1), np.int32)
-        for row, request in zip(prompts_BT, requests, strict=False):
-            row[: len(request.tokens)] = request.tokens
-        state = None
-        with jax.transfer_guard("disallow"):
-            for start, size in spans:
-                bound = min(power_of_two(start + size, _MIN_CAPACITY), capacity)
-                chunk = {
-                    "tokens_BT": prompts_BT[:, start : start + size],
-                    "fed_B": np.array(lengths, np.int32) - 1,
-                    "start": np.int32(start),
-                }
-                if state is None:
-                    fresh = self._fresh(requests, prompts_BT, lengths, stop_tokens)
-                    chunk, fresh = self._put((chunk, fresh))
-                    state = self._begin(self.params, chunk, fresh, capacity=capacity, bound=bound)
-                else:
-                    state = self._extend(self.params, state, self._put(chunk), bound=bound)
-        return state
+            alive: False for rows that end now, whatever they had left.
+            limit: number of steps, from 1 to DISPATCH.
+            longest: greatest position of a live row's next input token.
+            least: the dispatch ends early when fewer rows than this are live.
+            top: number of likeliest tokens to report at each position.
+            allowed: uint32 (B, W) tokens that grammars allow next (see SamplingState), or None without grammars.
+            guesses: tokens to guess at each step.
+            drafter: source of the guesses, one of request.SPECULATE.
 
-    def decode(self, state: State, *, limit: int) -> tuple[State, Slice]:
-        """Generates up to `limit` more tokens for every row that is not done. `state` is donated.
+        Returns:
+            The new tokens of each row.
 
         Raises:
             ConfigError: `limit` is not from 1 to DISPATCH.
@@ -198,47 +233,34 @@ class Engine:
         """
         if not 1 <= limit <= DISPATCH:
             raise ConfigError(f"limit must be from 1 to {DISPATCH}, got {limit}")
+        width = next(size for size in (*_TOPS, power_of_two(top)) if size >= top)
+        # Near the end of a bound the dispatch is short, so that the steps after it do not pay for a larger one.
+        bound = round_up(longest + 2)
+        limit = max(1, min(limit, (bound - longest - 1) // (guesses + 1)))
+        bound = self._bound(longest + limit * (guesses + 1) + 1)
+        steer = {
+            "alive_B": np.array(alive, bool),
+            "limit": np.int32(limit),
+            "least": np.int32(least),
+            "allowed_BW": allowed,
+        }
         with jax.transfer_guard("disallow"):
-            state, out = self._decode(self.params, state, self._put(np.int32(limit)))
-            tokens_BO, logprobs_BO, remaining_B = jax.device_get((*out, state.remaining_B))
-        self._check_finite(logprobs_BO)
-        counts = (tokens_BO >= 0).sum(axis=1)
-        return state, Slice(
-            tokens=[row[:n].tolist() for row, n in zip(tokens_BO, counts, strict=True)],
-            logprobs=[row[:n].tolist() for row, n in zip(logprobs_BO, counts, strict=True)],
-            done=(remaining_B == 0).tolist(),
-        )
+            self.state, out = self.program.decode(
+                self._weights, self.state, self._put(steer), bound=bound, top=width, guesses=guesses, drafter=drafter
+            )
+            out = jax.device_get(out)
+        self._check_finite(out["logprobs_BO"])
+        return [_piece(out, row, top) for row in range(self.rows)]
 
-    def run(
-        self,
-        requests: Sequence[Request],
-        *,
-        stop_tokens: Sequence[int],
-        rows: int = 1,
-        first: int = DISPATCH,
-        most: int = DISPATCH,
-    ) -> Iterator[Slice]:
-        """Yields slices until every row is done.
-
-        Args:
-            requests: as in `prefill`.
-            stop_tokens: ids that end a row.
-            rows: minimum batch size.
-            first: largest number of steps of the first dispatch. The limit doubles with each dispatch.
-            most: largest number of steps of any dispatch.
-        """
-        state = self.prefill(requests, stop_tokens=stop_tokens, rows=rows)
-        limit = min(first, most)
-        while True:
-            state, piece = self.decode(state, limit=limit)
-            yield piece
-            if all(piece.done):
-                return
-            limit = min(2 * limit, most)
+    # Whole texts.
 
     def logits(self, tokens_BT: np.ndarray) -> jax.Array:
         """Logits (B, T, V) float32 of token ids (B, T), by the forward pass without a cache that training uses."""
-        return self._logits(self.params, self._put(tokens_BT))
+        return self.program.logits(self._weights, self._put(tokens_BT))
+
+    def hidden(self, tokens_BT: np.ndarray) -> jax.Array:
+        """Hidden states (B, T, D) after the final norm, of token ids (B, T)."""
+        return self.program.hidden(self._weights, self._put(tokens_BT))
 
     def score(
         self, tokens_BT: np.ndarray, starts_B: np.ndarray, candidates_BCK: np.ndarray
@@ -258,11 +280,18 @@ class Engine:
         Raises:
             ValueError: the model's logits are not finite.
         """
+        found = self.score_top(tokens_BT, starts_B, candidates_BCK, top=0)
+        return found["logprobs"], found["best"]
+
+    def score_top(
+        self, tokens_BT: np.ndarray, starts_B: np.ndarray, candidates_BCK: np.ndarray, *, top: int
+    ) -> dict[str, np.ndarray]:
+        """`score` as a dict of logprobs and best, with top_ids and top_logprobs (B, C, top) of the likeliest tokens."""
         with jax.transfer_guard("disallow"):
             given = self._put((tokens_BT, starts_B, candidates_BCK))
-            logprobs_BCK, best_BCK = jax.device_get(self._score(self.params, *given))
-        self._check_finite(logprobs_BCK)
-        return logprobs_BCK, best_BCK
+            found = jax.device_get(self.program.score(self._weights, *given, top=top))
+        self._check_finite(found["logprobs"])
+        return found
 
     def _check_finite(self, logprobs: np.ndarray) -> None:
         if not np.isfinite(logprobs).all():
@@ -270,159 +299,70 @@ class Engine:
                 f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
             )
 
-    def _fresh(
-        self,
-        requests: Sequence[Request],
-        prompts_BT: np.ndarray,
-        lengths: Sequence[int],
-        stop_tokens: Sequence[int],
-    ) -> dict[str, object]:
-        """The parts of a new State that come from the host."""
-        padding = len(prompts_BT) - len(requests)
-        params = [r.sampling for r in requests] + [GREEDY] * padding
-        stops = np.full(power_of_two(len(stop_tokens), _MIN_STOPS), -1, np.int32)
-        stops[: len(stop_tokens)] = stop_tokens
-        positions_B = np.array(lengths, np.int32) - 1
-        return {
-            "tokens_B": np.take_along_axis(prompts_BT, positions_B[:, None], axis=1)[:, 0],
-            "positions_B": positions_B,
-            "remaining_B": np.array([r.max_new_tokens for r in requests] + [0] * padding, np.int32),
-            "controls": sampling.controls(params, [r.seed for r in requests] + [0] * padding),
-            "stops_S": stops,
-        }
+    def _bound(self, end: int) -> int:
+        return min(round_up(end), self.capacity)
 
-    def _put(self, tree: object) -> object:
+    def _put(self, tree: Any) -> Any:
         """Copies host arrays to the devices, replicated. The transfer guard disallows implicit copies."""
         return jax.device_put(tree, None if self.layout is None else parallel.replicated(self.layout.mesh))
 
-    # The methods from here on are traced by jit.
 
-    def _trace_logits(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
-        with parallel.use(self.layout):
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-            hidden_BTD, _ = model.forward(self.config, params, tokens_BT, positions_BT, None, dtype=self.dtype)
-            return model.unembed(self.config, params, hidden_BTD)
-
-    def _trace_score(
-        self, params: Params, tokens_BT: jax.Array, starts_B: jax.Array, candidates_BCK: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        with parallel.use(self.layout):
-            B, T = tokens_BT.shape
-            C = candidates_BCK.shape[1]
-            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-            hidden_BTD, _ = model.forward(self.config, params, tokens_BT, positions_BT, None, dtype=self.dtype)
-            places_BC = jnp.minimum(starts_B[:, None] + jnp.arange(C), T - 1)
-            hidden_BCD = jnp.take_along_axis(hidden_BTD, places_BC[..., None], axis=1)
-
-            def piece(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                hidden_BnD, ids_BnK = given
-                logits_BnV = model.unembed(self.config, params, hidden_BnD)
-                chosen_BnK = jnp.take_along_axis(logits_BnV, ids_BnK, axis=-1)
-                total_Bn1 = jax.nn.logsumexp(logits_BnV, axis=-1, keepdims=True)
-                return chosen_BnK - total_Bn1, ids_BnK == jnp.argmax(logits_BnV, axis=-1, keepdims=True)
-
-            n = min(C, max(1, _LOGITS // (B * self.config.vocab_size)))
-            pieces = -(-C // n)
-            cut = lambda a: jnp.pad(a, ((0, 0), (0, pieces * n - C), (0, 0))).reshape(B, pieces, n, -1).swapaxes(0, 1)  # noqa: E731
-            joined = lambda a: a.swapaxes(0, 1).reshape(B, pieces * n, -1)[:, :C]  # noqa: E731
-            return _all_whole(jax.tree.map(joined, lax.map(piece, (cut(hidden_BCD), cut(candidates_BCK)))))
-
-    def _trace_begin(self, params: Params, chunk: dict, fresh: dict, *, capacity: int, bound: int) -> State:
-        with parallel.use(self.layout):
-            rows = chunk["tokens_BT"].shape[0]
-            cache = init_cache(self.config, batch=rows, capacity=capacity, dtype=self.dtype)
-            seen_BV = jnp.zeros((rows, self.config.vocab_size), bool)
-            seen_BV = seen_BV.at[jnp.arange(rows), fresh["tokens_B"]].set(True)
-            state = State(cache=cache, seen_BV=seen_BV, **fresh)
-            return self._feed(params, state, chunk, bound)
-
-    def _trace_extend(self, params: Params, state: State, chunk: dict, *, bound: int) -> State:
-        with parallel.use(self.layout):
-            return self._feed(params, state, chunk, bound)
-
-    def _feed(self, params: Params, state: State, chunk: dict, bound: int) -> State:
-        """Processes one prefill chunk. It attends only to the first `bound` cache slots: later ones are still empty."""
-        tokens_BT = chunk["tokens_BT"]
-        rows, size = tokens_BT.shape
-        positions_BT = jnp.broadcast_to(chunk["start"] + jnp.arange(size), (rows, size))
-        real_BT = positions_BT < chunk["fed_B"][:, None]
-        whole = state.cache
-        part = jax.tree.map(lambda a: a[:, :, :bound], whole)
-        _, part = model.forward(
-            self.config, params, tokens_BT, positions_BT, real_BT.astype(jnp.int32), part, dtype=self.dtype
-        )
-        cache = jax.tree.map(lambda a, b: lax.dynamic_update_slice(a, b, (0, 0, 0, 0)), whole, part)
-        ids_BT = jnp.where(real_BT, tokens_BT, self.config.vocab_size)
-        seen_BV = state.seen_BV.at[jnp.arange(rows)[:, None], ids_BT].set(True, mode="drop")
-        return _settled(dataclasses.replace(state, cache=cache, seen_BV=seen_BV))
-
-    def _trace_decode(
-        self, params: Params, state: State, limit: jax.Array
-    ) -> tuple[State, tuple[jax.Array, jax.Array]]:
-        with parallel.use(self.layout):
-            rows = state.tokens_B.shape[0]
-            out = (jnp.full((rows, DISPATCH), -1, jnp.int32), jnp.zeros((rows, DISPATCH), jnp.float32))
-            start = (jnp.int32(0), _settled(state), _all_whole(out))
-            step = functools.partial(self._step, params)
-            _, state, out = lax.while_loop(
-                lambda carry: (carry[0] < limit) & jnp.any(carry[1].remaining_B > 0), step, start
-            )
-            return state, out
-
-    def _step(self, params: Params, carry: tuple) -> tuple:
-        """Generates one token for every row that is not done. Other rows keep their state and write nothing."""
-        step, state, (tokens_BO, logprobs_BO) = carry
-        live_B = state.remaining_B > 0
-        hidden_BTD, cache = model.forward(
-            self.config,
-            params,
-            state.tokens_B[:, None],
-            state.positions_B[:, None],
-            live_B.astype(jnp.int32)[:, None],
-            state.cache,
-            dtype=self.dtype,
-        )
-        next_B, logprob_B = sampling.sample(
-            model.unembed(self.config, params, hidden_BTD[:, 0]),
-            seen_BV=state.seen_BV,
-            controls=state.controls,
-            positions_B=state.positions_B + 1,
-        )
-        stopped_B = jnp.any(next_B[:, None] == state.stops_S, axis=1)
-        rows = jnp.arange(next_B.shape[0])
-        seen_ids_B = jnp.where(live_B, next_B, self.config.vocab_size)
-        out = (
-            tokens_BO.at[:, step].set(jnp.where(live_B, next_B, -1)),
-            logprobs_BO.at[:, step].set(jnp.where(live_B, logprob_B, 0)),
-        )
-        state = dataclasses.replace(
-            state,
-            cache=cache,
-            tokens_B=jnp.where(live_B, next_B, state.tokens_B),
-            positions_B=state.positions_B + live_B,
-            remaining_B=jnp.where(stopped_B, 0, jnp.maximum(state.remaining_B - 1, 0)),
-            seen_BV=state.seen_BV.at[rows, seen_ids_B].set(True, mode="drop"),
-        )
-        return step + 1, _settled(state), _all_whole(out)
+_NOTHING = Request(tokens=[0], max_new_tokens=1, sampling=sampling.SamplingParams())
 
 
-def layout(config: ModelConfig, mesh: Mesh | None) -> parallel.Layout | None:
-    """The sharding layout of inference: batch rows over data and fsdp, weights over tensor, replicated over other axes.
+def _piece(out: Mapping[str, np.ndarray], row: int, top: int) -> Piece:
+    count = int(out["count_B"][row])
+    likeliest = []
+    if top:
+        ids, logprobs = (out[name][row, :count, :top].tolist() for name in ("top_ids_BOK", "top_logprobs_BOK"))
+        likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+    return Piece(
+        tokens=out["tokens_BO"][row, :count].tolist(),
+        logprobs=out["logprobs_BO"][row, :count].tolist(),
+        top=likeliest,
+        done=bool(out["remaining_B"][row] == 0),
+        steps=int(out["steps_B"][row]),
+    )
 
-    Raises:
-        ConfigError: the tensor axis does not divide the key/value heads.
+
+def round_up(length: int) -> int:
+    """The capacity or bound for `length` positions: a power of two of at least 128, or a multiple of 4,096."""
+    if length > _FINE:
+        return -(-length // _FINE) * _FINE
+    return power_of_two(length, _LEAST_CAPACITY)
+
+
+def spans(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The (start, size) of each chunk that covers `length` tokens.
+
+    All chunks but the last have the largest size. The last has the smallest size that covers the remaining tokens.
     """
-    if mesh is None:
-        return None
-    layout = parallel.Layout(mesh, "infer")
-    parts = layout.parts("kv_heads")
-    if config.num_kv_heads % parts:
-        legal = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0]
-        raise ConfigError(
-            f"mesh tensor={parts} does not divide the model's {config.num_kv_heads} key/value heads: "
-            f"use tensor = one of {legal}, and data for the other devices"
-        )
-    return layout
+    chunks = []
+    for start in range(0, length, sizes[-1]):
+        chunks.append((start, next((size for size in sizes if size >= length - start), sizes[-1])))
+    return chunks
+
+
+def _height(count: int, rows: int) -> int:
+    """The number of rows of a call for `count` of them: a power of four, or all rows."""
+    height = 1
+    while height < count:
+        height *= 4
+    return min(height, rows)
+
+
+def _groups(items: Sequence[Any], rows: int) -> list[tuple[Sequence[Any], int]]:
+    """Items in calls of few heights: two or three of many rows run one by one, which computes less than padding."""
+    groups: list[tuple[Sequence[Any], int]] = []
+    done = 0
+    while done < len(items):
+        left = len(items) - done
+        height = _height(left, rows)
+        if left <= height // 2:
+            height = max(1, height // 4)
+        groups.append((items[done : done + height], height))
+        done += height
+    return groups
 
 
 def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> Params:
@@ -434,38 +374,8 @@ def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp
         return leaf if isinstance(leaf, QTensor) or leaf.dtype == dtype else jnp.asarray(leaf).astype(dtype)
 
     params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, (QTensor, LoraTensor)))
-    where = layout(config, mesh)
+    where = layout_of(config, mesh)
     if where is None:
         return jax.device_put(params)
     axes = logical_axes(config, stacked=False)
     return jax.device_put(params, parallel.shardings(where, axes, params))
-
-
-def _settled(state: State) -> State:
-    """Constrains the shardings of a state that a program returns: a sharded cache, and replicated small arrays.
-
-    Without the constraint, XLA may choose other shardings, and the next call recompiles.
-    """
-    return dataclasses.replace(
-        _all_whole(dataclasses.replace(state, cache=None)),
-        cache=jax.tree.map(lambda a: parallel.constrain(a, "batch", "kv_heads", None, None), state.cache),
-    )
-
-
-def _all_whole(tree: object) -> object:
-    return jax.tree.map(lambda a: parallel.constrain(a, *(None,) * a.ndim), tree)
-
-
-def _spans(length: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """The (start, size) of each chunk that covers `length` tokens.
-
-    All chunks but the last have the largest size. The last has the smallest size that covers the remaining tokens.
-    """
-    spans = []
-    start = 0
-    while not spans or start < length:
-        left = length - start
-        size = next((s for s in sizes if s >= left), sizes[-1])
-        spans.append((start, size))
-        start += size
-    return spans

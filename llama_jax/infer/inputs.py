@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,6 @@ from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 from llama_jax.text.tokenizer import Tokenizer
-
-
-class GenerateSettings(TypedDict, total=False):
-    """The types of the keyword arguments of `Llama.generate`, for its overloads."""
-
-    max_new_tokens: int
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | Sequence[int]
-    stop_tokens: Sequence[int] | None
-    batch_size: int
-    progress: bool | None
-    parse_special: bool | None
-
 
 _DTYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
@@ -119,13 +102,13 @@ def as_whole(value: Any, name: str) -> int:
     return int(value)
 
 
-def as_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """The seed of each of `count` prompts: seed + i for a number, or item i of a list."""
+def as_seeds(seed: int | Sequence[int], count: int, *, step: int = 1) -> list[int]:
+    """The seed of each of `count` prompts: seed + i * step for a number, or item i of a list."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     if any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) for s in seeds):
         raise ConfigError(f"seed must be a whole number, or a list of one for each prompt, got {brief(seed)}")
     if not isinstance(seed, Sequence):
-        return [int(seed) + i for i in range(count)]
+        return [int(seed) + i * step for i in range(count)]
     if len(seeds) != count:
         raise ConfigError(f"{len(seeds)} seeds for {count} prompts: give one number, or one for each prompt")
     return [int(s) for s in seeds]

@@ -1,18 +1,16 @@
-"""The public interface of sampling: `load` a model, then `generate`, `stream`, `chat` and `logits`.
+"""The public interface of sampling: a `Llama` continues texts, answers dialogs and gives logits and hidden states.
 
     import llama_jax
     llama = llama_jax.load("runs/quickstart")
     print(llama.generate("Once upon a time").text)
 
-Letters: B batch, T length, V vocab.
+Letters: B batch, T length, D embedding, V vocab.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import copy
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,21 +23,19 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
-from llama_jax.files import expanded
-from llama_jax.infer import engine, inputs
-from llama_jax.infer.batches import longest_first
+from llama_jax.infer import inputs
+from llama_jax.infer.engine import Engine, placed
+from llama_jax.infer.options import GenerateOptions, SamplingOptions, as_counts, as_overrides, check_keywords
+from llama_jax.infer.program import Program
 from llama_jax.infer.result import Result
+from llama_jax.infer.sampler import Sampler
 from llama_jax.params import Params, check_params, unstack
-from llama_jax.progress import counted
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
-from llama_jax.text.chat_template import ChatTemplate, read_folder
+from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
-from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.model_files import Metadata
-from llama_jax.weights.open import open_source
-from llama_jax.weights.source import Source, UnknownTokenizer
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -48,10 +44,11 @@ Prompt = str | Sequence[int]
 # Several prompts. A single str would match Sequence[str] too, and the overloads of `generate` would be ambiguous.
 Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | list[str | list[int]]
 Place = str | os.PathLike[str]
+Dialog = Sequence[Mapping[str, Any]]
 
-_log = logging.getLogger(__name__)
-_STREAM_STEPS = 8  # most steps in a dispatch of a stream: text appears often, and the host's overhead is small
-_QUIET_GROUPS = 3
+_NEW, _NEW_ANSWER = 128, 512  # default limits of new tokens, of a text and of an answer in a dialog
+_OF_CALL = ("seed", "n", "best_of", "overrides", "batch_size", "progress", "parse_special")
+POOLS = (None, "mean", "last")
 
 
 class Llama:
@@ -67,7 +64,7 @@ class Llama:
         chat_format: chat format that encodes dialogs and parses answers; None without a tokenizer.
         metadata: token ids, sampling settings, chat template and tokenizer files that `save` writes.
         adapters: LoRA updates by the name of their adapter; see `use`.
-        engine: the compiled programs.
+        sampler: the queue of requests and the compiled programs behind it.
     """
 
     def __init__(
@@ -82,6 +79,8 @@ class Llama:
         sampling: SamplingParams | None = None,
         chat_template: str | ChatTemplate | None = None,
         chat_format: str = AUTO,
+        kv: str = "compute",
+        draft: tuple[ModelConfig, Params] | None = None,
     ):
         """A model from weights in memory.
 
@@ -95,9 +94,11 @@ class Llama:
             sampling: default sampling settings; SamplingParams() if None.
             chat_template: the model's own chat template (Jinja), if it has one.
             chat_format: "auto" (the model's template, else "llama3"), "llama3" (Meta's format), or a template's path.
+            kv: type of the KV cache: "compute" (that of the activations) or "int8".
+            draft: config and weights of a draft model of the same vocabulary, for speculate="draft".
 
         Raises:
-            ConfigError: weights, tokenizer, mesh or dtype do not match the config.
+            ConfigError: weights, tokenizer, mesh, dtype, draft or kv do not match the config or are not known.
         """
         check_params(config, params)
         tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
@@ -113,10 +114,20 @@ class Llama:
         template = self.chat_format.template if self.chat_format else chat_template
         self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, template)
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
-        self.params = engine.placed(config, unstack(params), mesh=mesh, dtype=dtype)
+        program = Program.make(config, mesh=mesh, dtype=dtype, kv=kv, draft=draft[0] if draft else None)
+        self.params = placed(config, unstack(params), mesh=mesh, dtype=dtype)
         self.adapters: dict[str, adapters.AdapterWeights] = {}
         self._base: Llama | None = None  # for a view that `use` returned: the model without an adapter
-        self.engine = engine.Engine(config, self.params, mesh=mesh, dtype=dtype)
+        guesser = None if draft is None else placed(draft[0], unstack(draft[1]), mesh=mesh, dtype=dtype)
+        self._set_engine(Engine(program, self.params, draft=guesser))
+
+    def _set_engine(self, engine: Engine) -> None:
+        self.sampler = Sampler(engine, self.tokenizer, self.sampling, self.stop_tokens)
+
+    @property
+    def engine(self) -> Engine:
+        """The weights and the compiled programs."""
+        return self.sampler.engine
 
     def add_adapter(self, name: str, folder: Place) -> None:
         """Reads a LoRA adapter from its folder or hub id, so that `use` can select it by name. Raises as `load`."""
@@ -137,8 +148,9 @@ class Llama:
         base, adapter = self._base or self, None if name is None else self.adapters[name]
         view = copy.copy(base)
         view._base, view.config = base, base.config if adapter is None else adapter.config
-        view.engine = base.engine.of(adapters.with_adapter(view.config, base.params, adapter), view.config)
-        view.params = view.engine.params
+        engine = base.engine.of(adapters.with_adapter(view.config, base.params, adapter), view.config)
+        view.params = engine.params
+        view._set_engine(engine)
         return view
 
     def _add(self, name: str, opened: adapters.Adapter) -> None:
@@ -155,8 +167,13 @@ class Llama:
             if not isinstance(params, Mapping):
                 raise ConfigError(f"params must be the weights of a model, a dict of arrays, got {brief(params)}")
             check_params(self.config, params)
-            params = engine.placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
+            params = placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
+        self.clear()
         self.params = self.engine.params = params
+
+    def clear(self) -> None:
+        """Frees the KV cache, which otherwise stays for the next call. Generations that run are cancelled."""
+        self.sampler.scheduler.forget()
 
     def __repr__(self) -> str:
         """One line with the number of parameters, the dtype and the mesh."""
@@ -175,54 +192,89 @@ class Llama:
         if tokens_BT.ndim != 2 or not tokens_BT.size or tokens_BT.dtype.kind not in "iu":
             raise ConfigError("logits takes token ids of shape (B, T): rows of whole numbers of one length")
         B, T = tokens_BT.shape
-        if T > self.config.max_seq_len:
-            raise ConfigError(f"{T:,} tokens are more than the model's max_seq_len={self.config.max_seq_len:,}")
-        self._check_ids(tokens_BT.ravel(), "tokens")
+        self._check_length(T)
+        self.sampler.check_ids(tokens_BT.ravel(), "tokens")
         padded_BT = np.zeros((B, min(max(16, 1 << (T - 1).bit_length()), self.config.max_seq_len)), np.int32)
         padded_BT[:, :T] = tokens_BT
         return self.engine.logits(padded_BT)[:, :T]
 
-    @overload
-    def generate(self, prompts: Prompt, **settings: Unpack[inputs.GenerateSettings]) -> Result: ...
+    def hidden(
+        self,
+        texts: Prompt | Prompts,
+        *,
+        pool: str | None = "mean",
+        batch_size: int = 8,
+        parse_special: bool | None = None,
+    ) -> Any:
+        """Hidden states after the final norm, as features of texts.
+
+        Args:
+            texts: as the prompts of `generate`.
+            pool: "mean" over the tokens of a text, "last" for its last token, or None for every token.
+            batch_size: texts that run together.
+            parse_special: as in `generate`.
+
+        Returns:
+            A float32 array (D,) for a single text, or (T, D) with pool=None; a list of them for a list.
+
+        Raises:
+            ConfigError: an unknown `pool`, or a text that is empty or longer than the model's max_seq_len.
+        """
+        if pool not in POOLS:
+            raise ConfigError(f"pool must be one of {POOLS}, got {brief(pool)}")
+        single, listed = inputs.as_list(texts)
+        names = ["the text"] if single else [f"text {i}" for i in range(len(listed))]
+        ids = inputs.encoded(self.tokenizer, listed, names, parse_special)
+        for text, name in zip(ids, names, strict=True):
+            if not text:
+                raise ConfigError(f"{name} is empty: give it at least one token id, such as begin_of_text")
+            self._check_length(len(text))
+            self.sampler.check_ids(np.asarray(text), name)
+        states = self.sampler.embed(ids, pool, inputs.as_whole(batch_size, "batch_size"))
+        return states[0] if single else states
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_seq_len:
+            raise ConfigError(f"{length:,} tokens are more than the model's max_seq_len={self.config.max_seq_len:,}")
 
     @overload
-    def generate(self, prompts: Prompts, **settings: Unpack[inputs.GenerateSettings]) -> list[Result]: ...
+    def generate(self, prompts: Prompt, **options: Unpack[GenerateOptions]) -> Result: ...
 
-    @checked_keywords
+    @overload
+    def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> list[Result]: ...
+
     def generate(
         self,
         prompts: Prompt | Prompts,
         *,
-        max_new_tokens: int = 128,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
         seed: int | Sequence[int] = 0,
-        stop_tokens: Sequence[int] | None = None,
+        n: int = 1,
+        best_of: int | None = None,
+        overrides: Sequence[Mapping[str, Any]] | None = None,
         batch_size: int = 8,
         progress: bool | None = None,
         parse_special: bool | None = None,
-    ) -> Result | list[Result]:
+        **options: Any,
+    ) -> Any:
         """Generates a continuation of each prompt.
 
         Args:
             prompts: a text, a flat list of token ids, or a list of either. begin_of_text is put in front of texts;
                 lists of ids are used unchanged.
-            max_new_tokens: most new tokens for each prompt; with the prompt they must fit config.max_seq_len.
-            temperature: divisor of the logits; 0 is greedy. This and the next four default to `self.sampling`.
-            top_k: number of likeliest tokens to keep; 0 is off.
-            top_p: probability mass of the likeliest tokens to keep; 1 is off.
-            min_p: smallest probability to keep, relative to the likeliest token; 0 is off.
-            repetition_penalty: factor above 1 against tokens that are in the prompt or the text so far; 1 is off.
-            seed: seed of the sampling noise. Prompt i uses seed + i, or item i of a list. The same seed gives the same
-                text, independently of the other prompts.
-            stop_tokens: ids that end a text, instead of those of the model; () for none.
-            batch_size: number of prompts in a batch, the longest first. Larger batches are faster and take more memory.
-            progress: True shows a progress bar on standard error. The default shows it for more than three batches.
+            seed: seed of the sampling noise. Prompt i draws from seed + i, or from item i of a list. The same seed
+                gives the same text, independently of the other prompts. Samples of one prompt count on from its seed,
+                and the prompts then take steps of best_of.
+            n: number of results for each prompt. With more than one, each prompt gives a list.
+            best_of: number of samples of each prompt, whose n of the highest mean log-probability are returned.
+            overrides: for each prompt a dict of options that differ from those of the call.
+            batch_size: most rows that run together. A row that ends is used for the next prompt at once. More rows are
+                faster and take more memory.
+            progress: True shows a progress bar on standard error. The default shows it for many prompts.
             parse_special: True encodes names of control tokens, such as <|eot_id|>, as these tokens, for texts that
                 were rendered with a chat template. False encodes them as plain text; so does None, with a warning.
+            **options: options of each continuation: max_new_tokens (128 by default), stop, stop_tokens, ignore_eos,
+                top_logprobs, prompt_logprobs, json_schema, regex, choices, grammar and speculate (see
+                `options.Options`), and the settings of `SamplingParams`, whose defaults are those of the model.
 
         Returns:
             A Result for a single prompt, or a list of Results in the order of `prompts`.
@@ -230,98 +282,82 @@ class Llama:
         Raises:
             ConfigError: an argument is not allowed. The message says what is allowed.
         """
-        settings = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        sampling = inputs.as_sampling(settings, self.sampling)
+        check_keywords("generate", options, _OF_CALL)
         single, listed = inputs.as_list(prompts)
+        count, samples = as_counts(n, best_of)
         batch_size = inputs.as_whole(batch_size, "batch_size")
-        stops = self._stops(stop_tokens)
-        seeds = inputs.as_seeds(seed, len(listed))
-        names = [f"prompt {i}" for i in range(len(listed))]
-        listed = inputs.encoded(self.tokenizer, listed, names, parse_special)
+        names = ["the prompt"] if single else [f"prompt {i}" for i in range(len(listed))]
+        seeds = inputs.as_seeds(seed, len(listed), step=samples)
+        own = [self.sampler.options({**options, **each}, _NEW) for each in as_overrides(overrides, len(listed))]
+        ids = inputs.encoded(self.tokenizer, listed, names, parse_special)
         requests = [
-            self._request(*prompt, max_new_tokens, sampling, own)
-            for *prompt, own in zip(listed, names, seeds, strict=True)
+            self.sampler.request(prompt, name, option, first + j)
+            for prompt, name, option, first in zip(ids, names, own, seeds, strict=True)
+            for j in range(samples)
         ]
-        groups = longest_first([len(request.tokens) for request in requests], batch_size)
-        results: dict[int, Result] = {}
-        shown = len(groups) > _QUIET_GROUPS if progress is None else progress
-        for group in counted(groups, "generating", unit="prompt", shown=shown):
-            rows = batch_size if len(groups) > 1 else 1
-            batch = [requests[i] for i in group]
-            tokens: list[list[int]] = [[] for _ in group]
-            logprobs: list[list[float]] = [[] for _ in group]
-            for piece in self.engine.run(batch, stop_tokens=stops, rows=rows):
-                for row in range(len(group)):
-                    tokens[row] += piece.tokens[row]
-                    logprobs[row] += piece.logprobs[row]
-            for row, i in enumerate(group):
-                results[i] = self._result(tokens[row], logprobs[row], stops)
-        return results[0] if single else [results[i] for i in range(len(listed))]
+        results = self.sampler.run(requests, batch_size, progress)
+        grouped = []
+        for i, option in enumerate(own):
+            about = {"index": i}
+            if option.prompt_logprobs is not None:
+                about |= self.sampler.prompt_logprobs(ids[i], option.prompt_logprobs)
+            group = [dataclasses.replace(result, **about) for result in results[i * samples : (i + 1) * samples]]
+            best = sorted(group, key=lambda result: -result.mean_logprob)[:count] if samples > count else group
+            grouped.append(best if count > 1 else best[0])
+        return grouped[0] if single else grouped
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        seed: int = 0,
-        stop_tokens: Sequence[int] | None = None,
-        parse_special: bool | None = None,
-        **sampling: Any,
+        self, prompt: Prompt, *, seed: int = 0, parse_special: bool | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[str] | Iterator[int]:
         """Yields the continuation of one prompt as it is generated, in pieces of text that never split a character.
 
-        Without a tokenizer, the pieces are token ids. The arguments are those of `generate`. They are checked when
-        `stream` is called, before the first piece is requested.
+        Without a tokenizer, the pieces are token ids. The arguments are those of `generate`, apart from n and best_of.
+        They are checked when `stream` is called, before the first piece is requested. Text that may become a stop
+        string is held back until it is decided.
         """
+        check_keywords("stream", options, ("seed", "parse_special"))
         single, (prompt, *_) = inputs.as_list(prompt)
         if not single:
             raise ConfigError("stream takes one prompt: a text or a flat list of ids; use generate for several")
-        stops = self._stops(stop_tokens)
+        if options.get("prompt_logprobs") is not None:
+            raise ConfigError("stream gives text as it comes: prompt_logprobs is an argument of generate")
         (seed,) = inputs.as_seeds(seed, 1)
-        params = inputs.as_sampling(sampling, self.sampling)
         (ids,) = inputs.encoded(self.tokenizer, [prompt], ["the prompt"], parse_special)
-        return self._pieces(self._request(ids, "the prompt", max_new_tokens, params, seed), stops)
+        option = self.sampler.options(options, _NEW)
+        return self.sampler.stream(self.sampler.request(ids, "the prompt", option, seed))
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None = None,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        stop_tokens: Sequence[int] | None = None,
-        **sampling: Any,
-    ) -> Result:
+    def chat(self, messages: Dialog | Sequence[Dialog], *, tools: Sequence[Any] | None = None, **options: Any) -> Any:
         """Generates the assistant's next message in a dialog of {"role": ..., "content": ...} (see `chat_format`).
 
-        `tools` are functions in OpenAI's schema; other arguments are those of `generate`. `message` of the result has
-        the parsed tool calls. It can be appended to the dialog unchanged, and is then encoded as the generated ids.
+        `tools` are functions in OpenAI's schema; other arguments are those of `generate`, with 512 new tokens by
+        default. `message` of the result has the parsed tool calls. It can be appended to the dialog unchanged, and is
+        then encoded as the generated ids. A list of dialogs gives a list of results; a dialog that goes on from one of
+        an earlier call starts from the cache of that call.
         """
-        ids = self.encode_dialog(messages, tools)
-        stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
-        params = dataclasses.asdict(inputs.as_sampling(sampling, self.sampling))
-        result = self.generate(ids, max_new_tokens=max_new_tokens, seed=seed, stop_tokens=stops, **params)
-        return dataclasses.replace(result, message=self.chat_format.parse(self._known(result.tokens)))
+        single = not messages or isinstance(messages[0], Mapping)
+        dialogs = [messages] if single else list(messages)
+        ids = [self.encode_dialog(dialog, tools) for dialog in dialogs]
+        results = self.generate(ids, **self._of_chat(options))
+        found = [
+            [self._with_message(r) for r in item] if isinstance(item, list) else self._with_message(item)
+            for item in results
+        ]
+        return found[0] if single else found
 
-    def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None = None,
-        max_new_tokens: int = 512,
-        stop_tokens: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Iterator[str]:
+    def stream_chat(self, messages: Dialog, *, tools: Sequence[Any] | None = None, **options: Any) -> Iterator[str]:
         """Yields the answer of `chat` in pieces of text. Other arguments are those of `stream`."""
-        ids = self.encode_dialog(messages, tools)
-        stops = self.chat_stop_tokens if stop_tokens is None else stop_tokens
-        return self.stream(ids, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
+        return self.stream(self.encode_dialog(messages, tools), **self._of_chat(options))
+
+    def _of_chat(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with the defaults of a dialog."""
+        own = {name: value for name, value in options.items() if value is not None}
+        if not own.get("ignore_eos"):
+            own.setdefault("stop_tokens", self.chat_stop_tokens)
+        own.setdefault("max_new_tokens", _NEW_ANSWER)
+        return own
+
+    def _with_message(self, result: Result) -> Result:
+        return dataclasses.replace(result, message=self.chat_format.parse(self.sampler.known(result.tokens)))
 
     @checked_keywords
     def save(
@@ -355,7 +391,7 @@ class Llama:
             path, self.config, leaves, self.metadata, format=format, dtype=dtype, shard_bytes=shard_bytes
         )
 
-    def encode_dialog(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+    def encode_dialog(self, messages: Dialog, tools: Sequence[Any] | None = None) -> list[int]:
         """The prompt ids of `chat`: the dialog and the header of an answer. ConfigError if it cannot be encoded."""
         if self.tokenizer is None:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
@@ -366,134 +402,3 @@ class Llama:
         """The ids that end an answer: `stop_tokens`, and those of the chat format."""
         own = self.chat_format.stop_tokens if self.chat_format else ()
         return tuple(dict.fromkeys([*self.stop_tokens, *own]))
-
-    def _pieces(self, request: engine.Request, stops: Sequence[int]) -> Iterator[Any]:
-        slices = self.engine.run([request], stop_tokens=stops, first=1, most=_STREAM_STEPS)
-        if self.tokenizer is None:
-            for piece in slices:
-                yield from piece.tokens[0]
-            return
-        from llama_jax.text.tokenizer import StreamDecoder
-
-        decoder = StreamDecoder(self.tokenizer, continues=True)
-        for piece in slices:
-            text = decoder.push(self._known(piece.tokens[0]))
-            if text:
-                yield text
-        text = decoder.flush()
-        if text:
-            yield text
-
-    def _result(self, tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Result:
-        text = ""
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(self._known(tokens), skip_special=True, continues=True)
-        return Result(text, tokens, logprobs, "stop" if tokens[-1] in stops else "length")
-
-    def _known(self, tokens: list[int]) -> list[int]:
-        """The ids that the tokenizer can decode. A model's vocabulary may be padded beyond that of its tokenizer."""
-        return [i for i in tokens if i < self.tokenizer.vocab_size]
-
-    def _request(
-        self, ids: list[int], name: str, max_new_tokens: int, sampling: SamplingParams, seed: int
-    ) -> engine.Request:
-        if not ids:
-            raise ConfigError(f"{name} is empty: give it at least one token id, such as begin_of_text")
-        self._check_ids(np.array(ids), name)
-        new = inputs.as_whole(max_new_tokens, "max_new_tokens")
-        limit = self.config.max_seq_len
-        if len(ids) + new > limit:
-            remedy = f"max_new_tokens of at most {limit - len(ids):,}" if len(ids) < limit else "a shorter prompt"
-            raise ConfigError(
-                f"{name} has {len(ids):,} tokens and max_new_tokens is {new:,}, which together exceed the model's "
-                f"max_seq_len={limit:,}. Use {remedy}"
-            )
-        return engine.Request(tokens=ids, max_new_tokens=new, sampling=sampling, seed=seed)
-
-    def _check_ids(self, ids: np.ndarray, name: str) -> None:
-        bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
-        if bad.size:
-            last = self.config.vocab_size - 1
-            raise ConfigError(f"{name} holds id {brief(int(bad[0]))}, but the ids of the vocabulary are 0 to {last}")
-
-    def _stops(self, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
-        return self.stop_tokens if stop_tokens is None else inputs.as_stops(stop_tokens, self.config.vocab_size)
-
-
-@checked_keywords
-def load(
-    source: str | os.PathLike[str],
-    *,
-    dtype: str | jnp.dtype | None = None,
-    quantize: str | None = None,
-    mesh: Mesh | Mapping[str, int] | None = None,
-    adapters: Place | Mapping[str, Place] | None = None,
-    chat_format: str = AUTO,
-) -> Llama:
-    """Loads a model of any supported file format, ready for sampling.
-
-    Args:
-        source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), the folder of Meta's download, a
-            .gguf file, an old Flax folder, or the name of a model in a Python package (smollm2).
-        dtype: dtype of weights, activations and KV cache: "float32" or "bfloat16". The default is the checkpoint's
-            dtype, with bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which takes
-            twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B. Tensors of a GGUF file in Q8_0 and
-            Q4_0 stay quantized and are multiplied in this dtype; its default for a quantized file is float32 on a CPU
-            and bfloat16 on other devices.
-        quantize: quantization of the weights. None keeps them as they are stored. "none" dequantizes them to `dtype`,
-            which takes more memory. "int8" and "int4" quantize the matrices of all layers in groups of 32
-            (ops/quant.py) while they are read. These matrices then take 0.53 and 0.28 of their memory in bfloat16.
-        mesh: mesh of the weights: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4},
-            which use the first devices. An axis of size -1 uses all remaining devices.
-        adapters: one LoRA adapter (peft) as a folder or hub id, which is applied at once; or a dict of several by name,
-            which `use` selects from.
-        chat_format: "auto", "llama3" or the path of a Jinja template; see `Llama`.
-
-    Raises:
-        ConfigError: `source` is not a model (the message lists what is), or a setting is not possible.
-        ValueError: a damaged file.
-    """
-    inputs.as_path(source, "the model")
-    folders = inputs.as_folders(adapters)
-    if quantize is not None and quantize not in QUANTIZE:
-        near = nearest(str(quantize), QUANTIZE)
-        raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
-    wanted = None if dtype is None else inputs.as_dtype(dtype)
-    found = open_source(source)
-    wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
-    mesh = inputs.as_mesh(mesh)
-    layout = engine.layout(found.config, mesh)  # before the weights are read, so that a bad mesh raises at once
-    opened = {name: peft.open_adapter(folder, found.config) for name, folder in folders.items()}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Meta's vocabulary takes as long as a small model
-        opening = pool.submit(_tokenizer, found)
-        params = found.load(layout, wanted, quantize)
-        tokenizer = opening.result()
-    metadata = found.metadata.with_tokenizer(tokenizer)
-    if isinstance(adapters, (str, os.PathLike)) and (own := read_folder(expanded(adapters))):
-        metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
-    llama = Llama(
-        found.config,
-        params,
-        tokenizer,
-        mesh,
-        metadata.stop_tokens,
-        dtype=wanted,
-        sampling=metadata.sampling,
-        chat_template=metadata.chat_template,
-        chat_format=chat_format,
-    )
-    if chat_format == AUTO:
-        llama.metadata = metadata
-    else:
-        llama.metadata = dataclasses.replace(metadata, chat_template=llama.metadata.chat_template)
-    for name, adapter in opened.items():
-        llama._add(name, adapter)
-    return llama.use(*opened) if isinstance(adapters, (str, os.PathLike)) else llama
-
-
-def _tokenizer(source: Source) -> Tokenizer | None:
-    try:
-        return source.tokenizer()
-    except UnknownTokenizer as error:
-        _log.warning("warning: %s: continuing without a tokenizer, with token ids only", error)
-        return None

@@ -1,14 +1,15 @@
-"""Sampling of one token a row: repetition penalty, temperature, top-k, top-p and min-p, then Gumbel noise.
+"""Sampling of one token a row: constraints, penalties, temperature, top-k, top-p, min-p, typical-p, then Gumbel noise.
 
 The rules and their order are those of Hugging Face's logits processors, so that the same settings mean the same
 distribution. Every setting is an array with one value a row. A batch may mix settings, and new values need no new
 compilation. Work that no row asks for is skipped on the device.
 
-The thresholds of top-k and top-p are found by bisection on the bits of the logits, without sorting the vocabulary. One
-pass counts (or weighs) the logits above a candidate, and 32 passes find the exact threshold. Every pass is a sum, which
-shards over the vocabulary. Logits equal to the threshold are all kept; Hugging Face's top-p keeps an arbitrary few.
+The thresholds of top-k, top-p and typical-p are found by bisection on the bits of the logits, without sorting the
+vocabulary. One pass counts (or weighs) the logits above a candidate, and 32 passes find the exact threshold. Every pass
+is a sum, which shards over the vocabulary. Logits equal to the threshold are all kept; Hugging Face's top-p keeps an
+arbitrary few.
 
-Letters: B batch, V vocab.
+Letters: B batch, V vocab, N stop tokens, W 32-bit words of a mask over the vocabulary (V / 32, rounded up).
 """
 
 from __future__ import annotations
@@ -24,55 +25,111 @@ from jax import lax
 from llama_jax.sampling_params import SamplingParams
 
 _SEEDS = 1 << 32
+Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """Sampling settings of a batch on the device, one value a row.
+    """Sampling settings of a batch on the device, one value a row (see SamplingParams).
 
     Attributes:
         temperature_B: float32 divisor of the logits; 0 is greedy.
         top_k_B: int32 number of tokens to keep; 0 keeps all.
         top_p_B: float32 probability mass to keep; 1 keeps all.
         min_p_B: float32 smallest probability to keep, relative to the largest; 0 keeps all.
-        penalty_B: float32 repetition penalty; 1 is off.
+        typical_p_B: float32 probability mass of the most typical tokens to keep; 1 keeps all.
+        repetition_B: float32 repetition penalty; 1 is off.
+        presence_B: float32 presence penalty; 0 is off.
+        frequency_B: float32 frequency penalty; 0 is off.
+        required_B: int32 number of tokens that must still come before a stop token may.
+        biased_B: bool, True for rows whose bias_BV is not zero.
+        masked_B: bool, True for rows whose allowed_BW applies.
         seed_B: uint32 seed of the row's noise.
     """
 
-    temperature_B: jax.Array | np.ndarray
-    top_k_B: jax.Array | np.ndarray
-    top_p_B: jax.Array | np.ndarray
-    min_p_B: jax.Array | np.ndarray
-    penalty_B: jax.Array | np.ndarray
-    seed_B: jax.Array | np.ndarray
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    min_p_B: Array
+    typical_p_B: Array
+    repetition_B: Array
+    presence_B: Array
+    frequency_B: Array
+    required_B: Array
+    biased_B: Array
+    masked_B: Array
+    seed_B: Array
 
 
-def controls(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Controls:
-    """The settings of each row as numpy arrays. Seeds are taken modulo 2^32."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """All that the next token of each row depends on, apart from the logits.
 
-    def column(name: str) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], np.float32)
+    Attributes:
+        controls: the settings of each row.
+        seen_BV: bool, True for the tokens of the row's prompt and text so far, for the repetition penalty.
+        counts_BV: int32 count of each token in the row's text so far, for the presence and frequency penalties.
+        bias_BV: float32 added to the logits; minus infinity for tokens that are never sampled.
+        allowed_BW: uint32 words whose bits are the tokens that a grammar allows next: token t is bit t % 32 of word
+            t // 32.
+        stops_BN: int32 ids that end the row, padded with -1.
+    """
+
+    controls: Controls
+    seen_BV: Array
+    counts_BV: Array
+    bias_BV: Array
+    allowed_BW: Array
+    stops_BN: Array
+
+
+def controls(params: Sequence[SamplingParams], seeds: Sequence[int], *, masked: Sequence[bool] = ()) -> Controls:
+    """The settings of each row as numpy arrays. Seeds are taken modulo 2^32. `masked`: which rows have a grammar."""
+
+    def column(name: str, dtype: type = np.float32) -> np.ndarray:
+        return np.array([getattr(p, name) for p in params], dtype)
 
     return Controls(
         temperature_B=column("temperature"),
-        top_k_B=np.array([p.top_k for p in params], np.int32),
+        top_k_B=column("top_k", np.int32),
         top_p_B=column("top_p"),
         min_p_B=column("min_p"),
-        penalty_B=column("repetition_penalty"),
+        typical_p_B=column("typical_p"),
+        repetition_B=column("repetition_penalty"),
+        presence_B=column("presence_penalty"),
+        frequency_B=column("frequency_penalty"),
+        required_B=column("min_tokens", np.int32),
+        biased_B=np.array([has_bias(p) for p in params], bool),
+        masked_B=np.array(masked or [False] * len(params), bool),
         seed_B=np.array([seed % _SEEDS for seed in seeds], np.uint32),
     )
 
 
-def sample(
-    logits_BV: jax.Array, *, seen_BV: jax.Array, controls: Controls, positions_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def has_bias(params: SamplingParams) -> bool:
+    """True if the settings change the logits of single tokens."""
+    return bool(params.logit_bias or params.banned_tokens or params.allowed_tokens is not None)
+
+
+def bias(params: SamplingParams, vocab_size: int) -> np.ndarray:
+    """float32 (V,): what logit_bias, allowed_tokens and banned_tokens add to the logits."""
+    allowed = params.allowed_tokens
+    row_V = np.full(vocab_size, 0 if allowed is None else -np.inf, np.float32)
+    if allowed is not None:
+        row_V[list(allowed)] = 0
+    for token, value in params.logit_bias.items():
+        row_V[token] += value
+    row_V[list(params.banned_tokens)] = -np.inf
+    return row_V
+
+
+def sample(logits_BV: jax.Array, state: SamplingState, positions_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Samples one token a row.
 
     Args:
         logits_BV: the model's float32 logits.
-        seen_BV: bool, True for the tokens of each row's prompt and text so far.
-        controls: the settings of each row.
+        state: the settings and the text so far of each row.
         positions_B: position of the new token. The noise is a function of the row's seed and this position, so that a
             row's text does not depend on its neighbors or on the number of steps of a dispatch.
 
@@ -81,25 +138,75 @@ def sample(
         which is the log-softmax of the logits before any setting changed them.
     """
     with jax.named_scope("sample"):
-        repeated = controls.penalty_B != 1
-        penalized_BV = lax.cond(
-            jnp.any(repeated),
-            lambda: penalize(logits_BV, seen_BV, controls.penalty_B),
-            lambda: logits_BV,
-        )
+        adjusted_BV = penalize(constrain(logits_BV, state), state)
         tokens_B = lax.cond(
-            jnp.any(controls.temperature_B > 0),
-            lambda: _draw(penalized_BV, controls, positions_B),
-            lambda: jnp.argmax(penalized_BV, axis=-1).astype(jnp.int32),
+            jnp.any(state.controls.temperature_B > 0),
+            lambda: _draw(adjusted_BV, state.controls, positions_B),
+            lambda: jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32),
         )
         chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
         return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Logits with the repetition penalty: those of seen tokens are divided if positive, and multiplied if negative."""
-    penalty = penalty_B[:, None]
-    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+def record(state: SamplingState, tokens_B: jax.Array, live_B: jax.Array) -> SamplingState:
+    """The state after each live row has sampled a token."""
+    rows = jnp.arange(tokens_B.shape[0])
+    ids_B = jnp.where(live_B, tokens_B, state.seen_BV.shape[1])  # beyond the vocabulary: dropped
+    required_B = jnp.maximum(state.controls.required_B - live_B, 0)
+    return dataclasses.replace(
+        state,
+        controls=dataclasses.replace(state.controls, required_B=required_B),
+        seen_BV=state.seen_BV.at[rows, ids_B].set(True, mode="drop"),
+        counts_BV=state.counts_BV.at[rows, ids_B].add(1, mode="drop"),
+    )
+
+
+def constrain(logits_BV: jax.Array, state: SamplingState) -> jax.Array:
+    """Logits with the bias, and minus infinity for tokens that a grammar or min_tokens forbids."""
+    B, V = logits_BV.shape
+    controls = state.controls
+
+    def without_stops(logits_BV: jax.Array) -> jax.Array:
+        ids_BN = jnp.where((controls.required_B > 0)[:, None] & (state.stops_BN >= 0), state.stops_BN, V)
+        return logits_BV.at[jnp.arange(B)[:, None], ids_BN].set(-jnp.inf, mode="drop")
+
+    def within_grammar(logits_BV: jax.Array) -> jax.Array:
+        bits = (state.allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        allowed_BV = bits.reshape(B, -1)[:, :V] != 0
+        return jnp.where(allowed_BV | ~controls.masked_B[:, None], logits_BV, -jnp.inf)
+
+    steps: list[tuple[jax.Array, Callable[[jax.Array], jax.Array]]] = [
+        (controls.biased_B, lambda logits_BV: logits_BV + state.bias_BV),
+        (controls.required_B > 0, without_stops),
+        (controls.masked_B, within_grammar),
+    ]
+    for asked_B, step in steps:
+        logits_BV = lax.cond(jnp.any(asked_B), step, lambda a: a, logits_BV)
+    return logits_BV
+
+
+def penalize(logits_BV: jax.Array, state: SamplingState) -> jax.Array:
+    """Logits with the repetition penalty, then the frequency and the presence penalty (see SamplingParams)."""
+    controls = state.controls
+
+    def repetition(logits_BV: jax.Array) -> jax.Array:
+        factor = controls.repetition_B[:, None]
+        repeated_BV = jnp.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+        return jnp.where(state.seen_BV, repeated_BV, logits_BV)
+
+    def counted(logits_BV: jax.Array) -> jax.Array:
+        frequency_BV = controls.frequency_B[:, None] * state.counts_BV
+        return logits_BV - frequency_BV - jnp.where(state.counts_BV > 0, controls.presence_B[:, None], 0)
+
+    logits_BV = lax.cond(jnp.any(controls.repetition_B != 1), repetition, lambda a: a, logits_BV)
+    asked_B = (controls.frequency_B != 0) | (controls.presence_B != 0)
+    return lax.cond(jnp.any(asked_B), counted, lambda a: a, logits_BV)
+
+
+def likeliest(logits_BV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` likeliest tokens under the model's own distribution: ids int32 and log-probabilities float32."""
+    values, ids = lax.top_k(logits_BV, count)
+    return ids.astype(jnp.int32), values - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
 
 
 def _draw(logits_BV: jax.Array, controls: Controls, positions_B: jax.Array) -> jax.Array:
@@ -111,6 +218,7 @@ def _draw(logits_BV: jax.Array, controls: Controls, positions_B: jax.Array) -> j
         top_k_B=jnp.where(greedy_B, 0, controls.top_k_B),
         top_p_B=jnp.where(greedy_B, 1, controls.top_p_B),
         min_p_B=jnp.where(greedy_B, 0, controls.min_p_B),
+        typical_p_B=jnp.where(greedy_B, 1, controls.typical_p_B),
     )
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
@@ -126,8 +234,10 @@ def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
     return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
 
 
-def cut(scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """The scaled logits with -inf for tokens that top-k, then top-p, then min-p drop.
+def cut(
+    scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array, typical_p_B: jax.Array
+) -> jax.Array:
+    """The scaled logits with -inf for tokens that top-k, then top-p, then min-p, then typical-p drop.
 
     Each filter applies to the distribution that the one before it leaves. The likeliest token is always kept.
 
@@ -136,6 +246,7 @@ def cut(scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B
         top_k_B: int32 number of tokens to keep; 0 keeps all.
         top_p_B: float32 probability mass to keep; 1 keeps all.
         min_p_B: float32 smallest relative probability to keep; 0 keeps all.
+        typical_p_B: float32 mass of the most typical tokens to keep; 1 keeps all.
     """
     V = scaled_BV.shape[-1]
     image_BV = _ordered(scaled_BV)
@@ -160,7 +271,24 @@ def cut(scaled_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B
 
     lowest_B = lax.cond(jnp.any(top_p_B < 1), nucleus, lambda: lowest_B)
     keep_BV = (image_BV >= lowest_B[:, None]) & (weights_BV >= min_p_B[:, None])
-    return jnp.where(keep_BV, scaled_BV, -jnp.inf)
+    kept_BV = jnp.where(keep_BV, scaled_BV, -jnp.inf)
+    return lax.cond(jnp.any(typical_p_B < 1), lambda: _typical(kept_BV, typical_p_B), lambda: kept_BV)
+
+
+def _typical(kept_BV: jax.Array, typical_p_B: jax.Array) -> jax.Array:
+    """Locally typical sampling (Meister et al., arXiv:2202.00666): drops the tokens of the least typical surprise."""
+    logprobs_BV = jax.nn.log_softmax(kept_BV, axis=-1)
+    probs_BV = jnp.exp(logprobs_BV)
+    entropy_B = -jnp.sum(jnp.where(probs_BV > 0, logprobs_BV * probs_BV, 0), axis=-1)
+    typical_BV = -jnp.abs(logprobs_BV + entropy_B[:, None])  # 0 is the most typical; minus infinity for dropped tokens
+    image_BV = _ordered(typical_BV)
+
+    def mass(t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(image_BV >= t[:, None], probs_BV, 0), axis=-1)
+
+    crossing_B = _largest(lambda t: mass(t) >= typical_p_B, like=jnp.zeros(kept_BV.shape[0], jnp.uint32))
+    keep_BV = (image_BV >= crossing_B[:, None]) | (typical_p_B >= 1)[:, None]
+    return jnp.where(keep_BV, kept_BV, -jnp.inf)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -32,10 +32,12 @@ _TRAIN: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "norm": (),
     "act_embed": ("tensor",),
+    "slots": (),
 }
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": _TRAIN,
-    # Sampling all-gathers no weights, so `embed` is not sharded. The length of a decode step is 1.
+    # Sampling all-gathers no weights, so `embed` is not sharded. The length of a decode step is 1. The slots of a KV
+    # cache are sharded over context, for prompts whose cache no single device holds.
     "infer": {
         **_TRAIN,
         "gathered_batch": ("data", "fsdp"),
@@ -44,6 +46,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "vocab": ("tensor",),
         "length": (),
         "act_embed": (),
+        "slots": ("context",),
     },
 }
 

@@ -74,9 +74,9 @@ class Result:
 
     def model(self, **options: Any) -> Llama:
         """The trained model, ready to sample: `llama_jax.load(folder, **options)`."""
-        from llama_jax.infer import llama
+        from llama_jax.infer.load import load
 
-        return llama.load(self.folder, **options)
+        return load(self.folder, **options)
 
     def command(self) -> list[str]:
         """The command that samples from the model: a question or a chat after dialogs, else a text to continue."""

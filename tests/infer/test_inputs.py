@@ -52,6 +52,7 @@ def test_a_mesh_is_sizes_by_axis():
             "load() has no argument 'quantise'; did you mean 'quantize'?",
         ),
         (lambda llama: llama.generate("x", tempreture=1), "generate() has no argument 'tempreture'; did you mean"),
+        (lambda llama: llama.stream("x", n=2), "stream() has no argument 'n'"),
         (lambda llama: llama.save("x", "hf", shard=3), "save() has no argument 'shard'"),
     ],
 )
@@ -66,7 +67,7 @@ def test_an_unknown_argument_is_named_with_the_nearest(llama, call, words):
     [
         (lambda llama: llama.generate(None), "prompts must be a text"),
         (lambda llama: llama.generate(["x", None]), "prompt 1 must be a text or a flat list of token ids"),
-        (lambda llama: llama.generate([10**400]), "prompt 0 holds id 1000"),
+        (lambda llama: llama.generate([10**400]), "the prompt holds id 1000"),
         (lambda llama: llama.generate("x", max_new_tokens=10**400), "max_new_tokens must be a whole number below 2 to"),
         (lambda llama: llama.generate("x", temperature=10**400), "temperature must be"),
         (lambda llama: llama.generate("x", stop_tokens="eot"), "stop_tokens must be a list of token ids, got 'eot'"),

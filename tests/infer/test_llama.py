@@ -18,8 +18,9 @@ from llama_jax import config as configs
 from llama_jax import model, parallel
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.errors import ConfigError
-from llama_jax.infer import llama as llama_file
-from llama_jax.infer.llama import Llama, Result
+from llama_jax.infer.llama import Llama
+from llama_jax.infer.request import Piece
+from llama_jax.infer.result import Result
 from llama_jax.params import init_params, stack, unstack
 from llama_jax.text import Tokenizer, chat_template, encode_dialog
 from llama_jax.weights.formats import peft
@@ -56,19 +57,32 @@ def parrot(text):
     class Parrot:
         """Stands in for the engine."""
 
-        def run(self, requests, *, stop_tokens, rows=1, first=64, most=64):
-            at, limit = 0, min(first, most)
-            while at < len(ids):
-                piece = ids[at : at + limit][: requests[0].max_new_tokens - at]
-                at += len(piece)
-                done = at >= min(len(ids), requests[0].max_new_tokens)
-                yield llama_file.engine.Slice([piece], [[0.0] * len(piece)], [done])
-                if done:
-                    return
-                limit = min(2 * limit, most)
+        rows = capacity = 0
+        at = 0
+
+        def __init__(self, real):
+            self._real = real
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+        def resize(self, keep, *, rows, capacity):
+            self.rows, self.capacity = rows, capacity
+
+        def insert(self, requests):
+            self.at, self.most = 0, requests[0].max_new_tokens
+
+        def prefill(self, fills):
+            pass
+
+        def decode(self, alive, *, limit, **options):
+            end = min(self.at + limit, len(ids), self.most)
+            piece, self.at = ids[self.at : end], end
+            done = end == min(len(ids), self.most)
+            return [Piece(tokens=piece, logprobs=[0.0] * len(piece), top=[], done=done, steps=len(piece))]
 
     it = Llama(CONFIG, params(), tokenizer())
-    it.engine = Parrot()
+    it._set_engine(Parrot(it.engine))
     return it
 
 
@@ -173,7 +187,7 @@ def test_a_mesh_of_axis_sizes_makes_the_same_tokens():
         (lambda m: m.generate([[]]), "prompt 0 is empty"),
         (lambda m: m.generate([[1], [1, 512]]), "prompt 1 holds id 512.*0 to 511"),
         (lambda m: m.generate([-1]), "id -1"),
-        (lambda m: m.generate([1.5]), "prompt 0 must be a text or a flat list"),
+        (lambda m: m.generate([1.5]), "the prompt must be a text or a flat list"),
         (lambda m: m.generate(7), "prompts must be a text"),
         (lambda m: m.generate("a", max_new_tokens=0), "max_new_tokens must be a whole number of at least 1"),
         (lambda m: m.generate("a", max_new_tokens=131_072), "Use max_new_tokens of at most 131,070"),
@@ -183,7 +197,22 @@ def test_a_mesh_of_axis_sizes_makes_the_same_tokens():
         (lambda m: m.generate(["a", "b"], seed=[1]), "1 seeds for 2 prompts"),
         (lambda m: m.generate("a", stop_tokens=[512]), "stop token 512"),
         (lambda m: m.stream(["a", "b"]), "stream takes one prompt"),
-        (lambda m: m.stream("a", temprature=1.0), "unknown setting 'temprature'; did you mean 'temperature'"),
+        (lambda m: m.generate(["a"], overrides=[{"temprature": 1}]), "unknown option 'temprature'; did you mean"),
+        (lambda m: m.generate("a", overrides=[{}, {}]), "overrides must be a list of 1 dicts"),
+        (lambda m: m.generate("a", n=3, best_of=2), "best_of=2 is smaller than n=3"),
+        (lambda m: m.generate("a", stop=""), "a stop string is empty"),
+        (lambda m: m.generate("a", stop=[1]), "stop must be a text or a list of texts"),
+        (lambda m: m.generate("a", ignore_eos=True, stop_tokens=[3]), "give ignore_eos or stop_tokens"),
+        (lambda m: m.generate("a", top_logprobs=-1), "top_logprobs must be a whole number from 0 to 512"),
+        (lambda m: m.generate("a", banned_tokens=[512]), "the sampling settings name token 512"),
+        (lambda m: m.generate("a", regex="a", choices=["b"]), "give one of .*, got regex and choices"),
+        (lambda m: m.generate("a", regex="(("), "regex cannot be used"),
+        (lambda m: m.generate("a", json_schema={"type": "foo"}), "json_schema cannot be used"),
+        (lambda m: m.generate("a", json_schema="{"), "json_schema is not JSON"),
+        (lambda m: m.generate("a", speculate="magic"), "speculate must be one of lookup, draft"),
+        (lambda m: m.generate("a", speculate="draft"), "needs a draft model"),
+        (lambda m: m.hidden("a", pool="max"), "pool must be one of"),
+        (lambda m: m.hidden([[]]), "text 0 is empty"),
         (lambda m: m.chat([]), "messages is empty"),
         (lambda m: m.logits([[1], [1, 2]]), "shape"),
         (lambda m: m.logits([1, 2]), "shape"),
@@ -328,7 +357,7 @@ def test_load_names_what_it_looked_for(tmp_path):
         ({"mesh": {"tensors": 2}}, "unknown mesh axis 'tensors'; did you mean 'tensor'"),
         ({"mesh": {"zzz": 2}}, "unknown mesh axis 'zzz'. Allowed: data"),
         ({"mesh": {"tensor": 16}}, "there are 8"),
-        ({"mesh": {"tensor": 8}}, "key/value heads"),
+        ({"kv": "fp4"}, "kv must be one of compute, int8"),
         ({"mesh": {"tensor": "two"}}, "whole number of devices"),
     ],
     ids=str,
@@ -349,3 +378,102 @@ def test_the_compilation_cache_goes_where_it_is_told(tmp_path, monkeypatch):
     monkeypatch.delenv("LLAMA_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compilation_cache.folder() == tmp_path / "llama_jax" / "jax"
+
+
+# Options of one continuation.
+
+FREE = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0, "stop_tokens": ()}
+
+
+def test_a_stop_string_ends_a_text_also_across_tokens_and_in_a_stream():
+    said = parrot("one two STOP three").generate("x", stop=["STOP", "never"], max_new_tokens=60)
+    assert (said.text, said.finish_reason, said.stop) == ("one two ", "stop", "STOP")
+    assert bytes(said.tokens) == b"one two STOP" and len(said.logprobs) == len(said.tokens)
+    pieces = list(parrot("one two STOP three").stream("x", stop="STOP", max_new_tokens=60))
+    assert "".join(pieces) == "one two " and not any("S" in piece for piece in pieces)
+    whole = "an ST that is no STO, to the end ST"
+    assert "".join(parrot(whole).stream("x", stop="STOP", max_new_tokens=60)) == whole
+    first = parrot("ab cd ef").generate("x", stop=["ef", "cd ef", "b"])
+    assert (first.text, first.stop) == ("a", "b")  # the first in the text counts, not the first in the list
+
+
+def test_n_results_are_those_of_their_seeds_and_best_of_keeps_the_likeliest():
+    each = [llama().generate("once", seed=7 + i, **FREE) for i in range(5)]
+    several = llama().generate("once", seed=7, n=5, **FREE)
+    assert [r.tokens for r in several] == [r.tokens for r in each] and len({r.text for r in each}) == 5
+    best = llama().generate("once", seed=7, n=2, best_of=5, **FREE)
+    order = sorted(each, key=lambda r: -sum(r.logprobs) / len(r.logprobs))
+    assert [r.tokens for r in best] == [r.tokens for r in order[:2]]
+    lists = llama().generate(["once", "twice"], seed=7, n=2, **FREE)
+    assert [len(group) for group in lists] == [2, 2] and [r.index for group in lists for r in group] == [0, 0, 1, 1]
+
+
+def test_each_prompt_may_have_options_of_its_own():
+    overrides = [
+        {"temperature": 0},
+        {"max_new_tokens": 3},
+        {"stop_tokens": [5]},
+        {"banned_tokens": list(range(128, 512))},
+    ]
+    together = llama().generate(["a"] * 4, overrides=overrides, seed=[1, 1, 1, 1], **FREE)
+    for own, result in zip(overrides, together, strict=True):
+        assert llama().generate("a", seed=1, **{**FREE, **own}).tokens == result.tokens
+    assert len(together[1].tokens) == 3 and max(together[3].tokens) < 128
+    assert together[0].prompt_tokens == tokenizer().encode("a", bos=True)
+
+
+def test_ignore_eos_and_min_tokens_keep_a_text_going():
+    free = bare().generate([5, 6], temperature=0.9, seed=3, max_new_tokens=30, stop_tokens=())
+    stop = free.tokens[4]
+    it = Llama(CONFIG, params(), stop_tokens=[stop])
+    options = {"temperature": 0.9, "seed": 3, "max_new_tokens": 30}
+    assert it.generate([5, 6], **options).tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert it.generate([5, 6], ignore_eos=True, **options).tokens == free.tokens
+    late = it.generate([5, 6], min_tokens=20, **options)
+    assert stop not in late.tokens[:20]
+
+
+def test_log_probabilities_of_prompt_and_text_are_those_of_the_logits():
+    result = llama().generate("a prompt", prompt_logprobs=3, top_logprobs=2, max_new_tokens=5, temperature=0)
+    ids = [*result.prompt_tokens, *result.tokens]
+    logprobs = np.asarray(jax.nn.log_softmax(llama().logits([ids])[0], axis=-1))
+    start = len(result.prompt_tokens)
+    expected = logprobs[np.arange(start - 1), ids[1:start]]
+    np.testing.assert_allclose(result.prompt_logprobs, expected, atol=1e-4)
+    for best, row in zip(result.prompt_top_logprobs, logprobs, strict=False):
+        assert [i for i, _ in best] == np.argsort(-row)[:3].tolist()
+    assert len(result.prompt_top_logprobs) == start - 1
+    for best, row in zip(result.top_logprobs, logprobs[start - 1 :], strict=False):
+        np.testing.assert_allclose([p for _, p in best], np.sort(row)[::-1][:2], atol=1e-4)
+
+
+def test_hidden_states_are_those_under_the_logits():
+    texts = ["a", "a longer text", [1, 2, 3]]
+    states = llama().hidden(texts, pool=None, batch_size=2)
+    for text, states_TD in zip(texts, states, strict=True):
+        ids = text if isinstance(text, list) else tokenizer().encode(text, bos=True)
+        assert states_TD.shape == (len(ids), CONFIG.embed_dim) and states_TD.dtype == np.float32
+        logits = model.unembed(CONFIG, params(), jnp.asarray(states_TD))
+        np.testing.assert_allclose(logits, llama().logits([ids])[0], atol=1e-4)
+    np.testing.assert_allclose(llama().hidden("a longer text"), states[1].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(llama().hidden(texts, pool="last")[2], states[2][-1], atol=1e-5)
+
+
+def test_several_dialogs_are_answered_together_as_alone():
+    dialogs = [[{"role": "user", "content": text}] for text in ("hi", "a longer question", "?")]
+    together = llama().chat(dialogs, max_new_tokens=8, temperature=0)
+    assert [r.message["content"] for r in together] == [r.text for r in together]
+    for dialog, result in zip(dialogs, together, strict=True):
+        assert llama().chat(dialog, max_new_tokens=8, temperature=0).tokens == result.tokens
+
+
+def test_new_weights_forget_what_the_cache_holds():
+    it = Llama(CONFIG, params(), tokenizer())
+    first = it.generate("a text of some length", max_new_tokens=5, temperature=0)
+    other = unstack(init_params(CONFIG, jax.random.key(5)))
+    it.set_params(other)
+    fresh = it.generate("a text of some length", max_new_tokens=5, temperature=0)
+    assert fresh.cached_tokens == 0 and fresh.tokens != first.tokens
+    assert fresh.tokens == Llama(CONFIG, other).generate(fresh.prompt_tokens, max_new_tokens=5, temperature=0).tokens
+    again = it.generate("a text of some length", max_new_tokens=5, temperature=0)
+    assert again.cached_tokens > 0 and again.tokens == fresh.tokens

@@ -36,7 +36,7 @@ def block_of(config):
 
 def where_of(config):
     positions = jnp.asarray(POSITIONS)
-    return model.Where(positions, None, positions, positions, *rope.rotations(config, positions))
+    return model.Where(positions, None, None, *rope.rotations(config, positions))
 
 
 @CONFIGS

@@ -1,4 +1,4 @@
-"""The cuts and the draw against a numpy restatement of Hugging Face's logits processors.
+"""The settings against a numpy restatement of Hugging Face's logits processors, and against these (golden file).
 
 Letters: B batch, V vocab.
 """
@@ -26,7 +26,7 @@ def softmax(x):
 
 
 def reference_probs(logits, params, seen=None):
-    """The distribution that transformers' RepetitionPenalty, Temperature, TopK, TopP and MinP leave of one row."""
+    """The distribution that transformers' processors leave of one row."""
     x = np.asarray(logits, np.float64)
     if seen is not None:
         x = reference_penalty(x, seen, params.repetition_penalty)
@@ -41,33 +41,60 @@ def reference_probs(logits, params, seen=None):
     if params.min_p:
         p = softmax(x)
         x = np.where(p < params.min_p * p.max(), -np.inf, x)
+    if params.typical_p < 1:
+        p = softmax(x)
+        entropy = -np.nansum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0))
+        surprise = np.abs(np.where(p > 0, -np.log(np.maximum(p, 1e-300)), np.inf) - entropy)
+        order = np.argsort(surprise, kind="stable")
+        last = min((np.cumsum(p[order]) < params.typical_p).sum(), len(x) - 1)
+        x = np.where(surprise > surprise[order[last]], -np.inf, x)
     return softmax(x)
 
 
 def kept(logits_BV, rows):
     control = sampling.controls(rows, [0] * len(rows))
+    names = ("top_k_B", "top_p_B", "min_p_B", "typical_p_B")
     scaled = sampling.scale(logits_BV, control.temperature_B)
-    cut = sampling.cut(scaled, top_k_B=control.top_k_B, top_p_B=control.top_p_B, min_p_B=control.min_p_B)
-    return np.asarray(cut)
+    return np.asarray(sampling.cut(scaled, **{name: getattr(control, name) for name in names}))
+
+
+def state(rows, seeds, V, *, seen=None, counts=None, stops=(), allowed=None):
+    """The sampling state of rows over V tokens."""
+    B = len(rows)
+    words = np.zeros((B, -(-V // 32)), np.uint32)
+    for token in () if allowed is None else allowed:
+        words[:, token // 32] |= np.uint32(1 << token % 32)
+    return sampling.SamplingState(
+        controls=sampling.controls(rows, seeds, masked=[allowed is not None] * B),
+        seen_BV=jnp.broadcast_to(jnp.zeros(V, bool) if seen is None else jnp.asarray(seen), (B, V)),
+        counts_BV=jnp.broadcast_to(jnp.zeros(V, jnp.int32) if counts is None else jnp.asarray(counts), (B, V)),
+        bias_BV=jnp.stack([jnp.asarray(sampling.bias(params, V)) for params in rows]),
+        allowed_BW=jnp.asarray(words),
+        stops_BN=jnp.asarray([[*stops, -1]] * B, jnp.int32),
+    )
+
+
+def adjusted(logits, params, **of_state):
+    given = state([params], [0], len(logits), **of_state)
+    return np.asarray(sampling.penalize(sampling.constrain(jnp.asarray(logits)[None], given), given))[0]
 
 
 def draws(logits, params, count, *, seen=None):
-    seen_BV = jnp.broadcast_to(jnp.zeros(len(logits), bool) if seen is None else seen, (count, len(logits)))
     tokens, logprobs = sample(
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits))),
-        seen_BV=seen_BV,
-        controls=sampling.controls([params] * count, range(count)),
-        positions_B=jnp.full(count, 7, jnp.int32),
+        state([params] * count, range(count), len(logits), seen=seen),
+        jnp.full(count, 7, jnp.int32),
     )
     return np.asarray(tokens), np.asarray(logprobs)
 
 
 SETTINGS = [
-    SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
+    SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m, typical_p=y)
     for t in (0.3, 1.0, 1.7)
     for k in (0, 1, 5, 64, 1000)
     for p in (0.05, 0.5, 0.9, 0.999, 1.0)
     for m in (0.0, 0.1, 1.0)
+    for y in (0.2, 0.7, 1.0)
 ]
 
 
@@ -127,12 +154,7 @@ def test_draws_follow_the_distribution(params):
 def test_greedy_rows_take_the_likeliest_token_beside_rows_that_draw():
     logits = np.random.default_rng(4).normal(size=(6, V)).astype(np.float32)
     rows = [SamplingParams(temperature=0.0, top_k=3, top_p=0.1), SamplingParams(temperature=5.0, top_p=1.0)] * 3
-    tokens, logprobs = sampling.sample(
-        jnp.asarray(logits),
-        seen_BV=jnp.zeros((6, V), bool),
-        controls=sampling.controls(rows, range(6)),
-        positions_B=jnp.zeros(6, jnp.int32),
-    )
+    tokens, logprobs = sampling.sample(jnp.asarray(logits), state(rows, range(6), V), jnp.zeros(6, jnp.int32))
     assert (np.asarray(tokens)[::2] == logits.argmax(-1)[::2]).all()
     assert (np.asarray(tokens)[1::2] != logits.argmax(-1)[1::2]).any()
     for row, token, logprob in zip(logits, tokens, logprobs, strict=True):
@@ -142,8 +164,7 @@ def test_greedy_rows_take_the_likeliest_token_beside_rows_that_draw():
 def test_the_penalty_is_hugging_faces_and_greedy_rows_obey_it():
     logits = np.array([2.0, 1.5, -1.0], np.float32)
     seen = np.array([True, False, True])
-    got = sampling.penalize(logits[None], seen[None], np.array([2.0], np.float32))
-    np.testing.assert_allclose(got[0], [1.0, 1.5, -2.0])
+    np.testing.assert_allclose(adjusted(logits, SamplingParams(repetition_penalty=2.0), seen=seen), [1.0, 1.5, -2.0])
     tokens, logprobs = draws(logits, SamplingParams(temperature=0.0, repetition_penalty=2.0), 1, seen=seen)
     assert tokens[0] == 1
     assert logprobs[0] == pytest.approx(np.log(softmax(logits)[1]), abs=1e-6)  # of the model, not of the penalty
@@ -160,17 +181,47 @@ def test_noise_depends_on_seed_and_position_only():
     params = SamplingParams(temperature=1.0, top_p=1.0)
 
     def tokens(seeds, positions):
-        control = sampling.controls([params] * len(seeds), seeds)
-        seen = jnp.zeros((len(seeds), V), bool)
-        out, _ = sample(
-            jnp.asarray(logits[: len(seeds)]), seen_BV=seen, controls=control, positions_B=jnp.array(positions)
-        )
+        out, _ = sample(jnp.asarray(logits[: len(seeds)]), state([params] * len(seeds), seeds, V), jnp.array(positions))
         return out.tolist()
 
     three = tokens([1, 2, 3], [10, 11, 12])
     assert [tokens([s], [p])[0] for s, p in ((1, 10), (2, 11), (3, 12))] == three
     assert len({tokens([1], [p])[0] for p in range(40)}) > 15
     assert len({tokens([s], [0])[0] for s in range(40)}) > 15
+
+
+def test_presence_and_frequency_penalties_are_those_of_the_openai_api():
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, as its guide to advanced usage defines them."""
+    logits = np.array([2.0, 1.0, 0.0, -1.0], np.float32)
+    counts = np.array([0, 1, 3, 0])
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    np.testing.assert_allclose(adjusted(logits, params, counts=counts), [2.0, 0.25, -1.25, -1.0])
+
+
+def test_bias_and_lists_of_tokens_decide_what_may_be_sampled():
+    logits = np.array([2.0, 1.0, 0.0, -1.0], np.float32)
+    bias = SamplingParams(logit_bias={1: 3.0, "2": -float("inf")}, banned_tokens=[0])
+    np.testing.assert_allclose(adjusted(logits, bias), [-np.inf, 4.0, -np.inf, -1.0])
+    allowed = SamplingParams(allowed_tokens=[1, 3], logit_bias={3: 1.0})
+    np.testing.assert_allclose(adjusted(logits, allowed), [-np.inf, 1.0, -np.inf, 0.0])
+
+
+def test_a_grammar_masks_all_but_its_tokens():
+    logits = np.arange(70, dtype=np.float32)
+    out = adjusted(logits, SamplingParams(), allowed=[0, 31, 32, 69])
+    assert np.flatnonzero(np.isfinite(out)).tolist() == [0, 31, 32, 69]
+
+
+def test_no_stop_token_comes_before_min_tokens():
+    logits = jnp.asarray([[0.0, 5.0, 4.0, 3.0]])
+    now = state([SamplingParams(temperature=0.0, min_tokens=2)], [0], 4, stops=(1, 2))
+    tokens = []
+    for position in range(4):
+        token_B, _ = sample(logits, now, jnp.array([position]))
+        now = sampling.record(now, token_B, jnp.array([True]))
+        tokens.append(int(token_B[0]))
+    assert tokens == [3, 3, 1, 1]
+    assert now.counts_BV.tolist() == [[0, 2, 0, 2]] and now.seen_BV.tolist() == [[False, True, False, True]]
 
 
 @pytest.mark.parametrize(
@@ -191,10 +242,32 @@ def test_noise_depends_on_seed_and_position_only():
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
+        {"typical_p": 0.0},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": "much"},
+        {"min_tokens": -1},
+        {"banned_tokens": "text"},
+        {"allowed_tokens": [-1]},
     ],
     ids=str,
 )
 def test_an_absurd_setting_is_refused_by_name(bad):
     (name,) = bad
     with pytest.raises(ConfigError, match=f"^{name} must be .*got"):
+        SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"allowed_tokens": []}, "allowed_tokens is empty"),
+        ({"allowed_tokens": [1, 2], "banned_tokens": [2, 1]}, "no token could be sampled"),
+        ({"logit_bias": [1]}, "logit_bias must be numbers by token id"),
+        ({"logit_bias": {"x": 1}}, "logit_bias names 'x'"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias of token 3 must be a finite number or -inf"),
+    ],
+    ids=str,
+)
+def test_an_absurd_list_of_tokens_is_refused(bad, message):
+    with pytest.raises(ConfigError, match=message):
         SamplingParams(**bad)

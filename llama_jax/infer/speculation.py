@@ -1,0 +1,102 @@
+"""Guesses for speculative decoding: pure functions of the state, inside the compiled loop.
+
+Verification is one forward pass over the guesses, and a guess counts if it is the token that is sampled in its place
+(`Program._accept`). A drafter may therefore guess anything: it decides the speed and never the text.
+
+Letters: B rows, S positions of a row, G guesses.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import model
+from llama_jax.cache import KVCache
+from llama_jax.infer.state import ProgramSpec, State
+from llama_jax.ops import sampling
+from llama_jax.params import Params
+
+_LONGEST = 3  # tokens that must be found again; two and one are tried after it
+
+
+def guess(
+    program: ProgramSpec,
+    drafter: str,
+    params: Params | None,
+    state: State,
+    live_B: jax.Array,
+    *,
+    guesses: int,
+    bound: int,
+) -> tuple[jax.Array, KVCache | None]:
+    """The guessed tokens (B, G) after each row's next input token, and the cache of the draft model."""
+    if guesses == 0:
+        return jnp.zeros((live_B.shape[0], 0), jnp.int32), state.draft
+    with jax.named_scope("guess"):
+        if drafter == "lookup":
+            return look_up(state.ids_BS, state.positions_B, guesses), state.draft
+        return _draft(program, params, state, live_B, guesses=guesses, bound=bound)
+
+
+def look_up(ids_BS: jax.Array, positions_B: jax.Array, guesses: int) -> jax.Array:
+    """Prompt look-up: what followed the last tokens of a row where they occurred before (B, G).
+
+    The latest earlier occurrence of the last three tokens counts, else that of the last two, else of the last one. A
+    row without any is guessed to repeat token 0.
+
+    Args:
+        ids_BS: token at each position of the row.
+        positions_B: position of the last token.
+        guesses: number of tokens to guess.
+    """
+    B, S = ids_BS.shape
+    places_S = jnp.arange(S)
+    found_B = jnp.full(B, -1)
+    matches_BS = jnp.ones((B, S), bool)
+    for back in range(_LONGEST):  # longer matches are found later and replace shorter ones
+        last_B = jnp.take_along_axis(ids_BS, jnp.maximum(positions_B - back, 0)[:, None], axis=1)
+        shifted_BS = jnp.roll(ids_BS, back, axis=1)  # the token `back` places before each place
+        matches_BS &= (shifted_BS == last_B) & (places_S >= back) & (places_S < positions_B[:, None])
+        matches_BS &= (positions_B >= back)[:, None]
+        latest_B = jnp.max(jnp.where(matches_BS, places_S, -1), axis=1)
+        found_B = jnp.where(latest_B >= 0, latest_B, found_B)
+    # What followed may reach the end of the row. A text that repeats itself goes on with the same period.
+    period_B1 = jnp.maximum(positions_B - found_B, 1)[:, None]
+    wanted_BG = (found_B + 1)[:, None] + jnp.arange(guesses) % period_B1
+    guessed_BG = jnp.take_along_axis(ids_BS, jnp.clip(wanted_BG, 0, S - 1), axis=1)
+    return jnp.where((found_B >= 0)[:, None], guessed_BG, 0)
+
+
+def _draft(
+    program: ProgramSpec, params: Params | None, state: State, live_B: jax.Array, *, guesses: int, bound: int
+) -> tuple[jax.Array, KVCache | None]:
+    """The draft model's own samples, with the settings and the noise of the row, one after the other.
+
+    The first step feeds the last two tokens. After a round whose guesses were all right, the last guess is not in the
+    draft's cache yet; in all other cases its slot is written again with the same values.
+    """
+    config, cache, at_B = program.draft, state.draft, state.positions_B
+    before_B = jnp.take_along_axis(state.ids_BS, jnp.maximum(at_B - 1, 0)[:, None], axis=1)
+    tokens_BT = jnp.concatenate([before_B, state.tokens_B[:, None]], axis=1)
+    positions_BT = jnp.stack([at_B - 1, at_B], axis=1)
+    settings = state.sampling
+    guessed = []
+    for step in range(guesses):
+        real_BT = live_B[:, None] & (positions_BT >= 0) & (positions_BT < cache.capacity)
+        hidden_BTD, cache = model.forward(
+            config,
+            params,
+            tokens_BT,
+            jnp.maximum(positions_BT, 0),
+            real_BT.astype(jnp.int32),
+            cache,
+            bound=bound,
+            dtype=program.dtype,
+        )
+        logits_BV = model.unembed(config, params, hidden_BTD[:, -1])
+        token_B, _ = sampling.sample(logits_BV, settings, at_B + step + 1)
+        settings = sampling.record(settings, token_B, live_B)
+        guessed.append(token_B)
+        tokens_BT, positions_BT = token_B[:, None], (at_B + step + 1)[:, None]
+    return jnp.stack(guessed, axis=1), cache

@@ -1,0 +1,124 @@
+"""Constrained outputs: everything that is produced parses, under any settings, with neighbors that are free."""
+
+import functools
+import json
+import re
+
+import jax
+import jsonschema
+import numpy as np
+import pytest
+
+from helpers.inference import CONFIG
+from helpers.tokenizers import byte_tokenizer
+from llama_jax.errors import ConfigError
+from llama_jax.infer.grammar import Constraint, Grammars
+from llama_jax.infer.llama import Llama
+from llama_jax.params import init_params
+
+pytest.importorskip("llguidance", reason="constrained decoding is an extra: pip install llguidance")
+
+SCHEMAS = [
+    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 12}}, "required": ["a"]},
+    {"enum": ["red", "green", 7, None]},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+    {"type": "string", "pattern": "^[a-c]{2,4}$"},
+    {"anyOf": [{"const": {"x": 1}}, {"type": "string", "maxLength": 5}]},
+    {
+        "type": "object",
+        "properties": {"kind": {"const": "point"}, "at": {"$ref": "#/$defs/pair"}},
+        "required": ["kind", "at"],
+        "additionalProperties": False,
+        "$defs": {"pair": {"type": "array", "prefixItems": [{"type": "number"}, {"type": "number"}], "items": False}},
+    },
+]
+
+
+@functools.cache
+def llama():
+    """A model of noise: whatever parses does so because of the mask."""
+    return Llama(CONFIG, init_params(CONFIG, jax.random.key(0)), byte_tokenizer())
+
+
+def test_every_output_of_a_schema_validates_or_says_that_it_was_cut():
+    prompts = ["x"] * len(SCHEMAS) * 3
+    overrides = [
+        {"json_schema": schema, "temperature": t, "repetition_penalty": p}
+        for schema in SCHEMAS
+        for t, p in ((0.0, 1.0), (1.0, 1.0), (1.5, 1.3))
+    ]
+    results = llama().generate(prompts, overrides=overrides, max_new_tokens=60, top_p=1.0)
+    whole = 0
+    for own, result in zip(overrides, results, strict=True):
+        if result.finish_reason == "stop":
+            jsonschema.validate(json.loads(result.text), own["json_schema"])
+            whole += 1
+        else:
+            assert len(result.tokens) == 60
+    assert whole >= 9
+
+
+def test_expressions_choices_and_grammars_hold_beside_free_rows():
+    choices = ["yes!", "no (never)", "a.b|c", "é\n_"]
+    overrides = [
+        {"regex": r"[0-9]{4}-[0-9]{2}"},
+        {},
+        {"choices": choices, "seed": 4},
+        {"grammar": 'start: "(" start ")" | "x"'},
+        {},
+    ]
+    overrides = [{k: v for k, v in own.items() if k != "seed"} for own in overrides]
+    options = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 1.0, "top_logprobs": 1}
+    results = llama().generate(["x"] * 5, overrides=overrides, seed=3, **options)
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}", results[0].text)
+    assert results[2].text in choices
+    assert results[3].finish_reason == "length" or re.fullmatch(r"\(*x\)*", results[3].text)
+    for i in (1, 4):
+        assert results[i].tokens == llama().generate("x", seed=3 + i, **options).tokens
+
+
+def test_a_schema_that_allows_everything_changes_no_greedy_text():
+    anything = r"(?s:.*)"
+    plain = llama().generate("x", max_new_tokens=16, temperature=0, allowed_tokens=range(97, 123))
+    free = llama().generate("x", max_new_tokens=16, temperature=0, allowed_tokens=range(97, 123), regex=anything)
+    assert free.tokens == plain.tokens
+
+
+def test_a_mask_has_a_bit_for_each_token_that_may_come_next():
+    tokenizer = byte_tokenizer()
+    grammars = Grammars(tokenizer, 600, tokenizer.stop_tokens)
+    matcher = grammars.matcher(Constraint.make("regex", "ab?"))
+
+    def allowed():
+        bits = (matcher.mask()[:, None] >> np.arange(32, dtype=np.uint32)) & 1
+        return np.flatnonzero(bits.reshape(-1)).tolist()
+
+    assert allowed() == [ord("a")] and not matcher.complete
+    matcher.consume([ord("a")])
+    assert set(allowed()) >= {ord("b")} and set(allowed()) - {ord("b")} <= set(tokenizer.stop_tokens)
+    assert matcher.complete
+    with pytest.raises(RuntimeError, match="does not match its grammar"):
+        matcher.consume([ord("z")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("json_schema", 7, "json_schema must be a JSON schema"),
+        ("json_schema", "[", "json_schema is not JSON"),
+        ("json_schema", {"a": {1}}, "json_schema is not JSON"),
+        ("choices", "abc", "choices must be a list of texts"),
+        ("choices", ["a", ""], "none of them empty"),
+        ("regex", "", "regex must be a text that is not empty"),
+        ("grammar", None, "grammar must be a text"),
+        ("regex", "a" * 1_000_001, "at most 1,000,000"),
+    ],
+)
+def test_a_constraint_of_another_kind_is_refused(kind, value, message):
+    with pytest.raises(ConfigError, match=message):
+        Constraint.make(kind, value)
+
+
+def test_a_constraint_needs_a_stop_token():
+    with pytest.raises(ConfigError, match="needs a stop token"):
+        llama().generate("x", regex="a", ignore_eos=True)
