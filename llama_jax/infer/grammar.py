@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.errors import ConfigError, brief, one_line
+from llama_jax.errors import ConfigError, brief, nearest, one_line
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -76,6 +76,36 @@ def _schema_text(value: Any) -> str:
     if not isinstance(schema, (Mapping, bool)):
         raise ConfigError(f'json_schema must be a JSON schema such as {{"type": "object"}}, got {brief(value)}')
     return text
+
+
+def call_schema(tools: Sequence[Any] | None, choice: str) -> dict[str, Any]:
+    """The JSON schema of a tool call in Llama 3.1's form, {"name": ..., "parameters": {...}}.
+
+    Args:
+        tools: functions in OpenAI's schema.
+        choice: "required" for a call of any of them, or the name of one.
+
+    Raises:
+        ConfigError: there are no such functions.
+    """
+    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, Mapping)]
+    named = {str(function.get("name")): function.get("parameters") or {"type": "object"} for function in functions}
+    if choice != "required" and choice not in named:
+        near = nearest(str(choice), list(named))
+        raise ConfigError(f'tool_choice must be "required" or the name of a tool, got {brief(choice)}{near}')
+    if not named:
+        raise ConfigError("tool_choice needs tools: a list of functions in OpenAI's schema")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "parameters": parameters},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for name, parameters in named.items()
+        if choice in ("required", name)
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 class Grammars:

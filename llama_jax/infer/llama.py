@@ -25,6 +25,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
 from llama_jax.infer import inputs
 from llama_jax.infer.engine import Engine, placed
+from llama_jax.infer.grammar import call_schema
 from llama_jax.infer.options import GenerateOptions, SamplingOptions, as_counts, as_overrides, check_keywords
 from llama_jax.infer.program import Program
 from llama_jax.infer.result import Result
@@ -326,17 +327,27 @@ class Llama:
         option = self.sampler.options(options, _NEW)
         return self.sampler.stream(self.sampler.request(ids, "the prompt", option, seed))
 
-    def chat(self, messages: Dialog | Sequence[Dialog], *, tools: Sequence[Any] | None = None, **options: Any) -> Any:
+    def chat(
+        self,
+        messages: Dialog | Sequence[Dialog],
+        *,
+        tools: Sequence[Any] | None = None,
+        tool_choice: str | None = None,
+        **options: Any,
+    ) -> Any:
         """Generates the assistant's next message in a dialog of {"role": ..., "content": ...} (see `chat_format`).
 
-        `tools` are functions in OpenAI's schema; other arguments are those of `generate`, with 512 new tokens by
-        default. `message` of the result has the parsed tool calls. It can be appended to the dialog unchanged, and is
-        then encoded as the generated ids. A list of dialogs gives a list of results; a dialog that goes on from one of
-        an earlier call starts from the cache of that call.
+        `tools` are functions in OpenAI's schema. With tool_choice="required" the answer is a call of one of them whose
+        arguments follow its schema, and with a name a call of that one. Other arguments are those of `generate`, with
+        512 new tokens by default. `message` of the result has the parsed tool calls. It can be appended to the dialog
+        unchanged, and is then encoded as the generated ids. A list of dialogs gives a list of results; a dialog that
+        goes on from one of an earlier call starts from the cache of that call.
         """
         single = not messages or isinstance(messages[0], Mapping)
         dialogs = [messages] if single else list(messages)
         ids = [self.encode_dialog(dialog, tools) for dialog in dialogs]
+        if tool_choice is not None:
+            options["json_schema"] = call_schema(tools, tool_choice)
         results = self.generate(ids, **self._of_chat(options))
         found = [
             [self._with_message(r) for r in item] if isinstance(item, list) else self._with_message(item)

@@ -26,7 +26,7 @@ def small():
 
 @pytest.fixture
 def run(small, monkeypatch, capsys):
-    monkeypatch.setattr("llama_jax.infer.llama.load", lambda source, **_: small)
+    monkeypatch.setattr("llama_jax.infer.load.load", lambda source, **_: small)
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
 
     def run(*argv, stdin=""):
@@ -53,7 +53,8 @@ def test_json_is_one_object_a_prompt(run, small):
     expected = small.generate(["a", "b"], max_new_tokens=4, top_k=3)
     assert status == 0
     assert [(r["text"], r["tokens"]) for r in rows] == [(e.text, e.tokens) for e in expected]
-    assert rows[0].keys() == {"text", "tokens", "logprobs", "finish_reason", "tokens_per_second"}
+    always = {"text", "tokens", "logprobs", "finish_reason", "stop", "index", "prompt_tokens", "steps", "cached_tokens"}
+    assert rows[0].keys() == always | {"tokens_per_second"} and [row["index"] for row in rows] == [0, 1]
     assert rows[0]["finish_reason"] == "length" and rows[0]["tokens_per_second"] > 0
 
 
@@ -70,6 +71,32 @@ def test_prompts_come_from_lines_from_json_lines_and_from_standard_input(run, tm
     tokens = [[json.loads(line)["tokens"] for line in out.splitlines()] for out in outs]
     assert len(tokens[0]) == 2 and tokens[0] == tokens[1] == tokens[2]
     assert run("--prompt_file", str(plain), *options[1:])[1].count("=== prompt") == 2
+
+
+def test_each_line_of_json_may_have_options_of_its_own(run, small, tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    own = [{"temperature": 0}, {"max_new_tokens": 2}, {"banned_tokens": [1, 2]}]
+    lines.write_text("\n".join(json.dumps({"prompt": "x", **each}) for each in own))
+    rows = [json.loads(line) for line in run("--prompt_file", str(lines), "--json", "-n", "5")[1].splitlines()]
+    expected = small.generate(["x"] * 3, overrides=own, max_new_tokens=5)
+    assert [row["tokens"] for row in rows] == [result.tokens for result in expected]
+    lines.write_text('{"prompt": "x", "temprature": 1}')
+    assert "unknown option 'temprature'; did you mean 'temperature'" in run("--prompt_file", str(lines))[2]
+
+
+def test_flags_of_a_continuation_are_the_options_of_generate(run, small, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": [12, 34]}')
+    flags = ["--temp", "1.1", "--presence-penalty", "0.5", "--logit_bias", "65=2", "--logit_bias", '{"66": -1}']
+    flags += ["--min_tokens", "2", "--top_logprobs", "2", "--prompt_logprobs", "0", "--typical", "0.9", "--ignore_eos"]
+    how = {"temperature": 1.1, "presence_penalty": 0.5, "logit_bias": {65: 2, 66: -1}, "min_tokens": 2}
+    how |= {"top_logprobs": 2, "prompt_logprobs": 0, "typical_p": 0.9, "ignore_eos": True}
+    (row,) = (json.loads(line) for line in run("--prompt", "abc", "-n", "4", "--json", *flags)[1].splitlines())
+    expected = small.generate("abc", max_new_tokens=4, **how)
+    assert row["tokens"] == expected.tokens and row["prompt_logprobs"] == expected.prompt_logprobs
+    assert [[tuple(pair) for pair in best] for best in row["top_logprobs"]] == expected.top_logprobs
+    several = run("--prompt", "abc", "-n", "4", "--num_samples", "3")[1]
+    texts = [result.text for result in small.generate("abc", max_new_tokens=4, n=3)]
+    assert several == "".join(f"--- {text}\n" for text in texts)
 
 
 def test_a_dialog_in_a_file_is_answered(run, small, tmp_path):
@@ -128,7 +155,14 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--server"], "unknown argument '--server' (llama-jax infer --help"),
         (["--prompt", "a", "-ngl", "99"], "-ngl is not a flag of llama-jax infer: all layers run on the accelerator"),
         (["--prompt", "a", "--n-gpu-layers=99"], "all layers run on the accelerator"),
-        (["--prompt", "a", "--stop", "END"], "stop strings are not available"),
+        (["--prompt", "a", "--stop", ""], "--stop is empty"),
+        (["--prompt", "a", "--logit_bias", "x"], "--logit_bias must be ID=X or a JSON object"),
+        (["--prompt", "a", "--logit_bias", "900=1"], "the sampling settings name token 900"),
+        (["--prompt", "a", "--regex", "("], "regex cannot be used"),
+        (["--prompt", "a", "--json_schema", "{"], "json_schema is not JSON"),
+        (["--prompt", "a", "--json_schema", "missing.json"], "missing.json: No such file"),
+        (["--prompt", "a", "--speculate", "draft"], "needs a draft model"),
+        (["--prompt", "a", "--best_of", "2", "--num_samples", "3"], "best_of=2 is smaller than n=3"),
         (["--prompt", "a", "--model", ""], "--model: must be the name of a file, a folder or a hub id, got ''"),
         (["--prompt", "a", "--dtype", "bf16"], "--dtype: must be one of float32, bfloat16, got 'bf16'; did you mean"),
         (["--prompt", "a", "--seed", "9" * 5000], "--seed: must be a whole number of at least 0, got '999"),

@@ -22,7 +22,6 @@ from jax.experimental import topologies
 
 from llama_jax import parallel
 from llama_jax.config import size
-from llama_jax.params import abstract_params, logical_axes
 from llama_jax.run_config import RunConfig
 
 
@@ -66,28 +65,22 @@ def train(path, topology=None, *changes):
 
 def decode():
     """bfloat16 weights and cache, 8 rows of 8,192 positions, tensor over 8: the loop that `generate` runs."""
-    from llama_jax.cache import init_cache
-    from llama_jax.infer import engine as engines
-    from llama_jax.sampling_params import SamplingParams
+    from llama_jax.infer.program import Program
 
     config, rows, capacity = size("llama3.1-8b"), 8, 8192
     mesh = tpu_mesh("v5e:2x4", {"tensor": 8})
-    layout = engines.layout(config, mesh)
+    program = Program.make(config, mesh=mesh, dtype=jnp.bfloat16)
     whole = parallel.replicated(mesh)
-
-    params = abstract_params(config, stacked=False, dtype=jnp.bfloat16)
-    params = parallel.abstract(params, parallel.shardings(layout, logical_axes(config, stacked=False), params))
-    engine = engines.Engine(config, params, mesh=mesh, dtype=jnp.bfloat16)
-    cache = jax.eval_shape(lambda: init_cache(config, batch=rows, capacity=capacity, dtype=jnp.bfloat16))
-    heads = layout.sharding(("batch", "kv_heads", None, None))
-    request = engines.Request(tokens=[1], max_new_tokens=64, sampling=SamplingParams(), seed=0)
-    fresh = engine._fresh([request] * rows, jnp.zeros((rows, 2), jnp.int32), [1] * rows, [1, 2, 3])
-    fresh["seen_BV"] = jax.ShapeDtypeStruct((rows, config.vocab_size), bool)
-    fresh = parallel.abstract(fresh, jax.tree.map(lambda _: whole, fresh))
-    state = engines.State(cache=parallel.abstract(cache, jax.tree.map(lambda _: heads, cache)), **fresh)
-    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    steer = {
+        "alive_B": jax.ShapeDtypeStruct((rows,), bool, sharding=whole),
+        "limit": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        "least": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        "allowed_BW": None,
+    }
+    state = program.abstract_state(rows=rows, capacity=capacity)
+    step = program.decode.lower(program.abstract_params(), state, steer, bound=capacity, top=0, guesses=0, drafter="")
     cache_bytes = rows * capacity * config.cache_bytes_per_token(2)
-    return mesh, [engine._decode.lower(params, state, limit)], {"cache_bytes": cache_bytes}
+    return mesh, [step], {"cache_bytes": cache_bytes}
 
 
 def main():

@@ -119,6 +119,35 @@ def test_a_constraint_of_another_kind_is_refused(kind, value, message):
         Constraint.make(kind, value)
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "",
+            "parameters": {"type": "object", "properties": {key: {"type": "boolean"}}, "required": [key]},
+        },
+    }
+    for name, key in (("switch", "on"), ("lock", "shut"))
+]
+
+
+def test_a_required_tool_call_has_a_name_and_arguments_of_its_schema():
+    dialog = [{"role": "user", "content": "x"}]
+    how = {"max_new_tokens": 120, "temperature": 1.0, "top_p": 1.0, "stop_tokens": [byte_tokenizer().eot_id]}
+    how["logit_bias"] = dict.fromkeys([9, 10, 13, 32], -20.0)  # else the noise writes spaces until the limit
+    for choice in ("required", "lock"):
+        result = llama().chat(dialog, tools=TOOLS, tool_choice=choice, **how)
+        assert result.finish_reason == "stop"
+        (call,) = result.message["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        key = {"switch": "on", "lock": "shut"}[call["function"]["name"]]
+        assert arguments[key] in (True, False) and (choice == "required" or call["function"]["name"] == choice)
+    for choice, tools in (("lokc", TOOLS), ("required", None)):
+        with pytest.raises(ConfigError, match="tool_choice (must be|needs)"):
+            llama().chat(dialog, tools=tools, tool_choice=choice)
+
+
 def test_a_constraint_needs_a_stop_token():
     with pytest.raises(ConfigError, match="needs a stop token"):
         llama().generate("x", regex="a", ignore_eos=True)

