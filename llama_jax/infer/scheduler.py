@@ -38,8 +38,9 @@ _STOP_STEPS = 16  # most steps between two searches for stop strings
 # Tokens that a speculative step guesses for each row of a small batch and of a larger one: with the next token, the
 # products have 8 rows for one row, and four times as many as plain decoding for many.
 _GUESSES, _FEW_GUESSES, _SMALL_BATCH = 7, 3, 4
-_POOR_GAIN = 1.25  # tokens a speculative step must bring; else some dispatches run without guesses
-_REST = 4  # number of those dispatches
+# Guesses are judged after so many forward passes of rows. If a pass brought fewer tokens than this, some dispatches, of
+# so many steps each, run without guesses.
+_JUDGED, _POOR_GAIN, _REST, _REST_STEPS = 48, 1.25, 4, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Scheduler:
         self._next = 0
         self._time = 0
         self._rest = 0  # dispatches before guessing is tried again
+        self._passes = self._gained = 0  # forward passes with guesses since the last judgment, and their tokens
         self._resting = True  # no request has run since the batch was last empty
         self._lock = threading.RLock()
 
@@ -301,6 +303,8 @@ class Scheduler:
         if any(request.stops for request in requests):
             limit = min(limit, _STOP_STEPS)
         guesses, drafter = self._guessing(requests)
+        if self._rest:
+            limit = min(limit, _REST_STEPS)
         allowed = None
         if any(request.matcher for request in requests):
             limit, guesses, drafter, allowed = 1, 0, "", self._allowed()
@@ -316,11 +320,17 @@ class Scheduler:
             drafter=drafter,
         )
         events = [self._event(row, piece) for row, piece in zip(self._batch, pieces, strict=True) if row.job]
-        if guesses:
-            steps = sum(piece.steps for piece in pieces)
-            if sum(len(piece.tokens) for piece in pieces) < _POOR_GAIN * steps:
-                self._rest = _REST
+        if guesses and drafter == "lookup":
+            self._judge(pieces)
         return events
+
+    def _judge(self, pieces: Sequence[Piece]) -> None:
+        """Turns guessing off for a while if it does not pay."""
+        self._passes += sum(piece.steps for piece in pieces)
+        self._gained += sum(len(piece.tokens) for piece in pieces)
+        if self._passes >= _JUDGED:
+            self._rest = _REST if self._gained < _POOR_GAIN * self._passes else 0
+            self._passes = self._gained = 0
 
     def _guessing(self, requests: Sequence[Request]) -> tuple[int, str]:
         """Number of guesses of the next dispatch, and their drafter."""

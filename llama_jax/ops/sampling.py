@@ -176,7 +176,8 @@ def constrain(logits_BV: jax.Array, state: SamplingState) -> jax.Array:
         return jnp.where(allowed_BV | ~controls.masked_B[:, None], logits_BV, -jnp.inf)
 
     steps: list[tuple[jax.Array, Callable[[jax.Array], jax.Array]]] = [
-        (controls.biased_B, lambda logits_BV: logits_BV + state.bias_BV),
+        # The bias of a row may be that of an earlier request, whose row this was.
+        (controls.biased_B, lambda logits_BV: logits_BV + jnp.where(controls.biased_B[:, None], state.bias_BV, 0)),
         (controls.required_B > 0, without_stops),
         (controls.masked_B, within_grammar),
     ]

@@ -45,11 +45,14 @@ def test_every_chunking_of_long_ragged_prompts_equals_the_full_forward(max_chunk
     check_greedy(requests, run(requests, on=engine(max_chunk=max_chunk))[0])
 
 
+FEW = SamplingParams(temperature=1.0, allowed_tokens=range(40), logit_bias={7: 2.0}, frequency_penalty=0.3)
+
+
 def test_a_row_of_a_crowd_equals_the_row_alone():
     """Greedy and drawn texts depend on nobody else: refilled rows, other lengths, settings and limits."""
     rng = np.random.default_rng(7)
     requests = [
-        request(int(n), new=int(m), sampling=(GREEDY, WARM)[i % 2], seed=i, which=i)
+        request(int(n), new=int(m), sampling=(GREEDY, WARM, FEW)[i % 3], seed=i, which=i)
         for i, (n, m) in enumerate(zip(rng.integers(1, 60, 20), rng.integers(1, 40, 20), strict=True))
     ]
     crowd, _ = run(requests)

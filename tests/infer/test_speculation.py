@@ -59,7 +59,7 @@ def requests():
     listed = []
     for i in range(8):
         tokens = prompt(5, i) * int(rng.integers(1, 6))
-        cold = SamplingParams(temperature=0.2, top_p=1.0, allowed_tokens=(5, 6, 7))  # it soon repeats itself
+        cold = SamplingParams(temperature=0.2, top_p=1.0, allowed_tokens=(5,))  # it repeats itself
         listed.append(
             Request(
                 tokens=tokens,
@@ -82,7 +82,7 @@ def test_prompt_look_up_gives_the_same_text_in_fewer_steps():
     for r, event, (tokens, _) in zip(requests(), last, fast, strict=True):
         assert event.steps <= len(tokens)
         if r.sampling.allowed_tokens:
-            assert event.steps < 0.8 * len(tokens)
+            assert event.steps < 0.6 * len(tokens)
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the_model_itself", "another_model"])
