@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,11 @@ def _add_settings(parser: Parser) -> None:
         metavar="P",
         help="keep tokens at least P times as likely as the likeliest; 0 keeps all (default: 0)",
     )
+    _add_penalties(add)
+
+
+def _add_penalties(add: Callable[..., Any]) -> None:
+    """Add the rest of the settings to the group of `_add_settings`."""
     add(
         "--typical_p",
         type=number(1e-6, 1),

@@ -24,8 +24,8 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer.batches import power_of_two
 from llama_jax.infer.program import Program, layout_of
-from llama_jax.infer.request import DISPATCH, Fill, Piece, Request
-from llama_jax.infer.state import MAX_STOPS, State
+from llama_jax.infer.request import DISPATCH, MAX_STOPS, Fill, Piece, Request
+from llama_jax.infer.state import State
 from llama_jax.ops import sampling
 from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor

@@ -71,9 +71,7 @@ def load(
     """
     inputs.as_path(source, "the model")
     folders = inputs.as_folders(adapters)
-    if quantize is not None and quantize not in QUANTIZE:
-        near = nearest(str(quantize), QUANTIZE)
-        raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
+    _check_quantize(quantize)
     wanted = None if dtype is None else inputs.as_dtype(dtype)
     found = open_source(source)
     wanted = wanted or inputs.default_dtype(found.dtype, quantized=found.quantized)
@@ -101,13 +99,17 @@ def load(
         kv=kv,
         draft=guesser,
     )
-    if chat_format == AUTO:
-        llama.metadata = metadata
-    else:
-        llama.metadata = dataclasses.replace(metadata, chat_template=llama.metadata.chat_template)
+    template = metadata.chat_template if chat_format == AUTO else llama.metadata.chat_template
+    llama.metadata = dataclasses.replace(metadata, chat_template=template)
     for name, adapter in opened.items():
         llama._add(name, adapter)
     return llama.use(*opened) if isinstance(adapters, (str, os.PathLike)) else llama
+
+
+def _check_quantize(quantize: str | None) -> None:
+    if quantize is not None and quantize not in QUANTIZE:
+        near = nearest(str(quantize), QUANTIZE)
+        raise ConfigError(f"quantize must be one of {', '.join(QUANTIZE)}, or be left out; got {quantize!r}{near}")
 
 
 def _draft(

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.infer import inputs
 from llama_jax.infer.grammar import KINDS, Constraint
-from llama_jax.infer.request import SPECULATE
+from llama_jax.infer.request import MAX_STOPS, SPECULATE
 from llama_jax.sampling_params import SamplingParams
 
 _MOST_TOP = 1000
@@ -122,6 +122,8 @@ def resolve(
         stops: tuple[int, ...] = ()
     else:
         stops = inputs.as_stops(given["stop_tokens"], vocab_size) if "stop_tokens" in given else stop_tokens
+    if len(stops) > MAX_STOPS:
+        raise ConfigError(f"{len(stops)} stop tokens are too many: at most {MAX_STOPS} are allowed")
     forms = [name for name in KINDS if name in given]
     if len(forms) > 1:
         raise ConfigError(f"give one of {', '.join(KINDS)}, got {' and '.join(forms)}")

@@ -33,7 +33,8 @@ from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer import decoding, whole_texts
-from llama_jax.infer.state import MAX_STOPS, ProgramSpec, State, settled
+from llama_jax.infer.request import MAX_STOPS
+from llama_jax.infer.state import ProgramSpec, State, settled
 from llama_jax.ops import sampling
 from llama_jax.params import Params, abstract_params, logical_axes
 

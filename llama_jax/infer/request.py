@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SPECULATE = ("lookup", "draft")
 # Most steps in one dispatch: enough to hide the host's work, few enough that a cancelled request ends soon.
 DISPATCH = 64
+MAX_STOPS = 64  # stop tokens of a request; Llama 3.1 has three
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

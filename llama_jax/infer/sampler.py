@@ -30,7 +30,7 @@ _LEAST_LENGTH = 16
 
 @dataclasses.dataclass
 class _Parts:
-    """What the events of one request have brought."""
+    """The tokens and the text that the events of one request have brought."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)

@@ -45,7 +45,7 @@ _JUDGED, _POOR_GAIN, _REST, _REST_STEPS = 48, 1.25, 4, 32
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What one dispatch brought to one request.
+    """The tokens that one dispatch brought to one request.
 
     Attributes:
         number: the number that `submit` returned.

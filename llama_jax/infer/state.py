@@ -18,8 +18,6 @@ from llama_jax.config import ModelConfig
 from llama_jax.ops import sampling
 from llama_jax.params import Params
 
-MAX_STOPS = 16  # stop tokens of a row; Llama 3.1 has three
-
 
 @dataclasses.dataclass(frozen=True)
 class ProgramSpec:
