@@ -1,6 +1,6 @@
 """The shape of a Llama: one frozen record, the published sizes, and every number that follows from them.
 
-Floor 0: no jax here. Parameter, FLOP and byte counts are derived, never stored.
+Floor 0: this module does not import jax. Parameter, FLOP and byte counts are derived, never stored.
 """
 
 from __future__ import annotations

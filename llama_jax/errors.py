@@ -1,6 +1,6 @@
 """Error messages: the exception for settings, suggestions of near names, and values shortened to one line.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Small files: untrusted JSON, read with bounds and one-line errors, and atomic writes.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

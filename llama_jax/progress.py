@@ -1,6 +1,6 @@
 """Progress bars on standard error: one look for all long phases.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

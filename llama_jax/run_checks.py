@@ -1,6 +1,7 @@
 """The checks of a run that need keys of more than one section. Each raises a ConfigError that names the keys.
 
-A section checks itself (`run_keys`); `run_config.RunConfig` calls the functions here. Floor 0: no jax here.
+A section checks itself (`run_keys`); `run_config.RunConfig` calls the functions here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A training run as a frozen record: the keys of `run_keys`, checked by themselves and together before any work.
 
-Floor 0: no jax here. `RunConfig.from_dict` takes the nested dict of a config file and refuses what cannot work, naming
-the key, what it got, what is allowed and the nearest right key.
+`RunConfig.from_dict` takes the nested dict of a config file and refuses what cannot work, naming the key, what it got,
+what is allowed and the nearest right key.
+
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

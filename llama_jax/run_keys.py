@@ -3,7 +3,7 @@
 The Attributes of each section are the reference of its keys: `run_config.describe` reads them. A section checks the
 keys that depend on one another inside it; `run_checks` has the checks between sections.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

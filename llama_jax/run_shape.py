@@ -1,6 +1,6 @@
 """The section `model` of a run: a shape by name, by its keys, or taken from the model that the run starts from.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations
@@ -92,4 +92,6 @@ def _known(name: object) -> ModelConfig:
 def _check_names(keys: Mapping[str, Any], known: tuple[str, ...], section: str) -> None:
     for key in keys:
         if key not in known:
-            raise ConfigError(f"unknown key {section}.{key}{nearest(str(key), known)} Allowed: {', '.join(known)}")
+            raise ConfigError(
+                f"unknown key {section}.{key}{nearest(str(key), known) or '.'} Allowed: {', '.join(known)}"
+            )

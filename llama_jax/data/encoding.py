@@ -180,9 +180,9 @@ def _check_answers(dialog: Dialog) -> None:
         raise ValueError("no message is the assistant's: there is nothing to learn")
     learn = spoken if dialog.learn is None else dialog.learn
     if not any(learn):
-        raise ValueError("no message of the assistant is to be learnt: there is nothing to learn")
-    for i, (message, learnt) in enumerate(zip(dialog.messages, learn, strict=True)):
-        if learnt and not message.get("tool_calls") and not _has_text(message.get("content")):
+        raise ValueError("no message of the assistant is to be learned: there is nothing to learn")
+    for i, (message, learned) in enumerate(zip(dialog.messages, learn, strict=True)):
+        if learned and not message.get("tool_calls") and not _has_text(message.get("content")):
             raise ValueError(f"messages[{i}]: the assistant's answer is empty")
 
 

@@ -37,11 +37,11 @@ ROLES = {
     "function_call": "call",
     "tool_call": "call",
 }
-MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # true or 1: the message is learnt
-_NOT_LEARNT = "masked"  # true or 1: the message is not learnt
+MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # true or 1: the message is learned
+_NOT_LEARNED = "masked"  # true or 1: the message is not learned
 _PARTIAL = ("train_detail", "training_detail", "loss_scale")  # marks for parts of a message, or of other strengths
 _FIELDS = ("role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "stop", "refusal")
-_KNOWN = (*_FIELDS, *REASONING, *MARKS, _NOT_LEARNT)
+_KNOWN = (*_FIELDS, *REASONING, *MARKS, _NOT_LEARNED)
 _TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of OpenAI's Responses API
 _WITHOUT_EFFECT = {"type", "cache_control", "citations", "annotations", "logprobs"}  # keys of a part
 
@@ -141,7 +141,7 @@ def _refuse_unknown_keys(item: Mapping[str, Any], where: str) -> None:
     for key, value in item.items():
         if key in _PARTIAL:
             raise ValueError(
-                f"{where}: {key!r} marks parts of a message, and a message is learnt whole or not at all: "
+                f"{where}: {key!r} marks parts of a message, and a message is learned whole or not at all: "
                 "mark it with 'train': true or false"
             )
         if key not in _KNOWN and value not in ("", [], {}):
@@ -167,11 +167,11 @@ def _role(item: Mapping[str, Any], where: str) -> str:
 def _learn(item: Mapping[str, Any], role: str, where: str) -> bool:
     """True if the loss counts a message: by its marks, or without a mark, if it is the assistant's."""
     marks: dict[str, bool] = {}
-    for key in (*MARKS, _NOT_LEARNT):
+    for key in (*MARKS, _NOT_LEARNED):
         if key in item:
             if not isinstance(item[key], bool | int | float) or item[key] not in (0, 1):
                 raise ValueError(f"{where}: {key!r} must be true, false, 1 or 0, got {brief(item[key])}")
-            marks[key] = bool(item[key]) != (key == _NOT_LEARNT)
+            marks[key] = bool(item[key]) != (key == _NOT_LEARNED)
     if len(set(marks.values())) > 1:
         said = " and ".join(f"{key!r}: {item[key]!r}" for key in marks)
         raise ValueError(f"{where}: {said} contradict each other: keep one of them")
@@ -179,7 +179,7 @@ def _learn(item: Mapping[str, Any], role: str, where: str) -> bool:
     if True in marks.values() and not spoken:
         key = next(iter(marks))
         raise ValueError(
-            f"{where}: {key!r}: {item[key]!r} marks a message of the {role} to be learnt, and only those of the "
+            f"{where}: {key!r}: {item[key]!r} marks a message of the {role} to be learned, and only those of the "
             "assistant are: remove the mark (data.loss_on='all' counts every message)"
         )
     return spoken and False not in marks.values()

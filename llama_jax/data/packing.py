@@ -80,7 +80,7 @@ def pack(store: TokenStore, *, sequence_length: int, loss_on: str) -> Rows:
         loss_on: "assistant" counts targets only (see `encoding`), "all" every token.
 
     Raises:
-        ConfigError: loss_on is "all", and the store has preference pairs or messages that are not to be learnt.
+        ConfigError: loss_on is "all", and the store has preference pairs or messages that are not to be learned.
         ValueError: a pair is longer than a row, or there is nothing to predict.
     """
     if store.masked:
@@ -172,7 +172,7 @@ class WholeRows:
         self.fingerprint = hashlib.sha256(f"{store.fingerprint} {kind} {loss_on}".encode()).hexdigest()
         if store.marked and loss_on == "all":
             raise ConfigError(
-                "data.loss_on='all' would count messages that the data mark as not to be learnt: set it to "
+                "data.loss_on='all' would count messages that the data mark as not to be learned: set it to "
                 "'assistant', or remove the marks"
             )
         self._all = loss_on == "all"

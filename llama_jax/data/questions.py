@@ -2,7 +2,7 @@
 
 The facts are first sentences of the documentation of well-known functions, classes and methods, each asked for in many
 phrasings, alone and within a dialog. Validation asks for the same facts in phrasings that training does not
-have: it measures whether a question is understood, not knowledge of facts that were never learnt. The set depends on
+have: it measures whether a question is understood, not knowledge of facts that were never learned. The set depends on
 the version of Python. Tried and left out: the answer "I do not know that name." to names that do not exist. A model of
 2.4 million weights recognized half of them, and gave that answer for known names in new phrasings.
 """

@@ -139,11 +139,11 @@ _PARTNERS = {
     "non_preferred_output": "preferred_output",
 }
 _DIALOGS = ("messages", "conversations", "conversation")
-# Keys that other trainers read, and that would change what is learnt.
+# Keys that other trainers read, and that would change what is learned.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 _OTHERS = ("text", "input", "system", "tools", "functions", "history", "label", "weight")
-# Marks of messages (see `messages`), by the value that would say of a whole record that it is not to be learnt.
+# Marks of messages (see `messages`), by the value that would say of a whole record that it is not to be learned.
 _RECORD_MARKS = {"train": 0, "training": 0, "trainable": 0, "loss": 0, "loss_mask": 0, "weight": 0, "masked": 1}
 KEYS = frozenset((*_PARTNERS, *_DIALOGS, *_MEDIA, *_MASKS, *_OTHERS, *_RECORD_MARKS))  # every key that is read
 
@@ -187,7 +187,7 @@ def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
 
 
 def _dialog(record: Mapping[str, Any], name: str, read: Sequence[Message], *, first: int = 0) -> Dialog:
-    """A dialog whose messages before number `first` are not learnt."""
+    """A dialog whose messages before number `first` are not learned."""
     _refuse(record, *_MEDIA, remedy="the model reads text only; remove the key, or leave the record out")
     _refuse(record, *_MASKS, remedy="mark the messages themselves, each with 'train': true or false")
     learn = tuple(message.learn and i >= first for i, message in enumerate(read))

@@ -24,7 +24,7 @@ _TEXT = (".txt", ".md")
 _JSON = (".jsonl", ".json-lines", ".ndjson")
 _TABLE = (".parquet",)
 _LIST = (".json",)
-# Formats that are not read. Taken for texts, they would be learnt with their markup.
+# Formats that are not read. Taken for texts, they would be learned with their markup.
 _NOT_TEXT = (".csv", ".tsv", ".jl", ".json5", ".arrow", ".orc", ".avro", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
 
 # Sources by path, or by the name of a part of the corpus. The value of a file of the hub is its name with the commit

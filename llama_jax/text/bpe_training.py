@@ -12,7 +12,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
     """Learns a vocabulary from texts: token bytes to rank, for `Tokenizer.from_ranks`.
 
     Ranks 0 to 255 are the single bytes, in the order of Meta's file. The merges follow in the order in which they are
-    learnt. The same texts give the same ranks for any number of threads.
+    learned. The same texts give the same ranks for any number of threads.
 
     Args:
         texts: documents; a lone surrogate counts as U+FFFD, as in `Tokenizer.encode`.

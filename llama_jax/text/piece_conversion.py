@@ -24,7 +24,7 @@ _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
-def to_pieces(held: LibraryVocabulary) -> PieceVocabulary:
+def to_pieces(original: LibraryVocabulary) -> PieceVocabulary:
     """A vocabulary of pieces with the same ids.
 
     SentencePiece joins the two neighbours whose piece has the highest score. A list of merges means the same if it
@@ -33,10 +33,10 @@ def to_pieces(held: LibraryVocabulary) -> PieceVocabulary:
     Raises:
         ConfigError: a vocabulary of another kind.
     """
-    data = json.loads(held.contents)
+    data = json.loads(original.contents)
     model = data["model"]
     space_first = _space_first(data)
-    if model.get("type") != "BPE" or space_first is None or model.get("ignore_merges") or not held.unknown:
+    if model.get("type") != "BPE" or space_first is None or model.get("ignore_merges") or not original.unknown:
         raise ConfigError("its way from text to ids is neither byte-level BPE nor SentencePiece's")
     vocab = model["vocab"]
     added = {token["id"]: token for token in data["added_tokens"]}
@@ -44,10 +44,10 @@ def to_pieces(held: LibraryVocabulary) -> PieceVocabulary:
     scores = _scores(set(plain), model["merges"])
     texts = {i: text for text, i in vocab.items()} | {i: token["content"] for i, token in added.items()}
     pieces = []
-    for i in range(held.size):
+    for i in range(original.size):
         text = texts.get(i, f"[UNUSED_{i}]")
         kind = NORMAL
-        if text == held.unknown:
+        if text == original.unknown:
             kind = UNKNOWN
         elif i in added:
             kind = CONTROL if added[i]["special"] else USER_DEFINED
@@ -63,10 +63,10 @@ def to_pieces(held: LibraryVocabulary) -> PieceVocabulary:
     )
     return piece_vocabulary.piece_vocabulary(
         piece_vocabulary.model_contents(made),
-        specials={name: i for name, i in held.specials.items() if name != held.unknown},
-        bos_id=held.bos_id,
-        declared_eos=held.declared_eos,
-        declared_pad=held.declared_pad,
+        specials={name: i for name, i in original.specials.items() if name != original.unknown},
+        bos_id=original.bos_id,
+        declared_eos=original.declared_eos,
+        declared_pad=original.declared_pad,
     )
 
 

@@ -141,7 +141,7 @@ def weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
 def _weights(config: ModelConfig, format: str) -> tuple[Weight, ...]:
     if format not in FORMATS:
         raise ConfigError(
-            f"unknown weight format {format!r}{nearest(format, list(FORMATS))} Allowed: {', '.join(FORMATS)}"
+            f"unknown weight format {format!r}{nearest(format, list(FORMATS)) or '.'} Allowed: {', '.join(FORMATS)}"
         )
     column, differs = list(FORMATS).index(format), FORMATS[format]
 

@@ -120,8 +120,8 @@ class RunSource:
             ) from None
         if self._values.get("frozen") != base.identity():
             raise ConfigError(
-                f"{name!r} is not the model that {self.path} was trained on, and its updates fit no other: put back "
-                "the one that it was"
+                f"{name!r} is not the model that {self.path} was trained on, and its LoRA updates fit no other "
+                "model: restore the model of that name"
             )
         return base
 

@@ -1,4 +1,4 @@
-"""Claims about the styles that dialogs are published in: what each becomes, and which messages are learnt.
+"""Claims about the styles that dialogs are published in: what each becomes, and which messages are learned.
 
 The styles are those of OpenAI, Anthropic, ShareGPT, LLaMA-Factory, ms-swift, TRL, axolotl, verl and torchtune. What is
 expected is the ids and the mask of the same dialog in OpenAI's style, from the oracle of the format's description.
@@ -76,7 +76,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_is_the_same_dialog_and_only_a_prompt_is_not_learnt(tokenizer, shape):
+def test_every_shape_is_the_same_dialog_and_only_a_prompt_is_not_learned(tokenizer, shape):
     first = 3 if shape.startswith("TRL") else 0
     assert ids_of(SHAPES[shape], tokenizer) == expected(tokenizer, ROUND, None, first)
 
@@ -216,7 +216,7 @@ def test_tools_of_every_style_are_the_same_tools(tokenizer, tools):
     assert ids_of({"messages": CALLED, **tools}, tokenizer) == expected(tokenizer, CALLED, [FUNCTION])
 
 
-# ---- what is learnt ------------------------------------------------------------------------------------------
+# ---- what is learned ------------------------------------------------------------------------------------------
 
 MARKS = [
     *(("weight", no, 1) for no in (0, 0.0, False)),
@@ -231,7 +231,7 @@ MARKS = [
 
 
 @pytest.mark.parametrize(("key", "no", "yes"), MARKS, ids=range(len(MARKS)))
-def test_a_message_that_is_marked_is_not_learnt(tokenizer, key, no, yes):
+def test_a_message_that_is_marked_is_not_learned(tokenizer, key, no, yes):
     unmarked, wanted = expected(tokenizer, ROUND, None), expected(tokenizer, ROUND, None, 2)
     assert unmarked != wanted
     first = {"messages": [{**ASK, key: no}, {**ANSWER, key: no}, LATER[0], {**LATER[1], key: yes}]}
@@ -261,7 +261,7 @@ def test_marks_within_the_answers_of_a_pair_count_too(tokenizer):
 def test_counting_every_token_is_refused_where_messages_are_marked(tmp_path, tokenizer):
     store = store_of(tmp_path, [{"messages": [ASK, {**ANSWER, "weight": 0}, *LATER]}], tokenizer)
     assert store.marked
-    with pytest.raises(ConfigError, match="would count messages that the data mark as not to be learnt"):
+    with pytest.raises(ConfigError, match="would count messages that the data mark as not to be learned"):
         pack(store, sequence_length=200, loss_on="all")
     pack(store, sequence_length=200, loss_on="assistant")
     prompted = build_store([str(tmp_path / "data.jsonl")], tokenizer, cache_dir=tmp_path / "cache")
@@ -298,7 +298,7 @@ SOURCE = (
         },
     ],
 )
-def test_reasoning_is_learnt_where_the_chat_template_writes_it(tokenizer, answer):
+def test_reasoning_is_learned_where_the_chat_template_writes_it(tokenizer, answer):
     encoder = RecordEncoder(tokenizer, choose(tokenizer, SOURCE))
     ids, mask = ids_of({"messages": [ASK, answer]}, encoder)[:2]
     assert tokenizer.decode(ids) == "user:Why?<|eot_id|>assistant:(Hm.)Because.<|eot_id|>"
@@ -306,7 +306,7 @@ def test_reasoning_is_learnt_where_the_chat_template_writes_it(tokenizer, answer
 
 
 @pytest.mark.parametrize("source", [None, SOURCE.replace("reasoning_content", "name")])
-def test_reasoning_that_the_chat_format_leaves_out_is_refused_unless_it_is_not_learnt(tokenizer, source):
+def test_reasoning_that_the_chat_format_leaves_out_is_refused_unless_it_is_not_learned(tokenizer, source):
     encoder = RecordEncoder(tokenizer, choose(tokenizer, source))
     with pytest.raises(
         ValueError, match=r"messages\[1\]: 'reasoning_content' is not written by the chat format of the"

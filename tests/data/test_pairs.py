@@ -114,7 +114,7 @@ def test_a_record_that_is_a_dialog_too_is_read_as_what_is_asked_for(tmp_path, to
     assert documents_in(dialogs)[0] == documents_in(pairs)[0]
 
 
-def test_a_vocabulary_is_learnt_from_both_answers(tmp_path):
+def test_a_vocabulary_is_learned_from_both_answers(tmp_path):
     found = list(documents_from([write(tmp_path / "d.jsonl", [GOOD, TEXTS])]))
     assert all(isinstance(sample, Pair) for sample in found)
     text = "\n".join(sample.text for sample in found)
@@ -270,7 +270,7 @@ BAD = [
     (answers([BETTER], prompt=[{"role": "usr", "content": "x"}]), "did you mean 'user'?"),
     (answers([BETTER], tools=["ad"]), "tools[0]: 'ad' (str) is not a built-in tool"),
     (answers([BETTER], tools="add"), "'tools' must be a list"),
-    (answers([{**BETTER, "weight": 0}]), "no message of the assistant is to be learnt"),
+    (answers([{**BETTER, "weight": 0}]), "no message of the assistant is to be learned"),
     ({"prompt": [ASK], "chosen": [BETTER]}, "'chosen' without 'rejected'"),
     ({"rejected": "b"}, "'rejected' without 'chosen'"),
     ({"messages": [ASK, ANSWER]}, "not a preference pair, as the records before it are"),

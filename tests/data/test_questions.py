@@ -133,9 +133,9 @@ def test_the_loss_counts_the_answers_and_their_ends_alone():
     assert read == TRAIN
     for dialog in read[:40]:
         ids, targets = encode(dialog, tokenizer, max_length=None)
-        learnt = [i for i, target in zip(ids, targets, strict=True) if target]
+        learned = [i for i, target in zip(ids, targets, strict=True) if target]
         answers = [tokenizer.encode(said) + [tokenizer.eot_id] for _, said in pairs([dialog])]
-        assert learnt == [i for answer in answers for i in answer]
+        assert learned == [i for answer in answers for i in answer]
 
 
 def test_a_part_that_does_not_exist_is_answered_with_those_that_do():

@@ -83,7 +83,7 @@ def test_a_completion_is_plain_text_of_which_the_prompt_is_no_target(merging):
     assert merging.eot_id not in found[0]
 
 
-def test_a_text_is_learnt_whole_also_beside_dialogs(tmp_path, tokenizer):
+def test_a_text_is_learned_whole_also_beside_dialogs(tmp_path, tokenizer):
     store = store_of(tmp_path, [{"text": "plain"}, {"messages": [ASK, ANSWER]}], tokenizer)
     assert store.masked
     text, dialog = documents_in(store)
@@ -175,7 +175,7 @@ BAD = [
     ({"prompt": [ASK], "completion": 3}, "'completion' must be a list of messages"),
     ({"prompt": [ASK], "completion": " "}, "'completion' is empty: there is nothing to learn"),
     ({"prompt": [ASK], "completion": [ASK]}, "no message is the assistant's: there is nothing to learn"),
-    ({"prompt": [ASK, ANSWER], "completion": [ASK]}, "no message of the assistant is to be learnt"),
+    ({"prompt": [ASK, ANSWER], "completion": [ASK]}, "no message of the assistant is to be learned"),
     ({"prompt": [ASK], "completion": [ANSWER], "label": False}, "'label' is false: the answer is marked as one not to"),
     ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: the answer is marked as one not to give"),
     ({"prompt": "a", "completion": " "}, "'completion' is empty"),
@@ -191,7 +191,7 @@ BAD = [
     (answered(None), "assistant message has no content"),
     (answered("x" * 500), "tokens are more than data.sequence_length=400"),
     ({"prompt": "x" * 500, "completion": "y"}, "503 tokens are more than data.sequence_length=400"),
-    ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "no message of the assistant is to be learnt"),
+    ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "no message of the assistant is to be learned"),
     ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "messages[1]: 'weight' must be true, false, 1 or 0, got 0.5"),
     ({"messages": [ASK, {**ANSWER, "train": "no"}]}, "messages[1]: 'train' must be true, false, 1 or 0, got 'no'"),
     (
@@ -205,7 +205,7 @@ BAD = [
     ({"messages": [ASK, {**ANSWER, "masked": 1, "loss": 1}]}, "'loss': 1 and 'masked': 1 contradict each other"),
     (
         {"messages": [{**ASK, "train": True}, ANSWER]},
-        "messages[0]: 'train': True marks a message of the user to be learnt",
+        "messages[0]: 'train': True marks a message of the user to be learned",
     ),
     ({"messages": [{**ASK, "masked": False}, ANSWER]}, "messages[0]: 'masked': False marks a message of the user"),
     ({"messages": [ASK, {**ANSWER, "train_detail": []}]}, "messages[1]: 'train_detail' marks parts of a message"),
@@ -265,7 +265,7 @@ BAD = [
     ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must be a list of [instruction, output]"),
     (
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "weight": 0}]},
-        "no message of the assistant is to be learnt",
+        "no message of the assistant is to be learned",
     ),
     ({"messages": [ASK, ANSWER], "functions": [{}]}, "tools[0] must be {'type': 'function'"),
     ({"messages": [ASK, ANSWER], "functions": [FUNCTION], "tools": [FUNCTION]}, "'tools' and 'functions' say the same"),
@@ -352,7 +352,7 @@ def test_a_damaged_file_of_targets_is_refused_and_rebuilt(tmp_path, tokenizer):
         build_store([str(tmp_path / "data.jsonl")], tokenizer, cache_dir=tmp_path / "cache")
 
 
-def test_a_vocabulary_is_learnt_from_all_that_is_said(tmp_path):
+def test_a_vocabulary_is_learned_from_all_that_is_said(tmp_path):
     lines = [{"messages": [ASK, ANSWER]}, {"prompt": "one", "completion": " two"}, b"broken", {"text": "three"}]
     found = list(documents_from([write(tmp_path / "data.jsonl", lines)]))
     assert [type(sample) for sample in found][:3] == [Dialog, Completion, BadLine]

@@ -66,8 +66,8 @@ def documents_of(records: list[dict], tokenizer: Tokenizer) -> list[tuple[list[i
             prompt, answer = record.get("prompt", ""), record.get("completion") or record["text"]
             asked = [tokenizer.bos_id, *prompt.encode()]  # an id is a byte here
             counted = ["text" in record] * len(asked)
-            learnt = [*answer.encode(), tokenizer.eos_id]
-            found.append((asked + learnt, counted + [True] * len(learnt)))
+            learned = [*answer.encode(), tokenizer.eos_id]
+            found.append((asked + learned, counted + [True] * len(learned)))
     return found
 
 
@@ -206,7 +206,7 @@ def test_bad_data_stops_a_run_before_it_starts_and_a_little_is_told_of(tmp_path,
     words = r"4 of 34 documents cannot be used \(11.8%; .*: 'output' is empty.*; all of them are listed in "
     for run in (
         dialog_run(tmp_path, "bad", bad, data__tokenizer=given),
-        dialog_run(tmp_path, "bad"),  # nor is a vocabulary learnt of it
+        dialog_run(tmp_path, "bad"),  # nor is a vocabulary learned of it
     ):
         with pytest.raises(ValueError, match=words) as caught:
             loop.train(run)

@@ -5,7 +5,7 @@
 
 The harness' own tests of a model (its tests/models/test_huggingface.py) ask EleutherAI/pythia-70m for log-likelihoods
 of multiple choices, rolling ones, texts up to their stops, and ids. The same kinds of requests are put here to a Llama
-whose weights make_model.py draws by name. Its vocabulary is learnt from TEXT and kept in the file, so that tests train
+whose weights make_model.py draws by name. Its vocabulary is learned from TEXT and kept in the file, so that tests train
 none. HFLM alone makes every number of the file.
 
 HFLM's cache of logits is off: in lm_eval 0.4.13 it answers a shorter one of two requests that are read alike, such as

@@ -50,12 +50,12 @@ def expected(tokenizer, messages: list[dict], tools: list | None, first: int = 0
         ids.extend(new)
         mask.extend([spoken] * len(new))
 
-    learnt = [message["role"] == "assistant" and i >= first for i, message in enumerate(messages)]
+    learned = [message["role"] == "assistant" and i >= first for i, message in enumerate(messages)]
     messages = list(messages)
     builtin = [tool for tool in tools or () if isinstance(tool, str)]
     functions = [tool for tool in tools or () if not isinstance(tool, str)]
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-    learnt = learnt[len(learnt) - len(messages) :]
+    learned = learned[len(learned) - len(messages) :]
     if tools:
         searches = [name for name in builtin if name != "code_interpreter"]
         head = "Environment: ipython" + (f"\nTools: {', '.join(searches)}\n" if searches else "\n\n" if system else "")
@@ -77,7 +77,7 @@ def expected(tokenizer, messages: list[dict], tools: list | None, first: int = 0
             )
         told += "\nReturn function calls in JSON format."
         say([*header(tokenizer, "user"), *tokenizer.encode(told), *control(tokenizer, "eot_id")], False)
-    for message, spoken in zip(messages, learnt, strict=True):
+    for message, spoken in zip(messages, learned, strict=True):
         role = {"tool": "ipython"}.get(message["role"], message["role"])
         say(header(tokenizer, role), False)
         say(tokenizer.encode(message["content"] or ""), spoken)

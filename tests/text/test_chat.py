@@ -313,7 +313,7 @@ def test_a_developer_is_the_system_and_system_messages_may_stand_anywhere(byte_l
     assert byte_level.decode(tools).startswith("<|begin_of_text|>" + turn("system", head) + turn("system", "B"))
 
 
-def test_the_mask_leaves_out_the_messages_that_are_not_to_be_learnt(byte_level):
+def test_the_mask_leaves_out_the_messages_that_are_not_to_be_learned(byte_level):
     messages = [
         {"role": "system", "content": "S"},
         user("U"),

@@ -52,8 +52,8 @@ def test_a_run_takes_the_template_of_its_base_and_keeps_it(tmp_path, base):
     rows, _ = prepare.rows(run, RecordEncoder(tokenizer, chat), lambda *_: None)
     store = rows.parts[0].store
     assert store.tokens[: len(ids)].tolist() == ids
-    learnt = store.tokens[: len(ids)][store.targets(0, len(ids))].tolist()
-    assert tokenizer.decode(learnt) == "Yo<|eot_id|>"
+    learned = store.tokens[: len(ids)][store.targets(0, len(ids))].tolist()
+    assert tokenizer.decode(learned) == "Yo<|eot_id|>"
 
 
 def test_a_run_can_take_another_format(tmp_path, base):

@@ -321,30 +321,30 @@ def _typed_pieces(fields: Fields, unknown: int | None) -> list[Piece]:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def fields(held: Vocabulary, *, rows: int | None = None) -> Fields:
+def fields(original: Vocabulary, *, rows: int | None = None) -> Fields:
     """The metadata of a GGUF file with which llama.cpp, and `vocabulary` here, encode text to the same ids.
 
     Args:
-        held: vocabulary to write.
+        original: vocabulary to write.
         rows: number of ids that the model has; added tokens beyond them are dropped. None keeps all.
 
     Raises:
         ConfigError: a GGUF file cannot describe such a vocabulary.
     """
     common = {
-        "bos": held.bos_id,
-        "eos": held.eos_id,
-        "add_bos": held.bos_id is not None,
+        "bos": original.bos_id,
+        "eos": original.eos_id,
+        "add_bos": original.bos_id is not None,
     }
-    if isinstance(held, BytePairs):
-        made = _fields_of_byte_pairs(held, common)
-    elif isinstance(held, LibraryVocabulary):
-        made = _fields_of_library(held, common)
-    elif isinstance(held, PieceVocabulary):
-        made = _fields_of_pieces(held, common)
+    if isinstance(original, BytePairs):
+        made = _fields_of_byte_pairs(original, common)
+    elif isinstance(original, LibraryVocabulary):
+        made = _fields_of_library(original, common)
+    elif isinstance(original, PieceVocabulary):
+        made = _fields_of_pieces(original, common)
     else:
-        raise TypeError(f"no GGUF metadata for {type(held).__name__}")
-    if rows is not None and held.plain_size <= rows < held.size:
+        raise TypeError(f"no GGUF metadata for {type(original).__name__}")
+    if rows is not None and original.plain_size <= rows < original.size:
         for key in ("tokens", "token_types", "scores"):
             if made.get(key) is not None:
                 made[key] = made[key][:rows]
@@ -353,60 +353,60 @@ def fields(held: Vocabulary, *, rows: int | None = None) -> Fields:
     return made
 
 
-def _fields_of_byte_pairs(held: BytePairs, common: dict[str, Any]) -> Fields:
-    pre = next(name for name, pre in PRE_TOKENIZERS.items() if one_pattern(pre.splits, pre.gpt2) == held.pattern)
+def _fields_of_byte_pairs(original: BytePairs, common: dict[str, Any]) -> Fields:
+    pre = next(name for name, pre in PRE_TOKENIZERS.items() if one_pattern(pre.splits, pre.gpt2) == original.pattern)
     whole_words = PRE_TOKENIZERS[pre].whole_words
-    plain = {spelled(token): i for token, i in held.tokens.items()}
-    merges = [(spelled(left), spelled(right)) for left, right in every_split(list(held.tokens))]
+    plain = {spelled(token): i for token, i in original.tokens.items()}
+    merges = [(spelled(left), spelled(right)) for left, right in every_split(list(original.tokens))]
     unmade = [] if whole_words else in_merge_order(plain, merges, whole_words=False)[1]
-    if unmade or (whole_words and held.silent):
+    if unmade or (whole_words and original.silent):
         raise ConfigError(
             f"with llama.cpp's pre-tokenizer {pre!r}, a word that is a token, but that no merges make, "
             f"{'always' if whole_words else 'never'} becomes that token, unlike in this vocabulary"
         )
-    if len(held.found) > 1:
+    if len(original.found) > 1:
         raise ConfigError("a GGUF file holds one round of tokens that are found in text; this vocabulary has two")
-    kinds = dict.fromkeys(held.specials.values(), CONTROL)
-    kinds |= {i: USER_DEFINED for names in held.found for i in names.values() if i is not None}
+    kinds = dict.fromkeys(original.specials.values(), CONTROL)
+    kinds |= {i: USER_DEFINED for names in original.found for i in names.values() if i is not None}
     return Fields(
         model="gpt2",
         pre=pre,
-        tokens=[name.decode() if i in kinds else spelled(name) for i, name in enumerate(held.by_id)],
-        token_types=[kinds.get(i, NORMAL) for i in range(held.size)],
+        tokens=[name.decode() if i in kinds else spelled(name) for i, name in enumerate(original.by_id)],
+        token_types=[kinds.get(i, NORMAL) for i in range(original.size)],
         merges=[f"{left} {right}" for left, right in merges],
         **common,
     )
 
 
-def _fields_of_library(held: LibraryVocabulary, common: dict[str, Any]) -> Fields:
-    data = json.loads(held.contents)
+def _fields_of_library(original: LibraryVocabulary, common: dict[str, Any]) -> Fields:
+    data = json.loads(original.contents)
     model, cuts = data["model"], cuts_of(data.get("pre_tokenizer"))
-    is_byte_level = (held.decoder or {}).get("type") == "ByteLevel" and data.get("normalizer") is None
+    is_byte_level = (original.decoder or {}).get("type") == "ByteLevel" and data.get("normalizer") is None
     if model.get("type") != "BPE" or cuts is None or not is_byte_level or model.get("unk_token"):
-        return _fields_of_pieces(to_pieces(held), common)
+        return _fields_of_pieces(to_pieces(original), common)
     whole_words = bool(model.get("ignore_merges"))
     names = [n for n, pre in PRE_TOKENIZERS.items() if (pre.splits, pre.gpt2, pre.whole_words) == (*cuts, whole_words)]
     if not names:
         raise ConfigError("llama.cpp has no name for this vocabulary's way of cutting text into words")
     added = {token["id"]: token["content"] for token in data["added_tokens"]}
-    texts = {i: token for token, i in held.ids.items()} | added
-    kinds = {i: CONTROL if name in held.specials else USER_DEFINED for i, name in added.items()}
+    texts = {i: token for token, i in original.ids.items()} | added
+    kinds = {i: CONTROL if name in original.specials else USER_DEFINED for i, name in added.items()}
     return Fields(
         model="gpt2",
         pre=names[0],
-        tokens=[texts.get(i, f"[UNUSED_{i}]") for i in range(held.size)],
-        token_types=[kinds.get(i, NORMAL if i in texts else UNUSED) for i in range(held.size)],
+        tokens=[texts.get(i, f"[UNUSED_{i}]") for i in range(original.size)],
+        token_types=[kinds.get(i, NORMAL if i in texts else UNUSED) for i in range(original.size)],
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
         **common,
     )
 
 
-def _fields_of_pieces(held: PieceVocabulary, common: dict[str, Any]) -> Fields:
-    model = held.model
+def _fields_of_pieces(original: PieceVocabulary, common: dict[str, Any]) -> Fields:
+    model = original.model
     pieces = {i: piece for i, piece in enumerate(model.pieces)}
-    pieces |= {i: Piece(name, 0.0, CONTROL) for name, i in held.specials.items()}
-    pieces |= {i: Piece(name, 0.0, USER_DEFINED) for name, i in held.found.items()}
-    listed = [pieces.get(i, Piece(f"[UNUSED_{i}]", 0.0, UNUSED)) for i in range(held.size)]
+    pieces |= {i: Piece(name, 0.0, CONTROL) for name, i in original.specials.items()}
+    pieces |= {i: Piece(name, 0.0, USER_DEFINED) for name, i in original.found.items()}
+    listed = [pieces.get(i, Piece(f"[UNUSED_{i}]", 0.0, UNUSED)) for i in range(original.size)]
     unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
     return Fields(
         model=next(name for name, algorithm in _ALGORITHMS.items() if algorithm == model.algorithm),
@@ -416,7 +416,7 @@ def _fields_of_pieces(held: PieceVocabulary, common: dict[str, Any]) -> Fields:
         merges=[],
         scores=[piece.score for piece in listed],
         unknown=unknown,
-        pad=held.declared_pad,
+        pad=original.declared_pad,
         space_first=model.space_first,
         strip_spaces=model.strip_spaces,
         character_map=model.character_map or None,
