@@ -1,6 +1,6 @@
 """Long phases of a program: each is announced with the time that it took the last time on this machine.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ fsspec reads gs:// with the package gcsfs, s3:// with s3fs, and others with pack
 credentials as always. A download is kept in the user's cache under a name that covers the address and the version of
 each file, so that a file that has changed is downloaded again.
 
-Floor 0: no jax here.
+Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations

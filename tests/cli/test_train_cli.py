@@ -112,7 +112,7 @@ def test_a_wrong_flag_is_named(tmp_path, arguments, words):
 def test_a_broken_config_file_is_named_with_what_is_wrong(tmp_path, source, words):
     path = tmp_path / "broken.py"
     path.write_text(source)
-    done, _ = program(tmp_path, f"--config={path}")
+    done, _ = program(f"--config={path}")
     line = done.stderr.splitlines()[-1]  # absl may warn of its own before
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert line.startswith("error: ") and words in line and "broken.py" in line
@@ -207,12 +207,8 @@ def test_meshes_must_use_the_devices():
         parallel.make_mesh({"data": -1, "fsdp": -1})
 
 
-def program(folder, *arguments, devices=1):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "LLAMA_JAX_CACHE": str(folder / "compiled"),
-    }
+def program(*arguments, devices=1):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     begin = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -228,7 +224,7 @@ def program(folder, *arguments, devices=1):
     ],
 )
 def test_the_program_leaves_with_one_line_and_status_2(tmp_path, arguments, words):
-    done, seconds = program(tmp_path, f"--config={write_config(tmp_path)}", *arguments, devices=8)
+    done, seconds = program(f"--config={write_config(tmp_path)}", *arguments, devices=8)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert words in done.stderr

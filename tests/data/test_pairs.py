@@ -304,7 +304,7 @@ def test_more_than_five_percent_of_bad_pairs_stop_and_pairs_are_what_is_counted(
 
 def test_stores_of_texts_and_dialogs_are_found_where_they_were_before_pairs(tmp_path, tokenizer):
     """The keys, written out; and meta of before, which says nothing of pairs. Those of dialogs have a version."""
-    for name, lines, length in (("t", [{"text": "plain"}], []), ("d", [{"messages": [ASK, ANSWER]}], [T, 2, "drop"])):
+    for name, lines, length in (("t", [{"text": "plain"}], []), ("d", [{"messages": [ASK, ANSWER]}], [T, 3, "drop"])):
         path = write(tmp_path / f"{name}.jsonl", lines)
         made = build_store([path], tokenizer, cache_dir=tmp_path / "cache", max_length=T)
         identity = [1, fingerprint_of([path]), tokenizer.fingerprint, tokenizer.vocab_size, *length]

@@ -35,6 +35,7 @@ def _compiled(*what: str | Path) -> dict:
     if library is None:
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
     environment = os.environ | {
+        "XLA_FLAGS": "",
         "PYTHONPATH": f"{ROOT}:{TESTS}",
         "TPU_LIBRARY_PATH": library,
         "TPU_SKIP_MDS_QUERY": "1",

@@ -50,12 +50,11 @@ def test_the_quickstarts_texts_are_in_a_kernel_what_they_are_outside(tmp_path):
     assert notebook.cells[0].outputs[-1].text.strip() == fingerprint_of(["stdlib:train", "stdlib:chat-train"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "multihost" in n else n for n in NAMES])
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
     environment = {
         "LLAMA_JAX_QUICK": "1",
         "JAX_PLATFORMS": "cpu",
-        "LLAMA_JAX_CACHE": str(tmp_path / "compiled"),
         "HOME": str(tmp_path),  # ~/.cache
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "MPLCONFIGDIR": matplotlib.get_cachedir(),  # otherwise matplotlib rebuilds its list of fonts

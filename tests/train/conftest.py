@@ -1,9 +1,11 @@
 """Fixtures of the tests of training."""
 
+import os
+
 import pytest
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """A compilation cache that the subprocesses share."""
-    return tmp_path_factory.mktemp("compiled")
+def compiled():
+    """The compilation cache that all tests and their subprocesses share (tests/conftest.py)."""
+    return os.environ["LLAMA_JAX_CACHE"]

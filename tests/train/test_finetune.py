@@ -121,7 +121,7 @@ def test_lora_begins_as_the_base_and_trains_only_its_updates(base):
     assert set(state.opt_state[1].mu["layers"]["ffn"]) == {"up", "down"}
 
 
-@pytest.mark.parametrize("kind", ["auto", "int4"])
+@pytest.mark.parametrize("kind", [pytest.param("auto", marks=pytest.mark.slow), "int4"])
 def test_lora_and_qlora_train_to_the_same_numbers_on_every_mesh(base, kind):
     run = lora_run(base, lora__base=kind, train__remat="full")
     _, frozen, one = steps(on_mesh(run), 4)
@@ -132,7 +132,7 @@ def test_lora_and_qlora_train_to_the_same_numbers_on_every_mesh(base, kind):
         assert gap(losses(many), losses(one)) < ROUNDING, sizes
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_qlora_is_lora_beside_the_rounded_base(base, bits, tmp_path):
     """QLoRA equals LoRA on a folder with the dequantized values of the rounded base."""
     run = lora_run(base, lora__base=f"int{bits}")
@@ -390,7 +390,7 @@ def dpo_run(tmp_path, base, name: str, **changes) -> RunConfig:
     return file_run(tmp_path, base, name, **(given | changes))
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_dpo_run_begins_at_the_reference_learns_and_resumes_on_another_mesh(tmp_path, base, rank, capsys):
     settings = {"lora__rank": rank}
     loop.train(dpo_run(tmp_path, base, "whole", **settings))

@@ -140,10 +140,14 @@ def file_run(tmp_path, base, model, name, **changes) -> RunConfig:
 @pytest.mark.parametrize(
     "model, settings",
     [
-        (MODEL, {"lora__targets": ("q_proj", "embed_tokens", "lm_head"), "lora__dropout": 0.1}),
+        pytest.param(
+            MODEL,
+            {"lora__targets": ("q_proj", "embed_tokens", "lm_head"), "lora__dropout": 0.1},
+            marks=pytest.mark.slow,
+        ),
         (MODEL, {"lora__targets": ("v",), "lora__trained_tokens": (0, 83, 97)}),
         (TIED, {"lora__targets": ("embed",), "lora__base": "int8"}),
-        (TIED, {"lora__targets": ("q",), "lora__trained_tokens": (83,)}),
+        pytest.param(TIED, {"lora__targets": ("q",), "lora__trained_tokens": (83,)}, marks=pytest.mark.slow),
     ],
     ids=["pairs", "rows", "tied-pair", "tied-rows"],
 )

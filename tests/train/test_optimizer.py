@@ -520,7 +520,7 @@ def trained(name, moments, rate, b2):
     return losses[0], losses[-10:].mean()
 
 
-@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+@pytest.mark.parametrize("moments", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_training_with_few_bits_ends_at_the_loss_of_float32(moments):
     """With b2 = 0.999, where rounding to the nearest would do most harm."""
     first, float32 = trained("adamw", "float32", 3e-3, 0.999)

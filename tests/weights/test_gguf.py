@@ -361,7 +361,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "value",
     [
-        struct.pack("<IQ", 8, 2 << 20) + bytes(16 << 20),
+        struct.pack("<IQ", 8, 1 << 20) + bytes(8 << 20),
         struct.pack("<IQ", 8, 12_000) + text("🦙" + "x" * 1200) * 12_000,
         struct.pack("<IQ", 8, 8) + (text("x" * (2 << 20) + "🦙")) * 8,
         struct.pack("<IQ", 4, 4 << 20) + bytes(16 << 20),
