@@ -57,8 +57,6 @@ class Tokenizer:
             ValueError: the file is damaged (one line: file, fault, remedy), or its vocabulary is not of the expected
                 size.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise ConfigError(f"path must be that of a tokenizer's file or a model's folder, got {brief(path)}")
         self._setup(vocabulary_files.read(path), expanded(path))
         if expected_vocab_size is not None and expected_vocab_size != self.vocab_size:
             raise ValueError(
