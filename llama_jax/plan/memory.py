@@ -198,5 +198,6 @@ def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: b
     backward = gathered + tokens * (wide + 4 * m.embed_dim * 2 + scores)
     chunk = run.train.vocab_chunk or m.vocab_size
     chunk = min(chunk, math.ceil(m.vocab_size / parts(sizes, "vocab")))
-    loss = tokens * (2 * 4 * chunk + 8 * m.embed_dim) + chunk * m.embed_dim * (s + 4)
+    # Logits in float32 and their gradient in the compute dtype; hidden states gathered over tensor, and their gradient.
+    loss = tokens * ((4 + s) * chunk + s * m.embed_dim + 4 * m.embed_dim // t) + chunk * m.embed_dim * (s + 4)
     return copies + max(backward, loss)
