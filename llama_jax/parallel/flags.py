@@ -41,7 +41,9 @@ OPTIONS: dict[str, Options] = {
 
 def compiler_options(mesh: Mesh) -> Options:
     """The options for programs on a mesh that its compiler knows; empty for one device and for CPUs."""
-    device = mesh.devices.flat[0]
+    # One of this process's own, since a program of another's device would not compile here: all hosts must agree.
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    device = (own or list(mesh.devices.flat))[0]
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
     options = OPTIONS.get(platform, {}) if mesh.size > 1 else {}
     return {name: value for name, value in options.items() if _known(device, name, value)}

@@ -51,6 +51,9 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+_BATCH = ("batch", "length")  # the first axes of activations, over which gradients of weights are summed
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and the name of the sharding rules for it.
@@ -235,9 +238,6 @@ def summed(
     specs = tuple(layout.spec(names, array.shape) for array, names in arrays)
     split = jax.shard_map(part, mesh=layout.mesh, in_specs=specs, out_specs=spec, check_vma=False)
     return split(*(array for array, _ in arrays))
-
-
-_BATCH = ("batch", "length")
 
 
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:

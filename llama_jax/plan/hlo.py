@@ -17,6 +17,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.
 _HEADER = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|body|true_computation|false_computation|branch_computations=\{)=?%([\w.\-]+)")
 _ARITHMETIC = ("fusion", "dot", "convolution", "custom-call", "while")
+_INDEX = re.compile(r"index=(\d+)")
 _PARTICIPANTS = re.compile(r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[[^\]]*\] \{[^}]*\})")
 _KERNELS = {
     "splash attention": r"%splash_[\w.]+ = ",
@@ -184,7 +185,9 @@ def _trips(computations: Computations, instructions: list[_Instruction], loop: _
     if known:
         return int(known[1])
     condition, body = (_by_name(computations, loop, key) for key in ("condition", "body"))
-    counters = [int(index) for op in condition.values() for index in _INDEX.findall(op.rest) if op.opcode in _READS]
+    counters = [
+        int(index) for op in condition.values() for index in _INDEX.findall(op.rest) if op.opcode == "get-tuple-element"
+    ]
     limits = [value for op in condition.values() if (value := _constant(op)) is not None]
     if not limits and loop.operands:  # the limit of a loop that XLA widened enters with its tuple
         outer = {op.name: op for op in instructions}
@@ -194,10 +197,6 @@ def _trips(computations: Computations, instructions: list[_Instruction], loop: _
     if not limits or not counters:
         return 1
     return max(1, max(limits) // _stride(body, counters[0]))
-
-
-_INDEX = re.compile(r"index=(\d+)")
-_READS = ("get-tuple-element",)
 
 
 def _by_name(computations: Computations, loop: _Instruction, key: str) -> dict[str, _Instruction]:

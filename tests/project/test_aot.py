@@ -56,7 +56,7 @@ def test_a_recipe_fits_its_chips_in_the_memory_that_it_states(path):
     chip, shape = topology.split(":")
     assert found["devices"] == math.prod(int(n) for n in shape.split("x"))
     assert found["peak_bytes"] < _HBM[chip] * _GIB, found
-    assert abs(found["peak_bytes"] / _GIB / gib - 1) < 0.03, found
+    assert found["peak_bytes"] / _GIB < 1.03 * gib, found
     assert found["kernels"] >= 3  # the forward pass, the recomputation of a layer, and the backward pass
 
 
