@@ -1,6 +1,6 @@
 """Write the committed plans: docs/plans/NAME.json by the compilers, and the picture. The page follows from the JSON.
 
-    TPU_LIBRARY_PATH=.../libtpu.so CUDA_PLUGIN_PATH=... python benchmarks/plans.py [NAME ...] [--closed]
+    PYTHONPATH=. TPU_LIBRARY_PATH=.../libtpu.so CUDA_PLUGIN_PATH=... python benchmarks/plans.py [NAME ...] [--closed]
     python docs/generate.py
 
 Without names it makes all of them; --closed only draws the picture again. One plan takes one to four minutes of a core.

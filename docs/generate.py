@@ -59,8 +59,8 @@ def plans_page() -> str:
         "float32 weights, bfloat16 products. Each has its JSON beside this page. Peaks are those of the compilers;",
         "**nothing here ran on a TPU or GPU, and times are projections.** How to make one: [Plan](../guides/plan.md).",
         "",
-        "| plan | devices | mesh | batch | GiB a device, of | closed model | GB sent exposed, overlapped | projected |",
-        "|---|---|---|---|---|---|---|---|",
+        "| plan | devices | mesh | batch | GiB a device, of | goal | closed model | GB exposed, hidden | projected |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_plan_row(name, plan) for name, plan in plans.items()]
     if (DOCS / "plans" / "memory.svg").exists():
@@ -68,18 +68,32 @@ def plans_page() -> str:
     return "\n".join(lines)
 
 
+# Goals for the peak of a plan, in GiB a device.
+_GOALS = {
+    "405b-v5p-512": 24,
+    "405b-v6e-256": 28,
+    "70b-v5p-64": 33,
+    "8b-v5e-16": 12,
+    "8b-128k-v5p-32": 13,
+    "8b-h100-8": 40,
+}
+
+
 def _plan_row(name: str, plan: dict[str, Any]) -> str:
     """A row of the table of plans."""
     gib, moved = 1 << 30, plan["collectives"]
     mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
     exposed, overlapped = (sum(one[key] for one in moved) / 1e9 for key in ("exposed", "overlapped"))
-    step = plan["projection"]
+    step, goal = plan["projection"], ""
+    if name in _GOALS:
+        goal = f"{_GOALS[name]}: {'met' if plan['peak_bytes'] / gib <= _GOALS[name] else 'not met'}"
     cells = [
         f"[{name}]({name}.json)",
         f"{plan['device']}",
         mesh,
         f"{plan['batch_size']} x {plan['sequence_length']:,}",
         f"{plan['peak_bytes'] / gib:.1f} of {plan['limit_bytes'] / gib:.1f}{'' if plan['fits'] else ', does not fit'}",
+        goal,
         f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
         f"{exposed:,.0f}, {overlapped:,.0f}" if moved else "-",
         f"{step['seconds']:.1f} s, MFU {100 * step['mfu']:.0f} %",
