@@ -105,6 +105,8 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied_tokens": ({"target_modules": Q, "trainable_token_indices": [1, 5]}, TIED),
     "tied_tokens_head": ({"target_modules": Q, "trainable_token_indices": {"lm_head": [1, 5]}}, TIED),
     "tied_tokens_new": ({"target_modules": Q, "trainable_token_indices": NEW}, TIED | RESIZED),
+    "tied_tokens_saved": ({"target_modules": Q, "trainable_token_indices": [1, 5]}, TIED | SAVED),
+    "tied_tokens_lm_head": ({"target_modules": ["lm_head", "q_proj"], "trainable_token_indices": [1, 5]}, TIED),
     "tied_resized": ({"target_modules": Q}, TIED | SAVED | RESIZED),
 }
 # The cases of MORE whose loss on SMALL_TOKENS and its gradients are kept, for training.

@@ -106,6 +106,8 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     settings = peft_config.resolve(read_json(folder / CONFIG), matrices, *_VOCABULARY, str(folder / CONFIG))
     tensors = (torch_file if weights.suffix == ".bin" else safetensors).open_file(weights)
     parts = _parts(tensors, table, str(weights))
+    if config.tied_embeddings:
+        settings = _with_tied_tokens(parts, settings)
     _check_agreement(parts, settings, config, str(weights))
     config = _config_with(parts, settings, config, str(weights))
     if config.tied_embeddings:
@@ -228,6 +230,20 @@ def _containers(module: str) -> Iterable[str]:
 def _full_name(module: str, part: str) -> str:
     ends = _MATRIX_ENDS | (_EMBED_ENDS if module == _EMBED else _LINEAR_ENDS)
     return _ROOT + module + next(end for end, its in ends.items() if its == part)
+
+
+def _with_tied_tokens(parts: dict[str, Any], settings: PeftSettings) -> PeftSettings:
+    """The settings for tied embeddings: rows that are trained in the embedding are those of the unembedding too.
+
+    LoRA on the unembedding unties the two. Its base then has these rows, which are added to `parts`.
+    """
+    ids = _ids(_EMBED, settings)
+    if not ids or _ids(_UNEMBED, settings):
+        return settings
+    embed, unembed = parts.get(_EMBED, {}), parts.get(_UNEMBED, {})
+    if _ROWS in embed and _A in unembed:
+        unembed.setdefault(_ROWS, embed[_ROWS])
+    return settings._replace(token_ids={**settings.token_ids, _UNEMBED: ids})
 
 
 def _ids(module: str, settings: PeftSettings) -> tuple[int, ...]:
