@@ -215,7 +215,8 @@ def check_contents(data: Mapping[str, Any]) -> None:
         raise ConfigError(f"model.dropout is {brief(model['dropout'])}, which makes ids random")
     if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
         raise ConfigError("model.continuing_subword_prefix is not supported in a BPE model")
-    for token in data.get("added_tokens") or ():
+    listed = data.get("added_tokens")
+    for token in listed if isinstance(listed, list) else ():
         if isinstance(token, dict) and len(str(token.get("content"))) > _LONGEST_NAME:
             raise ConfigError(f"an added token has more than {_LONGEST_NAME:,} characters")
     prepended = 0

@@ -607,6 +607,26 @@ def test_tokens_of_other_files_are_added_as_transformers_adds_them(kind, files, 
     assert ours.special_tokens == {t.content: i for i, t in theirs.get_added_tokens_decoder().items() if t.special}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"added_tokens": 5},
+        {"added_tokens": [{"id": 1, "content": {}}]},
+        {"model": {"type": "Unigram", "vocab": [[{}, 0.0], ["<unk>", 0.0]], "unk_id": 0}},
+        {"model": {"type": "BPE", "vocab": {"<x>": "1", "a": 0}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"<x>": 1, "a": 0}, "merges": [[1, {}], "a"]}},
+    ],
+)
+def test_damage_is_refused_in_one_line_where_other_files_add_tokens(changes, tmp_path):
+    trained("gpt2").save(str(tmp_path / "tokenizer.json"))
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | changes))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<x>", "pad_token": "a"}))
+    with pytest.raises(ValueError, match="tokenizer.json: ") as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def metaspace() -> Library:
     """A Unigram vocabulary, whose words begin with a space."""
     characters = sorted({*"abcdefghijklmnopqrstuvwxyz<>|/_[]PADé\n"})

@@ -8,7 +8,7 @@ file is run by the library itself. `truncation` and `padding` are not used, as i
 import json
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def _completed(data: Mapping[str, Any], config: TokenizerConfig) -> Mapping[str,
             new[token.content] = token
     if not new:
         return data
-    ids = vocab if isinstance(vocab, dict) else {p[0]: i for i, p in enumerate(vocab) if isinstance(p, list) and p}
+    ids = _ids(vocab)
     words = _words(model) if any(name in ids and name not in own for name in new) else ()
     new |= {name: new[name]._replace(special=False) for name in new if name in words and name not in own}
     known = {name: token["id"] for name, token in own.items()}
@@ -146,13 +146,18 @@ def _completed(data: Mapping[str, Any], config: TokenizerConfig) -> Mapping[str,
     return {**data, "added_tokens": sorted(entries.values(), key=operator.itemgetter("id"))}
 
 
+def _ids(vocab: Mapping[str, Any] | Sequence[Any]) -> dict[str, int]:
+    """The ids of a model's tokens, without damaged entries."""
+    if isinstance(vocab, list):
+        vocab = {p[0]: i for i, p in enumerate(vocab) if isinstance(p, list) and p and isinstance(p[0], str)}
+    return {token: i for token, i in vocab.items() if type(i) is int}
+
+
 def _words(model: Mapping[str, Any]) -> set[str]:
     """The tokens that a model makes of ordinary text."""
     vocab, merges = model["vocab"], model.get("merges")
-    if isinstance(vocab, list):
-        return {piece[0] for piece in vocab if isinstance(piece, list) and piece and not looks_like_control(piece[0])}
-    if not isinstance(merges, list):
-        return {token for token in vocab if not looks_like_control(token)}
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return {token for token in _ids(vocab) if not looks_like_control(token)}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     made = {"".join(pair) for pair in pairs if isinstance(pair, list) and all(isinstance(part, str) for part in pair)}
     return made | {token for token in vocab if len(token) == 1}
