@@ -13,7 +13,7 @@ RUN = {
     "model": {"name": "tiny", "num_layers": 1},
     "data": {"sequence_length": 128, "batch_size": 8},
     "optimizer": {"warmup_steps": 5, "learning_rate": 3e-3},
-    "train": {"epochs": 2, "compute_dtype": "float32"},
+    "train": {"epochs": 4, "compute_dtype": "float32"},
     "log": {"eval_every": 10},
 }
 
