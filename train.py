@@ -1,8 +1,12 @@
 """Train a Llama: python train.py --config configs/NAME.py [--config.KEY=VALUE ...] (see --help and --keys)."""
 
+import signal
 import sys
 
-from llama_jax.cli import exits, train
+# Signals wait until `leave` has handlers for them.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
+from llama_jax.cli import exits, train  # noqa: E402
 
 if __name__ == "__main__":
     exits.leave(train.main, sys.argv[1:])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import os
@@ -28,17 +27,20 @@ from jax.experimental import multihost_utils
 
 from llama_jax import manifest
 from llama_jax.errors import ConfigError
+from llama_jax.parallel import processes
 from llama_jax.params import Params
 
 _FOLDER = "checkpoints"
 _SAVING, _DELETING, _DAMAGED = "saving-", "deleting-", "damaged-"
 _NONE, _ALL_DAMAGED = -1, -2
-_BARRIER_TIMEOUT_MS = 24 * 3600 * 1000  # for process 0 to hash; the runtime itself ends the others if it is lost
-_barriers = itertools.count()  # all processes reach the barriers in the same order
 
 
 class SaveError(OSError):
     """A checkpoint could not be written. The checkpoints before it are intact."""
+
+
+class Deleted(ConfigError):
+    """A checkpoint that does not exist, or that a training run deleted while it was read. Newer ones may exist."""
 
 
 class Checkpoints:
@@ -92,7 +94,8 @@ class Checkpoints:
     def latest(self, *items: str) -> int | None:
         """The newest step whose files are intact, or None if there is no step at all.
 
-        A warning names each newer step that is skipped, and the reason.
+        A warning names each newer step that is skipped, and the reason. Steps that a training run deletes meanwhile
+        count for nothing.
 
         Args:
             *items: the items that will be read, of "params", "rest" and "meta"; all by default.
@@ -105,17 +108,24 @@ class Checkpoints:
 
         def choose() -> int:
             nonlocal why
-            steps = self.steps()
-            if steps and self._without_manifests():
-                _warn(f"no checkpoint in {self.folder} has a manifest (they are of an older version): not validated")
-            for step, older in itertools.zip_longest(steps, steps[1:]):
-                problem = self._problem(step, items)
+            damaged: set[int] = set()
+            while steps := [step for step in self.steps() if step not in damaged]:
+                step, *older = steps
+                if not damaged and self._without_manifests():
+                    _warn(
+                        f"no checkpoint in {self.folder} has a manifest (they are of an older version): not validated"
+                    )
+                try:
+                    problem = self._problem(step, items)
+                except Deleted:
+                    continue
                 if problem is None:
                     return step
+                damaged.add(step)
                 why = f"checkpoint {self.folder / str(step)} is damaged: {problem}"
-                if older is not None:
-                    _warn(f"{why}; trying step {older}")
-            return _ALL_DAMAGED if steps else _NONE
+                if older:
+                    _warn(f"{why}; trying step {older[0]}")
+            return _ALL_DAMAGED if damaged else _NONE
 
         step = _broadcast_decision(choose)
         if step == _ALL_DAMAGED:
@@ -214,41 +224,77 @@ class Checkpoints:
         return self._restored(step, meta=ocp.args.JsonRestore())["meta"]
 
     def digests(self, step: int) -> dict[str, str]:
-        """SHA-256 of each file of a step's weights, by name. Together they identify the weights."""
-        files = manifest.read(self.folder / str(step), step=step).files
+        """SHA-256 of each file of a step's weights, by name. Together they identify the weights.
+
+        Raises:
+            Deleted: there is no such step.
+            ConfigError: its manifest is damaged.
+        """
+        folder = self.folder / str(step)
+        try:
+            if self._without_manifests():
+                paths = (path.relative_to(folder).as_posix() for path in (folder / "params").rglob("*"))
+                return manifest.digests(folder, paths)
+            files = manifest.read_exact(folder, step=step).files
+        except (manifest.DamagedError, OSError) as error:
+            self._check_exists(step)
+            raise ConfigError(f"checkpoint {folder} is damaged: {error}") from None
         return {name: digest for name, (_, digest) in files.items() if name.startswith("params/")}
 
     def _restored(self, step: int, **items: Any) -> Any:
         folder = self.folder / str(step)
         why = ""
 
-        def intact() -> int:
+        def validate() -> int:
             nonlocal why
-            why = self._problem(step, items) or ""
-            return not why
+            try:
+                why = self._problem(step, items) or ""
+            except Deleted:
+                return _NONE
+            return _ALL_DAMAGED if why else step
 
-        if not self._validated.issuperset((step, item) for item in items) and not _broadcast_decision(intact):
-            raise ConfigError(f"checkpoint {folder} is damaged: {why or 'see process 0'}; continue from another step")
+        if not self._validated.issuperset((step, item) for item in items):
+            found = _broadcast_decision(validate)
+            if found == _NONE:
+                raise self._deleted(step)
+            if found == _ALL_DAMAGED:
+                raise ConfigError(
+                    f"checkpoint {folder} is damaged: {why or 'see process 0'}; continue from another step"
+                )
         try:
-            return self._orbax.restore(folder, args=ocp.args.Composite(**items))
+            restored = self._orbax.restore(folder, args=ocp.args.Composite(**items))
+            self._check_exists(step)  # arrays whose files are deleted meanwhile may be read as zeros
+            return restored
+        except Deleted:
+            raise
         except Exception as error:  # whatever Orbax and TensorStore raise
+            self._check_exists(step)
             older = [s for s in self.steps() if s < step]
             remedy = f"move it away to continue from step {max(older)}" if older else "it is the only one"
             raise ConfigError(f"checkpoint {folder} cannot be read: {remedy} ({_one_line(error)})") from error
 
     def _problem(self, step: int, items: Collection[str]) -> str | None:
-        """The damage of a step by its manifest, in words, or None if it is intact."""
-        if self._without_manifests():
-            return None
+        """The damage of a step by its manifest, in words, or None if it is intact. Raises Deleted."""
         try:
             manifest.check(self.folder / str(step), step=step, items=items)
         except manifest.DamagedError as error:
-            return str(error)
+            self._check_exists(step)
+            return None if self._without_manifests() else str(error)
         return None
+
+    def _check_exists(self, step: int) -> None:
+        """Raise Deleted for a step that does not exist. A step is renamed before any of its files is deleted."""
+        if not (self.folder / str(step)).is_dir():
+            raise self._deleted(step)
+
+    def _deleted(self, step: int) -> Deleted:
+        steps = ", ".join(map(str, self.steps()))
+        return Deleted(f"{self.folder} has no checkpoint of step {step}: the steps in it are {steps or 'none'}")
 
     def _without_manifests(self) -> bool:
         """True if no step has a manifest: an older version wrote them all. If some have one, the others are damaged."""
-        return not any((self.folder / str(step) / manifest.FILE).exists() for step in self.steps())
+        folders = [self.folder / str(step) for step in self.steps()]
+        return any(map(Path.is_dir, folders)) and not any((folder / manifest.FILE).exists() for folder in folders)
 
     def _commit(self, step: int, loss: float | None) -> None:
         """Waits for Orbax, hashes and commits the step, and prunes older ones. It runs in the background."""
@@ -259,7 +305,7 @@ class Checkpoints:
                 manifest.write(whole, step=step, loss=loss if loss is not None and math.isfinite(loss) else None)
                 os.rename(whole, self.folder / str(step))
                 manifest.sync(self.folder)
-            _barrier(f"{self.folder} {step}")
+            processes.barrier(f"{self.folder} {step}")
         except Exception as error:
             raise self._save_error(step, error) from error
         if jax.process_index() == 0:
@@ -272,7 +318,7 @@ class Checkpoints:
         manifests = {}
         for step in self.steps():
             with contextlib.suppress(manifest.DamagedError):
-                manifests[step] = manifest.read(self.folder / str(step), step=step)
+                manifests[step] = manifest.read_exact(self.folder / str(step), step=step)
         return manifests
 
     @staticmethod
@@ -308,13 +354,8 @@ def _broadcast_decision(decide: Callable[[], int]) -> int:
     if jax.process_count() == 1:
         return decide()
     decision = decide() if jax.process_index() == 0 else 0
-    _barrier(f"decision {next(_barriers)}")  # a collective would time out earlier
+    processes.meet("decision")
     return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
-
-
-def _barrier(name: str) -> None:
-    """A barrier of all processes, which any thread may call."""
-    ocp.multihost.get_barrier_sync_fn()(key=f"llama_jax {name}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
 
 def _one_line(error: Exception) -> str:

@@ -117,12 +117,23 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     partial = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False)
     try:
-        with partial:
+        with naming(path), partial:
             yield cast(BinaryIO, partial)
             os.fchmod(partial.fileno(), 0o666 & ~_umask())
         os.replace(partial.name, path)
     finally:
         Path(partial.name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which errors of reading and writing name this file. A full disk raises one without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

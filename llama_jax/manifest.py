@@ -1,7 +1,8 @@
-"""Manifests of checkpoints: the size and SHA-256 of each file, against which the files are validated before use.
+"""Manifests: the size and SHA-256 of each file of a folder, against which the files are validated before use.
 
-This module knows folders and files and nothing of arrays. A manifest contains a hash of itself, so that a flipped bit
-in it is detected as in any other file.
+Checkpoints and the adapter of a run have a manifest each. A manifest contains a hash of itself (`sealed`), so that a
+flipped bit in it is detected as in any other file. The config of a run is sealed in the same way. This module knows
+folders and files and nothing of arrays.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,20 @@ FILE = "manifest.json"
 _VERSION = 1
 _MAX_BYTES = 1 << 26  # largest manifest, of half a million files
 _BLOCK = 1 << 20
+SEAL = "sha256"  # name of the hash of a JSON object in itself
 _THREADS = 8  # hashlib releases the interpreter lock
 
 
 class DamagedError(ValueError):
-    """A checkpoint that differs from its manifest or has none. The message names the file and the damage."""
+    """A folder that differs from its manifest or has none. The message names the file and the damage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The files of one checkpoint.
+    """The files of one folder.
 
     Attributes:
-        step: step of the checkpoint.
+        step: training step that the files are of.
         loss: validation loss at that step, or None.
         files: (bytes, SHA-256 in hex) of each file, by its path below the folder, with slashes.
     """
@@ -49,41 +51,47 @@ def write(folder: Path, *, step: int, loss: float | None) -> None:
     sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
     digests = _digests(folder, sizes)
     files = {name: [size, digests[name]] for name, size in sizes.items()}
-    content = {"version": _VERSION, "step": step, "loss": loss, "files": files}
-    write_json(folder / FILE, {**content, "sha256": _own_digest(content)})
+    write_json(folder / FILE, sealed({"version": _VERSION, "step": step, "loss": loss, "files": files}))
     for parent, _, names in os.walk(folder):
         for name in (*names, "."):
             sync(Path(parent, name))
 
 
-def read(folder: Path, *, step: int) -> Manifest:
-    """The manifest of `folder`. Raises DamagedError unless exactly its files exist, with the right sizes."""
+def read(folder: Path) -> Manifest:
+    """The manifest of `folder`. Raises DamagedError if it is missing or damaged."""
     if not (folder / FILE).is_file():
         raise DamagedError(f"{FILE} is missing")
     try:
         content = read_json(folder / FILE, max_bytes=_MAX_BYTES)
-        if content.pop("sha256", None) != _own_digest(content):
+        if not is_sealed(content):
             raise DamagedError(f"{FILE} was changed after it was written")
         if content["version"] != _VERSION:
             raise DamagedError(f"{FILE} has version {content['version']}, and this program reads {_VERSION}")
-        if content["step"] != step:
-            raise DamagedError(f"{FILE} is of step {content['step']}")
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
-        loss = None if content["loss"] is None else float(content["loss"])
-        # Only files below the folder are ever opened, whatever the manifest names.
-        sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
+        return Manifest(int(content["step"]), None if content["loss"] is None else float(content["loss"]), files)
     except DamagedError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{FILE} cannot be read: {type(error).__name__}: {error}") from None
-    for name, (size, _) in files.items():
+
+
+def read_exact(folder: Path, *, step: int) -> Manifest:
+    """The manifest of `folder`. Raises DamagedError unless exactly its files exist, with the right sizes."""
+    manifest = read(folder)
+    if manifest.step != step:
+        raise DamagedError(f"{FILE} is of step {manifest.step}")
+    try:  # only files below the folder are ever opened, whatever the manifest names
+        sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from None
+    for name, (size, _) in manifest.files.items():
         if name not in sizes:
             raise DamagedError(f"{name} is missing")
         if sizes[name] != size:
             raise DamagedError(f"{name} has {sizes[name]:,} bytes, not {size:,}")
-    for name in sizes.keys() - files.keys():  # Orbax reads every file of some folders
+    for name in sizes.keys() - manifest.files.keys():  # Orbax reads every file of some folders
         raise DamagedError(f"{name} is not in the manifest: delete it")
-    return Manifest(step, loss, files)
+    return manifest
 
 
 def check(folder: Path, *, step: int, items: Collection[str] = ()) -> None:
@@ -99,16 +107,46 @@ def check(folder: Path, *, step: int, items: Collection[str] = ()) -> None:
     """
     files = {
         name: entry
-        for name, entry in read(folder, step=step).files.items()
+        for name, entry in read_exact(folder, step=step).files.items()
         if not items or "/" not in name or name.partition("/")[0] in items
     }
-    try:
-        digests = _digests(folder, {name: size for name, (size, _) in files.items()}, f"checking step {step}")
-    except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from None
-    for name, (_, digest) in files.items():
-        if digests[name] != digest:
-            raise DamagedError(f"{name} was changed after it was written")
+    _check_digests(folder, files, f"checking step {step}")
+
+
+def check_present(folder: Path) -> Manifest:
+    """The manifest of `folder`, after the files that it lists and that exist were validated.
+
+    People copy files of an adapter elsewhere and add others, such as a model card. Those are not of the manifest.
+
+    Raises:
+        DamagedError: a file differs, or the manifest is missing or damaged.
+    """
+    manifest = read(folder)
+    present = {name: path for name, path in _files(folder) if name in manifest.files}
+    _check_digests(folder, {name: manifest.files[name] for name in present})
+    return manifest
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object with a hash of itself, under the name "sha256"."""
+    return {**content, SEAL: _own_digest(content)}
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """True if a JSON object is as `sealed` made it."""
+    return content.get(SEAL) == _own_digest({name: value for name, value in content.items() if name != SEAL})
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 (hex) of those of the named files that exist in `folder`."""
+    sizes = {name: os.path.getsize(folder / name) for name in names if (folder / name).is_file()}
+    return _digests(folder, sizes)
+
+
+def changed(folder: Path, expected: Mapping[str, str]) -> list[Path]:
+    """The files of `folder` whose SHA-256 is not the expected one, or that are missing."""
+    found = digests(folder, expected)
+    return [folder / name for name, digest in expected.items() if found.get(name) != digest]
 
 
 def sync(path: Path) -> None:
@@ -144,6 +182,17 @@ def _digests(folder: Path, sizes: Mapping[str, int], title: str | None = None) -
     largest_first = sorted(sizes, key=lambda name: -sizes[name])
     with bar, concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(largest_first, pool.map(digest, largest_first), strict=True))
+
+
+def _check_digests(folder: Path, files: Mapping[str, tuple[int, str]], title: str | None = None) -> None:
+    """Raise DamagedError for the first file whose hash differs."""
+    try:
+        digests = _digests(folder, {name: size for name, (size, _) in files.items()}, title)
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from None
+    for name, (_, digest) in files.items():
+        if digests[name] != digest:
+            raise DamagedError(f"{name} was changed after it was written")
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

@@ -1,10 +1,12 @@
-"""Progress bars on standard error: one look for all long phases.
+"""Progress bars on standard error, one look for all long phases, and the lines of a run on standard output.
 
 Floor 0: this module does not import jax.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
@@ -21,6 +23,20 @@ def counted(groups: Iterable[Group], title: str, *, unit: str, shown: bool) -> I
         for group in groups:
             yield group
             progress.update(len(group))
+
+
+def show(text: str) -> None:
+    """Write to standard output. Text that cannot be written is lost: no run ends because nobody reads it.
+
+    Characters that the encoding of standard output lacks become question marks.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no reader, a full disk; closed; no output at all
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding or "ascii"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
 
 
 def progress_bar(total: int | None, title: str, *, unit: str = "B", shown: bool = True, delay: float = _DELAY) -> Any:

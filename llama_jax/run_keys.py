@@ -416,12 +416,14 @@ class DistributedConfig:
         process_id: Number of this process, from 0. Not read with `auto`.
         download: Processes that download data and models of stores and of the hub: `each` for itself, for hosts with
             disks of their own; `first` only, before the others start to read, for caches on a disk that all share.
+        timeout_seconds: Seconds to wait for the other processes at the start.
     """
 
     coordinator: str = bounded("")
     num_processes: int = bounded(1, low=1)
     process_id: int = bounded(0, low=0)
     download: str = bounded("each", choices=("each", "first"))
+    timeout_seconds: float = bounded(300.0, low=1.0, high=86_400.0)
 
     def __post_init__(self) -> None:
         if self.coordinator not in ("", "auto"):

@@ -11,19 +11,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 from llama_jax.errors import one_line
 
 _log = logging.getLogger(__name__)
-_CAUGHT = (signal.SIGTERM, signal.SIGHUP)
-_interrupted: list[int] = []  # the signals that ended a command in the middle of its work
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class CommandError(Exception):
@@ -63,12 +65,78 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
-    """Run a command, and exit this process with its status."""
+    """Run a command, and exit this process with its status.
+
+    The process does not end the way that Python ends it: threads that download or compile would delay that, and a
+    signal would show a traceback.
+    """
     _usable_streams()
-    status = run(command, argv)
-    if _interrupted:  # threads that download or compile would delay the exit
-        os._exit(status)
-    sys.exit(status)
+    try:
+        status = run(command, argv)
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def unfailing_streams() -> Iterator[None]:
+    """Standard output and error that lose what cannot be written, for runs that must not end because of it.
+
+    The reader of a pipe may be gone, or a disk full. One line on standard error says so.
+    """
+    before = sys.stdout, sys.stderr
+    if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:  # not where a test or a notebook captures them
+        sys.stdout, sys.stderr = _unfailing(sys.stdout), _unfailing(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Unfailing(io.RawIOBase):
+    """A file descriptor for writing that never raises an error."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._failed = descriptor, False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as error:
+            if not self._failed and self._descriptor != 2:
+                line = f"warning: standard output cannot be written ({error.strerror}): going on without it\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, line.encode())
+            self._failed = True
+            return len(data)
+
+
+def _unfailing(stream: Any) -> Any:
+    try:
+        raw = _Unfailing(stream.fileno())
+    except (OSError, ValueError):
+        return stream  # the null device, in place of a descriptor that was closed
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering
+    )
 
 
 def _line(error: Exception) -> object | None:
@@ -109,8 +177,6 @@ def _discard_output() -> None:
 
 
 def _stopped(number: int) -> int:
-    if number != signal.SIGTERM:
-        _interrupted.append(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     print(f"\nstopped by {name}", file=sys.stderr)
@@ -127,11 +193,12 @@ def _signals_raise() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in _CAUGHT}
+    before = {number: signal.getsignal(number) for number in CAUGHT if number != signal.SIGINT}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
         yield
     finally:
         for number, handler in before.items():

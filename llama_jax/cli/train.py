@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import progress
-from llama_jax.cli import plan, recipes
+from llama_jax.cli import exits, plan, recipes, supervise
 from llama_jax.cli.exits import CommandError
 from llama_jax.cli.parser import program
 from llama_jax.cli.run_flags import parse_run_flags
 from llama_jax.errors import ConfigError
 from llama_jax.run_config import RunConfig
+from llama_jax.train.stop import StopSignal
 
 if TYPE_CHECKING:
     from llama_jax.train.run import Result
@@ -28,27 +29,44 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or the status of the signal that stopped the run (130 for Ctrl-C). A stopped run can be resumed.
     """
-    run, options = parse_run_flags(argv, command="train")
-    if options.plan:
-        return plan.of_training(run, options.plan)
-    _check_base(run)
+    with StopSignal(owns_process=True) as stop, exits.unfailing_streams():
+        supervised = supervise.is_child()
+        run, options = parse_run_flags(argv, command="train")
+        if options.plan:
+            return plan.of_training(run, options.plan)
+        _check_base(run)
+        if run.distributed.coordinator and not supervised:
+            return supervise.run(stop)
 
+        from llama_jax.parallel import processes
+
+        with processes.connected(run.distributed):
+            return _train(run, argv, options.resume, stop)
+
+
+def _train(run: RunConfig, argv: Sequence[str], resume: bool, stop: StopSignal) -> int:
     import jax
 
     from llama_jax import compilation_cache
+    from llama_jax.parallel import processes
     from llama_jax.train.run import TrainingError, train
 
     compilation_cache.enable()
-    _connect(run)
     try:
         with open(os.devnull, "w") as nowhere:
             with contextlib.nullcontext() if progress.enabled else contextlib.redirect_stdout(nowhere):
-                result = train(run, resume=options.resume)
+                result = train(run, resume=resume, stop=stop)
     except TrainingError as error:
         raise CommandError(error) from error
+    except Exception as error:
+        if jax.process_count() > 1 and processes.is_loss(error):
+            raise CommandError(supervise.LOST) from error
+        raise
     if jax.process_index() == 0:
         print(_outcome(run, result) if result.finished else _next_command(argv))
-    return 0 if result.finished else 128 + (result.stopped_by or signal.SIGTERM)  # or of another process
+    if result.finished and stop.number is None:
+        return 0
+    return 128 + (stop.number or signal.SIGTERM)  # or another process had the signal
 
 
 def _check_base(run: RunConfig) -> None:
@@ -58,17 +76,6 @@ def _check_base(run: RunConfig) -> None:
         raise ConfigError(
             f"init_from={run.init_from!r} does not exist: train it first with {program('train')} --config {base.name}"
         )
-
-
-def _connect(run: RunConfig) -> None:
-    """Join the other processes of the run."""
-    import jax
-
-    connection = run.distributed
-    if connection.coordinator == "auto":
-        jax.distributed.initialize()
-    elif connection.coordinator:
-        jax.distributed.initialize(connection.coordinator, connection.num_processes, connection.process_id)
 
 
 def _outcome(run: RunConfig, result: Result) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llama_jax import storage
 from llama_jax.data.encoding import Encoder
 from llama_jax.data.packing import Mixture, Rows, pack
-from llama_jax.data.records import BadLine, refuse_many_bad
+from llama_jax.data.records import BadLine, is_hopeless, refuse_many_bad
 from llama_jax.data.sources import documents_from, hub_files
 from llama_jax.data.store import TokenStore, build_store
 from llama_jax.errors import ConfigError
@@ -84,19 +85,25 @@ def _texts(data: DataConfig) -> Iterator[str]:
     Raises:
         ValueError: too many documents are bad, so that a vocabulary of the rest would be of little use.
     """
-    bad: list[BadLine] = []
-    good = 0
-    for sample in documents_from(data.train):
-        if isinstance(sample, BadLine):
-            bad.append(sample)
-        else:
-            good += 1
-            yield sample.text
-    if bad:
-        listed = expanded(data.cache_dir) / "quarantine.jsonl"
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text("".join(line.to_json() + "\n" for line in bad), encoding="utf-8")
-        refuse_many_bad(len(bad), good, bad[0], listed=listed, allowed=data.max_bad)
+    first: BadLine | None = None
+    bad = good = 0
+    listed = expanded(data.cache_dir) / "quarantine.jsonl"
+    with contextlib.ExitStack() as stack:
+        for sample in documents_from(data.train):
+            if not isinstance(sample, BadLine):
+                good += 1
+                yield sample.text
+                continue
+            if first is None:
+                first = sample
+                listed.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(listed, "w", encoding="utf-8"))
+            bad += 1
+            file.write(sample.to_json() + "\n")
+            if is_hopeless(bad, good, data.max_bad):
+                break
+    if first is not None:
+        refuse_many_bad(bad, good, first, listed=listed, allowed=data.max_bad)
 
 
 def rows(run: RunConfig, encoder: Encoder, say: Say) -> tuple[Mixture, Rows | None]:

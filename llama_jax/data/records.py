@@ -103,13 +103,19 @@ class BadLine:
 
     @classmethod
     def from_json(cls, line: str) -> "BadLine":
-        """The bad line that `to_json` wrote."""
-        entry = json.loads(line)
-        name = entry["file"] if entry["line"] is None else f"{entry['file']}:{entry['line']}"
-        return cls(name, entry["reason"], entry.get("too_long", False))
+        """The bad line that `to_json` wrote; one that says so for a damaged line."""
+        try:
+            entry = json.loads(line)
+            name = entry["file"] if entry["line"] is None else f"{entry['file']}:{entry['line']}"
+            return cls(str(name), str(entry["reason"]), bool(entry.get("too_long", False)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return cls("(unknown)", "this line of the list of rejected records is damaged")
 
 
 MAX_BAD = 0.05  # default of data.max_bad
+# Reading stops at this many records if more than half of them are bad: then it is the data, or their format.
+_HOPELESS_AT = 10_000
+_HOPELESS = 0.5
 
 
 def refuse_many_bad(bad: int, good: int, first: BadLine, *, listed: Path, allowed: float = MAX_BAD) -> None:
@@ -123,6 +129,12 @@ def refuse_many_bad(bad: int, good: int, first: BadLine, *, listed: Path, allowe
             f"{bad:,} of {bad + good:,} documents cannot be used ({bad / (bad + good):.1%}; data.max_bad={allowed:g} "
             f"allows {allowed:.0%}), the first: {first.name}: {first.reason}; all of them are listed in {listed}"
         )
+
+
+def is_hopeless(bad: int, good: int, allowed: float) -> bool:
+    """True if so many of the documents so far are bad that reading the rest is useless."""
+    seen = bad + good
+    return seen >= _HOPELESS_AT and bad > max(_HOPELESS, allowed) * seen
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------

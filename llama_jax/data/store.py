@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax import manifest
 from llama_jax.data.encoding import TOO_LONG, EncodedSample, Encoder, try_encode
-from llama_jax.data.records import MAX_BAD, BadLine, Sample, refuse_many_bad
+from llama_jax.data.records import MAX_BAD, BadLine, Sample, is_hopeless, refuse_many_bad
 from llama_jax.data.sources import documents_from, fingerprint_of
 from llama_jax.data.store_writer import FORMAT, QUARANTINE, StoreWriter, token_dtype
+from llama_jax.files import naming
 
 # Part of the cache key of everything but plain texts: raise it when a record may become other ids or targets, or may
 # be refused where it was not. 2: marks of messages, developer, system messages anywhere.
@@ -34,9 +36,6 @@ _DIALOG_ENCODING = 3
 _GROUP_CHARACTERS = 1 << 18  # text given to a thread at a time
 _BLOCK = 1 << 23  # bytes that are hashed at a time
 _ABANDONED_S = 3600  # an unfinished build that nobody has written to for this long is deleted
-# Reading stops at this many records if more than half of them are bad: then it is the data, or their format.
-_HOPELESS_AT = 10_000
-_HOPELESS = 0.5
 
 
 class DamagedStore(ValueError):
@@ -69,6 +68,8 @@ class TokenStore:
         self.path = Path(path)
         try:
             meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            if manifest.SEAL in meta and not manifest.is_sealed(meta):
+                raise self._damaged("meta.json was changed after it was written")
             self._read(meta)
         except DamagedStore:
             raise
@@ -127,7 +128,7 @@ class TokenStore:
     def rejected(self) -> Iterator[BadLine]:
         """The rejected records, in order."""
         if self.quarantine.is_file():
-            with open(self.quarantine, encoding="utf-8") as file:
+            with open(self.quarantine, encoding="utf-8", errors="replace") as file:
                 yield from map(BadLine.from_json, file)
 
     def targets(self, start: int, stop: int) -> np.ndarray:
@@ -214,7 +215,10 @@ def build_store(
     else:
         samples = documents_from(patterns, split=split, pairs=pairs)
         encoded = _encoded(samples, tokenizer, max_length=max_length, too_long=too_long, workers=workers)
-        with tempfile.TemporaryDirectory(prefix=f"{keys[0]}.partial-", dir=cache, ignore_cleanup_errors=True) as folder:
+        with (
+            naming(cache),
+            tempfile.TemporaryDirectory(prefix=f"{keys[0]}.partial-", dir=cache, ignore_cleanup_errors=True) as folder,
+        ):
             with StoreWriter(Path(folder), tokenizer) as writer:
                 for _ in _written(writer, encoded, too_long=too_long, progress=progress):
                     _refuse_hopeless(writer, max_bad, listed=_quarantine(cache / keys[1]))
@@ -264,8 +268,7 @@ def _written(
 
 def _refuse_hopeless(writer: StoreWriter, max_bad: float, *, listed: Path) -> None:
     """Raise ValueError if so many of the records so far are bad that reading the rest is useless."""
-    seen = writer.num_bad + writer.num_records
-    if writer.first_bad is not None and seen >= _HOPELESS_AT and writer.num_bad > max(_HOPELESS, max_bad) * seen:
+    if is_hopeless(writer.num_bad, writer.num_records, max_bad):
         writer.flush_rejected()
         os.replace(writer.folder / QUARANTINE, listed)
         _refuse_bad(writer, max_bad, listed=listed)

@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax.data.encoding import EncodedSample, Encoder
 from llama_jax.data.records import BadLine
+from llama_jax.manifest import sealed
 
 FORMAT = 1  # part of the cache key: raise it when the meaning of the files changes
 QUARANTINE = "quarantine.jsonl"
@@ -137,7 +138,7 @@ class StoreWriter:
         with open(self.folder / "offsets.npy", "wb") as file:
             np.save(file, offsets)
             _flush(file)
-        meta = about | self._meta()
+        meta = sealed(about | self._meta())
         with open(self.folder / "meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             _flush(file)

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
+from llama_jax import manifest
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.data.loader import Loader, position_of
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, one_line
 from llama_jax.files import write_json
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_shape import PartialShape
@@ -32,6 +33,7 @@ from llama_jax.train.state import TrainState
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
+from llama_jax.weights.formats.huggingface import TOKENIZER_FILES
 from llama_jax.weights.locate import absolute
 from llama_jax.weights.model_files import tokenizer_in
 from llama_jax.weights.open import open_source
@@ -57,7 +59,7 @@ _MAY_CHANGE = (
 )
 # Exceptions: keys that decide which arrays the state has.
 _MAY_NOT = ("optimizer.name", "optimizer.moments", "optimizer.ema_decay")
-_ADAPTER_STEP = ".step"
+_OLD_STEP = ".step"  # held the step of an adapter in earlier versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Newest:
         trend: The validation losses until then.
         position: The number of training rows that its steps took.
         objective: The name of a loss of the caller's own, or None.
+        files: SHA-256 of each file of tokenizer and chat template; empty for checkpoints of earlier versions.
     """
 
     step: int
@@ -102,6 +105,7 @@ class Newest:
     trend: Trend
     position: int
     objective: str | None
+    files: dict[str, str]
 
 
 class RunFolder:
@@ -110,6 +114,7 @@ class RunFolder:
     Attributes:
         path: The folder.
         checkpoints: Its checkpoints.
+        files: SHA-256 of each file of tokenizer and chat template, once config.json is written.
     """
 
     def __init__(self, run: RunConfig):
@@ -117,6 +122,7 @@ class RunFolder:
         self.mirror = Mirror(run.output, self.path) if is_url(run.output) else None
         if self.mirror is not None:
             self.mirror.fetch()
+        self.files: dict[str, str] = {}
         self.checkpoints = Checkpoints(
             self.path,
             keep=run.checkpoint.keep,
@@ -139,6 +145,7 @@ class RunFolder:
             Trend(**meta.get("trend", {})),
             position_of(meta["data"]),
             meta.get("objective"),
+            meta.get("files", {}),
         )
 
     def check_resume(self, run: RunConfig, newest: Newest, objective: Objective) -> RunConfig:
@@ -188,12 +195,32 @@ class RunFolder:
             return TrainState(params=best, ema=None, **rest)
         return TrainState(ema=best, **rest)
 
-    def write_config(self, run: RunConfig, tokenizer: Tokenizer, frozen: Frozen) -> None:
-        """Write config.json: the run, its tokenizer's fingerprint and the frozen model's identity."""
+    def files_intact(self, newest: Newest) -> bool:
+        """True if the tokenizer and the chat template in the folder are those of the checkpoint. Prints what is not."""
+        changed = manifest.changed(self.path, newest.files)
+        for path in changed:
+            say(f"warning: {path} was changed after it was written or is missing: making it again")
+        return not changed
+
+    def check_files(self, newest: Newest) -> None:
+        """Check the tokenizer and the chat template of a resumed run; ConfigError if they are others."""
+        for path in manifest.changed(self.path, newest.files):
+            raise ConfigError(
+                f"{path} is not the one that the run was started with, and cannot be made again from init_from and the "
+                "data: restore it from a backup, or set another output to start a new run"
+            )
+
+    def write_config(self, run: RunConfig, tokenizer: Tokenizer, frozen: str | None) -> None:
+        """Write config.json: the run, its tokenizer's fingerprint, the frozen model's identity, and hashes.
+
+        The file contains the hashes of the files of tokenizer and chat template, and one of itself, so that readers
+        notice when one of them was damaged.
+        """
+        self.files = manifest.digests(self.path, TOKENIZER_FILES)
         if jax.process_index() == 0:
-            identities = {"tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen.identity}
+            identities = {"tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen, "files": self.files}
             values = {**run.to_dict(), "init_from": absolute(run.init_from), **identities}
-            write_json(self.path / CONFIG_FILE, values)
+            write_json(self.path / CONFIG_FILE, manifest.sealed(values))
 
     def write_results(self, program: Program, state: TrainState) -> None:
         """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
@@ -201,18 +228,26 @@ class RunFolder:
         if program.run.lora.rank and self._adapter_step() != step:
             self._write_adapter(program.run, state.best, step)
         if jax.process_index() == 0:
-            draw_loss(self.path, program.run.train.objective)
+            try:
+                draw_loss(self.path, program.run.train.objective)
+            except OSError as error:  # everything else is saved
+                say(f"warning: the picture of the loss is not written: {one_line(error)}")
         if self.mirror is not None:
             self.mirror.close()
 
     def _adapter_step(self) -> int | None:
-        """The step of the adapter in the folder, or None if there is none."""
-        marker = self.path / "adapter" / _ADAPTER_STEP
-        text = marker.read_text() if marker.is_file() else ""
-        return int(text) if text.isdecimal() else None
+        """The step of the adapter in the folder, or None if there is none or it is damaged."""
+        try:
+            return manifest.check_present(self.path / "adapter").step
+        except manifest.DamagedError:
+            return None
 
     def _write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
-        """Write LoRA's matrices as peft reads them, with tokenizer and chat template. Other files there stay."""
+        """Write LoRA's matrices as peft reads them, with tokenizer, chat template and a manifest that has the step.
+
+        Other files in the folder stay. The manifest is replaced last: until then it does not fit the files, so that no
+        reader uses them, and a run that was killed writes them again.
+        """
         fresh, final = self.path / "adapter.new", self.path / "adapter"
         lora = export.lazy_lora(lora_params.lora_by_path(run.lora, trained))
         rows = {}
@@ -227,11 +262,12 @@ class RunFolder:
             metadata = open_source(run.init_from).metadata.with_tokenizer(tokenizer_in(self.path))
             metadata = dataclasses.replace(metadata, chat_template=chat_template.read_folder(self.path))
             export.write_tokenizer(fresh, metadata, model_max_length=run.shape.max_seq_len)
+            manifest.write(fresh, step=step, loss=None)
             final.mkdir(exist_ok=True)
-            for file in fresh.iterdir():
+            (final / _OLD_STEP).unlink(missing_ok=True)
+            for file in sorted(fresh.iterdir(), key=lambda path: path.name == manifest.FILE):
                 os.replace(file, final / file.name)
             fresh.rmdir()
-            (final / _ADAPTER_STEP).write_text(str(step))  # last: a killed process writes the adapter again
 
 
 def rest_of(state: TrainState) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from llama_jax import parallel
 from llama_jax.data.loader import evaluation_batches
+from llama_jax.parallel import processes
 from llama_jax.params import Params
 from llama_jax.phases import phase
 from llama_jax.run_config import RunConfig
@@ -27,7 +28,7 @@ from llama_jax.train.objectives import Batch, own_name
 from llama_jax.train.profile import Profile
 from llama_jax.train.program import Program
 from llama_jax.train.state import TrainState
-from llama_jax.train.stop import StopSignal
+from llama_jax.train.stop import Interrupted, StopSignal
 
 # (config, params, tokenizer, mesh) -> one text for each of log.sample_prompts.
 Sampler = Callable[[RunConfig, Params, Tokenizer, jax.sharding.Mesh], list[str]]
@@ -98,6 +99,8 @@ class Loop:
         self.stop, self.hooks = stop, hooks
         self.first = self.step = self.saved = int(state.step)
         self.all_finite = jax.jit(_all_finite)
+        self.train_step = processes.compiled_together(program.train_step, "train step")
+        self.eval_step = processes.compiled_together(program.eval_step, "evaluation step")
         self.any_stop = _any_process(program.layout) if jax.process_count() > 1 else None
         self.stop_seen = False
         self.main = jax.process_index() == 0
@@ -122,6 +125,7 @@ class Loop:
             raise
         self.profile.close()
         self.checkpoints.close()
+        self.stop.end_work()
         self.data.loader.close()
         if self.log is not None:
             self.log.close()
@@ -157,7 +161,8 @@ class Loop:
         """Dispatch one optimizer step."""
         self.profile.before(self.step + 1, self.state)
         with self._phase("compiling the training step", self.step == self.first):
-            self.state, metrics = self.program.train_step(self.state, self.frozen.params, batch)
+            self.state, metrics = self.train_step(self.state, self.frozen.params, batch)
+        self.stop.begin_work()
         if self.any_stop is not None:
             metrics["stop"] = self.any_stop(self.stop.requested)
         self.step += 1
@@ -181,6 +186,12 @@ class Loop:
         # All processes must leave after the same step, whichever of them received the signal: each sends its flag with
         # the metrics of a step. (jax's own preemption notice would need the SIGTERM handler that StopSignal has.)
         return self.stop.requested if self.any_stop is None else self.stop_seen
+
+    def _asked_to_stop(self) -> bool:
+        """True if any process was asked to stop. Between steps, where all processes call it; it waits for them."""
+        if self.any_stop is None:
+            return self.stop.requested
+        return bool(jax.device_get(self.any_stop(self.stop.requested)))
 
     def _report(self, report: Report | None) -> None:
         """Wait for the metrics of a step, and log and print them."""
@@ -211,7 +222,7 @@ class Loop:
             self.stop.requested = True
 
     def _evaluate(self) -> float | None:
-        """The validation loss of the state, logged and printed; None for a run that has no evaluation."""
+        """The validation loss of the state, logged and printed; None without an evaluation, or when asked to stop."""
         if self.data.validation is None or not self.run.log.eval_every:
             return None
         batches = evaluation_batches(
@@ -220,9 +231,14 @@ class Loop:
             max_batches=self.run.log.eval_batches,
             rows_of_host=self.program.rows_of_host,
         )
-        evaluate = functools.partial(self.program.eval_step, self.state.best, self.frozen.params)
+        evaluate = functools.partial(self.eval_step, self.state.best, self.frozen.params)
+        sums = []
         with self._phase("evaluating the model before the first step", self.step == self.first == 0):
-            sums = jax.device_get([evaluate(batch) for batch in to_devices(batches, self.program)])
+            for batch in to_devices(batches, self.program):
+                if self._asked_to_stop():
+                    return None
+                sums.append(evaluate(batch))
+            sums = jax.device_get(sums)
         total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
         count = max(total.pop("count"), 1.0)
         means = {name: value / count for name, value in total.items()}
@@ -237,12 +253,16 @@ class Loop:
 
     def _sample(self) -> None:
         """Print a sample for each of log.sample_prompts."""
-        if self.hooks.sampler is None or self.stop.requested:
+        if self.hooks.sampler is None:
             return
         with jax.transfer_guard("allow"):
             params = trainable.policy(self.run, self.state.best, self.frozen.params)
             run = dataclasses.replace(self.run, model=trainable.policy_config(self.run))
-            texts = self.hooks.sampler(run, params, self.data.tokenizer, self.program.layout.mesh)
+            try:
+                with self.stop.interruptible():
+                    texts = self.hooks.sampler(run, params, self.data.tokenizer, self.program.layout.mesh)
+            except Interrupted:
+                return
         if self.log is not None:
             samples = dict(zip(self.run.log.sample_prompts, texts, strict=True))
             self.log.write_texts(self.step, samples)
@@ -263,6 +283,7 @@ class Loop:
             "frozen": self.frozen.identity,
             "trend": dataclasses.asdict(self.trend),
             "objective": own_name(self.program.loss),
+            "files": self.folder.files,
         }
         with jax.transfer_guard("allow"):
             self.checkpoints.save(self.step, params=self.state.best, rest=rest_of(self.state), meta=meta, loss=loss)

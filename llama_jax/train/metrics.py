@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 
 import jax
 
-from llama_jax.progress import duration
+from llama_jax.files import naming, write_whole
+from llama_jax.progress import duration, show
 from llama_jax.train.trackers import Tracker
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. MFU is not shown for other devices.
@@ -40,7 +40,7 @@ def peak_flops(device: jax.Device) -> float | None:
 def say(text: str) -> None:
     """Print a line, in the first process only."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        show(text + "\n")
 
 
 class MetricLog:
@@ -55,17 +55,16 @@ class MetricLog:
     def __init__(self, folder: Path, *, from_step: int, trackers: Sequence[Tracker] = ()):
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if from_step and line["step"] <= from_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self.path.open("a")
         self._trackers = trackers
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write the metrics of a step as one line. A non-finite number becomes null, so that the line is valid JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
         numbers = {name: value for name, value in finite.items() if isinstance(value, (int, float))}
         for tracker in self._trackers:
             tracker.numbers(step, numbers)
@@ -135,13 +134,13 @@ class Progress:
         text = "  ".join(parts)
         if self._live:
             done = round(24 * step / self._steps)
-            print(f"\r\x1b[K[{'=' * done}{' ' * (24 - done)}] {text}", end="", flush=True)
+            show(f"\r\x1b[K[{'=' * done}{' ' * (24 - done)}] {text}")
         if step % self._every == 0 or step in (self._start + 1, self._steps):
             self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line above the status line, where it remains."""
-        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+        show(("\r\x1b[K" if self._live else "") + text + "\n")
 
     def pause(self) -> None:
         """Restart the clock of `speed` after a pause of training: a compilation, an evaluation or a sample."""

@@ -9,6 +9,7 @@ print(result.losses[result.step], result.model().generate("The").text)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from llama_jax.data import own_records
 from llama_jax.data.own_records import Record
 from llama_jax.errors import ConfigError, brief, checked_keywords
 from llama_jax.files import expanded
+from llama_jax.parallel import processes
 from llama_jax.progress import duration
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import DataConfig, LoraConfig
@@ -104,6 +106,7 @@ def train(
     on_metrics: OnMetrics | None = None,
     sampler: Sampler | None = None,
     resume: bool = True,
+    stop: StopSignal | None = None,
 ) -> Result:
     """Train a model, from the newest checkpoint of the run folder if there is one.
 
@@ -121,6 +124,7 @@ def train(
             returns True, the run stops after the running step.
         sampler: Makes the texts of log.sample_every; None samples from the model as `llama_jax.load` would.
         resume: False refuses a folder that already has a checkpoint.
+        stop: The entered watch of signals of a process that does nothing but train; None watches them meanwhile.
 
     Raises:
         ConfigError: a mesh, a model, data, a tokenizer or a folder that does not fit the run, or a wrong argument.
@@ -134,7 +138,8 @@ def train(
         if function is not None and not callable(function):
             raise ConfigError(f"{name} must be a function, got {brief(function)}")
     trackers.check(run)
-    with StopSignal(grace=run.checkpoint.grace_seconds) as stop:
+    with contextlib.nullcontext(stop) if stop else StopSignal() as stop:
+        stop.grace = run.checkpoint.grace_seconds
         mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
         with locked(work_folder(run.output)):
@@ -145,7 +150,10 @@ def train(
             else:
                 run = folder.check_resume(run, newest, loss)
             program = Program.make(run, mesh, loss=loss)
-            data = setup.load_data(program, folder.path, resuming=newest is not None)
+            data = setup.load_data(program, folder.path, resuming=newest is not None and folder.files_intact(newest))
+            if newest is not None:
+                folder.check_files(newest)
+            processes.meet("data are ready")
             step, position = (0, 0) if newest is None else (newest.step, newest.position)
             program = program.with_steps(run.steps_for(data.rows, step=step, position=position))
             if newest is not None and newest.trend.is_end(run, newest.step, program.steps):
@@ -184,6 +192,7 @@ def _done_already(program: Program, folder: RunFolder, newest: Newest, data: set
     if newest.step < program.steps:
         more = "it ended early by train.patience; raise it to continue"
     say(f"step {newest.step} of {program.steps} is already done; {more}")
+    folder.write_config(program.run, data.tokenizer, newest.frozen)
     state = folder.restore(program, newest.step, data.loader)
     folder.checkpoints.close()
     data.loader.close()
@@ -207,7 +216,7 @@ def _begin(
         state, trend = folder.restore(program, newest.step, data.loader), newest.trend
         frozen = setup.frozen(program)
         folder.check_frozen(program.run, newest, frozen)
-    folder.write_config(program.run, data.tokenizer, frozen)
+    folder.write_config(program.run, data.tokenizer, frozen.identity)
     folder.checkpoints.go_on_from(None if newest is None else newest.step)
     return Loop(program, state, frozen, data, folder, trend, stop, hooks)
 

@@ -21,6 +21,8 @@ from llama_jax.data.packing import Rows
 from llama_jax.data.prepare import Say
 from llama_jax.errors import ConfigError
 from llama_jax.files import expanded
+from llama_jax.hub import some
+from llama_jax.parallel import processes
 from llama_jax.params import Params, restack
 from llama_jax.phases import phase
 from llama_jax.run_config import RunConfig
@@ -273,8 +275,26 @@ def frozen(program: Program) -> Frozen:
 
 
 def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:
-    """The weights of a model, stacked and sharded, with the updates of a LoRA run merged into them."""
-    return restack(source.load_merged(program.layout, dtype, quantize))
+    """The weights of a model, stacked and sharded, with the updates of a LoRA run merged into them.
+
+    Raises:
+        ConfigError: a weight is not finite.
+    """
+    params = restack(source.load_merged(program.layout, dtype, quantize))
+    processes.meet("weights are loaded")
+    floats = [(k, a) for k, a in jax.tree_util.tree_leaves_with_path(params) if jnp.issubdtype(a.dtype, jnp.floating)]
+    finite = jax.device_get(jax.jit(lambda arrays: [jnp.isfinite(a).all() for a in arrays])([a for _, a in floats]))
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for (path, _), ok in zip(floats, finite, strict=True)
+        if not ok
+    ]
+    if bad:
+        raise ConfigError(
+            f"init_from={program.run.init_from!r} holds weights that are not finite (NaN or infinity), in "
+            f"{some(bad)}: take another copy of the model"
+        )
+    return params
 
 
 def _pretrained(run: RunConfig) -> Source:

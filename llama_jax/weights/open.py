@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_jax.errors import ConfigError, nearest
+from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.weights import packaged_models
 from llama_jax.weights.formats import gguf, huggingface, meta, peft
 from llama_jax.weights.locate import locate
@@ -78,8 +78,8 @@ def _checked(files: ModelFiles) -> FileSource:
         _log.warning(
             "warning: %s: of its stop tokens %s only %s are in its vocabulary",
             files.path,
-            files.metadata.stop_tokens,
-            metadata.stop_tokens,
+            brief(list(files.metadata.stop_tokens)),
+            brief(list(metadata.stop_tokens)),
         )
     return FileSource(files.path, files.description, config, metadata, leaves, files.read_tokenizer)
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import parallel
-from llama_jax.checkpoint import Checkpoints
+from llama_jax import manifest, parallel
+from llama_jax.checkpoint import Checkpoints, Deleted
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.files import expanded, read_json
@@ -29,10 +29,17 @@ from llama_jax.weights.model_files import Metadata, tokenizer_in
 from llama_jax.weights.source import Source, checked_tokenizer
 
 CONFIG_FILE = "config.json"
+_REMEDY = "restore it from a backup, or repeat the command that trained the run, which writes it again"
 
 
 def read_run_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of a run folder's config.json. Raises ConfigError if it is missing or is not that of a run."""
+    """The contents of a run folder's config.json, validated against the hash in it, as are the tokenizer's files.
+
+    Runs of earlier versions have no hashes.
+
+    Raises:
+        ConfigError: it is missing, is not that of a run, or one of these files was changed after it was written.
+    """
     path = Path(folder) / CONFIG_FILE
     try:
         values = read_json(path)
@@ -40,6 +47,10 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{error}: is {folder} a folder that train.py made?") from None
     if not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path} has no model in it: is {folder} a folder that train.py made?")
+    if manifest.SEAL in values and not manifest.is_sealed(values):
+        raise ConfigError(f"{path} was changed after it was written: {_REMEDY}")
+    for damaged in manifest.changed(Path(folder), values.get("files") or {}):
+        raise ConfigError(f"{damaged} was changed after it was written or is missing: {_REMEDY}")
     return values
 
 
@@ -66,7 +77,9 @@ class RunSource:
         """
         self.path = Path(folder)
         self._values = read_run_config(folder)
-        self._step, self._open_base = step, open_base
+        self._wanted, self._open_base = step, open_base
+        self._step: int | None = None  # the step that is read; chosen when it is first needed
+        self._digests: dict[str, str] = {}
         self.lora = _lora(self._values)
         self._base_config = ModelConfig.from_dict(self._values["model"])
         self.config = self._base_config
@@ -154,10 +167,12 @@ class RunSource:
 
     def identity(self) -> str:
         """A hash of the checkpoint's file digests, and of the identity of LoRA's base."""
-        checkpoints = Checkpoints(self.path, create=False)
-        digests = checkpoints.digests(self._checkpoint_step(checkpoints))
-        checkpoints.close()
-        return hashlib.sha256(repr((self._values.get("frozen"), sorted(digests.items()))).encode()).hexdigest()
+        if self._step is None:
+            checkpoints = Checkpoints(self.path, create=False)
+            self._choose_step(checkpoints)
+            checkpoints.close()
+        digests = sorted(self._digests.items())
+        return hashlib.sha256(repr((self._values.get("frozen"), digests)).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer | None:
         """Reads the tokenizer, which must be the one that the run was trained with; see `Source.tokenizer`."""
@@ -183,19 +198,35 @@ class RunSource:
         )
 
     def _restore(self, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
-        """Reads the trained weights of the checkpoint."""
+        """Reads the trained weights of the checkpoint, or of the next one if a training run deletes it meanwhile."""
         checkpoints = Checkpoints(self.path, create=False)
-        step = self._checkpoint_step(checkpoints)
-        trained = checkpoints.restore_params(step, parallel.abstract(shapes, parallel.shardings(layout, axes, shapes)))
-        checkpoints.close()
-        return trained
+        abstract = parallel.abstract(shapes, parallel.shardings(layout, axes, shapes))
+        try:
+            while True:
+                step = self._choose_step(checkpoints) if self._step is None else self._step
+                try:
+                    return checkpoints.restore_params(step, abstract)
+                except Deleted:
+                    if self._wanted is not None:
+                        raise
+                    self._step = None
+        finally:
+            checkpoints.close()
 
-    def _checkpoint_step(self, checkpoints: Checkpoints) -> int:
-        """The step to use. Raises ConfigError if there is no complete checkpoint."""
-        step = checkpoints.latest("params") if self._step is None else self._step
-        if step is None:
-            raise ConfigError(f"{self.path} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
-        return step
+    def _choose_step(self, checkpoints: Checkpoints) -> int:
+        """Chooses the step to read, and notes its identity. Raises ConfigError if there is no complete checkpoint."""
+        while True:
+            step = checkpoints.latest("params") if self._wanted is None else self._wanted
+            if step is None:
+                raise ConfigError(f"{self.path} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
+            try:
+                self._digests = checkpoints.digests(step)
+            except Deleted:
+                if self._wanted is not None:
+                    raise
+                continue
+            self._step = step
+            return step
 
 
 def _name_of_base(folder: Path, name: str) -> str | Path:

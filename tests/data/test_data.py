@@ -16,7 +16,7 @@ import pytest
 
 from helpers.paths import ROOT, TESTS
 from helpers.tokenizers import BOS, EOS, ByteTokenizer
-from llama_jax.data import sources, store
+from llama_jax.data import records, sources, store
 from llama_jax.data.corpus import Document
 from llama_jax.data.loader import Loader, evaluation_batches
 from llama_jax.data.packing import PackedRows
@@ -259,7 +259,7 @@ def test_a_flipped_bit_in_the_cache_is_noticed_and_the_store_rebuilt(built, file
 
 
 def test_reading_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_HOPELESS_AT", 100)
+    monkeypatch.setattr(records, "_HOPELESS_AT", 100)
     monkeypatch.setattr(store, "_GROUP_CHARACTERS", 50)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + '{"txt": "b"}\n' * 5000)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -31,25 +32,31 @@ def free_port() -> int:
 class Processes:
     """train.py in `count` processes that share eight devices."""
 
-    def __init__(self, folder, compiled, count, *arguments):
+    def __init__(self, folder, compiled, count, *arguments, only=None):
         config = write_config(folder, SETTINGS)
         self.run = folder / "run"
         self.logs = [folder / f"log{count}_{i}.txt" for i in range(count)]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(8 // count),
-            "LLAMA_JAX_CACHE": str(compiled),
         }
+        caches = compiled if isinstance(compiled, list) else [compiled] * count
         address = f"127.0.0.1:{free_port()}"
         self.processes = []
-        for i in range(count):
+        for i in range(count) if only is None else only:
             command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", *arguments]
             if count > 1:
                 connection = {"coordinator": address, "num_processes": count, "process_id": i}
                 command += [f"--config.distributed.{k}={v}" for k, v in connection.items()]
             with self.logs[i].open("w") as out:
                 self.processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment | {"LLAMA_JAX_CACHE": str(caches[i])},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
 
     def wait(self, *, code=0):
@@ -176,3 +183,55 @@ def test_sigterm_of_any_process_stops_all_after_the_same_step(tmp_path, compiled
     steps = [line["step"] for line in metrics_of(job.run)]
     assert steps == list(range(1, len(steps) + 1))
     assert Checkpoints(job.run).latest() == len(steps)
+
+
+ENDLESS = ["--config.train.steps=1000000", "--config.checkpoint.every=5", "--config.log.eval_every=0"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_in_one_line(tmp_path, compiled, lost):
+    """Process 0 is the one that the others are connected to."""
+    job = Processes(tmp_path, compiled, 2, *ENDLESS)
+    try:
+        while len(metrics_of(job.run)) < 12:
+            assert all(process.poll() is None for process in job.processes)
+            time.sleep(0.1)
+        job.processes[lost].kill()
+        begin = time.monotonic()
+        assert job.processes[1 - lost].wait(30) == 2
+        assert time.monotonic() - begin < 20
+    finally:
+        for process in job.processes:
+            process.kill()
+    text = job.logs[1 - lost].read_text()
+    last = text.splitlines()[-1]
+    assert (
+        last.startswith("error: another process of this run was lost") and "continues from its last checkpoint" in last
+    )
+    assert not any(word in text for word in ("Traceback", "stack trace", "coordination_service", "    @ "))
+    assert Checkpoints(job.run).latest() >= 5
+
+
+def test_a_process_that_waits_too_long_for_the_others_says_so(tmp_path, compiled):
+    job = Processes(tmp_path, compiled, 2, "--config.distributed.timeout_seconds=6", only=[0])
+    job.wait(code=2)
+    (line,) = [line for line in job.logs[0].read_text().splitlines() if line]
+    assert line.startswith("error: not all 2 processes of the run have connected to distributed.coordinator='127.0.0.1")
+    assert line.endswith("within 6 s: start them together, or raise distributed.timeout_seconds")
+
+
+def test_each_process_fills_its_own_compilation_cache(tmp_path):
+    """On hosts that share no disk, a restart would otherwise compile on all hosts but one."""
+    caches = [tmp_path / "cache0", tmp_path / "cache1"]
+    Processes(tmp_path, caches, 2, "--config.train.steps=2").wait()
+    programs = [{path.name.partition("-")[0] for path in (cache / "jax").iterdir()} for cache in caches]
+    assert {"jit_train_step", "jit_eval_step"} <= programs[0] & programs[1], programs
+
+
+@pytest.mark.slow
+def test_a_process_that_must_compile_holds_no_other_one_up_until_it_fails(tmp_path, compiled):
+    """Process 0 finds every program in its cache, and process 1 none."""
+    (tmp_path / "first").mkdir()
+    Processes(tmp_path / "first", [compiled, tmp_path / "a"], 2, "--config.train.steps=2").wait()
+    (tmp_path / "second").mkdir()
+    Processes(tmp_path / "second", [compiled, tmp_path / "b"], 2, "--config.train.steps=2").wait()

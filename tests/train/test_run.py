@@ -12,7 +12,7 @@ from helpers import sound
 from helpers.errors import refusal
 from helpers.runs import dialog_run, metrics_of, parse, text_run, write_config
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import model, parallel, phases
+from llama_jax import manifest, model, parallel, phases
 from llama_jax.config import SIZES
 from llama_jax.data.loader import evaluation_batches
 from llama_jax.errors import ConfigError
@@ -291,9 +291,14 @@ def test_an_adapter_of_an_earlier_step_is_written_again(tmp_path, base):
     run = unnamed(dialog_run(tmp_path, "run", init_from=str(base), train__steps=2, lora__rank=4))
     train(run)
     adapter = tmp_path / "run" / "adapter"
-    weights = adapter / "adapter_model.safetensors"
-    expected = weights.read_bytes()
-    (adapter / ".step").write_text("1")
-    weights.write_bytes(b"old")
-    train(run)
-    assert weights.read_bytes() == expected and (adapter / ".step").read_text() == "2"
+    whole = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    for change in ("files of another step", "damaged weights", "no manifest"):
+        if change == "files of another step":  # a kill while the files of an earlier step are replaced
+            manifest.write(adapter, step=1, loss=None)
+        elif change == "damaged weights":
+            (adapter / "adapter_model.safetensors").write_bytes(b"old")
+        else:
+            (adapter / manifest.FILE).unlink()
+        train(run)
+        assert {path.name: path.read_bytes() for path in adapter.iterdir()} == whole, change
+    assert manifest.read(adapter).step == 2

@@ -32,6 +32,7 @@ log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts lo
 log.to log.profile
 checkpoint.every checkpoint.keep checkpoint.keep_best checkpoint.grace_seconds
 distributed.coordinator distributed.num_processes distributed.process_id distributed.download
+distributed.timeout_seconds
 model.name model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
 model.ffn_dim model.norm_eps model.rope_theta model.rope_scaling.factor model.rope_scaling.low_freq_factor
 model.rope_scaling.high_freq_factor model.rope_scaling.original_max_seq_len model.max_seq_len model.tied_embeddings

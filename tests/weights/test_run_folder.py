@@ -17,7 +17,6 @@ from llama_jax.errors import ConfigError
 from llama_jax.run_keys import LoraConfig
 from llama_jax.text import chat_template
 from llama_jax.train.folder import RunFolder
-from llama_jax.train.setup import Frozen
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
@@ -110,7 +109,7 @@ def test_a_runs_config_has_the_absolute_path_of_a_local_base(tmp_path, base, mon
     monkeypatch.chdir(tmp_path)
     run = make_run_config(init_from=name, output=str(tmp_path / "out"))
     folder = RunFolder(run)
-    folder.write_config(run, sound.tokenizer(), Frozen(None, "id"))
+    folder.write_config(run, sound.tokenizer(), "id")
     folder.checkpoints.close()
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["init_from"] == (str(base) if name == "models/base" else name)

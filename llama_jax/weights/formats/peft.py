@@ -11,10 +11,12 @@ in halves, as in params here.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llama_jax import manifest
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest, one_line
 from llama_jax.files import expanded, read_json, write_json
@@ -39,6 +42,7 @@ _log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
+_WAITS = (0.1, 0.3, 1.0)  # seconds before an adapter that is being replaced is read again
 
 _EMBED, _UNEMBED = _VOCABULARY = tuple(name.removesuffix(".weight") for name in name_table.tied_names("huggingface"))
 _ROOT = "base_model.model."  # the prefix that peft's wrapper puts before the names of the model inside
@@ -81,7 +85,9 @@ def base_of(folder: Path) -> str:
 def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
     """Opens the adapter in a folder, or on the hub, for a model of this config. Of weights, only headers are read.
 
-    adapter_config.json and the tensors must agree on the modules that have LoRA and on their ranks.
+    adapter_config.json and the tensors must agree on the modules that have LoRA and on their ranks. The adapter of a
+    run has a manifest, which its files are validated against. A run that ends replaces one file after the other, so
+    that files that do not fit the manifest are read again.
 
     Raises:
         ConfigError: there is no adapter, a setting is not supported, or the adapter belongs to another model.
@@ -92,6 +98,34 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     if is_url(str(folder)):
         folder = download_folder(str(folder))
     folder = expanded(folder)
+    if not (folder / manifest.FILE).is_file():
+        return _open(folder, config)
+    for wait in _WAITS:
+        with contextlib.suppress(manifest.DamagedError):
+            return _open_validated(folder, config)
+        time.sleep(wait)
+    try:
+        return _open_validated(folder, config)
+    except manifest.DamagedError as error:
+        raise ConfigError(
+            f"{folder}: {error}: restore it from a backup, or repeat the command that trained the run, which writes "
+            f"its adapter again; after a change of your own, delete {manifest.FILE} there"
+        ) from None
+
+
+def _open_validated(folder: Path, config: ModelConfig) -> Adapter:
+    """Opens an adapter that has a manifest. Raises DamagedError for files that do not fit it."""
+    before = manifest.read(folder)
+    try:
+        adapter = _open(folder, config)
+    finally:  # afterwards, since a run may replace files while they are opened; damage explains other errors
+        after = manifest.check_present(folder)
+    if after != before:
+        raise manifest.DamagedError("its files were replaced while they were read")
+    return adapter
+
+
+def _open(folder: Path, config: ModelConfig) -> Adapter:
     weights = folder / (
         WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_BIN).is_file() else WEIGHTS_BIN
     )

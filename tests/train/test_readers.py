@@ -1,0 +1,82 @@
+"""Models are read from a run while it saves and deletes checkpoints."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.checkpoints import abstract, save
+from helpers.runs import text_run
+from llama_jax import checkpoint
+from llama_jax.checkpoint import Checkpoints, Deleted
+from llama_jax.params import abstract_params
+from llama_jax.train.run import train
+from llama_jax.weights.open import open_source
+
+
+def test_a_reader_beside_a_run_that_deletes_checkpoints_gets_one_whole_step(tmp_path, capsys):
+    """Every weight of step n is n, and a step is kept only until the next one."""
+    run = text_run(tmp_path, train__steps=2)
+    train(run)
+    folder, shapes, stopped = tmp_path / "run", abstract_params(run.model, stacked=True), threading.Event()
+    capsys.readouterr()
+
+    def write():
+        checkpoints = Checkpoints(folder, keep=1)
+        step = 3
+        while not stopped.is_set():
+            params = jax.tree.map(lambda a, step=step: jnp.full(a.shape, step, jnp.float32), shapes)
+            checkpoints.save(step, params=params, rest={"n": jnp.int32(step)}, meta={})
+            step += 1
+        checkpoints.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = []
+        while len(seen) < 8:
+            source = open_source(folder)
+            identity = source.identity() if len(seen) % 2 else None
+            values = {
+                float(v) for leaf in jax.tree.leaves(source.load(None, None, None)) for v in (leaf.min(), leaf.max())
+            }
+            assert len(values) == 1 or not seen  # the first may be of training
+            assert identity is None or isinstance(identity, str)
+            seen.append(values)
+    finally:
+        stopped.set()
+        writer.join()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("instant", ["before its files are validated", "while its arrays are read"])
+def test_a_step_that_is_deleted_meanwhile_is_not_called_damaged(tmp_path, monkeypatch, capsys, instant):
+    save(tmp_path, 2, 4)
+    checkpoints = Checkpoints(tmp_path, create=False)
+    gone = tmp_path / "checkpoints" / "4"
+    if instant.startswith("before"):
+        check = checkpoint.manifest.check
+
+        def vanish(folder, **keywords):
+            if gone.exists():
+                gone.rename(gone.with_name("deleting-4"))
+            check(folder, **keywords)
+
+        monkeypatch.setattr(checkpoint.manifest, "check", vanish)
+        assert checkpoints.latest() == 2
+    else:
+        assert checkpoints.latest() == 4
+        restore = checkpoints._orbax.restore
+
+        def vanish(*given, **keywords):
+            value = restore(*given, **keywords)
+            gone.rename(gone.with_name("deleting-4"))
+            return value
+
+        monkeypatch.setattr(checkpoints._orbax, "restore", vanish)
+        with pytest.raises(Deleted, match="has no checkpoint of step 4: the steps in it are 2$"):
+            checkpoints.restore(4, **abstract(4))
+    assert capsys.readouterr().err == ""
+    assert np.all(checkpoints.steps() == [2])
