@@ -125,7 +125,12 @@ TOOLS = [
         "function": {
             "name": name,
             "description": "",
-            "parameters": {"type": "object", "properties": {key: {"type": "boolean"}}, "required": [key]},
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": "boolean"}},
+                "required": [key],
+                "additionalProperties": False,
+            },
         },
     }
     for name, key in (("switch", "on"), ("lock", "shut"))
