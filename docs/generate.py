@@ -63,6 +63,9 @@ def plans_page() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_plan_row(name, plan) for name, plan in plans.items()]
+    missing = [f"{name} (at most {goal} GiB)" for name, goal in _GOALS.items() if name not in plans]
+    if missing:
+        lines += ["", f"Goals that are not compiled with this code yet: {', '.join(missing)}."]
     if (DOCS / "plans" / "memory.svg").exists():
         lines += ["", "![Memory of one device by part](memory.svg)"]
     return "\n".join(lines)
