@@ -65,6 +65,11 @@ def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
     return checkpoint_name(linear_ops.linear(x, w.get_value(), w.axes), "product")
 
 
+def _linears(x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
+    products = linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights])
+    return [checkpoint_name(product, "product") for product in products]
+
+
 class RMSNorm(nnx.Module):
     """Root mean square normalization with a learned scale (D,) (Zhang and Sennrich, arXiv:1910.07467)."""
 
@@ -90,12 +95,10 @@ class Attention(nnx.Module):
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         with jax.named_scope("qkv"):
-            q_BTNH = _linear(x_BTD, self.q).reshape(B, T, N, H)
-            k_BTKH = _linear(x_BTD, self.k).reshape(B, T, K, H)
-            v_BTKH = _linear(x_BTD, self.v).reshape(B, T, K, H)
-            q_BTNH = parallel.constrain(q_BTNH, "batch", "length", "heads", None)
-            k_BTKH = parallel.constrain(k_BTKH, "batch", "length", "kv_heads", None)
-            v_BTKH = parallel.constrain(v_BTKH, "batch", "length", "kv_heads", None)
+            q, k, v = _linears(x_BTD, self.q, self.k, self.v)
+            q_BTNH = parallel.constrain(q.reshape(B, T, N, H), "batch", "length", "heads", None)
+            k_BTKH = parallel.constrain(k.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
+            v_BTKH = parallel.constrain(v.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
         with jax.named_scope("rope"):
             q_BTNH = rope.rotate(q_BTNH, where.cos_BTR, where.sin_BTR)
             k_BTKH = rope.rotate(k_BTKH, where.cos_BTR, where.sin_BTR)
@@ -131,7 +134,8 @@ class FeedForward(nnx.Module):
         self.down = _weight(params, "ffn", "down")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.silu(_linear(x_BTD, self.gate)) * _linear(x_BTD, self.up)
+        gate_BTF, up_BTF = _linears(x_BTD, self.gate, self.up)
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
         return _linear(parallel.constrain(hidden_BTF, "batch", "length", "ffn"), self.down)
 
 

@@ -6,11 +6,12 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama_jax.cli import parser
-from llama_jax.errors import brief, nearest
+from llama_jax.errors import ConfigError, brief, nearest
 
 _EXAMPLES = """\
 examples:
@@ -20,7 +21,7 @@ examples:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _LARGEST = 10**15  # bytes of a shard: more than any disk
 FORMATS = ("hf", "meta", "gguf")
-DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "q8_0", "q4_0")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,8 +44,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype",
         type=parser.one_of(DTYPES),
         metavar="NAME",
-        help="dtype to write; q8_0 and q4_0 are for gguf alone (default: as stored; a type that cannot be written is "
-        "unpacked to float32, which is exact)",
+        help="dtype to write; int8 and int4 are for hf alone, q8_0 and q4_0 for gguf (default: as stored; a type that "
+        "cannot be written is unpacked to float32, which is exact)",
     )
     add(
         "--shard_size",
@@ -52,6 +53,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default="5G",
         metavar="SIZE",
         help="largest size of a file of hf, such as 500M or 5G",
+    )
+    add(
+        "--calibrate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts of the kind that the model will see; they weight the errors of int4 and q4_0. The model runs over "
+        "them, so that it must fit into memory",
     )
     flags.aliases |= {"--lora": "--adapter", "--outtype": "--dtype", "--max_shard_size": "--shard_size"}
     return flags.parse(argv)
@@ -81,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
     if adapter is not None:
         metadata = peft.adapted_metadata(metadata, adapter, source.config)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
+    importance = _importance(options, dtype) if options.calibrate else None
     path = export.save(
         options.dest,
         config,
@@ -89,12 +99,27 @@ def main(argv: Sequence[str]) -> int:
         format=options.to,
         dtype=options.dtype,
         shard_bytes=options.shard_size,
+        importance=importance,
     )
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {parser.human_bytes(size_of(path))} in {seconds:.1f} s")
     if metadata.tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
         print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
     return 0
+
+
+def _importance(options: argparse.Namespace, dtype: str) -> Mapping[tuple[str | int, ...], Any]:
+    """The mean squares of every matrix's inputs on the texts of --calibrate."""
+    if dtype not in ("int4", "q4_0"):
+        raise ConfigError(f"--calibrate goes with --dtype int4 or q4_0, not with {dtype}")
+    from llama_jax.cli.eval import samples
+    from llama_jax.eval import calibration
+    from llama_jax.infer.llama import load
+
+    if options.adapter is not None:
+        raise ConfigError("--calibrate takes a model without --adapter: merge the adapter first")
+    llama = load(options.source, quantize="none")
+    return calibration.importance(llama, samples(options.calibrate))
 
 
 def size_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""`eval`: perplexity, lm_eval's tasks, and two models side by side. It imports jax only after its flags are checked."""
+"""`eval`: perplexity, lm_eval's tasks, two models side by side, the cost of quantization. jax comes after the flags."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _COMMANDS = {
     "perplexity": "how well a model predicts texts or answers",
     "harness": "EleutherAI's lm_eval tasks (needs pip install lm_eval)",
     "compare": "two models on the same prompts: win, tie, loss",
+    "quantization": "what rounding a model's weights costs",
 }
 _JUDGES = ("exact", "function", "model", "person")
 
@@ -31,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     name = commands.choose("eval", argv, _COMMANDS, "Measure Llama models.")
     if name is None:
         return 0
-    return {"perplexity": _perplexity, "harness": _harness, "compare": _compare}[name](argv[1:])
+    run = {"perplexity": _perplexity, "harness": _harness, "compare": _compare, "quantization": _quantization}[name]
+    return run(argv[1:])
 
 
 def _batch_size(flags: parser.Parser) -> None:
@@ -119,6 +121,21 @@ continues from there.
     return flags.parse(argv)
 
 
+def _quantization_flags(argv: Sequence[str]) -> argparse.Namespace:
+    examples = "examples:\n  PROGRAM smollm2 --text stdlib:validation --others smollm2.Q4_0.gguf\n"
+    flags = parser.Parser("eval quantization", "Measure what rounding a model's weights costs.", examples=examples)
+    add = flags.add_argument
+    add("model", type=parser.path, metavar="MODEL", help=parser.MODEL)
+    add("--text", nargs="+", required=True, metavar="FILE", help="as in eval perplexity")
+    add("--quantizations", default="int8,int4", metavar="NAME,...", help="int8, int4 or both; an empty text for none")
+    add("--others", nargs="+", type=parser.path, default=[], metavar="MODEL", help="quantized files of the same model")
+    add("--calibrate", nargs="+", default=[], metavar="FILE", help="texts that weight the errors of another int4")
+    add("--context", type=parser.whole(1), default=512, metavar="N", help="tokens of a window")
+    add("--json", action="store_true", help="print one JSON object a line")
+    parser.add_model_flags(flags, adapter=False, quantize=False)
+    return flags.parse(argv)
+
+
 def _load(options: argparse.Namespace) -> Llama:
     from llama_jax import compilation_cache
     from llama_jax.infer.load import load
@@ -136,11 +153,11 @@ def _load(options: argparse.Namespace) -> Llama:
 
 def _perplexity(argv: Sequence[str]) -> int:
     options = _perplexity_flags(argv)
-    samples = _samples(options.text)
+    texts = samples(options.text)
     from llama_jax.eval import sliding_window
 
     result = sliding_window.perplexity(
-        _load(options), samples, context=options.context, stride=options.stride, batch_size=options.batch_size
+        _load(options), texts, context=options.context, stride=options.stride, batch_size=options.batch_size
     )
     if options.json:
         row = {**vars(result), "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
@@ -165,19 +182,19 @@ def _report(result: Perplexity) -> str:
     )
 
 
-def _samples(patterns: Sequence[str]) -> list[Sample]:
+def samples(patterns: Sequence[str]) -> list[Sample]:
     """The texts, dialogs and completions of files."""
     from llama_jax.data.records import BadLine, Pair
     from llama_jax.data.sources import documents_from
 
-    samples: list[Sample] = []
+    found: list[Sample] = []
     for sample in documents_from(patterns):
         if isinstance(sample, BadLine):
             raise ConfigError(f"{sample.name}: {sample.reason}")
         if isinstance(sample, Pair):
             raise ConfigError(f"{sample.name} is a preference pair: give texts, dialogs or completions")
-        samples.append(sample)
-    return samples
+        found.append(sample)
+    return found
 
 
 def _harness(argv: Sequence[str]) -> int:
@@ -247,4 +264,35 @@ def _compare(argv: Sequence[str]) -> int:
     if result.unread:
         print(f"{result.unread:,} ties are verdicts that could not be read: see {result.folder}/comparison.jsonl")
     print(f"{result.picture or result.folder}")
+    return 0
+
+
+def _quantization(argv: Sequence[str]) -> int:
+    options = _quantization_flags(argv)
+    names = [name.strip() for name in options.quantizations.split(",") if name.strip()]
+    wrong = [name for name in names if name not in ("int8", "int4")]
+    if wrong:
+        raise ConfigError(f"--quantizations takes int8 and int4, got {wrong[0]!r}")
+    if not names and not options.others:
+        raise ConfigError("--quantizations and --others name nothing to measure: leave --quantizations out")
+    texts, calibration = samples(options.text), samples(options.calibrate) if options.calibrate else []
+    from llama_jax import compilation_cache
+    from llama_jax.eval import quantization
+
+    compilation_cache.enable()
+    opened = {"dtype": options.dtype, "mesh": options.mesh, "chat_format": options.chat_format}
+    results = quantization.measure(
+        options.model,
+        texts,
+        quantizations=names,
+        others=options.others,
+        calibration=calibration,
+        context=options.context,
+        opened=opened,
+    )
+    if options.json:
+        for result in results:
+            print(json.dumps({**vars(result), "perplexity_change": result.perplexity_change}), flush=True)
+    else:
+        print(quantization.table(list(results)))
     return 0

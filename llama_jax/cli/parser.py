@@ -288,7 +288,7 @@ _REFUSED = {
 }
 
 
-def add_model_flags(parser: Parser, *, adapter: bool = True) -> None:
+def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = True) -> None:
     """Add the flags that `llama_jax.load` takes, except the model itself."""
     group = parser.add_argument_group("model")
     if adapter:
@@ -306,13 +306,14 @@ def add_model_flags(parser: Parser, *, adapter: bool = True) -> None:
         help="dtype of weights, activations and KV cache (default: the checkpoint's own; float32 on a CPU without "
         "bfloat16 instructions)",
     )
-    group.add_argument(
-        "--quantize",
-        type=one_of(QUANTIZE),
-        metavar="NAME",
-        help="round the matrices of all layers to groups of 32 while they are read; none unpacks a quantized file "
-        "(default: as stored)",
-    )
+    if quantize:
+        group.add_argument(
+            "--quantize",
+            type=one_of(QUANTIZE),
+            metavar="NAME",
+            help="round all matrices to groups of 32 while they are read; none unpacks a quantized file (default: as "
+            "stored)",
+        )
     group.add_argument(
         "--mesh", type=mesh, metavar="AXIS=N,...", help="devices along the axes of the mesh (default: the first device)"
     )

@@ -103,7 +103,7 @@ def perplexity(
     context, stride = _lengths(llama, context, stride)
     texts = list(texts)
     _warn_of_names(llama, texts)
-    counted = [_counted(llama, sample) for sample in texts]
+    counted = [counted_ids(llama, sample) for sample in texts]
     parts = [
         _Window(number, before, ids, keep)
         for number, (document, targets) in enumerate(counted)
@@ -163,7 +163,7 @@ def _warn_of_names(llama: Llama, samples: Sequence[Sample]) -> None:
         )
 
 
-def _counted(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:
+def counted_ids(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:
     """The ids of a sample, and a mask of those that count."""
     if isinstance(sample, (str, Document)):
         ids = llama.tokenizer.encode(sample if isinstance(sample, str) else sample.text)

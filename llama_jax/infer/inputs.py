@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from llama_jax import parallel
 from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.ops.cpu import ready
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 from llama_jax.text.tokenizer import Tokenizer
@@ -149,18 +150,18 @@ def default_dtype(stored: np.dtype, *, quantized: bool) -> jnp.dtype:
     """The default compute dtype.
 
     It is the stored dtype, with bfloat16 for float16. A CPU without bfloat16 instructions would emulate them, so its
-    default is float32 (measured: benchmarks/). For quantized weights the default is float32 on every CPU, and bfloat16
-    on other devices.
+    default is float32 (docs/measurements/cpu-kernels.md#both-in-one-run). For quantized weights the default is
+    bfloat16, and float32 on a CPU that has no such instructions or none of the kernels of ops/cpu.
 
     Args:
         stored: dtype of the stored weights.
         quantized: True if the stored weights are quantized.
     """
     cpu = jax.default_backend() == "cpu"
-    if quantized:
-        return jnp.dtype(jnp.float32 if cpu else jnp.bfloat16)
-    if cpu and not _has_bfloat16():
+    if cpu and (not _has_bfloat16() or (quantized and not ready())):
         return jnp.dtype(jnp.float32)
+    if quantized:
+        return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(jnp.bfloat16 if stored == np.float16 else stored)
 
 

@@ -7,8 +7,10 @@ or a LoraTensor around either.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,12 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax import parallel
-from llama_jax.ops import quant
+from llama_jax.ops import cpu, quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 
 Weight = jax.Array | QTensor | LoraTensor
+Axes = tuple[str | None, ...] | None
 
 # On a CPU, XLA runs a bfloat16 product of fewer than 8 rows as a scalar loop, so rows are padded to 8
 # (docs/measurements/cpu-products.md#one-row-in-bfloat16).
@@ -53,6 +56,24 @@ def _rows_times_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
     return _rows_times(padded, w)[: flat.shape[0]].reshape(*x.shape[:-1], w.shape[0])
 
 
+_observers: list[Callable[[jax.Array, Weight], None]] = []
+
+
+@contextlib.contextmanager
+def observed(observe: Callable[[jax.Array, Weight], None]) -> Iterator[None]:
+    """Calls `observe` with the inputs and the weight of every product that is computed within, outside of jit."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
+
+
+def _tell(x: jax.Array, w: Weight) -> None:
+    for observe in _observers:
+        observe(x, w)
+
+
 def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) -> jax.Array:
     """The product x w^T: (..., out) in the dtype of x, accumulated in float32.
 
@@ -66,16 +87,70 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
             quantized, and its gradient is reduce-scattered. XLA by itself may gather float32 or dequantized weights,
             and all-reduce gradients.
     """
+    _tell(x, w)
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear(x, w.base, axes) + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
     return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w, axes)
 
 
+def linears(x: jax.Array, weights: Sequence[tuple[Weight, Axes]]) -> list[jax.Array]:
+    """`linear` of several weights of the same inputs, such as q, k and v; each is a weight and its logical axes.
+
+    On a CPU the products of few rows run in one kernel, which prepares the inputs once.
+    """
+    kinds = {w.bits if isinstance(w, QTensor) else str(w.dtype) for w, _ in weights if not isinstance(w, LoraTensor)}
+    plain = not any(isinstance(w, LoraTensor) for w, _ in weights)
+    if plain and not _observers and len(kinds) == 1 and all(_has_kernel(x, w) for w, _ in weights):
+        return _few_rows_of_several(x, [w for w, _ in weights], tuple(axes for _, axes in weights))
+    return [linear(x, w, axes) for w, axes in weights]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _few_rows_of_several(x: jax.Array, weights: list[Weight], axes: tuple[Axes, ...]) -> list[jax.Array]:
+    products = cpu.linears(x.reshape(-1, x.shape[-1]), weights, dtype=x.dtype)
+    return [a.reshape(*x.shape[:-1], -1) for a in products]
+
+
+def _several_forward(x, weights, axes):  # kernels have no gradient
+    return jax.vjp(lambda *a: [linear(a[0], w, its) for w, its in zip(a[1], axes, strict=True)], x, weights)
+
+
+_few_rows_of_several.defvjp(_several_forward, lambda axes, pullback, g: pullback(g))
+
+
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     """The product x w^T in float32, as logits need it. It has no gradient for quantized weights."""
+    _tell(x, w)
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear_f32(x, w.base) + linear_f32(w.scaled(linear(x, w.a)), w.b))
+    return _few_rows_f32(x, w) if _has_kernel(x, w) else _xla_f32(x, w)
+
+
+def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
     return _quantized(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
+
+
+def _has_kernel(x: jax.Array, w: jax.Array | QTensor) -> bool:
+    """Returns whether this product runs in a native kernel for few rows (ops/cpu), where XLA would be slower."""
+    rows = x.size // x.shape[-1] if x.size else 0
+    of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
+    few = 0 < rows <= cpu.MAX_ROWS and x.dtype in (jnp.float32, jnp.bfloat16)
+    return few and of_dtype and len(w.shape) == 2 and cpu.ready()
+
+
+def _few_rows(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:
+    (out,) = cpu.linears(x.reshape(-1, x.shape[-1]), [w], dtype=dtype)
+    return out.reshape(*x.shape[:-1], w.shape[0])
+
+
+@jax.custom_jvp
+def _few_rows_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+    return _few_rows(x, w, jnp.float32)
+
+
+@_few_rows_f32.defjvp
+def _few_rows_f32_jvp(primals, tangents):
+    return jax.jvp(_xla_f32, primals, tangents)  # kernels have no gradient
 
 
 def _by_rows(w: LoraTensor, product: jax.Array) -> jax.Array:
@@ -132,12 +207,12 @@ def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _quantized(x, _all_gathered(w, axes)).astype(x.dtype)
+    return _few_rows(x, w, x.dtype) if _has_kernel(x, w) else _quantized_forward(x, w, axes)[0]
 
 
 def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
     # The residual is the packed, sharded weight. Gathered and dequantized it would be many times as large.
-    return _quantized_linear(x, w, axes), w
+    return _quantized(x, _all_gathered(w, axes)).astype(x.dtype), w
 
 
 def _quantized_backward(axes: tuple[str | None, ...] | None, w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
@@ -162,7 +237,7 @@ def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtyp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _forward(x, w, axes)[0]
+    return _few_rows(x, w, x.dtype) if _has_kernel(x, w) else _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):

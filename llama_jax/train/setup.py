@@ -40,6 +40,7 @@ from llama_jax.weights import hub_models
 from llama_jax.weights.formats import huggingface
 from llama_jax.weights.locate import is_path
 from llama_jax.weights.open import open_source
+from llama_jax.weights.quantize import layers_only
 from llama_jax.weights.source import Source
 
 Outcome = TypeVar("Outcome")
@@ -271,7 +272,8 @@ def frozen(program: Program) -> Frozen:
     source = _pretrained(run)
     dtype = trainable.frozen_dtype(run, program.dtype)
     with phase(f"loading {run.init_from}", say):
-        return Frozen(_loaded(source, program, dtype, trainable.frozen_quantize(run)), source.identity())
+        quantize = layers_only(trainable.frozen_quantize(run))
+        return Frozen(_loaded(source, program, dtype, quantize), source.identity())
 
 
 def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:

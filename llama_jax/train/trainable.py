@@ -19,7 +19,7 @@ from llama_jax.ops import quant
 from llama_jax.params import Params, abstract_params, init_params, logical_axes
 from llama_jax.run_config import RunConfig
 from llama_jax.weights import lora_params
-from llama_jax.weights.load import group_bits
+from llama_jax.weights.quantize import BITS, check
 
 Trained = dict[str, Any]
 
@@ -67,8 +67,10 @@ def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -
     if not run.lora.rank and run.train.objective != "dpo":
         return None
     shapes = abstract_params(run.shape, stacked=True, dtype=frozen_dtype(run, dtype))
-    bits = group_bits(run.shape, frozen_quantize(run))
-    if bits:
+    quantize = frozen_quantize(run)
+    check(run.shape, quantize)
+    if quantize in BITS:
+        bits = BITS[quantize]
         rounded = lambda a: quant.quantize(a, bits) if a.ndim == 3 else a  # noqa: E731  (norms stay)
         shapes["layers"] = jax.eval_shape(lambda layers: jax.tree.map(rounded, layers), shapes["layers"])
     return parallel.abstract(shapes, parallel.shardings(layout, logical_axes(run.shape, stacked=True), shapes))

@@ -30,7 +30,7 @@ from llama_jax.text import chat_format, chat_template, vocabulary_files
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
 from llama_jax.text.formats import meta as meta_vocabulary
-from llama_jax.weights import name_table
+from llama_jax.weights import name_table, quantize
 from llama_jax.weights.adapters import LazyLora, merge_lora
 from llama_jax.weights.formats import gguf, huggingface, meta
 from llama_jax.weights.model_files import Metadata
@@ -38,7 +38,12 @@ from llama_jax.weights.tensor import Index, LazyTensor, QuantizedParts, of_array
 
 # The dtypes of each format, with the bytes that a weight takes in each dtype.
 _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
-FORMATS = {"hf": _FLOATS, "meta": _FLOATS, "gguf": {**_FLOATS, "q8_0": 34 / 32, "q4_0": 18 / 32}}
+FORMATS = {
+    "hf": {**_FLOATS, "int8": 34 / 32, "int4": 18 / 32},
+    "meta": _FLOATS,
+    "gguf": {**_FLOATS, "q8_0": 34 / 32, "q4_0": 18 / 32},
+}
+_NAMES = {"int8": "int8", "int4": "int4", "q8_0": "int8", "q4_0": "int4"}  # quantizations by the dtypes that write them
 _COLUMNS = {"hf": "huggingface", "meta": "meta", "gguf": "gguf"}  # columns of name_table's table
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS = (".safetensors", ".pth", ".gguf", ".bin", ".msgpack")
@@ -78,6 +83,7 @@ def save(
     format: str,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    importance: Mapping[name_table.Path, np.ndarray] | None = None,
 ) -> Path:
     """Saves a model. Only one block of one tensor is in memory at a time. Every process of a run must call it.
 
@@ -89,6 +95,7 @@ def save(
         format: one of FORMATS.
         dtype: one of FORMATS[format]. The default is `default_dtype`, except for tensors that would lose precision.
         shard_bytes: largest size in bytes of one file of format "hf".
+        importance: mean squares of the inputs of each matrix, for the rounding of quantized dtypes (`quant.fit`).
 
     Returns:
         The folder or file that was written.
@@ -102,11 +109,7 @@ def save(
         meta.export_params(config)  # raises in every process if the format cannot represent the model
     path = _free(expanded(path), format)
     main = dtype or default_dtype(leaves, format)
-    if format != "gguf":  # gguf.save_file casts by itself
-        leaves = {
-            key: leaf if dtype is None and _loses(leaf, np.dtype(main)) else leaf.cast(np.dtype(main), _name(key))
-            for key, leaf in leaves.items()
-        }
+    leaves = _prepared(config, leaves, format, dtype, main, importance or {})
     if jax.process_index() > 0:  # the first process writes; the others take part in its all-gathers, in the same order
         for weight in name_table.weights(config, _COLUMNS[format]):
             for _ in leaves[weight.path].blocks():
@@ -136,12 +139,41 @@ def check(format: str, dtype: str | None) -> None:
         raise ConfigError(f"format {format!r} is not written in {dtype!r}{near}; allowed: {allowed}")
 
 
+def _prepared(
+    config: ModelConfig,
+    leaves: name_table.Leaves,
+    format: str,
+    dtype: str | None,
+    main: str,
+    importance: Mapping[name_table.Path, np.ndarray],
+) -> name_table.Leaves:
+    """The tensors as a writer takes them: cast, or with the quantized parts to write."""
+    if main in _NAMES:
+        name = _NAMES[main]
+        if format == "hf":
+            quantize.check(config, name)
+        if format == "hf" and dtype is None:
+            return leaves  # exactly what the model has: quantized parts, and other tensors in their own dtype
+        bits = quantize.bits_of(config, name)
+        return {
+            key: quantize.rounded(leaf, bits[key], importance.get(key)) if key in bits else leaf
+            for key, leaf in leaves.items()
+        }
+    if format == "gguf":  # gguf.save_file casts by itself
+        return leaves
+    return {
+        key: leaf if dtype is None and _loses(leaf, np.dtype(main)) else leaf.cast(np.dtype(main), _name(key))
+        for key, leaf in leaves.items()
+    }
+
+
 def default_dtype(leaves: name_table.Leaves, format: str) -> str:
-    """The dtype of most of the weights; for "gguf" their quantized type, if it can be written."""
+    """The dtype of most of the weights; for formats that have them, the quantized type that they are stored in."""
     sizes: collections.Counter[str] = collections.Counter()
     for entry in leaves.values():
-        kind = entry.kind.lower() if entry.quantized is not None else entry.dtype.name
-        sizes[kind if kind in FORMATS.get(format, ()) else entry.dtype.name] += math.prod(entry.shape)
+        integers = {} if entry.quantized is None else {f"int{entry.quantized.bits}", f"q{entry.quantized.bits}_0"}
+        kind = next((name for name in FORMATS.get(format, ()) if name in integers), entry.dtype.name)
+        sizes[kind] += math.prod(entry.shape)
     return sizes.most_common(1)[0][0]
 
 
@@ -320,6 +352,7 @@ def _write_hf(path: Path, export: _Export) -> None:
         export.config,
         export.leaves,
         export.metadata,
+        quantized=export.dtype in _NAMES,
         shard_bytes=export.shard_bytes,
         progress=export.progress,
     )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
@@ -19,10 +17,10 @@ from llama_jax.parallel import Layout, shardings
 from llama_jax.params import Params, logical_axes
 from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
+from llama_jax.weights.quantize import BITS, bits_of, check, rounder
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
-_BITS = {"int8": 8, "int4": 4}
-QUANTIZE = ("none", *_BITS)  # names that `load_leaves` accepts for `quantize`
+QUANTIZE = ("none", *BITS)  # names that `load_leaves` accepts for `quantize`
 _AT_ONCE = 2  # tensors in flight; the host holds these besides what is on its devices
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
@@ -44,22 +42,24 @@ def load_leaves(
         layout: placement of the shards; None is the first device.
         dtype: dtype of the params; None keeps each tensor's own.
         quantize: None keeps weights that are stored in groups of 8 or 4 bits as QTensors; "none" dequantizes them;
-            "int8" and "int4" make QTensors of the matrices of all layers and round those that are stored otherwise.
+            "int8" and "int4" make QTensors of the matrices (`quantize.bits_of`) and round those that are stored
+            otherwise.
 
     Raises:
         ConfigError: "int8" or "int4" for a model whose rows are not a multiple of 32 long.
     """
     axes = logical_axes(config, stacked=False)
-    bits = group_bits(config, quantize)
+    check(config, quantize)
+    all_bits = bits_of(config, quantize)
 
     def load(path: name_table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], name_table.get(axes, path)
-        pieces, rounded = entry.quantized, bits is not None and _is_block_matrix(path, entry.shape)
-        if pieces is not None and (pieces.bits == bits if rounded else quantize is None):
+        pieces, bits = entry.quantized, all_bits.get(path)
+        if pieces is not None and (pieces.bits == bits or quantize is None):
             leaf = QTensor(*(place(piece, names, piece.dtype, layout) for piece in (pieces.values, pieces.scales)))
         else:
-            leaf = place(entry, names, entry.dtype if dtype is None or rounded else np.dtype(dtype), layout)
-            leaf = _quantized(leaf, bits, names, layout) if rounded else leaf
+            leaf = place(entry, names, entry.dtype if dtype is None or bits else np.dtype(dtype), layout)
+            leaf = _quantized(leaf, bits, names, layout) if bits else leaf
         leaf = jax.block_until_ready(leaf)
         bar.update(entry.nbytes)
         return leaf
@@ -76,35 +76,19 @@ def load_leaves(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def group_bits(config: ModelConfig, quantize: str | None) -> int | None:
-    """The number of bits of "int8" and "int4"; None for None and "none".
-
-    Raises:
-        ConfigError: the row length of a matrix is not a multiple of 32, the group size of quantization.
-    """
-    widths = {
-        "embed_dim": config.embed_dim,
-        "num_heads x head_dim": config.num_heads * config.head_dim,
-        "ffn_dim": config.ffn_dim,
-    }
-    bad = [f"{key}={width}" for key, width in widths.items() if width % quant.GROUP]
-    if quantize in _BITS and bad:
-        raise ConfigError(f"{quantize} needs rows of a multiple of 32 numbers, but the model has {', '.join(bad)}")
-    return _BITS.get(quantize)
-
-
-def quantize_layers(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
-    """Placed unrolled params, with the matrices of all layers quantized if `quantize` is "int8" or "int4"."""
-    bits = group_bits(config, quantize)
-    if bits is None:
+def quantize_placed(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
+    """Placed unrolled params, with the matrices rounded that "int8" or "int4" rounds (`quantize.bits_of`)."""
+    check(config, quantize)
+    all_bits = bits_of(config, quantize)
+    if not all_bits:
         return params
     axes = logical_axes(config, stacked=False)
 
     def leaf(path: name_table.Path) -> jax.Array | QTensor:
         weight = name_table.get(params, path)
-        if not _is_block_matrix(path, weight.shape) or isinstance(weight, QTensor):
+        if path not in all_bits or isinstance(weight, QTensor):
             return weight
-        return _quantized(weight, bits, name_table.get(axes, path), layout)
+        return _quantized(weight, all_bits[path], name_table.get(axes, path), layout)
 
     return name_table.build(
         config, ((weight.path, leaf(weight.path)) for weight in name_table.weights(config, "huggingface"))
@@ -122,20 +106,11 @@ def merge_updates(params: Params) -> Params:
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, LoraTensor))
 
 
-def _is_block_matrix(path: name_table.Path, shape: tuple[int, ...]) -> bool:
-    return path[0] == "layers" and len(shape) == 2
-
-
 def _quantized(weight: jax.Array, bits: int, names: tuple[str | None, ...], layout: Layout | None) -> QTensor:
     if layout is None:
-        return _quantizer(bits, None)(weight)
-    shapes = jax.eval_shape(functools.partial(quant.quantize, bits=bits), weight)
-    return _quantizer(bits, shardings(layout, names, shapes))(weight)
-
-
-@functools.lru_cache(maxsize=64)
-def _quantizer(bits: int, places: QTensor | None) -> Callable[[jax.Array], QTensor]:
-    return jax.jit(functools.partial(quant.quantize, bits=bits), out_shardings=places)
+        return rounder(bits)(weight)
+    shapes = jax.eval_shape(functools.partial(quant.fit, bits=bits), weight)
+    return rounder(bits, shardings(layout, names, shapes))(weight)
 
 
 def place(entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:

@@ -147,14 +147,14 @@ class RunSource:
         # Orbax casts while it reads, so that the float32 master weights are never in memory next to the cast ones.
         shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
         params = self._restore(shapes, logical_axes(self.config, stacked=True), layout)
-        return load.quantize_layers(self.config, unstack(params), quantize, layout)
+        return load.quantize_placed(self.config, unstack(params), quantize, layout)
 
     def load_merged(self, layout: parallel.Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
         """Reads the weights with LoRA's updates merged into them; see `Source.load_merged`."""
         if self.lora is None:
             return self.load(layout, dtype, quantize)
         params = load.merge_updates(self.load(layout, dtype, "none"))
-        return load.quantize_layers(self.config, params, quantize, layout)
+        return load.quantize_placed(self.config, params, quantize, layout)
 
     def merged_leaves(self) -> name_table.Leaves:
         """The tensors by path for saving; those of a LoRA run have the dtypes of its base."""

@@ -455,10 +455,10 @@ def test_a_saved_model_is_the_model(tmp_path, config, dtype):
     assert gguf.read_config(found) == config
     kinds = {weight.name: found.entries[weight.name].kind for weight in name_table.weights(config, "gguf")}
     kind = gguf.DTYPES[dtype][0]
-    last = "Q8_0" if dtype == "q4_0" else kind
+    shared = "Q8_0" if dtype == "q4_0" else kind
     assert kinds["blk.1.ffn_down.weight"] == kind
-    assert kinds["token_embd.weight"] == (last if config.tied_embeddings else kind)
-    assert kinds.get("output.weight", last) == last
+    assert kinds["token_embd.weight"] == (shared if config.tied_embeddings else kind)
+    assert kinds.get("output.weight", kind) == kind
     assert kinds["output_norm.weight"] == "F32"
     for path, leaf in match_tensors(found.entries, config, format="gguf", source="test")[1].items():
         ours = leaves_of(config)[path].read()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
-from llama_jax.ops.attention import xla
+from llama_jax.ops.attention import native, xla
 
 __all__ = ["attention"]
 
@@ -28,9 +28,13 @@ def attention(
 ) -> jax.Array:
     """Attention with the arguments and results of `xla.attention`, by the best backend for them.
 
-    Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`). All else
-    runs plain XLA. If the length axis is sharded, both gather the keys and values of a row on each of its devices.
+    One query a row on a CPU runs the native kernel (`native.takes`). Keys that are not aligned are those of a KV cache,
+    where slot s holds position s. Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and
+    dtype (`splash.takes`). All else runs plain XLA. If the length axis is sharded, both gather the keys and values of a
+    row on each of its devices.
     """
+    if not aligned and k_segments_BS is None and native.takes(q_BTNH, k_BKSH):
+        return native.attention(q_BTNH, k_BKSH, v_BKSH, q_positions_BT)
     if aligned:
         k_BKSH, v_BKSH = _repeated(k_BKSH), _repeated(v_BKSH)
     plain = functools.partial(

@@ -261,8 +261,8 @@ def save_file(
 ) -> None:
     """Writes a file that llama.cpp (and this module) reads. Some rows of one tensor at a time are in memory.
 
-    Norms are always F32. In q4_0 the unembedding (the embedding if they are tied) is Q8_0, since rounding affects it
-    most. A matrix whose rows are not a multiple of 32 cannot be quantized and is F16, as in llama.cpp.
+    Norms are always F32. In q4_0 a tied embedding is Q8_0, since rounding affects the unembedding most. A matrix whose
+    rows are not a multiple of 32 cannot be quantized and is F16, as in llama.cpp.
 
     Args:
         path: path of the file.
@@ -293,11 +293,10 @@ def save_file(
 def _tensors(config: ModelConfig, leaves: name_table.Leaves, dtype: str) -> dict[str, tuple[LazyTensor, str]]:
     """The tensors of a file by name, each with the type to write."""
     kind, _ = DTYPES[dtype]
-    embed, unembed = name_table.tied_names("gguf")
-    sensitive = embed if config.tied_embeddings else unembed
+    shared = name_table.tied_names("gguf")[0] if config.tied_embeddings else None
     tensors: dict[str, tuple[LazyTensor, str]] = {}
     for weight in name_table.weights(config, "gguf"):
-        to = "Q8_0" if kind == "Q4_0" and weight.name == sensitive else kind
+        to = "Q8_0" if kind == "Q4_0" and weight.name == shared else kind
         if to in BLOCKS and weight.shape[-1] % BLOCKS[to][0]:
             to = "F16"
         tensors[weight.name] = (weight.to_disk(leaves[weight.path]), to if len(weight.shape) > 1 else "F32")

@@ -22,7 +22,7 @@ from llama_jax.text import chat_template
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.vocabulary import MOST_BYTES
 from llama_jax.weights import name_table
-from llama_jax.weights.formats import flax, safetensors, torch_folder
+from llama_jax.weights.formats import compressed_tensors, flax, safetensors, torch_folder
 from llama_jax.weights.formats.huggingface_config import export_config, read_config
 from llama_jax.weights.model_files import Metadata, ModelFiles, tokenizer_in
 from llama_jax.weights.tensor import LazyTensor, main_dtype
@@ -58,7 +58,7 @@ def read(folder: Path) -> ModelFiles:
     """
     config = read_config(folder)
     description, names, open_folder = _weights_of(folder)
-    tensors = open_folder(folder)
+    tensors = compressed_tensors.unpacked(open_folder(folder), str(folder))
     if names == "flax":  # that code had an unembedding of its own, whatever the config said about ties
         config = dataclasses.replace(config, tied_embeddings=name_table.tied_names(names)[1] not in tensors)
     return ModelFiles(
@@ -169,6 +169,7 @@ def save_folder(
     metadata: Metadata,
     *,
     shard_bytes: int,
+    quantized: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes the files that transformers (and this module) reads, except those of the tokenizer.
@@ -181,32 +182,44 @@ def save_folder(
         leaves: the tensors by path, in the dtypes to be written.
         metadata: token ids and sampling settings.
         shard_bytes: largest size of one file in bytes, unless a single tensor is larger.
+        quantized: store quantized parts of tensors, in the layout of compressed_tensors.py.
         progress: called with the number of bytes that were written since the last call.
     """
-    _save_weights(folder, config, leaves, shard_bytes, progress)
+    stored = _stored(config, leaves, quantized)
+    _save_weights(folder, stored, shard_bytes, progress)
     write_generation_config(folder, metadata)
     ids = metadata.token_ids or {
         "bos_token_id": metadata.bos_token,
         "eos_token_id": _one_or_all(metadata.stop_tokens),
     }
-    write_json(
-        folder / "config.json", {**export_config(config), **ids, "torch_dtype": str(main_dtype(leaves.values()))}
-    )
+    bits = {
+        weight.name.removesuffix(".weight"): parts.bits if (parts := leaves[weight.path].quantized) else None
+        for weight in name_table.weights(config, "huggingface")
+        if quantized and len(weight.shape) == 2
+    }
+    extra = {"quantization_config": compressed_tensors.config_of(bits)} if any(bits.values()) else {}
+    dtype = str(main_dtype(leaves.values()))
+    write_json(folder / "config.json", {**export_config(config), **ids, "torch_dtype": dtype, **extra})
+
+
+def _stored(config: ModelConfig, leaves: name_table.Leaves, quantized: bool) -> list[dict[str, LazyTensor]]:
+    """The tensors to store, by name. Those of one weight are together, since they belong into one file."""
+    each = [{weight.name: weight.to_disk(leaves[weight.path])} for weight in name_table.weights(config, "huggingface")]
+    return [dict(compressed_tensors.packed(tensors)) if quantized else tensors for tensors in each]
 
 
 def _save_weights(
-    folder: Path, config: ModelConfig, leaves: name_table.Leaves, shard_bytes: int, progress: Callable[[int], None]
+    folder: Path, stored: list[dict[str, LazyTensor]], shard_bytes: int, progress: Callable[[int], None]
 ) -> None:
     """Writes model.safetensors, or shards of at most `shard_bytes` and their index."""
     shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
-    for weight in name_table.weights(config, "huggingface"):
-        leaf = leaves[weight.path]
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+    for tensors in stored:
+        size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][weight.name] = weight.to_disk(leaf)
+        shards[-1] |= tensors
         filled += size
     names = ["model.safetensors"]
     if len(shards) > 1:

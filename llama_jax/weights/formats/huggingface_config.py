@@ -17,6 +17,7 @@ from typing import Any
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.files import read_json
+from llama_jax.weights.formats import compressed_tensors
 
 # Fields of ModelConfig and their keys. Two more, num_key_value_heads and head_dim, may be absent.
 _FIELDS = {
@@ -133,7 +134,9 @@ def _check_effects(raw: Mapping[str, Any]) -> None:
     if layers is not None and not (isinstance(layers, list) and all(layer in allowed for layer in layers)):
         raise ConfigError(f"layer_types={_short(layers)} is not implemented; only full_attention is")
     quantization = raw.get("quantization_config")
-    if quantization and not _is_off(quantization):
+    if compressed_tensors.is_mine(quantization):
+        compressed_tensors.check(quantization)
+    elif quantization and not _is_off(quantization):
         raise ConfigError(
             f"quantization_config={_short(quantization)} is not supported: use the model before quantization"
         )

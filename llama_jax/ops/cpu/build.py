@@ -1,0 +1,170 @@
+"""The build of the CPU kernels: compiled on the machine that runs them, at their first use, and checked against XLA.
+
+The library's name in the cache folder has a hash of the sources, the version of jaxlib, the compiler and the features
+of the processor. A library is compiled and checked in a process of its own under a temporary name, and renamed when it
+has passed, so that two processes may build at once and a crash harms nothing. A failure is recorded under the same
+name, and is not tried again.
+
+    python -m llama_jax.ops.cpu.build FILE    # compiles, checks and writes FILE
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llama_jax import compilation_cache
+
+HERE = Path(__file__).parent
+SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
+TARGETS = ("llama_linear", "llama_attention")
+_COMPILERS = ("g++", "clang++", "c++")
+_SECONDS = 300
+
+
+class Unavailable(Exception):
+    """There are no kernels. The message says why, for one line of a log."""
+
+
+def library() -> Path:
+    """The path of a checked library for this machine, which is built if there is none yet.
+
+    Raises:
+        Unavailable: no compiler, no folder to write to, or a build or check that failed.
+    """
+    folder = compilation_cache.folder()
+    if folder is None:
+        raise Unavailable(f"{compilation_cache.ENV} is off, and they are built into that folder")
+    compiler = _compiler()
+    target = folder.parent / "native" / f"cpu-{_key(compiler)}.so"
+    failed = target.with_suffix(".failed")
+    if _is_ours(target):
+        return target
+    if failed.exists():
+        raise Unavailable(f"{failed.read_text(errors='replace').strip()} (remove {failed} to try again)")
+    if compiler is None:
+        raise Unavailable(f"there is no C++ compiler ({', '.join(_COMPILERS)})")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(f"{target.parent} is not writable")
+    except OSError as error:
+        raise Unavailable(f"{error}; {compilation_cache.ENV} may name another folder") from None
+    print("compiling the CPU kernels, once for this machine (about 10 seconds)", file=sys.stderr, flush=True)
+    if reason := _build_apart(target):
+        failed.write_text(reason + "\n")
+        raise Unavailable(reason)
+    return target
+
+
+def _compiler() -> str | None:
+    chosen = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, (chosen,) if chosen else _COMPILERS)), None)
+
+
+def _key(compiler: str | None) -> str:
+    import jaxlib
+
+    digest = hashlib.sha256()
+    for path in SOURCES:
+        digest.update(path.read_bytes())
+    for part in (jaxlib.__version__, compiler, platform.machine(), _features()):
+        digest.update(f"\0{part}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _features() -> str:
+    """The features of this machine's processor, as far as the system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def features() -> frozenset[str]:
+    """Names of the processor's features as Linux spells them, such as avx512_bf16; empty where it does not say."""
+    return frozenset(_features().split())
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether a library exists that nobody but this user (or root) could have written."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+
+
+def _build_apart(target: Path) -> str:
+    """Builds and checks the library in another process, which may crash. Returns why it failed, or an empty text."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    command = [sys.executable, "-m", "llama_jax.ops.cpu.build", str(target)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"their build failed: {error}"
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        return f"their build failed: {lines[-1].strip()[:300]}"
+    return ""
+
+
+def compile_to(path: Path) -> None:
+    """Compiles the kernels for this machine's processor. Raises RuntimeError with the compiler's first error."""
+    import jax
+
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler")
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler, "-std=c++17", "-O3", native, "-fPIC", "-shared", "-w", "-I", jax.ffi.include_dir()]
+    command += [*os.environ.get("LLAMA_JAX_CXXFLAGS", "").split(), "-o", str(path), str(HERE / "kernels.cc")]
+    if platform.system() == "Darwin":
+        command += ["-undefined", "dynamic_lookup"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise RuntimeError(f"{Path(compiler).name}: {errors[0].strip()}")
+
+
+def register(path: Path) -> None:
+    """Loads a library and registers its kernels with XLA, for the CPU."""
+    import jax
+
+    loaded = ctypes.CDLL(str(path))
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+
+
+def main(target: Path) -> None:
+    """Compiles, checks and writes a library."""
+    from llama_jax.ops.cpu import check
+
+    descriptor, name = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=target.parent)
+    os.close(descriptor)
+    building = Path(name)
+    try:
+        compile_to(building)
+        register(building)
+        check.against_xla()
+        building.chmod(0o700)
+        os.replace(building, target)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

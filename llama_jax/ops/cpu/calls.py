@@ -1,0 +1,75 @@
+"""The calls of the CPU kernels, once they are registered (see kernels.cc). No call has a gradient.
+
+Letters: B rows, D inputs, O outputs, N query heads, K key/value heads, S cache slots, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.ops.quant import QTensor
+
+_NOTHING, _NORM, _SWIGLU = 0, 1, 2
+
+
+def linears(
+    x: jax.Array,
+    weights: Sequence[jax.Array | QTensor],
+    *,
+    dtype: jnp.dtype,
+    norm: tuple[jax.Array, float] | None = None,
+    residual: jax.Array | None = None,
+    up: jax.Array | None = None,
+) -> list[jax.Array]:
+    """The products f(x) w^T of one or several weights, each (B, O) in `dtype`, accumulated in float32.
+
+    bfloat16 inputs of quantized weights are rounded to 8 bits, in groups of 32 with a scale each, where the processor
+    has instructions for products of bytes. Float32 inputs never are.
+
+    Args:
+        x: activations (B, D), float32 or bfloat16.
+        weights: one to four weights (O, D), all of one kind: float32, bfloat16, or quantized.
+        dtype: dtype of the results, float32 or bfloat16.
+        norm: scale (D,) and eps of an RMSNorm of x.
+        residual: added to the results, (B, O) in `dtype`.
+        up: f(x) is silu(x) * up, with `up` (B, D) in the dtype of x. It excludes `norm`.
+    """
+    arguments, before, eps = [x], _NOTHING, 0.0
+    if norm is not None:
+        scale, eps = norm
+        arguments, before = [x, scale], _NORM
+    elif up is not None:
+        arguments, before = [x, up], _SWIGLU
+    if residual is not None:
+        arguments.append(residual)
+    for w in weights:
+        arguments += [w.values, w.scales] if isinstance(w, QTensor) else [w]
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype) for w in weights]
+    call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
+    return call(*arguments, before=np.int32(before), eps=np.float32(eps), residual=np.int32(residual is not None))
+
+
+def attend(
+    q_BNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    lengths_B: jax.Array,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the first lengths_B keys of each row: (B, N, H) in the dtype of q.
+
+    Only these keys are read. A row of length 0 gives zeros. Computed in float32.
+
+    Args:
+        q_BNH: rotated queries, float32 or bfloat16.
+        k_BKSH: rotated keys, float32, bfloat16 or int8.
+        v_BKSH: values in the dtype of the keys.
+        lengths_B: int32 number of live keys.
+        scales: float16 (B, K, S) scales of int8 keys and of int8 values.
+    """
+    call = jax.ffi.ffi_call("llama_attention", jax.ShapeDtypeStruct(q_BNH.shape, q_BNH.dtype), vmap_method="sequential")
+    return call(q_BNH, k_BKSH, v_BKSH, lengths_B.astype(jnp.int32), *(scales or ()))

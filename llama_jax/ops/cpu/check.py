@@ -1,0 +1,54 @@
+"""The check of a new library: each kernel beside the same computation in XLA, before the library may be used."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.ops import quant
+from llama_jax.ops.cpu import calls
+
+_FLOAT, _BYTES = 1e-5, 2e-2  # of the largest result; the second for inputs in 8 bits and results in bfloat16
+
+
+def against_xla() -> None:
+    """Runs every kind of kernel once. Raises RuntimeError where a result is not XLA's."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    for kind in ("float32", "bfloat16", 8, 4):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for rows in (1, 3, 8):
+                w = normal(50, 608)
+                w = quant.quantize(w, kind) if isinstance(kind, int) else w.astype(kind)
+                x = normal(rows, 608).astype(dtype)
+                result = jax.jit(lambda x, w: calls.linears(x, [w], dtype=jnp.float32)[0])(x, w)
+                numbers = quant.dequantize(w, jnp.float32) if isinstance(kind, int) else w.astype(jnp.float32)
+                expected = jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
+                exact = dtype == jnp.float32 or not isinstance(kind, int)
+                _compare(
+                    result, expected, _FLOAT if exact else _BYTES, f"linear, {rows} rows, {kind}, {dtype.__name__}"
+                )
+    _check_attention(normal)
+
+
+def _check_attention(normal) -> None:
+    q, k, v = normal(2, 6, 64), normal(2, 2, 40, 64), normal(2, 2, 40, 64)
+    lengths = jnp.array([40, 7], jnp.int32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        keys, values = k.astype(dtype), v.astype(dtype)
+        result = jax.jit(calls.attend)(q, keys, values, lengths)
+        scores = jnp.einsum("bkgh,bksh->bkgs", q.reshape(2, 2, 3, 64), keys.astype(jnp.float32), precision="highest")
+        live = jnp.arange(40) < lengths[:, None, None, None]
+        weights = jax.nn.softmax(jnp.where(live, scores / 8, -jnp.inf), axis=-1)
+        expected = jnp.einsum("bkgs,bksh->bkgh", weights, values.astype(jnp.float32), precision="highest")
+        _compare(result, expected.reshape(2, 6, 64), _FLOAT, f"attention, {dtype.__name__}")
+
+
+def _compare(result: jax.Array, expected: jax.Array, tolerance: float, name: str) -> None:
+    gap = float(jnp.abs(result - expected).max() / jnp.abs(expected).max())
+    if not gap <= tolerance:
+        raise RuntimeError(f"{name}: the kernel differs from XLA by {gap:.1e} of the largest result")

@@ -1,0 +1,377 @@
+// Products of few rows with weights, and attention of one query over the live keys, as XLA custom calls for CPUs.
+//
+// llama_linear: y_i = f(x) w_i^T for one or several weights (out, in) of the same inputs. f is nothing, RMSNorm, or
+// SwiGLU's silu(x) * up; a residual may be added. x, up, residual and y are float32 or bfloat16.
+// llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row.
+//
+// A result does not depend on how many rows or threads run together. Letters: B rows, K inputs, N outputs.
+#include <algorithm>
+#include "pool.h"
+#include "simd.h"
+
+using Buffer = ffi::AnyBuffer;
+using Type = ffi::DataType;
+
+enum Math { FLOAT, BF16, BYTES };  // how inputs are multiplied: in float32, as bfloat16 pairs, or as rounded bytes
+constexpr int ROWS = 8;            // rows of x at a time
+constexpr int TILE = 256;          // most outputs of a tile, whose results wait in float32
+constexpr int AHEAD = 8192;        // bytes between the prefetched and the multiplied weights
+constexpr int GROUP = 32;          // values that share a scale
+
+// ------------------------------------------------------------------------------------------------ inputs
+struct Inputs {
+  const void* x; bool bf16; int B, K, pad;       // pad: K rounded up to 64
+  int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
+  float* f;      // (B, pad), zero beyond K
+  uint16_t* h;   // (B, pad) bfloat16
+  int8_t* q;     // (B, pad) bytes; for 4 bits the halves of each 64 are in the order of the packed weights
+  float *s, *c;  // (B, pad / 32, padded to 16) scale of each group of bytes, and scale * sum * offset
+  int groups;    // floats of a row of s and c
+};
+
+INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
+INLINE float rounded(float x, bool bf16) { return bf16 ? from_bf16(to_bf16(x)) : x; }
+
+template <class T> static void widen(const T* x, int K, float* f) {
+  int k = 0;
+  for (; k + LANES <= K; k += LANES) store(f + k, load(x + k));
+  for (; k < K; k++) f[k] = at(x, sizeof(T) == 2, k);
+}
+// Row b of x as floats, after the norm or the activation, with the roundings of the same operations in x's type.
+static void read_row(const Inputs& in, int b) {
+  const int K = in.K; const int64_t start = (int64_t)b * K;
+  float* f = in.f + (int64_t)b * in.pad;
+  auto row = [&](const void* from, float* out) {
+    if (in.bf16) widen((const uint16_t*)from + start, K, out); else widen((const float*)from + start, K, out);
+    memset(out + K, 0, (in.pad - K) * 4);
+  };
+  row(in.x, f);
+  if (in.before == 1) {
+    vf squares[4] = {};
+    for (int k = 0; k < in.pad; k += 4 * LANES) UNROLL for (int j = 0; j < 4; j++) { vf v = load(f + k + j * LANES); squares[j] += v * v; }
+    const float r = 1.f / sqrtf(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / K + in.eps);
+    if (in.bf16) for (int k = 0; k < K; k++) f[k] = rounded(rounded(f[k] * r, true) * rounded(at(in.with, in.with_bf16, k), true), true);
+    else for (int k = 0; k < K; k++) f[k] = f[k] * r * at(in.with, in.with_bf16, k);
+  } else if (in.before == 2) {
+    static thread_local Scratch scratch;
+    float* up = scratch.get<float>(in.pad);
+    row(in.with, up);
+    for (int k = 0; k < in.pad; k += LANES) { vf g = load(f + k); store(f + k, g / (1.f + exp(-g)) * load(up + k)); }
+    if (in.bf16) for (int k = 0; k < K; k++) f[k] = rounded(f[k], true);
+  }
+}
+#if LANES == 16 && defined(__AVX512VNNI__)
+#define HAS_BYTES 1
+// Row b in groups of 32 bytes with a scale each: q = round(x 127 / max |x|). A group with NaN or infinity has scale NaN.
+static void to_bytes(const Inputs& in, int b, bool four) {
+  const float* f = in.f + (int64_t)b * in.pad;
+  int8_t* q = in.q + (int64_t)b * in.pad;
+  float *s = in.s + (int64_t)b * in.groups, *c = in.c + (int64_t)b * in.groups;
+  for (int g = in.pad / GROUP; g < in.groups; g++) s[g] = c[g] = 0;
+  for (int g = 0; g < in.pad / GROUP; g++) {
+    const __m512 x0 = _mm512_loadu_ps(f + g * GROUP), x1 = _mm512_loadu_ps(f + g * GROUP + 16);
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
+    const bool finite = !(_mm512_fpclass_ps_mask(x0, 0x99) | _mm512_fpclass_ps_mask(x1, 0x99));
+    const __m512 inverse = _mm512_set1_ps(top > 0 && finite ? 127.f / top : 0);
+    const __m512i n0 = _mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse)), n1 = _mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse));
+    s[g] = finite ? top / 127.f : NAN, c[g] = s[g] * _mm512_reduce_add_epi32(_mm512_add_epi32(n0, n1)) * (four ? 8.f : 128.f);
+    int8_t* to = q + (four ? (g & ~1) * GROUP + (g & 1) * 16 : g * GROUP);
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(n0)), _mm_storeu_si128((__m128i*)(to + (four ? 32 : 16)), _mm512_cvtsepi32_epi8(n1));
+  }
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------ weights
+struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; const char* residual; };
+static int64_t row_bytes(Type t, int K) { return t == Type::F32 ? 4ll * K : t == Type::BF16 ? 2ll * K : t == Type::S8 ? K : K / 2; }
+
+template <int B, int R> INLINE void finish(vf (&a)[R][B], float* t, int64_t ld) {  // t[b * ld + r] = sum(a[r][b])
+  if (R % 4 == 0) {
+    UNROLL for (int b = 0; b < B; b++) UNROLL for (int r = 0; r + 3 < R; r += 4) sum4(a[r][b], a[r + 1][b], a[r + 2][b], a[r + 3][b], t + b * ld + r);
+  } else if (B % 4 == 0) {
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b + 3 < B; b += 4) {
+      float s[4]; sum4(a[r][b], a[r][b + 1], a[r][b + 2], a[r][b + 3], s);
+      UNROLL for (int j = 0; j < 4; j++) t[(b + j) * ld + r] = s[j];
+    }
+  } else UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) t[b * ld + r] = sum(a[r][b]);
+}
+
+// Dense weights times float32 inputs.
+template <class T, int B, int R> static void dense(const T* w, const float* x, int K, int64_t pad, float* t, int64_t ld) {
+  vf a[R][B] = {};
+  int k = 0;
+  for (; k + LANES <= K; k += LANES) {
+    vf v[R]; UNROLL for (int r = 0; r < R; r++) { const T* p = w + (int64_t)r * K + k; v[r] = load(p); prefetch((const char*)p + AHEAD); }
+    UNROLL for (int b = 0; b < B; b++) { vf xv = load(x + b * pad + k); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
+  }
+  if (k < K) {  // the last inputs, as one vector with zeros behind
+    for (int r = 0; r < R; r++) {
+      T last[LANES] = {}; memcpy(last, w + (int64_t)r * K + k, (K - k) * sizeof(T));
+      for (int b = 0; b < B; b++) a[r][b] += load(last) * load(x + b * pad + k);
+    }
+  }
+  finish<B, R>(a, t, ld);
+}
+// Grouped weights, dequantized to float32, times float32 inputs.
+template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
+  vf a[R][B] = {};
+  const int G = K / GROUP; const int64_t bytes = FOUR ? K / 2 : K;
+  for (int g = 0; g < G; g++) {
+    alignas(64) int8_t n[R][GROUP]; float s[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      const uint8_t* p = w + r * bytes + (int64_t)g * (FOUR ? 16 : 32);
+      if (FOUR) nibbles(p, n[r], n[r] + 16); else memcpy(n[r], p, GROUP);
+      s[r] = from_half(scales[(int64_t)r * G + g]); prefetch(p + AHEAD);
+    }
+    UNROLL for (int j = 0; j < GROUP; j += LANES) {
+      vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = load(n[r] + j) * s[r];
+      UNROLL for (int b = 0; b < B; b++) { vf xv = load(x + b * pad + g * GROUP + j); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
+    }
+  }
+  finish<B, R>(a, t, ld);
+}
+
+#if LANES == 16 && defined(__AVX512BF16__)
+#define HAS_BF16 1
+// bfloat16 weights times bfloat16 inputs, in pairs with float32 sums.
+template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
+  __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
+  auto step = [&](int k, __mmask32 mask) __attribute__((always_inline)) {
+    __m512bh v[R]; UNROLL for (int r = 0; r < R; r++) { const uint16_t* p = w + (int64_t)r * K + k; v[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, p); prefetch((const char*)p + AHEAD); }
+    UNROLL for (int b = 0; b < B; b++) { __m512bh xv = (__m512bh)_mm512_loadu_si512(x + b * pad + k); UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_dpbf16_ps(a[r][b], v[r], xv); }
+  };
+  int k = 0;
+  for (; k + 32 <= K; k += 32) step(k, ~0u);
+  if (k < K) step(k, (1u << (K - k)) - 1);
+  vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
+  finish<B, R>(out, t, ld);
+}
+#endif
+#ifdef HAS_BYTES
+// The group, of the 16 groups of a block of 512 values, of each lane of step i. A lane holds four products of bytes.
+alignas(64) static const int32_t LANE_GROUP[2][8][16] = {
+#define EIGHT(i) {2*i,2*i,2*i,2*i,2*i,2*i,2*i,2*i,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1}
+#define FOURS(i) {2*i,2*i,2*i,2*i,2*i+1,2*i+1,2*i+1,2*i+1,2*i,2*i,2*i,2*i,2*i+1,2*i+1,2*i+1,2*i+1}
+  {EIGHT(0), EIGHT(1), EIGHT(2), EIGHT(3), EIGHT(4), EIGHT(5), EIGHT(6), EIGHT(7)},
+  {FOURS(0), FOURS(1), FOURS(2), FOURS(3), FOURS(4), FOURS(5), FOURS(6), FOURS(7)}};
+// Grouped weights times inputs in bytes. Weights are multiplied with an offset (128 or 8) that makes them unsigned;
+// its share of the sums is subtracted once a block.
+template <bool FOUR, int B, int R> static void bytes(const uint8_t* w, const uint16_t* scales, const Inputs& in, int b0, float* t, int64_t ld) {
+  __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
+  const int K = in.K, G = K / GROUP; const int64_t stride = FOUR ? K / 2 : K;
+  const int8_t* q = in.q + (int64_t)b0 * in.pad; const float *s = in.s + (int64_t)b0 * in.groups, *c = in.c + (int64_t)b0 * in.groups;
+  const __m512i sign = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi8(15);
+  alignas(64) float both[R][B][16];  // weight scale * input scale of each group
+  for (int start = 0; start < K; start += 512) {
+    const int g = start / GROUP; const __mmask16 live = G - g >= 16 ? 0xffff : (1 << (G - g)) - 1;
+    UNROLL for (int r = 0; r < R; r++) {
+      __m512 sv = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, scales + (int64_t)r * G + g));
+      UNROLL for (int b = 0; b < B; b++) {
+        _mm512_store_ps(both[r][b], _mm512_mul_ps(sv, _mm512_loadu_ps(s + b * in.groups + g)));
+        a[r][b] = _mm512_fnmadd_ps(sv, _mm512_loadu_ps(c + b * in.groups + g), a[r][b]);
+      }
+    }
+    auto step = [&](int k, bool whole) __attribute__((always_inline)) {
+      const __m512i index = _mm512_load_si512(LANE_GROUP[FOUR][(k - start) / 64]); __m512i v[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        const uint8_t* p = w + r * stride + (FOUR ? k / 2 : k);
+        if (FOUR) {
+          __m256i h = whole ? _mm256_loadu_si256((const __m256i*)p) : _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p));
+          v[r] = _mm512_and_si512(low, _mm512_inserti64x4(_mm512_castsi256_si512(h), _mm256_srli_epi16(h, 4), 1));
+        } else v[r] = _mm512_xor_si512(sign, _mm512_maskz_loadu_epi8(whole ? ~0ull : 0xffffffffull, p));
+        if (!FOUR || !(k & 64)) prefetch(p + AHEAD);
+      }
+      UNROLL for (int b = 0; b < B; b++) {
+        const __m512i xv = _mm512_loadu_si512(q + (int64_t)b * in.pad + k);
+        UNROLL for (int r = 0; r < R; r++) {
+          const __m512 scale = _mm512_permutexvar_ps(index, _mm512_load_ps(both[r][b]));
+          a[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), v[r], xv)), scale, a[r][b]);
+        }
+      }
+    };
+    const int end = std::min(start + 512, K); int k = start;
+    for (; k + 64 <= end; k += 64) step(k, true);
+    if (k < end) step(k, false);
+  }
+  vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
+  finish<B, R>(out, t, ld);
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------ loops
+// Outputs at a time: as many as leave a register for each sum.
+template <int B, bool BY> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : BY ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
+template <int B, int R> static void outputs(const Inputs& in, Math math, const Weight& w, int n, int b0, float* t, int64_t ld) {
+  const char* p = w.w + n * row_bytes(w.type, in.K); const float* f = in.f + (int64_t)b0 * in.pad;
+  const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
+  if (w.type == Type::F32) dense<float, B, R>((const float*)p, f, in.K, in.pad, t, ld);
+#ifdef HAS_BF16
+  else if (math == BF16) pairs<B, R>((const uint16_t*)p, in.h + (int64_t)b0 * in.pad, in.K, in.pad, t, ld);
+#endif
+  else if (w.type == Type::BF16) dense<uint16_t, B, R>((const uint16_t*)p, f, in.K, in.pad, t, ld);
+  else if (w.type == Type::S8) grouped<false, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
+  else grouped<true, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
+}
+#ifdef HAS_BYTES
+template <int B, int R> static void outputs_of_bytes(const Inputs& in, const Weight& w, int n, int b0, float* t, int64_t ld) {
+  const uint8_t* p = (const uint8_t*)w.w + n * row_bytes(w.type, in.K); const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
+  if (w.type == Type::S8) bytes<false, B, R>(p, scales, in, b0, t, ld); else bytes<true, B, R>(p, scales, in, b0, t, ld);
+}
+#endif
+template <int B> static void block(const Inputs& in, Math math, const Weight& w, int lo, int hi, int b0, float* t, int64_t ld) {
+  int n = lo;
+#ifdef HAS_BYTES
+  if (math == BYTES) {
+    for (constexpr int R = STEP<B, true>; n + R <= hi; n += R) outputs_of_bytes<B, R>(in, w, n, b0, t + n - lo, ld);
+    for (; n < hi; n++) outputs_of_bytes<B, 1>(in, w, n, b0, t + n - lo, ld);
+  }
+#endif
+  for (constexpr int R = STEP<B, false>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
+  for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
+}
+// Outputs lo..hi of one weight for all rows. Rows are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
+static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, int lo, int hi) {
+  float t[ROWS * TILE];
+  const int n = hi - lo;
+  for (int b0 = 0; b0 < in.B; b0 += ROWS) {
+    const int rows = std::min(ROWS, in.B - b0);
+    if (rows == 1) block<1>(in, math, w, lo, hi, b0, t, n);
+    else if (rows == 2) block<2>(in, math, w, lo, hi, b0, t, n);
+    else if (rows <= 4) block<4>(in, math, w, lo, hi, b0, t, n);
+    else block<8>(in, math, w, lo, hi, b0, t, n);
+    for (int b = 0; b < rows; b++) {
+      const int64_t to = (int64_t)(b0 + b) * w.N + lo; const float* from = t + b * n;
+      if (out_bf16) {
+        uint16_t* y = (uint16_t*)w.out + to; const uint16_t* r = (const uint16_t*)w.residual + to;
+        if (w.residual) for (int i = 0; i < n; i++) y[i] = to_bf16(from_bf16(to_bf16(from[i])) + from_bf16(r[i]));
+        else for (int i = 0; i < n; i++) y[i] = to_bf16(from[i]);
+      } else {
+        float* y = (float*)w.out + to; const float* r = (const float*)w.residual + to;
+        if (w.residual) for (int i = 0; i < n; i++) y[i] = from[i] + r[i];
+        else memcpy(y, from, n * sizeof(float));
+      }
+    }
+  }
+}
+
+static void prepare(Inputs& in, Math math, bool four, ffi::ThreadPool& pool) {
+  static thread_local Scratch floats, halves, quants, scales;
+  const int64_t rows = (in.B + ROWS - 1) / ROWS * ROWS;  // rows beyond B are multiplied too, and their results dropped
+  in.pad = (in.K + 63) & ~63, in.groups = (in.pad / GROUP + 15) & ~15;
+  in.f = floats.get<float>(rows * in.pad);
+  if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
+  if (math == BYTES) { in.q = quants.get<int8_t>(rows * in.pad); in.s = scales.get<float>(2 * rows * in.groups); in.c = in.s + rows * in.groups; }
+  auto one = [&](int b) {
+    read_row(in, b);
+#ifdef HAS_BYTES
+    if (math == BYTES) to_bytes(in, b, four);
+#endif
+    if (math == BF16) { const float* f = in.f + (int64_t)b * in.pad; uint16_t* h = in.h + (int64_t)b * in.pad; for (int k = 0; k < in.pad; k++) h[k] = to_bf16(f[k]); }
+  };
+  if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
+}
+
+static ffi::Error bad(const char* text) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, text); }
+
+// Arguments: x, norm weight or up (before = 1, 2), residual (if `residual`), then each weight, with scales if grouped.
+static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t before, float eps, int32_t residual) {
+  size_t next = 0;
+  auto take = [&] { return *args.get<Buffer>(next++); };
+  Buffer x = take();
+  Inputs in{}; in.x = x.untyped_data(), in.bf16 = x.element_type() == Type::BF16, in.B = (int)x.dimensions()[0];
+  in.K = (int)x.dimensions()[1], in.before = before, in.eps = eps;
+  if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
+  const char* added = residual ? (const char*)take().untyped_data() : nullptr;
+  constexpr int MOST = 4;
+  Weight weights[MOST]; int count = 0, tiles = 0, of[MOST + 1] = {0}, size[MOST]; bool out_bf16[MOST];
+  if (rets.size() > MOST) return bad("llama_linear takes at most 4 weights");
+  const int threads = (int)std::max<int64_t>(1, pool.num_threads());
+  while (next < args.size()) {
+    Buffer w = take(); Weight& weight = weights[count];
+    weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0], weight.residual = added;
+    weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
+    Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), out_bf16[count] = out.element_type() == Type::BF16;
+    const int64_t most = std::max<int64_t>(16, 16384 / std::max<int64_t>(1, row_bytes(weight.type, in.K)));  // 16 KiB at least
+    size[count] = (int)std::min<int64_t>(TILE, std::max<int64_t>(most, weight.N / (8 * threads)) + 15) & ~15;
+    tiles += (weight.N + size[count] - 1) / size[count]; of[++count] = tiles;
+  }
+  const Type type = weights[0].type;
+  Math math = FLOAT;
+#ifdef HAS_BF16
+  if (in.bf16 && type == Type::BF16) math = BF16;
+#endif
+#ifdef HAS_BYTES
+  if (in.bf16 && (type == Type::S8 || type == Type::U8)) math = BYTES;
+#endif
+  prepare(in, math, type == Type::U8, pool);
+  parallel(pool, tiles, [&](int i) {
+    int j = 0; while (i >= of[j + 1]) j++;
+    const int lo = (i - of[j]) * size[j]; tile(in, math, weights[j], out_bf16[j], lo, std::min(lo + size[j], weights[j].N));
+  });
+  return ffi::Error::Success();
+}
+
+// ------------------------------------------------------------------------------------------------ attention
+struct Keys { const void *k, *v; const uint16_t *k_scales, *v_scales; };  // scales: one a position, for int8
+// The dot products of one key with G queries of H floats, and weights[g] times a value added to G sums.
+template <class T> INLINE float dot(const float* q, const T* k, int H) {
+  vf a{}; for (int h = 0; h < H; h += LANES) a += load(q + h) * load(k + h);
+  return sum(a);
+}
+// Four keys at a time; their sums share instructions.
+template <class T> INLINE void dot4(const float* q, const T* k, int H, float* out) {
+  vf a{}, b{}, c{}, d{};
+  for (int h = 0; h < H; h += LANES) { vf x = load(q + h); a += x * load(k + h), b += x * load(k + H + h), c += x * load(k + 2 * H + h), d += x * load(k + 3 * H + h); }
+  sum4(a, b, c, d, out);
+}
+template <class T> static void attend(const float* q, const Keys& keys, int64_t base, int length, int G, int H, float* out) {
+  static thread_local Scratch scratch;
+  const int pad = (length + 15) & ~15;
+  float* p = scratch.get<float>(pad);
+  const T *k = (const T*)keys.k + base * H, *v = (const T*)keys.v + base * H;
+  for (int g = 0; g < G; g++) {
+    const float* query = q + g * H; int s = 0;
+    for (; s + 4 <= length; s += 4) dot4(query, k + (int64_t)s * H, H, p + s);
+    for (; s < length; s++) p[s] = dot(query, k + (int64_t)s * H, H);
+    if (keys.k_scales) for (s = 0; s < length; s++) p[s] *= from_half(keys.k_scales[base + s]);
+    float top = -INFINITY; for (s = 0; s < length; s++) top = p[s] > top ? p[s] : top;
+    for (s = length; s < pad; s++) p[s] = -INFINITY;
+    vf total{};
+    for (s = 0; s < pad; s += LANES) { vf e = exp(load(p + s) - top); if (s + LANES > length) for (int i = 0; i < LANES; i++) if (s + i >= length) e[i] = 0; total += e; store(p + s, e); }
+    const float inverse = 1.f / sum(total);
+    if (keys.v_scales) for (s = 0; s < length; s++) p[s] *= from_half(keys.v_scales[base + s]);
+    for (int h = 0; h < H; h += 4 * LANES) {
+      const int n = std::min(4, (H - h) / LANES);
+      vf a[4] = {};
+      if (n == 4) for (s = 0; s < length; s++) { UNROLL for (int j = 0; j < 4; j++) a[j] += p[s] * load(v + (int64_t)s * H + h + j * LANES); }
+      else for (s = 0; s < length; s++) for (int j = 0; j < n; j++) a[j] += p[s] * load(v + (int64_t)s * H + h + j * LANES);
+      for (int j = 0; j < n; j++) store(out + g * H + h + j * LANES, a[j] * inverse);
+    }
+  }
+}
+// Arguments: q (B, N, H), k and v (B, K, S, H), lengths (B,) int32, then the scales (B, K, S) of k and v if they are int8.
+static ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<Buffer> result) {
+  Buffer q = *args.get<Buffer>(0), k = *args.get<Buffer>(1), v = *args.get<Buffer>(2), lengths = *args.get<Buffer>(3);
+  const int B = (int)q.dimensions()[0], N = (int)q.dimensions()[1], H = (int)q.dimensions()[2], K = (int)k.dimensions()[1], S = (int)k.dimensions()[2], G = N / K;
+  if (H % 16) return bad("llama_attention takes heads of a multiple of 16");
+  Keys keys{k.untyped_data(), v.untyped_data(), nullptr, nullptr};
+  if (args.size() > 4) keys.k_scales = (const uint16_t*)(*args.get<Buffer>(4)).untyped_data(), keys.v_scales = (const uint16_t*)(*args.get<Buffer>(5)).untyped_data();
+  const bool bf16 = q.element_type() == Type::BF16; const Type type = k.element_type(); const float scale = 1.f / sqrtf((float)H);
+  parallel(pool, B * K, [&](int i) {
+    static thread_local Scratch scratch;
+    float *queries = scratch.get<float>(2 * G * H), *out = queries + G * H;
+    const int64_t first = (int64_t)i * G * H; const int length = std::min(std::max(((const int32_t*)lengths.untyped_data())[i / K], 0), S);
+    for (int j = 0; j < G * H; j++) queries[j] = at(q.untyped_data(), bf16, first + j) * scale, out[j] = 0;
+    if (length) {
+      if (type == Type::F32) attend<float>(queries, keys, (int64_t)i * S, length, G, H, out);
+      else if (type == Type::BF16) attend<uint16_t>(queries, keys, (int64_t)i * S, length, G, H, out);
+      else attend<int8_t>(queries, keys, (int64_t)i * S, length, G, H, out);
+    }
+    void* y = result->untyped_data();
+    for (int j = 0; j < G * H; j++) if (bf16) ((uint16_t*)y)[first + j] = to_bf16(out[j]); else ((float*)y)[first + j] = out[j];
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps").Attr<int32_t>("residual"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());

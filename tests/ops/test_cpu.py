@@ -1,0 +1,213 @@
+"""The native CPU kernels beside plain float64 products, and every way of having none."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.numbers import gap
+from llama_jax import parallel
+from llama_jax.ops import cpu, linear, norm, quant
+from llama_jax.ops.cpu import build, calls
+
+pytestmark = pytest.mark.skipif(not cpu.ready(), reason="no CPU kernels on this machine")
+KINDS = ("float32", "bfloat16", 8, 4)
+SHAPES = [(96, 7), (1056, 300)]
+ODD = (101, 33)
+
+
+def weight(kind, out, size, seed=0):
+    """A weight of this kind and its numbers."""
+    w = jnp.asarray(np.random.default_rng(seed).standard_normal((out, size)), jnp.float32)
+    if isinstance(kind, str):
+        return w.astype(kind), np.asarray(w.astype(kind), np.float64)
+    w = quant.quantize(w, kind)
+    return w, np.asarray(quant.dequantize(w, jnp.float32), np.float64)
+
+
+def inputs(rows, size, dtype, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, size)), dtype)
+
+
+def in_bytes(x):
+    """Inputs as the kernels of bytes round them: 127 steps up to the largest of each 32."""
+    groups = np.asarray(x, np.float32).reshape(len(x), -1, 32)
+    top = np.abs(groups).max(axis=-1, keepdims=True)
+    scales = (top / np.float32(127)).astype(np.float64)
+    return (np.round(groups * (np.float32(127) / top)) * scales).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_few_rows_are_those_of_the_numbers(kind, dtype):
+    for size, out in [*SHAPES, *([ODD] if isinstance(kind, str) else [])]:
+        w, numbers = weight(kind, out, size)
+        product = jax.jit(lambda x, w: calls.linears(x, [w], dtype=jnp.float32)[0])
+        for rows in (1, 2, 3, 17):
+            x = inputs(rows, size, dtype)
+            result, exact = product(x, w), np.asarray(x, np.float64) @ numbers.T
+            if gap(result, exact) < 2e-6:
+                continue
+            assert dtype == "bfloat16" and not isinstance(kind, str), (size, out, rows)
+            assert gap(result, in_bytes(x) @ numbers.T) < 2e-6, (size, out, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_others(kind):
+    w, _ = weight(kind, 130, 256)
+    product = jax.jit(linear.linear)
+    for dtype in ("float32", "bfloat16"):
+        if kind == "float32" and dtype == "bfloat16":
+            continue
+        x = inputs(13, 256, dtype)
+        together = product(x, w)
+        for rows in (1, 2, 4, 7):
+            np.testing.assert_array_equal(product(x[:rows], w), together[:rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norm_activation_and_residual_are_those_of_separate_operations(dtype):
+    (a, _), (b, _) = weight(dtype, 48, 160, 2), weight(dtype, 20, 160, 3)
+    x, up, scale = inputs(5, 160, dtype), inputs(5, 160, dtype, 4), inputs(1, 160, dtype, 5)[0]
+    bound = 2e-6 if dtype == "float32" else 1e-2
+    normed = norm.rms_norm(x, scale, eps=1e-5)
+    products = jax.jit(lambda *a: calls.linears(a[0], a[1:3], dtype=dtype, norm=(a[3], 1e-5)))(x, a, b, scale)
+    for result, w in zip(products, (a, b), strict=True):
+        assert result.dtype == dtype and gap(result, normed.astype(jnp.float32) @ w.astype(jnp.float32).T) < bound
+    residual = inputs(5, 48, dtype, 6)
+    (result,) = jax.jit(lambda *a: calls.linears(a[0], [a[1]], dtype=dtype, up=a[2], residual=a[3]))(x, a, up, residual)
+    hidden = (jax.nn.silu(x) * up).astype(jnp.float32)
+    assert gap(result, residual.astype(jnp.float32) + hidden @ a.astype(jnp.float32).T) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_stays_so(kind):
+    w, _ = weight(kind, 32, 64)
+    for dtype in ("float32", "bfloat16"):
+        for wrong in (np.nan, np.inf):
+            x = inputs(2, 64, dtype).at[1, 40].set(wrong)
+            result = np.asarray(calls.linears(x, [w], dtype=jnp.float32)[0])
+            assert np.isfinite(result[0]).all() and not np.isfinite(result[1]).any()
+
+
+@pytest.mark.parametrize("kind", ["float32", 8, 4])
+def test_gradients_are_those_of_xla(kind):
+    w, numbers = weight(kind, 32, 64)
+    x = inputs(3, 64, "float32")
+    for product in (linear.linear, linear.linear_f32):
+        gradient = jax.jit(jax.grad(lambda x, p=product: (p(x, w) ** 2).sum()))(x)
+        assert gap(gradient, 2 * (np.asarray(x, np.float64) @ numbers.T) @ numbers) < 1e-5
+        both = jax.grad(lambda x: sum((a**2).sum() for a in linear.linears(x, [(w, None), (w, None)])))(x)
+        assert gap(both, 2 * np.asarray(gradient)) < 1e-5
+        mapped = jax.vmap(lambda row, p=product: p(row, w))(x)
+        assert gap(mapped, np.asarray(x, np.float64) @ numbers.T) < 1e-5
+
+
+def softmax_attention(q, k, v, lengths):
+    B, N, H = q.shape
+    K = k.shape[1]
+    out = np.zeros((B, N, H))
+    for b in range(B):
+        for n in range(N):
+            keys, values = (a[b, n // (N // K), : lengths[b]] for a in (k, v))
+            scores = keys @ q[b, n] / np.sqrt(H)
+            weights = np.exp(scores - scores.max(initial=0))
+            out[b, n] = weights @ values / max(weights.sum(), 1e-30)
+    return out
+
+
+@pytest.mark.parametrize("head", [16, 48, 64, 128, 80])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+def test_attention_reads_the_live_keys_only(cache, head):
+    rng = np.random.default_rng(head)
+    lengths = [1, 37, 0, 50, 4]
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((5, 6, head), (5, 2, 50, head), (5, 2, 50, head)))
+    scales = None
+    if cache == "int8":
+        scales = tuple((np.abs(a).max(-1) / 127).astype(np.float16) for a in (k, v))
+        k, v = (np.round(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales, strict=True))
+        numbers = [a.astype(np.float64) * s[..., None] for a, s in zip((k, v), scales, strict=True)]
+    else:
+        k, v = (np.array(jnp.asarray(a, cache)) for a in (k, v))
+        for b, n in enumerate(lengths):  # what lies beyond a row's length is never read
+            k[b, :, n:] = v[b, :, n:] = np.nan
+        numbers = [np.asarray(a, np.float64) for a in (k, v)]
+    result = jax.jit(cpu.attend)(q, k, v, jnp.array(lengths), scales)
+    assert gap(result, softmax_attention(q.astype(np.float64), *numbers, lengths)) < 2e-6
+    half = jax.jit(cpu.attend)(q.astype(jnp.bfloat16), k, v, jnp.array(lengths), scales)
+    assert half.dtype == jnp.bfloat16
+    rounded = np.asarray(jnp.asarray(q, jnp.bfloat16), np.float64)
+    assert gap(half, softmax_attention(rounded, *numbers, lengths)) < 1e-2
+
+
+def test_sharded_arrays_and_many_rows_keep_to_xla():
+    w, _ = weight("float32", 32, 64)
+    x = inputs(2, 64, "float32")
+    with parallel.use(parallel.Layout(parallel.make_mesh({"tensor": 2, "data": 4}), "infer")):
+        sharded = jax.jit(lambda x, w: linear.linear(x, w)).lower(x, w).as_text()
+    assert "llama_linear" not in sharded
+    assert "llama_linear" in jax.jit(linear.linear).lower(x, w).as_text()
+    assert "llama_linear" not in jax.jit(linear.linear).lower(inputs(17, 64, "float32"), w).as_text()
+
+
+SCRIPT = """
+import logging; logging.basicConfig(format="%(message)s")
+import jax.numpy as jnp
+from llama_jax.ops import cpu, linear
+print(linear.linear(jnp.ones((1, 64)), jnp.ones((3, 64))), linear.linear(jnp.ones((2, 64)), jnp.ones((3, 64)))[1])
+print(cpu.ready())
+"""
+
+
+def run(**environment):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_without_kernels_it_works_and_says_why_once(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    failing = tmp_path / "failing-c++"
+    failing.write_text("#!/bin/sh\necho 'kernels.cc:1: error: no such thing' >&2; exit 1\n")
+    failing.chmod(0o755)
+    cases = {
+        "off": ({cpu.ENV: "off"}, None),
+        "no compiler": ({"CXX": str(tmp_path / "none"), "LLAMA_JAX_CACHE": str(tmp_path / "a")}, "no C++ compiler"),
+        "no folder": ({"LLAMA_JAX_CACHE": str(blocked)}, str(blocked)),
+        "no cache": ({"LLAMA_JAX_CACHE": "off"}, "LLAMA_JAX_CACHE is off"),
+        "broken": ({"CXX": str(failing), "LLAMA_JAX_CACHE": str(tmp_path / "b")}, "no such thing"),
+    }
+    started = {name: (run(**environment), said) for name, (environment, said) in cases.items()}
+    for name, (process, said) in started.items():
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, (name, error)
+        assert out.split() == "[[64. 64. 64.]] [64. 64. 64.] False".split(), name
+        lines = [line for line in error.splitlines() if "plain XLA" in line]
+        assert len(lines) == (0 if said is None else 1) and (said or "") in error, (name, error)
+    (failed,) = (tmp_path / "b" / "native").glob("*.failed")
+    assert "no such thing" in failed.read_text()
+
+
+@pytest.mark.slow  # two runs of the compiler, 10 seconds each
+def test_two_processes_may_build_at_once(tmp_path):
+    both = [run(LLAMA_JAX_CACHE=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0 and out.split()[-1] == "True", error
+    (library,) = (tmp_path / "native").iterdir()
+    assert library.suffix == ".so"
+
+
+@pytest.mark.slow  # two runs of the compiler, 10 seconds each
+@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64", "-march=skylake-avx512"])
+def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("LLAMA_JAX_CXXFLAGS", flags)
+    subprocess.run([sys.executable, "-m", "llama_jax.ops.cpu.build", str(tmp_path / "cpu.so")], check=True, timeout=300)
+    assert build._is_ours(tmp_path / "cpu.so")
