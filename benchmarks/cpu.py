@@ -50,7 +50,7 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 
 def ours(folder: Path, kind: str) -> Run:
     from llama_jax import compilation_cache
-    from llama_jax.infer.llama import load
+    from llama_jax.infer.load import load
 
     compilation_cache.enable()
     quantize = kind if kind.startswith("int") else None
@@ -148,7 +148,8 @@ def write(folder: Path, model: str, kinds: list[str]) -> None:
     import jax
 
     from llama_jax import config
-    from llama_jax.infer.llama import Llama, load
+    from llama_jax.infer.llama import Llama
+    from llama_jax.infer.load import load
     from llama_jax.params import init_params
 
     if model in config.SIZES:

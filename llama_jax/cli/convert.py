@@ -114,7 +114,7 @@ def _importance(options: argparse.Namespace, dtype: str) -> Mapping[tuple[str | 
         raise ConfigError(f"--calibrate goes with --dtype int4 or q4_0, not with {dtype}")
     from llama_jax.cli.eval import samples
     from llama_jax.eval import calibration
-    from llama_jax.infer.llama import load
+    from llama_jax.infer.load import load
 
     if options.adapter is not None:
         raise ConfigError("--calibrate takes a model without --adapter: merge the adapter first")

@@ -24,7 +24,8 @@ from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring
 from llama_jax.eval.calibration import importance, rounded
 from llama_jax.eval.sliding_window import Sample, counted_ids
-from llama_jax.infer.llama import Llama, load
+from llama_jax.infer.llama import Llama
+from llama_jax.infer.load import load
 from llama_jax.progress import progress_bar
 
 _CONTEXT = 512
