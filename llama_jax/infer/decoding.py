@@ -98,6 +98,7 @@ def _advance(
         bound=bound,
         dtype=program.dtype,
     )
+    assert cache is not None
     state = dataclasses.replace(state, cache=cache, draft=draft_cache)
     out = {**out, "steps_B": out["steps_B"] + live_B}
     if guesses == 0:

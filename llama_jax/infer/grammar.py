@@ -133,7 +133,7 @@ class Grammars:
         rows = min(tokenizer.vocab_size, vocab_size)
         control = set(tokenizer.special_tokens.values()) | set(stop_tokens)
         by_id = tokenizer.vocabulary.by_id
-        wrapped = _Wrapped(
+        wrapped: Any = _Wrapped(
             eos_token_id=stop_tokens[0],
             bos_token_id=tokenizer.bos_id,
             # A control token has no text of its own: its bytes must not match a grammar.
@@ -146,13 +146,13 @@ class Grammars:
     def matcher(self, constraint: Constraint) -> Matcher:
         """A matcher at the start of an output; ConfigError if the constraint cannot be compiled."""
         library = self._library.LLMatcher
-        make = {
+        make: dict[str, Any] = {
             "json_schema": library.grammar_from_json_schema,
             "regex": library.grammar_from_regex,
             "grammar": library.grammar_from_lark,
-        }[constraint.kind]
+        }
         try:
-            inner = library(self._tokenizer, make(constraint.text), log_level=0)
+            inner = library(self._tokenizer, make[constraint.kind](constraint.text), log_level=0)
         except ValueError as error:
             raise ConfigError(f"{constraint.kind} cannot be used: {one_line(error)[:300]}") from None
         if inner.is_error():

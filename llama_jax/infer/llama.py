@@ -327,9 +327,24 @@ class Llama:
         option = self.sampler.options(options, _NEW)
         return self.sampler.stream(self.sampler.request(ids, "the prompt", option, seed))
 
+    @overload
+    def chat(
+        self, messages: Dialog, *, tools: Sequence[Any] | None = None, tool_choice: str | None = None, **options: Any
+    ) -> Result: ...
+
+    @overload
     def chat(
         self,
-        messages: Dialog | Sequence[Dialog],
+        messages: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        tools: Sequence[Any] | None = None,
+        tool_choice: str | None = None,
+        **options: Any,
+    ) -> list[Result]: ...
+
+    def chat(
+        self,
+        messages: Any,
         *,
         tools: Sequence[Any] | None = None,
         tool_choice: str | None = None,

@@ -34,7 +34,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer import decoding, whole_texts
 from llama_jax.infer.request import MAX_STOPS
-from llama_jax.infer.state import ProgramSpec, State, settled
+from llama_jax.infer.state import ProgramSpec, State, settled, without_caches
 from llama_jax.ops import sampling
 from llama_jax.params import Params, abstract_params, logical_axes
 
@@ -84,12 +84,14 @@ class Program(ProgramSpec):
         return parallel.abstract(shapes, self._state_shardings(shapes))
 
     def _state_shardings(self, shapes: State) -> State:
-        whole = parallel.replicated(self.layout.mesh)
+        layout = self.layout
+        assert layout is not None
+        whole = parallel.replicated(layout.mesh)
 
         def cache_sharding(a: jax.Array) -> jax.sharding.NamedSharding:
-            return self.layout.sharding(caches.AXES[: a.ndim], a.shape)
+            return layout.sharding(caches.AXES[: a.ndim], a.shape)
 
-        small = jax.tree.map(lambda _: whole, dataclasses.replace(shapes, cache=None, draft=None))
+        small = jax.tree.map(lambda _: whole, without_caches(shapes))
         return dataclasses.replace(
             small,
             cache=jax.tree.map(cache_sharding, shapes.cache),
@@ -199,9 +201,8 @@ class Program(ProgramSpec):
     def _trace_resize(self, state: State, rows_R: jax.Array, *, capacity: int) -> State:
         with parallel.use(self.layout):
             kept_R = rows_R < state.cache.rows
-            small = dataclasses.replace(state, cache=None, draft=None, ids_BS=None)
-            small = jax.tree.map(lambda a: jnp.take(a, rows_R, axis=0, mode="clip"), small)
-            ids_RS = jnp.take(state.ids_BS[:, :capacity], rows_R, axis=0, mode="clip")
+            small = jax.tree.map(lambda a: jnp.take(a, rows_R, axis=0, mode="clip"), without_caches(state))
+            ids_RS = small.ids_BS[:, :capacity]
             caches_of = functools.partial(caches.resized, rows_R=rows_R, capacity=capacity)
             return settled(
                 dataclasses.replace(
@@ -219,19 +220,17 @@ class Program(ProgramSpec):
             positions_RT = chunk["starts_R"][:, None] + steps_T
             real_RT = steps_T < chunk["counts_R"][:, None]
 
-            def feed(config: ModelConfig, params: Params, cache: KVCache) -> KVCache:
+            def feed(config: ModelConfig, params: Any, cache: Any) -> Any:
                 part = caches.take_rows(cache, chunk["rows_R"], bound=bound)
                 slots_RT = real_RT.astype(jnp.int32)
-                _, part = model.forward(
-                    config, params, chunk["tokens_RT"], positions_RT, slots_RT, part, dtype=self.dtype
-                )
-                return caches.put_rows(cache, part, chunk["rows_R"])
+                tokens_RT = chunk["tokens_RT"]
+                fed = model.forward(config, params, tokens_RT, positions_RT, slots_RT, part, dtype=self.dtype)[1]
+                assert fed is not None
+                return caches.put_rows(cache, fed, chunk["rows_R"])
 
             target, draft = self.split(params)
-            fed = {"cache": feed(self.config, target, state.cache)}
-            if self.draft is not None:
-                fed["draft"] = feed(self.draft, draft, state.draft)
-            return settled(dataclasses.replace(state, **fed))
+            drafted = None if self.draft is None else feed(self.draft, draft, state.draft)
+            return settled(dataclasses.replace(state, cache=feed(self.config, target, state.cache), draft=drafted))
 
     def _trace_copy(self, state: State, sources_R: jax.Array, targets_R: jax.Array, *, bound: int) -> State:
         with parallel.use(self.layout):
@@ -252,7 +251,7 @@ class Program(ProgramSpec):
             seen_RV = jnp.zeros((R, V), bool).at[lines_R1, ids_RP].set(True, mode="drop")
             last_R = jnp.take_along_axis(prompts_RP, lengths_R[:, None] - 1, axis=1)[:, 0]
 
-            def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            def put(old: Any, new: Any) -> jax.Array:
                 return old.at[rows_R].set(new.astype(old.dtype), mode="drop")
 
             old = state.sampling

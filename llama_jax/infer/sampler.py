@@ -98,6 +98,7 @@ class Sampler:
         matcher = None
         if options.constraint is not None:
             stops = options.stop_tokens
+            assert self._tokenizer is not None  # `options` refuses a constraint without one
             if stops not in self._grammars:
                 self._grammars[stops] = Grammars(self._tokenizer, self.engine.config.vocab_size, stops)
             matcher = self._grammars[stops].matcher(options.constraint)

@@ -363,7 +363,9 @@ class Scheduler:
         job.steps += piece.steps
         if request.matcher is not None:
             request.matcher.consume([token for token in piece.tokens if token not in request.stop_tokens])
-        count, text, stop, finish = len(piece.tokens), "", None, None
+        count, text = len(piece.tokens), ""
+        finish: str | None = None
+        stop: int | str | None = None
         if piece.done:
             ended = piece.tokens[-1] in request.stop_tokens
             finish, stop = ("stop", piece.tokens[-1]) if ended else ("length", None)

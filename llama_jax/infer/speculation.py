@@ -77,12 +77,14 @@ def _draft(
     draft's cache yet; in all other cases its slot is written again with the same values.
     """
     config, cache, at_B = program.draft, state.draft, state.positions_B
+    assert config is not None and params is not None
     before_B = jnp.take_along_axis(state.ids_BS, jnp.maximum(at_B - 1, 0)[:, None], axis=1)
     tokens_BT = jnp.concatenate([before_B, state.tokens_B[:, None]], axis=1)
     positions_BT = jnp.stack([at_B - 1, at_B], axis=1)
     settings = state.sampling
     guessed = []
     for step in range(guesses):
+        assert cache is not None
         real_BT = live_B[:, None] & (positions_BT >= 0) & (positions_BT < cache.capacity)
         hidden_BTD, cache = model.forward(
             config,

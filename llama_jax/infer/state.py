@@ -66,12 +66,18 @@ class State:
     sampling: sampling.SamplingState
 
 
+def without_caches(state: State) -> State:
+    """The state with None in place of its caches, whose arrays have shardings and shapes of their own."""
+    nothing: Any = None
+    return dataclasses.replace(state, cache=nothing, draft=None)
+
+
 def settled(state: State) -> State:
     """Constrains the shardings of a state that a program returns: a sharded cache, and replicated small arrays.
 
     Without the constraint, XLA may choose other shardings, and the next call recompiles.
     """
-    small = all_whole(dataclasses.replace(state, cache=None, draft=None))
+    small = all_whole(without_caches(state))
     return dataclasses.replace(small, cache=caches.constrained(state.cache), draft=caches.constrained(state.draft))
 
 
