@@ -96,8 +96,8 @@ def test_a_draft_model_gives_the_same_text_in_as_few_steps_as_it_is_good(same):
     for r, event, (tokens, _) in zip(drafted, last, fast, strict=True):
         if same and r.sampling is not WARM:  # penalties on the way change nothing; a guess in time is always right
             assert event.steps == -(-len(tokens) // 8)
-    steps, tokens = sum(event.steps for event in last), sum(len(tokens) for tokens, _ in fast)
-    assert steps < 0.2 * tokens if same else steps > 0.5 * tokens
+        if not same and not r.sampling.allowed_tokens:
+            assert event.steps >= 0.5 * len(tokens)
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused():
