@@ -36,7 +36,7 @@ def connected(connection: DistributedConfig) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which StopSignal has
     here = threading.Event()
     threading.Thread(target=_exit_when_late, args=(here, connection), name="connect", daemon=True).start()
-    named = {}
+    named: dict[str, Any] = {}
     if connection.coordinator != "auto":
         named = {
             "coordinator_address": connection.coordinator,
@@ -126,4 +126,4 @@ def _write_caches() -> None:
             client = None
 
     with contextlib.suppress(AttributeError):
-        compiler.distributed = Distributed
+        setattr(compiler, "distributed", Distributed)  # noqa: B010  (it stands for a module)

@@ -8,10 +8,9 @@ import pytest
 
 from helpers.errors import refusal
 from helpers.runs import metrics_of, text_run
-from llama_jax import manifest, storage
+from llama_jax import load, manifest, storage
 from llama_jax.checkpoint import SaveError
 from llama_jax.errors import ConfigError
-from llama_jax.infer.llama import load
 from llama_jax.train import setup
 from llama_jax.train.run import train
 
