@@ -52,11 +52,12 @@ def load(
         dtype: dtype of weights, activations and KV cache: "float32" or "bfloat16". The default is the checkpoint's
             dtype, with bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which takes
             twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B. Tensors of a GGUF file in Q8_0 and
-            Q4_0 stay quantized and are multiplied in this dtype; its default for a quantized file is float32 on a CPU
-            and bfloat16 on other devices.
+            Q4_0 stay quantized and are multiplied in this dtype; its default for a quantized file is bfloat16, and
+            float32 on a CPU without bfloat16 instructions or without the kernels of ops/cpu.
         quantize: quantization of the weights. None keeps them as they are stored. "none" dequantizes them to `dtype`,
-            which takes more memory. "int8" and "int4" quantize the matrices of all layers in groups of 32
-            (ops/quant.py) while they are read. These matrices then take 0.53 and 0.28 of their memory in bfloat16.
+            which takes more memory. "int8" and "int4" quantize all matrices in groups of 32 (ops/quant.py)
+            while they are read; a tied embedding has 8 bits in both. They take 0.53 and 0.28 of their memory in
+            bfloat16.
         mesh: mesh of the weights: None for the first device, a Mesh, or axis sizes such as {"data": 2, "tensor": 4},
             which use the first devices. An axis of size -1 uses all remaining devices.
         adapters: one LoRA adapter (peft) as a folder or hub id, which is applied at once; or a dict of several by name,
