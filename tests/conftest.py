@@ -19,6 +19,10 @@ from llama_jax import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# The CPU kernels are compiled once for this machine, not once for each folder that a test makes its cache.
+if compilation_cache.folder() is not None:
+    os.environ.setdefault("LLAMA_JAX_CPU_KERNELS", str(compilation_cache.folder().parent / "native"))
+
 # Many tests build the same small runs anew: their programs are compiled once, and then read from this folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers of pytest-xdist share the folder of their parent
     _programs = tempfile.TemporaryDirectory(prefix="llama_jax_programs_")

@@ -165,7 +165,8 @@ print(cpu.ready())
 
 def run(**environment):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != cpu.ENV}
+    environment = {**inherited, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -15,12 +15,11 @@ import jax
 
 from llama_jax import parallel
 from llama_jax.ops.cpu import build, calls
-from llama_jax.ops.cpu.build import Unavailable
+from llama_jax.ops.cpu.build import ENV, Unavailable
 from llama_jax.ops.cpu.calls import attend, linears
 
 __all__ = ["ENV", "MAX_ROWS", "attend", "calls", "ready", "linears"]
 
-ENV = "LLAMA_JAX_CPU_KERNELS"
 MAX_ROWS = 16
 _log = logging.getLogger(__name__)
 

@@ -21,9 +21,11 @@ import tempfile
 from pathlib import Path
 
 from llama_jax import compilation_cache
+from llama_jax.files import expanded
 
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
+ENV = "LLAMA_JAX_CPU_KERNELS"
 TARGETS = ("llama_linear", "llama_attention")
 _COMPILERS = ("g++", "clang++", "c++")
 _SECONDS = 300
@@ -36,14 +38,17 @@ class Unavailable(Exception):
 def library() -> Path:
     """The path of a checked library for this machine, which is built if there is none yet.
 
+    It is in the folder that $LLAMA_JAX_CPU_KERNELS names, by default in the cache folder.
+
     Raises:
         Unavailable: no compiler, no folder to write to, or a build or check that failed.
     """
-    folder = compilation_cache.folder()
-    if folder is None:
+    chosen, cache = os.environ.get(ENV), compilation_cache.folder()
+    if not chosen and cache is None:
         raise Unavailable(f"{compilation_cache.ENV} is off, and they are built into that folder")
+    folder = expanded(chosen) if chosen else cache.parent / "native"
     compiler = _compiler()
-    target = folder.parent / "native" / f"cpu-{_key(compiler)}.so"
+    target = folder / f"cpu-{_key(compiler)}.so"
     failed = target.with_suffix(".failed")
     if _is_ours(target):
         return target
