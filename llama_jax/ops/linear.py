@@ -224,15 +224,9 @@ _quantized_linear.defvjp(_quantized_forward, _quantized_backward)
 
 
 def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtype) -> jax.Array:
-    """The weight in `dtype`, all-gathered over the mesh axes of `embed`.
-
-    The barrier keeps the cast within the scan of the layers. XLA would cast the stacked weights of all layers before
-    it, which takes half of the memory of float32 weights once more (docs/measurements/tpu-compiler.md#casts-in-a-scan).
-    """
-    if axes is None:
-        return w.astype(dtype)
-    w = w if w.dtype == dtype else lax.optimization_barrier(w)
-    return parallel.constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+    """The weight in `dtype`, all-gathered over the mesh axes of `embed`."""
+    w = w.astype(dtype)
+    return w if axes is None else parallel.constrain(w, *(None if axis == "embed" else axis for axis in axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -247,21 +241,14 @@ def _forward(x, w, axes):
 def _backward(axes, residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
-    dx = _dot(g, _gathered(w, axes, x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
-    if axes is None or x.ndim != 3:
-        return dx, _weight_gradient(g, x).astype(w.dtype)
-    outer, inner = (("batch", "length", None if axis == "embed" else axis) for axis in axes)
-    dw = parallel.summed(_weight_gradient, (g, outer), (x, inner), axes=axes, shape=w.shape)
-    return dx, dw.astype(w.dtype)
-
-
-def _weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
-    """The gradient (out, in) in float32 of a weight, from those of the products (..., out) and the inputs (..., in)."""
     leading = tuple(range(x.ndim - 1))
+    dx = _dot(g, _gathered(w, axes, x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
     # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
     # it has no product with a transposed first operand for some of these shapes.
     narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
-    return _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
+    dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
+    dw = dw if axes is None else parallel.constrain(dw, *axes)
+    return dx, dw.astype(w.dtype)
 
 
 _linear.defvjp(_forward, _backward)

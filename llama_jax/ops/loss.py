@@ -127,15 +127,8 @@ def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tupl
         g = (g_nll + g_lse)[..., None, None] * probability - jnp.where(hit, g_nll[..., None, None], 0.0)
         g = g.astype(dtype)
         dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
-        logical = ("batch", "length", "vocab", None)
         return dxs, tuple(
-            parallel.summed(
-                lambda g, hidden: dot(g, hidden, (((0, 1), (0, 1)), ((), ()))),
-                (g, logical),
-                (hidden, ("batch", "length", None)),
-                axes=("vocab", None, name),
-                shape=(*g.shape[2:], hidden.shape[-1]),
-            )
+            parallel.constrain(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))), "vocab", None, name)
             for hidden, name in zip(hiddens, ("embed", *names[1:]), strict=True)
         )
 

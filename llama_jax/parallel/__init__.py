@@ -20,7 +20,6 @@ from llama_jax.parallel.rules import (
     shardings,
     spread,
     stages,
-    summed,
     use,
     use_balanced,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "single_device_mesh",
     "spread",
     "stages",
-    "summed",
     "use",
     "use_balanced",
 ]

@@ -20,11 +20,9 @@ OPTIONS: dict[str, Options] = {
     "tpu": {
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
-        "xla_enable_async_reduce_scatter_fusion": True,
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
     },
     "cuda": {

@@ -51,9 +51,6 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-_BATCH = ("batch", "length")  # the first axes of activations, over which gradients of weights are summed
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and the name of the sharding rules for it.
@@ -205,39 +202,6 @@ def on_each_part(
     # check_vma must be off: kernels do not declare over which axes their results are replicated.
     split = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*values)
-
-
-def summed(
-    function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes], axes: Axes, shape: tuple[int, ...]
-) -> jax.Array:
-    """The sum of `function` over the shards of a batch, for gradients: reduce-scattered over the shards of `embed`.
-
-    XLA by itself would all-reduce it, which sends twice as much, and then take a shard.
-
-    Args:
-        function: a sum over the rows and tokens of its arguments: takes shards, returns that part of the result.
-        *arrays: each array with its logical axes, which begin with "batch" and "length".
-        axes: logical axes of the result.
-        shape: shape of the result.
-    """
-    layout = _active.get()
-    batch = arrays[0][0].shape[:2]
-    if layout is None or layout.mesh.size == 1 or any(n % layout.parts(a) for n, a in zip(batch, _BATCH, strict=True)):
-        return function(*(array for array, _ in arrays))
-    rules = RULES[layout.rules]
-    spec = layout.spec(axes, shape)
-    scattered = [name for name in rules["embed"] if layout.mesh.shape[name] > 1 and "embed" in axes]
-    whole = [name for axis in _BATCH for name in rules[axis] if layout.mesh.shape[name] > 1 and name not in scattered]
-
-    def part(*shards: jax.Array) -> jax.Array:
-        result = function(*shards)
-        for name in scattered:
-            result = jax.lax.psum_scatter(result, name, scatter_dimension=axes.index("embed"), tiled=True)
-        return jax.lax.psum(result, tuple(whole)) if whole else result
-
-    specs = tuple(layout.spec(names, array.shape) for array, names in arrays)
-    split = jax.shard_map(part, mesh=layout.mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return split(*(array for array, _ in arrays))
 
 
 def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
