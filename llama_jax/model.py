@@ -21,12 +21,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import parallel
-from llama_jax.cache import KVCache, Leaf, Window, read, window, write
+from llama_jax.cache import KVCache, Leaf, Window, window, write
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
-from llama_jax.ops.attention import attention
+from llama_jax.ops.attention import attention, cached_attention
 from llama_jax.params import BY_PATH, Params, check_params
 
 LayerCache = tuple[Leaf, Leaf]
@@ -102,25 +102,24 @@ class Attention(nnx.Module):
         with jax.named_scope("rope"):
             q_BTNH = rope.rotate(q_BTNH, where.cos_BTR, where.sin_BTR)
             k_BTKH = rope.rotate(k_BTKH, where.cos_BTR, where.sin_BTR)
-        if cache is None or where.window is None:
-            k_BKSH, v_BKSH, key_positions_BS = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), where.positions_BT
-        else:
+        if cache is not None and where.window is not None:
             with jax.named_scope("cache"):
                 cache = (write(cache[0], k_BTKH, where.window), write(cache[1], v_BTKH, where.window))
-                k_BKSH, v_BKSH = (read(leaf, where.window, q_BTNH.dtype) for leaf in cache)
-                key_positions_BS = where.window.key_positions_BS
-        with jax.named_scope("attend"):
-            out_BTNH = attention(
-                q_BTNH,
-                k_BKSH,
-                v_BKSH,
-                q_positions_BT=where.positions_BT,
-                k_positions_BS=key_positions_BS,
-                q_segments_BT=where.segments_BT,
-                k_segments_BS=where.segments_BT,
-                aligned=cache is None,
-                unsplit=parallel.axis_size("length") == 1,
-            )
+            with jax.named_scope("attend"):
+                out_BTNH = cached_attention(q_BTNH, *cache, where.window)
+        else:
+            with jax.named_scope("attend"):
+                out_BTNH = attention(
+                    q_BTNH,
+                    k_BTKH.swapaxes(1, 2),
+                    v_BTKH.swapaxes(1, 2),
+                    q_positions_BT=where.positions_BT,
+                    k_positions_BS=where.positions_BT,
+                    q_segments_BT=where.segments_BT,
+                    k_segments_BS=where.segments_BT,
+                    aligned=True,
+                    unsplit=parallel.axis_size("length") == 1,
+                )
         with jax.named_scope("out"):
             return _linear(out_BTNH.reshape(B, T, -1), self.o), cache
 

@@ -85,8 +85,8 @@ def load(
         tokenizer = opening.result()
     guesser = None if draft is None else _draft(draft, found.config, tokenizer, mesh, wanted)
     metadata = found.metadata.with_tokenizer(tokenizer)
-    if isinstance(adapters, (str, os.PathLike)) and (own := read_folder(expanded(adapters))):
-        metadata = dataclasses.replace(metadata, chat_template=own)  # the adapter was trained with it
+    if isinstance(adapters, (str, os.PathLike)):  # it was trained with its own template and tokenizer
+        metadata = peft.adapted_metadata(metadata, *opened.values(), found.config)
     llama = Llama(
         found.config,
         params,

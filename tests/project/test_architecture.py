@@ -35,7 +35,7 @@ FLOORS = {
     "llama_jax.parallel": 1,
     "llama_jax.compilation_cache": 1,
     "llama_jax.ops": 2,
-    "llama_jax.cache": 3,
+    "llama_jax.cache": 2,
     "llama_jax.params": 3,
     "llama_jax.model": 3,
     "llama_jax.weights": 4,

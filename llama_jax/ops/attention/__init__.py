@@ -9,9 +9,37 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.cache import Leaf, Window, read
 from llama_jax.ops.attention import native, xla
 
-__all__ = ["attention"]
+__all__ = ["attention", "cached_attention"]
+
+
+def cached_attention(q_BTNH: jax.Array, k: Leaf, v: Leaf, at: Window) -> jax.Array:
+    """Attention of new tokens to a KV cache that holds their keys and values already, (B, T, N, H) in the dtype of q.
+
+    One query a row on a CPU runs the native kernel, which reads the live keys only (`native.takes`). All else runs
+    plain XLA over the slots of the window.
+
+    Args:
+        q_BTNH: queries, already rotated.
+        k: keys of all slots of the layer.
+        v: values, likewise.
+        at: the window of the pass.
+    """
+    if native.takes(q_BTNH, k):
+        return native.attention(q_BTNH, k, v, at.positions_BT)
+    return xla.attention(
+        q_BTNH,
+        read(k, at, q_BTNH.dtype),
+        read(v, at, q_BTNH.dtype),
+        q_positions_BT=at.positions_BT,
+        k_positions_BS=at.key_positions_BS,
+        q_segments_BT=None,
+        k_segments_BS=None,
+        aligned=False,
+        unsplit=parallel.axis_size("length") == 1,
+    )
 
 
 def attention(
@@ -28,13 +56,9 @@ def attention(
 ) -> jax.Array:
     """Attention with the arguments and results of `xla.attention`, by the best backend for them.
 
-    One query a row on a CPU runs the native kernel (`native.takes`). Keys that are not aligned are those of a KV cache,
-    where slot s holds position s. Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and
-    dtype (`splash.takes`). All else runs plain XLA. If the length axis is sharded, both gather the keys and values of a
-    row on each of its devices.
+    Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`). All else
+    runs plain XLA. If the length axis is sharded, both gather the keys and values of a row on each of its devices.
     """
-    if not aligned and k_segments_BS is None and native.takes(q_BTNH, k_BKSH):
-        return native.attention(q_BTNH, k_BKSH, v_BKSH, q_positions_BT)
     if aligned:
         k_BKSH, v_BKSH = _repeated(k_BKSH), _repeated(v_BKSH)
     plain = functools.partial(

@@ -8,21 +8,32 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llama_jax.cache import Leaf, QCache
 from llama_jax.ops import cpu
 
 _HEAD = 16  # the kernel takes heads of a multiple of this
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-def takes(q_B1NH: jax.Array, k_BKSH: jax.Array) -> bool:
+def takes(q_BTNH: jax.Array, k: Leaf) -> bool:
     """Returns whether the kernel takes these shapes and dtypes, and can be used here (`cpu.ready`)."""
-    one = q_B1NH.shape[1] == 1 and q_B1NH.shape[-1] % _HEAD == 0
-    return one and q_B1NH.dtype in _DTYPES and k_BKSH.dtype in _DTYPES and cpu.ready()
+    one = q_BTNH.shape[1] == 1 and q_BTNH.shape[-1] % _HEAD == 0 and q_BTNH.dtype in _DTYPES
+    return one and (isinstance(k, QCache) or k.dtype in _DTYPES) and cpu.ready()
 
 
-def attention(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_B1: jax.Array) -> jax.Array:
+def attention(q_B1NH: jax.Array, k: Leaf, v: Leaf, positions_B1: jax.Array) -> jax.Array:
     """Attention of the query at each position to the keys of slots 0 up to it: (B, 1, N, H) in the dtype of q.
 
-    Slot s must hold the key of position s, as in a KV cache. It has no gradient. Arguments as `xla.attention` has them.
+    It has no gradient.
+
+    Args:
+        q_B1NH: rotated queries.
+        k: keys of the cache; slot s holds position s.
+        v: values, likewise.
+        positions_B1: position of each query.
     """
-    return cpu.attend(q_B1NH[:, 0], k_BKSH, v_BKSH, positions_B1[:, 0] + 1)[:, None]
+    lengths_B = positions_B1[:, 0] + 1
+    if isinstance(k, QCache) and isinstance(v, QCache):
+        scales = (k.scales_BKS, v.scales_BKS)
+        return cpu.attend(q_B1NH[:, 0], k.values_BKSH, v.values_BKSH, lengths_B, scales)[:, None]
+    return cpu.attend(q_B1NH[:, 0], k, v, lengths_B)[:, None]
