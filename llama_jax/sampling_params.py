@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import ConfigError, brief, checked_fields
 
 _FLOAT32_MAX = 3.4e38
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """The sampling settings of a request. The defaults are those of Meta's examples.
