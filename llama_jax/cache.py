@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
@@ -43,6 +42,9 @@ class QCache:
 
 
 Leaf = jax.Array | QCache
+# On a CPU, 16-bit floats are stored as uint16, whose updates XLA makes in place. For floats of 16 bits
+# it would convert the whole cache to float32 and back in every step.
+_BITS = jnp.uint16
 
 
 @jax.tree_util.register_dataclass
@@ -120,11 +122,17 @@ def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dty
 
     def empty() -> Leaf:
         if kv == "int8":
-            return constrained(QCache(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float16)))
-        return constrained(jnp.zeros(shape, dtype))
+            return constrained(QCache(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], _stored(jnp.float16))))
+        return constrained(jnp.zeros(shape, _stored(dtype)))
 
     layers = range(config.num_layers)
     return KVCache(k=tuple(empty() for _ in layers), v=tuple(empty() for _ in layers))
+
+
+def _stored(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which an array of `dtype` is stored on the platform of the active layout."""
+    on_cpu = parallel.device_platform() == "cpu"
+    return jnp.dtype(_BITS if on_cpu and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else dtype)
 
 
 def constrained(tree: Any) -> Any:
@@ -151,7 +159,7 @@ def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
     if repeats > 1:
         new_BTKH = jnp.repeat(new_BTKH, repeats, axis=2)
     if not isinstance(leaf, QCache):
-        return constrained(_scatter(leaf, new_BTKH.astype(leaf.dtype), at.slots_BT))
+        return constrained(_scatter(leaf, _as_stored(new_BTKH, leaf, jnp.bfloat16), at.slots_BT))
     largest_BTK = jnp.max(jnp.abs(new_BTKH.astype(jnp.float32)), axis=-1)
     scales_BTK = jnp.maximum(largest_BTK / 127, jnp.finfo(jnp.float16).tiny).astype(jnp.float16)
     scaled_BTKH = new_BTKH / scales_BTK[..., None].astype(jnp.float32)
@@ -164,9 +172,20 @@ def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
 def read(leaf: Leaf, at: Window, dtype: jnp.dtype) -> jax.Array:
     """The first `at.bound` slots of keys or values, (B, K, bound, H); those of a QCache are multiplied out."""
     if not isinstance(leaf, QCache):
-        return leaf[:, :, : at.bound]
+        return _as_float(leaf[:, :, : at.bound], jnp.bfloat16)
     values_BKSH = leaf.values_BKSH[:, :, : at.bound].astype(jnp.float32)
-    return (values_BKSH * leaf.scales_BKS[:, :, : at.bound, None].astype(jnp.float32)).astype(dtype)
+    scales_BKS = _as_float(leaf.scales_BKS[:, :, : at.bound], jnp.float16)
+    return (values_BKSH * scales_BKS[..., None].astype(jnp.float32)).astype(dtype)
+
+
+def _as_stored(new: jax.Array, leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """New values in the dtype of a leaf; for one that is stored as bits, the bits of `dtype`."""
+    return jax.lax.bitcast_convert_type(new.astype(dtype), _BITS) if leaf.dtype == _BITS else new.astype(leaf.dtype)
+
+
+def _as_float(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The values of a leaf; for one that is stored as bits, those of `dtype`."""
+    return jax.lax.bitcast_convert_type(leaf, dtype) if leaf.dtype == _BITS else leaf
 
 
 def take_rows(cache: KVCache, rows_R: jax.Array, *, bound: int) -> KVCache:
@@ -176,11 +195,7 @@ def take_rows(cache: KVCache, rows_R: jax.Array, *, bound: int) -> KVCache:
 
 def put_rows(cache: KVCache, part: KVCache, rows_R: jax.Array) -> KVCache:
     """The cache with the slots of `part` written back to these rows. A row number beyond the last is dropped."""
-
-    def put(a: jax.Array, b: jax.Array) -> jax.Array:
-        return a.at[rows_R, :, : b.shape[2]].set(b, mode="drop")
-
-    return constrained(jax.tree.map(lambda a, b: _as_bits(put, a, b), cache, part))
+    return constrained(jax.tree.map(lambda a, b: a.at[rows_R, :, : b.shape[2]].set(b, mode="drop"), cache, part))
 
 
 def resized(cache: KVCache, rows_R: jax.Array, *, capacity: int) -> KVCache:
@@ -195,24 +210,5 @@ def resized(cache: KVCache, rows_R: jax.Array, *, capacity: int) -> KVCache:
 
 def _scatter(slots_BKS: jax.Array, new_BTK: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """Writes new_BTK (and its trailing axes) to the slots of each row."""
-
-    def scatter(slots: jax.Array, new: jax.Array) -> jax.Array:
-        rows = jnp.arange(slots.shape[0])[:, None]
-        return slots.at[rows, :, slots_BT].set(new, mode="drop", wrap_negative_indices=False)
-
-    return _as_bits(scatter, slots_BKS, new_BTK)
-
-
-def _as_bits(function: Any, old: jax.Array, new: jax.Array) -> jax.Array:
-    """`function(old, new)`, which only moves values. On a CPU, 16-bit floats are moved as integers.
-
-    XLA on a CPU would scatter into a float32 copy of the whole cache.
-    """
-    if np.dtype(old.dtype).itemsize != 2:
-        return function(old, new)
-
-    def moved(old: jax.Array, new: jax.Array) -> jax.Array:
-        bits = function(*(jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (old, new)))
-        return jax.lax.bitcast_convert_type(bits, old.dtype)
-
-    return jax.lax.platform_dependent(old, new, cpu=moved, default=function)
+    rows = jnp.arange(slots_BKS.shape[0])[:, None]
+    return slots_BKS.at[rows, :, slots_BT].set(new_BTK, mode="drop", wrap_negative_indices=False)

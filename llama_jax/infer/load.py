@@ -14,13 +14,11 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, checked_keywords, nearest
-from llama_jax.files import expanded
 from llama_jax.infer import inputs
 from llama_jax.infer.llama import Llama, Place
 from llama_jax.infer.program import layout_of
 from llama_jax.params import Params
 from llama_jax.text.chat_format import AUTO
-from llama_jax.text.chat_template import read_folder
 from llama_jax.weights.formats import peft
 from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.open import open_source

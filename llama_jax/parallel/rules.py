@@ -115,6 +115,12 @@ def active() -> Layout | None:
     return _active.get()
 
 
+def device_platform() -> str:
+    """The platform of the active layout's devices, or the default one without a layout."""
+    layout = _active.get()
+    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains the sharding of an intermediate array by its logical axes. Without a layout it is the identity."""
     layout = _active.get()

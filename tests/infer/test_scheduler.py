@@ -299,7 +299,7 @@ def test_bfloat16_decodes_what_its_own_full_forward_ranks_first():
     logits = np.asarray(e.logits(ids))[0, 19:-1]
     behind = logits.max(-1) - logits[np.arange(16), tokens]
     assert (behind < 0.05 * logits.std()).all()  # a tie within bfloat16's rounding
-    assert e.state.cache.k[0].dtype == jnp.bfloat16
+    assert e.state.cache.k[0].dtype == jnp.uint16  # on a CPU, bfloat16 by its bits
 
 
 def test_a_cache_in_8_bits_takes_a_quarter_and_stays_near_the_full_forward():

@@ -18,7 +18,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 def takes(q_BTNH: jax.Array, k: Leaf) -> bool:
     """Returns whether the kernel takes these shapes and dtypes, and can be used here (`cpu.ready`)."""
     one = q_BTNH.shape[1] == 1 and q_BTNH.shape[-1] % _HEAD == 0 and q_BTNH.dtype in _DTYPES
-    return one and (isinstance(k, QCache) or k.dtype in _DTYPES) and cpu.ready()
+    return one and (isinstance(k, QCache) or k.dtype in (*_DTYPES, jnp.uint16)) and cpu.ready()
 
 
 def attention(q_B1NH: jax.Array, k: Leaf, v: Leaf, positions_B1: jax.Array) -> jax.Array:

@@ -66,10 +66,10 @@ def attend(
 
     Args:
         q_BNH: rotated queries, float32 or bfloat16.
-        k_BKSH: rotated keys, float32, bfloat16 or int8.
+        k_BKSH: rotated keys, float32, bfloat16 (or its bits as uint16) or int8.
         v_BKSH: values in the dtype of the keys.
         lengths_B: int32 number of live keys.
-        scales: float16 (B, K, S) scales of int8 keys and of int8 values.
+        scales: float16 (or its bits as uint16) scales (B, K, S) of int8 keys and of int8 values.
     """
     call = jax.ffi.ffi_call("llama_attention", jax.ShapeDtypeStruct(q_BNH.shape, q_BNH.dtype), vmap_method="sequential")
     return call(q_BNH, k_BKSH, v_BKSH, lengths_B.astype(jnp.int32), *(scales or ()))

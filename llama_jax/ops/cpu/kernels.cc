@@ -364,7 +364,7 @@ static ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
     for (int j = 0; j < G * H; j++) queries[j] = at(q.untyped_data(), bf16, first + j) * scale, out[j] = 0;
     if (length) {
       if (type == Type::F32) attend<float>(queries, keys, (int64_t)i * S, length, G, H, out);
-      else if (type == Type::BF16) attend<uint16_t>(queries, keys, (int64_t)i * S, length, G, H, out);
+      else if (type == Type::BF16 || type == Type::U16) attend<uint16_t>(queries, keys, (int64_t)i * S, length, G, H, out);
       else attend<int8_t>(queries, keys, (int64_t)i * S, length, G, H, out);
     }
     void* y = result->untyped_data();
