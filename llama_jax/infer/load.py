@@ -84,7 +84,8 @@ def load(
     guesser = None if draft is None else _draft(draft, found.config, tokenizer, mesh, wanted)
     metadata = found.metadata.with_tokenizer(tokenizer)
     if isinstance(adapters, (str, os.PathLike)):  # it was trained with its own template and tokenizer
-        metadata = peft.adapted_metadata(metadata, *opened.values(), found.config)
+        (adapter,) = opened.values()
+        metadata = peft.adapted_metadata(metadata, adapter, found.config)
     llama = Llama(
         found.config,
         params,
@@ -100,8 +101,8 @@ def load(
     )
     template = metadata.chat_template if chat_format == AUTO else llama.metadata.chat_template
     llama.metadata = dataclasses.replace(metadata, chat_template=template)
-    for name, adapter in opened.items():
-        llama._add(name, adapter)
+    for name, found_adapter in opened.items():
+        llama._add(name, found_adapter)
     return llama.use(*opened) if isinstance(adapters, (str, os.PathLike)) else llama
 
 

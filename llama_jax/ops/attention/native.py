@@ -36,4 +36,5 @@ def attention(q_B1NH: jax.Array, k: Leaf, v: Leaf, positions_B1: jax.Array) -> j
     if isinstance(k, QCache) and isinstance(v, QCache):
         scales = (k.scales_BKS, v.scales_BKS)
         return cpu.attend(q_B1NH[:, 0], k.values_BKSH, v.values_BKSH, lengths_B, scales)[:, None]
+    assert not isinstance(k, QCache) and not isinstance(v, QCache)
     return cpu.attend(q_B1NH[:, 0], k, v, lengths_B)[:, None]

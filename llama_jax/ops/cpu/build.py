@@ -44,9 +44,12 @@ def library() -> Path:
         Unavailable: no compiler, no folder to write to, or a build or check that failed.
     """
     chosen, cache = os.environ.get(ENV), compilation_cache.folder()
-    if not chosen and cache is None:
+    if chosen:
+        folder = expanded(chosen)
+    elif cache is not None:
+        folder = cache.parent / "native"
+    else:
         raise Unavailable(f"{compilation_cache.ENV} is off, and they are built into that folder")
-    folder = expanded(chosen) if chosen else cache.parent / "native"
     compiler = _compiler()
     target = folder / f"cpu-{_key(compiler)}.so"
     failed = target.with_suffix(".failed")
