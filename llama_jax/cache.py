@@ -164,6 +164,7 @@ def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
     scales_BTK = jnp.maximum(largest_BTK / 127, jnp.finfo(jnp.float16).tiny).astype(jnp.float16)
     scaled_BTKH = new_BTKH / scales_BTK[..., None].astype(jnp.float32)
     values_BTKH = jnp.clip(jnp.round(scaled_BTKH), -127, 127).astype(jnp.int8)
+    scales_BTK = _as_stored(scales_BTK, leaf.scales_BKS, jnp.float16)
     return constrained(
         QCache(_scatter(leaf.values_BKSH, values_BTKH, at.slots_BT), _scatter(leaf.scales_BKS, scales_BTK, at.slots_BT))
     )

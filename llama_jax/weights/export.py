@@ -107,9 +107,9 @@ def save(
     check(format, dtype)
     if format == "meta":
         meta.export_params(config)  # raises in every process if the format cannot represent the model
-    path = _free(expanded(path), format)
     main = dtype or default_dtype(leaves, format)
     leaves = _prepared(config, leaves, format, dtype, main, importance or {})
+    path = _free(expanded(path), format)
     if jax.process_index() > 0:  # the first process writes; the others take part in its all-gathers, in the same order
         for weight in name_table.weights(config, _COLUMNS[format]):
             for _ in leaves[weight.path].blocks():

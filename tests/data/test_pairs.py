@@ -13,6 +13,7 @@ from helpers.files import write
 from helpers.packing import NAMES, slow_rows
 from helpers.records import ANSWER, ASK, FUNCTION, documents_in, expected, random_pair, store_of
 from helpers.runs import text_run
+from llama_jax import manifest
 from llama_jax.data import inspect, prepare
 from llama_jax.data.encoding import encode_pair
 from llama_jax.data.loader import Loader, evaluation_batches
@@ -318,7 +319,8 @@ def test_stores_of_texts_and_dialogs_are_found_where_they_were_before_pairs(tmp_
 
 def test_a_store_of_pairs_with_an_odd_document_is_damaged(tmp_path, tokenizer):
     store = store_of(tmp_path, [{"messages": [ASK, ANSWER]}] * 3, tokenizer)
-    (store.path / "meta.json").write_text(json.dumps(store.meta | {"pairs": True}))
+    meta = {name: value for name, value in store.meta.items() if name != manifest.SEAL}
+    (store.path / "meta.json").write_text(json.dumps(manifest.sealed(meta | {"pairs": True})))
     with pytest.raises(ValueError, match="3 documents are not pairs"):
         TokenStore(store.path)
 

@@ -203,4 +203,4 @@ def test_a_table_has_every_key_that_a_record_is_asked_for():
         and getattr(node.func.value, "id", "") == "record"
         and isinstance(node.args[0], ast.Constant)
     }
-    assert {"prompt", "system", "label", "weight"} <= asked <= records.KEYS
+    assert {"prompt", "system", "label"} <= asked <= records.KEYS

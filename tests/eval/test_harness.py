@@ -88,7 +88,7 @@ def test_a_stop_string_ends_the_work_too(llama, monkeypatch):
     (context, settings, text) = GOLD["generate_until"][0]
     steps = []
     real = llama.engine.decode
-    monkeypatch.setattr(llama.engine, "decode", lambda s, limit: steps.append(limit) or real(s, limit=limit))
+    monkeypatch.setattr(llama.engine, "decode", lambda alive, **how: steps.append(how["limit"]) or real(alive, **how))
     dict(
         lm_eval_requests.generate_until(
             llama, [(context, {"until": text[0], "max_gen_toks": 48})], max_length=None, batch_size=1

@@ -16,7 +16,7 @@ from llama_jax.data.encoding import encode
 from llama_jax.data.records import Completion, Dialog
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring, sliding_window
-from llama_jax.infer import engine
+from llama_jax.infer import whole_texts
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
 from llama_jax.text.record_encoder import RecordEncoder
@@ -149,7 +149,7 @@ def test_scores_and_greedy_are_those_of_the_logits_whatever_shares_a_batch(llama
 def test_logits_in_pieces_are_the_same(llama, monkeypatch):
     requests = [(list(range(10)), list(range(20, 50))), ([1], [2, 3])]
     whole = dict(scoring.score(llama, requests))
-    monkeypatch.setattr(engine, "_LOGITS", 7 * 2 * CONFIG.vocab_size)  # 7 places of 2 rows, which divides nothing
+    monkeypatch.setattr(whole_texts, "_LOGITS", 7 * 2 * CONFIG.vocab_size)  # 7 places of 2 rows, which divides nothing
     fresh = Llama(CONFIG, llama.params, llama.tokenizer)
     for i, found in scoring.score(fresh, requests):
         np.testing.assert_allclose(found.logprobs, whole[i].logprobs, rtol=1e-6)
@@ -169,8 +169,8 @@ def test_a_mesh_changes_no_score(params, llama):
 def test_what_is_read_alike_is_read_once_and_shapes_are_few(params, llama, monkeypatch):
     fresh = Llama(CONFIG, params, llama.tokenizer)
     rows = []
-    real = fresh.engine._score
-    monkeypatch.setattr(fresh.engine, "_score", lambda p, t, s, c: rows.append((t.shape, c.shape)) or real(p, t, s, c))
+    real = fresh.engine.score
+    monkeypatch.setattr(fresh.engine, "score", lambda t, s, c: rows.append((t.shape, c.shape)) or real(t, s, c))
     context = list(range(12))
     list(scoring.score(fresh, [(context, [letter]) for letter in (65, 66, 67, 68)]))
     assert rows == [((1, 16), (1, 8, 4))]
@@ -218,7 +218,7 @@ def test_scoring_refuses_what_cannot_be(llama, request_, said):
 
 @pytest.fixture
 def run(llama, monkeypatch, capsys):
-    monkeypatch.setattr("llama_jax.infer.llama.load", lambda source, **_: llama)
+    monkeypatch.setattr("llama_jax.infer.load.load", lambda source, **_: llama)
     monkeypatch.setattr("llama_jax.compilation_cache.enable", lambda: None)
 
     def run(*argv):

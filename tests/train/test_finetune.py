@@ -17,7 +17,7 @@ from helpers.numbers import gap
 from helpers.processes import kill_and_compare
 from helpers.runs import batches, make_run, metrics_of
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import parallel
+from llama_jax import manifest, parallel
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.ops import quant
@@ -307,7 +307,9 @@ def test_updates_are_refused_beside_another_base(tmp_path, base):
     with pytest.raises(ConfigError, match="is not the model that .* was begun with"):
         loop.train(changed)
     values = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"init_from": str(other)}))
+    values = {name: value for name, value in values.items() if name != manifest.SEAL}
+    moved = json.dumps(manifest.sealed(values | {"init_from": str(other)}))
+    (tmp_path / "run" / "config.json").write_text(moved)
     with pytest.raises(ConfigError, match="is not the model that .* was trained on"):
         llama_jax.load(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"init_from": str(tmp_path / "gone")}))

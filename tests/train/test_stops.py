@@ -67,6 +67,15 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, compiled):
     assert leaves == "stopped by Ctrl-C; the same command continues"
 
 
+@pytest.fixture
+def control_c():
+    """Python's own handler of Ctrl-C. A test run in the background inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c")
 def test_a_notebook_gets_keyboard_interrupt_where_a_stop_loses_nothing():
     with StopSignal() as stop:
         with pytest.raises(KeyboardInterrupt):
@@ -79,6 +88,7 @@ def test_a_notebook_gets_keyboard_interrupt_where_a_stop_loses_nothing():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("control_c")
 def test_long_work_between_steps_is_dropped_by_a_signal():
     with StopSignal() as stop:
         stop.begin_work()

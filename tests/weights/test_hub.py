@@ -229,7 +229,6 @@ def test_whatever_stops_a_download_is_one_line_with_its_mend(monkeypatch, error,
         "a/b@0e9e39f249a16976918f6564b8830bc894c89659",
         "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF/Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf",
         "a/b/deep/er/model.gguf@v1.0",
-        "a/b.gguf",
         "a/" + "b" * 96,
     ],
 )
