@@ -17,7 +17,7 @@ from llama_jax.sampling_params import SamplingParams
 
 
 def looked_up(ids, guesses):
-    padded = jnp.asarray([[*ids, *[7] * 6]])
+    padded = jnp.asarray([[*ids, *[7] * (40 - len(ids))]])
     return speculation.look_up(padded, jnp.array([len(ids) - 1]), guesses)[0].tolist()
 
 

@@ -50,7 +50,11 @@ def test_the_quickstarts_texts_are_in_a_kernel_what_they_are_outside(tmp_path):
     assert notebook.cells[0].outputs[-1].text.strip() == fingerprint_of(["stdlib:train", "stdlib:chat-train"])
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "multihost" in n else n for n in NAMES])
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow) if "multihost" in name or "lora" in name else name
+
+
+@pytest.mark.parametrize("name", map(slow, NAMES))
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
     environment = {
         "LLAMA_JAX_QUICK": "1",
