@@ -27,8 +27,8 @@ def linears(
 ) -> list[jax.Array]:
     """The products f(x) w^T of one or several weights, each (B, O) in `dtype`, accumulated in float32.
 
-    bfloat16 inputs of quantized weights are rounded to 8 bits, in groups of 32 with a scale each, where the processor
-    has instructions for products of bytes. Float32 inputs never are.
+    Inputs are never rounded to 8 bits, as llama.cpp rounds them: the greedy answers of SmolLM2 suffered from it
+    (docs/measurements/cpu-kernels.md#inputs-in-8-bits).
 
     Args:
         x: activations (B, D), float32 or bfloat16.

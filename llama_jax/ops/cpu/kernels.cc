@@ -12,7 +12,7 @@
 using Buffer = ffi::AnyBuffer;
 using Type = ffi::DataType;
 
-enum Math { FLOAT, BF16, BYTES };  // how inputs are multiplied: in float32, as bfloat16 pairs, or as rounded bytes
+enum Math { FLOAT, BF16 };  // how inputs are multiplied: in float32, or as bfloat16 pairs
 constexpr int ROWS = 8;            // rows of x at a time
 constexpr int TILE = 256;          // most outputs of a tile, whose results wait in float32
 constexpr int AHEAD = 8192;        // bytes between the prefetched and the multiplied weights
@@ -24,9 +24,6 @@ struct Inputs {
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
   float* f;      // (B, pad), zero beyond K
   uint16_t* h;   // (B, pad) bfloat16
-  int8_t* q;     // (B, pad) bytes; for 4 bits the halves of each 64 are in the order of the packed weights
-  float *s, *c;  // (B, pad / 32, padded to 16) scale of each group of bytes, and scale * sum * offset
-  int groups;    // floats of a row of s and c
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
@@ -60,26 +57,6 @@ static void read_row(const Inputs& in, int b) {
     if (in.bf16) for (int k = 0; k < K; k++) f[k] = rounded(f[k], true);
   }
 }
-#if LANES == 16 && defined(__AVX512VNNI__)
-#define HAS_BYTES 1
-// Row b in groups of 32 bytes with a scale each: q = round(x 127 / max |x|). A group with NaN or infinity has scale NaN.
-static void to_bytes(const Inputs& in, int b, bool four) {
-  const float* f = in.f + (int64_t)b * in.pad;
-  int8_t* q = in.q + (int64_t)b * in.pad;
-  float *s = in.s + (int64_t)b * in.groups, *c = in.c + (int64_t)b * in.groups;
-  for (int g = in.pad / GROUP; g < in.groups; g++) s[g] = c[g] = 0;
-  for (int g = 0; g < in.pad / GROUP; g++) {
-    const __m512 x0 = _mm512_loadu_ps(f + g * GROUP), x1 = _mm512_loadu_ps(f + g * GROUP + 16);
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
-    const bool finite = !(_mm512_fpclass_ps_mask(x0, 0x99) | _mm512_fpclass_ps_mask(x1, 0x99));
-    const __m512 inverse = _mm512_set1_ps(top > 0 && finite ? 127.f / top : 0);
-    const __m512i n0 = _mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse)), n1 = _mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse));
-    s[g] = finite ? top / 127.f : NAN, c[g] = s[g] * _mm512_reduce_add_epi32(_mm512_add_epi32(n0, n1)) * (four ? 8.f : 128.f);
-    int8_t* to = q + (four ? (g & ~1) * GROUP + (g & 1) * 16 : g * GROUP);
-    _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(n0)), _mm_storeu_si128((__m128i*)(to + (four ? 32 : 16)), _mm512_cvtsepi32_epi8(n1));
-  }
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------ weights
 struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; const char* residual; };
@@ -147,60 +124,10 @@ template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, 
   finish<B, R>(out, t, ld);
 }
 #endif
-#ifdef HAS_BYTES
-// The group, of the 16 groups of a block of 512 values, of each lane of step i. A lane holds four products of bytes.
-alignas(64) static const int32_t LANE_GROUP[2][8][16] = {
-#define EIGHT(i) {2*i,2*i,2*i,2*i,2*i,2*i,2*i,2*i,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1,2*i+1}
-#define FOURS(i) {2*i,2*i,2*i,2*i,2*i+1,2*i+1,2*i+1,2*i+1,2*i,2*i,2*i,2*i,2*i+1,2*i+1,2*i+1,2*i+1}
-  {EIGHT(0), EIGHT(1), EIGHT(2), EIGHT(3), EIGHT(4), EIGHT(5), EIGHT(6), EIGHT(7)},
-  {FOURS(0), FOURS(1), FOURS(2), FOURS(3), FOURS(4), FOURS(5), FOURS(6), FOURS(7)}};
-// Grouped weights times inputs in bytes. Weights are multiplied with an offset (128 or 8) that makes them unsigned;
-// its share of the sums is subtracted once a block.
-template <bool FOUR, int B, int R> static void bytes(const uint8_t* w, const uint16_t* scales, const Inputs& in, int b0, float* t, int64_t ld) {
-  __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
-  const int K = in.K, G = K / GROUP; const int64_t stride = FOUR ? K / 2 : K;
-  const int8_t* q = in.q + (int64_t)b0 * in.pad; const float *s = in.s + (int64_t)b0 * in.groups, *c = in.c + (int64_t)b0 * in.groups;
-  const __m512i sign = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi8(15);
-  alignas(64) float both[R][B][16];  // weight scale * input scale of each group
-  for (int start = 0; start < K; start += 512) {
-    const int g = start / GROUP; const __mmask16 live = G - g >= 16 ? 0xffff : (1 << (G - g)) - 1;
-    UNROLL for (int r = 0; r < R; r++) {
-      __m512 sv = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, scales + (int64_t)r * G + g));
-      UNROLL for (int b = 0; b < B; b++) {
-        _mm512_store_ps(both[r][b], _mm512_mul_ps(sv, _mm512_loadu_ps(s + b * in.groups + g)));
-        a[r][b] = _mm512_fnmadd_ps(sv, _mm512_loadu_ps(c + b * in.groups + g), a[r][b]);
-      }
-    }
-    auto step = [&](int k, bool whole) __attribute__((always_inline)) {
-      const __m512i index = _mm512_load_si512(LANE_GROUP[FOUR][(k - start) / 64]); __m512i v[R];
-      UNROLL for (int r = 0; r < R; r++) {
-        const uint8_t* p = w + r * stride + (FOUR ? k / 2 : k);
-        if (FOUR) {
-          __m256i h = whole ? _mm256_loadu_si256((const __m256i*)p) : _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p));
-          v[r] = _mm512_and_si512(low, _mm512_inserti64x4(_mm512_castsi256_si512(h), _mm256_srli_epi16(h, 4), 1));
-        } else v[r] = _mm512_xor_si512(sign, _mm512_maskz_loadu_epi8(whole ? ~0ull : 0xffffffffull, p));
-        if (!FOUR || !(k & 64)) prefetch(p + AHEAD);
-      }
-      UNROLL for (int b = 0; b < B; b++) {
-        const __m512i xv = _mm512_loadu_si512(q + (int64_t)b * in.pad + k);
-        UNROLL for (int r = 0; r < R; r++) {
-          const __m512 scale = _mm512_permutexvar_ps(index, _mm512_load_ps(both[r][b]));
-          a[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), v[r], xv)), scale, a[r][b]);
-        }
-      }
-    };
-    const int end = std::min(start + 512, K); int k = start;
-    for (; k + 64 <= end; k += 64) step(k, true);
-    if (k < end) step(k, false);
-  }
-  vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
-  finish<B, R>(out, t, ld);
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------ loops
 // Outputs at a time: as many as leave a register for each sum.
-template <int B, bool BY> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : BY ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
+template <int B> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : 3) : B == 4 && LANES < 16 ? 2 : 4;
 template <int B, int R> static void outputs(const Inputs& in, Math math, const Weight& w, int n, int b0, float* t, int64_t ld) {
   const char* p = w.w + n * row_bytes(w.type, in.K); const float* f = in.f + (int64_t)b0 * in.pad;
   const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
@@ -212,21 +139,9 @@ template <int B, int R> static void outputs(const Inputs& in, Math math, const W
   else if (w.type == Type::S8) grouped<false, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
   else grouped<true, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
 }
-#ifdef HAS_BYTES
-template <int B, int R> static void outputs_of_bytes(const Inputs& in, const Weight& w, int n, int b0, float* t, int64_t ld) {
-  const uint8_t* p = (const uint8_t*)w.w + n * row_bytes(w.type, in.K); const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
-  if (w.type == Type::S8) bytes<false, B, R>(p, scales, in, b0, t, ld); else bytes<true, B, R>(p, scales, in, b0, t, ld);
-}
-#endif
 template <int B> static void block(const Inputs& in, Math math, const Weight& w, int lo, int hi, int b0, float* t, int64_t ld) {
   int n = lo;
-#ifdef HAS_BYTES
-  if (math == BYTES) {
-    for (constexpr int R = STEP<B, true>; n + R <= hi; n += R) outputs_of_bytes<B, R>(in, w, n, b0, t + n - lo, ld);
-    for (; n < hi; n++) outputs_of_bytes<B, 1>(in, w, n, b0, t + n - lo, ld);
-  }
-#endif
-  for (constexpr int R = STEP<B, false>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
+  for (constexpr int R = STEP<B>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
   for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
 }
 // Outputs lo..hi of one weight for all rows. Rows are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
@@ -254,18 +169,14 @@ static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, in
   }
 }
 
-static void prepare(Inputs& in, Math math, bool four, ffi::ThreadPool& pool) {
-  static thread_local Scratch floats, halves, quants, scales;
+static void prepare(Inputs& in, Math math, ffi::ThreadPool& pool) {
+  static thread_local Scratch floats, halves;
   const int64_t rows = (in.B + ROWS - 1) / ROWS * ROWS;  // rows beyond B are multiplied too, and their results dropped
-  in.pad = (in.K + 63) & ~63, in.groups = (in.pad / GROUP + 15) & ~15;
+  in.pad = (in.K + 63) & ~63;
   in.f = floats.get<float>(rows * in.pad);
   if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
-  if (math == BYTES) { in.q = quants.get<int8_t>(rows * in.pad); in.s = scales.get<float>(2 * rows * in.groups); in.c = in.s + rows * in.groups; }
   auto one = [&](int b) {
     read_row(in, b);
-#ifdef HAS_BYTES
-    if (math == BYTES) to_bytes(in, b, four);
-#endif
     if (math == BF16) { const float* f = in.f + (int64_t)b * in.pad; uint16_t* h = in.h + (int64_t)b * in.pad; for (int k = 0; k < in.pad; k++) h[k] = to_bf16(f[k]); }
   };
   if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
@@ -300,10 +211,7 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
 #ifdef HAS_BF16
   if (in.bf16 && type == Type::BF16) math = BF16;
 #endif
-#ifdef HAS_BYTES
-  if (in.bf16 && (type == Type::S8 || type == Type::U8)) math = BYTES;
-#endif
-  prepare(in, math, type == Type::U8, pool);
+  prepare(in, math, pool);
   parallel(pool, tiles, [&](int i) {
     int j = 0; while (i >= of[j + 1]) j++;
     const int lo = (i - of[j]) * size[j]; tile(in, math, weights[j], out_bf16[j], lo, std::min(lo + size[j], weights[j].N));
