@@ -2,7 +2,7 @@
 
 A forward pass with a cache makes one `Window`, which says where each token is written and how much of the cache is
 read. Each layer then calls `write` and `read` with its own arrays. A cache of another kind (paged, say) replaces the
-functions of this file, and neither the model nor a caller changes.
+functions of this file, and the forward pass does not change.
 
 Letters: B batch, K key/value heads, S slots, T new tokens, H head dim, R rows that are taken out of a batch.
 """

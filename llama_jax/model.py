@@ -234,7 +234,7 @@ def _unroll_cached(
         x_BTD, layer_cache = _cached_layer(config, parallel.active(), layer, x_BTD, where, layer_cache)
         updated.append(layer_cache)
     k, v = zip(*updated, strict=True)
-    return x_BTD, KVCache(k=k, v=v)
+    return x_BTD, dataclasses.replace(cache, k=k, v=v)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

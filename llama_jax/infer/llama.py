@@ -268,8 +268,8 @@ class Llama:
             n: number of results for each prompt. With more than one, each prompt gives a list.
             best_of: number of samples of each prompt, whose n of the highest mean log-probability are returned.
             overrides: for each prompt a dict of options that differ from those of the call.
-            batch_size: most rows that run together. A row that ends is used for the next prompt at once. More rows are
-                faster and take more memory.
+            batch_size: most rows that run together, rounded up to a power of two. A row that ends is used for the next
+                prompt at once. More rows are faster and take more memory.
             progress: True shows a progress bar on standard error. The default shows it for many prompts.
             parse_special: True encodes names of control tokens, such as <|eot_id|>, as these tokens, for texts that
                 were rendered with a chat template. False encodes them as plain text; so does None, with a warning.
@@ -355,8 +355,8 @@ class Llama:
         `tools` are functions in OpenAI's schema. With tool_choice="required" the answer is a call of one of them whose
         arguments follow its schema, and with a name a call of that one. Other arguments are those of `generate`, with
         512 new tokens by default. `message` of the result has the parsed tool calls. It can be appended to the dialog
-        unchanged, and is then encoded as the generated ids. A list of dialogs gives a list of results; a dialog that
-        goes on from one of an earlier call starts from the cache of that call.
+        unchanged, and is then encoded as the generated ids. A list of dialogs gives a list of results. A dialog
+        that goes on from one of the last call starts from the cache of that call.
         """
         single = not messages or isinstance(messages[0], Mapping)
         dialogs = [messages] if single else list(messages)

@@ -64,6 +64,8 @@ class Program(ProgramSpec):
                 f"the draft model has {draft.vocab_size:,} tokens and the model {config.vocab_size:,}: a draft needs "
                 "the same vocabulary"
             )
+        if draft is not None:  # beyond its own context its guesses are worse, and never wrong
+            draft = dataclasses.replace(draft, max_seq_len=max(draft.max_seq_len, config.max_seq_len))
         return cls(config, layout_of(config, mesh), jnp.dtype(dtype), kv, draft)
 
     # Abstract values, for compiling without weights and without devices.
@@ -138,7 +140,7 @@ class Program(ProgramSpec):
 
         `steer` has alive_B (False ends a row), limit (steps), least (the loop ends when fewer rows are live), and
         allowed_BW or None. Outputs are a dict: tokens_BO (-1 where nothing came), logprobs_BO, top_ids_BOK,
-        top_logprobs_BOK, steps_B and remaining_B.
+        top_logprobs_BOK, count_B (new tokens), steps_B and remaining_B.
         """
         return jax.jit(
             functools.partial(decoding.decode, self),

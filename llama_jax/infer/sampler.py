@@ -134,10 +134,10 @@ class Sampler:
     def results(self, requests: Sequence[Request], rows: int) -> Iterator[tuple[int, Result]]:
         """Yields the index and the result of each request as it ends."""
         self.scheduler.rows = rows
-        numbers = [self.scheduler.submit(request) for request in requests]
+        numbers, events = self.scheduler.start(requests)
         index = {number: i for i, number in enumerate(numbers)}
         parts = [_Parts() for _ in requests]
-        for event in self.scheduler.events(numbers):
+        for event in events:
             i = index[event.number]
             part = parts[i]
             part.tokens += event.tokens
@@ -149,8 +149,7 @@ class Sampler:
 
     def stream(self, request: Request) -> Iterator[Any]:
         """Yields the continuation of a request in pieces of text, or in ids without a tokenizer."""
-        number = self.scheduler.submit(request)
-        events = self.scheduler.events([number], first=1, most=_STREAM_STEPS)
+        _, events = self.scheduler.start([request], first=1, most=_STREAM_STEPS)
         if self._tokenizer is None:
             for event in events:
                 yield from event.tokens

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -96,7 +97,7 @@ class Scheduler:
     """Requests on one engine.
 
     Attributes:
-        rows: most rows that run together.
+        rows: most rows that run together, rounded up to a power of two.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, *, rows: int = 8):
@@ -109,6 +110,7 @@ class Scheduler:
         self._inbox: dict[int, list[Event]] = {}
         self._next = 0
         self._time = 0
+        self._forgotten = 0  # number of times that all requests were cancelled
         self._rest = 0  # dispatches before guessing is tried again
         self._passes = self._gained = 0  # forward passes with guesses since the last judgment, and their tokens
         self._resting = True  # no request has run since the batch was last empty
@@ -123,12 +125,11 @@ class Scheduler:
             job = _Job(self._next, request, np.asarray(request.tokens, np.int64), scanner)
             self._next += 1
             self._resting |= self.idle
-            self._inbox[job.number] = []
             self._waiting.append(job)
             return job.number
 
     def cancel(self, number: int) -> None:
-        """Ends a request. It brings no further event; a number that has ended is ignored."""
+        """Ends a request. It brings no further event, and its iterator ends; a number that has ended is ignored."""
         with self._lock:
             self._inbox.pop(number, None)
             self._waiting = collections.deque(job for job in self._waiting if job.number != number)
@@ -147,6 +148,7 @@ class Scheduler:
             self._waiting.clear()
             self._batch = []
             self._inbox.clear()
+            self._forgotten += 1
             self._engine.clear()
 
     def events(self, numbers: Collection[int], *, first: int | None = None, most: int | None = None) -> Iterator[Event]:
@@ -160,14 +162,31 @@ class Scheduler:
             most: largest number of decoding steps of any dispatch.
         """
         most = DISPATCH if most is None else most
-        limit = most if first is None else min(first, most)
-        left = set(numbers)
+        with self._lock:
+            for number in numbers:
+                self._inbox[number] = []
+            return self._iterate(set(numbers), most if first is None else min(first, most), most, self._forgotten)
+
+    def start(
+        self, requests: Sequence[Request], *, first: int | None = None, most: int | None = None
+    ) -> tuple[list[int], Iterator[Event]]:
+        """Submits requests, and returns their numbers and `events`. No step of another thread comes between."""
+        with self._lock:
+            numbers = [self.submit(request) for request in requests]
+            return numbers, self.events(numbers, first=first, most=most)
+
+    def _iterate(self, left: set[int], limit: int, most: int, forgotten: int) -> Iterator[Event]:
         try:
             while left:
-                ready = self._ready(left)
-                if not ready:
-                    self._step_once(left, limit)
-                    limit = min(2 * limit, most)
+                with self._lock:
+                    if self._forgotten != forgotten:
+                        raise RuntimeError("a request was lost: another one failed, or the weights were replaced")
+                    left &= self._inbox.keys()  # the others were cancelled
+                    ready = [event for number in sorted(left) for event in self._inbox[number]]
+                    self._inbox |= {number: [] for number in left}
+                    if not ready and left:
+                        self.step(limit)
+                        limit = min(2 * limit, most)
                 for event in ready:
                     if event.finish:
                         left.discard(event.number)
@@ -177,34 +196,20 @@ class Scheduler:
             for number in left:
                 self.cancel(number)
 
-    def _ready(self, numbers: Collection[int]) -> list[Event]:
-        with self._lock:
-            lost = [number for number in numbers if number not in self._inbox]
-            if lost:
-                raise RuntimeError("a request was lost: another one failed, or the weights were replaced meanwhile")
-            ready = [event for number in numbers for event in self._inbox[number]]
-            for number in numbers:
-                self._inbox[number] = []
-            return sorted(ready, key=lambda event: event.number)
-
-    def _step_once(self, numbers: Collection[int], limit: int) -> None:
-        """One step, unless another thread's step has brought events meanwhile."""
-        with self._lock:
-            if any(self._inbox.get(number) for number in numbers):
-                return
-            for event in self.step(limit):
-                if event.number in self._inbox:
-                    self._inbox[event.number].append(event)
-
     def step(self, limit: int) -> list[Event]:
         """Admits waiting requests to free rows, decodes up to `limit` steps, and returns what came.
 
-        If it raises (or is interrupted), the batch is lost: all requests are cancelled and nothing is remembered.
+        Open iterators of `events` get their events too. If it raises (or is interrupted), the batch is lost: all
+        requests are cancelled and nothing is remembered.
         """
         with self._lock:
             try:
                 self._admit()
-                return self._decode(limit) if self._busy() else []
+                events = self._decode(limit) if self._busy() else []
+                for event in events:
+                    if event.number in self._inbox:
+                        self._inbox[event.number].append(event)
+                return events
             except BaseException:
                 self.forget()
                 raise
@@ -231,7 +236,7 @@ class Scheduler:
             return
         busy = [i for i, row in enumerate(self._batch) if row.job is not None]
         rows = min(power_of_two(self.rows), power_of_two(len(busy) + len(self._waiting)))
-        jobs = [self._batch[i].job for i in busy] + list(self._waiting)
+        jobs = [self._batch[i].job for i in busy] + list(itertools.islice(self._waiting, rows))
         need = self._engine.capacity_for(max(len(job.prompt) + job.request.max_new_tokens for job in jobs if job))
         grows = rows > self._engine.rows or need > self._engine.capacity
         shrinks = self._resting and rows < self._engine.rows
@@ -303,7 +308,7 @@ class Scheduler:
         if any(request.stops for request in requests):
             limit = min(limit, _STOP_STEPS)
         guesses, drafter = self._guessing(requests)
-        if self._rest:
+        if not guesses and any(request.speculate for request in requests):  # guessing rests
             limit = min(limit, _REST_STEPS)
         allowed = None
         if any(request.matcher for request in requests):

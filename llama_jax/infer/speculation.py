@@ -1,7 +1,7 @@
 """Guesses for speculative decoding: pure functions of the state, inside the compiled loop.
 
 Verification is one forward pass over the guesses, and a guess counts if it is the token that is sampled in its place
-(`Program._accept`). A drafter may therefore guess anything: it decides the speed and never the text.
+(`decoding._accept`). A drafter may therefore guess anything: it decides the speed and never the text.
 
 Letters: B rows, S positions of a row, G guesses.
 """

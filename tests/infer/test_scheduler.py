@@ -211,6 +211,28 @@ def test_iterators_in_several_threads_each_get_their_own_text():
         assert found[i] == run([request(6 + i, new=20, which=i)])[0][0][0]
 
 
+def test_a_client_that_steps_itself_leaves_nothing_behind_and_robs_no_iterator():
+    scheduler = Scheduler(engine(), rows=2)
+    stepped = [scheduler.submit(request(6, new=4, which=i)) for i in range(3)]
+    (number,), events = scheduler.start([request(8, new=12)])
+    found = {n: [] for n in stepped}
+    while not scheduler.idle:
+        for event in scheduler.step(4):
+            found.setdefault(event.number, []).extend(event.tokens)
+    own = [token for event in events for token in event.tokens]
+    assert own == found[number] == run([request(8, new=12)])[0][0][0]
+    assert all(len(found[n]) == 4 for n in stepped) and not scheduler._inbox
+
+
+def test_an_iterator_whose_request_is_cancelled_ends():
+    scheduler = Scheduler(engine(), rows=2)
+    (one, two), events = scheduler.start([request(6, new=30), request(7, new=8)], most=4)
+    numbers = [next(events).number]
+    scheduler.cancel(one)
+    numbers += [event.number for event in events]
+    assert numbers.count(one) <= 2 and numbers[-1] == two and scheduler.idle
+
+
 def test_an_interrupted_step_forgets_the_batch_and_the_next_request_runs(monkeypatch):
     e = engine()
     scheduler = Scheduler(e, rows=1)
