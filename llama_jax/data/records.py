@@ -8,7 +8,7 @@ The keys of a record decide its shape; of several that fit, the first is taken: 
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llama_jax.data import messages
 from llama_jax.data.corpus import Document
 from llama_jax.data.messages import Message, present
 from llama_jax.errors import brief
+from llama_jax.text import control_tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Dialog:
     @property
     def text(self) -> str:
         """Every string in the messages, as text to train a tokenizer on."""
-        return "\n".join(_strings(self.messages))
+        return "\n".join(control_tokens.strings(self.messages))
 
 
 @dataclass(frozen=True)
@@ -366,14 +367,3 @@ def why_unknown(record: Mapping[str, Any]) -> str:
         f"no key 'text', found {brief(sorted(map(str, record)))}; {hint}, or give 'messages', 'conversations', "
         "'prompt' and 'completion', 'instruction' and 'output', or 'chosen' and 'rejected'"
     )
-
-
-def _strings(value: object) -> Iterator[str]:
-    """Every string in a nested value, in order."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict | list):
-            waiting += reversed(list(item.values() if isinstance(item, dict) else item))

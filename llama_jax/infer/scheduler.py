@@ -220,10 +220,7 @@ class Scheduler:
         return [row for row in self._batch if row.job is not None]
 
     def _release(self, row: _Row) -> None:
-        job = row.job
-        assert job is not None
-        held = np.concatenate([job.prompt, np.asarray(job.tokens[:-1], np.int64)]) if job.tokens else job.prompt[:-1]
-        row.ids, row.job, row.used = held, None, self._time
+        row.ids, row.job, row.used = self._held(row), None, self._time
 
     def _admit(self) -> None:
         self._fit()
@@ -378,14 +375,14 @@ class Scheduler:
             used, text, found = job.scanner.push(piece.tokens, end=piece.done)
             if found is not None:
                 count, stop, finish = used, found, "stop"
-        top = piece.top[:count] if request.top_logprobs == 0 else [best[: request.top_logprobs] for best in piece.top]
+        wanted = request.top_logprobs
         if finish:
             self._release(row)
         return Event(
             job.number,
             piece.tokens[:count],
             piece.logprobs[:count],
-            top[:count] if request.top_logprobs else [],
+            [best[:wanted] for best in piece.top[:count]] if wanted else [],
             text,
             finish,
             stop,

@@ -64,11 +64,11 @@ def encode_text(
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string within lists and the values of dicts, without their keys."""
+    """Every string within lists and the values of dicts, in order, without their keys."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
             yield item
         elif isinstance(item, Mapping | list | tuple):
-            waiting += item.values() if isinstance(item, Mapping) else item
+            waiting += reversed(list(item.values() if isinstance(item, Mapping) else item))
