@@ -35,12 +35,12 @@ class NamedText(Protocol):
 
     @property
     def name(self) -> str:
-        """The name."""
+        """Name of the text, which is unique within its corpus."""
         ...
 
     @property
     def text(self) -> str:
-        """The text."""
+        """Text to train on."""
         ...
 
 
@@ -317,7 +317,7 @@ def _without_lead_in(paragraph: str) -> str:
 
 
 def _items(block: str) -> Iterator[str]:
-    """Unwrap a block: a paragraph is one item, a list has one for each bullet, definition, outdent."""
+    """Splits a block: a paragraph is one item; a list gives an item for each bullet, definition or outdent."""
     lines = [line for line in block.split("\n") if line.strip()]
     doctest = next((i for i, line in enumerate(lines) if line.lstrip().startswith((">>>", "..."))), len(lines))
     item: list[str] = []

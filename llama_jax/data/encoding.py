@@ -19,7 +19,7 @@ TOO_LONG = ("drop", "cut", "refuse")
 
 
 class Encoder(Protocol):
-    """The part of a tokenizer that data needs."""
+    """The interface of a tokenizer that the data pipeline uses."""
 
     @property
     def vocab_size(self) -> int:
@@ -47,7 +47,7 @@ class Encoder(Protocol):
 
 
 class TooLong(ValueError):
-    """A record that is longer than a row and may not be cut."""
+    """Raised for a record that is longer than a row and may not be cut."""
 
 
 class EncodedSample(NamedTuple):
@@ -55,7 +55,8 @@ class EncodedSample(NamedTuple):
 
     Attributes:
         name: name of the record, "file:line".
-        documents: its documents: two of a pair, otherwise one.
+        documents: token ids and target mask of each document: two (chosen, rejected) for a pair, one for any other
+            record.
         marked: True if a message of the assistant is marked as not to be learned.
         cut: True if its last tokens were dropped, because it is longer than a row.
     """

@@ -83,7 +83,7 @@ def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str
         wanted = [f for f in data if f.startswith(f"{pattern}/") or _matches(pattern.split("/"), f.split("/"))]
         if not wanted:
             raise ConfigError(
-                f"{repo.text}: no file of data there{nearest(pattern, files)}; it has {some(data or list(files))}"
+                f"{repo.text} matches no data file{nearest(pattern, files)}; it has {some(data or list(files))}"
             )
         return wanted
     if not data:
@@ -97,7 +97,9 @@ def _choose(repo: Repo, files: Sequence[str], *, pattern: str | None, split: str
     others = [word for key, groups in _WORDS.items() if key != split for words in groups for word in words]
     rest = [file for file in data if not _says(file, others)]
     if split != "train" or not rest:
-        raise ConfigError(f"{repo.text}: no file says that it is for {split}; name some of {some(data)}")
+        raise ConfigError(
+            f"{repo.text}: no path of a file has a word for {split}; add the path of a file, such as {some(data)}"
+        )
     return rest
 
 

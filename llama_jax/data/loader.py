@@ -63,7 +63,7 @@ class Loader:
             raise ValueError(f"start_step and prefetch cannot be negative, got {start_step} and {prefetch}")
         mixture = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
         if epochs is not None and len(mixture.parts) > 1:
-            raise ValueError("a mixture has no epochs: each of its parts has its own")
+            raise ValueError("epochs must be None for a mixture, whose parts each have epochs of their own")
         total = sum(map(len, mixture.parts))
         if epochs is not None and (epochs < 1 or epochs * total < batch_size):
             raise ValueError(

@@ -67,7 +67,7 @@ def _line(record: object, where: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A value that json does not know: a mapping, or an array or a number of numpy."""
+    """Converts a mapping, a numpy array or a numpy number, none of which json can write, to a plain value."""
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "tolist"):

@@ -268,7 +268,7 @@ def _predicate(sentence: str, name: str, is_class: bool) -> str:
 
 
 def _does(verb: str) -> str:
-    """The third person of one of _VERBS, given in it or in the imperative; else ""."""
+    """The third person of a verb in _VERBS ("return" and "returns" give "returns"), or "" for any other word."""
     if verb not in _VERBS:
         stems = (verb[:-1], verb[:-2], verb[:-3] + "y")
         return verb if verb.endswith("s") and _VERBS.intersection(stems) else ""

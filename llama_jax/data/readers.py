@@ -1,9 +1,9 @@
-"""Readers of data files: text, JSON lines, JSON lists and Parquet, with bounds on what one file may do to a machine.
+"""Readers of data files: text, JSON lines, JSON lists and Parquet, with bounds on memory and time for each file.
 
-Files come from outside. One document, a line, an item of a list or a row of a table, may have MAX_DOCUMENT bytes; what
-is larger is a BadLine, and is never held whole. A text file that is larger is read as several documents. A file that
-is compressed more than MAX_RATIO times is refused once it has yielded MAX_UNCHECKED bytes: data do not compress so
-well. Memory grows with these bounds and not with the file.
+Files come from outside and are not trusted. A document (a line, an item of a list, or a row of a table) may have
+MAX_DOCUMENT bytes. A larger one becomes a BadLine, and is never held in memory as a whole. A text file that is larger
+is read as several documents. A file that is compressed more than MAX_RATIO times is refused once it has yielded
+MAX_UNCHECKED bytes, because real data do not compress so well. Memory grows with these bounds and not with the file.
 """
 
 import codecs
@@ -191,14 +191,14 @@ def _too_large(part: str) -> str:
 
 
 def _skip_line(file: _Reader, line: bytes, name: str) -> None:
-    """Read to the end of a line of which `line` is the beginning."""
+    """Read and discard the rest of a line that begins with `line`."""
     for _ in range(_MAX_SKIPPED):
         if line.endswith(b"\n") or not line:
             return
         line = file.readline(MAX_DOCUMENT)
     if not line.endswith(b"\n") and line:
         size = (_MAX_SKIPPED * MAX_DOCUMENT) >> 20
-        raise ValueError(f"{name}: the line does not end within {size:,} MiB: are these JSON lines?")
+        raise ValueError(f"{name}: a line has more than {size:,} MiB; write one JSON record on each line")
 
 
 def _parse_line(data: bytes, name: str, *, pairs: bool) -> Sample | BadLine:
@@ -230,7 +230,7 @@ def _has_many_values(data: bytes | str) -> bool:
 
 
 def _too_many_values() -> str:
-    return f"more than {MAX_VALUES:,} values, the most that one record may have"
+    return f"more than {MAX_VALUES:,} values, the most that one record may have: split it"
 
 
 def _parse_record(record: object, name: str, pairs: bool) -> Sample | BadLine:
@@ -270,10 +270,10 @@ class _Items:
                 raise self._error("no , or ]", self._next)
         self._advance(self._next + 1)
         if self._mark():
-            raise ValueError(f"{self._path}: not one JSON list: something follows it, at {self._place(self._next)}")
+            raise ValueError(f"{self._path}: not one JSON list: text follows its end, at {self._place(self._next)}")
 
     def _item(self) -> object:
-        """The next item. Each try to parse it has twice the text of the one before."""
+        """The next item. An item that does not end within the buffer is parsed again from a buffer twice as long."""
         size = 0
         while True:
             while not self._ended and len(self._text) - self._next < 2 * size:
@@ -372,8 +372,8 @@ def _group_size(file: Any, group: int, columns: list[str], path: Path) -> int:
         size, stored = column.total_uncompressed_size, column.total_compressed_size
         if size > max(MAX_UNCHECKED, MAX_RATIO * stored):
             raise ValueError(
-                f"{path}: column {column.path_in_schema!r} is compressed more than {MAX_RATIO} times, which data are "
-                "not; write the file again without compression if it is what you want to train on"
+                f"{path}: column {column.path_in_schema!r} is compressed more than {MAX_RATIO} times, which is "
+                "implausible for training data; to train on it, write the file again without compression"
             )
         total += size
     return total
@@ -404,7 +404,10 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A cell of a table without the keys that hold null: each of its structs has the keys of all others."""
+    """A cell of a table without keys that hold null.
+
+    Parquet gives every struct of a column the keys of all the others.
+    """
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

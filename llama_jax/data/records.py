@@ -1,9 +1,9 @@
 """Records of data: the known shapes, and the samples made of them.
 
-The keys of a record decide its shape; of several that fit, the first is taken: `messages` (OpenAI, with `tools`),
-`conversations` or `conversation` (ShareGPT), `chosen` and `rejected` or OpenAI's `preferred_output` and
-`non_preferred_output` (a preference pair), `prompt` and `completion` (texts, or TRL's lists of messages),
-`instruction` and `output` (Alpaca), `text`. The styles of messages are those of `messages`.
+The keys of a record decide its shape. If several shapes fit, the first of this list is used: `messages` (OpenAI, with
+`tools`), `conversations` or `conversation` (ShareGPT), `chosen` and `rejected` or OpenAI's `preferred_output` and
+`non_preferred_output` (a preference pair), `prompt` and `completion` (texts, or TRL's lists of messages), `instruction`
+and `output` (Alpaca), `text`. The styles of messages are those of `messages`.
 """
 
 import difflib
@@ -46,7 +46,7 @@ class Dialog:
 
 @dataclass(frozen=True)
 class Completion:
-    """Two plain texts. The loss counts the second."""
+    """A prompt and its completion as plain texts. The loss counts the completion only."""
 
     name: str
     prompt: str
@@ -91,7 +91,7 @@ class BadLine:
 
     @classmethod
     def of(cls, name: str, why: object, *, too_long: bool = False) -> "BadLine":
-        """A bad line. Characters of the reason that cannot be printed are escaped."""
+        """A BadLine with a printable reason. Characters of the reason that cannot be printed are escaped."""
         text = " ".join(str(why).split())
         return cls(name, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), too_long)
 
@@ -269,7 +269,7 @@ def _pair(record: Mapping[str, Any], name: str) -> Pair:
             raise ValueError(f"{key!r} is empty after the {shared} messages that it shares with the other")
         if dialog[shared]["role"] != "assistant":
             raise ValueError(
-                f"the answers must begin with the assistant, and share all that comes before: message {shared} of "
+                f"'chosen' and 'rejected' must share their messages up to one of the assistant: message {shared} of "
                 f"{key!r} is {brief(dialog[shared])}"
             )
     return Pair(name, *(_dialog(record, name, dialog, first=shared) for dialog in dialogs.values()))
@@ -277,7 +277,7 @@ def _pair(record: Mapping[str, Any], name: str) -> Pair:
 
 def _pair_of_texts(record: Mapping[str, Any], name: str) -> Pair:
     if "prompt" not in record:
-        raise ValueError("'chosen' and 'rejected' are texts without a 'prompt'")
+        raise ValueError("'chosen' and 'rejected' are texts, and 'prompt' is missing: add the prompt")
     _refuse(record, "system", "tools", "functions", remedy="put all into 'prompt', or give lists of messages")
     prompt = _string(record, "prompt")
     if record["chosen"] == record["rejected"]:
@@ -329,15 +329,15 @@ def _refuse_marks(record: Mapping[str, Any]) -> None:
         value = record.get(key)
         if isinstance(value, bool | int | float) and (value == unwanted or (key == "weight" and value != 1)):
             raise ValueError(
-                f"{key!r} {brief(value)} of a whole record is not read: leave the record out, or mark its messages "
-                "themselves"
+                f"{key!r} is {brief(value)}, and a record cannot be weighted as a whole: leave it "
+                "out, or mark its messages"
             )
 
 
 def _refuse(record: Mapping[str, Any], *keys: str, remedy: str) -> None:
     """Raise ValueError for keys that have no meaning in a record of this shape, so that none is ignored silently."""
     if unread := [key for key in keys if record.get(key)]:
-        raise ValueError(f"{unread[0]!r} is not read in a record of this kind: {remedy}")
+        raise ValueError(f"{unread[0]!r} has no meaning in a record of this shape: {remedy}")
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:
@@ -357,7 +357,7 @@ def why_unknown(record: Mapping[str, Any]) -> str:
     """The reason why a record has none of the known shapes."""
     empty = [key for key in (*_DIALOGS, *_PARTNERS) if key in record and record[key] is None]
     if empty:
-        return f"{empty[0]!r} is null"
+        return f"{empty[0]!r} is null: give it a value, or leave the record out"
     for key in sorted(map(str, record), key=lambda key: key == "prompt"):  # its partner may be 'chosen' too
         if key in _PARTNERS:
             return f"{key!r} without {_PARTNERS[key]!r}, found {brief(sorted(map(str, record)))}"

@@ -123,7 +123,7 @@ def _check_readable(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in _NOT_TEXT:
             raise ValueError(
-                f"{path}: {path.suffix} is not read; write records as lines of a .jsonl file or as .parquet, and "
+                f"{path}: files ending in {path.suffix} are not supported; write records as lines of a .jsonl file, or "
                 "texts as .txt or .md (each perhaps with .gz)"
             )
     hub_datasets.check_readable(map(str, paths))

@@ -2,10 +2,10 @@
 
 A store is a folder: `tokens.bin` (uint16 where the vocabulary fits, otherwise uint32, little-endian), `offsets.npy`
 (int64: where each document starts, and the end), `targets.bin` (one bit a token: whether the loss counts it; only where
-some document is not a plain text) and `meta.json`, written last. A store is built next to its final path and renamed,
-so that a store under its own name is complete, however the builder ended. Records that were left out are listed next
-to it, in `KEY.quarantine.jsonl`. A store of preference pairs holds nothing else: of each pair the chosen answer, then
-the rejected one, as two documents.
+some document is not a plain text) and `meta.json`, written last. A store is built next to its final path and renamed
+when it is complete, so that a killed build leaves no incomplete store. Rejected records are listed next to it, in
+`KEY.quarantine.jsonl`. A store of preference pairs holds only pairs: two documents for each, first the chosen and then
+the rejected answer.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _ABANDONED_S = 3600  # an unfinished build that nobody has written to for this l
 
 
 class DamagedStore(ValueError):
-    """A store whose files are missing, cut short, changed or contradict each other."""
+    """Raised for a store whose files are missing, cut short, changed, or contradict each other."""
 
 
 class TokenStore:
@@ -47,16 +47,17 @@ class TokenStore:
 
     Attributes:
         tokens: (num_tokens,) uint16 or uint32. Document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        offsets: (num_documents + 1,) int64.
+        offsets: (num_documents + 1,) int64: index of each document's first token, and the number of tokens.
         fingerprint: hash (hex) of the contents of the arrays.
         masked: True if some documents are dialogs or completions, so that not every token is a target.
         marked: True if a message of the assistant is marked as not to be learned.
-        num_targets: targets, the first token of each document excluded.
+        num_targets: number of targets, without the first tokens of documents, which nothing predicts.
         num_bad: number of rejected records that cannot be used.
-        first_bad: the first of them, or None.
+        first_bad: the first record that cannot be used, or None.
         num_too_long: number of rejected records that are longer than a row.
         num_cut: number of records whose last tokens were dropped, because they are longer than a row.
-        pairs: documents 2k and 2k + 1 are the chosen and the rejected answer of pair k.
+        pairs: True for a store of preference pairs. Documents 2k and 2k + 1 are the chosen and the rejected answer of
+            pair k.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -117,7 +118,7 @@ class TokenStore:
 
     @property
     def num_records(self) -> int:
-        """Records that were used."""
+        """Number of records in the store."""
         return self.num_documents // 2 if self.pairs else self.num_documents
 
     @property
@@ -177,12 +178,12 @@ def build_store(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
-    """The store of the documents that the patterns name: from the cache, or tokenized now.
+    """Returns the store of the documents that the patterns name, from the cache or by tokenizing them.
 
-    Preference pairs and other records do not go together: a record of another kind than the first good one counts as
-    bad. The cache key covers the sources, the tokenizer, `pairs` and the store's format. Where there is anything but
-    sound plain texts it also covers `max_length`, `too_long` and the version of the encoding of dialogs. A store from
-    the cache is verified, and rebuilt with a warning if it is damaged. Memory stays bounded by a few groups of
+    Preference pairs and other records cannot be mixed: the first good record decides, and one of the other kind counts
+    as bad. The cache key covers the sources, the tokenizer, `pairs` and the store's format. If any record is not a
+    valid plain text, the key also covers `max_length`, `too_long` and the version of the encoding of dialogs. A store
+    from the cache is verified, and rebuilt with a warning if it is damaged. Memory stays bounded by a few groups of
     documents, or by one long document for each thread.
 
     Args:
@@ -190,8 +191,8 @@ def build_store(
         tokenizer: the run's tokenizer.
         cache_dir: folder of stores.
         max_length: tokens of a row, which dialogs, completions and pairs have to fit into. None sets no limit.
-        too_long: what happens to longer ones. "drop" leaves them out, "cut" keeps the first max_length tokens of
-            dialogs and completions, "refuse" raises ValueError for the first of them.
+        too_long: treatment of longer ones. "drop" leaves them out, "cut" keeps the first max_length tokens of dialogs
+            and completions, "refuse" raises ValueError for the first of them.
         max_bad: the fraction of all documents that may be unusable.
         split: as in `documents_from`.
         pairs: as in `documents_from`.
@@ -228,7 +229,7 @@ def build_store(
 
 
 def _from_cache(cache: Path, keys: tuple[str, str]) -> TokenStore | None:
-    """The store of one of the keys, or None. A damaged one is deleted with a warning."""
+    """The first store in the cache that has one of these keys, or None. A damaged store is deleted with a warning."""
     for key in keys:
         _sweep(cache, key)
         if (cache / key).exists():
@@ -249,7 +250,7 @@ def _written(
     too_long: str,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[None]:
-    """Write all records, and yield after each group of them."""
+    """Adds all records to the writer, and yields after each group so that the caller can check its counts."""
     for group in encoded:
         for sample in group:
             if isinstance(sample, EncodedSample):
@@ -281,10 +282,10 @@ def _refuse_bad(store: StoreWriter | TokenStore, max_bad: float, *, listed: Path
 
 
 def _publish(writer: StoreWriter, cache: Path, keys: tuple[str, str], max_bad: float) -> TokenStore:
-    """Rename a complete store to its path in the cache, after its list of rejected records.
+    """Moves the list of rejected records and then the complete store to their paths in the cache.
 
     Raises:
-        ValueError: it is of no use, because too many records are bad, or all are too long.
+        ValueError: too many records are bad, or all are too long.
     """
     plain, masked = keys
     left_out = writer.num_bad or writer.num_too_long  # a record may be left out for its length alone
@@ -403,7 +404,7 @@ def _remove(folder: Path) -> None:
 
 
 def _sweep(cache: Path, key: str) -> None:
-    """Delete what killed builds of this store left behind. A live one is written to all the time."""
+    """Delete the remains of killed builds of this store. Recent writes show that a build still runs."""
     for leftover in cache.glob(f"{key}.partial-*"):
         try:
             newest = max(path.stat().st_mtime for path in [leftover, *leftover.iterdir()])

@@ -37,8 +37,8 @@ class StoreWriter:
         first_bad: the first record that cannot be used, or None.
         num_records: records that were added.
         num_bad: records that cannot be used.
-        num_too_long: records that are sound and longer than a row.
-        masked: some document is not a plain text, so that not every token is a target.
+        num_too_long: valid records that were rejected because they are longer than a row.
+        masked: True if some document is not a plain text, so that not every token is a target.
         num_cut: records that were added without their last tokens, because they are longer than a row.
     """
 
@@ -79,7 +79,7 @@ class StoreWriter:
         return self._offsets[-1]
 
     def add(self, sample: EncodedSample) -> None:
-        """Append a record. One that is a pair where the first was none, or the other way round, is rejected."""
+        """Append a record. A pair after other records, and any other record after pairs, is rejected."""
         is_pair = len(sample.documents) == 2
         if self._pairs is None:
             self._pairs = is_pair
@@ -146,7 +146,7 @@ class StoreWriter:
         return meta
 
     def _write_bits(self, count: int) -> None:
-        """Write the first `count` of the targets that are kept: whole bytes, except at the end of the store."""
+        """Write the first `count` of the buffered target bits. Only the last byte of a store may be incomplete."""
         bits = np.concatenate([np.zeros(0, bool), *self._bits])
         data = np.packbits(bits[:count]).tobytes()
         self._bits_digest.update(data)

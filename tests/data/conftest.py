@@ -14,5 +14,5 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def merging() -> Tokenizer:
-    """A vocabulary with merges, in which it matters what is encoded apart."""
+    """A vocabulary with merges, in which texts that are encoded separately get other ids than joined ones."""
     return small_tokenizer()

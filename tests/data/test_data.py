@@ -59,7 +59,7 @@ def take(iterator, count: int) -> list:
 def test_tables_and_archives_are_not_taken_for_texts(tmp_path, name):
     (tmp_path / name).write_text('{"messages": []}')
     for pattern in (name, "chats.*"):
-        with pytest.raises(ValueError, match=r"is not read; write records as lines of a \.jsonl file"):
+        with pytest.raises(ValueError, match=r"are not supported; write records as lines of a \.jsonl file"):
             documents_from([str(tmp_path / pattern)])
 
 

@@ -124,12 +124,12 @@ def test_whatever_the_hub_refuses_is_one_line_with_its_mend(tmp_path, endpoint):
     assert "no such path here" not in absent and "HF_TOKEN" in absent
     assert f"gated: open {endpoint}/datasets/meta/gated, accept the licence" in gated
     assert "no branch, tag or commit 'v2'" in revision and "hf://datasets/OWNER/NAME[@REVISION]" in revision
-    assert "no file of data there; did you mean 'train.jsonl'?; it has " in file and "a.jpg" not in file
+    assert "matches no data file; did you mean 'train.jsonl'?; it has " in file and "a.jpg" not in file
     assert (
-        "no file of data there" in pattern
+        "matches no data file" in pattern
         and "it has USE_POLICY.md, data/test-00000-of-00001.jsonl, data/train" in pattern
     )
-    assert "no file says that it is for validation; name some of alpaca.json" in held
+    assert "no path of a file has a word for validation; add the path of a file, such as alpaca.json" in held
     for said in (model, path):
         assert "names no dataset of the Hugging Face hub: write hf://datasets/OWNER/NAME[@REVISION]" in said
     opened = find(tmp_path, endpoint, "hf://datasets/meta/private", "hf://datasets/meta/gated", HF_TOKEN=TOKEN)

@@ -68,7 +68,7 @@ def test_a_mixture_resumes_and_is_shared_out_as_rows_are(mixture):
     other = Mixture(mixture.parts, (2.0, 1.0, 0.6))
     with pytest.raises(ValueError, match="of data.train are not what they were"):
         Loader(other, batch_size=6, seed=3).restore(loader.state())
-    with pytest.raises(ValueError, match="a mixture has no epochs"):
+    with pytest.raises(ValueError, match="epochs must be None for a mixture"):
         Loader(mixture, batch_size=6, seed=3, epochs=2)
 
 

@@ -81,7 +81,9 @@ def test_a_long_line_is_bad_and_the_next_one_is_read(tmp_path, small):
 
 def test_a_line_that_never_ends_stops_the_file(tmp_path, small):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 20_000)
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: the line does not end within .* MiB: are these JSON lines"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:2: a line has more than .* MiB; write one JSON record on each line"
+    ):
         read(tmp_path / "a.jsonl")
 
 

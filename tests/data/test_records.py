@@ -130,7 +130,7 @@ def test_a_list_of_records_gives_what_lines_of_them_give(tmp_path, tokenizer):
         ('[{"text": "a"}', "not a whole JSON list: item 1: no , or ] at line 1 column 15"),
         ('[{"text": "a"} {"text": "b"}]', "item 1: no , or ] at line 1 column 16"),
         ('[{"text": "a"},', "not a whole JSON list: item 2: Expecting value"),
-        ('[{"text": "a"}] []', "something follows it, at line 1 column 17"),
+        ('[{"text": "a"}] []', "text follows its end, at line 1 column 17"),
         ("[" * 100_000, "item 1: nested too deeply"),
         ('[{"text": ' + "1" * 5000 + "}]", "item 1: Exceeds the limit"),
         ("[]", "every document found is empty"),
@@ -228,20 +228,35 @@ BAD = [
     ({"messages": [ASK, {**ANSWER, "value": "x"}]}, "messages[1] has both 'content' and 'value': keep one"),
     (
         {"messages": [ASK, ANSWER], "loss_mask": [0, 1]},
-        "'loss_mask' is not read in a record of this kind: mark the messages",
+        "'loss_mask' has no meaning in a record of this shape: mark the messages",
     ),
     (
         {"messages": [ASK, ANSWER], "images": ["a.png"]},
-        "'images' is not read in a record of this kind: the model reads text",
+        "'images' has no meaning in a record of this shape: the model reads text",
     ),
-    ({"messages": [ASK, ANSWER], "weight": 0.5}, "'weight' 0.5 of a whole record is not read"),
-    ({"messages": [ASK, ANSWER], "train": False}, "'train' False of a whole record is not read"),
-    ({"prompt": "a", "completion": "b", "masked": True}, "'masked' True of a whole record is not read"),
-    ({"instruction": "a", "output": "b", "train": False}, "'train' False of a whole record is not read: leave"),
-    ({"instruction": "a", "output": "b", "weight": 0}, "'weight' 0 of a whole record is not read: leave"),
-    ({"prompt": [ASK], "completion": [ANSWER], "loss_mask": 0}, "'loss_mask' 0 of a whole record is not read"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "trainable": 0}, "'trainable' 0 of a whole record is not read"),
-    ({"text": "a", "training": False}, "'training' False of a whole record is not read"),
+    ({"messages": [ASK, ANSWER], "weight": 0.5}, "'weight' is 0.5, and a record cannot be weighted as a whole"),
+    ({"messages": [ASK, ANSWER], "train": False}, "'train' is False, and a record cannot be weighted as a whole"),
+    (
+        {"prompt": "a", "completion": "b", "masked": True},
+        "'masked' is True, and a record cannot be weighted as a whole",
+    ),
+    (
+        {"instruction": "a", "output": "b", "train": False},
+        "'train' is False, and a record cannot be weighted as a whole: leave",
+    ),
+    (
+        {"instruction": "a", "output": "b", "weight": 0},
+        "'weight' is 0, and a record cannot be weighted as a whole: leave",
+    ),
+    (
+        {"prompt": [ASK], "completion": [ANSWER], "loss_mask": 0},
+        "'loss_mask' is 0, and a record cannot be weighted as a whole",
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "trainable": 0},
+        "'trainable' is 0, and a record cannot be weighted as a whole",
+    ),
+    ({"text": "a", "training": False}, "'training' is False, and a record cannot be weighted as a whole"),
     ({"instruction": "a", "output": "b", "label": False}, "'label' is false: the answer is marked"),
     (
         {"messages": [ASK, {**ANSWER, "content": [{"type": "redacted_thinking", "data": "x"}]}]},
@@ -260,8 +275,11 @@ BAD = [
     ),
     ({"messages": None}, "'messages' is null"),
     ({"prompt": "a", "completion": None}, "'completion' is null"),
-    ({"prompt": "a", "completion": "b", "system": "c"}, "'system' is not read in a record of this kind: put all into"),
-    ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' is not read in a record of this kind"),
+    (
+        {"prompt": "a", "completion": "b", "system": "c"},
+        "'system' has no meaning in a record of this shape: put all into",
+    ),
+    ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' has no meaning in a record of this shape"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must be a list of [instruction, output]"),
     (
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "weight": 0}]},
