@@ -12,15 +12,15 @@ _WINDOW = 64  # bytes that a vocabulary may lack tokens for, in a row
 def byte_offsets(text: bytes, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
     """The (start, end) of each token in a text, in bytes.
 
-    In byte-level vocabularies the tokens, joined, are the text. Others put a space before a text, which has no place
-    in it, and some have no token for a rare character.
+    The joined tokens of a byte-level vocabulary are the text. Other vocabularies add a space that is not in the text,
+    or have no token for a rare character.
 
     Args:
         text: text in UTF-8.
         tokens: bytes of each token that the text was encoded to.
 
     Raises:
-        ValueError: the tokens do not follow the text, for example because the tokenizer changes it first.
+        ValueError: the tokens do not match the text, for example because the tokenizer changes it first.
     """
     offsets = []
     at = 0
@@ -33,7 +33,7 @@ def byte_offsets(text: bytes, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
                 skipped = text.find(bare, at, at + _WINDOW + len(bare))
                 if skipped < 0:
                     raise ValueError(
-                        f"the token {token!r} is not where it should be in the text, near {text[at : at + 20]!r}: "
+                        f"the token {token!r} does not match the text that was encoded, near {text[at : at + 20]!r}: "
                         "with this tokenizer, the assistant's tokens cannot be distinguished from the others"
                     )
                 at, token = skipped, bare

@@ -9,7 +9,7 @@ from llama_jax.text.vocabulary import byte_chars, unspelled, without_surrogates
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
-    """Learns a vocabulary from texts: token bytes to rank, for `Tokenizer.from_ranks`.
+    """Learns a vocabulary from texts. Returns the rank of each token by its bytes, for `Tokenizer.from_ranks`.
 
     Ranks 0 to 255 are the single bytes, in the order of Meta's file. The merges follow in the order in which they are
     learned. The same texts give the same ranks for any number of threads.
@@ -27,7 +27,8 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
         raise TypeError("train_bpe takes an iterable of texts, got one str; pass [text]")
     if vocab_size < 256 + NUM_SPECIAL:
         raise ValueError(
-            f"vocab_size is {vocab_size}; the least is {256 + NUM_SPECIAL} (256 bytes + {NUM_SPECIAL} special tokens)"
+            f"vocab_size is {vocab_size}; it must be at least {256 + NUM_SPECIAL} (256 bytes + {NUM_SPECIAL} special "
+            "tokens)"
         )
     num_ranks = vocab_size - NUM_SPECIAL
     vocab = _trained_model(texts, num_ranks).get_vocab()

@@ -1,4 +1,4 @@
-"""Byte-level BPE as a tokenizer.json: its way of cutting text into words, and whole contents made from plain data."""
+"""Byte-level BPE in a tokenizer.json: how the file splits text into words, and the making of a whole file."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,9 +12,10 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def cuts_of(pre_tokenizer: Any) -> tuple[tuple[str, ...], bool] | None:
-    """The split patterns of a pre_tokenizer, and whether GPT-2's pattern cuts last (see `patterns.Pre`).
+    """The split patterns of a tokenizer.json's pre_tokenizer, and whether GPT-2's pattern splits last (see
+    `patterns.Pre`).
 
-    None if it does anything else.
+    Returns None if the pre_tokenizer does anything else.
     """
     sequence = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence"
     parts = pre_tokenizer.get("pretokenizers") if sequence else [pre_tokenizer]
@@ -36,7 +37,7 @@ def cuts_of(pre_tokenizer: Any) -> tuple[tuple[str, ...], bool] | None:
 
 
 def pre_tokenizer_of(splits: Sequence[str], gpt2: bool) -> dict[str, Any]:
-    """The pre_tokenizer that `cuts_of` takes apart."""
+    """The pre_tokenizer with these split patterns; the inverse of `cuts_of`."""
     parts = [_DIGITS if split == DIGITS else _SPLIT | {"pattern": {"Regex": split}} for split in splits]
     parts.append(_BYTES | {"use_regex": gpt2})
     return parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
@@ -51,15 +52,15 @@ def contents(
     bos: tuple[str, int] | None,
     ignore_merges: bool,
 ) -> dict[str, Any]:
-    """The whole of a tokenizer.json.
+    """The contents of a tokenizer.json for a byte-level BPE vocabulary.
 
     Args:
-        vocab: tokens, spelled a printable character a byte, to ids.
-        merges: two tokens with a space between, the first merge first.
-        added: added tokens: id, name, whether normalized, whether special.
+        vocab: ids by token; tokens are spelled with one printable character for each byte.
+        merges: pairs of tokens, each written with a space between the two, in order.
+        added: added tokens, each as (id, name, normalized, special).
         pre_tokenizer: see `pre_tokenizer_of`.
-        bos: name and id of the token in front of a text, or None.
-        ignore_merges: whether a word that is a token is that token.
+        bos: name and id of the token that begins a text, or None.
+        ignore_merges: True if a word that is a token is encoded as that token, whatever the merges.
     """
     return {
         "version": "1.0",

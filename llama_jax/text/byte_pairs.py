@@ -56,18 +56,18 @@ class BytePairs(Vocabulary):
     """A byte-level BPE vocabulary whose ids tiktoken reproduces exactly.
 
     Text is first searched for the names in `found`; the text between them is cut into words by `pattern`. A word that
-    is in `tokens` is one id. In any other, the two neighbours whose joint bytes come first in `tokens` are joined, the
-    leftmost of equals, until no two neighbours are a token together (tiktoken's rule).
+    is in `tokens` is one id. In any other word, the two neighbors whose joint bytes come first in `tokens` are joined
+    (the leftmost of equals), until no two neighbors form a token. This is tiktoken's rule.
 
     Attributes:
-        tokens: bytes to id, in the order in which they merge.
+        tokens: ids by bytes, in the order in which they merge.
         pattern: split pattern (see patterns.py).
-        silent: bytes to id of tokens that are in the vocabulary but that no text is encoded to.
-        found: rounds of names that are tokens anywhere in a text, as dicts from name to id, the first and
-            longest first; with None, a name only keeps others from being found within it.
+        silent: ids by bytes of tokens that are in the vocabulary, but that no text is encoded to.
+        found: rounds of searches for names that are tokens anywhere in a text. Each round is a dict from name to id;
+            the first and longest match counts. A name with None is no token, and only prevents matches within it.
 
     Raises:
-        ValueError: the ids are not 0 to n - 1, each once, or a name is no text.
+        ValueError: the ids are not 0 to n - 1, each once, or a name is not a valid text.
         ConfigError: text could need a byte that has no token, or there are too many names to look for.
     """
 
@@ -86,7 +86,7 @@ class BytePairs(Vocabulary):
         _check_bytes({spelled(token) for token in self.tokens if len(token) == 1})
         if (count := sum(map(len, self.found))) > _MAX_FOUND:
             raise ConfigError(
-                f"{count:,} added tokens would be looked for in text; at most {_MAX_FOUND:,} are supported"
+                f"the vocabulary has {count:,} added tokens to search for in text; at most {_MAX_FOUND:,} are supported"
             )
         if b"" in self.tokens or b"" in self.silent:
             raise ValueError("a token without bytes is in the vocabulary")
@@ -119,7 +119,7 @@ class BytePairs(Vocabulary):
 
     @property
     def plain_size(self) -> int:
-        """One more than the largest id that is no added token."""
+        """One more than the largest id of a token that is not an added one."""
         return 1 + max((*self.tokens.values(), *self.silent.values()))
 
     @property
@@ -134,7 +134,7 @@ class BytePairs(Vocabulary):
     def is_llama3(self) -> bool:
         """True in Meta's layout: ids in the order of merging, then 256 special tokens.
 
-        Names that a release has for reserved ids do not matter: the ids are the same.
+        The names of reserved ids, which differ between releases, are not compared.
         """
         start = len(self.tokens)
         return (
@@ -150,12 +150,12 @@ class BytePairs(Vocabulary):
 
     @property
     def is_metas(self) -> bool:
-        """True if Meta's `tokenizer.model` can hold all of it: Meta's layout with Meta's names."""
+        """True if a `tokenizer.model` of Meta's can store all of the vocabulary: Meta's layout with Meta's names."""
         return self.is_llama3 and sorted(self.specials, key=self.specials.__getitem__) == list(LLAMA3_SPECIALS)
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 (hex) of everything that ids depend on; in Meta's layout, that of the file that Meta would write."""
+        """A sha256 (hex) of everything that ids depend on. In Meta's layout it is the sha256 of Meta's file."""
         digest = hashlib.sha256(ranks_file(self.tokens))
         if not self.is_llama3:
             silent = [[token.hex(), i] for token, i in self.silent.items()]
@@ -193,7 +193,7 @@ def from_merges(
 
 
 def _check_bytes(chars: Collection[str]) -> None:
-    """Refuses a vocabulary whose tokens of one byte, spelled as `chars`, are not all bytes that text is made of."""
+    """Raises ConfigError unless every byte of UTF-8 text has a token; `chars` spells the tokens of one byte."""
     lacking = [byte for byte in range(256) if spelled(bytes([byte])) not in chars and byte not in _NEVER_IN_TEXT]
     if lacking:
         raise ConfigError(
@@ -240,7 +240,7 @@ def metas_pieces(text: str, *, max_piece: int = _MAX_PIECE, max_run: int = _MAX_
 
 
 def _may_hold_long_run(piece: str, max_run: int) -> bool:
-    """True if some window of half a run is all whitespace or all not, as it must be inside any longer run.
+    """True if some window of max_run / 2 characters is all whitespace or has none. Every longer run has such a window.
 
     In ordinary text each search ends within a word, so that a long document costs a few dozen searches.
     """

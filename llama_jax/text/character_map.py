@@ -1,4 +1,4 @@
-"""Compiled character maps: the character replacements of SentencePiece's normalizers."""
+"""Checks of compiled character maps, which have the character replacements of SentencePiece's normalizers."""
 
 import numpy as np
 
@@ -8,11 +8,12 @@ _MAX_REPLACEMENT = 256  # bytes; NFKC's longest replacement has 33
 
 
 def check(data: bytes) -> None:
-    """Refuses a compiled character map whose replacements are very long, or that leads outside itself.
+    """Raises ConfigError for a compiled character map with very long replacements or an index outside the map.
 
     The map is the length of a trie in 4 bytes, the trie, and replacements that end with a zero byte each. The trie is a
     double array of darts-clone (github.com/s-yata/darts-clone): a unit of 32 bits either holds the place of a
-    replacement, or leads to the units at its own index xor its offset xor a byte. The library follows it unchecked.
+    replacement, or leads to the units at its own index xor its offset xor a byte. The library follows these indices
+    without checking them.
     """
     if not data:
         return

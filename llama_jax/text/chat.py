@@ -7,7 +7,7 @@ Source: Meta's "Llama 3.1 - Prompt Formats" (llama-models, `llama3_1/prompt_form
 Content is encoded apart from the format around it. It is not stripped, and names of control tokens in it stay text.
 The chat template that is published with Llama 3.1 differs from this in plain dialogs: it strips content, and it always
 writes a system message that begins with "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n". A
-model that carries that template is talked to through it (`chat_format`).
+model that has such a template is used with it (see `chat_format`).
 """
 
 import json
@@ -57,15 +57,16 @@ def encode_dialog(
     Args:
         tokenizer: tokenizer with Llama 3's control tokens.
         messages: the dialog.
-        tools: what the assistant may call. Any entry turns the ipython environment on. A string names a built-in tool
-            and joins the "Environment: ipython / Tools: ..." head of the system message, where code_interpreter needs
-            no mention. A dict is the schema of a function in OpenAI's shape. As Meta documents, all schemas together
-            become one user message of instructions after the system message. A system message that itself begins with
-            "Environment: ipython" turns the environment on too.
+        tools: tools that the assistant may call. Any entry turns the ipython environment on. A string names a built-in
+            tool and joins the "Environment: ipython / Tools: ..." head of the system message, where code_interpreter
+            needs no mention. A dict is the schema of a function in OpenAI's shape. As Meta documents, all schemas
+            together become one user message of instructions after the system message. A system message that itself
+            begins with "Environment: ipython" turns the environment on too.
         add_generation_prompt: end with the open header of an assistant's message.
         learn: one flag for each message. The mask leaves out the assistant's messages whose flag is False. None keeps
             all of them.
-        generated: ids of assistant's messages by their place, written as they are instead of the message.
+        generated: ids by index of the message, for messages of the assistant that the model generated. They are written
+            instead of the message.
 
     Returns:
         ids, from begin_of_text on, and the mask, of the same length.
@@ -105,12 +106,13 @@ def parse_assistant(source: str | Iterable[int], *, tokenizer: Tokenizer | None 
     """Parses an assistant's output into a message; the inverse of `encode_dialog`.
 
     Tool calls are read as in `tool_calls`. After <|python_tag|>, and only there, anything that is no call is Python
-    code. What is not wholly a call is content, and so is text before <|python_tag|>. Unexpected output never raises.
+    code. Output that is not entirely a call is content, and so is text before <|python_tag|>. Unexpected output never
+    raises.
 
     Args:
         source: ids that the model generated, in which a control token cannot be confused with text that spells its
-            name; or that text, with or without control tokens. A leading assistant header is dropped. So is what
-            follows the first stop token (in text, a stop token counts at the end only).
+            name; or that text, with or without control tokens. A leading assistant header is dropped. So is everything
+            after the first stop token (in text, a stop token counts only at the end).
         tokenizer: tokenizer of the ids.
 
     Returns:
@@ -135,7 +137,7 @@ def parse_assistant(source: str | Iterable[int], *, tokenizer: Tokenizer | None 
 
 
 class _Writer:
-    """Collects ids, each marked as said by the assistant or not."""
+    """Collects the ids of a dialog, and the mask of the assistant's tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -239,7 +241,7 @@ def _cut_text(text: str) -> tuple[str, str | None, str | None]:
 
 
 def _cut_ids(ids: list[int], tokenizer: Tokenizer | None) -> tuple[str, str | None, str | None]:
-    """As `_cut_text`, of ids."""
+    """As `_cut_text`, for token ids."""
     if tokenizer is None:
         raise TypeError("parse_assistant needs tokenizer= to read ids")
     special = tokenizer.special_tokens

@@ -32,8 +32,8 @@ class ChatFormat(Protocol):
 
     Attributes:
         name: "llama3" or "template".
-        template: the template that is saved with the model, so that others write the same dialogs. None if the
-            tokenizer lacks the control tokens of Meta's reference format.
+        template: the template that is saved with the model, so that others write the same dialogs. None if it would be
+            Meta's reference format and the tokenizer lacks its control tokens.
         fingerprint: hash of everything that ids depend on besides the tokenizer; "" for Meta's reference format.
         stop_tokens: ids that end an answer in this format, in addition to those of the tokenizer.
     """
@@ -75,12 +75,12 @@ def choose(
     Args:
         tokenizer: tokenizer of the model.
         own: the model's own template, also as its Jinja source alone, or None.
-        setting: "auto" is the model's own template, and Meta's reference format where it has none. "llama3" is the
+        setting: "auto" is the model's own template, or Meta's reference format if it has none. "llama3" is the
             reference format. Anything else is the path of a file that holds a Jinja template.
-        date: year, month and day that a template's `strftime_now` has; None is the current day.
+        date: the day that a template's `strftime_now` returns; None is the current day.
 
     Raises:
-        ConfigError: a setting that is neither of the two names nor a file.
+        ConfigError: the setting is neither of the two names nor a file.
         ValueError: a template file that cannot be read.
     """
     if setting == LLAMA3:
@@ -96,7 +96,7 @@ def choose(
 
 
 def tokens_of(tokenizer: Tokenizer) -> dict[str, str]:
-    """The variables of special tokens for a template, where no file names them."""
+    """The variables of special tokens for a template, for models whose files do not define them."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     return {name: tokenizer.decode([i]) for name, i in ids.items() if i is not None}
 
@@ -141,15 +141,15 @@ class Llama3Format:
 class TemplateFormat:
     """A model's own chat template.
 
-    Ids are those of `apply_chat_template` in transformers. Contents stay text: where a message or a tool holds the name
-    of a control token, the name is marked before it is rendered, and is encoded as plain text. The ids are then those
-    of `apply_chat_template(..., sanitize_control_tokens=True)`.
+    Ids are those of `apply_chat_template` in transformers. Contents stay text: a control token's name in a message or a
+    tool is marked before rendering, and is then encoded as plain text. The ids are then those of
+    `apply_chat_template(..., sanitize_control_tokens=True)`.
     """
 
     name = "template"
 
     def __init__(self, tokenizer: Tokenizer, own: ChatTemplate, *, date: Date | None = None) -> None:
-        """Takes a tokenizer, a template, and the day that `strftime_now` has (None is the current one)."""
+        """Takes a tokenizer, a template, and the day that `strftime_now` returns (None is the current day)."""
         self.tokenizer = tokenizer
         self.template = own
         self.date = date
@@ -287,7 +287,7 @@ class TemplateFormat:
         mark: bool = False,
         marked: bool | None = None,
     ) -> _Rendered:
-        """The rendering of a dialog. `marked` marks names of control tokens; None does where there are some."""
+        """Renders a dialog. `marked` marks names of control tokens in its strings; None marks them if there are any."""
         tools = check_tools(tools)
         source = self.template.source(tools)
         dialog = plain_messages(messages, keeps_developer="developer" in source)
@@ -324,7 +324,7 @@ class TemplateFormat:
     def _tagged(
         self, messages: Messages, tools: Sequence[Any] | None, count: int
     ) -> tuple[_Rendered, list[tuple[int, int]]] | None:
-        """The rendering and the spans that {% generation %} encloses; None if they are not one for each message."""
+        """The rendering, and the spans that {% generation %} encloses; None unless there are `count` spans."""
         if not re.search(r"\{%-?\s*generation\s*-?%\}", self.template.source(tools)):
             return None
         rendered = self._render(messages, tools, add_generation_prompt=False)
@@ -398,14 +398,14 @@ class TemplateFormat:
 
     @functools.cached_property
     def _marks(self) -> re.Pattern[str]:
-        """A marked name of a control token, or a mark that the template has separated from its name."""
+        """Matches a marked name of a control token, or a mark that the template has separated from its name."""
         return re.compile(f"{_START}({self._names.pattern}){_END}|[{_START}{_END}]")
 
     def _ids(self, text: str, marked: bool) -> list[int]:
         return [i for piece in self._pieces(text, marked) for i in piece.ids]
 
     def _pieces(self, text: str, marked: bool) -> Iterator[_Piece]:
-        """The rendering cut at its marks, each piece with its ids."""
+        """Splits the rendering at its marks, and yields each piece with its ids."""
         at = 0
         for match in self._marks.finditer(text) if marked else ():
             if at < match.start():
@@ -417,7 +417,7 @@ class TemplateFormat:
             yield self._piece(text[at:], at, control=True)
 
     def _piece(self, text: str, start: int, *, control: bool) -> _Piece:
-        """A piece with its ids, without the space that some tokenizers put before a text, unless it is the first."""
+        """Encodes a piece. Only the first of a rendering gets the space that some tokenizers put before a text."""
         encode = functools.partial(self.tokenizer.encode, special_tokens=control)
         if start:
             newline, ids = encode("\n"), encode("\n" + text)
@@ -427,7 +427,13 @@ class TemplateFormat:
 
 
 class _Rendered(NamedTuple):
-    """A rendering (see `rendering.Rendering`), and whether names in it are marked."""
+    """A rendering.
+
+    Attributes:
+        text: the rendered text.
+        cuts: positions in it (see `rendering.Cut`).
+        marked: True if names of control tokens in it are marked.
+    """
 
     text: str
     cuts: list[rendering.Cut]

@@ -1,4 +1,4 @@
-"""Names of control tokens in text, such as "<|eot_id|>": they are searched for, shown, and encoded.
+"""Names of control tokens in text, such as "<|eot_id|>": how they are found, shown and encoded.
 
 Text from users keeps them as plain text. A prompt or a document that was rendered with a chat template needs them as
 control tokens. Only its author knows which of the two it is, and says so with `parse_special`, llama.cpp's name for it.
@@ -48,12 +48,12 @@ def encode_text(
     """Returns the ids of a whole text.
 
     Args:
-        tokenizer: any.
-        text: any string.
-        parse_special: names of control tokens in `text` are these tokens. A text that already begins with `bos_id`, or
-            ends with a stop token, gets no second one.
-        bos: put `bos_id` first, if there is one.
-        eos: put `eos_id` last, if there is one.
+        tokenizer: the tokenizer.
+        text: the text.
+        parse_special: True encodes names of control tokens in `text` as these tokens. A text that already begins with
+            `bos_id`, or ends with a stop token, gets no second one.
+        bos: True puts `bos_id` first, if there is one.
+        eos: True puts `eos_id` last, if there is one.
     """
     ids = tokenizer.encode(text, special_tokens=parse_special)
     if bos and tokenizer.bos_id is not None and not (parse_special and ids[:1] == [tokenizer.bos_id]):
@@ -64,7 +64,7 @@ def encode_text(
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string within lists and the values of dicts, in order, without their keys."""
+    """Every string in nested lists and dict values, in order. Keys of dicts are not included."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

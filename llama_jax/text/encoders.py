@@ -17,7 +17,7 @@ _MAX_SPACE = 800_000
 
 
 class Encoder(Protocol):
-    """Text to ids, without the ids that begin and end a text."""
+    """The interface of encoders: they turn text into ids, without the ids that begin and end a text."""
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
         """The ids of `text`; names of control tokens become their ids only with `special_tokens`."""
@@ -35,7 +35,7 @@ def encoder_of(vocabulary: Vocabulary) -> Encoder:
 
 
 class TiktokenEncoder:
-    """Byte-level BPE by tiktoken, for vocabularies on which its rule gives the same ids as a list of merges."""
+    """Byte-level BPE by tiktoken, for vocabularies on which tiktoken's rule gives the right ids (see `merging`)."""
 
     def __init__(self, vocabulary: BytePairs) -> None:
         self._is_llama3 = vocabulary.is_llama3
@@ -51,7 +51,7 @@ class TiktokenEncoder:
         self._rounds_with_specials = [(_any_of(names), names) for names in everything]
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
-        """See `Encoder`. ValueError for more consecutive white space than tiktoken can split into words."""
+        """Encodes as `Encoder` says. ValueError for more white space in a row than tiktoken can split into words."""
         parts: list[str | int] = [text]
         for pattern, names in self._rounds_with_specials if special_tokens else self._rounds:
             parts = [x for part in parts for x in (_cut(part, pattern, names) if isinstance(part, str) else [part])]
@@ -69,7 +69,7 @@ class TiktokenEncoder:
 
 
 class LibraryEncoder:
-    """Any tokenizer.json, by the `tokenizers` library."""
+    """The `tokenizers` library, for any tokenizer.json."""
 
     def __init__(self, vocabulary: LibraryVocabulary) -> None:
         self._contents = vocabulary.contents
@@ -78,19 +78,22 @@ class LibraryEncoder:
         self._control = frozenset(i for name, i in vocabulary.specials.items() if name != vocabulary.unknown)
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
-        """See `Encoder`. ConfigError if the library fails."""
+        """Encodes as `Encoder` says. ConfigError if the library fails."""
         if special_tokens and self._with_specials is None:
             self._with_specials = load_library(self._contents, special_tokens=True)
         library = self._with_specials if special_tokens else self._library
         with library_errors("the `tokenizers` library cannot encode this text"):
             ids = library.encode(without_surrogates(text), add_special_tokens=False).ids
         if not special_tokens and not self._control.isdisjoint(ids):  # the vocabulary was checked for this
-            raise ConfigError(f"the text {brief(text)} would become a control token, which text never does here")
+            raise ConfigError(
+                f"the text {brief(text)} has the name of a control token that cannot be encoded as plain "
+                "text: remove it"
+            )
         return ids
 
 
 class PieceEncoder:
-    """SentencePiece models, by the `sentencepiece` library."""
+    """The `sentencepiece` library, for SentencePiece models."""
 
     def __init__(self, vocabulary: PieceVocabulary) -> None:
         self._contents = vocabulary.contents
@@ -103,7 +106,7 @@ class PieceEncoder:
         self._found_with_specials = (_any_of(everything), everything)
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
-        """See `Encoder`."""
+        """Encodes as `Encoder` says."""
         pattern, names = self._found_with_specials if special_tokens else self._found
         ids: list[int] = []
         processor = self._processor
@@ -118,7 +121,7 @@ class PieceEncoder:
 
 
 def _with_specials(found: Iterable[Mapping[str, int | None]], specials: Mapping[str, int]) -> list[Mapping[str, int]]:
-    """The rounds of names to look for in text when control tokens are wanted too, in the order of `tokenizers`."""
+    """The rounds of names to search for in text if control tokens are encoded too, in the order of `tokenizers`."""
     rounds = [{name: specials[name] if i is None else i for name, i in names.items()} for names in found]
     others = {name: i for name, i in specials.items() if not any(name in names for names in rounds)}
     return [others, *rounds] if others else rounds

@@ -34,7 +34,7 @@ class LibraryVocabulary(Vocabulary):
     """A vocabulary whose ids come from the `tokenizers` library.
 
     Attributes:
-        contents: contents of a tokenizer.json, in one form for all files that mean the same.
+        contents: contents of a tokenizer.json, normalized so that equivalent files have equal contents.
         decoder: decoder in `contents`.
         unknown: name of the token for characters without a token, or None.
     """
@@ -51,7 +51,7 @@ class LibraryVocabulary(Vocabulary):
 
         Args:
             data: contents of the file.
-            named: from all tokens (name to id) to the fields `bos_id`, `declared_eos` and `declared_pad`.
+            named: function from all tokens (ids by name) to the fields `bos_id`, `declared_eos` and `declared_pad`.
 
         Raises:
             ConfigError: the library cannot read it, or it is not safe to run (see `check_contents`).
@@ -78,7 +78,7 @@ class LibraryVocabulary(Vocabulary):
 
     @functools.cached_property
     def library(self) -> Any:
-        """The `tokenizers.Tokenizer` that makes no control token of any text."""
+        """The `tokenizers.Tokenizer` that never encodes text as a control token."""
         library = load_library(self.contents, special_tokens=False)
         return _without_controls(library, json.loads(self.contents), self.specials)
 
@@ -94,7 +94,7 @@ class LibraryVocabulary(Vocabulary):
 
     @functools.cached_property
     def plain_size(self) -> int:
-        """One more than the largest id that is no added token."""
+        """One more than the largest id of a token that is not an added one."""
         added = {*self.library.get_added_tokens_decoder(), *self.specials.values()}
         return 1 + max((i for i in self.ids.values() if i not in added), default=-1)
 
@@ -130,7 +130,7 @@ def load_library(contents: str, *, special_tokens: bool) -> Any:
 
     Args:
         contents: contents of a tokenizer.json.
-        special_tokens: whether names of control tokens in text become control ids.
+        special_tokens: True if names of control tokens in text are encoded as these tokens.
     """
     try:
         import tokenizers
@@ -166,12 +166,12 @@ def _without_controls(library: Any, data: Mapping[str, Any], specials: Mapping[s
     except ConfigError:
         library = None  # merges make the token
     if library is None or any(_comes_from_text(library, name, control) for name in names):
-        raise ConfigError(f"control token {brief(names[0])} would come from text")
+        raise ConfigError(f"text with the name of control token {brief(names[0])} could not be encoded as plain text")
     return library
 
 
 def unknown_of(model: Mapping[str, Any]) -> str | None:
-    """The name of a model's unknown token, which replaces characters without a token and may result from text."""
+    """The name of a model's unknown token, which replaces characters without a token; ordinary text may contain it."""
     place, vocab = model.get("unk_id"), model.get("vocab")
     if isinstance(vocab, list) and isinstance(place, int) and 0 <= place < len(vocab):
         return vocab[place][0]
@@ -201,7 +201,7 @@ def library_errors(message: str) -> Iterator[None]:
 
 
 def check_contents(data: Mapping[str, Any]) -> None:
-    """Checks the parts of a `tokenizer.json` that this package does not support.
+    """Refuses contents of a `tokenizer.json` that this package does not support.
 
     Raises:
         ConfigError: a part makes ids random, or lets a text take unbounded time or memory.
@@ -210,7 +210,7 @@ def check_contents(data: Mapping[str, Any]) -> None:
     if not isinstance(model, dict):
         raise ConfigError(f"model must be an object, got {brief(model)}")
     if unknown := model.keys() - _MODEL_KEYS:
-        raise ConfigError(f"model.{min(unknown)[:60]} is not known here; known: {', '.join(sorted(_MODEL_KEYS))}")
+        raise ConfigError(f"model.{min(unknown)[:60]} is not supported; supported: {', '.join(sorted(_MODEL_KEYS))}")
     if model.get("dropout"):
         raise ConfigError(f"model.dropout is {brief(model['dropout'])}, which makes ids random")
     if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
@@ -309,12 +309,12 @@ def _decoding_steps(decoder: Any) -> list[Step]:
 
 
 def _after_space(token: str | bytes) -> str | bytes:
-    """No decoder: tokens are joined with spaces."""
+    """The decoding step of a file without a decoder: tokens are joined with spaces."""
     return f" {token}"
 
 
 def _from_byte_chars(token: str | bytes) -> str | bytes:
-    """ByteLevel: each character represents a byte."""
+    """The decoding step of ByteLevel: each character represents a byte."""
     try:
         return token if isinstance(token, bytes) else unspelled(token)
     except ValueError:
@@ -322,7 +322,7 @@ def _from_byte_chars(token: str | bytes) -> str | bytes:
 
 
 def _from_byte_name(token: str | bytes) -> str | bytes:
-    """ByteFallback: "<0x0A>" represents a byte."""
+    """The decoding step of ByteFallback: a token such as "<0x0A>" represents a byte."""
     match = _BYTE.fullmatch(token) if isinstance(token, str) else None
     return bytes([int(match[1], 16)]) if match else token
 

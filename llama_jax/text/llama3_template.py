@@ -1,10 +1,10 @@
 """Meta's reference format as a Jinja chat template, for transformers, llama.cpp and servers that read one.
 
-It renders the text of what `chat.encode_dialog` encodes: the same roles, tools and calls, nothing stripped or added.
-Those programs encode that text at once and read the name of a control token as the token, in any place. The ids
-may therefore differ where a content begins with white space (it joins the two newlines of the header), comes in parts,
-or holds such a name. Two things are refused by `raise_exception`: arguments of calls given as strings of JSON, and
-content that is neither text nor parts of text.
+It renders dialogs as text, and the text encodes to the ids of `chat.encode_dialog`: the same roles, tools and calls,
+with nothing stripped or added. Those programs encode that text as a whole, and read any name of a control token as the
+token. The ids may therefore differ where a content begins with white space (it joins the two newlines of the header),
+comes in parts, or holds such a name. Two things are refused by `raise_exception`: arguments of calls given as strings
+of JSON, and content that is neither text nor parts of text.
 """
 
 import json

@@ -36,11 +36,11 @@ def in_merge_order(
         text is encoded to them (only without `whole_words`).
 
     Raises:
-        ValueError: a merge names no token, or comes twice.
+        ValueError: a merge has a part that is not a token, or is listed twice.
         ConfigError: no order gives the same ids.
     """
     if sum(len(token) ** 2 for token in ids) > _MAX_WORK:
-        raise ConfigError(f"its tokens are too long to check their merges (the longest has {max(map(len, ids))} bytes)")
+        raise ConfigError(f"the tokens are too long to check their merges (the longest has {max(map(len, ids))} bytes)")
     index = {pair: i for i, pair in enumerate(merges)}
     wholes = [left + right for left, right in merges]
     if len(index) != len(merges):
@@ -48,7 +48,7 @@ def in_merge_order(
         raise ValueError(f"merge {brief(pair)} is listed twice")
     if not {left for left, _ in merges} | {right for _, right in merges} | set(wholes) <= ids.keys():
         pair = next(p for p in merges if not {p[0], p[1], p[0] + p[1]} <= ids.keys())
-        raise ValueError(f"merge {brief(pair)} joins or makes what is no plain token of the vocabulary")
+        raise ValueError(f"merge {brief(pair)} has a part or a result that is not a plain token of the vocabulary")
     if whole_words and _are_every_split(wholes, ids):
         return sorted(ids, key=ids.__getitem__), []
     places = {}
@@ -58,8 +58,8 @@ def in_merge_order(
             places[token] = last
         elif left == 2 and whole_words:
             raise ConfigError(
-                f"no merge makes the token {brief(token)} of the two pieces that it ends in, though it may be a word: "
-                "no order of tokens gives the same ids"
+                f"token {brief(token)} may be a whole word, but no merge forms it from its last two pieces, so that no "
+                "order of tokens gives the same ids"
             )
     kept = sorted((t for t in ids if whole_words or t in places), key=ids.__getitem__)
     order = [place for t in kept if (place := places.get(t, -1)) >= 0]

@@ -1,4 +1,4 @@
-"""Messages and tools of a dialog in OpenAI's shape: checked, and rewritten as a chat format takes them.
+"""Messages and tools of a dialog in OpenAI's shape: their checks, and their conversion to the input of a chat format.
 
 `plain_messages` is for chat templates. `parse_messages` and `parse_tools` are for Meta's reference format.
 """
@@ -32,7 +32,7 @@ _OURS = ("tokens", "stop")  # keys of messages that Llama.chat returns
 
 
 def check_list(messages: Any) -> Messages:
-    """The messages; ValueError unless they are a list of at least one dict."""
+    """Returns the messages. ValueError unless they are a list of at least one dict."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             f"messages must be a list of dicts such as {{'role': 'user', 'content': 'Hi'}}, got {show(messages)}"
@@ -46,7 +46,7 @@ def check_list(messages: Any) -> Messages:
 
 
 def check_tools(tools: Any) -> Sequence[Any]:
-    """The tools, none for None; ValueError unless they are a list of dicts and strings."""
+    """Returns the tools, an empty list for None. ValueError unless they are a list of dicts and strings."""
     if tools is None:
         return ()
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
@@ -109,14 +109,14 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
 
 
 def plain_messages(messages: Messages, *, keeps_developer: bool = True) -> list[dict[str, Any]]:
-    """The messages as a chat template takes them.
+    """Converts messages to the input of a chat template.
 
     As in transformers, keys that hold None are left out, and a message's reasoning is `reasoning_content`. An empty
     list of calls is left out too. Arguments of calls are dicts, as templates expect. The role "developer" is "system"
     unless the template knows it.
 
     Raises:
-        ValueError: something is not a list of dicts that each have a role.
+        ValueError: the messages are not a list of dicts that each have a role.
     """
     plain = []
     for index, message in enumerate(check_list(messages)):
@@ -160,7 +160,7 @@ class Message:
         role: a key of HEADER_OF_ROLE.
         texts: the content, each part to be encoded by itself.
         calls: name of the function and text of each tool call.
-        stop: "eot" or "eom" where the message says how it closes, else None.
+        stop: "eot" or "eom" if the message has a key `stop`, which says how it ends, else None.
     """
 
     role: str
@@ -190,7 +190,7 @@ def _parse_message(message: Mapping[str, Any], index: int) -> Message:
 
 def _parse_assistant(message: Mapping[str, Any], where: str) -> Message:
     if message.get("function_call"):
-        raise ValueError(f"{where}: 'function_call' is not read; write it as 'tool_calls': [{{'function': ...}}]")
+        raise ValueError(f"{where}: 'function_call' is not supported; write it as 'tool_calls': [{{'function': ...}}]")
     stop = message.get("stop")
     if stop not in (None, "eot", "eom"):
         raise ValueError(f"{where}: stop {show(stop)} is not known; allowed: 'eot', 'eom'")

@@ -64,13 +64,13 @@ _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 
 class Pre(NamedTuple):
-    """A pre-tokenizer of llama.cpp.
+    """A pre-tokenizer of llama.cpp: the way in which it splits text into words.
 
     Attributes:
-        splits: split patterns, which cut one after the other; "digits" makes every digit a word of its own.
-        gpt2: whether GPT-2's pattern cuts last.
-        whole_words: whether a word that is a token is that token, whatever the merges (`ignore_merges`).
-        add_bos: whether a text begins with the bos token unless the file says otherwise.
+        splits: split patterns, applied one after the other; "digits" makes every digit a word of its own.
+        gpt2: True if GPT-2's pattern is applied last.
+        whole_words: True if a word that is a token is encoded as that token, whatever the merges (`ignore_merges`).
+        add_bos: True if a text begins with the bos token unless the file says otherwise.
     """
 
     splits: tuple[str, ...]
@@ -134,12 +134,12 @@ _ONE_PATTERN = {
 
 
 def one_pattern(splits: Sequence[str], gpt2: bool) -> str | None:
-    """The one pattern that cuts exactly as a pre-tokenizer does in tiktoken, or None if none is known."""
+    """The single pattern with which tiktoken splits text exactly as a pre-tokenizer does, or None if none is known."""
     return _ONE_PATTERN.get((tuple(splits), gpt2))
 
 
 def cuts_by(pattern: str) -> tuple[tuple[str, ...], bool]:
-    """The split patterns, and whether GPT-2's pattern cuts last, that cut exactly as one pattern does in tiktoken."""
+    """The split patterns, and whether GPT-2's pattern is applied last, that split as `pattern` does in tiktoken."""
     return _CUTS.get(pattern, ((pattern,), False))
 
 
@@ -152,7 +152,7 @@ _TOKEN = re.compile(r"\\.|\[(?:\\.|\[:\^?\w+:\]|[^\]\\])+\]|[()|]|[*+]|\{(\d*)(?
 
 
 def check(pattern: str) -> None:
-    """Refuses a pattern from a file that could take very long: a pattern is a program.
+    """Refuses a pattern from a file that could take very long on some text.
 
     Repetitions of groups that contain repetitions, back-references, conditions and long chains of repetitions are
     refused; without them the time for a text is bounded by a small power of the length of its words.

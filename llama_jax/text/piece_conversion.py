@@ -25,19 +25,23 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 def to_pieces(original: LibraryVocabulary) -> PieceVocabulary:
-    """A vocabulary of pieces with the same ids.
+    """Converts a vocabulary for the `tokenizers` library to one for SentencePiece that gives the same ids.
 
-    SentencePiece joins the two neighbours whose piece has the highest score. A list of merges means the same if it
-    lists, piece after piece, every pair of tokens that makes the piece; the scores are then the order of the pieces.
+    SentencePiece joins the two neighbors that form the piece with the highest score. A list of merges is equivalent if,
+    for one piece after another, it lists all pairs of tokens that form the piece. The scores then follow the order of
+    the pieces.
 
     Raises:
-        ConfigError: a vocabulary of another kind.
+        ConfigError: no SentencePiece model gives the same ids.
     """
     data = json.loads(original.contents)
     model = data["model"]
     space_first = _space_first(data)
     if model.get("type") != "BPE" or space_first is None or model.get("ignore_merges") or not original.unknown:
-        raise ConfigError("its way from text to ids is neither byte-level BPE nor SentencePiece's")
+        raise ConfigError(
+            "this tokenizer.json is neither byte-level BPE nor BPE in SentencePiece's form, the two that a GGUF file "
+            "can describe: export another format"
+        )
     vocab = model["vocab"]
     added = {token["id"]: token for token in data["added_tokens"]}
     plain = [text for text, i in vocab.items() if i not in added and not piece_vocabulary.is_byte_name(text)]
@@ -71,7 +75,7 @@ def to_pieces(original: LibraryVocabulary) -> PieceVocabulary:
 
 
 def _space_first(data: Mapping[str, Any]) -> bool | None:
-    """True if a space is put in front of a text, False if not; None if the text is changed or cut in any other way."""
+    """True if a space is put in front of a text, False if not; None if text is changed or split in other ways."""
     normalizer, pre = data.get("normalizer"), data.get("pre_tokenizer")
     if pre is None and isinstance(normalizer, dict):
         steps = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
@@ -82,17 +86,21 @@ def _space_first(data: Mapping[str, Any]) -> bool | None:
 
 
 def _scores(plain: set[str], merges: Sequence[Any]) -> dict[str, float]:
-    """A score for each token that merges form. ConfigError unless the list has all its merges, token after token."""
+    """The score of each token that merges form. ConfigError if no scores are equivalent to the merges."""
     scores: dict[str, float] = {}
     last = ""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         piece = left + right
         if piece != last and piece in scores:
-            raise ConfigError("its merges are in an order that no scores of pieces have")
+            raise ConfigError(
+                "the merges of a token are not listed together, so that no scores of pieces are equivalent"
+            )
         scores.setdefault(piece, -float(len(scores)))
         last = piece
     splits = sum(text[:i] in plain and text[i:] in plain for text in plain for i in range(1, len(text)))
     if len(merges) != splits or not scores.keys() <= plain:
-        raise ConfigError("its merges are not all pairs of tokens that make a token, as scores of pieces mean")
+        raise ConfigError(
+            "the merges are not all pairs of tokens that form a token, so that no scores of pieces are equivalent"
+        )
     return scores

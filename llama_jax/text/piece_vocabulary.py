@@ -1,4 +1,4 @@
-"""Vocabularies for SentencePiece: its model files, read and written without its library.
+"""Vocabularies for SentencePiece. Model files are read and written here, without the library.
 
 The format is a protocol buffer (github.com/google/sentencepiece, src/sentencepiece_model.proto): pieces with a text, a
 score and a type; how the model was trained; and how text is normalized. The library itself turns text into ids.
@@ -28,7 +28,14 @@ _NO_PREFIX = b"\x1a\x02\x18\x00"  # a second normalizer_spec, which protocol buf
 
 
 class Piece(NamedTuple):
-    """One token of a SentencePiece model: its text, its score and one of the types above."""
+    """One token of a SentencePiece model.
+
+    Attributes:
+        text: spelling of the token, with U+2581 for a space.
+        score: priority of the token: BPE joins the pair with the highest score first, and Unigram maximizes the sum of
+            scores.
+        type: 1 normal, 2 unknown, 3 control, 4 user-defined (recognized anywhere in a text), 5 unused, 6 byte.
+    """
 
     text: str
     score: float
@@ -47,7 +54,7 @@ class PieceModel:
         strip_spaces: True if spaces at the ends are dropped and runs of spaces become one.
         character_map: compiled replacements of characters.
         unknown: text of the unknown piece.
-        names: names of the pieces that begin a text, end it, and fill rows.
+        names: names of the pieces that begin a text, end a text, and pad.
     """
 
     pieces: tuple[Piece, ...]
@@ -66,9 +73,9 @@ class PieceVocabulary(Vocabulary):
 
     Attributes:
         contents: contents of a SentencePiece model file.
-        found: name to id of further tokens that are recognized anywhere in a text.
-        space_after_special: whether text after such a token or a control token gets a space in front, as a whole text
-            does (llama.cpp, and `legacy` tokenizers of transformers).
+        found: ids by name of further tokens that are recognized anywhere in a text.
+        space_after_special: True if text after such a token or a control token gets a space in front, like a whole text
+            (llama.cpp, and `legacy` tokenizers of transformers).
     """
 
     contents: bytes
@@ -90,7 +97,7 @@ class PieceVocabulary(Vocabulary):
 
     @property
     def plain_size(self) -> int:
-        """One more than the largest id that is no added token."""
+        """One more than the largest id of a token that is not an added one."""
         added = {*self.specials.values(), *self.found.values()}
         return 1 + max((i for i in range(len(self.model.pieces)) if i not in added), default=-1)
 
@@ -181,7 +188,7 @@ def parse_model(data: bytes) -> PieceModel:
     if trainer.get(24):
         raise ConfigError("a SentencePiece model with spaces at the ends of words is not supported")
     if not pieces:
-        raise ValueError("it holds no pieces")
+        raise ValueError("the SentencePiece model has no pieces")
     compiled = normalizer.get(2, b"")
     if not isinstance(compiled, bytes):
         raise ValueError("the character map of its normalizer is damaged")
@@ -233,7 +240,9 @@ def _piece(data: Any, number: int) -> Piece:
     if kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
         raise ValueError(f"piece {number} ({brief(text)}) has type {brief(kind)}; types are 1 to 6")
     if kind == BYTE and not is_byte_name(text):
-        raise ValueError(f"piece {number} ({brief(text)}) has the type of a byte, but its name is not that of a byte")
+        raise ValueError(
+            f"piece {number} ({brief(text)}) has the type of a byte, so that its name must be a byte such as <0x0A>"
+        )
     return Piece(text, value, kind)
 
 
@@ -246,7 +255,7 @@ _HEX = set("0123456789ABCDEF")
 
 
 def _fields(data: Any, most: int = MOST_TOKENS + 100) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of at most `most` fields in a message: an int for a varint, else bytes."""
+    """Yields (number, value) of each field of a protocol-buffer message, at most `most`; a value is an int or bytes."""
     if not isinstance(data, bytes):
         raise ValueError("it is not a SentencePiece model, or is damaged")
     at, end = 0, len(data)

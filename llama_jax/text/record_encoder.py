@@ -14,7 +14,7 @@ STOP, YES, NO = PARSE_SPECIAL = ("stop", "yes", "no")  # values of data.parse_sp
 
 
 class NameInText(ConfigError):
-    """A text contains the name of a control token, and data.parse_special is `stop`."""
+    """Raised for a text with the name of a control token if data.parse_special is `stop`."""
 
 
 class RecordEncoder:
@@ -28,7 +28,7 @@ class RecordEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, chat_format: ChatFormat, parse_special: str = STOP) -> None:
-        """Takes the three parts."""
+        """Sets the attributes of the same names."""
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.parse_special = parse_special
@@ -40,7 +40,7 @@ class RecordEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that ids depend on; that of the tokenizer where the rest has its defaults."""
+        """A hash of everything that ids depend on; that of the tokenizer if the other settings have their defaults."""
         others = [self.chat_format.fingerprint, "" if self.parse_special == STOP else self.parse_special]
         return " ".join([self.tokenizer.fingerprint, *others]) if any(others) else self.tokenizer.fingerprint
 

@@ -27,7 +27,7 @@ _MOST_BYTES = 200_000_000  # largest request
 
 
 class Refused(ValueError):
-    """A dialog that the template does not render, with the template's own reason."""
+    """Raised for a dialog that the template refuses or fails to render, with the template's own reason."""
 
 
 class Cut(NamedTuple):
@@ -65,7 +65,7 @@ def render(
         source: the template.
         variables: the template's variables, which are JSON values. `messages` is a list.
         cuts: (number of messages, add_generation_prompt) of each shorter dialog to render too.
-        mark: put SPOKEN_START and SPOKEN_END around the text inside the tag {% generation %}.
+        mark: True puts SPOKEN_START and SPOKEN_END around the text inside the tag {% generation %}.
         date: year, month and day for `strftime_now`; None is the current time.
 
     Raises:
@@ -147,7 +147,7 @@ class _Worker:
         return answer
 
     def _end(self, process: subprocess.Popen[bytes]) -> str:
-        """Why the process has ended."""
+        """The reason why the process has ended, for an error."""
         code = process.wait()
         if code == -signal.SIGPROF:
             return "it takes more CPU time than a template may use (1.5 s for a dialog)"

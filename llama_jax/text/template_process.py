@@ -50,7 +50,7 @@ _date: tuple[int, int, int] | None = None
 
 
 class Refused(jinja2.TemplateError):
-    """The template's own refusal of a dialog."""
+    """Raised by a template's `raise_exception`, its own refusal of a dialog."""
 
 
 class Generation(jinja2.ext.Extension):
@@ -59,7 +59,7 @@ class Generation(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012  Jinja's interface
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Parse the tag into a block that calls `_spoken`."""
+        """Parse the tag into a block of the template that calls `_spoken`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_spoken"), [], [], body).set_lineno(line)
@@ -84,7 +84,7 @@ class Namespace(jinja2.utils.Namespace):
     """The global `namespace`, without names that begin with an underscore."""
 
     def __init__(*args: Any, **options: Any) -> None:
-        """Take the names and values."""
+        """Take the arguments of Python's `dict` as names and values."""
         self, rest = args[0], args[1:]
         values = dict(*rest, **options)
         for name in values:
@@ -171,7 +171,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     _start_clock()
     text = template.render(**variables)
     if len(text) > MOST_CHARACTERS:
-        raise OverflowError(f"it writes {len(text):,} characters; at most {MOST_CHARACTERS:,} are allowed")
+        raise OverflowError(f"the template writes {len(text):,} characters; at most {MOST_CHARACTERS:,} are allowed")
     return text
 
 

@@ -34,7 +34,7 @@ class Tokenizer:
         special_tokens: name of each control token, such as "<|eot_id|>", to its id.
         stop_tokens: ids that end a generation (`Vocabulary.stop_ids`).
         bos_id: id that the model expects at the start of a text, or None.
-        eos_id: id that ends a text, or None. Llama 3's is end_of_text, even where its files for chat name another.
+        eos_id: id that ends a text, or None. Llama 3's is end_of_text, even if the files of a chat model name another.
         pad_id: id of padding, or None.
         eot_id: id of "end of turn" (Llama 3), or None.
         eom_id: id of "end of message" (Llama 3), or None.
@@ -48,7 +48,7 @@ class Tokenizer:
         Args:
             path: file, or folder of a model.
             expected_vocab_size: vocabulary size of the model, special tokens included. A file in Meta's format that
-                lost its last lines is still a well-formed smaller vocabulary; only this number gives it away.
+                lost its last lines is still a well-formed smaller vocabulary; only this number reveals the loss.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -66,7 +66,7 @@ class Tokenizer:
 
     @classmethod
     def from_ranks(cls, ranks: Mapping[bytes, int]) -> "Tokenizer":
-        """The tokenizer in Llama 3's layout of token bytes to rank, as `train_bpe` returns; ValueError if unsound."""
+        """A tokenizer in Llama 3's layout from ranks by token bytes, as of `train_bpe`; ValueError if invalid."""
         remedy = "pass the ranks of a trained vocabulary"
         return cls.from_vocabulary(llama3(meta.in_rank_order(ranks, source="ranks", remedy=remedy)))
 
@@ -136,17 +136,17 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special_tokens: bool = False) -> list[int]:
         """Returns the ids of `text`.
 
-        In Llama 3's layout they equal those of Meta's `Tokenizer.encode` on every string, and elsewhere those of
-        the library that the vocabulary is made for. Python strings can hold surrogates, which UTF-8 cannot: a pair is
-        encoded as the character it stands for and a lone one as U+FFFD, so that such strings do not come back
-        from `decode` unchanged.
+        In Llama 3's layout they equal those of Meta's `Tokenizer.encode` on every string, and elsewhere those of the
+        library that the vocabulary is made for. Python strings can hold surrogates, which UTF-8 cannot: a pair is
+        encoded as the character it stands for and a lone one as U+FFFD, so that such strings do not come back from
+        `decode` unchanged.
 
         Args:
             text: any string.
-            bos: put `bos_id` first, if there is one.
-            eos: put `eos_id` last, if there is one.
-            special_tokens: names of control tokens in `text` become control ids. By default they are encoded as the
-                plain text they are, which is right for text from users.
+            bos: True puts `bos_id` first, if there is one.
+            eos: True puts `eos_id` last, if there is one.
+            special_tokens: True encodes names of control tokens in `text` as control ids. By default they are encoded
+                as plain text, which is right for text from users.
 
         Raises:
             TypeError: `text` is not a str.
@@ -168,9 +168,9 @@ class Tokenizer:
 
         Args:
             ids: integers, or a one-dimensional integer array (numpy, jax).
-            skip_special: leave control tokens out; otherwise they appear by name.
-            continues: `ids` continue a text. SentencePiece vocabularies put a space in front of every text, which
-                decoding drops; in the middle of a text that space belongs to the text.
+            skip_special: True leaves control tokens out; otherwise they appear by name.
+            continues: True if `ids` continue a text. SentencePiece vocabularies put a space in front of every text,
+                which decoding drops; in the middle of a text that space belongs to the text.
 
         Raises:
             ValueError: an id is outside 0..vocab_size-1.
@@ -202,8 +202,8 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the vocabulary as the `tokenizer.model` of Meta's code, atomically.
 
-        That is a SentencePiece model for Llama 2, and ranks for Llama 3. The latter hold no names of special tokens:
-        reserved ids get the names that Meta's code gives them.
+        That is a SentencePiece model for Llama 2, and ranks for Llama 3. A file of ranks has no names of special
+        tokens, so reserved ids get the names of Meta's code.
 
         Raises:
             ConfigError: the vocabulary is in neither layout.
@@ -214,7 +214,7 @@ class Tokenizer:
         if not (isinstance(self.vocabulary, BytePairs) and self.vocabulary.is_llama3):
             raise ConfigError(
                 f"{path}: a tokenizer.model in Meta's format can only hold ranks before Meta's {NUM_SPECIAL} special "
-                "tokens, which this vocabulary does not have; use `save_to`, which writes a tokenizer.json"
+                "tokens, and this vocabulary has others; use `save_to`, which writes a tokenizer.json"
             )
         write_whole(path, ranks_file(self.vocabulary.tokens))
 
@@ -228,19 +228,19 @@ def _rebuilt(vocabulary: Vocabulary, path: Path | None, rows: int) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, never splitting a UTF-8 character.
+    """Decodes ids to text one after the other, without splitting a UTF-8 character.
 
     The joined results of `push` and `flush` equal `tokenizer.decode(ids, skip_special=True, continues=continues)`.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
-        """Starts with no pending bytes; `continues` is that of `Tokenizer.decode`."""
+        """Makes a decoder without pending bytes; `continues` is that of `Tokenizer.decode`."""
         self._tokenizer = tokenizer
         self._continues = self._began = continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: int | Iterable[int]) -> str:
-        """Returns the text that one id, or several, complete; control tokens print nothing."""
+        """Reads one id or several, and returns the text that they complete. Control tokens give no text."""
         if not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0:
             ids = [ids]
         ids = list(ids)
@@ -251,7 +251,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """Returns the pending rest (U+FFFD for a character that never ended) and starts afresh."""
+        """Returns the text of the pending bytes (U+FFFD for an incomplete character), and clears them."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._began = self._continues

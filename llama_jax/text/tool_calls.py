@@ -10,7 +10,7 @@ Models write calls in several forms, and a chat template does not say which one 
     [TOOL_CALLS] [{"name": "f", "arguments": {...}}]        Mistral; also [TOOL_CALLS]f[ARGS]{...}, [TOOL_CALLS]f{...}
     ... function<｜tool▁sep｜>f ```json {...} ``` ...         DeepSeek
 
-Text that does not consist of calls only remains content.
+Text that does not consist of calls alone remains content.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DEEPSEEK_BEGIN = "<｜tool▁calls▁begin｜>"
 
 
 def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """The content of an answer and its tool calls, from text that still has the names of control tokens.
+    """Splits the text of an answer, in which control tokens are written as their names, into content and tool calls.
 
     Without calls the content is the whole text. With calls it is the text before the first one.
     """
@@ -53,7 +53,7 @@ def parse(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def whole_calls(text: str) -> list[dict[str, Any]]:
-    """The calls of a text that consists of calls only, as Llama 3.1 writes them; otherwise []."""
+    """The calls of a text that consists of calls only, in Llama 3.1's form; [] for any other text."""
     text = text.strip()
     if match := _QUERY_CALL.fullmatch(text):
         return [call(match[1], {"query": match[2]})]
@@ -87,9 +87,9 @@ def same(parsed: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
 
 
 def _json_values(text: str) -> list[Any]:
-    """The JSON objects and lists that follow one another in a text, with space or ';' between; [] if there is more.
+    """The JSON objects and lists of a text that has only these, separated by space or ';'; otherwise [].
 
-    Llama 3.1 writes several calls in a row with either mark, though Meta documents a single call only.
+    Llama 3.1 writes several calls in a row with either separator, though Meta documents only single calls.
     """
     decoder, values, at = json.JSONDecoder(), [], 0
     while at < len(text):

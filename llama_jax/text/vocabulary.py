@@ -28,7 +28,7 @@ class Vocabulary(abc.ABC):
     `tokenizers`, `PieceVocabulary` for SentencePiece.
 
     Attributes:
-        specials: name to id of the control tokens. They never come from text unless the caller asks for it.
+        specials: ids by name of the control tokens. Text is not encoded as one of them unless the caller asks for it.
         bos_id: id that the model expects at the start of a text, or None.
         declared_eos: id that the files name as the end of a text or turn, or None.
         declared_pad: id that the files name for padding, or None.
@@ -71,7 +71,7 @@ class Vocabulary(abc.ABC):
 
     @property
     def eos_id(self) -> int | None:
-        """The id that ends a text, or None. Llama 3's is end_of_text, even where its files for chat name another."""
+        """The id that ends a text, or None. Llama 3's is end_of_text, even if a chat model's files name another."""
         return self.specials["<|end_of_text|>"] if self.is_llama3 else self.declared_eos
 
     @property
@@ -88,7 +88,10 @@ class Vocabulary(abc.ABC):
 
 @contextlib.contextmanager
 def errors_of(source: str = "") -> Iterator[None]:
-    """A context in which errors begin with `source`, a file's path, and those about an unsupported kind say more."""
+    """A context in which errors begin with `source`, the path of a file.
+
+    A ConfigError, for an unsupported tokenizer, also says that the model can be used with token ids.
+    """
     place = f"{source}: " if source else ""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Vocabulary files: finding the one of a model's folder, reading any of them, and writing one."""
+"""Vocabulary files: finds the one in a model's folder, and reads and writes files of all formats."""
 
 import os
 from pathlib import Path
@@ -35,11 +35,11 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: no path, or a tokenizer of a kind that is not supported; the message says why.
-        ValueError: a damaged file.
+        ConfigError: the argument is not a path, or the tokenizer is not supported. The message has the reason.
+        ValueError: the file is damaged.
     """
     if not isinstance(path, str | os.PathLike) or not str(path).strip():
-        raise ConfigError(f"a tokenizer is opened by the path of its file or folder ({LOOKED_FOR}), got {brief(path)}")
+        raise ConfigError(f"the path of a tokenizer must be a file or a folder ({LOOKED_FOR}), got {brief(path)}")
     path = expanded(path)
     if path.is_dir():
         path = _in_folder(path)
@@ -58,7 +58,7 @@ def read(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The vocabulary file of a folder: the one that `find` returns, else its only .gguf file."""
+    """The vocabulary file of a folder: the one that `find` returns, or else its only .gguf file."""
     found = find(folder)
     ggufs = sorted(folder.glob("*.gguf"))
     if found is None and len(ggufs) == 1:

@@ -239,7 +239,7 @@ DAMAGES = {
     "rank twice": (replaced(300, b"YWJjZGVmZw== 298\n"), "line 300: rank 298 is on line 299 already"),
     "rank left out": (
         lambda lines: lines[:399] + lines[400:],
-        "line 400: .*has rank 400 where rank 399 is due",
+        "line 400: .*has rank 400 where rank 399 should be",
     ),
     "token twice": (replaced(300, b"IQ== 299\n"), r"line 300: token b'!' is on line 1 already"),
     "empty token": (replaced(300, b" 299\n"), "line 300: expected"),
@@ -287,7 +287,7 @@ def test_file_cut_between_lines_is_known_by_the_models_size(lines, tmp_path):
 
 def test_missing_file_and_folder_say_what_to_give(tmp_path):
     for path in (None, "", "  ", 5, b"tokenizer.model"):
-        with pytest.raises(ConfigError, match="a tokenizer is opened by the path of its file or folder .*, got "):
+        with pytest.raises(ConfigError, match="the path of a tokenizer must be a file or a folder .*, got "):
             Tokenizer(path)
     for path in ("a" * 5_000, tmp_path / ("a" * 300), "a/" * 2_500):
         with pytest.raises(ConfigError, match=r"cannot be the path of a file: it has .* bytes, too many") as caught:
@@ -355,7 +355,7 @@ def test_trained_ids_equal_those_of_the_tokenizers_library(corpus):
 
 
 def test_trainer_refuses_impossible_sizes():
-    with pytest.raises(ValueError, match="vocab_size is 511; the least is 512"):
+    with pytest.raises(ValueError, match="vocab_size is 511; it must be at least 512"):
         train_bpe(["a"], vocab_size=511)
     with pytest.raises(ValueError, match=r"vocab_size is 600 .* only 513 tokens .*vocab_size=513"):
         train_bpe(["ab", "ab"], vocab_size=600)

@@ -200,7 +200,7 @@ def test_any_merge_list_gives_the_librarys_ids(tmp_path):
 
 def test_a_word_that_merges_leave_in_two_pieces_is_refused_by_name():
     vocab = {char: byte for byte, char in CHARS.items()} | {"ab": 256, "abc": 257}
-    with pytest.raises(ConfigError, match="no merge makes the token 'abc' of the two pieces"):
+    with pytest.raises(ConfigError, match="token 'abc' may be a whole word, but no merge forms it"):
         in_merge_order(vocab, [("a", "b")], whole_words=True)
     assert in_merge_order(vocab, [("a", "b")], whole_words=False)[1] == ["abc"]
     assert in_merge_order(vocab | {"xyz": 258}, [("a", "b"), ("ab", "c")], whole_words=True)[0][-1] == "xyz"
@@ -231,7 +231,7 @@ def test_names_of_control_tokens_in_text_stay_text(tmp_path):
     ours = opened(theirs, tmp_path)
     assert not differing(ours, theirs, ["<s> a <s>", "of zebras", "<<s>>", "zebra"])
     assert set(ours.encode("<s>zebra zebra")).isdisjoint({0, 1}) and ours.decode([0, 1], skip_special=True) == ""
-    with pytest.raises(ValueError, match=r"merge \('t', 'he'\) joins or makes what is no plain token"):
+    with pytest.raises(ValueError, match=r"merge \('t', 'he'\) has a part or a result that is not a plain token"):
         opened(trained("gpt2", specials=("the",)), tmp_path)  # so that "the" would come from text after all
 
 
@@ -438,7 +438,7 @@ UNSUPPORTED = {
     "decoder": (changed(decoder={"type": "WordPiece", "prefix": "#", "cleanup": False}), "decoder 'WordPiece'"),
     "dropout": (in_model(dropout=0.1), "model.dropout is 0.1, which makes ids random"),
     "prefix": (in_model(continuing_subword_prefix="##"), "model.continuing_subword_prefix is not supported"),
-    "unknown setting": (in_model(new_rule=True), "model.new_rule is not known here"),
+    "unknown setting": (in_model(new_rule=True), "model.new_rule is not supported"),
     "metaspace": (changed(pre_tokenizer={"type": "Metaspace"}), "cannot read it"),
     "post-processor": (changed(post_processor={"type": "New"}), "post_processor New|cannot read it"),
     "two tokens in front": (template_of(BOS, BOS, BODY), "at most one special token before the text"),
@@ -459,7 +459,10 @@ DAMAGED = {
     "a merge of three": (in_model(merges=["a b c"]), "'a b c', which is not a pair"),
     "a merge of numbers": (in_model(merges=[[1, 2]]), r"\[1, 2\], which is not a pair"),
     "a number for a merge": (in_model(merges=[3]), "3, which is not a pair"),
-    "a merge of no tokens": (in_model(merges=["a qqq"]), r"\('a', 'qqq'\) joins or makes what is no plain token"),
+    "a merge of no tokens": (
+        in_model(merges=["a qqq"]),
+        r"\('a', 'qqq'\) has a part or a result that is not a plain token",
+    ),
     "an id that is no number": (lambda data: data["model"]["vocab"].update(a="b"), "'a': 'b'"),
     "an id twice": (lambda data: data["model"]["vocab"].update(a=66), "id 66 is used twice"),
     "a negative id": (lambda data: data["model"]["vocab"].update(a=-1), "has id -1"),
@@ -810,5 +813,5 @@ def test_vocabularies_that_llama_cpp_cannot_have_are_not_written(tmp_path):
     vocab = {char: byte for byte, char in CHARS.items()} | {"ab": 256, "abcd": 257}
     for kind, ignore_merges in (("llama3", False), ("gpt2", True)):
         ours = opened(library(vocab, [("a", "b")], kind=kind, ignore_merges=ignore_merges), tmp_path)
-        with pytest.raises(ConfigError, match="unlike in this vocabulary"):
+        with pytest.raises(ConfigError, match="unlike this vocabulary"):
             gguf_vocabulary.fields(ours.vocabulary)

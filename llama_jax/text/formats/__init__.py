@@ -1,1 +1,1 @@
-"""Vocabularies on disk, a format at a time."""
+"""Formats of vocabularies on disk, one module for each."""

@@ -43,17 +43,17 @@ class Fields(TypedDict):
         model: tokenizer.ggml.model.
         pre: name of the pre-tokenizer ("gpt2" only).
         tokens: token texts by id.
-        token_types: types by id: 1 normal, 2 unknown, 3 control, 4 user-defined (recognized anywhere in a text),
-            5 unused, 6 byte.
-        merges: two tokens with a space between, the first merge first ("gpt2" only).
+        token_types: types by id: 1 normal, 2 unknown, 3 control, 4 user-defined (recognized anywhere in a text), 5
+            unused, 6 byte.
+        merges: pairs of tokens, each written with a space between the two, in order ("gpt2" only).
         bos: id that begins a text.
         eos: id that ends a text.
-        add_bos: whether the model wants `bos` in front; None leaves it to `model` and `pre`.
+        add_bos: True if a text begins with `bos`; None leaves it to `model` and `pre`.
         scores: scores by id (SentencePiece only).
         unknown: id of the unknown piece.
         pad: id of padding.
-        space_first: whether a space is put in front of a text.
-        strip_spaces: whether runs of spaces become one.
+        space_first: True if a space is put in front of a text.
+        strip_spaces: True if runs of spaces become one space.
         character_map: compiled replacements of characters.
     """
 
@@ -145,8 +145,8 @@ def vocabulary(fields: Fields, source: str = "") -> Vocabulary:
         source: path of the file, which errors then begin with.
 
     Raises:
-        ConfigError: a tokenizer of a kind that is not supported; says why.
-        ValueError: metadata that does not agree with itself.
+        ConfigError: the tokenizer's kind is not supported. The message has the reason.
+        ValueError: keys of the metadata contradict each other.
     """
     with errors_of(source):
         for name in ("bos", "eos", "unknown", "pad"):
@@ -167,7 +167,7 @@ def vocabulary(fields: Fields, source: str = "") -> Vocabulary:
 
 
 def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
-    """By tiktoken if that gives the same ids, else by the `tokenizers` library."""
+    """A byte-level BPE vocabulary: for tiktoken if that gives the same ids, else for the `tokenizers` library."""
     pre = PRE_TOKENIZERS.get(fields["pre"] or "")
     if pre is None:
         near = nearest(str(fields["pre"]), list(PRE_TOKENIZERS))
@@ -181,7 +181,7 @@ def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
     pattern = one_pattern(pre.splits, pre.gpt2)
     try:
         if pattern is None:
-            raise ConfigError("its way of cutting text is not one that tiktoken can do")
+            raise ConfigError("tiktoken cannot split text as its pre-tokenizer does")
         return from_merges(
             ids,
             pairs,
@@ -226,7 +226,7 @@ def _contents(
     ids: Mapping[str, int],
     bos: int | None,
 ) -> dict[str, Any]:
-    """The tokenizer.json of the same vocabulary."""
+    """The contents of a tokenizer.json with the same vocabulary."""
     if both := (ids.keys() & specials.keys()) | (ids.keys() & found.keys()) | (found.keys() & specials.keys()):
         raise ConfigError(f"tokenizer.ggml.tokens has {min(both)[:60]!r} twice")
     added = [(i, name, False, True) for name, i in specials.items()]
@@ -245,10 +245,10 @@ def _contents(
 
 
 def _pieces(fields: Fields) -> PieceVocabulary:
-    """By SentencePiece, with a model file made from the metadata.
+    """A vocabulary for SentencePiece, with a model file made from the metadata.
 
-    As in llama.cpp, user-defined tokens are cut out of a text before SentencePiece sees it, and the text after
-    one gets a space in front like a whole text.
+    As in llama.cpp, user-defined tokens are cut out of a text before SentencePiece sees it, and the text after one gets
+    a space in front like a whole text.
     """
     is_bpe = fields["model"] == "llama"
     bos, eos, unknown = fields["bos"], fields["eos"], fields.get("unknown")
@@ -295,7 +295,7 @@ def _typed_pieces(fields: Fields, unknown: int | None) -> list[Piece]:
     if unknown is None or UNKNOWN in types:
         unknown = types.index(UNKNOWN) if UNKNOWN in types else None
     if unknown is None:
-        raise ConfigError("it has no unknown token")
+        raise ConfigError("the vocabulary has no unknown token, which SentencePiece needs")
     byte_names = {token for token in tokens if piece_vocabulary.is_byte_name(token)}
     pieces: list[Piece] = []
     seen: dict[str, int] = {}
@@ -361,11 +361,14 @@ def _fields_of_byte_pairs(original: BytePairs, common: dict[str, Any]) -> Fields
     unmade = [] if whole_words else in_merge_order(plain, merges, whole_words=False)[1]
     if unmade or (whole_words and original.silent):
         raise ConfigError(
-            f"with llama.cpp's pre-tokenizer {pre!r}, a word that is a token, but that no merges make, "
-            f"{'always' if whole_words else 'never'} becomes that token, unlike in this vocabulary"
+            f"llama.cpp's pre-tokenizer {pre!r} {'always' if whole_words else 'never'}encodes a word as a token that "
+            "no merges form, unlike this vocabulary, so that a GGUF file cannot describe it: export another format"
         )
     if len(original.found) > 1:
-        raise ConfigError("a GGUF file holds one round of tokens that are found in text; this vocabulary has two")
+        raise ConfigError(
+            "this vocabulary searches a text for added tokens twice, which a GGUF file cannot describe: export another "
+            "format"
+        )
     kinds = dict.fromkeys(original.specials.values(), CONTROL)
     kinds |= {i: USER_DEFINED for names in original.found for i in names.values() if i is not None}
     return Fields(
@@ -387,7 +390,9 @@ def _fields_of_library(original: LibraryVocabulary, common: dict[str, Any]) -> F
     whole_words = bool(model.get("ignore_merges"))
     names = [n for n, pre in PRE_TOKENIZERS.items() if (pre.splits, pre.gpt2, pre.whole_words) == (*cuts, whole_words)]
     if not names:
-        raise ConfigError("llama.cpp has no name for this vocabulary's way of cutting text into words")
+        raise ConfigError(
+            "llama.cpp has no pre-tokenizer that splits text into words as this vocabulary does: export another format"
+        )
     added = {token["id"]: token["content"] for token in data["added_tokens"]}
     texts = {i: token for token, i in original.ids.items()} | added
     kinds = {i: CONTROL if name in original.specials else USER_DEFINED for i, name in added.items()}

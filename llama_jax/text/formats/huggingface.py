@@ -41,7 +41,8 @@ def read(path: str | os.PathLike[str]) -> BytePairs | LibraryVocabulary:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: neither tiktoken nor the library can give its ids; names the part of the file that is the reason.
+        ConfigError: neither tiktoken nor the library can encode as the file says. The message names the part that is
+            the reason.
         ValueError: a damaged file.
     """
     path = Path(path)
@@ -69,7 +70,7 @@ def write(
         model_max_length: number of positions of the model, if known.
 
     Raises:
-        ConfigError: two of its tokens are spelled alike in such a file.
+        ConfigError: two of its tokens have the same spelling in such a file.
     """
     folder = Path(folder)
     named = {
@@ -96,7 +97,7 @@ def _text(value: Any) -> str:
 
 
 def _vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs | LibraryVocabulary:
-    """By tiktoken if that gives the same ids, else by the library."""
+    """The vocabulary of a parsed file: for tiktoken if that gives the same ids, else for the `tokenizers` library."""
     try:
         return _byte_pairs(data, config)
     except ConfigError:
@@ -111,9 +112,10 @@ def _vocabulary(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs |
 def _completed(data: Mapping[str, Any], config: TokenizerConfig) -> Mapping[str, Any]:
     """The contents of the file with the tokens that transformers adds to it from the files next to it.
 
-    A token that the vocabulary knows keeps its id. Another one gets the next id, whatever id the other files give it
-    (`add_tokens` in added_vocabulary.rs of `tokenizers`). A token that is a control token in one file remains one. A
-    word that the model makes of text, such as "!" as a token for padding, is found in text and is no control token.
+    A token of the vocabulary keeps its id. Any other token gets the next free id, even if the other files give it
+    another id (`add_tokens` in added_vocabulary.rs of `tokenizers`). A token that is a control token in one file
+    remains one. An ordinary word with a role, such as "!" for padding, stays a word and does not become a control
+    token.
     """
     model, listed = data.get("model"), data.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -154,7 +156,7 @@ def _ids(vocab: Mapping[str, Any] | Sequence[Any]) -> dict[str, int]:
 
 
 def _words(model: Mapping[str, Any]) -> set[str]:
-    """The tokens that a model makes of ordinary text."""
+    """The tokens that the model can make of ordinary text."""
     vocab, merges = model["vocab"], model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         return {token for token in _ids(vocab) if not looks_like_control(token)}
@@ -192,7 +194,7 @@ def _byte_pairs(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs:
     model = _object(data.get("model"), "model")
     for key, value in model.items():
         if key not in _MODEL and key not in _MODEL_FREE:
-            raise ConfigError(f"model.{key} is not known here; known: {', '.join((*_MODEL, *sorted(_MODEL_FREE)))}")
+            raise ConfigError(f"model.{key} is not supported; supported: {', '.join((*_MODEL, *sorted(_MODEL_FREE)))}")
         if key in _MODEL and value not in _MODEL[key]:
             raise ConfigError(f"model.{key} must be {_MODEL[key][0]} (byte-level BPE), got {brief(value)}")
     ids = _object(model.get("vocab"), "model.vocab")
@@ -215,16 +217,16 @@ def _byte_pairs(data: Mapping[str, Any], config: TokenizerConfig) -> BytePairs:
 
 
 def _pattern(pre: Any) -> str:
-    """The one pattern that cuts text as a pre_tokenizer does."""
+    """The single pattern that splits text as a pre_tokenizer does."""
     cuts = cuts_of(pre)
     pattern = None if cuts is None else one_pattern(*cuts)
     if pattern is None:
-        raise ConfigError(f"pre_tokenizer {_kind(pre)} is not one that tiktoken can do")
+        raise ConfigError(f"pre_tokenizer {_kind(pre)} splits text in a way that tiktoken cannot")
     return pattern
 
 
 def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[dict[str, int | None], ...]]:
-    """The control tokens, and the rounds of names that are found in text (`BytePairs.found`)."""
+    """The control tokens, and the rounds of names to search for in text (`BytePairs.found`)."""
     if not isinstance(listed, list):
         raise ValueError(f"added_tokens must be a list, got {brief(listed)}")
     specials: dict[str, int] = {}
@@ -256,7 +258,7 @@ def _added(listed: Any, ids: Mapping[str, int]) -> tuple[dict[str, int], tuple[d
 
 
 def _merges(listed: Any) -> list[Merge]:
-    """Pairs, from pairs or from two tokens with a space between."""
+    """The merges as pairs. A file writes each as a pair, or as two tokens with a space between."""
     if not isinstance(listed, list):
         raise ValueError(f"model.merges must be a list, got {brief(listed)}")
     merges = []
@@ -269,7 +271,7 @@ def _merges(listed: Any) -> list[Merge]:
 
 
 def _bos(processor: Any, ids: Mapping[str, int]) -> str | None:
-    """The name that a post-processor puts in front of a text. What it puts after one is not used."""
+    """The name that a post-processor puts in front of a text. A token that it puts after a text is not used."""
     if processor is None:
         return None
     parts = processor.get("processors") if _kind(processor) == "Sequence" else [processor]
@@ -318,7 +320,7 @@ def _kind(value: Any) -> str:
 
 
 def _contents(vocabulary: BytePairs) -> dict[str, Any]:
-    """The whole of a tokenizer.json."""
+    """The contents of a tokenizer.json for a vocabulary."""
     plain = {spelled(token): i for token, i in (vocabulary.tokens | vocabulary.silent).items()}
     # `tokenizers` looks first for added tokens that are not normalized. Control tokens in no round come before any.
     flags = {name: (False, True) for name in vocabulary.specials}

@@ -81,13 +81,13 @@ def in_rank_order(
     """The tokens in order of rank. ValueError (`source: ...; remedy`) unless ranks are 0 to n - 1 with every byte."""
     for token, rank in ranks.items():
         if not isinstance(token, bytes) or not token or not isinstance(rank, int):
-            raise ValueError(f"{source}: {token!r}: {rank!r} is not non-empty bytes to an int; {remedy}")
+            raise ValueError(f"{source}: {token!r}: {rank!r} must be non-empty bytes with an int as its rank; {remedy}")
     tokens = sorted(ranks, key=ranks.__getitem__)
     for rank, token in enumerate(tokens):
         if ranks[token] != rank:
             line = f"line {lines[token]}: " if lines else ""
             raise ValueError(
-                f"{source}: {line}token {token!r} has rank {ranks[token]} where rank {rank} is due; the "
+                f"{source}: {line}token {token!r} has rank {ranks[token]} where rank {rank} should be; the "
                 f"ranks of {len(tokens):,} tokens must be 0 to {len(tokens) - 1}, each once; {remedy}"
             )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]

@@ -30,8 +30,8 @@ def read(path: Path) -> PieceVocabulary:
     A text begins with bos unless `tokenizer_config.json` says otherwise, as in Meta's and transformers' code.
 
     Raises:
-        ConfigError: a model that is not supported.
-        ValueError: a damaged file.
+        ConfigError: the model is not supported.
+        ValueError: the file is damaged.
     """
     contents = read_small(path, max_bytes=MOST_BYTES)
     config = tokenizer_config.read(path.parent)
@@ -69,7 +69,7 @@ def _with_config(contents: bytes, config: TokenizerConfig) -> PieceVocabulary:
 
 
 def _added(pieces: Sequence[piece_vocabulary.Piece], config: TokenizerConfig) -> dict[int, AddedToken]:
-    """The added tokens by id. One that is named without an id has that of its piece, or the next free one."""
+    """The added tokens by id. A token that is named without an id has that of its piece, or the next free id."""
     roles = {token.content for token in config.roles}
     added = {i: token._replace(special=token.special or token.content in roles) for i, token in config.added.items()}
     names = {token.content for token in added.values()}

@@ -20,7 +20,16 @@ _LISTS = ("extra_special_tokens", "additional_special_tokens")
 
 
 class AddedToken(NamedTuple):
-    """One added token. The flags are those of the `tokenizers` library."""
+    """One added token, with the flags of AddedToken in the `tokenizers` library.
+
+    Attributes:
+        content: name of the token.
+        special: True for a control token.
+        normalized: True if it is searched for in the normalized text.
+        lstrip: True if white space before it belongs to it.
+        rstrip: True if white space after it belongs to it.
+        single_word: True if it is found as a whole word only.
+    """
 
     content: str
     special: bool = True
@@ -38,10 +47,10 @@ class TokenizerConfig:
         bos: name of the token that begins a text, or None.
         eos: name of the token that ends a text, or None.
         pad: name of the token for padding, or None.
-        add_bos: whether a text gets `bos` in front, for tokenizer classes that heed this setting, else None.
-        legacy: whether text after a control token gets a space in front (SentencePiece vocabularies).
+        add_bos: True if a text begins with `bos`; None for tokenizer classes without this setting.
+        legacy: True if text after a control token gets a space in front (SentencePiece vocabularies).
         added: added tokens by the id that the files give them.
-        added_yields: whether the vocabulary's own token of an id goes before that of `added`.
+        added_yields: True if the vocabulary's own token of an id takes precedence over that of `added`.
         roles: control tokens that the files name by their role, such as `eos_token` or `image_token`.
         more: further tokens that the files name without an id. A vocabulary that lacks a token of `roles` or `more`
             gets it, in this order.
@@ -119,7 +128,7 @@ def token_of(value: Any, where: str) -> AddedToken | None:
 
 
 def looks_like_control(name: Any) -> bool:
-    """True for a name such as "<s>" or "[PAD]", which is no word of a text."""
+    """True for a name such as "<s>" or "[PAD]", which is not a word of a text."""
     return isinstance(name, str) and len(name) > 2 and name[0] in "<[" and name[-1] in ">]"
 
 
@@ -158,6 +167,6 @@ def _earlier(path: Path, named: Collection[str]) -> dict[int, AddedToken]:
     added: dict[int, AddedToken] = {}
     for name, i in load(path).items():
         if type(i) is not int or i < 0:
-            raise ValueError(f"{path}: {brief(name)} has id {brief(i)}")
+            raise ValueError(f"{path}: the id of {brief(name)} must be a whole number from 0, got {brief(i)}")
         added[i] = AddedToken(name, special=name in named, normalized=name not in named)
     return added
