@@ -1,1 +1,1 @@
-"""Floor 4: models in and out of files. README.md in this folder explains the package."""
+"""Floor 4: reading models from files and writing them. README.md in this folder explains the package."""

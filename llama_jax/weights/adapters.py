@@ -1,4 +1,4 @@
-"""Adapters: their tensors are read onto devices and applied to params, or merged into lazy tensors.
+"""Adapters: reads their tensors onto devices and applies them to params, or merges them into lazy tensors.
 
 An adapter changes weights in three ways, in this order: `whole` weights replace weights of the base, `rows` replace
 single rows (of new tokens, for example), and LoRA adds to the result. An adapter may enlarge the vocabulary, and it may

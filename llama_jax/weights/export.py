@@ -58,7 +58,7 @@ class _Export:
 
     Attributes:
         config: shape of the model.
-        leaves: tensors by path. They have the dtype to write, except for GGUF, which casts by itself.
+        leaves: tensors by path. They have the dtype to write, except for GGUF, whose writer casts them.
         metadata: tokenizer, token ids, sampling settings and chat template.
         dtype: dtype of most of the weights, one of FORMATS[format].
         shard_bytes: largest size in bytes of one file (Hugging Face's format only).
@@ -147,7 +147,7 @@ def _prepared(
     main: str,
     importance: Mapping[name_table.Path, np.ndarray],
 ) -> name_table.Leaves:
-    """The tensors as a writer takes them: cast, or with the quantized parts to write."""
+    """The tensors in the form that a format's writer expects: cast, or with the quantized parts to write."""
     if main in _NAMES:
         name = _NAMES[main]
         if format == "hf":
@@ -168,7 +168,7 @@ def _prepared(
 
 
 def default_dtype(leaves: name_table.Leaves, format: str) -> str:
-    """The dtype of most of the weights; for formats that have them, the quantized type that they are stored in."""
+    """The default dtype to write: that of most of the weights, or their quantized type if the format supports it."""
     sizes: collections.Counter[str] = collections.Counter()
     for entry in leaves.values():
         integers = {} if entry.quantized is None else {f"int{entry.quantized.bits}", f"q{entry.quantized.bits}_0"}
@@ -178,7 +178,7 @@ def default_dtype(leaves: name_table.Leaves, format: str) -> str:
 
 
 def _loses(leaf: LazyTensor, dtype: np.dtype) -> bool:
-    """Returns whether a cast to `dtype` would change a tensor. Matrices are not read and count as changed."""
+    """True if a cast to `dtype` would change a tensor. Matrices are not read, and count as changed."""
     if leaf.dtype == dtype:
         return False
     if len(leaf.shape) > 1:
@@ -313,14 +313,14 @@ def _free(path: Path, format: str) -> Path:
 
 
 def _chat_template(metadata: Metadata) -> ChatTemplate | None:
-    """The model's own chat template; else Meta's reference format as one, if the tokenizer has its control tokens."""
+    """The model's own chat template, or else a template of Meta's format if the tokenizer has its control tokens."""
     if metadata.chat_template is None and metadata.tokenizer is not None:
         return chat_format.Llama3Format(metadata.tokenizer).template
     return metadata.chat_template
 
 
 def _transformers_reads(files: Sequence[Path]) -> bool:
-    """Returns whether transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
+    """True if transformers can read a tokenizer from these files: a tokenizer.json or a SentencePiece model."""
     return any(
         file.name == "tokenizer.json" or (file.suffix == ".model" and not meta_vocabulary.looks_like_ranks(file))
         for file in files

@@ -56,7 +56,7 @@ class _Choice:
 
 
 def is_hub_id(text: str) -> bool:
-    """Returns whether this names a model on the hub. A path has precedence if it, or its first folder, exists."""
+    """True if the text names a model on the hub. A path has precedence if it, or its first folder, exists."""
     return _parse(text) is not None and not Path(Path(text).parts[0]).exists()
 
 
@@ -91,7 +91,7 @@ def read_shape(repo_id: str) -> ModelConfig | None:
     """The shape of a model from its config.json, without its weights; None if the repo has no such file.
 
     Raises:
-        ConfigError: as `download`.
+        ConfigError: as in `download`.
     """
     name = _parse(repo_id)
     if name is None or name.file is not None:
@@ -176,14 +176,14 @@ def choose(name: Name, folder: Path, files: list[str]) -> _Choice:
         )
     others = [file for file in files if file.endswith(_WEIGHTS)] or files
     raise ConfigError(
-        f"{name.repo.name} has no weights that can be read: wanted are config.json with *.safetensors, params.json "
+        f"{name.repo.name} has no supported weights: they are config.json with *.safetensors, params.json "
         f"with consolidated.*.pth, config.json with {_TORCH} or {_FLAX}, or *.gguf; it has "
         f"{some(others) or 'no files'}"
     )
 
 
 def _checked(name: Name, folder: Path, settings: list[str], weights: list[str]) -> _Choice:
-    """The choice of a Hugging Face folder. Its config is read first, since weights may take hours to download."""
+    """The choice for a Hugging Face folder. Its config is checked first, since weights may take hours to download."""
     check_there(name.repo, folder, ("config.json",))
     read_config(folder)
     return _Choice((*settings, *weights), "")
@@ -197,7 +197,7 @@ def _safetensors(name: Name, folder: Path, files: list[str]) -> list[str]:
 
 
 def _indexed(whole: str, name: Name, folder: Path, files: list[str]) -> list[str]:
-    """The file `whole`, else its index and the shards that the index lists, else nothing."""
+    """The file `whole`, or else its index and the shards that the index lists, or else nothing."""
     if "config.json" not in files:
         return []
     if whole in files:

@@ -34,7 +34,7 @@ def load_leaves(
     dtype: jnp.dtype | None,
     quantize: str | None,
 ) -> Params:
-    """Reads weights as unrolled params, each straight into its shards. A process reads only what its devices hold.
+    """Reads weights as unrolled params, each straight into its shards. A process reads only the shards of its devices.
 
     Args:
         leaves: the model's tensors by path, as `validate.match_tensors` returns them.
@@ -42,11 +42,11 @@ def load_leaves(
         layout: placement of the shards; None is the first device.
         dtype: dtype of the params; None keeps each tensor's own.
         quantize: None keeps weights that are stored in groups of 8 or 4 bits as QTensors; "none" dequantizes them;
-            "int8" and "int4" make QTensors of the matrices (`quantize.bits_of`) and round those that are stored
-            otherwise.
+            "int8" and "int4" make QTensors of the matrices (`quantize.bits_of`) and round those that are stored in
+            another type.
 
     Raises:
-        ConfigError: "int8" or "int4" for a model whose rows are not a multiple of 32 long.
+        ConfigError: quantize is "int8" or "int4", and the rows of a matrix are not a multiple of 32 long.
     """
     axes = logical_axes(config, stacked=False)
     check(config, quantize)
@@ -77,7 +77,7 @@ def load_leaves(
 
 
 def quantize_placed(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:
-    """Placed unrolled params, with the matrices rounded that "int8" or "int4" rounds (`quantize.bits_of`)."""
+    """Quantizes unrolled params on devices to "int8" or "int4" (the matrices of `quantize.bits_of`)."""
     check(config, quantize)
     all_bits = bits_of(config, quantize)
     if not all_bits:
@@ -96,7 +96,7 @@ def quantize_placed(config: ModelConfig, params: Params, quantize: str | None, l
 
 
 def merge_updates(params: Params) -> Params:
-    """Placed params with LoRA updates added to their weights. Sharding and dtype of the weights stay the same."""
+    """Merges LoRA updates into params on devices. The shardings and dtypes of the weights stay the same."""
 
     def leaf(weight: jax.Array | LoraTensor) -> jax.Array:
         if not isinstance(weight, LoraTensor):

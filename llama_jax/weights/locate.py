@@ -19,10 +19,10 @@ def locate(name: str | os.PathLike[str]) -> Path:
     Args:
         name: a path, the short name of a model in a Python package (packaged_models.PACKAGES), a hub id
             (hub_models.FORMS, also as hf://ID), or an address such as gs://BUCKET/FOLDER. Hub ids and addresses are
-            downloaded unless the cache has them. A path that exists goes first.
+            downloaded unless the cache has them. An existing path has precedence.
 
     Raises:
-        ConfigError: an empty name, a package that is not installed, or a download that failed.
+        ConfigError: the name is empty, a package is not installed, or the download failed.
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
         raise ConfigError(f"a model's name must be a path, a hub id or the name of a packaged model, got {brief(name)}")
@@ -39,12 +39,12 @@ def locate(name: str | os.PathLike[str]) -> Path:
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:
-    """Returns whether this names a path, and neither a model in a package nor one on the hub or in a store."""
+    """True if the name is a path, and neither a model in a package nor one on the hub or in a store."""
     return not is_url(str(name)) and not packaged_models.is_packaged(str(name)) and not hub_models.is_hub_id(str(name))
 
 
 def absolute(name: str) -> str:
-    """The name in a form that means the same model from every working folder. Only paths that exist change."""
+    """The name in a form that means the same model in every working folder: an existing path becomes absolute."""
     if is_url(name):
         return name
     path = expanded(local_path(name) or name)

@@ -1,4 +1,4 @@
-"""The records that each format's reader returns: a model's config and metadata, and its tensors, not read yet."""
+"""The records that each format's reader returns: a model's config, its metadata and its lazy tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from llama_jax.weights.tensor import LazyTensor
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """The facts about a model that are neither its shape nor its weights. They are read with it and saved with it.
+    """The facts about a model that are neither its shape nor its weights. They are read and saved together with the
+    model.
 
     Attributes:
         tokenizer: the model's tokenizer, for saving. It is None until `Source.tokenizer` has read it.
@@ -27,7 +28,7 @@ class Metadata:
         chat_template: the model's own chat templates with their tokens, or None.
         tokenizer_files: files from which transformers reads the tokenizer. They are copied into a Hugging Face folder.
         token_ids: bos_token_id, eos_token_id and pad_token_id as config.json has them. A saved config.json repeats
-            them; where there are none, it has `bos_token` and `stop_tokens`.
+            them; if there are none, it has `bos_token` and `stop_tokens`.
         generation: contents of generation_config.json, which are saved again unchanged. None writes `bos_token`,
             `stop_tokens` and `sampling`.
     """
@@ -42,7 +43,7 @@ class Metadata:
     generation: Mapping[str, Any] | None = None
 
     def with_tokenizer(self, tokenizer: Tokenizer | None) -> Metadata:
-        """The metadata to save with a model: these, completed from the model's tokenizer.
+        """The metadata to save with a model: this record, completed from the model's tokenizer.
 
         `llama_jax.load(...).save` and the command `convert` both use it, so that they write the same files.
         """
@@ -72,8 +73,8 @@ class ModelFiles:
         config: the model's shape as the files describe it.
         tensors: the tensors by the format's names.
         metadata: token ids, sampling settings, chat template and tokenizer files.
-        read_tokenizer: reads the tokenizer; returns None if there is none. Raises ConfigError for one of a kind that is
-            not supported and ValueError for a damaged one.
+        read_tokenizer: reads the tokenizer; returns None if there is none. Raises ConfigError for an unsupported
+            tokenizer and ValueError for a damaged one.
     """
 
     path: Path
@@ -86,6 +87,6 @@ class ModelFiles:
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
-    """Reads the tokenizer of a folder; None if there is none. Raises what `Tokenizer` raises."""
+    """Reads the tokenizer of a folder; None if there is none. Errors are those of `Tokenizer`."""
     path = vocabulary_files.find(folder)
     return None if path is None else Tokenizer(path)

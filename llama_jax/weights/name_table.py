@@ -24,11 +24,11 @@ from llama_jax.weights.tensor import LazyTensor, reordered, transposed
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The layout of a format's arrays, as far as it differs from that of our params.
+    """The layout of a format's arrays where it differs from that of our params.
 
     Attributes:
-        interleaved: the two rows of a rotary pair of q and k are neighbours.
-        transposed: matrices whose name ends with this word are (in, out); None where all are (out, in).
+        interleaved: True if the two rows of a rotary pair of q and k are neighbors.
+        transposed: suffix of the names of matrices that are stored as (in, out); None if all are (out, in).
     """
 
     interleaved: bool
@@ -102,7 +102,7 @@ class Weight:
         name: name of the weight in the format.
         shape: shape in our params: (out, in) for a matrix, (D,) for a norm.
         pairs: head dim if the format interleaves the rotary pairs of these rows, else 0.
-        transposed: the format stores the matrix as (in, out).
+        transposed: True if the format stores the matrix as (in, out).
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Opening a model by any name: locate its files, let their format read them, validate the tensors.
+"""Opens a model by any name: locates its files, reads them by their format, and validates the tensors.
 
 The formats are tried in the order of READERS. A new format is a module in formats/ with `recognizes` and `read`, a
 column in the table of names, and an entry here.
@@ -40,8 +40,8 @@ def open_source(name: str | os.PathLike[str]) -> Source:
         name: a path, a hub id, or the name of a model in a Python package; ALLOWED lists what can be opened.
 
     Raises:
-        ConfigError: the name is not that of a model. The message says what is allowed and what the path has instead.
-        ValueError: a damaged file.
+        ConfigError: the name is not that of a model. The message lists the allowed names and the contents of the path.
+        ValueError: a file is damaged.
     """
     path = locate(name)
     if not path.exists():
@@ -85,7 +85,7 @@ def _checked(files: ModelFiles) -> FileSource:
 
 
 def _contents(path: Path) -> str:
-    """A description of a path that is not a model, with the name that may have been meant."""
+    """A description of a path that is not a model, with a suggestion if it contains one."""
     if path.is_file():
         return "a file, and of files only .gguf is a whole model: name its folder instead"
     if (path / "checkpoints").is_dir():

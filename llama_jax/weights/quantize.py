@@ -1,8 +1,8 @@
-"""The bits of every weight of a quantized model, and lazy tensors rounded to them.
+"""Quantization of a model's weights: the number of bits of each weight, and lazy tensors rounded to them.
 
-At 8 bits every matrix is rounded. At 4 bits so is every matrix but a tied embedding, which keeps 8: it is also the
-unembedding, the matrix that rounding affects most. An unembedding of its own has 4 bits, or Llama 3.1 8B would not fit
-4.7 GB and 70B not 40 GB (docs/decisions/exported-quantization.md).
+At 8 bits every matrix is rounded. At 4 bits a tied embedding keeps 8, since it is also the unembedding, which rounding
+affects most. A separate unembedding has 4 bits: otherwise Llama 3.1 8B would not fit in 4.7 GB, nor 70B in 40 GB
+(docs/decisions/exported-quantization.md).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _AT_ONCE = 1 << 22  # values that are rounded at a time
 
 
 def layers_only(quantize: str) -> str:
-    """The name of a quantization that leaves embedding and unembedding as they are, as QLoRA's base is."""
+    """The name of a quantization that rounds the layers, and not the embedding and the unembedding (QLoRA)."""
     return f"{quantize}_layers" if quantize in BITS else quantize
 
 
 def bits_of(config: ModelConfig, quantize: str | None) -> dict[name_table.Path, int]:
-    """The bits of each weight that "int8" or "int4" (or `layers_only` of them) rounds, by path.
+    """The number of bits, by path, of each weight that "int8" or "int4" (or `layers_only` of them) rounds.
 
-    A matrix whose rows are not a multiple of 32 long is not among them.
+    Matrices whose row length is not a multiple of 32 are left out.
     """
     bits = {**BITS, **_LAYERS}.get(quantize or "")
     chosen = {}
@@ -62,7 +62,7 @@ def check(config: ModelConfig, quantize: str | None) -> None:
 
 
 def nbytes(config: ModelConfig, quantize: str) -> int:
-    """The bytes of the weights of a model with this quantization; what is not rounded is bfloat16."""
+    """The size in bytes of a model's weights with this quantization. Weights that are not rounded are bfloat16."""
     bits = bits_of(config, quantize)
     sizes = {8: quant.GROUP + 2, 4: quant.GROUP // 2 + 2}
     return sum(
@@ -72,10 +72,11 @@ def nbytes(config: ModelConfig, quantize: str) -> int:
 
 
 def rounded(leaf: LazyTensor, bits: int, importance: np.ndarray | None = None) -> LazyTensor:
-    """A lazy matrix with its quantized parts. Parts that the tensor is stored in are kept; others are rounded by `fit`.
+    """Adds quantized parts to a lazy matrix: those that it is stored in, if they have `bits` bits, or else rounded by
+    `quant.fit`.
 
-    `importance` is that of `quant.fit`. The parts are computed together at the first read of either, and kept until the
-    next matrix is read.
+    `importance` is the argument of `quant.fit`. The values and the scales are computed together when either is first
+    read, and cached until the next matrix is read.
     """
     if leaf.quantized is not None and leaf.quantized.bits == bits:
         return leaf
@@ -91,7 +92,11 @@ _latest: dict[int, tuple[LazyTensor, tuple[np.ndarray, np.ndarray]]] = {}
 
 
 def _fitted(leaf: LazyTensor, bits: int, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Values and scales of a matrix on the host; those of the latest matrix are kept."""
+    """Reads a matrix and quantizes it. Returns values and scales as numpy arrays; the last result is cached.
+
+    Raises:
+        FloatingPointError: the matrix has values that are not finite.
+    """
     if id(leaf) not in _latest:
         _latest.clear()
         rows = max(1, _AT_ONCE // leaf.shape[1])
@@ -109,9 +114,9 @@ def _fitted(leaf: LazyTensor, bits: int, importance: np.ndarray | None) -> tuple
 
 @functools.lru_cache(maxsize=64)
 def rounder(bits: int, places: QTensor | None = None) -> Callable[..., QTensor]:
-    """The compiled `quant.fit` of a number of bits, a block of rows at a time where one device has the whole weight.
+    """The compiled function `quant.fit` for 8 or 4 bits. On one device it works on blocks of rows, to save memory.
 
-    It takes the weight and, if there is one, the importance.
+    Its arguments are the weight and optionally the importance.
 
     Args:
         bits: 8 or 4.

@@ -33,12 +33,14 @@ _REMEDY = "restore it from a backup, or repeat the command that trained the run,
 
 
 def read_run_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of a run folder's config.json, validated against the hash in it, as are the tokenizer's files.
+    """The contents of a run folder's config.json. The file and the tokenizer's files are validated against the hashes
+    in it.
 
     Runs of earlier versions have no hashes.
 
     Raises:
-        ConfigError: it is missing, is not that of a run, or one of these files was changed after it was written.
+        ConfigError: config.json is missing or not that of a run, or one of these files was changed after it was
+            written.
     """
     path = Path(folder) / CONFIG_FILE
     try:
@@ -55,7 +57,7 @@ def read_run_config(folder: str | Path) -> dict[str, Any]:
 
 
 class RunSource:
-    """A run folder as a model, on any mesh, also another than that of the training. For the methods see `Source`.
+    """A run folder as a model, which can be loaded on any mesh. `Source` documents the methods.
 
     Attributes:
         path: the run folder.
@@ -69,11 +71,11 @@ class RunSource:
         Args:
             folder: the run folder.
             step: step of the checkpoint to use; None is the newest that is complete.
-            open_base: opens the model that a LoRA run was trained on. It is passed in because this module is one of
-                those that weights/open.py calls.
+            open_base: opens the model that a LoRA run was trained on. It is an argument because weights/open.py imports
+                this module.
 
         Raises:
-            ConfigError: not the folder of a run.
+            ConfigError: the folder is not that of a run.
         """
         self.path = Path(folder)
         self._values = read_run_config(folder)
@@ -93,9 +95,9 @@ class RunSource:
 
     @functools.cached_property
     def metadata(self) -> Metadata:
-        """The metadata of the files in the run folder; for LoRA that of the base, with the run's own chat template.
+        """The metadata of the files in the run folder; for LoRA the base's, with the run's chat template.
 
-        Runs of earlier versions keep no chat template: theirs is Meta's reference format.
+        Runs of earlier versions have no chat template, and used Meta's reference format.
         """
         own = huggingface.read_metadata(self.path)
         if self.lora is None:
@@ -121,7 +123,7 @@ class RunSource:
         """The model that a LoRA run was trained on.
 
         Raises:
-            ConfigError: it cannot be opened, or its weights are not those that the run was trained on.
+            ConfigError: the base cannot be opened, or its weights are not those that the run was trained on.
         """
         name = self._values["init_from"]
         try:
@@ -198,7 +200,7 @@ class RunSource:
         )
 
     def _restore(self, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
-        """Reads the trained weights of the checkpoint, or of the next one if a training run deletes it meanwhile."""
+        """Reads the trained weights of the checkpoint, or of the newest one if a run deletes it during the read."""
         checkpoints = Checkpoints(self.path, create=False)
         abstract = parallel.abstract(shapes, parallel.shardings(layout, axes, shapes))
         try:
@@ -218,7 +220,9 @@ class RunSource:
         while True:
             step = checkpoints.latest("params") if self._wanted is None else self._wanted
             if step is None:
-                raise ConfigError(f"{self.path} has no whole checkpoint yet: let train.py reach one (checkpoint.every)")
+                raise ConfigError(
+                    f"{self.path} has no complete checkpoint yet: train until the first one is saved (checkpoint.every)"
+                )
             try:
                 self._digests = checkpoints.digests(step)
             except Deleted:

@@ -1,4 +1,4 @@
-"""Opened models: the protocol that every kind of source follows, and the source made of weight files."""
+"""Opened models: the protocol of all sources, and the source for weight files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llama_jax.weights.tensor import main_dtype
 
 
 class UnknownTokenizer(ConfigError):
-    """A tokenizer that cannot be used. The model itself can be used with token ids."""
+    """Raised for a tokenizer that cannot be used. The model itself can be used with token ids."""
 
 
 class Source(Protocol):
@@ -57,7 +57,7 @@ class Source(Protocol):
         """Reads the weights like `load`. LoRA updates are merged, so that further updates can be applied."""
 
     def merged_leaves(self) -> name_table.Leaves:
-        """The tensors by path for saving, not read yet. LoRA updates are merged, each when its tensor is read."""
+        """The lazy tensors by path, for saving. LoRA updates are merged, each when its tensor is read."""
 
     def identity(self) -> str:
         """A hash (hex) of the model's config and weights that does not depend on format, dtype or number of files."""
@@ -66,8 +66,8 @@ class Source(Protocol):
         """Reads the tokenizer; None if the model has none.
 
         Raises:
-            UnknownTokenizer: it is damaged, of a kind that is not supported, or not the one that the model was trained
-                with. The model can be used with token ids.
+            UnknownTokenizer: the tokenizer is damaged, not supported, or not the one that the model was trained with.
+                The model can be used with token ids.
         """
 
 
@@ -116,7 +116,8 @@ class FileSource:
     def identity(self) -> str:
         """A hash of the config and of the first row of every tensor in float32.
 
-        Training changes every tensor, and reading all of a large model would take minutes.
+        The first rows suffice because training changes every tensor, and reading all of a large model would take
+        minutes.
         """
         digest = hashlib.sha256(repr(sorted(self.config.to_dict().items())).encode())
         for path, tensor in sorted(self.leaves.items(), key=lambda item: repr(item[0])):
@@ -149,7 +150,7 @@ def checked_tokenizer(
         fingerprint: fingerprint of the tokenizer that the model was trained with, if it is known.
 
     Raises:
-        UnknownTokenizer: it cannot be read, or is the tokenizer of another model.
+        UnknownTokenizer: the tokenizer cannot be read, or belongs to another model.
     """
     try:
         tokenizer = read()

@@ -16,12 +16,12 @@ _STEP = re.compile(r"checkpoints/(\d+)/manifest\.json")
 def download(url: str) -> Path:
     """Download a model unless the cache has it, and return its path.
 
-    The address is a folder of any format, a run folder, or one GGUF file. Of a folder only one format is downloaded, as
-    from the hub, and of a run folder its newest checkpoint. The cache knows the version of each file, so that another
-    model at the same address is downloaded anew.
+    The address is a folder of any format, a run folder, or one GGUF file. Only one format of a folder is downloaded, as
+    from the hub, and only the newest checkpoint of a run folder. The cache distinguishes versions of files, so that
+    another model at the same address is downloaded again.
 
     Raises:
-        ConfigError: nothing is there, no access, no package for this store, no room, or no format that is read.
+        ConfigError: there are no files, no access, no package for this store, no disk space, or no supported format.
     """
     files = storage.find(url)
     folder = storage.cache_folder(url, files)
@@ -39,7 +39,7 @@ def download(url: str) -> Path:
 
 
 def _of_run(files: dict[str, Stored]) -> list[Stored]:
-    """The files of a run folder that make a model: those of its newest checkpoint, and the small ones beside it."""
+    """The files of a run folder that make up a model: those of its newest checkpoint, and the small ones next to it."""
     steps = [int(match[1]) for name in files if (match := _STEP.fullmatch(name))]
     if not steps or "config.json" not in files:
         return []

@@ -1,11 +1,11 @@
-"""Lazy tensors: a tensor in a file that has not been read, and the operations that make one lazy tensor of others.
+"""Lazy tensors: tensors in files that have not been read, and the operations that make new lazy tensors of them.
 
-Files are read by byte range and never mapped. The data read are private to the process: a file that changes later
-changes nothing, and one that was cut off is an error rather than a signal. Pages of the file do not count as memory of
-the process.
+Files are read by byte range and never mapped. The process has its own copy of the data, so later changes of a file have
+no effect, and a truncated file is an error instead of a signal. Pages of the file do not count as memory of the
+process.
 
-Every format returns its tensors as lazy tensors. Differences in the order of rows and in the packing of numbers are
-removed by wrapping one lazy tensor in another, so that loading and saving do not depend on the format. Imports no jax.
+Every format returns its tensors as lazy tensors. Differences in row order and packing between formats are removed by
+wrapping lazy tensors in others, so that loading and saving do not depend on the format. Imports no jax.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class LazyTensor:
     Attributes:
         dtype: dtype of the array that `read` returns.
         shape: shape of the tensor.
-        fill: called with (out, index). It writes the part `index` of the tensor into `out`, a C-contiguous array of any
-            dtype, and casts.
+        fill: function of (out, index). It writes the part `index` of the tensor into `out`, a C-contiguous array, and
+            casts to the dtype of `out`.
         kind: name of the type in the file, e.g. "BF16" or "Q4_K".
         nbytes: size in the file, in bytes.
         quantized: the exact parts of a quantized tensor that our quantized leaves can hold, else None.
@@ -88,13 +88,13 @@ class LazyTensor:
             with np.errstate(over="ignore"):
                 self.fill(out, index)
             if out.dtype == np.float16 and not np.isfinite(out).all():
-                raise ValueError(f"{what} holds numbers that float16 cannot: write bfloat16 or float32")
+                raise ValueError(f"{what} has values beyond the range of float16: write bfloat16 or float32")
 
         return dataclasses.replace(self, dtype=np.dtype(dtype), fill=fill, quantized=None)
 
 
 def equal(a: LazyTensor, b: LazyTensor) -> bool:
-    """Returns whether two tensors are equal bit for bit. The first rows almost always decide it."""
+    """True if two tensors are equal bit for bit. The first rows are compared first, and usually decide it."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype or a.kind != b.kind or a.shape[-1] > _WIDEST:
@@ -137,7 +137,7 @@ def stored(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], *, k
 
 
 def of_array(array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> LazyTensor:
-    """A lazy tensor that `array` returns as an array in memory. It is called at each read."""
+    """A lazy tensor whose contents the function `array` returns as an array in memory. It is called at each read."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         np.copyto(out, array()[index], casting="unsafe")
@@ -242,7 +242,7 @@ def _read_rows(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], 
 def _read_through(
     file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], index: Index, out: np.ndarray
 ) -> None:
-    """Reads short pieces of rows: whole rows are read, a block at a time, and the pieces are copied out of them."""
+    """Reads a part with short pieces of many rows: whole rows are read, a block at a time, and the pieces copied."""
     rows = (index[0], *(slice(0, n) for n in shape[1:]))
     for at, block in row_blocks(rows, dtype.itemsize):
         scratch = np.empty((block[0].stop - block[0].start, *shape[1:]), dtype)

@@ -86,5 +86,5 @@ def _check_names(tensors: Mapping[str, LazyTensor], config: ModelConfig, format:
     if extra:
         near = nearest(extra[0], sorted(known))
         raise ValueError(
-            f"{source}: {len(extra)} tensors that this config has no place for, the first {brief(extra[0])}{near}"
+            f"{source}: {len(extra)} tensors do not belong to this config, the first {brief(extra[0])}{near}"
         )

@@ -225,7 +225,7 @@ BAD = {
     "key length": (encode([struct.pack("<Q", 1 << 63) + bytes(20)]), "metadata key 1"),
     "key twice": (encode([key("a", 4, bytes(4)), key("a", 0, b"\1")]), "twice"),
     "key not UTF-8": (encode([key(b"\xff\xfe", 4, bytes(4))]), "UTF-8"),
-    "string not UTF-8": (encode([key("a", 8, text(b"ab\xc3"))]), "'a' is not sound UTF-8"),
+    "string not UTF-8": (encode([key("a", 8, text(b"ab\xc3"))]), "'a' is not valid UTF-8"),
     "surrogate": (encode([key("a", 8, text(b"\xed\xa0\x80"))]), "UTF-8"),
     "string length": (encode([key("a", 8, struct.pack("<Q", 1 << 40))]), "'a'"),
     "value type": (encode([key("a", 13, bytes(8))]), "type 13"),
@@ -354,7 +354,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match="keep the names"):
         gguf_file.open_file(alone)
     for name in ("x-00004-of-00003.gguf", "x-00000-of-00003.gguf", "x-00001-of-99999.gguf"):
-        with pytest.raises(ValueError, match="parts are 1 to"):
+        with pytest.raises(ValueError, match="parts must be 1 to"):
             gguf_file.open_file(write(tmp_path, first.read_bytes(), name))
 
 

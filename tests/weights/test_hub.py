@@ -161,7 +161,7 @@ def test_whatever_the_hub_refuses_is_one_line_with_its_mend(tmp_path, endpoint):
         assert "no such path here" in said and "check the spelling" in said and "HF_TOKEN" in said
     assert f"gated: open {endpoint}/meta/gated, accept the licence, then `hf auth login`, or set HF_TOKEN" in gated
     assert "no branch, tag or commit 'v2'" in revision and "owner/name@revision" in revision
-    assert "no weights that can be read" in torch and "it has tf_model.h5" in torch
+    assert "no supported weights" in torch and "it has tf_model.h5" in torch
     assert "someone/ggufs/m-Q4_0.gguf@v1" in several and "q8/m-Q8_0-00001-of-00002.gguf" in several
     assert "00002-of-00002" not in several
     assert "model_type" in mistral and "model.safetensors" not in fetched("someone/mistral")

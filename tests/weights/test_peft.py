@@ -256,7 +256,7 @@ def test_weights_without_lora_are_no_adapter_to_save(llama, tmp_path):
             {"target_modules": golden.LINEAR, "layers_to_transform": [0, 1], "layers_pattern": "h"},
             "does not name its module",
         ),
-        ({"use_rsLora": True}, "'use_rsLora'=True is not known here; did you mean 'use_rslora'"),
+        ({"use_rsLora": True}, "'use_rsLora'=True is an unknown key; did you mean 'use_rslora'"),
         ({"use_rslora": 1}, "use_rslora must be true or false"),
         ({"init_lora_weights": "pissa_niter_4"}, "moves part of the base into the adapter; .*path_initial_model"),
         ({"init_lora_weights": "OLoRA"}, "moves part of the base into the adapter; .*path_initial_model"),

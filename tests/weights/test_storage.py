@@ -92,7 +92,7 @@ def test_a_run_trains_on_stored_data_as_on_files(bucket, tmp_path):
         ("memory://bucket/*.txt", "has no files"),
         ("gss://bucket/x", "no store is named 'gss'; did you mean 'gs'?"),
         ("memory://bucket/only", "holds no file ending in .txt, .md"),
-        ("memory://bucket/only/a.csv", ".csv is not read; write records as lines of a .jsonl file"),
+        ("memory://bucket/only/a.csv", ".csv are not supported; write records as lines of a .jsonl file"),
     ],
 )
 def test_an_address_without_data_is_one_line(bucket, url, words):
@@ -195,7 +195,7 @@ def test_an_address_without_a_model_names_what_is_wanted(bucket):
     put(f"{bucket}/none", a__txt="x")
     with pytest.raises(ConfigError) as caught:
         open_source(f"{bucket}/none")
-    assert "memory://bucket/none has no weights that can be read: wanted are" in refusal(caught)
+    assert "memory://bucket/none has no supported weights: they are" in refusal(caught)
 
 
 def test_the_room_of_a_download_from_the_hub_is_checked(tmp_path, monkeypatch):

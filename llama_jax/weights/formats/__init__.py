@@ -1,1 +1,1 @@
-"""Weights on disk, a format at a time: the container, which knows nothing of Llama, and the Llama in it."""
+"""Formats of weights on disk: readers of the containers, which are independent of Llama, and of the Llamas in them."""

@@ -1,8 +1,8 @@
 """Quantized weights in Hugging Face folders, in the "pack-quantized" layout of the compressed-tensors library.
 
-It is what vLLM and transformers (with that library) read. A matrix `x.weight` (out, in) is stored as `x.weight_packed`,
-int32 words with 8 / bits values of a row each, the first in the lowest bits, plus 2^(bits - 1); as `x.weight_scale`,
-one scale for each group of a row; and as `x.weight_shape`. config.json names the bits and the group size.
+vLLM reads it, and transformers with that library. A matrix `x.weight` (out, in) is stored as `x.weight_packed`, int32
+words with 8 / bits values of a row each, the first in the lowest bits, plus 2^(bits - 1); as `x.weight_scale`, one
+scale for each group of a row; and as `x.weight_shape`. config.json names the bits and the group size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def config_of(bits: Mapping[str, int | None]) -> dict[str, Any]:
 
 
 def is_mine(quantization: Any) -> bool:
-    """Returns whether a quantization_config is of this library."""
+    """True if a quantization_config is that of the compressed-tensors library."""
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
@@ -74,7 +74,7 @@ def check(quantization: Mapping[str, Any]) -> None:
         for key, (value, allowed) in read.items():
             if value not in allowed:
                 raise ConfigError(
-                    f"quantization_config has {key}={brief(value)}; read here: "
+                    f"quantization_config has {key}={brief(value)}; supported: "
                     f"{', '.join(map(str, allowed))}. Use the model before quantization"
                 )
 
@@ -83,7 +83,7 @@ def unpacked(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTe
     """The tensors of a folder with each matrix in place of the three that store it.
 
     Raises:
-        ValueError: parts that are missing or do not agree.
+        ValueError: parts are missing or do not fit together.
     """
     bare = {name.removesuffix(_PACKED) for name in tensors if name.endswith(f".weight{_PACKED}")}
     parts = {name + end for name in bare for end in (_PACKED, _SCALE, _SHAPE)}
@@ -91,7 +91,7 @@ def unpacked(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTe
     for name in sorted(bare):
         extra = [name + end for end in _EXTRA if name + end in tensors]
         if extra:
-            raise ValueError(f"{source}: {extra[0]} is of a kind of quantization that is not read here")
+            raise ValueError(f"{source}: {extra[0]} belongs to a kind of quantization that is not supported")
         packed, scale = tensors[name + _PACKED], tensors.get(name + _SCALE)
         out[name] = _matrix(name, packed, scale, tensors.get(name + _SHAPE), source)
     return out
@@ -136,7 +136,7 @@ def _matrix(
 def _of(
     stored: LazyTensor, dtype: np.dtype, shape: tuple[int, int], convert: Callable[[np.ndarray], np.ndarray]
 ) -> LazyTensor:
-    """A tensor whose rows are those of `stored`, converted."""
+    """A lazy tensor whose rows are the converted rows of `stored`."""
 
     def fill(target: np.ndarray, index: Index) -> None:
         for at, rows in row_blocks(index, 4):
@@ -146,7 +146,7 @@ def _of(
 
 
 def from_words(words: np.ndarray, bits: int) -> np.ndarray:
-    """The values of int32 words (out, n) as a QTensor has them: int8, or uint8 with two values a byte."""
+    """Unpacks int32 words (out, n) to the values of a QTensor: int8, or uint8 with two values in a byte."""
     data = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return (data ^ 0x80).view(np.int8)  # stored plus 128

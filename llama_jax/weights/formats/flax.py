@@ -20,7 +20,7 @@ _ROOT = "params/"  # some files hold all variables of a flax module; the params 
 
 
 def open_folder(folder: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a folder by their names: those of flax_model.msgpack, else of the shards that its index lists.
+    """The tensors of a folder by name, from flax_model.msgpack or else from the shards that its index lists.
 
     Shards must be files of the folder itself. Raises ValueError (one line) for a missing or damaged file.
     """

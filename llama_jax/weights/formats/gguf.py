@@ -1,8 +1,8 @@
-"""Llamas in GGUF files: the config that metadata and tensors give, the vocabulary as plain data, and both written.
+"""Llamas in GGUF files: reads the config and the vocabulary's data from the metadata, and writes whole files.
 
-Keys are those of llama.cpp (gguf-py/gguf/constants.py); what its converter leaves out has the value that llama.cpp
-assumes. What a file says and this code does not do is refused by name, since a model that runs with the wrong physics
-looks like one that runs. Imports no jax.
+Keys are those of llama.cpp (gguf-py/gguf/constants.py). Keys that its converter leaves out have the values that
+llama.cpp assumes. A setting that this code does not implement is an error that names it, because a model with a wrong
+setting would still run. Imports no jax.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ DTYPES = {
 
 
 def recognizes(path: Path) -> bool:
-    """Returns whether this is a GGUF file (by its first bytes or its name), or a folder with one model in GGUF."""
+    """True for a GGUF file (by its first bytes or its name), and for a folder with one model in GGUF."""
     if path.is_file():
         with open(path, "rb") as file:
             return file.read(4) == b"GGUF" or path.suffix == ".gguf"
@@ -102,8 +102,8 @@ def read(path: Path) -> ModelFiles:
     """Reads the header of a GGUF file, or of the one in a folder.
 
     Raises:
-        ConfigError: a setting that is not implemented.
-        ValueError: a damaged file.
+        ConfigError: a setting is not implemented.
+        ValueError: the file is damaged.
     """
     path = path if path.is_file() else _only_model(path)
     gguf = gguf_file.open_file(path)
@@ -205,7 +205,7 @@ def _check_effects(path: Path, given: Mapping[str, Value], head_dim: int, contex
 
 
 def _is_neutral(key: str, value: Value, head_dim: int, context: int) -> bool:
-    """Returns whether a setting that can change the model changes nothing with this value."""
+    """True if a setting that can change the model changes nothing with this value."""
     if isinstance(value, np.ndarray):  # one value a layer
         return len(value) > 0 and all(_is_neutral(key, one, head_dim, context) for one in set(value.tolist()))
     if not isinstance(value, (str, bool, int, float)):
@@ -234,7 +234,7 @@ def vocabulary(gguf: GGUF) -> Fields | None:
 
 
 def chat_template(gguf: GGUF) -> ChatTemplate | None:
-    """The chat templates in a file's metadata, with the spelling of the tokens that they name; None without one."""
+    """The chat templates in a file's metadata, with the spelling of the tokens that they name, or None."""
     sources = {}
     for key in gguf.metadata:
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
@@ -278,8 +278,8 @@ def save_file(
         progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ConfigError: a dtype or a property of the model that the format cannot hold.
-        ValueError: a number that is not finite in the dtype.
+        ConfigError: the dtype or a property of the model cannot be stored in the format.
+        ValueError: a number is not finite in the dtype.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, list(DTYPES))}")
@@ -354,7 +354,7 @@ class _Fields:
 
         Args:
             key: the key.
-            layers: also accept an array of so many equal numbers, one a layer.
+            layers: if not 0, also accept an array of that many equal numbers, one for each layer.
             default: the value of an absent key; None requires the key.
         """
         if default is not None and key not in self.given:
@@ -377,7 +377,7 @@ class _Fields:
 def _rows(gguf: GGUF, name: str) -> int:
     entry = gguf.entries.get(name)
     if entry is None or not entry.shape:
-        raise ConfigError(f"{gguf.path}: lacks {name}, of which the rows are the vocabulary")
+        raise ConfigError(f"{gguf.path}: the tensor {name}, whose rows are the vocabulary, is missing")
     return entry.shape[0]
 
 

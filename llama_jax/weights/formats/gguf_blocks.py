@@ -1,11 +1,12 @@
 """The block formats of ggml's quantized tensors: exact dequantization, and quantization to two of them.
 
-A row is cut into blocks of 32 or 256 numbers, each with its own scale. What follows is laid out as in ggml-common.h of
-ggml (github.com/ggml-org/ggml); products and sums are rounded to float32 in the order of its `dequantize_row_*`, so
-that the values equal those of llama.cpp bit for bit. Imports no jax.
+A row is cut into blocks of 32 or 256 numbers, each with its own scale. The layouts are those of ggml-common.h in ggml
+(github.com/ggml-org/ggml). Products and sums are rounded to float32 in the order of its `dequantize_row_*`, so that the
+values equal those of llama.cpp bit for bit. Imports no jax.
 
-In the layouts, [n] is n bytes, d, m and dmin are float16 little-endian, and "bits b of runs of r" is how bytes hold
-several small numbers: of each run of r bytes first the lowest b bits of all, then the next b bits of all, and so on.
+In the descriptions of layouts, [n] means n bytes, and d, m and dmin are float16, little-endian. "bits b of runs of r"
+describes how bytes store several numbers q of b bits. Each run of r bytes has first the lowest b bits of all its bytes,
+then the next b bits of all its bytes, and so on.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def dequantize(kind: str, raw: np.ndarray) -> np.ndarray:
         float32 (rows, numbers).
 
     Raises:
-        FloatingPointError: a scale that is not finite.
+        FloatingPointError: a scale is not finite.
     """
     numbers, size = BLOCKS[kind]
     rows, width = raw.shape
@@ -69,7 +70,7 @@ def half(raw: np.ndarray) -> np.ndarray:
     """Scales (n, k) in float16 from their bytes (n, 2 k). Raises FloatingPointError if one is not finite."""
     scales = np.ascontiguousarray(raw).view(np.float16)
     if not np.isfinite(scales).all():
-        raise FloatingPointError("a scale that is not finite")
+        raise FloatingPointError("a scale is not finite")
     return scales
 
 
@@ -94,46 +95,52 @@ def _affine(q: np.ndarray, scales: np.ndarray, minima: np.ndarray | None = None)
 
 
 def _q8_0(b: np.ndarray) -> np.ndarray:
-    """d, int8[32]: d q."""
+    """Q8_0 blocks: d, int8 q [32]. A value is d q."""
     return b[:, 2:].view(np.int8).astype(np.float32) * _float(b[:, :2])
 
 
 def _q4_0(b: np.ndarray) -> np.ndarray:
-    """d, [16] bits 4 of runs of 16: d (q - 8)."""
+    """Q4_0 blocks: d, then q in [16] as bits 4 of runs of 16. A value is d (q - 8)."""
     q = _unpack(b[:, 2:], 16, 4).view(np.int8) - np.int8(8)
     return q.astype(np.float32) * _float(b[:, :2])
 
 
 def _q4_1(b: np.ndarray) -> np.ndarray:
-    """d, m, [16] bits 4 of runs of 16: d q + m."""
+    """Q4_1 blocks: d, m, then q in [16] as bits 4 of runs of 16. A value is d q + m."""
     return _unpack(b[:, 4:], 16, 4).astype(np.float32) * _float(b[:, :2]) + _float(b[:, 2:4])
 
 
 def _q5(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """[4] whose bit i is the highest of number i, [16] bits 4 of runs of 16."""
+    """Unpacks q of 5 bits: the highest bit of number i is bit i of [4], the others are bits 4 of runs of 16 in [16]."""
     return _unpack(low, 16, 4) | np.unpackbits(high, axis=1, bitorder="little") << np.uint8(4)
 
 
 def _q5_0(b: np.ndarray) -> np.ndarray:
-    """d, 5-bit q in [4] and [16]: d (q - 16)."""
+    """Q5_0 blocks: d, then q in [4] and [16] (see `_q5`). A value is d (q - 16)."""
     q = _q5(b[:, 2:6], b[:, 6:]).view(np.int8) - np.int8(16)
     return q.astype(np.float32) * _float(b[:, :2])
 
 
 def _q5_1(b: np.ndarray) -> np.ndarray:
-    """d, m, 5-bit q in [4] and [16]: d q + m."""
+    """Q5_1 blocks: d, m, then q in [4] and [16] (see `_q5`). A value is d q + m."""
     return _q5(b[:, 4:8], b[:, 8:]).astype(np.float32) * _float(b[:, :2]) + _float(b[:, 2:4])
 
 
 def _q2_k(b: np.ndarray) -> np.ndarray:
-    """[16] scales (low 4 bits) and minima (high 4), [64] bits 2 of runs of 32, d, dmin: (d s) q - (dmin m), by 16."""
+    """Q2_K blocks: [16] with a scale s (low 4 bits) and a minimum m (high 4) each, q in [64], d, dmin.
+
+    q is bits 2 of runs of 32. A value is (d s) q - (dmin m), where 16 values share s and m.
+    """
     x, d, dmin = b[:, :16], _float(b[:, 80:82]), _float(b[:, 82:84])
     scales, minima = d * (x & 15).astype(np.float32), dmin * (x >> 4).astype(np.float32)
     return _affine(_unpack(b[:, 16:80], 32, 2), scales, minima)
 
 
 def _q3_k(b: np.ndarray) -> np.ndarray:
-    """[32] bits 1 of runs of 32 (clear: take off 4), [64] bits 2 of runs of 32, [12] scales, d: (d (s - 32)) q, by 16.
+    """Q3_K blocks: [32] high bits, [64] low bits of q, [12] scales s, d. A value is (d (s - 32)) q.
+
+    The low bits are bits 2 of runs of 32. The high bits are bits 1 of runs of 32, and 4 is subtracted from q if one is
+    clear. 16 values share a scale.
 
     The 16 scales have 6 bits: the low 4 are bits 4 of runs of 8 in [8], the high 2 are bits 2 of runs of 4 in [4].
     """
@@ -145,25 +152,31 @@ def _q3_k(b: np.ndarray) -> np.ndarray:
 
 
 def _q4_k(b: np.ndarray) -> np.ndarray:
-    """d, dmin, [12] scales and minima, [128] bits 4 of runs of 32: (d s) q - (dmin m), by 32."""
+    """Q4_K blocks: d, dmin, [12] with scales s and minima m (see `_scales_4`), and q in [128] as bits 4 of runs of 32.
+
+    A value is (d s) q - (dmin m), where 32 values share s and m.
+    """
     return _affine(_unpack(b[:, 16:], 32, 4), *_scales_4(b))
 
 
 def _q5_k(b: np.ndarray) -> np.ndarray:
-    """As Q4_K with a fifth bit: d, dmin, [12], [32] the highest: bits 1 of runs of 32, [128] bits 4 of runs of 32."""
+    """Q5_K blocks: as Q4_K, with the highest bit of each q in [32], bits 1 of runs of 32, before [128]."""
     q = _unpack(b[:, 48:], 32, 4) | _unpack(b[:, 16:48], 32, 1) << np.uint8(4)
     return _affine(q, *_scales_4(b))
 
 
 def _q6_k(b: np.ndarray) -> np.ndarray:
-    """[128] bits 4 of runs of 64, [64] the high 2: bits 2 of runs of 32, int8[16] scales, d: (d s) (q - 32), by 16."""
+    """Q6_K blocks: [128] low bits, [64] high bits of q, int8 scales s [16], d. A value is (d s) (q - 32).
+
+    The low bits are bits 4 of runs of 64, and the high bits are bits 2 of runs of 32. 16 values share a scale.
+    """
     q = _unpack(b[:, :128], 64, 4) | _unpack(b[:, 128:192], 32, 2) << np.uint8(4)
     scales = b[:, 192:208].view(np.int8).astype(np.float32)
     return _affine(q.view(np.int8) - np.int8(32), _float(b[:, 208:210]) * scales)
 
 
 def _scales_4(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """d s and dmin m, each (n, 8), of the first 16 bytes of a Q4_K or Q5_K block.
+    """The scales d s and the minima dmin m, each (n, 8), from the first 16 bytes of Q4_K or Q5_K blocks.
 
     Of the twelve bytes x, scales 0 to 3 are the low 6 bits of x[0:4], and minima 0 to 3 those of x[4:8]. Scales and
     minima 4 to 7 have their low 4 bits in the low and the high half of x[8:12], and their high 2 at the top of x[0:4]
@@ -188,7 +201,7 @@ def _scale_of(largest: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _to_q8_0(x: np.ndarray) -> np.ndarray:
-    """d = max |x| / 127; q = x (1 / d), rounded half away from zero."""
+    """Quantizes blocks to Q8_0: d = max |x| / 127; q = x (1 / d), rounded half away from zero."""
     scales, inverse = _scale_of(np.abs(x).max(axis=1, keepdims=True), 127)
     scaled = x * inverse
     size = np.abs(scaled)
@@ -199,7 +212,10 @@ def _to_q8_0(x: np.ndarray) -> np.ndarray:
 
 
 def _to_q4_0(x: np.ndarray) -> np.ndarray:
-    """d = (the first x of the largest size) / -8; q = the whole part of x (1 / d) + 8.5, at most 15."""
+    """Quantizes blocks to Q4_0: d = x* / -8, where x* is the first x of the largest magnitude.
+
+    q is the integer part of x (1 / d) + 8.5, at most 15.
+    """
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
     scales, inverse = _scale_of(largest, -8)
     q = np.minimum((x * inverse + np.float32(8.5)).astype(np.uint8), 15)

@@ -1,9 +1,9 @@
-"""Reading and writing GGUF files, without trusting them and without reading more than is asked for.
+"""Reader and writer of GGUF files. Files are not trusted, and only requested tensors are read.
 
-The format (github.com/ggml-org/ggml, docs/gguf.md): a magic word, a version and two counts; metadata as keys with typed
-values; the name, dimensions, type and offset of each tensor; then the tensors, aligned. Numbers are little-endian, and
-dimensions are listed innermost first. This module knows nothing about Llama. Everything in the header is checked
-against the size of the file, and every error is one line that names the file. Imports no jax.
+The format (github.com/ggml-org/ggml, docs/gguf.md): a magic number, a version and two counts; metadata as keys with
+typed values; the name, dimensions, type and offset of each tensor; then the tensors, aligned. Numbers are
+little-endian, and dimensions are listed innermost first. This module knows nothing about Llama. Everything in the
+header is checked against the size of the file, and every error is one line that names the file. Imports no jax.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GGUF:
         path: path that was opened.
         version: version of the format.
         metadata: values by key. A float32 becomes the shortest decimal number that rounds to it.
-        entries: tensors by name, as (out, in). Quantized ones are float32 and are dequantized when they are read.
+        entries: tensors by name, as (out, in). Quantized ones are read as float32.
         size: size of all parts in bytes.
     """
 
@@ -76,7 +76,9 @@ def open_file(path: str | os.PathLike[str]) -> GGUF:
     named = _PART.fullmatch(path.name)
     number, count = (int(named["number"]), int(named["count"])) if named else (1, 1)
     if not 1 <= number <= count <= _MAX_PARTS:
-        raise ValueError(f"{path}: its name says part {number} of {count}; parts are 1 to at most {_MAX_PARTS}")
+        raise ValueError(
+            f"{path}: its name says part {number} of {count}; parts must be 1 to the count, at most {_MAX_PARTS}"
+        )
     parts: list[GGUF] = []
     entries: dict[str, LazyTensor] = {}
     spent = 0
@@ -113,7 +115,7 @@ def save_file(
         progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ValueError: a type or a value that cannot be written, or a number that is not finite in its type.
+        ValueError: a type or a value cannot be written, or a number is not finite in its type.
     """
     path = Path(path)
     header = [MAGIC, _u32(3), _u64(len(tensors)), _u64(len(metadata))]
@@ -192,7 +194,7 @@ def _tensor_info(header: Header, number: int) -> tuple[str, str, tuple[int, ...]
     known = _TYPES.get(kind, f"unknown number {kind}")
     if known not in PLAIN and known not in gguf_blocks.BLOCKS:
         read = ", ".join((*PLAIN, *gguf_blocks.BLOCKS))
-        raise ValueError(f"{path}: {what} is of type {known}, which is not read; read here: {read}")
+        raise ValueError(f"{path}: {what} is of type {known}, which is not supported; supported: {read}")
     return name, known, shape, header.whole(8, what)
 
 
@@ -209,7 +211,7 @@ def _stored_bytes(where: str, kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where: str) -> LazyTensor:
-    """A tensor that is stored in blocks."""
+    """A lazy tensor that is stored in blocks of a quantized type."""
     numbers, size = gguf_blocks.BLOCKS[kind]
     raw = stored(file, start, np.dtype(np.uint8), (*shape[:-1], shape[-1] // numbers * size))
 
@@ -247,7 +249,7 @@ def _in_blocks(file: File, start: int, kind: str, shape: tuple[int, ...], where:
 
 
 def _check_part(part: GGUF, number: int, count: int) -> None:
-    """Raises ValueError if a file is not the part of a split one that its name says."""
+    """Raises ValueError if a part of a split file has another number or count than its name says."""
     says = [part.metadata.get(key, 0) for key in ("split.no", "split.count")]
     due = [number - 1, count]
     if not all(type(n) is int for n in says) or (says != due and not (count == 1 and says == [0, 0])):
@@ -258,9 +260,7 @@ def _check_part(part: GGUF, number: int, count: int) -> None:
 
 
 def _encoded(entry: LazyTensor, kind: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor in the type `kind`, some rows at a time. Raises FloatingPointError for a number that is
-    not finite in it.
-    """
+    """Encodes a tensor as bytes of the type `kind`, some rows at a time. FloatingPointError for non-finite numbers."""
     if kind in PLAIN:
         for block in entry.blocks(PLAIN[kind]):
             if not np.isfinite(block).all():

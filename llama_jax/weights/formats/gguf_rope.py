@@ -27,26 +27,26 @@ def rope_factors(scaling: RopeScaling, *, theta: float, head_dim: int) -> np.nda
 
 
 def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context: int) -> RopeScaling | None:
-    """The scaling whose `rope_factors` these are; None if all are 1.
+    """The RopeScaling for which `rope_factors` returns these factors; None if all are 1.
 
     The factors determine only ratios of the settings, and few factors only bounds. Llama's own settings (low 1, high 4,
     original 8,192) are tried first, then powers of two, then settings that reproduce every factor.
 
     Args:
-        factors: (head_dim / 2,).
+        factors: divisors of the frequencies, (head_dim / 2,).
         theta: base of the frequencies.
         head_dim: width of a head.
         context: number of positions of the model; an original length that is not longer is tried first.
 
     Raises:
-        ConfigError: they belong to another scaling than Llama 3.1's.
+        ConfigError: the factors belong to another scaling than Llama 3.1's.
     """
     with np.errstate(invalid="ignore"):  # a signaling NaN
         given = np.asarray(factors, np.float64)
     sound = given.shape == (head_dim // 2,) and np.isfinite(given).all() and given.min() >= 1 - _EXACT
     if not sound or (given[1:] < given[:-1] * (1 - _EXACT)).any():
         raise ConfigError(
-            f"rope_freqs.weight must be {head_dim // 2} factors of at least 1 that never fall, got "
+            f"rope_freqs.weight must be {head_dim // 2} factors of at least 1 in ascending order, got "
             f"{brief(given.tolist())}"
         )
     largest = float(f"{given.max():.6g}")
@@ -69,7 +69,7 @@ def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context
             if np.allclose(rope_factors(found, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
                 return found
     raise ConfigError(
-        "rope_freqs.weight are not the factors of a Llama 3.1 scaling (rope_type llama3); others are not read"
+        "rope_freqs.weight are not the factors of a Llama 3.1 scaling (rope_type llama3); others are not supported"
     )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's model folders: config.json, weights, tokenizer files and generation_config.json, read and written.
+"""Reader and writer of Hugging Face's model folders: config.json, weights, tokenizer files, generation_config.json.
 
 Three kinds of weight files are read (safetensors, torch, the old Flax) and one is written (safetensors).
 """
@@ -45,7 +45,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def recognizes(path: Path) -> bool:
-    """Returns whether this is a folder with config.json and weights of one of the three kinds."""
+    """True for a folder with config.json and weights of one of the three kinds."""
     return (path / "config.json").is_file() and _weights_of(path) is not None
 
 
@@ -53,8 +53,8 @@ def read(folder: Path) -> ModelFiles:
     """Reads a folder's JSON files and the headers of its weights.
 
     Raises:
-        ConfigError: a setting that is not implemented.
-        ValueError: a damaged file.
+        ConfigError: a setting is not implemented.
+        ValueError: a file is damaged.
     """
     config = read_config(folder)
     description, names, open_folder = _weights_of(folder)
@@ -97,7 +97,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _read_generation(path: Path) -> dict[str, Any] | None:
-    """The contents of generation_config.json, or None. A damaged file costs only these settings, with a warning."""
+    """The contents of generation_config.json, or None. A damaged file is ignored with a warning."""
     try:
         values = read_json(path) if path.exists() else None
         _stop_tokens(values, path)
@@ -108,7 +108,7 @@ def _read_generation(path: Path) -> dict[str, Any] | None:
 
 
 def _chat_template(folder: Path) -> ChatTemplate | None:
-    """The chat template of a folder, or None. A damaged one costs only the template, with a warning."""
+    """The chat template of a folder, or None. A damaged one is ignored with a warning."""
     try:
         return chat_template.read_folder(folder)
     except ValueError as error:
@@ -182,7 +182,7 @@ def save_folder(
         leaves: the tensors by path, in the dtypes to be written.
         metadata: token ids and sampling settings.
         shard_bytes: largest size of one file in bytes, unless a single tensor is larger.
-        quantized: store quantized parts of tensors, in the layout of compressed_tensors.py.
+        quantized: True stores the quantized parts of tensors, in the layout of compressed_tensors.py.
         progress: called with the number of bytes that were written since the last call.
     """
     stored = _stored(config, leaves, quantized)

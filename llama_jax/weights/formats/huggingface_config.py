@@ -1,8 +1,8 @@
-"""Hugging Face's config.json as a ModelConfig, read and written.
+"""Conversion between Hugging Face's config.json and ModelConfig.
 
-A setting is judged by its effect. One that would change the model and is not implemented is refused by name: the
-outputs of a model that runs with wrong settings look plausible. One that changes nothing is accepted. Keys that are not
-listed here do not change what transformers computes for model_type "llama", and are ignored.
+A setting that would change the model and is not implemented is an error that names it, because a model with wrong
+settings still gives plausible outputs. A setting that changes nothing is accepted. Keys that are not listed here do not
+change what transformers computes for model_type "llama", and are ignored.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The ModelConfig of a folder's config.json, with `rope_theta` and `rope_scaling` or with `rope_parameters`.
 
     Raises:
-        ConfigError: a setting that is not implemented, or one that is missing.
-        ValueError: no such file, or not JSON.
+        ConfigError: a setting is not implemented or missing.
+        ValueError: the file does not exist or is not JSON.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -143,7 +143,7 @@ def _check_effects(raw: Mapping[str, Any]) -> None:
 
 
 def _has_window(raw: Mapping[str, Any]) -> bool:
-    """Returns whether attention is limited to a window that is shorter than the context."""
+    """True if attention is limited to a window that is shorter than the context."""
     window, positions = raw.get("sliding_window"), raw.get("max_position_embeddings")
     if window in (None, False, 0) or raw.get("use_sliding_window") is False:
         return False
@@ -154,14 +154,14 @@ def _has_window(raw: Mapping[str, Any]) -> bool:
 
 
 def _is_off(quantization: Any) -> bool:
-    """Returns whether a quantization_config quantizes nothing, like that of bitsandbytes when it is turned off."""
+    """True if a quantization_config quantizes nothing, like that of bitsandbytes when it is turned off."""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":
         return False
     return not any(quantization.get(key) for key in ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"))
 
 
 def export_config(config: ModelConfig) -> dict[str, Any]:
-    """The shape of a model as config.json has it, in the older spelling that every version of transformers reads."""
+    """The entries of config.json for a model's shape, in the older form that every version of transformers reads."""
     scaling = config.rope_scaling
     named = None if scaling is None else {key: getattr(scaling, field) for field, key in _SCALING.items()}
     return {

@@ -1,6 +1,6 @@
 """Meta's download: params.json and consolidated.00.pth, .01.pth, ..., one file for each device of Meta's own code.
 
-The files hold the shards of fairscale's model-parallel layers. Every matrix is split: along its rows if the layer's
+The files contain the shards of fairscale's model-parallel layers. Every matrix is split: along its rows if the layer's
 output is spread over the devices, along its columns if its input is. Joined, they are the matrices of a single file.
 
 Sources: llama_models/llama3/args.py and model.py of Meta's llama-models, and fairscale/nn/model_parallel/layers.py.
@@ -53,12 +53,12 @@ _PUBLISHED = {
 
 
 def recognizes(path: Path) -> bool:
-    """Returns whether this is a folder with params.json."""
+    """True for a folder with params.json."""
     return (path / "params.json").is_file()
 
 
 def read(folder: Path) -> ModelFiles:
-    """Reads a folder's params.json and the headers of its weights; raises what `open_folder` raises."""
+    """Reads a folder's params.json and the headers of its weights; errors are those of `open_folder`."""
     config, tensors = open_folder(folder)
     tokenizer = functools.partial(tokenizer_in, folder)
     return ModelFiles(folder, "Meta's download", "meta", config, tensors, Metadata(), tokenizer)
@@ -70,8 +70,8 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
     A model is tied if its `output.weight` is absent or equals the embedding bit for bit; then it is left out.
 
     Raises:
-        ConfigError: a setting in params.json that is not implemented or not possible.
-        ValueError: (one line) a file that is missing, damaged, or does not fit the others or params.json.
+        ConfigError: a setting in params.json is not implemented or not possible.
+        ValueError: (one line) a file is missing or damaged, or does not fit the others or params.json.
     """
     folder = Path(folder)
     raw = read_json(folder / "params.json")
@@ -117,7 +117,7 @@ def save_folder(
         progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ConfigError: a field of the config that Meta's code does not have. Nothing is written then.
+        ConfigError: Meta's code does not have a field of the config. Nothing is written then.
     """
     settings = export_params(config)
     tensors = {w.name: w.to_disk(leaves[w.path]) for w in name_table.weights(config, "meta")}
@@ -129,7 +129,7 @@ def save_folder(
 
 
 def context_of(config: ModelConfig) -> int:
-    """The max_seq_len that a saved config has when it is read again: params.json cannot hold the real one."""
+    """The max_seq_len that a saved config has when it is read again, since params.json has no key for it."""
     return _context(config.vocab_size, config.rope_scaling is not None)
 
 
@@ -214,7 +214,7 @@ def _config(raw: dict[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:
     Args:
         raw: the settings.
         vocab_size: number of rows of the embedding, for a file without vocab_size.
-        tied: the unembedding is the embedding.
+        tied: True if the unembedding is the embedding.
     """
     dim, heads = raw["dim"], raw["n_heads"]
     vocab = vocab_size if raw.get("vocab_size") in (None, -1) else raw["vocab_size"]

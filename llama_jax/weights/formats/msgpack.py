@@ -1,9 +1,9 @@
-"""The arrays of a flax.serialization file, located without reading them.
+"""Reader of flax.serialization files, which locates the arrays in a file without reading them.
 
 The file is MessagePack (github.com/msgpack/msgpack/blob/master/spec.md): maps with string keys, whose leaves are
 extension values of type 1 that hold [shape, dtype name, bytes in C order]. An array of more than 2**30 bytes is a map
-instead, of its shape and of the pieces of the flattened array (flax/serialization.py, `_chunk`). Only headers are
-read, and the array data are skipped. All other MessagePack values are refused in one line that names the file.
+instead, of its shape and of the pieces of the flattened array (flax/serialization.py, `_chunk`). Only headers are read,
+and the array data are skipped. Any other MessagePack value is an error of one line that names the file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _collect(file: File, name: str, node: Node, arrays: dict[str, LazyTensor]) -
     elif len(name) > _MAX_NAME:
         raise ValueError(f"{file.path}: a name of {len(name):,} characters ({name[:40]!r}...); {_MAX_NAME} are allowed")
     elif not isinstance(node, LazyTensor):
-        raise ValueError(f"{file.path}: {name!r} is a number, where only arrays belong: not the weights of a model")
+        raise ValueError(f"{file.path}: {name!r} is a number, and weights of a model are arrays only")
     elif name in arrays:  # {"a": {"b": x}, "a/b": y}
         raise ValueError(f"{file.path}: the name {name!r} appears twice")
     else:
@@ -189,7 +189,7 @@ class _Scan:
     def _length(self, wanted: str, *, fixed: tuple[int, int] | None, sized: dict[int, int]) -> int:
         """Reads a header and returns the count in it, which is in its one byte or in the bytes after that.
 
-        Each of what follows takes a byte at least, so that no number above the bytes left can be true.
+        Every counted value takes at least one byte, so a count above the number of bytes left is an error.
         """
         kind = self._peek()
         if fixed is not None and fixed[0] <= kind <= fixed[1]:

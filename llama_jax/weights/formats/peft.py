@@ -70,7 +70,7 @@ _Parts = Mapping[str, Mapping[str, _Part]]  # keys: module, part
 
 
 def is_adapter(folder: Path) -> bool:
-    """True if a folder has an adapter and no model."""
+    """True if a folder contains an adapter and no model."""
     if not (folder / CONFIG).is_file() or (folder / "checkpoints").is_dir():
         return False
     return all(path.name.startswith("adapter_") for path in folder.glob("*.safetensors"))
@@ -83,7 +83,7 @@ def base_of(folder: Path) -> str:
 
 
 def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """Opens the adapter in a folder, or on the hub, for a model of this config. Of weights, only headers are read.
+    """Opens the adapter in a folder, or on the hub, for a model of this config. Only the headers of weights are read.
 
     adapter_config.json and the tensors must agree on the modules that have LoRA and on their ranks. The adapter of a
     run has a manifest, which its files are validated against. A run that ends replaces one file after the other, so
@@ -91,7 +91,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
 
     Raises:
         ConfigError: there is no adapter, a setting is not supported, or the adapter belongs to another model.
-        ValueError: a damaged file, or tensors that do not match adapter_config.json.
+        ValueError: a file is damaged, or the tensors do not match adapter_config.json.
     """
     if hub_models.is_hub_id(str(folder)):
         folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
@@ -114,7 +114,7 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
 
 
 def _open_validated(folder: Path, config: ModelConfig) -> Adapter:
-    """Opens an adapter that has a manifest. Raises DamagedError for files that do not fit it."""
+    """Opens an adapter that has a manifest. Raises DamagedError for files that differ from it."""
     before = manifest.read(folder)
     try:
         adapter = _open(folder, config)
@@ -171,7 +171,7 @@ def adapted_metadata(metadata: Metadata, adapter: Adapter, base: ModelConfig) ->
         base: config of the model without the adapter.
 
     Raises:
-        ValueError: a damaged chat template.
+        ValueError: the adapter's chat template is damaged.
     """
     if adapter.folder is None:
         return metadata
@@ -192,7 +192,7 @@ def adapted_metadata(metadata: Metadata, adapter: Adapter, base: ModelConfig) ->
 
 
 def _table(config: ModelConfig) -> dict[str, name_table.Weight]:
-    """The weights by module name. As in peft, the unembedding of a tied model is a module of its own."""
+    """The weights by peft's module names. As in peft, the unembedding of a tied model is a module of its own."""
     untied = dataclasses.replace(config, tied_embeddings=False)
     return {w.name.removesuffix(_WEIGHT): w for w in name_table.weights(untied, "huggingface")}
 
@@ -267,7 +267,7 @@ def _full_name(module: str, part: str) -> str:
 
 
 def _with_tied_tokens(parts: dict[str, Any], settings: PeftSettings) -> PeftSettings:
-    """The settings for tied embeddings: rows that are trained in the embedding are those of the unembedding too.
+    """The settings for tied embeddings, in which rows trained in the embedding are also rows of the unembedding.
 
     LoRA on the unembedding unties the two. Its base then has these rows, which are added to `parts`.
     """

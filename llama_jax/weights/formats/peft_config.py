@@ -1,8 +1,8 @@
 """Checks peft's adapter_config.json, and resolves its settings for each module.
 
 The keys are those of peft's LoraConfig (github.com/huggingface/peft, src/peft/tuners/lora/config.py). A key that would
-change the result and is not supported is refused by name; keys about training or about where the adapter was made are
-ignored.
+change the result and is not supported is an error that names it. Keys about training or about where the adapter was
+made are ignored.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class PeftSettings(NamedTuple):
 
     Attributes:
         lora: rank and scale by module, which apply if the module has LoRA.
-        targets: the modules that the config puts under LoRA; None where it does not say.
+        targets: the modules that have LoRA according to the config; None if it does not name them.
         dora: True if the adapter has DoRA's magnitudes.
-        ensure_tied: whether peft keeps the embedding and the unembedding of a tied model alike.
+        ensure_tied: True if peft keeps the embedding and the unembedding of a tied model equal.
         whole: the names in modules_to_save.
         token_ids: the trained token ids, by the name of the module as the config gives it.
     """
@@ -110,11 +110,11 @@ def resolve(raw: dict[str, Any], modules: Sequence[str], embed: str, unembed: st
         raw: the file's object.
         modules: full names of the modules that can be under LoRA.
         embed: the embedding's name among them.
-        unembed: that of the unembedding.
+        unembed: the unembedding's name among them.
         where: the path that errors begin with.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, or a setting that is not supported.
+        ConfigError: a key is unknown, a value has the wrong type, or a setting is not supported.
     """
     _check(raw, where)
     ranks = _numbers(raw, "rank_pattern", "r", modules, where)
@@ -132,7 +132,7 @@ def resolve(raw: dict[str, Any], modules: Sequence[str], embed: str, unembed: st
 
 
 def ends(module: str) -> list[str]:
-    """The names that a module goes by: a.b.c, b.c and c."""
+    """The names by which a config may refer to a module: a.b.c, b.c and c."""
     words = module.split(".")
     return [".".join(words[i:]) for i in range(len(words))]
 
@@ -145,7 +145,7 @@ def _check(raw: dict[str, Any], where: str) -> None:
         if key in _ONLY and not off and value not in (only, [only]):
             raise ConfigError(f"{where}: {key}={brief(value)} is not supported; only {only or 'null'} is")
         if key not in known and not off:
-            raise ConfigError(f"{where}: {brief(key)}={brief(value)} is not known here{nearest(key[:80], known)}")
+            raise ConfigError(f"{where}: {brief(key)}={brief(value)} is an unknown key{nearest(key[:80], known)}")
     if raw.get("peft_type") != "LORA":
         raise ConfigError(f"{where} lacks peft_type; only LORA is supported")
     for key in _FLAGS:
@@ -157,7 +157,7 @@ def _check(raw: dict[str, Any], where: str) -> None:
 
 
 def _check_start(value: Any, where: str) -> None:
-    """Refuse initializations that change the base: the adapter then belongs to a base that nobody saved."""
+    """Raises ConfigError for initializations that change the base, since the adapter then fits only an unsaved base."""
     value = value.lower() if isinstance(value, str) else value
     if any(value is plain or (isinstance(value, str) and value == plain) for plain in _PLAIN_STARTS):
         return
@@ -238,7 +238,7 @@ def _in_layers(raw: dict[str, Any], where: str, modules: Sequence[str]) -> set[s
 def _numbers(
     raw: dict[str, Any], pattern_key: str, default_key: str, modules: Sequence[str], where: str
 ) -> dict[str, int | float]:
-    """rank_pattern or alpha_pattern by module: the number of the first key that matches, else the default.
+    """Resolves rank_pattern or alpha_pattern: for each module the number of the first matching key, or the default.
 
     A key matches as in peft's `get_pattern_key`, re.match(rf"(.*\\.)?({key})$", module).
     """
@@ -257,7 +257,7 @@ def _numbers(
 
 
 def _matches(keys: Collection[str], modules: Sequence[str], source: str) -> dict[str, set[str]]:
-    """The modules that each key matches. Names are looked up; only what is left is run as an expression."""
+    """The modules that each key matches. Plain names are looked up; only other keys run as regular expressions."""
     by_end: dict[str, set[str]] = {}
     for module in modules:
         for end in ends(module):

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files, without trusting them and without reading more than is asked for.
+"""Reader and writer of safetensors files. Files are not trusted, and only requested tensors are read.
 
 The format (huggingface.co/docs/safetensors): eight bytes of header length, little-endian; that many bytes of JSON that
 give the dtype, shape and byte range of each tensor; then their data, without gaps. Everything in the header is checked
@@ -124,7 +124,7 @@ def save_file(
         progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ValueError: a dtype that the format has no name for.
+        ValueError: a tensor has a dtype that the format does not support.
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -153,7 +153,7 @@ def _check_tensor(path: Path, name: str, info: Any, space: int) -> tuple[int, in
         raise ValueError(f"{where} must be described by dtype, shape and data_offsets, got {brief(info)}")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{where} has dtype {brief(dtype)}; read here: {', '.join(DTYPES)}")
+        raise ValueError(f"{where} has dtype {brief(dtype)}; supported: {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > _MAX_RANK:
         raise ValueError(f"{where} has shape {brief(shape)}; it must be at most {_MAX_RANK} whole numbers")
     if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= space:
@@ -163,7 +163,7 @@ def _check_tensor(path: Path, name: str, info: Any, space: int) -> tuple[int, in
         )
     width = DTYPES[dtype].itemsize
     if math.prod(n for n in shape if n) * width > 1 << 62:
-        raise ValueError(f"{where} has shape {brief(shape)}, which is beyond any memory")
+        raise ValueError(f"{where} has shape {brief(shape)}, which is larger than any memory")
     need, given = math.prod(shape) * width, offsets[1] - offsets[0]
     if need != given:
         raise ValueError(f"{where} needs {need:,} bytes ({dtype} {brief(shape)}), but data_offsets give it {given:,}")

@@ -21,7 +21,7 @@ def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, 
         open_file: opens one of them and returns its tensors by name.
 
     Raises:
-        ValueError: (one line) the index or a file is damaged or missing, or they do not agree.
+        ValueError: (one line) the index or a file is damaged or missing, or they contradict each other.
     """
     folder = index.parent
     weight_map = read_json(index).get("weight_map")
@@ -32,7 +32,7 @@ def open_shards(index: Path, suffix: str, open_file: Callable[[Path], dict[str, 
         bare = isinstance(shard, str) and shard.endswith(suffix) and shard.isprintable()
         if not bare or set(shard) & set("/\\:\0"):
             raise ValueError(
-                f"{index}: tensor {brief(name)} is said to be in {brief(shard)}; it must be the bare name of a "
+                f"{index}: tensor {brief(name)} has the file {brief(shard)}; it must be the bare name of a "
                 f"{suffix} file in this folder"
             )
         if shard not in shards:

@@ -46,7 +46,7 @@ _OTHER_KINDS = (
 
 
 class _CentralHeader(NamedTuple):
-    """A record of the directory, before the name: the fields of _CENTRAL in their order."""
+    """A record of the zip directory without its name: the fields of _CENTRAL in their order."""
 
     signature: bytes
     made_by: int
@@ -105,7 +105,7 @@ def save_file(
         progress: called with the number of bytes that were written since the last call.
 
     Raises:
-        ValueError: a dtype that the format has no name for, or more tensors than a file may have.
+        ValueError: a dtype is not supported by the format, or there are more tensors than a file may have.
     """
     allowed = torch_pickle.STORAGES.values()
     storages: dict[int, tuple[Storage, LazyTensor]] = {}  # by identity
@@ -145,17 +145,17 @@ def _tensors(file: File) -> dict[str, LazyTensor]:
     members = _members(file)
     tops = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(tops) != 1:
-        raise ValueError(f"a zip archive with {len(tops)} <folder>/data.pkl, where a torch file has one")
+        raise ValueError(f"the zip archive has {len(tops)} files <folder>/data.pkl, and a torch file has exactly one")
     top = tops[0]
     for name in members:  # names are only looked up, and never become paths
         if not name.startswith(top + "/"):
             raise ValueError(f"its member {brief(name)} is outside of its folder {brief(top)}: not a torch file")
     order = members.get(f"{top}/byteorder")
     if order is not None and (order.size != 6 or file.read(order.start, 6) != b"little"):
-        raise ValueError("its numbers are not little-endian; only those are read")
+        raise ValueError("numbers in it are not little-endian; only those are read")
     pickle = members[f"{top}/data.pkl"]
     if pickle.size > torch_pickle.MAX_BYTES:
-        raise ValueError(f"its data.pkl has {pickle.size:,} bytes; {torch_pickle.MAX_BYTES:,} are allowed")
+        raise ValueError(f"data.pkl has {pickle.size:,} bytes; {torch_pickle.MAX_BYTES:,} are allowed")
     program = file.read(pickle.start, pickle.size)
     if zlib.crc32(program) != pickle.crc:
         raise ValueError("data.pkl is damaged (its checksum differs): download the file again")
@@ -173,7 +173,7 @@ def _tensors(file: File) -> dict[str, LazyTensor]:
     sizes = [entry.nbytes for entry in entries.values()]
     if sum(sizes) > file.size + max(sizes, default=0):  # only an embedding may be shared
         raise ValueError(
-            f"its tensors stand for {sum(sizes):,} bytes, but the file has {file.size:,}: they share storage"
+            f"the tensors have {sum(sizes):,} bytes together, but the file has {file.size:,}: they share storage"
         )
     return entries
 
@@ -197,7 +197,7 @@ def _place(member: _Member | None, tensor: Tensor, where: str) -> int:
         )
     if tensor.offset + math.prod(shape) > storage.length:
         raise ValueError(
-            f"{where} of shape {brief(shape)} from number {tensor.offset:,} on reaches beyond its storage of "
+            f"{where} of shape {brief(shape)} from element {tensor.offset:,} on exceeds its storage of "
             f"{storage.length:,}"
         )
     return member.start + tensor.offset * width
@@ -229,7 +229,7 @@ def _members(file: File) -> dict[str, _Member]:
 
 
 class _Record(NamedTuple):
-    """A record of the directory, about one member.
+    """A record of the zip directory, which describes one member.
 
     Attributes:
         raw_name: its name as bytes.
@@ -259,7 +259,7 @@ def _records(directory: bytes, count: int) -> Iterator[_Record]:
     at = 0
     for _ in range(count):
         if at + _CENTRAL.size > len(directory) or directory[at : at + 4] != b"PK\1\2":
-            raise ValueError("its zip directory is damaged: download the file again")
+            raise ValueError("the zip directory is damaged: download the file again")
         header = _CentralHeader(*_CENTRAL.unpack_from(directory, at))
         name_end = at + _CENTRAL.size + header.name_length
         record = _Record(directory[at + _CENTRAL.size : name_end], header.size, header.crc, header.offset)
@@ -270,21 +270,23 @@ def _records(directory: bytes, count: int) -> Iterator[_Record]:
         yield record._replace(size=size, offset=offset)
         at = name_end + header.extra_length + header.comment_length
     if at != len(directory):
-        raise ValueError("its zip directory is damaged: download the file again")
+        raise ValueError("the zip directory is damaged: download the file again")
 
 
 def _first_byte(file: File, record: _Record, end: int) -> int:
     """The first byte of a member's content, which must end before byte `end`, where the directory begins."""
     header_end = record.offset + _LOCAL.size + len(record.raw_name)
     if header_end > end:
-        raise ValueError(f"{record.where} begins beyond the data: was the file cut off?")
+        raise ValueError(f"{record.where} begins after the end of the data: download the file again")
     header = file.read(record.offset, header_end - record.offset)
     signature, *_, name_length, extra_length = _LOCAL.unpack_from(header)
     if signature != b"PK\3\4" or name_length != len(record.raw_name) or header[_LOCAL.size :] != record.raw_name:
         raise ValueError(f"{record.where} is not where the zip directory says")
     begin = header_end + extra_length
     if begin + record.size > end:
-        raise ValueError(f"{record.where} of {record.size:,} bytes ends beyond the data: was the file cut off?")
+        raise ValueError(
+            f"{record.where} of {record.size:,} bytes ends after the end of the data: download the file again"
+        )
     return begin
 
 
@@ -299,21 +301,21 @@ def _directory(file: File) -> tuple[int, int, int]:
     end = file.size - _END.size
     last = file.read(max(end, 0), min(file.size, _END.size))
     if len(last) < _END.size or not last.startswith(b"PK\5\6"):
-        raise ValueError("it lacks the zip directory at its end, so it was cut off: download it again")
+        raise ValueError("the zip directory at the end is missing, so the file was cut off: download it again")
     _, _, _, _, count, size, start, _ = _END.unpack(last)
     locator = file.read(end - _LOCATOR.size, _LOCATOR.size) if end >= _LOCATOR.size else b""
     if locator.startswith(b"PK\6\7"):
         _, _, place, _ = _LOCATOR.unpack(locator)
         if place + _END_64.size > end - _LOCATOR.size:
-            raise ValueError("its zip directory is damaged: download the file again")
+            raise ValueError("the zip directory is damaged: download the file again")
         end = place
         signature, *_, count, size, start = _END_64.unpack(file.read(place, _END_64.size))
         if signature != b"PK\6\6":
-            raise ValueError("its zip directory is damaged: download the file again")
+            raise ValueError("the zip directory is damaged: download the file again")
     if start + size != end:
-        raise ValueError("its zip directory is not where the file's end says: was a part of the file lost?")
+        raise ValueError("the zip directory is not at the offset that the file's end says: download the file again")
     if count > _MAX_MEMBERS or size > _MAX_DIRECTORY:
-        raise ValueError(f"its zip directory lists {count:,} members in {size:,} bytes, more than any torch file")
+        raise ValueError(f"the zip directory lists {count:,} members in {size:,} bytes, more than any torch file")
     return count, start, end
 
 

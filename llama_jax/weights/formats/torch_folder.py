@@ -20,7 +20,7 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     """The tensors of a folder by their names: those of pytorch_model.bin, else of the shards that its index lists.
 
     Raises:
-        ValueError: a file is missing or damaged, or has other contents than tensors.
+        ValueError: a file is missing or damaged, or contains anything but tensors.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():

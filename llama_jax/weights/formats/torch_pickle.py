@@ -1,9 +1,9 @@
-"""The pickles in PyTorch's files, read and written without running them.
+"""Reader and writer of the pickles in PyTorch's files, which are never run as programs.
 
 A pickle is a program, and Python's unpickler imports and calls any function that it names. The interpreter here knows
 only the instructions that build plain data, and the few names that a dict of tensors needs (torch/_utils.py and
-torch/serialization.py of PyTorch define them). These names become records of this module. Everything else is refused by
-name.
+torch/serialization.py of PyTorch define them). These names become records of this module. Anything else is an error
+that names it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Name:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage: `length` elements in the member data/`key` of the archive."""
+    """A storage: `length` elements of `dtype` in the member data/`key` of the archive."""
 
     key: str
     dtype: np.dtype
@@ -90,7 +90,7 @@ def dump(tensors: Mapping[str, Tensor]) -> bytes:
     memo: dict[bytes, bytes] = {}
 
     def once(code: bytes) -> bytes:
-        """Code that makes an object and keeps it in the memo; later calls return code that takes it from there."""
+        """Pickle code that makes an object and stores it in the memo; later calls return code that fetches it."""
         if code in memo:
             return b"h" + memo[code]
         memo[code] = bytes([len(memo)])
@@ -144,18 +144,18 @@ class _Machine:
             if step is None:
                 known = pickletools.code2op.get(code.decode("latin-1"))
                 raise ValueError(
-                    f"its pickle uses the instruction {known.name if known else code!r}, which a dict of tensors does "
+                    f"the pickle uses the instruction {known.name if known else code!r}, which a dict of tensors does "
                     "not need and which may run code; it is not read"
                 )
             step(self)
         if len(self.stack) != 1 or self.marks or self.at != len(self.program):
-            raise ValueError("its pickle is damaged: it leaves something over at its end")
+            raise ValueError("the pickle is damaged: objects are left on the stack at its end")
         return self.stack[0]
 
     def take(self, count: int) -> bytes:
         """Takes the next bytes of the program."""
         if count > len(self.program) - self.at:
-            raise ValueError("its pickle is damaged: it ends too early")
+            raise ValueError("the pickle is damaged: it ends too early")
         self.at += count
         return self.program[self.at - count : self.at]
 
@@ -168,7 +168,7 @@ class _Machine:
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError("its pickle is damaged: it has text that is not UTF-8") from None
+            raise ValueError("the pickle is damaged: it has text that is not UTF-8") from None
 
     def line(self) -> str:
         """Takes the bytes up to the next line feed, as text."""
@@ -184,7 +184,7 @@ class _Machine:
         """Pops the top objects off the stack. Those below the last mark stay."""
         first = len(self.stack) - count
         if first < (self.marks[-1] if self.marks else 0):
-            raise ValueError("its pickle is damaged: it takes from an empty stack")
+            raise ValueError("the pickle is damaged: it takes from an empty stack")
         values = tuple(self.stack[first:])
         del self.stack[first:]
         return values
@@ -192,7 +192,7 @@ class _Machine:
     def marked(self) -> tuple[object, ...]:
         """Pops all objects above the last mark, and the mark."""
         if not self.marks:
-            raise ValueError("its pickle is damaged: a mark is missing")
+            raise ValueError("the pickle is damaged: a mark is missing")
         values = self.pop(len(self.stack) - self.marks[-1])
         self.marks.pop()
         return values
@@ -200,19 +200,19 @@ class _Machine:
     def top(self, kind: type[_T]) -> _T:
         """Returns the top object, which must be of this type, and leaves it on the stack."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0) or not isinstance(self.stack[-1], kind):
-            raise ValueError(f"its pickle is damaged: a {kind.__name__} is missing")
+            raise ValueError(f"the pickle is damaged: a {kind.__name__} is missing")
         return self.stack[-1]
 
     def put(self, index: int) -> None:
-        """Keeps the top object in the memo."""
+        """Stores the top object in the memo."""
         if len(self.memo) >= _MAX_MEMO:
-            raise ValueError(f"its pickle keeps more than the {_MAX_MEMO:,} objects that are allowed")
+            raise ValueError(f"the pickle keeps more than the {_MAX_MEMO:,} objects that are allowed")
         self.memo[index] = self.top(object)
 
     def get(self, index: int) -> None:
         """Pushes an object of the memo onto the stack."""
         if index not in self.memo:
-            raise ValueError("its pickle is damaged: it uses an object that it did not keep")
+            raise ValueError("the pickle is damaged: it uses an object that it did not keep")
         self.push(self.memo[index])
 
     def extend(self, values: tuple[object, ...]) -> None:
@@ -223,12 +223,12 @@ class _Machine:
         """Adds keys and values, which alternate, to the dict on top of the stack."""
         target = self.top(dict)
         if len(values) % 2:
-            raise ValueError("its pickle is damaged: a key has no value")
+            raise ValueError("the pickle is damaged: a key has no value")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, str):
-                raise ValueError(f"its pickle has a key of type {type(key).__name__}; only text is read")
+                raise ValueError(f"the pickle has a key of type {type(key).__name__}; only text is read")
             if key in target:
-                raise ValueError(f"its pickle has the key {brief(key)} twice")
+                raise ValueError(f"the pickle has the key {brief(key)} twice")
             target[key] = value
 
     def name(self, module: object, attribute: object) -> None:
@@ -236,7 +236,7 @@ class _Machine:
         text = f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else "?"
         if text not in _KNOWN:
             raise ValueError(
-                f"its pickle names {brief(text)}, which may run code; only a dict of plain tensors is read "
+                f"the pickle names {brief(text)}, which may run code; only a dict of plain tensors is read "
                 "(torch.save of a state_dict)"
             )
         self.push(_Name(text))
@@ -252,42 +252,42 @@ class _Machine:
         elif what == _PARAMETER and isinstance(arguments, tuple) and arguments and isinstance(arguments[0], Tensor):
             self.push(arguments[0])
         else:
-            raise ValueError(f"its pickle calls {what or 'what is not a function'} with arguments that are not read")
+            raise ValueError(f"the pickle calls {what or 'what is not a function'} with arguments that are not read")
 
     def build(self) -> None:
         """Sets the state of an object. A state_dict has the versions of its modules there, which are ignored."""
         (state,) = self.pop()
         known = isinstance(state, dict) and list(state) == ["_metadata"]
         if not known or not isinstance(self.top(object), dict):
-            raise ValueError("its pickle sets attributes of an object, which may run code; it is not read")
+            raise ValueError("the pickle sets attributes of an object, which may run code; it is not read")
 
     def storage(self) -> None:
         """Pushes the storage that a persistent id names: ("storage", class, key, device, length)."""
         (given,) = self.pop()
         if not isinstance(given, tuple) or len(given) != 5 or not isinstance(given[1], _Name):
-            raise ValueError("its pickle names a storage in a way that is not known")
+            raise ValueError("the pickle names a storage in a way that is not known")
         word, kind, key, _, length = given
         dtype = STORAGES.get(kind.text.removeprefix("torch."))
         if word != "storage" or dtype is None or not isinstance(key, str) or type(length) is not int or length < 0:
-            raise ValueError("its pickle names a storage in a way that is not known")
+            raise ValueError("the pickle names a storage in a way that is not known")
         self.push(Storage(key, dtype, length))
 
     def long(self) -> None:
-        """LONG1: pushes a whole number of any length, here of at most 64 bits."""
+        """The instruction LONG1: pushes a whole number of any length, here of at most 64 bits."""
         length = self.number(1)
         if length > 8:
-            raise ValueError(f"its pickle has a number of {length} bytes; 8 are allowed")
+            raise ValueError(f"the pickle has a number of {length} bytes; 8 are allowed")
         self.push(self.number(length, signed=True))
 
     def frame(self) -> None:
-        """FRAME: skips the number of bytes that may be read ahead; all bytes are in memory."""
+        """The instruction FRAME: skips its argument, a number of bytes to read ahead, since all bytes are in memory."""
         self.take(8)
 
     def protocol(self) -> None:
         """Checks the version of the pickle protocol."""
         version = self.number(1)
         if version > 5:
-            raise ValueError(f"its pickle has protocol {version}; 2 to 5 are read")
+            raise ValueError(f"the pickle has protocol {version}; 2 to 5 are read")
 
 
 def _kind(value: object) -> str:
@@ -295,7 +295,7 @@ def _kind(value: object) -> str:
 
 
 def _is_tensor(arguments: object) -> bool:
-    """Returns whether these are the arguments of a tensor.
+    """True if these are the arguments of PyTorch's function that rebuilds a tensor.
 
     They are a storage, an offset, a shape, strides, requires_grad, hooks and sometimes flags such as "negated". No flag
     may be set.
