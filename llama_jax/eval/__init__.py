@@ -1,4 +1,5 @@
-"""Floor 5: evaluation. Perplexity (`sliding_window`), EleutherAI's harness, and two models side by side.
+"""Floor 5: evaluation. It has perplexity (`sliding_window`), EleutherAI's lm_eval (`harness`), and the comparison of
+two models.
 
 All of it uses `scoring`, the log-probabilities of tokens in their context, and the sampler.
 """

@@ -1,8 +1,8 @@
-"""Calibration: the mean squares of the inputs of every matrix on a text, by which quantization weights its errors.
+"""Calibration: measures the mean square of each input of every weight matrix, which weights the errors of quantization.
 
-An error in a weight matters as much as the input that it multiplies is large. The squared error of a row, weighted by
-the mean squares of its inputs, is the expected squared error of the product if the inputs are uncorrelated. llama.cpp
-calls these numbers an importance matrix.
+An error in a weight changes the output in proportion to the input that it multiplies. The squared error of a row,
+weighted by the mean squares of its inputs, is the expected squared error of the product if the inputs are uncorrelated.
+llama.cpp calls these mean squares an importance matrix.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TOKENS = 16_384
 
 
 def importance(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS) -> Importance:
-    """The mean squares of the inputs (in,) of every matrix but an untied embedding, float32, by path.
+    """The mean square of each input of every matrix, as float32 (in,) by path. An untied embedding has none.
 
     Args:
         llama: the model before quantization, on one device.
@@ -41,7 +41,8 @@ def importance(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS) 
         tokens: most tokens that are read, in windows of at most 512.
 
     Raises:
-        ConfigError: no tokenizer, no tokens, a model on several devices, or one whose weights are quantized.
+        ConfigError: the model has no tokenizer, is on several devices or is quantized already, or the texts have no
+            tokens.
     """
     leaves = jax.tree.leaves(llama.params, is_leaf=lambda a: isinstance(a, (QTensor, LoraTensor)))
     if llama.mesh is not None or any(isinstance(leaf, (QTensor, LoraTensor)) for leaf in leaves):
@@ -82,7 +83,7 @@ def _windows(llama: Llama, texts: Sequence[Sample], length: int):
 
 
 def rounded(llama: Llama, quantize: str, by: Mapping[name_table.Path, np.ndarray]) -> Params:
-    """The weights of a model rounded to "int8" or "int4", with errors weighted by an importance."""
+    """The weights of a model quantized to "int8" or "int4", with the rounding errors weighted by `importance`."""
     bits = bits_of(llama.config, quantize)
 
     def leaf(path: name_table.Path) -> jax.Array | QTensor:

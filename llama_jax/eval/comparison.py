@@ -62,12 +62,12 @@ class Asked:
 
     @property
     def both(self) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
-        """Model and adapter of A and of B."""
+        """The pairs (model, adapter) of side A and of side B."""
         return (self.model_a, self.adapter_a), (self.model_b, self.adapter_b)
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names of the two: the last part of each path, and as many parts before it as distinguish them."""
+        """Names of the two models: the last part of each path, with as many parts before it as distinguish the two."""
         models = [(Path(model).parts, f" + {Path(adapter).name}" if adapter else "") for model, adapter in self.both]
         for size in range(1, max(len(parts) for parts, _ in models) + 1):
             name_a, name_b = ("/".join(parts[-size:]) + adapter for parts, adapter in models)
@@ -110,7 +110,7 @@ def compare(
     mesh: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Let two models answer and a judge compare. The models run in turn, so that one is in memory at a time.
+    """Generates the answers of two models, and lets a judge compare them. Only one model is in memory at a time.
 
     Args:
         asked: the models and their settings.
@@ -124,8 +124,8 @@ def compare(
         progress: bars on standard error.
 
     Raises:
-        ConfigError: settings that cannot work, or a folder of another comparison. It is raised before a model is
-            loaded where that is possible.
+        ConfigError: settings that cannot work, or a folder of another comparison. If possible, it is raised before a
+            model is loaded.
     """
     _check(asked, prompts, judge, judge_function, judge_model)
     inputs.as_whole(batch_size, "batch_size")
@@ -154,7 +154,7 @@ def compare(
 def _judged(
     folder: Path, identity: str, decide: Judge, pending: Sequence[Case], *, progress: bool
 ) -> dict[int, dict[str, Any]]:
-    """The verdicts on pending cases by number, each written when it comes. The judge may stop early."""
+    """The verdicts on pending cases by case number. Each is written to the folder at once. The judge may stop."""
     verdicts = {}
     bar = progress_bar(len(pending), "judging", unit="row", shown=progress)
     with bar, open(folder / "verdicts.jsonl", "a") as file:
@@ -173,7 +173,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     "reference" (the right answer, or a list of right ones) and "category". Other keys are ignored.
 
     Raises:
-        ConfigError: a line of another form; names the line and the forms that are allowed.
+        ConfigError: a line has another form. The message names the line and the allowed forms.
     """
     prompts = []
     data = Path(path).read_bytes()
@@ -200,7 +200,7 @@ def _prompt(value: Any, place: str) -> Prompt:
     if "messages" in value and not (isinstance(asked, list) and asked and all(isinstance(m, dict) for m in asked)):
         raise ConfigError(f'{place}: "messages" must be a list such as [{{"role": "user", "content": "Hello"}}]')
     if "messages" in value and asked[-1].get("role") == "assistant":
-        raise ConfigError(f'{place}: "messages" ends with the assistant, and leaves nothing to answer')
+        raise ConfigError(f'{place}: "messages" must end with a message of the user, and ends with the assistant')
     reference, category = value.get("reference"), value.get("category")
     several = isinstance(reference, list) and reference and all(isinstance(r, str) for r in reference)
     if not (reference is None or isinstance(reference, str) or several):
@@ -327,7 +327,7 @@ def _check_room(llama: Llama, ids: Sequence[int], new: int, place: str) -> None:
 
 
 def _asker(llama: Llama, batch_size: int) -> Callable[[list[str]], list[str]]:
-    """A function that asks a judge model: greedy, each question as the first message of a dialog."""
+    """The function that asks a judge model: each question is the first message of a dialog, decoded greedily."""
 
     def ask(questions: list[str]) -> list[str]:
         ids = [llama.encode_dialog([{"role": "user", "content": text}]) for text in questions]

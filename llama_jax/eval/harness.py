@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class LlamaLM(TemplateLM):
-    """A model for lm_eval. Its results equal those of lm_eval's HFLM on the same weights in float32."""
+    """A model for lm_eval. Its results equal those of lm_eval's HFLM (transformers) on the same weights in float32."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class LlamaLM(TemplateLM):
         batch_size: int = 8,
         seed: int = 0,
     ):
-        """A model for lm_eval.
+        """Wraps a model for lm_eval.
 
         Args:
             llama: a model with a tokenizer.
@@ -54,7 +54,7 @@ class LlamaLM(TemplateLM):
             seed: seed of tasks that sample their texts.
 
         Raises:
-            ConfigError: no tokenizer, or a max_length that the model does not have.
+            ConfigError: the model has no tokenizer, or fewer positions than max_length.
         """
         super().__init__()
         if llama.tokenizer is None:
@@ -85,7 +85,7 @@ class LlamaLM(TemplateLM):
         return lm_eval_requests.encode(self.llama, string, begin=add_special_tokens)
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids."""
+        """The text of token ids."""
         return (
             lm_eval_requests.decode(self.llama, tokens) if skip_special_tokens else self.llama.tokenizer.decode(tokens)
         )
@@ -151,7 +151,9 @@ class LlamaLM(TemplateLM):
         if chat_template is False or chat_template is None:
             return None
         if isinstance(chat_template, str):
-            raise ConfigError(f"chat templates have no names here, got {chat_template!r}: ask for it without a name")
+            raise ConfigError(
+                f"a model has one chat template, got the name {chat_template!r}: set apply_chat_template without a name"
+            )
         return self._format().template.source(None)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -59,7 +59,7 @@ def wilson(hits: int, n: int) -> Rate:
 
 
 def tally(verdicts: Iterable[tuple[str | None, str]]) -> list[Tally]:
-    """The overall Tally and, where there are categories, one of each in the order of their first verdict.
+    """The overall Tally, followed by one for each category in the order of their first verdicts.
 
     Args:
         verdicts: pairs of a category, or None, and one of VERDICTS.

@@ -1,6 +1,7 @@
 """Judges of two answers: exact match, a function, a model that is asked twice, or a person who does not see the names.
 
-A judge takes cases and yields a Verdict for each, in their order. The caller may stop at any. No jax.
+A judge is a function that takes cases and yields a Verdict for each, in their order. The caller may stop after any of
+them. This module does not import jax.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A prompt with both answers; `number` counts prompts from 0."""
+    """One prompt with the answers of both models.
+
+    Attributes:
+        number: index of the prompt, from 0.
+        prompt: the prompt.
+        a: answer of model A.
+        b: answer of model B.
+    """
 
     number: int
     prompt: Prompt
@@ -48,7 +56,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A judge's verdict, one of VERDICTS, on the case of that number, with notes on how it was reached."""
+    """The verdict of a judge on one case.
+
+    Attributes:
+        number: number of the case.
+        verdict: "a" or "b" if the answer of that model is better, or "tie".
+        notes: facts about the verdict that are written next to it, such as the judge model's own words.
+    """
 
     number: int
     verdict: str
@@ -59,7 +73,7 @@ Judge = Callable[[Sequence[Case]], Iterator[Verdict]]
 
 
 def exact(cases: Sequence[Case]) -> Iterator[Verdict]:
-    """Exact match: an answer wins if only it equals a reference. White space around both does not count."""
+    """The judge "exact": an answer wins if it equals a reference and the other does not, without surrounding space."""
     for case in cases:
         right = case.prompt.reference
         right = [text.strip() for text in ([right] if isinstance(right, str) else right)]
@@ -125,9 +139,9 @@ _SAID = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.IGNORECASE)
 
 
 def by_model(ask: Callable[[list[str]], list[str]], *, batch_size: int) -> Judge:
-    """A model as the judge. It is asked twice with the answers swapped, and a verdict counts if it is given both times.
+    """A judge that asks a model. It asks twice, the second time with the answers swapped.
 
-    A disagreement is a tie, and so is an answer without a verdict.
+        The verdict is a tie if the two differ, or if one of the model's answers contains no verdict.
 
     Args:
         ask: returns the answers to a list of questions.
@@ -165,13 +179,16 @@ def shown(content: Any) -> str:
 
 
 def _heard(text: str, first: str, second: str) -> str | None:
-    """The winner that the last verdict in a text names, or None where there is no verdict."""
+    """The winner named by the last verdict in a judge model's text, or None if the text contains no verdict.
+
+    `first` and `second` are the sides whose answers were shown first and second.
+    """
     found = _SAID.findall(text)
     return {"1": first, "2": second, "tie": "tie"}[found[-1].lower()] if found else None
 
 
 def by_person(*, seed: int, total: int, ask: Callable[[str], str] = input, say: Callable[[str], None] = print) -> Judge:
-    """A person at the terminal as the judge, who does not see which model answered. q, Ctrl-D and Ctrl-C stop.
+    """A judge that asks a person at the terminal, who does not see which model answered. q, Ctrl-D and Ctrl-C end it.
 
     Args:
         seed: seed of the order in which the two answers of a prompt are shown.

@@ -1,4 +1,4 @@
-"""The requests of EleutherAI's lm_eval, answered without importing it. `harness` is the class around them.
+"""Answers to the requests of EleutherAI's lm_eval. It does not import lm_eval; `harness` has the class that does.
 
 Texts become ids, windows and stops as in lm_eval's own HFLM (lm_eval/models/huggingface.py, 0.4.13), so that scores can
 be compared with those published with it. Three of its conventions differ from the rest of this package:
@@ -55,7 +55,7 @@ def decode(llama: Llama, ids: Sequence[int]) -> str:
 def rolling(
     llama: Llama, texts: Sequence[str], *, max_length: int | None, batch_size: int, progress: bool | None = None
 ) -> list[float]:
-    """The log-likelihood of each text, read in windows of max_length that share one token; 0 for a text of no token."""
+    """The log-likelihood of each text, read in windows of max_length that share one token; 0 for an empty text."""
     max_length = scoring.check_length(llama, max_length)
     requests, owners = [], []
     for owner, text in enumerate(texts):
@@ -71,10 +71,13 @@ def rolling(
 
 
 def prefix_id(llama: Llama) -> int:
-    """The id that is put in front of a text without context."""
+    """The id that precedes a text without a context. ConfigError if the tokenizer has none."""
     begin = begin_id(llama)
     if begin is None:
-        raise ConfigError("the tokenizer has no token that begins or ends a text: a text without context has no start")
+        raise ConfigError(
+            "a text without a context needs a begin-of-text or end-of-text token, and this tokenizer has neither: use "
+            "a model whose tokenizer has one, or tasks that give a context"
+        )
     return begin
 
 
@@ -91,16 +94,16 @@ def generate_until(
 
     Args:
         llama: a model with a tokenizer. Its stop tokens end a text too.
-        asks: settings are those of the harness' tasks: `until` (a string or a list), `max_gen_toks` or its other
-            names, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`. Decoding is greedy
-            by default; other settings that are absent are the model's own.
+        asks: settings are those of the harness' tasks: `until` (a string or a list), `max_gen_toks` or its other names,
+            `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`. Decoding is greedy by default;
+            other settings that are absent are the model's own.
         max_length: tokens of context and text together; a longer context loses its beginning.
         batch_size: rows that run together.
         seed: row i draws from seed + i.
-        progress: a bar on standard error; by default where there are more than a few batches.
+        progress: True shows a bar on standard error. The default shows it for more than a few batches.
 
     Raises:
-        ConfigError: settings that are unknown or out of range, before anything runs.
+        ConfigError: a setting is unknown or out of range. It is raised before the model runs.
     """
     max_length = scoring.check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")

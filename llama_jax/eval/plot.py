@@ -1,4 +1,4 @@
-"""Win, tie and loss as horizontal stacked bars, the way comparisons of two models are shown."""
+"""The picture of a comparison: shares of wins, ties and losses as horizontal stacked bars."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The cost of quantization: a model's size, and how far its predictions are from those of the model before rounding.
 
 For every token of the texts, both models predict the next one. The divergence at a token is KL(p || q) in nats, with p
-of the reference and q of the quantized model (Kullback and Leibler, 1951). It is 0 where rounding changed nothing, and
-its 99th percentile shows what the mean hides.
+of the reference and q of the quantized model (Kullback and Leibler, 1951). It is 0 if rounding changed nothing. Its
+99th percentile shows large errors at few tokens, which the mean hides.
 
 Letters: B batch, T tokens of a window, V vocabulary.
 """
@@ -38,7 +38,8 @@ class Divergence:
 
     Attributes:
         name: the quantization, or the file of the quantized model.
-        nbytes: bytes of its weights in memory. Types that have no leaf of their own are dequantized in memory.
+        nbytes: bytes of its weights in memory. Quantized types that the model cannot compute with are dequantized
+            there.
         file_nbytes: bytes of its file, for one that is a single file; else None.
         reference_nbytes: bytes of the reference's weights in memory.
         mean: mean KL divergence of a token, in nats.
@@ -88,15 +89,17 @@ def measure(
             quantization of 4 bits.
         context: tokens in a window. The windows of a text do not overlap.
         opened: other arguments of `llama_jax.load`, for all models.
-        progress: a bar on standard error; by default where there are many windows.
+        progress: True shows a bar on standard error. The default shows it for many windows.
 
     Raises:
-        ConfigError: no text to predict, or a model of another vocabulary.
+        ConfigError: there is no token to predict, or a model has another vocabulary.
     """
     opened = dict(opened or {})
     reference = load(source, **{**opened, "quantize": "none"})
     if reference.tokenizer is None:
-        raise ConfigError("this needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+        raise ConfigError(
+            "this measurement needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder"
+        )
     context = scoring.check_length(reference, min(context, reference.config.max_seq_len))
     windows = _windows(reference, texts, context)
     candidates = [(name, source, {**opened, "quantize": name}) for name in quantizations]

@@ -49,19 +49,19 @@ def score(
     """Score the continuation of each (context, continuation), and yield (index, Scored) after each batch.
 
     A request that is too long loses tokens of its context from the left, until all but its last token fit `max_length`
-    positions. Requests of the same input, such as answers of one letter to the same question, share one row.
+    positions. Requests with equal input tokens, such as one-letter answers to the same question, share one row.
 
     Args:
         llama: the model.
         requests: token ids; a context and a continuation have at least one each.
         max_length: the most positions that the model reads; config.max_seq_len by default.
         batch_size: rows that run together, the longest first.
-        progress: a bar on standard error; by default where there are many rows.
+        progress: True shows a bar on standard error. The default shows it for many rows.
         title: title of the bar.
 
     Raises:
-        ConfigError: an empty context or continuation, a continuation longer than max_length, or an unknown id.
-            It is raised at the first step of the iteration, before the model runs.
+        ConfigError: an empty context or continuation, a continuation longer than max_length, or an unknown id. It is
+            raised at the first step of the iteration, before the model runs.
     """
     max_length = check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")
@@ -81,7 +81,7 @@ def score(
 
 
 def check_length(llama: Llama, max_length: int | None) -> int:
-    """The checked `max_length`; None is all positions of the model. More than these raise a ConfigError."""
+    """The checked `max_length`, or the model's max_seq_len for None. ConfigError if the model has fewer positions."""
     limit = llama.config.max_seq_len
     max_length = limit if max_length is None else inputs.as_whole(max_length, "max_length")
     if max_length > limit:

@@ -1,8 +1,8 @@
 """Perplexity of a model on texts and dialogs, read through a sliding window.
 
-Each document is read separately. The first window predicts `context` tokens. Each further one moves on by `stride` and
-predicts that many, after the `context - stride` tokens before them or more. So every token is predicted once, and all
-but the first tokens of a document have at least `context - stride` tokens before them.
+Each document is read separately. The first window predicts `context` tokens. Each following window starts `stride`
+tokens later and predicts the next `stride` tokens, given at least the `context - stride` tokens before them. So every
+token is predicted once, and all but the first tokens of a document have at least `context - stride` tokens before them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """e to the nats per token."""
+        """The perplexity: e to the power of nats_per_token."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
@@ -80,8 +80,8 @@ def perplexity(
     """Measure a model on texts, dialogs and completions.
 
     Every token of a text counts, except the one that begins it. In dialogs and completions, the same tokens count as in
-    the training loss: the assistant's, or the completion's. Names of control tokens in a text are plain text.
-    A model whose tokenizer has no token to begin with, nor one to end with, does not predict a text's first token.
+    the training loss: the assistant's, or the completion's. Names of control tokens in a text are plain text. A model
+    whose tokenizer has no token to begin with, nor one to end with, does not predict a text's first token.
 
     Args:
         llama: a model with a tokenizer.
@@ -90,7 +90,7 @@ def perplexity(
         stride: tokens between windows; half of `context` by default. A smaller one gives each token more context and
             takes more time; `context` itself is the fastest.
         batch_size: windows that run together.
-        progress: a bar on standard error; by default where there are many windows.
+        progress: True shows a bar on standard error. The default shows it for many windows.
 
     Raises:
         ConfigError: no tokenizer, no token to predict, a dialog that the chat format cannot encode, or a context or
@@ -148,12 +148,14 @@ def _lengths(llama: Llama, context: int | None, stride: int | None) -> tuple[int
     context = scoring.check_length(llama, min(_CONTEXT, llama.config.max_seq_len) if context is None else context)
     stride = inputs.as_whole(max(1, context // 2) if stride is None else stride, "stride")
     if stride > context:
-        raise ConfigError(f"stride must be from 1 to context={context:,}, got {stride:,}: it would jump over tokens")
+        raise ConfigError(
+            f"stride must be from 1 to context={context:,}, got {stride:,}: a greater one would skip tokens"
+        )
     return context, stride
 
 
 def _warn_of_names(llama: Llama, samples: Sequence[Sample]) -> None:
-    """One line about the first text that holds the name of a control token, as a dialog that was rendered does."""
+    """Logs a warning about the first text with the name of a control token, which a rendered dialog would have."""
     texts = (s if isinstance(s, str) else s.text for s in samples if isinstance(s, str | Document))
     if name := next(filter(None, (control_tokens.first_name(llama.tokenizer, text) for text in texts)), None):
         _log.warning(
@@ -171,7 +173,7 @@ def counted_ids(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:
         ids = ids if begin is None else [begin, *ids]
         return ids, np.arange(len(ids)) > 0
     if not isinstance(sample, (Dialog, Completion)):
-        raise ConfigError(f"perplexity is of texts, dialogs and completions, got {brief(sample)}")
+        raise ConfigError(f"perplexity is measured on texts, dialogs and completions, got {brief(sample)}")
     try:
         ids, targets = encode(sample, RecordEncoder(llama.tokenizer, llama.chat_format, NO), max_length=None)
     except ValueError as error:

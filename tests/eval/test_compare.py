@@ -330,7 +330,7 @@ def test_what_a_model_is_are_its_weights_and_its_adapters(tmp_path):
         ("3", "must be a text, or an object"),
         ('{"prompt": "a", "messages": []}', "either"),
         ('{"messages": []}', '"messages" must be'),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "nothing to answer"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "must end with a message of the user"),
         ('{"prompt": "a", "reference": [3]}', '"reference"'),
         ('{"prompt": "a", "category": 3}', '"category"'),
         ("", "holds no prompt"),
