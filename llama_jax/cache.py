@@ -1,4 +1,5 @@
-"""The KV cache: keys and values of the tokens so far, for the tokens after them. It owns its addressing.
+"""The KV cache: keys and values of the tokens so far, for the tokens after them. This module alone decides which slot a
+token is stored in.
 
 A forward pass with a cache makes one `Window`, which says where each token is written and how much of the cache is
 read. Each layer then calls `write` and `read` with its own arrays. A cache of another kind (paged, say) replaces the
@@ -37,7 +38,7 @@ class QCache:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(B, K, S, H)."""
+        """Shape (B, K, S, H) of the values."""
         return self.values_BKSH.shape
 
 
@@ -58,8 +59,8 @@ class KVCache:
     copied whole.
 
     Attributes:
-        k: one leaf (B, K, S, H) a layer: an array, or a QCache.
-        v: likewise.
+        k: keys, one array or QCache of shape (B, K, S, H) for each layer.
+        v: values, in the same form as the keys.
     """
 
     k: tuple[Leaf, ...]
@@ -116,7 +117,8 @@ def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dty
         batch: number of rows.
         capacity: positions that a row can hold.
         dtype: dtype of keys and values for kv="compute".
-        kv: one of KV_TYPES: "compute" keeps the dtype of the activations; "int8" takes a byte a value and two a vector.
+        kv: one of KV_TYPES: "compute" keeps the dtype of the activations; "int8" stores one byte for each value, and a
+            scale of two bytes for each vector of H values.
     """
     shape = (batch, kv_heads(config), capacity, config.head_dim)
 
@@ -130,7 +132,7 @@ def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dty
 
 
 def _stored(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which an array of `dtype` is stored on the platform of the active layout."""
+    """The dtype in which a cache of `dtype` is stored: 16-bit floats become uint16 bits on a CPU."""
     on_cpu = parallel.device_platform() == "cpu"
     return jnp.dtype(_BITS if on_cpu and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else dtype)
 
@@ -171,7 +173,7 @@ def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
 
 
 def read(leaf: Leaf, at: Window, dtype: jnp.dtype) -> jax.Array:
-    """The first `at.bound` slots of keys or values, (B, K, bound, H); those of a QCache are multiplied out."""
+    """The first `at.bound` slots of keys or values, (B, K, bound, H). A QCache is dequantized to `dtype`."""
     if not isinstance(leaf, QCache):
         return _as_float(leaf[:, :, : at.bound], jnp.bfloat16)
     values_BKSH = leaf.values_BKSH[:, :, : at.bound].astype(jnp.float32)
@@ -180,27 +182,30 @@ def read(leaf: Leaf, at: Window, dtype: jnp.dtype) -> jax.Array:
 
 
 def _as_stored(new: jax.Array, leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """New values in the dtype of a leaf; for one that is stored as bits, the bits of `dtype`."""
+    """Converts new values to the dtype in which a leaf is stored; a leaf of uint16 stores the bits of `dtype`."""
     return jax.lax.bitcast_convert_type(new.astype(dtype), _BITS) if leaf.dtype == _BITS else new.astype(leaf.dtype)
 
 
 def _as_float(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The values of a leaf; for one that is stored as bits, those of `dtype`."""
+    """The stored values of a leaf as floats; a leaf of uint16 holds the bits of `dtype`."""
     return jax.lax.bitcast_convert_type(leaf, dtype) if leaf.dtype == _BITS else leaf
 
 
 def take_rows(cache: KVCache, rows_R: jax.Array, *, bound: int) -> KVCache:
-    """The first `bound` slots of some rows. A row number beyond the last gives any row."""
+    """The first `bound` slots of the rows with these indices. An index beyond the last row selects the last row."""
     return constrained(jax.tree.map(lambda a: jnp.take(a[:, :, :bound], rows_R, axis=0, mode="clip"), cache))
 
 
 def put_rows(cache: KVCache, part: KVCache, rows_R: jax.Array) -> KVCache:
-    """The cache with the slots of `part` written back to these rows. A row number beyond the last is dropped."""
+    """The cache with `part` written to the first slots of these rows. An index beyond the last row is dropped."""
     return constrained(jax.tree.map(lambda a, b: a.at[rows_R, :, : b.shape[2]].set(b, mode="drop"), cache, part))
 
 
 def resized(cache: KVCache, rows_R: jax.Array, *, capacity: int) -> KVCache:
-    """A cache with these rows of another (a number beyond the last gives any row), of another capacity."""
+    """A cache of `capacity` slots, made of the rows with these indices. Added slots are zeros.
+
+    An index beyond the last row selects the last row.
+    """
 
     def resize(a: jax.Array) -> jax.Array:
         a = jnp.take(a[:, :, :capacity], rows_R, axis=0, mode="clip")

@@ -1,1 +1,1 @@
-"""Floor 5: inference. `llama` is the public interface, and `engine` has the compiled programs."""
+"""Floor 5: inference. `llama` is the public interface, `scheduler` the queue, and `program` the compiled programs."""

@@ -32,7 +32,7 @@ def decode(
     guesses: int,
     drafter: str,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """`Program.decode`, traced."""
+    """The traced function behind `Program.decode`, which documents its arguments."""
     with parallel.use(program.layout):
         B, width = state.cache.rows, DISPATCH * (guesses + 1)
         settings = state.sampling
@@ -75,10 +75,10 @@ def _advance(
     guesses: int,
     drafter: str,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One forward pass for all live rows. Each gets one token, and one more for every guess that proves right.
+    """One forward pass for all live rows. Each row gets one token, and one more for every correct guess.
 
-    A guess is right if it is the token that is sampled in its place. Noise is a function of seed and position, so
-    the text is the same with and without guesses.
+    A guess is correct if it equals the token that is sampled at its position. Noise is a function of seed and position,
+    so the text is the same with and without guesses.
     """
     target, draft_params = program.split(params)
     live_B = state.remaining_B > 0
@@ -117,7 +117,10 @@ def _advance(
 
 
 def _accept(carry: tuple, logits_BV: jax.Array, guess_B: jax.Array | None) -> tuple:
-    """Samples the next token of the rows in `carry`, and keeps the rows whose guess was that token."""
+    """Samples the next token of the active rows. Rows whose guess was that token stay active.
+
+    `carry` is (active_B, state, outputs).
+    """
     active_B, state, out = carry
     B, V = logits_BV.shape
     rows = jnp.arange(B)

@@ -1,10 +1,10 @@
-"""The host's side of a batch: weights, state and the rounding of shapes around a `Program`.
+"""The host's part of a batch: it keeps weights and state, and rounds shapes for the programs of a `Program`.
 
-Every method takes and returns numpy values, and chooses shapes from small sets so that few programs are compiled:
-rows of a call are powers of four, lengths come from CHUNKS, capacities and bounds from `round_up`.
+Every method takes and returns numpy values, and chooses shapes from small sets so that few programs are compiled: rows
+of a call are powers of four, lengths come from CHUNKS, capacities and bounds from `round_up`.
 
-Letters: B rows of the batch, R rows of one call, T chunk length, V vocab, P padded prompt length, C scored positions,
-K candidate ids.
+Letters: B rows of the batch, R rows of one call, T chunk length, V vocab, P padded prompt length, C scored positions, K
+candidate ids.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Engine:
     def resize(self, keep: Sequence[int], *, rows: int, capacity: int) -> None:
         """Makes a batch of `rows` rows, whose first are the rows `keep` of the present batch.
 
-        `capacity` is at least the length of every kept row that matters; positions beyond it are lost.
+        `capacity` is at least the length of every kept row that matters; later positions are discarded.
         """
         with jax.transfer_guard("disallow"):
             if self.state is None:
@@ -175,7 +175,7 @@ class Engine:
             self.state = self.program.copy(self.state, *self._put((sources, targets)), bound=self._bound(length))
 
     def insert(self, requests: Mapping[int, Request]) -> None:
-        """Makes rows live: their cache holds all prompt tokens but the last. `requests` are by row."""
+        """Starts decoding in rows whose cache has all prompt tokens but the last. `requests` maps rows to requests."""
         for group, height in _groups(list(requests.items()), self.rows):
             padding = height - len(group)
             picked = [request for _, request in group] + [_NOTHING] * padding
@@ -218,7 +218,7 @@ class Engine:
         """Up to `limit` steps for all live rows.
 
         Args:
-            alive: False for rows that end now, whatever they had left.
+            alive: False for rows that end now, even if they have tokens left to generate.
             limit: number of steps, from 1 to DISPATCH.
             longest: greatest position of a live row's next input token.
             least: the dispatch ends early when fewer rows than this are live.
@@ -355,7 +355,10 @@ def _height(count: int, rows: int) -> int:
 
 
 def _groups(items: Sequence[Any], rows: int) -> list[tuple[Sequence[Any], int]]:
-    """Items in calls of few heights: two or three of many rows run one by one, which computes less than padding."""
+    """Splits items into calls of a few fixed numbers of rows, as (items, rows of the call).
+
+    Two or three items of a large batch run one by one, which computes less than a padded call of four rows.
+    """
     groups: list[tuple[Sequence[Any], int]] = []
     done = 0
     while done < len(items):
@@ -369,7 +372,7 @@ def _groups(items: Sequence[Any], rows: int) -> list[tuple[Sequence[Any], int]]:
 
 
 def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> Params:
-    """Unrolled weights cast to `dtype` and sharded over the mesh. Arrays that already are so are not copied."""
+    """Unrolled weights, cast to `dtype` and sharded over the mesh. Arrays that need neither are not copied."""
 
     def cast(leaf: Weight) -> Weight:
         if isinstance(leaf, LoraTensor):  # its scale stays in float32

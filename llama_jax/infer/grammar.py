@@ -26,7 +26,7 @@ _LONGEST = 1_000_000  # characters of a schema, an expression or a grammar
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """A form that an output must have.
+    """The form that an output must have.
 
     Attributes:
         kind: one of KINDS.
@@ -162,7 +162,7 @@ class Grammars:
 
 @dataclasses.dataclass(frozen=True)
 class _Wrapped:
-    """A tokenizer as llguidance reads it."""
+    """An adapter that gives a tokenizer the interface which llguidance expects."""
 
     eos_token_id: int
     bos_token_id: int | None
@@ -179,7 +179,7 @@ class Matcher:
     """The state of one constrained output."""
 
     def __init__(self, inner: Any, vocab_size: int):
-        """A matcher around one of llguidance."""
+        """Wraps a matcher of llguidance."""
         self._inner = inner
         self._words = -(-vocab_size // 32)
 

@@ -175,7 +175,7 @@ def _has_bfloat16() -> bool:
 
 
 def as_folders(adapters: Any) -> dict[str, str | os.PathLike[str]]:
-    """LoRA adapters as a dict from name to folder or hub id. A single one is named after its folder; None gives {}."""
+    """LoRA adapters as a dict from name to folder or hub id. A single adapter is named after its folder."""
     if isinstance(adapters, (str, os.PathLike)):
         adapters = {Path(adapters).name: adapters}
     elif adapters is None:

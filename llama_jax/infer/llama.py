@@ -184,7 +184,7 @@ class Llama:
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> jax.Array:
         """Logits (B, T, V) in float32 of token ids (B, T). Each row starts at position 0.
 
-        Lengths are padded to powers of two, so that texts of many lengths share a few programs.
+        Lengths are padded to powers of two, so that texts of many lengths share a few compiled programs.
         """
         try:
             tokens_BT = np.asarray(tokens)
@@ -355,8 +355,8 @@ class Llama:
         `tools` are functions in OpenAI's schema. With tool_choice="required" the answer is a call of one of them whose
         arguments follow its schema, and with a name a call of that one. Other arguments are those of `generate`, with
         512 new tokens by default. `message` of the result has the parsed tool calls. It can be appended to the dialog
-        unchanged, and is then encoded as the generated ids. A list of dialogs gives a list of results. A dialog
-        that goes on from one of the last call starts from the cache of that call.
+        unchanged, and is then encoded as the generated ids. A list of dialogs gives a list of results. A dialog that
+        continues one of the last call reuses that call's cache.
         """
         single = not messages or isinstance(messages[0], Mapping)
         dialogs = [messages] if single else list(messages)
@@ -375,7 +375,7 @@ class Llama:
         return self.stream(self.encode_dialog(messages, tools), **self._of_chat(options))
 
     def _of_chat(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options with the defaults of a dialog."""
+        """Options of `generate` with the defaults of `chat` filled in."""
         own = {name: value for name, value in options.items() if value is not None}
         if not own.get("ignore_eos"):
             own.setdefault("stop_tokens", self.chat_stop_tokens)

@@ -1,4 +1,4 @@
-"""The compiled programs of inference. They hold no weights, and a `Program` needs no device to be lowered.
+"""The compiled programs of inference. They take the weights as an argument, and can be lowered without the device.
 
     program = Program.make(config, mesh=None, dtype=jnp.bfloat16)
     state = program.start(rows=8, capacity=1024)
@@ -6,11 +6,11 @@
     state = program.insert(state, fresh)                          # rows become live
     state, out = program.decode(params, state, steer, bound=256)  # up to DISPATCH steps for all live rows
 
-A batch is a number of rows that come and go. A row is free when it has nothing left to generate. Prefill writes prompt
-tokens into the cache, insert arms a row with its last prompt token, its limit and its settings, and decode advances all
-live rows in one `while_loop` on the device, so that device and host synchronize once a dispatch. Rows do not depend on
-each other. Shapes come from small sets (see `engine`), and everything else is an array, so any mix of prompts, settings
-and limits needs a bounded number of compilations.
+A batch is a number of rows, each of which serves one request after another. A row is free when it has nothing left to
+generate. Prefill writes prompt tokens into the cache, insert gives a row its last prompt token, its limit and its
+settings, and decode advances all live rows in one `while_loop` on the device, so that device and host synchronize once
+a dispatch. Rows do not depend on each other. Shapes come from small sets (see `engine`), and everything else is an
+array, so any mix of prompts, settings and limits needs a bounded number of compilations.
 
 Letters: B rows of the batch, R rows of one call, T chunk length, S cache slots, V vocab, N stop tokens, O width of the
 output buffer, P padded prompt length, G guessed tokens of a step, W words of a mask. In scoring: C scored positions,
@@ -104,17 +104,19 @@ class Program(ProgramSpec):
 
     @functools.cached_property
     def start(self) -> Any:
-        """(*, rows, capacity) -> State: an empty batch whose rows are all free."""
+        """Compiled `start(*, rows, capacity)`: returns the State of an empty batch, whose rows are all free."""
         return jax.jit(self._trace_start, static_argnames=("rows", "capacity"))
 
     @functools.cached_property
     def resize(self) -> Any:
-        """(state, rows_R, *, capacity) -> State: a batch of these rows; a number beyond the last makes a free row."""
+        """Compiled `resize(state, rows_R, *, capacity)`: a State of these rows; an index beyond them is a free row."""
         return jax.jit(self._trace_resize, static_argnames="capacity")
 
     @functools.cached_property
     def prefill(self) -> Any:
-        """(params, state, chunk, *, bound) -> State, with a chunk of prompt tokens in the cache. Donates the state.
+        """Compiled `prefill(params, state, chunk, *, bound)`: writes a chunk of prompt tokens into the cache.
+
+        Returns the new State; the old one is donated.
 
         `chunk` has rows_R, tokens_RT, starts_R (position of the first token) and counts_R (number of real tokens).
         `bound` is at least the end of every row's tokens.
@@ -123,12 +125,15 @@ class Program(ProgramSpec):
 
     @functools.cached_property
     def copy(self) -> Any:
-        """(state, sources_R, targets_R, *, bound) -> State, with the first slots of rows copied. Donates the state."""
+        """Compiled `copy(state, sources_R, targets_R, *, bound)`: copies the first `bound` cache slots from row to row.
+
+        Returns the new State; the old one is donated.
+        """
         return jax.jit(self._trace_copy, static_argnames="bound", donate_argnums=0)
 
     @functools.cached_property
     def insert(self) -> Any:
-        """(state, fresh) -> State, with rows made live. Donates the state.
+        """Compiled `insert(state, fresh)`: makes rows live. Returns the new State; the old one is donated.
 
         `fresh` has rows_R, prompts_RP, lengths_R, remaining_R, stops_RN, controls, and bias_RV or None.
         """
@@ -136,10 +141,13 @@ class Program(ProgramSpec):
 
     @functools.cached_property
     def decode(self) -> Any:
-        """(params, state, steer, *, bound, top, guesses, drafter) -> (State, outputs). Donates the state.
+        """Compiled `decode(params, state, steer, *, bound, top, guesses, drafter)`: advances all live rows by several
+        tokens.
+
+        Returns the new State and outputs; the old State is donated.
 
         `steer` has alive_B (False ends a row), limit (steps), least (the loop ends when fewer rows are live), and
-        allowed_BW or None. Outputs are a dict: tokens_BO (-1 where nothing came), logprobs_BO, top_ids_BOK,
+        allowed_BW or None. Outputs are a dict: tokens_BO (-1 where no token was generated), logprobs_BO, top_ids_BOK,
         top_logprobs_BOK, count_B (new tokens), steps_B and remaining_B.
         """
         return jax.jit(
@@ -150,17 +158,17 @@ class Program(ProgramSpec):
 
     @functools.cached_property
     def logits(self) -> Any:
-        """(params, tokens_BT) -> float32 logits (B, T, V), by the forward pass without a cache."""
+        """Compiled `logits(params, tokens_BT)`: float32 logits (B, T, V) by the forward pass without a cache."""
         return jax.jit(functools.partial(whole_texts.logits, self))
 
     @functools.cached_property
     def hidden(self) -> Any:
-        """(params, tokens_BT) -> hidden states (B, T, D) after the final norm, in `dtype`."""
+        """Compiled `hidden(params, tokens_BT)`: hidden states (B, T, D) after the final norm, in `dtype`."""
         return jax.jit(functools.partial(whole_texts.hidden, self))
 
     @functools.cached_property
     def score(self) -> Any:
-        """(params, tokens_BT, starts_B, candidates_BCK, *, top) -> log-probabilities of candidate next tokens."""
+        """Compiled `score(params, tokens_BT, starts_B, candidates_BCK, *, top)`; `Engine.score` documents it."""
         return jax.jit(functools.partial(whole_texts.score, self), static_argnames="top")
 
     @property

@@ -1,4 +1,4 @@
-"""Requests to results: the part of sampling between the public interface and the scheduler."""
+"""The sampler, which makes requests of prompts for the scheduler, and results of the scheduler's events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEAST_LENGTH = 16
 
 @dataclasses.dataclass
 class _Parts:
-    """The tokens and the text that the events of one request have brought."""
+    """The tokens and the text of one request so far, collected from the scheduler's events."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -49,7 +49,7 @@ class Sampler:
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer | None, sampling: SamplingParams, stop_tokens: tuple[int, ...]
     ):
-        """A sampler.
+        """Makes a sampler.
 
         Args:
             engine: weights and compiled programs.
@@ -185,7 +185,7 @@ class Sampler:
         )
 
     def prompt_logprobs(self, ids: Sequence[int], top: int) -> dict[str, Any]:
-        """The fields of a Result about its prompt: log-probability of each token but the first, and the likeliest."""
+        """The fields of a Result about its prompt: logprob of each token but the first, and the likeliest tokens."""
         length = min(power_of_two(len(ids), _LEAST_LENGTH), self.engine.config.max_seq_len)
         tokens_BT = np.zeros((1, length), np.int32)
         tokens_BT[0, : len(ids)] = ids

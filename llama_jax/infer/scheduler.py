@@ -1,4 +1,4 @@
-"""The scheduler: requests wait, get a row of the batch, are decoded together, and leave. It does not import jax.
+"""The scheduler: requests wait in a queue, get a row of the batch, and are decoded together. It does not import jax.
 
     scheduler = Scheduler(engine, tokenizer, rows=8)
     numbers = [scheduler.submit(request) for request in requests]
@@ -7,8 +7,8 @@
 `step` admits requests to free rows, dispatches once, and returns what each row generated. `generate`, `stream`, `chat`,
 lm_eval's requests and the samples of training are its clients.
 
-A row remembers the tokens whose keys and values are in its cache, also after its request has left. A new request starts
-from the row that shares the longest beginning with it: in that row if it is free, or from a copy of its first
+A row remembers the tokens whose keys and values are in its cache, also after its request has ended. A new request
+starts from the row that shares the longest beginning with it: in that row if it is free, or from a copy of its first
 positions. The next turn of a chat, few-shot prompts and several samples of one prompt are read once this way.
 """
 
@@ -46,12 +46,12 @@ _JUDGED, _POOR_GAIN, _REST, _REST_STEPS = 48, 1.25, 4, 32
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """The tokens that one dispatch brought to one request.
+    """The tokens that one dispatch generated for one request.
 
     Attributes:
         number: the number that `submit` returned.
         tokens: new ids, including a stop token that ended them.
-        logprobs: log-probability of each.
+        logprobs: log-probability of each new token under the model's own distribution.
         top: likeliest (id, log-probability) pairs at each position, if the request asks for them.
         text: new text of a request with stop strings, up to the stop string; "" for other requests.
         finish: "stop" or "length" if the request has ended, else None.
@@ -73,7 +73,7 @@ class Event:
 
 @dataclasses.dataclass
 class _Job:
-    """A request that waits or has a row."""
+    """A request that is waiting or running, and its progress so far."""
 
     number: int
     request: Request
@@ -94,14 +94,14 @@ class _Row:
 
 
 class Scheduler:
-    """Requests on one engine.
+    """Schedules requests on one engine.
 
     Attributes:
         rows: most rows that run together, rounded up to a power of two.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, *, rows: int = 8):
-        """An empty scheduler; `tokenizer` is needed for stop strings."""
+        """Makes a scheduler without requests; `tokenizer` is needed for stop strings."""
         self.rows = rows
         self._engine = engine
         self._tokenizer = tokenizer
@@ -129,7 +129,7 @@ class Scheduler:
             return job.number
 
     def cancel(self, number: int) -> None:
-        """Ends a request. It brings no further event, and its iterator ends; a number that has ended is ignored."""
+        """Ends a request: it gives no further event, and its iterator ends. Numbers of ended requests are ignored."""
         with self._lock:
             self._inbox.pop(number, None)
             self._waiting = collections.deque(job for job in self._waiting if job.number != number)
@@ -143,7 +143,7 @@ class Scheduler:
         return not self._waiting and not self._busy()
 
     def forget(self) -> None:
-        """Drops what the rows remember, after the weights have changed, and frees the batch. Requests are cancelled."""
+        """Forgets the cached prompts, frees the batch and cancels all requests, as new weights require."""
         with self._lock:
             self._waiting.clear()
             self._batch = []
@@ -152,9 +152,10 @@ class Scheduler:
             self._engine.clear()
 
     def events(self, numbers: Collection[int], *, first: int | None = None, most: int | None = None) -> Iterator[Event]:
-        """Steps until these requests have ended, and yields their events. Closing the iterator cancels what is left.
+        """Steps until these requests have ended, and yields their events. Closing the iterator cancels those that are
+        still running.
 
-        Several iterators may be open, also in several threads; each steps for all.
+        Several iterators may be open, also in several threads. A step of one of them serves the requests of all.
 
         Args:
             numbers: numbers of submitted requests.
@@ -170,7 +171,7 @@ class Scheduler:
     def start(
         self, requests: Sequence[Request], *, first: int | None = None, most: int | None = None
     ) -> tuple[list[int], Iterator[Event]]:
-        """Submits requests, and returns their numbers and `events`. No step of another thread comes between."""
+        """Submits requests, and returns their numbers and `events`. No step of another thread runs in between."""
         with self._lock:
             numbers = [self.submit(request) for request in requests]
             return numbers, self.events(numbers, first=first, most=most)
@@ -197,7 +198,7 @@ class Scheduler:
                 self.cancel(number)
 
     def step(self, limit: int) -> list[Event]:
-        """Admits waiting requests to free rows, decodes up to `limit` steps, and returns what came.
+        """Admits waiting requests to free rows, decodes up to `limit` steps, and returns the events.
 
         Open iterators of `events` get their events too. If it raises (or is interrupted), the batch is lost: all
         requests are cancelled and nothing is remembered.
@@ -228,7 +229,7 @@ class Scheduler:
             self._start(self._wave(free))
 
     def _fit(self) -> None:
-        """Makes the batch large enough for what waits, and no larger than needed after a rest."""
+        """Makes the batch large enough for the waiting requests. After an idle time it may also shrink."""
         if not self._waiting:
             return
         busy = [i for i, row in enumerate(self._batch) if row.job is not None]
@@ -251,9 +252,9 @@ class Scheduler:
         self._batch = kept + [_Row(np.zeros(0, np.int64)) for _ in range(rows - len(kept))]
 
     def _wave(self, free: list[int]) -> dict[int, tuple[_Job, int, int]]:
-        """Requests to start together: by row the job, and the row and the length of the beginning that it shares.
+        """Chooses the requests to start together: by row, (job, row to copy from, number of tokens to copy).
 
-        Copies are made before anything is written, so a row that is about to be used again is still a source.
+        All copies are made before any row is written, so a row that is about to be replaced can still be copied from.
 
         A request that shares a longer beginning with another one of the wave waits for the next wave, and then finds
         that beginning in a row.
@@ -278,7 +279,7 @@ class Scheduler:
         return wave
 
     def _held(self, row: _Row) -> np.ndarray:
-        """The tokens whose keys and values a busy row holds: all but the one that is fed next."""
+        """The tokens whose keys and values are in the cache of a busy row: all but the next input token."""
         assert row.job is not None
         return np.concatenate([row.job.prompt, np.asarray(row.job.tokens, np.int64)])[:-1]
 
@@ -327,7 +328,7 @@ class Scheduler:
         return events
 
     def _judge(self, pieces: Sequence[Piece]) -> None:
-        """Turns guessing off for a while if it does not pay."""
+        """Turns guessing off for some dispatches if too few guesses were correct to save time."""
         self._passes += sum(piece.steps for piece in pieces)
         self._gained += sum(len(piece.tokens) for piece in pieces)
         if self._passes >= _JUDGED:
@@ -335,7 +336,7 @@ class Scheduler:
             self._passes = self._gained = 0
 
     def _guessing(self, requests: Sequence[Request]) -> tuple[int, str]:
-        """Number of guesses of the next dispatch, and their drafter."""
+        """The number of guesses of the next dispatch, and the drafter that makes them."""
         asked = [request.speculate for request in requests if request.speculate]
         if not asked:
             return 0, ""
@@ -392,7 +393,7 @@ class Scheduler:
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """The number of tokens with which both begin."""
+    """The number of leading tokens that both have in common."""
     length = min(len(a), len(b))
     if not length or a[0] != b[0]:
         return 0

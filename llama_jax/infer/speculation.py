@@ -1,7 +1,7 @@
 """Guesses for speculative decoding: pure functions of the state, inside the compiled loop.
 
-Verification is one forward pass over the guesses, and a guess counts if it is the token that is sampled in its place
-(`decoding._accept`). A drafter may therefore guess anything: it decides the speed and never the text.
+Verification is one forward pass over the guesses, and a guess is accepted if it equals the token that is sampled at its
+position (`decoding._accept`). The source of guesses (the drafter) therefore changes the speed and never the text.
 
 Letters: B rows, S positions of a row, G guesses.
 """
@@ -40,10 +40,10 @@ def guess(
 
 
 def look_up(ids_BS: jax.Array, positions_B: jax.Array, guesses: int) -> jax.Array:
-    """Prompt look-up: what followed the last tokens of a row where they occurred before (B, G).
+    """Prompt look-up: guesses (B, G) the tokens that followed an earlier occurrence of the row's last tokens.
 
-    The latest earlier occurrence of the last three tokens counts, else that of the last two, else of the last one. A
-    row without any is guessed to repeat token 0.
+    It takes the latest earlier occurrence of the last three tokens, or else of the last two, or else of the last one. A
+    row without one gets token 0 as its guesses.
 
     Args:
         ids_BS: token at each position of the row.
@@ -71,10 +71,10 @@ def look_up(ids_BS: jax.Array, positions_B: jax.Array, guesses: int) -> jax.Arra
 def _draft(
     program: ProgramSpec, params: Params | None, state: State, live_B: jax.Array, *, guesses: int, bound: int
 ) -> tuple[jax.Array, KVCache | None]:
-    """The draft model's own samples, with the settings and the noise of the row, one after the other.
+    """Samples the guesses one after the other from the draft model, with the settings and the noise of each row.
 
-    The first step feeds the last two tokens. After a round whose guesses were all right, the last guess is not in the
-    draft's cache yet; in all other cases its slot is written again with the same values.
+    The first step feeds the last two tokens. If all guesses of the last round were correct, the last of them is not in
+    the draft's cache yet. Otherwise its slot is written again with the same values.
     """
     config, cache, at_B = program.draft, state.draft, state.positions_B
     assert config is not None and params is not None

@@ -1,4 +1,4 @@
-"""The decoding state of a batch on the devices, and what its programs depend on.
+"""The decoding state of a batch on the devices, and the specification of its programs.
 
 Letters: B rows of the batch, S cache slots.
 """
@@ -50,7 +50,7 @@ class State:
     Attributes:
         cache: KV cache of all rows.
         draft: KV cache of the draft model, or None.
-        ids_BS: int32 token at each position of the row, up to the one that is fed next.
+        ids_BS: int32 token at each position of the row, up to the next input token.
         tokens_B: int32 next input token of each row; it is not in the cache yet.
         positions_B: int32 position of that token.
         remaining_B: int32 number of tokens that the row may still generate.

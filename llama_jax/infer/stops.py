@@ -1,4 +1,4 @@
-"""Stop strings: texts that end a continuation, also where they begin in one token and end in another."""
+"""Stop strings: texts that end a continuation, even if they begin in one token and end in another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StopScanner:
     """Searches a growing text for stop strings, and releases only text that cannot be part of one."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
-        """A scanner at the start of a continuation.
+        """Makes a scanner for one continuation.
 
         Args:
             tokenizer: tokenizer of the tokens that will come.
@@ -22,7 +22,7 @@ class StopScanner:
         from llama_jax.text.tokenizer import StreamDecoder
 
         if tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
+            raise ValueError("stop strings need a tokenizer: give one, or use stop_tokens")
         self._decoder = StreamDecoder(tokenizer, continues=True)
         self._known = tokenizer.vocab_size
         self._stops = tuple(stops)
@@ -53,7 +53,7 @@ class StopScanner:
         return len(tokens), text, None
 
     def _open(self) -> int:
-        """Length of the longest end of the held text that is a proper beginning of a stop string."""
+        """Length of the longest suffix of the held text that is a proper prefix of a stop string."""
         longest = min(max(map(len, self._stops)) - 1, len(self._held))
         for length in range(longest, 0, -1):
             tail = self._held[len(self._held) - length :]

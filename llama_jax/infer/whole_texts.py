@@ -1,4 +1,4 @@
-"""Logits, hidden states and scores of whole texts, traced: the forward pass without a cache.
+"""The traced functions for whole texts: logits, hidden states and scores, by the forward pass without a cache.
 
 Letters: B rows, T length, D embedding, V vocab, C scored positions, K candidate ids at each of them, n positions whose
 logits are in memory at a time.
@@ -20,13 +20,13 @@ _LOGITS = 1 << 26  # most float32 logits in memory at a time while scoring (256 
 
 
 def logits(program: ProgramSpec, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """`Program.logits`, traced."""
+    """The traced function behind `Program.logits`."""
     with parallel.use(program.layout):
         return model.unembed(program.config, program.split(params)[0], _whole(program, params, tokens_BT))
 
 
 def hidden(program: ProgramSpec, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """`Program.hidden`, traced."""
+    """The traced function behind `Program.hidden`."""
     with parallel.use(program.layout):
         return all_whole(_whole(program, params, tokens_BT))
 
@@ -41,7 +41,7 @@ def _whole(program: ProgramSpec, params: Any, tokens_BT: jax.Array) -> jax.Array
 def score(
     program: ProgramSpec, params: Any, tokens_BT: jax.Array, starts_B: jax.Array, candidates_BCK: jax.Array, *, top: int
 ) -> dict[str, jax.Array]:
-    """`Program.score`, traced."""
+    """The traced function behind `Program.score`; `Engine.score` documents it."""
     with parallel.use(program.layout):
         B, T = tokens_BT.shape
         C = candidates_BCK.shape[1]
