@@ -1,4 +1,4 @@
-"""The run folder while a run trains in it: its lock, the rules of resuming, config.json, and what a run leaves."""
+"""The folder of a training run: its lock, the checks of a resumed run, config.json, and the results."""
 
 from __future__ import annotations
 
@@ -87,15 +87,15 @@ class Trend:
 
 @dataclasses.dataclass(frozen=True)
 class Newest:
-    """The newest sound checkpoint of a run folder, without its arrays.
+    """The newest intact checkpoint of a run folder, without its arrays.
 
     Attributes:
         step: The step that it was saved at.
         config: The nested dict of the run that saved it.
         frozen: The identity of the frozen model, or None.
-        trend: The validation losses until then.
+        trend: The course of the validation loss up to then.
         position: The number of training rows that its steps took.
-        objective: The name of a loss of the caller's own, or None.
+        objective: The name of the caller's own loss function, or None.
         files: SHA-256 of each file of tokenizer and chat template; empty for checkpoints of earlier versions.
     """
 
@@ -109,7 +109,7 @@ class Newest:
 
 
 class RunFolder:
-    """The folder of a run, open for training. Where there are several processes, all of them make every call.
+    """The folder of a run, open for training. With several processes, every process must make every call.
 
     Attributes:
         path: The folder.
@@ -131,7 +131,7 @@ class RunFolder:
         )
 
     def newest(self, *, resume: bool) -> Newest | None:
-        """The newest sound checkpoint, or None in a new folder; ConfigError if there is one and not `resume`."""
+        """The newest intact checkpoint, or None in a new folder. ConfigError if there is one and `resume` is False."""
         step = self.checkpoints.latest()
         if step is None:
             return None
@@ -151,8 +151,7 @@ class RunFolder:
     def check_resume(self, run: RunConfig, newest: Newest, objective: Objective) -> RunConfig:
         """Check that `run` continues the run that saved the checkpoint, and print the keys that have changed.
 
-        Returns:
-            The run with its shape, which comes from the checkpoint: the model of init_from need not exist any more.
+        Returns: The run with the shape in the checkpoint, so that the model of init_from need not exist any more.
 
         Raises:
             ConfigError: a key differs that would make it another run.
@@ -196,14 +195,14 @@ class RunFolder:
         return TrainState(ema=best, **rest)
 
     def files_intact(self, newest: Newest) -> bool:
-        """True if the tokenizer and the chat template in the folder are those of the checkpoint. Prints what is not."""
+        """True if the tokenizer and the chat template in the folder are those of the checkpoint. Prints differences."""
         changed = manifest.changed(self.path, newest.files)
         for path in changed:
             say(f"warning: {path} was changed after it was written or is missing: making it again")
         return not changed
 
     def check_files(self, newest: Newest) -> None:
-        """Check the tokenizer and the chat template of a resumed run; ConfigError if they are others."""
+        """Check that the tokenizer and the chat template are those of the checkpoint; ConfigError otherwise."""
         for path in manifest.changed(self.path, newest.files):
             raise ConfigError(
                 f"{path} is not the one that the run was started with, and cannot be made again from init_from and the "
@@ -213,8 +212,8 @@ class RunFolder:
     def write_config(self, run: RunConfig, tokenizer: Tokenizer, frozen: str | None) -> None:
         """Write config.json: the run, its tokenizer's fingerprint, the frozen model's identity, and hashes.
 
-        The file contains the hashes of the files of tokenizer and chat template, and one of itself, so that readers
-        notice when one of them was damaged.
+        The file contains the hashes of the tokenizer's and the chat template's files and of itself, so that readers
+        notice damage.
         """
         self.files = manifest.digests(self.path, TOKENIZER_FILES)
         if jax.process_index() == 0:
@@ -271,7 +270,7 @@ class RunFolder:
 
 
 def rest_of(state: TrainState) -> dict[str, Any]:
-    """The part of the state that a checkpoint keeps besides `state.best`; with an average, also the weights."""
+    """The part of the state that a checkpoint saves besides `state.best`; with an EMA it has the weights too."""
     rest = {name: getattr(state, name) for name in ("opt_state", "key", "skipped", "step")}
     return rest if state.ema is None else {**rest, "params": state.params}
 

@@ -53,7 +53,7 @@ class Hooks:
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue. The message says why, and what to change."""
+    """Raised if a run cannot continue. The message has the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Report:
 
     Attributes:
         step: The number of the step, from 1.
-        metrics: Scalars by name, and `stop` where there are several processes.
+        metrics: Scalars by name, and with several processes the flag `stop`.
     """
 
     step: int
@@ -136,7 +136,7 @@ class Loop:
         return self.trend.is_end(self.run, self.step, self.program.steps)
 
     def _do_steps(self) -> None:
-        """Do the steps and all that is due between them. A step is reported while the next one computes."""
+        """Do the steps, and evaluate, sample and save between them. A step is reported while the next one runs."""
         batches = to_devices(self.data.loader, self.program)
         pending: Report | None = None
         while not self.is_end() and not self._stopping():
@@ -188,7 +188,7 @@ class Loop:
         return self.stop.requested if self.any_stop is None else self.stop_seen
 
     def _asked_to_stop(self) -> bool:
-        """True if any process was asked to stop. Between steps, where all processes call it; it waits for them."""
+        """True if any process was asked to stop. Every process must call it between steps; it waits for all."""
         if self.any_stop is None:
             return self.stop.requested
         return bool(jax.device_get(self.any_stop(self.stop.requested)))
@@ -203,8 +203,9 @@ class Loop:
         if values["skipped"] >= self.run.train.max_skipped:
             raise TrainingError(
                 f"step {step}: the loss or the gradient was not finite {int(values['skipped'])} times in a row. Those "
-                "steps changed nothing, and what is saved is sound. Look at the data around this step, or lower "
-                "optimizer.learning_rate, and start again: the run continues from its last checkpoint, if it has one"
+                "steps changed nothing, and the saved checkpoints are good. Look at the data around this step, or "
+                "lower optimizer.learning_rate, and start again: the run continues from its last checkpoint, if it has "
+                "one"
             )
         if self.log is None:
             return
@@ -273,7 +274,7 @@ class Loop:
         """Start saving a checkpoint of this step; `loss` is its validation loss, if that was computed."""
         if not jax.device_get(self.all_finite(self.state.params)):
             raise TrainingError(
-                f"step {self.step}: weights are not finite, so this step is not saved, and what is saved is sound. "
+                f"step {self.step}: weights are not finite, so this step is not saved; earlier checkpoints are good. "
                 "Lower optimizer.learning_rate and start again: the run continues from its last checkpoint, if it has "
                 "one"
             )

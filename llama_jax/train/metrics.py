@@ -1,4 +1,4 @@
-"""The reports of a run: a status line, metrics.jsonl with its trackers, and a picture of the loss."""
+"""Reports of a run: a status line, metrics.jsonl with its trackers, and a picture of the loss."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A status line: live with a bar on a terminal, a plain line every few steps elsewhere."""
+    """The status line of a run: a live line with a bar at a terminal, and otherwise a plain line every few steps."""
 
     def __init__(self, *, start: int, steps: int, every: int, tokens_per_step: int, flops_per_step: float):
         self._start, self._steps, self._every = start, steps, every
@@ -108,7 +108,7 @@ class Progress:
         self._peak = peak * jax.device_count() if peak else None
 
     def speed(self, step: int) -> dict[str, float]:
-        """Tokens/s, and MFU if the device's peak is known, over the last twenty steps of these calls."""
+        """The tokens/s, and the MFU if the device's peak is known, over the last twenty calls."""
         now = time.monotonic()
         self._times = [*self._times[-20:], (step, now)]
         first_step, first_time = self._times[0]

@@ -2,8 +2,8 @@
 
 A run works in a folder of this machine, and a background thread copies what is committed there. Stores have no rename,
 so that the manifest of a checkpoint is its commit: it is copied after all other files of the step, and it is deleted
-before them. A step without a manifest does not exist for readers. A killed process leaves the store with the steps
-before, and the folder on the machine with those since.
+before them. A step without a manifest does not exist for readers. After a kill the store has the steps that were copied
+before, and the local folder also has later ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Mirror:
         """Bring the folder up to date before a run starts in it.
 
         A folder of the same run with all steps of the store is kept. Any other is replaced by the run in the store, or
-        emptied where there is none.
+        emptied if the store has none.
 
         Raises:
             ConfigError: the store cannot be read or written to, or there is no room.
@@ -66,12 +66,12 @@ class Mirror:
         self._store.write(_ID, (self._folder / _ID).read_bytes())
 
     def push_soon(self) -> None:
-        """Copy what has changed, in the background. A copy that waits already covers this one."""
+        """Copy changed files in the background. A copy that is already waiting includes them."""
         if self._pending is None or self._pending.running() or self._pending.done():
             self._pending = self._background.submit(self._try_push)
 
     def close(self) -> None:
-        """Copy what has changed, and wait for it.
+        """Copy changed files, and wait until they are copied.
 
         Raises:
             SaveError: the store cannot be written to. The run folder on this machine is complete.
@@ -91,7 +91,7 @@ class Mirror:
             say(f"warning: {error}; the next checkpoint tries again")
 
     def _push(self) -> None:
-        """Copy new steps, then the small files, and delete steps that the folder has no more."""
+        """Copy new steps and then the small files, and delete steps that are no longer in the folder."""
         there = self._store.files()
         local = _local_steps(self._folder)
         for step in sorted(local - _steps(there)):

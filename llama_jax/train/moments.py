@@ -64,7 +64,7 @@ Stored = jax.Array | Moment
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:
-    """The count of numbers on a weight's last axis that share a scale; None if no block divides it, or for one axis."""
+    """The number of values on a weight's last axis that share a scale; None for a vector, or if none divides it."""
     return next((block for block in BLOCKS if len(shape) > 1 and shape[-1] % block == 0), None)
 
 
@@ -95,7 +95,7 @@ def pack_first(x: jax.Array, like: Stored) -> Stored:
 
 
 def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
-    """A second moment (...) float32, not negative, in the form of `like`. In 8 bits, only 0 becomes 0.
+    """A second moment (...) float32, not negative, in the form of `like`. In 8 bits, only 0 is rounded to 0.
 
     Args:
         x: The moment.
@@ -117,7 +117,7 @@ def pack_second(x: jax.Array, like: Stored, random: jax.Array) -> Stored:
 
 
 def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str]) -> optax.GradientTransformation:
-    """optax.scale_by_adam with moments in few bits. Arithmetic is float32, on the numbers before they are rounded.
+    """optax.scale_by_adam with moments in few bits. The update is computed in float32 from the moments before rounding.
 
     Args:
         b1: Decay of the first moment.
@@ -142,7 +142,8 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
         return step, pack_first(m, mu), pack_second(v, nu, _random(grad.shape, seed))
 
     def layer_by_layer(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> Any:
-        """`one` on stacked matrices, in place, with the float32 moments of one layer at a time.
+        """Applies `one`, the update of a single weight, to stacked matrices in place, one layer's float32 moments at a
+        time.
 
         On all layers at once, the TPU compiler's temporaries take 17 bytes a weight; bfloat16 moments need none.
         """
@@ -181,12 +182,12 @@ def _second_of(codes: jax.Array) -> jax.Array:
 
 
 def _along(scales: jax.Array, like: Moment) -> jax.Array:
-    """Each block's scale (..., G) at each of its numbers (..., in)."""
+    """Repeats each block's scale (..., G) for all of its values (..., in)."""
     return jnp.repeat(scales, like.shape[-1] // scales.shape[-1], axis=-1)
 
 
 def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
-    """Each number as a fraction of its block's largest magnitude (..., in), and these magnitudes (..., G)."""
+    """Splits values into fractions of their block's largest magnitude (..., in), and these magnitudes (..., G)."""
     # A maximum over a reshape to (..., G, n) would change the layout on a TPU, and takes 3 times as long on a CPU.
     block = (1,) * (x.ndim - 1) + (x.shape[-1] // like.scales.shape[-1],)
     scales = lax.reduce_window(jnp.abs(x), 0.0, lax.max, block, block, "valid")
@@ -194,9 +195,9 @@ def _parts(x: jax.Array, like: Moment) -> tuple[jax.Array, jax.Array]:
 
 
 def _random(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Uniform uint32 from the index within the array and a seed, the same on any mesh.
+    """Uniform random uint32, computed from the index within the array and a seed, so that they are equal on any mesh.
 
-    The index goes through the last mixing step of murmur3 (Appleby, public domain). That is a tenth of the operations
+    The index goes through the last mixing step of murmur3 (Appleby, public domain). It takes a tenth of the operations
     of jax's own generator, which would take longer than the update itself.
     """
     x = jnp.zeros(shape, jnp.uint32)

@@ -24,7 +24,8 @@ Sums = dict[str, jax.Array]  # float32 scalars; "count" is the divisor of the ot
 
 
 class Objective(Protocol):
-    """A loss as a sum over a batch. `objective` is the one of train.objective, and `train(..., loss=...)` takes others.
+    """A loss as a sum over a batch. `objective` computes the loss that train.objective names, and `train(...,
+    loss=...)` takes others.
 
     It is traced by jax, and called for each part of an accumulated batch.
     """
@@ -49,7 +50,7 @@ class Objective(Protocol):
 
 
 def own_name(loss: Objective) -> str | None:
-    """The name of a loss of the caller's own, by which a resumed run is compared; None for `objective`."""
+    """The name of a caller's own loss function, which a resumed run must have too; None for `objective`."""
     if loss is objective:
         return None
     return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
@@ -74,7 +75,7 @@ def objective(
 
 
 def sft_sums(run: RunConfig, policy: Params, batch: Batch, *, dtype: jnp.dtype) -> tuple[jax.Array, Sums]:
-    """The weighted cross-entropy of all targets; its count is that of the targets."""
+    """The weighted cross-entropy of all targets. The reported count is the number of targets."""
     nll_BT, lse_BT = token_losses(run, policy, batch, dtype)
     nll = jnp.sum(batch["weights"] * nll_BT)
     z_term = run.train.z_loss * jnp.sum(batch["weights"] * jnp.square(lse_BT))
@@ -84,7 +85,7 @@ def sft_sums(run: RunConfig, policy: Params, batch: Batch, *, dtype: jnp.dtype) 
 def dpo_sums(
     run: RunConfig, policy: Params, reference: Params, batch: Batch, *, dtype: jnp.dtype
 ) -> tuple[jax.Array, Sums]:
-    """The loss of `dpo_losses` over all pairs, with the metrics that TRL reports; its count is that of the pairs."""
+    """The loss of `dpo_losses` over all pairs, with the metrics that TRL reports. The count is that of pairs."""
     policy_BP2 = -answer_sums(token_losses(run, policy, batch, dtype)[0], batch)
     with jax.named_scope("reference"):
         frozen = jax.lax.stop_gradient(reference)
@@ -147,7 +148,7 @@ def answer_sums(values_BT: jax.Array, batch: Batch) -> jax.Array:
 
 
 def token_losses(run: RunConfig, params: Params, batch: Batch, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """-log p of each target and the log-normaliser of its logits, (B, T) float32."""
+    """The negative log-likelihood of each target, and the log-normalizer of its logits, both float32 (B, T)."""
     config = dataclasses.replace(run.shape, tied_embeddings="unembed" not in params)  # LoRA may untie the policy's
     order = parallel.length_order(run.data.sequence_length)  # of the row's parts on the devices that share it
     tokens, positions, segments, targets = (

@@ -65,7 +65,7 @@ def group_of(path: Any) -> str:
 def group_norms(tree: Any) -> dict[str, jax.Array]:
     """The float32 norm of each group in a tree of weights or gradients, as scalars.
 
-    The root of the sum of their squares is the norm of the whole tree.
+    The norm of the whole tree is the root of the sum of their squares.
     """
     squares: dict[str, jax.Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -100,7 +100,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.G
 
 
 def _adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """Adam, whose weight decay is a link of the chain. With int8, the few weights of norms keep float32 moments."""
+    """Adam without weight decay, which is a link of its own. With int8 moments, the weights of norms keep float32."""
 
     def kind(path: Any) -> str:
         return "float32" if config.moments == "int8" and group_of(path) == "norm" else config.moments
@@ -114,14 +114,14 @@ def _adafactor(config: OptimizerConfig, axes: Any) -> optax.GradientTransformati
     """Adafactor: a second moment factored into rows and columns, and a limit of 1 on an update's root mean square.
 
     It has no first moment, so that its state is small, and its updates are not relative to the size of the weights, so
-    that its learning rates are those of AdamW. It does not read b1, b2 and eps: the decay is 1 - t^-0.8 (section 7.2),
+    that its learning rates are those of AdamW. It does not use b1, b2 and eps: the decay is 1 - t^-0.8 (section 7.2),
     and 1e-30 is added to squares. Matrices with a side under 128 are not factored.
     """
     return _each_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
 
 
 def _lion(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
-    """Lion: the sign of an average of gradient and momentum."""
+    """Lion: the update is the sign of an average of gradient and momentum."""
     return optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.moments))
 
 
@@ -129,7 +129,7 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) with momentum b1, on the matrices of each layer.
 
     Adam updates the embedding, the unembedding and norms, as Muon's author recommends. Updates of all shapes are scaled
-    to one root mean square (_MUON_RMS).
+    to the same root mean square (_MUON_RMS).
     """
 
     def sides(tree: Any) -> Any:  # the trees have blanks from optax.partition for Adam's weights
@@ -157,9 +157,9 @@ _MAKERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation
 def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layout) -> Any:
     """The NamedShardings of an optimizer's state: a moment with the shape of its weight has the weight's sharding.
 
-    All else is replicated: counters, and Adafactor's rows and columns (10 MB for 8B, 0.16 GB for 405B). The weight of a
-    moment is the one whose path ends the moment's path. For example, `[1].mu["layers"]["q"]` ends in the path of the
-    weight `["layers"]["q"]`, whatever optax wraps around the tree of weights.
+    All other arrays are replicated: counters, and Adafactor's rows and columns (10 MB for 8B, 0.16 GB for 405B). The
+    weight of a moment is the one whose path ends the moment's path. For example, `[1].mu["layers"]["q"]` ends in the
+    path of the weight `["layers"]["q"]`, whatever optax wraps around the tree of weights.
 
     Args:
         opt_state: Shapes of the state, from jax.eval_shape of the optimizer's init.
@@ -180,7 +180,7 @@ def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layou
 
 
 def _each_layer(transform: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-    """`transform` applied to the weights of each layer separately, as if they were not stacked."""
+    """Applies `transform` to the weights of each layer separately, as if they were not stacked."""
 
     def init(params: Any) -> Any:
         return jax.vmap(transform.init)(params)
@@ -199,7 +199,7 @@ def _scale_each(factors: Any) -> optax.GradientTransformation:
 
 
 def _by_path(value: Callable[[Any], Any], axes: Any) -> Any:
-    """The tree of `value(path)` for the path of each weight."""
+    """A tree with `value(path)` for the path of each weight."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value(path), axes, is_leaf=_is_axes)
 
 

@@ -1,4 +1,4 @@
-"""A run on a mesh, before anything is computed: shapes, shardings and compiled steps. `loop` runs it.
+"""The program of a run on a mesh: shapes, shardings and compiled steps. `loop` runs it.
 
     program = Program.make(run, parallel.make_mesh({"fsdp": 8}))
     state, frozen = setup.first_state(program), setup.frozen(program).params
@@ -35,13 +35,13 @@ class Program:
 
     Attributes:
         run: The run.
-        steps: Optimizer steps of the run; 0 before `with_steps` where train.epochs decides.
+        steps: Optimizer steps of the run. With train.epochs it is 0 until `with_steps` sets it.
         layout: The mesh, with the sharding rules of training.
         dtype: Dtype of activations and matrix products.
         optimizer: The optax transformation.
         state: The abstract TrainState: shapes, dtypes and shardings.
         frozen: The abstract params of the frozen model, or None (see `trainable`).
-        loss: The loss; `objective` is the one of train.objective.
+        loss: The loss function; `objective` computes the loss that train.objective names.
     """
 
     run: RunConfig
@@ -109,7 +109,7 @@ class Program:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """The compiled step, (state, frozen, batch) -> (state, metrics). The state is donated."""
+        """The compiled function of (state, frozen, batch) that returns (state, metrics). The state is donated."""
         shardings = state_shardings(self.state)
         schedule = make_schedule(self.run.optimizer, steps=self.steps)
         return jax.jit(
@@ -124,7 +124,7 @@ class Program:
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The compiled evaluation, (trained, frozen, batch) -> sums, where `count` is the divisor of the others."""
+        """The compiled function of (trained, frozen, batch) that returns sums; `count` is the others' divisor."""
         return jax.jit(
             make_eval_step(self.run, self.layout, self.dtype, self.loss),
             in_shardings=(state_shardings(self.state).params, None, self.batch_sharding),

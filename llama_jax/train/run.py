@@ -110,7 +110,7 @@ def train(
 ) -> Result:
     """Train a model, from the newest checkpoint of the run folder if there is one.
 
-    It does all that train.py does, and prints the same lines. It returns after the last step, or after the step in
+    It does the work of `train.py`, and prints the same lines. It returns after the last step, or after the step in
     which SIGINT, SIGTERM or SIGHUP arrived or `on_metrics` returned True; call it again to continue.
 
     Args:
@@ -119,18 +119,19 @@ def train(
             dict, or a string for a text. They are read once and kept as a file in data.cache_dir, which becomes
             data.train.
         validation_records: Validation data in the place of data.validation, in the same form.
-        loss: A loss in the place of that of train.objective. A resumed run must have the loss of the same name.
+        loss: A loss function in the place of that of train.objective. A resumed run must have a loss of the same name.
         on_metrics: Called in the first process with the step and the metrics of every line of metrics.jsonl. If it
             returns True, the run stops after the running step.
         sampler: Makes the texts of log.sample_every; None samples from the model as `llama_jax.load` would.
         resume: False refuses a folder that already has a checkpoint.
-        stop: The entered watch of signals of a process that does nothing but train; None watches them meanwhile.
+        stop: An active StopSignal, for a process that only trains. None watches signals during this call.
 
     Raises:
-        ConfigError: a mesh, a model, data, a tokenizer or a folder that does not fit the run, or a wrong argument.
+        ConfigError: the mesh, the model, the data, the tokenizer or the folder does not fit the run, or an argument is
+            wrong.
         TrainingError: the loss or the weights are not finite.
         SaveError: a checkpoint could not be written; raised at the first step after the failure.
-        TypeError: an argument that does not exist.
+        TypeError: there is no such argument.
     """
     started = time.monotonic()
     run = _run(run, records, validation_records)
@@ -171,7 +172,7 @@ def _run(
     records: Iterable[Record] | None,
     validation_records: Iterable[Record] | None,
 ) -> RunConfig:
-    """The run, whose data are these records where there are any."""
+    """The run as a RunConfig, whose data are the given records if there are any."""
     if not isinstance(run, (RunConfig, Mapping)):
         raise ConfigError(f"run must be a RunConfig, or a dict of its keys, got {brief(run)}")
     values = run.to_dict() if isinstance(run, RunConfig) else dict(run)
@@ -187,7 +188,7 @@ def _run(
 
 
 def _done_already(program: Program, folder: RunFolder, newest: Newest, data: setup.Data) -> TrainState:
-    """Restores the last state of a run that has no steps left, and prints why it has none."""
+    """Restores the last state of a run that has no steps left, and prints the reason why it has none."""
     more = "raise train.steps to continue" if program.run.train.steps else "raise train.epochs to continue"
     if newest.step < program.steps:
         more = "it ended early by train.patience; raise it to continue"
@@ -207,7 +208,7 @@ def _begin(
     stop: StopSignal,
     hooks: Hooks,
 ) -> Loop:
-    """The loop at its first step, with new weights or with the state of the newest checkpoint."""
+    """Makes the loop at its first step, with new weights or with the state of the newest checkpoint."""
     if newest is None:
         _say_model(program)
         frozen, state, trend = setup.frozen(program), setup.first_state(program), Trend()
@@ -236,7 +237,7 @@ def _sampler(run: RunConfig, sampler: Sampler | None) -> Sampler | None:
 
 
 def _say_model(program: Program) -> None:
-    """Print the size of the model, its devices and what LoRA trains of it."""
+    """Print the size of the model, its devices, and the number of weights that LoRA trains."""
     run = program.run
     shape = program.layout.mesh.shape
     where = " x ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1) or "1"
@@ -251,7 +252,7 @@ def _say_model(program: Program) -> None:
         base = base if trainable.frozen_quantize(run) == "none" else run.lora.base
         say(f"LoRA: {trained:,} weights are trained ({trained / run.shape.num_params:.2%}), the base is in {base}")
     elif run.lora != LoraConfig():
-        say("lora.rank is 0: all weights are trained, and lora.alpha is not read")
+        say("lora.rank is 0: all weights are trained, and lora.alpha has no effect")
 
 
 def _say_end(program: Program, folder: RunFolder, loop: Loop, seconds: float) -> None:

@@ -18,7 +18,7 @@ _TEMPERATURE, _TOP_P = 0.7, 0.9
 
 
 class TrainingSampler:
-    """A function from the current weights to one text for each of log.sample_prompts. It compiles once."""
+    """A function of the current weights that returns one text for each of log.sample_prompts. It compiles once."""
 
     def __init__(self) -> None:
         self._llama: Llama | None = None

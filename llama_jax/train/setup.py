@@ -1,4 +1,4 @@
-"""The start of a run: its paths are checked, and its tokenizer, data and first weights are made or loaded."""
+"""The start of a run: checks its paths, and makes or loads its tokenizer, data and first weights."""
 
 from __future__ import annotations
 
@@ -71,9 +71,10 @@ def check_paths(run: RunConfig) -> None:
 
 
 def in_turn(run: RunConfig, action: Callable[[], Outcome]) -> Outcome:
-    """The result of an action that may download. With distributed.download='first' process 0 does it alone at first.
+    """Performs an action that may download, and returns its result. With distributed.download='first', process 0 goes
+    first.
 
-    All processes must call it. The others act once the first is done, and then find its files.
+    All processes must call it. The other processes start once it is done, and then find its files.
     """
     if jax.process_count() == 1 or run.distributed.download == "each":
         return action()
@@ -121,7 +122,7 @@ class Data:
         tokenizer: The tokenizer, which is also in the run folder.
         loader: The training batches of this host, from the first step on.
         validation: The validation rows, or None.
-        rows: The number of training rows.
+        rows: The number of training rows in an epoch.
         dialogs: True if the loss counts answers: the data are dialogs, completions or preference pairs.
     """
 
@@ -138,7 +139,7 @@ def load_data(program: Program, folder: Path, *, resuming: bool) -> Data:
     Args:
         program: The program of the run.
         folder: The run folder.
-        resuming: Take the tokenizer that is in the folder.
+        resuming: True takes the tokenizer that is in the folder.
 
     Raises:
         ConfigError: data, tokenizer and model do not fit one another.
@@ -168,8 +169,8 @@ def tokenizer(run: RunConfig, folder: Path, *, resuming: bool, say: Say) -> Toke
     Args:
         run: The run.
         folder: The run folder.
-        resuming: Take the tokenizer in the folder. False chooses the tokenizer again, since without a checkpoint, the
-            one in the folder may come from an earlier start with other settings.
+        resuming: True takes the tokenizer in the folder. False chooses it again: without a checkpoint, the one in the
+            folder may come from an earlier start with other settings.
         say: Prints a line.
 
     Raises:
@@ -193,11 +194,11 @@ def chat_format(run: RunConfig, folder: Path, tokens: Tokenizer, *, resuming: bo
         run: The run.
         folder: The run folder.
         tokens: The tokenizer of the run.
-        resuming: Take the template in the folder. A run without a template there uses Meta's reference format.
+        resuming: True takes the template in the folder. A run without a template there uses Meta's reference format.
 
     Raises:
         ConfigError: data.chat_format is neither a name nor a file.
-        ValueError: a damaged file.
+        ValueError: the template's file is damaged.
     """
     if resuming:
         return _in_date(run, tokens, chat_template.read_folder(folder), AUTO)
@@ -227,7 +228,7 @@ def chosen_tokenizer(run: RunConfig, say: Say) -> Tokenizer:
 
 
 def chosen_encoder(run: RunConfig, say: Say) -> RecordEncoder:
-    """The encoder of a new run's records: its tokenizer, its chat format and its reading of control tokens."""
+    """The encoder of a new run's records: its tokenizer, its chat format and its rule for names of control tokens."""
     tokens = chosen_tokenizer(run, say)
     return RecordEncoder(tokens, chosen_chat_format(run, tokens), run.data.parse_special)
 
@@ -261,7 +262,7 @@ class Frozen:
 
 
 def frozen(program: Program) -> Frozen:
-    """The frozen model, loaded from init_from at every start of a run: checkpoints do not hold it.
+    """The frozen model, loaded from init_from at every start of a run: checkpoints do not contain it.
 
     Raises:
         ConfigError: init_from is a model of another shape.

@@ -1,4 +1,4 @@
-"""The training state as one pytree: weights, moments, the step and a random key. Checkpoints save it."""
+"""The training state as one pytree, which checkpoints save: weights, moments, the step and a random key."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TrainState:
 def init_state(
     run: RunConfig, optimizer: optax.GradientTransformation, *, params: trainable.Trained | None = None
 ) -> TrainState:
-    """The state before the first step, with `params` or else those of `trainable.init_trained`.
+    """The state before the first step, with `params`, or by default the weights of `trainable.init_trained`.
 
     Trace it in a jit with `state_shardings` as out_shardings, so that no device holds the whole state.
     """

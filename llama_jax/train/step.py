@@ -32,7 +32,7 @@ def make_train_step(
     dtype: jnp.dtype,
     loss: Objective = objective,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
-    """The step as a function of the state, the frozen params and a batch; `Program` jits it with the state donated."""
+    """Makes the step: a function of the state, the frozen params and a batch, which `Program` compiles."""
     accumulated = _make_gradients(run, dtype, loss)
 
     def train_step(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -61,7 +61,7 @@ def make_train_step(
 def _make_gradients(
     run: RunConfig, dtype: jnp.dtype, loss_sums: Objective
 ) -> Callable[..., tuple[tuple[jax.Array, Sums], trainable.Trained]]:
-    """A function (trained, frozen, batch, key) -> ((loss, sums), gradients), all summed over the accumulated parts."""
+    """Makes a function of (trained, frozen, batch, key) that returns ((loss, sums), gradients) of a batch."""
     A = run.train.accumulate
 
     def gradients(
@@ -109,7 +109,8 @@ def _updated(
 def make_eval_step(
     run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype, loss: Objective = objective
 ) -> Callable[[trainable.Trained, Params | None, Batch], Sums]:
-    """The evaluation as a function of the trained params, the frozen params and a batch, to the objective's sums.
+    """Makes the evaluation, a function of the trained params, the frozen params and a batch that returns the
+    objective's sums.
 
     It computes as many rows at a time as the training step, so that it fits in the same memory.
     """

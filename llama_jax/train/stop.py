@@ -1,7 +1,8 @@
 """The orderly stop of a run: SIGTERM, SIGHUP and Ctrl-C end it after the running step, with a checkpoint.
 
 A thread reads each signal as it arrives, also while the main thread imports a library, compiles or does a long step,
-where Python's own handlers have to wait. No jax here: `train.py` watches from its first line on.
+when Python's own handlers have to wait. This module does not import jax, so that `train.py` can watch signals from its
+first line on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """A signal arrived inside `StopSignal.interruptible`."""
+    """Raised when a signal arrives inside `StopSignal.interruptible`."""
 
 
 class StopSignal:
@@ -29,13 +30,13 @@ class StopSignal:
     not called `acknowledge` within `grace` seconds of a SIGTERM or SIGHUP, the process exits without a further
     checkpoint, before the scheduler kills it. Ctrl-C waits for as long as the step takes.
 
-    A process that is not owned, such as a notebook, gets KeyboardInterrupt where Ctrl-C would end it.
+    In a process that does more than train, such as a notebook, Ctrl-C raises KeyboardInterrupt instead of ending it.
 
     Attributes:
         requested: True once a signal has arrived.
         number: The number of the first signal, or None.
         grace: Seconds from SIGTERM or SIGHUP to the exit.
-        child: The process that trains, if that is another one, which every signal is passed on to.
+        child: The child process that trains, if there is one. Every signal is passed on to it.
     """
 
     def __init__(self, *, grace: float = 8.0, owns_process: bool = False) -> None:
@@ -98,7 +99,7 @@ class StopSignal:
         self._writer.close()
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        """Python's handler, which the main thread runs when it can. `_watch` has read the signal by then, or will."""
+        """Python's handler, which the main thread runs when it can; `_watch` reads the same signal in a thread."""
         if not self._owns_process:
             if number == signal.SIGINT and (self.requested or not self._works):
                 raise KeyboardInterrupt
