@@ -1,8 +1,8 @@
-"""Products with weights, and embedding look-ups.
+"""Matrix products with weights, and embedding look-ups.
 
-Weights are stored output-major, (out, in), as in Hugging Face's and Meta's files. Products accumulate in float32
-whatever the dtype of their operands, and the result has the dtype of the activations. A weight is an array, a QTensor,
-or a LoraTensor around either.
+Weights are stored output-major, (out, in), as in Hugging Face's and Meta's files. Products accumulate in float32 for
+operands of any dtype, and the result has the dtype of the activations. A weight is an array, a QTensor, or a LoraTensor
+around either.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _observers: list[Callable[[jax.Array, Weight], None]] = []
 
 @contextlib.contextmanager
 def observed(observe: Callable[[jax.Array, Weight], None]) -> Iterator[None]:
-    """Calls `observe` with the inputs and the weight of every product that is computed within, outside of jit."""
+    """A context in which `observe` is called with the inputs and the weight of every product outside of jit."""
     _observers.append(observe)
     try:
         yield
@@ -94,7 +94,7 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
 
 
 def linears(x: jax.Array, weights: Sequence[tuple[Weight, Axes]]) -> list[jax.Array]:
-    """`linear` of several weights of the same inputs, such as q, k and v; each is a weight and its logical axes.
+    """Several `linear` products of the same inputs, such as q, k and v; each is a pair (weight, logical axes).
 
     On a CPU the products of few rows run in one kernel, which prepares the inputs once.
     """
@@ -131,7 +131,7 @@ def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
 
 
 def _has_kernel(x: jax.Array, w: jax.Array | QTensor) -> bool:
-    """Returns whether this product runs in a native kernel for few rows (ops/cpu), where XLA would be slower."""
+    """True if this product runs in a native CPU kernel for few rows (ops/cpu), which is faster than XLA there."""
     rows = x.size // x.shape[-1] if x.size else 0
     of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
     few = 0 < rows <= cpu.MAX_ROWS and x.dtype in (jnp.float32, jnp.bfloat16)
@@ -154,7 +154,7 @@ def _few_rows_f32_jvp(primals, tangents):
 
 
 def _by_rows(w: LoraTensor, product: jax.Array) -> jax.Array:
-    """A product (..., out) times DoRA's factors of the rows of w, in the dtype of the product."""
+    """Multiplies a product (..., out) by DoRA's row factors of w, if w has them. The result has the product's dtype."""
     return product if w.factor is None else (product * w.factor[:, 0]).astype(product.dtype)
 
 
@@ -257,8 +257,8 @@ _linear.defvjp(_forward, _backward)
 def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of the table (V, D) for ids (...), as (..., D) in `dtype`. Ids outside 0..V-1 give NaN.
 
-    The gradient of the table is summed in float32 and rounded once to `dtype`. A LoraTensor has no dropout here, as in
-    peft; its b is looked up like the base.
+    The gradient of the table is summed in float32 and rounded once to `dtype`. For a LoraTensor the rows of base +
+    scale * b a are computed without dropout, as in peft.
     """
     if isinstance(table, LoraTensor):
         rows = embed(table.base, ids, dtype) + linear(table.scaled(embed(table.b, ids, dtype)), table.a.T)
@@ -281,7 +281,7 @@ def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _rows_of_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """The look-up on 16-bit integers. XLA on a CPU would first copy a whole bfloat16 table to float32."""
+    """The look-up of bfloat16 rows as 16-bit integers, since XLA on a CPU would first copy the table to float32."""
     bits = lax.bitcast_convert_type(table, jnp.uint16)
     rows = jnp.take(bits, ids, axis=0, mode="fill", fill_value=_BF16_NAN)
     return lax.bitcast_convert_type(rows, jnp.bfloat16)

@@ -105,11 +105,11 @@ class LoraTensor:
         return self.a.shape[-2]
 
     def dropped(self, x: jax.Array) -> jax.Array:
-        """x (..., in) after LoRA dropout: the input of the first LoRA matrix."""
+        """The input of the first LoRA matrix: x (..., in) after LoRA dropout."""
         return x if self.dropout is None else self.dropout(x)
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        """scale * x in the dtype of x, for x (..., rank). Scaling happens at rank width, where it is cheapest."""
+        """The product scale * x in the dtype of x (..., rank). Scaling is cheapest at the width of the rank."""
         return (x * lax.stop_gradient(self.scale)).astype(x.dtype)
 
     def merged(self, dtype: jnp.dtype) -> jax.Array:
@@ -132,7 +132,7 @@ def part_axes(axes: Axes) -> LoraWeights:
 
 
 def lora_sum(base: jax.Array | QTensor, lora: LoraWeights) -> jax.Array:
-    """base + scale * b a in float32, (..., out, in)."""
+    """The sum base + scale * b a in float32, (..., out, in)."""
     dense = quant.dequantize(base, jnp.float32) if isinstance(base, QTensor) else base.astype(jnp.float32)
     product = jnp.matmul(lora.b.astype(jnp.float32), lora.a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     return dense + lora.scale[..., None, None] * product

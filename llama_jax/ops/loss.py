@@ -49,7 +49,7 @@ def cross_entropy(
 
 
 def _chunks(table_VD: jax.Array, num_shards: int, num_chunks: int, dtype: jnp.dtype) -> jax.Array:
-    """The table in chunks (C, P, n, D). Each device's own shard is cut, so that no chunk is communicated."""
+    """The table in chunks (C, P, n, D). Each device cuts its own shard, so that no chunk is communicated."""
     V, D = table_VD.shape
     shard = V // num_shards
     n = -(-shard // num_chunks)
@@ -87,7 +87,7 @@ def _cross_entropy(
 
 
 def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int) -> Any:
-    """((nll, lse), residuals of `_backward`)."""
+    """The forward pass: ((nll, lse), residuals for `_backward`)."""
     chunks = tuple(_chunks(table, num_shards, num_chunks, hiddens[0].dtype) for table in tables)
 
     def scan_chunk(carry: Any, chunk: Any) -> Any:

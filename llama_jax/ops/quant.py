@@ -1,7 +1,7 @@
 """Quantized weights: typed leaves that take the place of an array in a tree of params.
 
 A weight (out, in) is split along `in` into groups of 32 values with one float16 scale each: value = integer * scale.
-GGUF calls these formats Q8_0 and Q4_0, so weights from such files are held exactly.
+GGUF calls these formats Q8_0 and Q4_0, so weights from such files are stored exactly.
 
 Letters: G groups of a row (in / 32), n values of a group.
 """
@@ -46,7 +46,7 @@ class QTensor:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """float32, in which the dequantized values are exact."""
+        """The dtype of dequantized values: float32, in which they are exact."""
         return jnp.dtype(jnp.float32)
 
 
@@ -80,9 +80,9 @@ def quantize(w: jax.Array, bits: int) -> QTensor:
 def fit(w: jax.Array, bits: int, importance: jax.Array | None = None) -> QTensor:
     """Rounds a weight (..., in) to groups, with scales that keep the squared error small.
 
-    8 bits are rounded as `quantize` rounds them. For 4 bits, each of 2 _STEPS + 1 scales rounds the group; the one with
-    the smallest error wins, after least squares has moved it to the best scale for its integers. This is the search of
-    ggml's make_qx_quants, in both signs, since -8 has no counterpart of the other sign.
+    8 bits are rounded as `quantize` rounds them. For 4 bits, each group is rounded with 2 _STEPS + 1 scales. Least
+    squares then finds the best scale for the integers of each, and the one with the smallest error is taken. This is
+    the search of ggml's make_qx_quants, done for scales of both signs, because the integers reach -8 but not 8.
 
     Args:
         w: weight of any float dtype; `in` must be a multiple of 32.
@@ -121,7 +121,7 @@ def fit(w: jax.Array, bits: int, importance: jax.Array | None = None) -> QTensor
 
 
 def _inverse(step: jax.Array, largest: jax.Array) -> jax.Array:
-    """The reciprocal of the scale that attempt `step` rounds with: 8, then 6.2 to 8.9 steps to the largest value."""
+    """The reciprocal of the scale of attempt `step`: the largest value becomes 8, and in later attempts 6.2 to 8.9."""
     steps = jnp.where(step == 0, 8.0, 6.2 + 0.3 * ((step - 1) % _STEPS))
     inverse = jnp.where(step <= _STEPS, -steps, steps) / largest
     return jnp.where(jnp.isfinite(inverse), inverse, 0)

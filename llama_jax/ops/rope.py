@@ -48,7 +48,7 @@ def rotations(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, 
 
 
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-    """x with each pair (i, i + H/2) rotated by its angle. Computed in float32 and returned in the dtype of x."""
+    """Rotates each pair (i, i + H/2) of x by its angle. Computed in float32 and returned in the dtype of x."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -65,15 +65,15 @@ class Controls:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingState:
-    """All that the next token of each row depends on, apart from the logits.
+    """Everything that the next token of each row depends on, apart from the logits.
 
     Attributes:
         controls: the settings of each row.
         seen_BV: bool, True for the tokens of the row's prompt and text so far, for the repetition penalty.
         counts_BV: int32 count of each token in the row's text so far, for the presence and frequency penalties.
         bias_BV: float32 added to the logits; minus infinity for tokens that are never sampled.
-        allowed_BW: uint32 words whose bits are the tokens that a grammar allows next: token t is bit t % 32 of word
-            t // 32.
+        allowed_BW: uint32 words whose bits are the tokens that a grammar allows next: token t is bit t % 32 of word t
+            // 32.
         stops_BN: int32 ids that end the row, padded with -1.
     """
 
@@ -86,7 +86,7 @@ class SamplingState:
 
 
 def controls(params: Sequence[SamplingParams], seeds: Sequence[int], *, masked: Sequence[bool] = ()) -> Controls:
-    """The settings of each row as numpy arrays. Seeds are taken modulo 2^32. `masked`: which rows have a grammar."""
+    """The settings of each row as numpy arrays; seeds are taken modulo 2^32. `masked` flags rows with a grammar."""
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(p, name) for p in params], dtype)
@@ -113,7 +113,7 @@ def has_bias(params: SamplingParams) -> bool:
 
 
 def bias(params: SamplingParams, vocab_size: int) -> np.ndarray:
-    """float32 (V,): what logit_bias, allowed_tokens and banned_tokens add to the logits."""
+    """The bias float32 (V,) that logit_bias, allowed_tokens and banned_tokens add to the logits."""
     allowed = params.allowed_tokens
     row_V = np.full(vocab_size, 0 if allowed is None else -np.inf, np.float32)
     if allowed is not None:
@@ -231,7 +231,7 @@ def _draw(logits_BV: jax.Array, controls: Controls, positions_B: jax.Array) -> j
 
 
 def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-    """(logits - max) / temperature. Subtracting the maximum avoids overflow at tiny temperatures."""
+    """The scaled logits (logits - max) / temperature. Subtracting the maximum avoids overflow at tiny temperatures."""
     return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
 
 
@@ -277,7 +277,7 @@ def cut(
 
 
 def _typical(kept_BV: jax.Array, typical_p_B: jax.Array) -> jax.Array:
-    """Locally typical sampling (Meister et al., arXiv:2202.00666): drops the tokens of the least typical surprise."""
+    """Locally typical sampling (Meister et al., arXiv:2202.00666): drops tokens of surprise far from the entropy."""
     logprobs_BV = jax.nn.log_softmax(kept_BV, axis=-1)
     probs_BV = jnp.exp(logprobs_BV)
     entropy_B = -jnp.sum(jnp.where(probs_BV > 0, logprobs_BV * probs_BV, 0), axis=-1)
@@ -293,7 +293,7 @@ def _typical(kept_BV: jax.Array, typical_p_B: jax.Array) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 values in the order of the float32 values: negative floats have all bits flipped, others the sign bit."""
+    """Maps float32 to uint32 in the same order: negative floats have all bits flipped, others the sign bit."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x).astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -1,6 +1,6 @@
 """Compiler options of a mesh: asynchronous collectives, so that all-gathers and reduce-scatters overlap products.
 
-They are options of our programs alone, and not of the process. A compiler that does not know an option refuses the
+They apply to single programs, and not to the whole process. A compiler that does not know an option refuses the
 program, so that each option is first compiled with an empty program.
 """
 
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Options] = {
 
 
 def compiler_options(mesh: Mesh) -> Options:
-    """The options for programs on a mesh that its compiler knows; empty for one device and for CPUs."""
+    """The options for programs on a mesh that its compiler supports; empty for one device and for CPUs."""
     # One of this process's own, since a program of another's device would not compile here: all hosts must agree.
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     device = (own or list(mesh.devices.flat))[0]

@@ -72,7 +72,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def _on_split_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
-    """A Mesh some of whose axes share an axis of the grid of chips, and its links."""
+    """A Mesh in which several mesh axes share one axis of the grid of chips, and therefore its links."""
     try:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError):

@@ -21,10 +21,11 @@ Layers = Callable[[Any, jax.Array, Any], jax.Array]
 
 
 def pipeline(run: Layers, layers: Any, x: jax.Array, extras: Any) -> jax.Array:
-    """run(layers, x, extras), in stages if the active layout has any.
+    """Computes run(layers, x, extras), in pipeline stages if the active layout has them.
 
     Args:
-        run: the layers one after the other: (stacked layers, x, extras) -> array like x.
+        run: function (stacked layers, x, extras) that applies the layers one after the other and returns an array like
+            x.
         layers: a tree of weights with a leading layer axis, which the number of stages divides.
         x: activations (B, T, D). The number of micro-batches divides B.
         extras: a tree of arrays (B, T, ...) that every layer reads.
@@ -53,6 +54,6 @@ def pipeline(run: Layers, layers: Any, x: jax.Array, extras: Any) -> jax.Array:
 
 
 def _split(a: jax.Array, M: int) -> jax.Array:
-    """(M, B / M, ...): every M-th row goes into the same part, so that each device splits its own rows."""
+    """Splits rows (B, ...) into parts (M, B / M, ...) of every M-th row, so that each device splits its own rows."""
     parts = a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
     return constrain(parts, None, "batch", "length", *(None,) * (parts.ndim - 3))

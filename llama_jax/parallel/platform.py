@@ -15,7 +15,7 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
 
     Args:
         name: the config value.
-        mesh: the devices, where they are not the default ones: a plan is made for devices that are not here.
+        mesh: the devices; None for the default ones. A plan is made for devices that are not present.
     """
     if name == "auto":
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

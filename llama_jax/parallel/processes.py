@@ -1,4 +1,4 @@
-"""The processes of one run on several hosts: their connection, meeting points, and the loss of one of them.
+"""The processes of one run on several hosts: their connection, barriers, and the detection of a lost process.
 
 jax is imported inside functions, since `train.py` checks its arguments before it imports jax.
 """
@@ -54,7 +54,7 @@ def connected(connection: DistributedConfig) -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has called it with the same name. Any thread may; each name can be used once."""
+    """Returns when every process has called it with the same name. Any thread may call it, once for each name."""
     import jax
     from orbax.checkpoint import multihost
 
@@ -73,8 +73,8 @@ def meet(place: str) -> None:
 def compiled_together(function: Any, name: str) -> Callable[..., Any]:
     """A jitted function that is compiled by every process before any of them runs it.
 
-    One process may find it in the compilation cache while another compiles it for longer than a collective waits.
-    The shapes of its arguments must not change.
+    Otherwise a process that has it in its compilation cache would time out in a collective while another still
+    compiles. The shapes of its arguments must not change.
     """
     import jax
 
@@ -93,7 +93,7 @@ def compiled_together(function: Any, name: str) -> Callable[..., Any]:
 
 
 def is_loss(error: Exception) -> bool:
-    """True if an error of jax says that another process is gone."""
+    """True if an error of jax reports that another process was lost."""
     import jax
 
     return type(error) in (ValueError, RuntimeError, jax.errors.JaxRuntimeError) and any(
@@ -115,11 +115,11 @@ def _exit_when_late(here: threading.Event, connection: DistributedConfig) -> Non
 
 
 def _write_caches() -> None:
-    """Let every process write to its compilation cache; jax lets only process 0, whose disk the others may not see."""
+    """Lets every process write to its compilation cache. By default only process 0 does, whose disk others may lack."""
     from jax._src import compiler
 
     class Distributed:
-        """jax's module of this name, as if this process were the first, for the choice of who writes."""
+        """A stand-in for jax's module `distributed`, in which this process is number 0, which writes the cache."""
 
         class global_state:  # noqa: N801
             process_id = 0

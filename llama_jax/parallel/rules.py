@@ -161,7 +161,7 @@ def length_order(T: int) -> tuple[int, ...]:
 
 
 def reordered(x: jax.Array, order: tuple[int, ...], *, axis: int = 1, back: bool = False) -> jax.Array:
-    """An array with the chunks of one axis in another order, or back from it to the order of the row."""
+    """Reorders the chunks of one axis; `back` restores the order of the row."""
     n = len(order)
     if n == 1:
         return x
@@ -192,8 +192,8 @@ def on_each_part(
     """Runs `function` on each device's own shards, for code that XLA cannot partition, such as Pallas kernels.
 
     Args:
-        function: takes the shards and returns an array with the shape of the first. What it needs of other devices it
-            takes from `all_gathered`.
+        function: takes the shards and returns an array with the shape of the first. Values of other devices come from
+            `all_gathered`.
         *arrays: each array with its logical axes.
         whole: a tree and the tree of its PartitionSpecs, the last argument of `function`.
 

@@ -1,1 +1,1 @@
-"""The planner: memory, communication and projected time of a run on devices that need not be here (floor 5)."""
+"""Floor 5: the planner. It estimates memory, communication and time of a run on devices that need not be present."""

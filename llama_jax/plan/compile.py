@@ -1,7 +1,7 @@
-"""Compile the steps of a run for devices that are not here, in a process of its own: python -m llama_jax.plan.compile
+"""Compiles the training step of a run for devices that are not present, as a program: python -m llama_jax.plan.compile
 
 It reads a request as JSON from standard input and prints the answer as the last line of standard output. libtpu and the
-CUDA plugin want their environment before jax starts, which is why `planner` starts a process for it.
+CUDA plugin read their environment when jax starts, so `planner` starts this program as a process of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llama_jax.train.program import Program
 
 
 def topology(devices: Devices) -> list[Any]:
-    """The jax devices of a group of accelerators that is described, not attached."""
+    """The jax devices that describe a group of accelerators, which need not be attached."""
     if devices.chip.platform == "cuda":
         target = (Path(__file__).parent / "targets" / f"{devices.kind}.txtpb").read_text()
         shape = f"1x{devices.shape[0]}x{devices.shape[1]}"
@@ -41,15 +41,15 @@ def topology(devices: Devices) -> list[Any]:
         ).devices
     except Exception as error:  # libtpu's own classes
         raise ConfigError(
-            f"libtpu describes no grid {name}: {one_line(error)[:200]}; --closed plans without it"
+            f"libtpu knows no grid {name} of chips: {one_line(error)[:200]}; --closed plans without it"
         ) from None
 
 
 def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[str, Any]:
     """Facts about the compiled training step, as a JSON-able dict.
 
-    `peak_bytes` is None where the compiler names no number. `fits` is False where the compiler says so, or where the
-    peak is more than a GPU has.
+    `peak_bytes` is None if the compiler reports none. `fits` is False if the compiler refuses the program for its
+    memory, or if the peak is more than the memory of a GPU.
     """
     started = time.monotonic()
     program = Program.make(run, parallel.make_mesh(sizes, topology(devices)))
@@ -75,7 +75,7 @@ def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[st
 
 
 def _needed(message: str) -> int | None:
-    """The bytes that a program needs by the message that it does not fit; None for another message."""
+    """The bytes that a program needs, from the compiler's message that it does not fit; None for any other message."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     match = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) (?:of|out of)", message)
@@ -84,14 +84,14 @@ def _needed(message: str) -> int | None:
 
 
 def _libraries(devices: Devices) -> dict[str, str]:
-    """Versions of what decides the result."""
+    """Versions of the libraries that the result depends on."""
     import jaxlib
 
     return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "platform": devices.chip.platform}
 
 
 def main() -> None:
-    """Answer the request on standard input."""
+    """Reads the request on standard input, and prints the answer."""
     request = json.load(sys.stdin)
     run = RunConfig.from_dict(request["run"])
     kind, shape, slices = request["devices"]

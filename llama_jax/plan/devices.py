@@ -1,4 +1,5 @@
-"""The accelerators that a plan can be made for, and the names that describe a group of them. No jax here.
+"""The accelerators that a plan can be made for, and the names that describe a group of them. This module does not
+import jax.
 
 Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak, bandwidth, interconnect) and NVIDIA's data sheets of
 H100 SXM and H200 SXM. Usable memory of TPUs is what their compiler allows a program
@@ -107,7 +108,7 @@ def parse(text: str, *, slices: int = 1) -> Devices:
         near = nearest(kind, list(CHIPS)) or "."
         raise ConfigError(f"device {brief(text)} is not known{near} Kinds: {', '.join(CHIPS)}; e.g. {_EXAMPLES}")
     if match is None or (match[2] == "-" and ("x" in match[3] or kind == "tpu7x" or CHIPS[kind].platform == "cuda")):
-        raise ConfigError(f"device {brief(text)} has no shape that is understood: write e.g. {_EXAMPLES}")
+        raise ConfigError(f"device {brief(text)} has a shape that cannot be read: write e.g. {_EXAMPLES}")
     numbers = tuple(int(n) for n in match[3].split("x"))
     if min(numbers) < 1 or slices < 1:
         raise ConfigError(f"device {brief(text)} with {slices} slices: every number must be at least 1")

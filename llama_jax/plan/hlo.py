@@ -1,7 +1,7 @@
-"""The collectives and kernels of a compiled program, read from its scheduled HLO text. No jax here.
+"""The collectives and kernels of a compiled program, read from its scheduled HLO text. This module does not import jax.
 
-A computation that a loop calls counts as often as the loop runs. An asynchronous collective overlaps if its start and
-its done have arithmetic between them; one without, and every synchronous one, is exposed.
+A computation that a loop calls counts as often as the loop runs. An asynchronous collective overlaps if there is
+arithmetic between its start and its end. All other collectives are exposed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _parse(text: str) -> tuple[Computations, str]:
 
 
 def _walk(computations: Computations, name: str, times: int, hidden: bool) -> Iterator[tuple[str, int, float, bool]]:
-    """(kind, runs in a step, bytes sent in one, overlapped) of every collective under a computation."""
+    """Yields (kind, runs in a step, bytes sent in one run, overlapped) of each collective under a computation."""
     instructions = computations.get(name, [])
     ends = {op: i for i, done in enumerate(instructions) if _is_done(done) for op in done.operands[:1]}
     chains = _chains(computations, instructions)
@@ -179,7 +179,7 @@ def _participants(rest: str) -> int:
 def _trips(computations: Computations, instructions: list[_Instruction], loop: _Instruction) -> int:
     """The number of times that a loop runs: its annotation, or its condition's limit over the stride of its counter.
 
-    It is 1 where neither is understood.
+    It is 1 if neither can be read.
     """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
@@ -206,7 +206,7 @@ def _by_name(computations: Computations, loop: _Instruction, key: str) -> dict[s
 
 
 def _stride(body: dict[str, _Instruction], counter: int) -> int:
-    """The constant that a loop's body adds to element `counter` of its tuple; 1 where that is not understood."""
+    """The constant that a loop's body adds to element `counter` of its tuple; 1 if that cannot be read."""
     root = next((op for op in reversed(body.values()) if op.opcode == "tuple"), None)
     name = root.operands[counter] if root is not None and counter < len(root.operands) else ""
     stride = 0
@@ -218,7 +218,7 @@ def _stride(body: dict[str, _Instruction], counter: int) -> int:
 
 
 def _value(outer: dict[str, _Instruction], name: str) -> int | None:
-    """The constant that an instruction is, through copies; None for anything else."""
+    """The value of an instruction that is a constant or a copy of one; None for any other."""
     while name in outer:
         op = outer[name]
         if op.opcode == "constant":

@@ -1,8 +1,9 @@
 """The closed memory model of a training step: bytes of one device from shapes and shardings, without a compiler.
 
 State (weights, moments, the frozen base) is exact: it is the sum of the shards of the run's own abstract state. The
-rest follows the life of a step. At the end of the forward pass a device holds what rematerialization keeps of every
-layer; during the backward pass it also holds the gradients, and the values of the layer that is computed again.
+rest follows the life of a step. At the end of the forward pass a device holds the values of every layer that
+rematerialization keeps. During the backward pass it also holds the gradients, and the values of the layer that is
+computed again.
 
 Letters: B rows on a device, T tokens of a row on a device, D embedding, N query heads, K key and value heads, H head
 dim, F ffn, V vocabulary, L layers.
@@ -40,7 +41,7 @@ class Memory:
         moments: The state of the optimizer.
         frozen: The frozen model of LoRA and DPO.
         gradients: Gradients of the trained weights.
-        activations: What rematerialization keeps of the layers.
+        activations: Values of all layers that rematerialization keeps.
         scratch: Gathered weights, values of one layer, logits, and everything else.
     """
 
@@ -130,7 +131,7 @@ def _width(dtype: Any) -> int:
 
 
 def _abstract(sizes: tuple[tuple[str, int], ...]) -> parallel.Layout:
-    """A layout of devices that are not here."""
+    """A sharding layout of devices that need not be present."""
     known = dict(sizes)
     mesh = AbstractMesh(tuple(known.get(axis, 1) for axis in parallel.AXES), parallel.AXES)
     return parallel.Layout(mesh, "train")
@@ -157,7 +158,7 @@ def _frozen_bytes(run: RunConfig, sizes: tuple[tuple[str, int], ...], dtype: str
 
 
 def kept(run: RunConfig, shape: Shape, *, flash: bool) -> int:
-    """Bytes that rematerialization keeps of all layers of a device."""
+    """Bytes of the values that rematerialization keeps, over all layers of a device."""
     m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     names = {
@@ -185,7 +186,7 @@ def _products(m: ModelConfig, t: int, s: int) -> int:
 
 
 def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: bool) -> int:
-    """Bytes of what is alive besides: the larger of a layer's backward pass and the loss."""
+    """Bytes of all other live values: the larger of the needs of a layer's backward pass and of the loss."""
     m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim

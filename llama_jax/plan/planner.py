@@ -1,8 +1,10 @@
-"""Plans: what a training run needs on devices that need not be here, by the compiler or by the closed model.
+"""Plans: the memory and communication of a training run on devices that need not be present.
+
+They come from the compiler, or from the closed memory model (`memory`) without one.
 
     plan = planner.make(run, devices.parse("v5p:4x4x4"))
 
-The compiler runs in a process of its own (`compile`) on the very `train.Program` that the run would execute. Its
+The compiler runs in a process of its own (`compile`) on the `train.Program` that the run would execute. Its
 answers are kept by a hash of the run, the devices, the versions of the libraries and the source of this package.
 """
 
@@ -40,7 +42,7 @@ _SECONDS = 3600  # of one compilation
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The needs of a training step on one device, and its communication.
+    """The memory that a training step needs on one device, its communication, and its projected time.
 
     Attributes:
         run: The run, with the shape of its model.
@@ -50,9 +52,9 @@ class Plan:
         peak: Peak bytes of one device: the compiler's, or the closed model's without one.
         fits: True if the peak is within the memory of a device, and the compiler accepts the program.
         compiled: The compiler's facts (`compile.compiled`), or None.
-        proof: Instruction for a compiled plan where there is none, or "".
+        proof: Instruction for getting a compiled plan, or "" if this is one.
         projection: The projected step.
-        instead: Flags of proposals that fit, where this plan does not.
+        instead: Flags of proposals that fit, if this plan does not.
     """
 
     run: RunConfig
@@ -80,7 +82,7 @@ class Plan:
         return attention_kernel(self.run, self.sizes, self.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict: the plan, and what it was made from."""
+        """A JSON-able dict of the plan and of its inputs."""
         m, train, data = self.run.shape, self.run.train, self.run.data
         work = projection.flops(self.run)
         kernel, why = self.attention
@@ -195,7 +197,7 @@ def _environment(devices: Devices) -> dict[str, str] | None:
 
 
 def _roots() -> list[str]:
-    """The folders that this process imports from, for the compiling process."""
+    """The folders that this process imports from, which the compiling process needs too."""
     return [str(Path(__file__).resolve().parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
@@ -212,7 +214,7 @@ def _tpu_library() -> Path | None:
 
 
 def _compiled(run: RunConfig, devices: Devices, sizes: dict[str, int], environment: dict[str, str]) -> dict[str, Any]:
-    """The compiler's facts, from the folder of results if they are there."""
+    """The compiler's facts, from the cache of results or by compiling."""
     request = {"run": run.to_dict(), "devices": dataclasses.astuple(devices), "mesh": sizes}
     path = _result_path(request, environment)
     if path is not None and path.is_file():
@@ -232,7 +234,7 @@ def _compiled(run: RunConfig, devices: Devices, sizes: dict[str, int], environme
 
 
 def _result_path(request: dict[str, Any], environment: dict[str, str]) -> Path | None:
-    """The file of a result by a hash of what it follows from; None where the compilation cache is off."""
+    """The file of a result, named by a hash of everything that it depends on; None if the compilation cache is off."""
     folder = compilation_cache.folder()
     if folder is None:
         return None
@@ -246,7 +248,7 @@ def _result_path(request: dict[str, Any], environment: dict[str, str]) -> Path |
 
 @functools.cache
 def _source_hash() -> str:
-    """A hash of the source files that a training step is made of."""
+    """A hash of the source files that a training step is compiled from."""
     root = Path(__file__).resolve().parents[1]
     packages = ("parallel", "ops", "train", "plan", "weights")
     files = [*sorted(root.glob("*.py")), *(path for name in packages for path in sorted((root / name).rglob("*.py")))]

@@ -24,7 +24,7 @@ class Flops:
 
     Attributes:
         model: Operations of the forward and backward pass, causal attention counted once: the numerator of MFU.
-        hardware: The same with what rematerialization computes again.
+        hardware: The same, with the operations that rematerialization repeats.
     """
 
     model: float
@@ -37,7 +37,7 @@ class Projection:
 
     Attributes:
         seconds: Time of a step.
-        mfu: Model operations over what the devices could do in that time.
+        mfu: Model operations as a fraction of the devices' peak in that time.
         tokens_per_second: Tokens a second and chip.
         bubble: Fraction of the time that a pipeline's stages wait.
     """

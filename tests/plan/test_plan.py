@@ -68,9 +68,9 @@ def test_devices_are_named_by_shape_by_count_or_as_the_cloud_names_them(text, sh
         ("v5e:512", "at most 256: use --slices"),
         ("v5p-7", "N must be even"),
         ("h100:12", "hosts of 8"),
-        ("h100-8", "no shape that is understood"),
+        ("h100-8", "a shape that cannot be read"),
         ("v5e:0", "at least 1"),
-        ("v5e", "no shape that is understood"),
+        ("v5e", "a shape that cannot be read"),
     ],
 )
 def test_devices_that_do_not_exist_are_refused(text, words):

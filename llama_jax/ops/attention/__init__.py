@@ -18,13 +18,13 @@ __all__ = ["attention", "cached_attention"]
 def cached_attention(q_BTNH: jax.Array, k: Leaf, v: Leaf, at: Window) -> jax.Array:
     """Attention of new tokens to a KV cache that holds their keys and values already, (B, T, N, H) in the dtype of q.
 
-    One query a row on a CPU runs the native kernel, which reads the live keys only (`native.takes`). All else runs
-    plain XLA over the slots of the window.
+    One query a row on a CPU runs the native kernel, which reads the live keys only (`native.takes`). Everything else
+    runs plain XLA over the slots of the window.
 
     Args:
         q_BTNH: queries, already rotated.
         k: keys of all slots of the layer.
-        v: values, likewise.
+        v: values of all slots of the layer.
         at: the window of the pass.
     """
     if native.takes(q_BTNH, k):
@@ -56,8 +56,9 @@ def attention(
 ) -> jax.Array:
     """Attention with the arguments and results of `xla.attention`, by the best backend for them.
 
-    Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`). All else
-    runs plain XLA. If the length axis is sharded, both gather the keys and values of a row on each of its devices.
+    Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`).
+    Everything else runs plain XLA. If the length axis is sharded, both gather the keys and values of a row on each of
+    its devices.
     """
     if aligned:
         k_BKSH, v_BKSH = _repeated(k_BKSH), _repeated(v_BKSH)
@@ -80,7 +81,7 @@ def attention(
 
 
 def _repeated(k_BKSH: jax.Array) -> jax.Array:
-    """The key/value heads, repeated where tensor parallelism has more parts than heads, so that each part has one."""
+    """The key/value heads, repeated if tensor parallelism has more parts than heads, so that each part has one."""
     parts, K = parallel.axis_size("heads"), k_BKSH.shape[1]
     if parts <= K or parts % K:
         return k_BKSH

@@ -16,20 +16,20 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def takes(q_BTNH: jax.Array, k: Leaf) -> bool:
-    """Returns whether the kernel takes these shapes and dtypes, and can be used here (`cpu.ready`)."""
+    """True if the kernel supports these shapes and dtypes and can be used here (`cpu.ready`)."""
     one = q_BTNH.shape[1] == 1 and q_BTNH.shape[-1] % _HEAD == 0 and q_BTNH.dtype in _DTYPES
     return one and (isinstance(k, QCache) or k.dtype in (*_DTYPES, jnp.uint16)) and cpu.ready()
 
 
 def attention(q_B1NH: jax.Array, k: Leaf, v: Leaf, positions_B1: jax.Array) -> jax.Array:
-    """Attention of the query at each position to the keys of slots 0 up to it: (B, 1, N, H) in the dtype of q.
+    """Attention of one query a row to the keys of slots 0 up to its position: (B, 1, N, H) in the dtype of q.
 
     It has no gradient.
 
     Args:
         q_B1NH: rotated queries.
         k: keys of the cache; slot s holds position s.
-        v: values, likewise.
+        v: values of the cache, in the same order.
         positions_B1: position of each query.
     """
     lengths_B = positions_B1[:, 0] + 1

@@ -25,7 +25,7 @@ _HEAD_DIMS = (64, 128)
 
 
 def takes(q_BTNH: jax.Array, k_BKTH: jax.Array) -> bool:
-    """True if the kernel takes arrays of these shapes and dtypes under the active layout.
+    """True if the kernel supports arrays of these shapes and dtypes under the active layout.
 
     The length must be a multiple of 128, the head dim 64 or 128, and tensor parallelism must divide the query and the
     key/value heads. The dtype must be bfloat16. The kernel uses a TPU's default precision, which would round float32 to
@@ -47,11 +47,11 @@ def attention(
     segments_BT: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to itself.
+    """Attention, softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to itself.
 
     Each device runs the kernel on its own rows and heads. If the length axis is sharded, a device has the queries of
-    its part of a row, and gathers the keys and values of the whole row. The parts are those of
-    `parallel.length_order`, which balances the work, if the active layout says so.
+    its part of a row, and gathers the keys and values of the whole row. If the active layout is balanced, the parts are
+    those of `parallel.length_order`, which give all devices equal work.
 
     Args:
         q_BTNH: queries, already rotated. They are multiplied by 1 / sqrt(H) and rounded to their own dtype.
@@ -87,7 +87,7 @@ def attention(
 
 
 def _kernel(T: int, N: int, order: tuple[int, ...], *, shards: int, interpret: bool) -> Any:
-    """The kernel for rows of T tokens in chunks of `order`, whose queries are sharded over devices."""
+    """The splash kernel for rows of T tokens with chunks in `order` and queries split into `shards` parts."""
     return splash.make_splash_mha(
         splash.MultiHeadMask([_Causal((T, T), order)] * N),
         block_sizes=_block_sizes(T, T // max(shards, len(order))),
@@ -108,7 +108,7 @@ def _rows(
     *,
     order: tuple[int, ...],
 ) -> jax.Array:
-    """The kernel on the rows, queries and heads of one device."""
+    """Runs the kernel on the rows, queries and heads of one device."""
     k_BKSH, v_BKSH = (
         parallel.reordered(parallel.all_gathered(a, "length", 2), order, axis=2, back=True) for a in (k_BKTH, v_BKTH)
     )
@@ -121,10 +121,10 @@ def _rows(
 
 
 class _Causal(splash.CausalMask):
-    """The causal mask of queries in chunks of an order, whose blocks off the diagonal are decided by their corners.
+    """The causal mask of rows whose chunks are reordered. Blocks off the diagonal are decided by their corners alone.
 
-    To find the blocks to skip, jax evaluates every block of the mask. At T = 131,072 a CPU took 50 s to compare 17
-    billion pairs three times.
+    To find the blocks to skip, jax evaluates every block of the mask. At T = 131,072 that took a CPU 50 s, for 17
+    billion pairs compared three times.
     """
 
     def __init__(self, shape: tuple[int, int], order: tuple[int, ...] = (0,)):
@@ -147,7 +147,7 @@ _MAX_FUSED = 8192
 
 
 def _block_sizes(T: int, chunk: int | None = None) -> splash.BlockSizes:
-    """Block sizes of queries, within a chunk of the row, and of keys, and of the keys that are multiplied at once.
+    """The block sizes of the kernel: queries (within a chunk of the row), keys, and keys that are multiplied at once.
 
     Larger blocks are fetched fewer times, but more of their entries are above the diagonal. The sizes are not measured
     on a TPU.

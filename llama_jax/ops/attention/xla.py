@@ -27,7 +27,7 @@ _MAX_SCORE_BYTES = 1 << 28  # float32 scores of one chunk of queries and all key
 
 
 class _Queries(NamedTuple):
-    """Queries with what their mask needs: q_BKGTH, positions_BT, and segments_BT or None."""
+    """The queries (B, K, G, T, H), with the positions and segments (or None) that their mask needs."""
 
     q_BKGTH: jax.Array
     positions_BT: jax.Array
@@ -35,7 +35,7 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys and values with what their mask needs: k_BKSH, v_BKSH, positions_BS, and segments_BS or None."""
+    """The keys and values (B, K, S, H), with the positions and segments (or None) that their mask needs."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -55,14 +55,14 @@ def attention(
     aligned: bool,
     unsplit: bool = True,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to its own position.
+    """Attention, softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to its own position.
 
     Args:
         q_BTNH: queries, already rotated.
         k_BKSH: keys, already rotated.
         v_BKSH: values.
         q_positions_BT: positions of the queries within their segment, or within the sequence without segments.
-        k_positions_BS: positions of the keys, likewise.
+        k_positions_BS: positions of the keys within the same segment or sequence.
         q_segments_BT: document numbers of a packed row, or None.
         k_segments_BS: document numbers of the keys, or None.
         aligned: True if query i and key i are the same token, so that key j > i is never attended to (training).
@@ -89,7 +89,7 @@ def attention(
 
 
 def _split_length(queries: _Queries, keys: _Keys) -> jax.Array:
-    """Attention where the length is sharded: each device's own queries, in chunks, to the gathered keys of the row."""
+    """Attention of rows whose length is sharded: each device's own queries, in chunks, to all keys of the row."""
     tokens = ("batch", "length")
     arrays = [
         (queries.q_BKGTH, ("batch", "kv_heads", None, "length", None)),

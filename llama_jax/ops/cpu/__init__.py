@@ -2,7 +2,7 @@
 
 A decode step reads every weight once and computes little. XLA's products of 1 to 16 rows are slower than memory on a
 CPU (docs/measurements/cpu-kernels.md#products-of-few-rows), so these rows have kernels of their own. They are compiled
-at first use (build.py). Where they cannot be used, XLA computes the same, and one line says why.
+at first use (build.py). Where they cannot be used, XLA computes the same results, and one line of the log says why.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 def ready() -> bool:
-    """Returns whether the kernels can be used in what is traced now: on a CPU, on one device, built and checked.
+    """True if the kernels can be used in the function that is being traced: on one CPU device, with a library that
+    passed its check.
 
-    The first call may build them. The reason against them is logged once. $LLAMA_JAX_CPU_KERNELS=off turns them off.
+    The first call may build the library. If the kernels cannot be used, the reason is logged once.
+    $LLAMA_JAX_CPU_KERNELS=off turns them off.
     """
     layout = parallel.active()
     platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform

@@ -32,7 +32,7 @@ _SECONDS = 300
 
 
 class Unavailable(Exception):
-    """There are no kernels. The message says why, for one line of a log."""
+    """Raised if the kernels cannot be built or used. The message is the reason, for one line of a log."""
 
 
 def library() -> Path:
@@ -58,7 +58,7 @@ def library() -> Path:
     if failed.exists():
         raise Unavailable(f"{failed.read_text(errors='replace').strip()} (remove {failed} to try again)")
     if compiler is None:
-        raise Unavailable(f"there is no C++ compiler ({', '.join(_COMPILERS)})")
+        raise Unavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(target.parent, os.W_OK):
@@ -89,7 +89,7 @@ def _key(compiler: str | None) -> str:
 
 
 def _features() -> str:
-    """The features of this machine's processor, as far as the system says."""
+    """Text that names the processor and its features, as Linux reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -99,12 +99,12 @@ def _features() -> str:
 
 
 def features() -> frozenset[str]:
-    """Names of the processor's features as Linux spells them, such as avx512_bf16; empty where it does not say."""
+    """Names of the processor's features as Linux spells them, such as avx512_bf16; empty on other systems."""
     return frozenset(_features().split())
 
 
 def _is_ours(path: Path) -> bool:
-    """Returns whether a library exists that nobody but this user (or root) could have written."""
+    """True if the library exists and only this user (or root) could have written it."""
     try:
         status = path.stat()
     except OSError:
@@ -113,7 +113,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _build_apart(target: Path) -> str:
-    """Builds and checks the library in another process, which may crash. Returns why it failed, or an empty text."""
+    """Builds and checks the library in another process, which may crash. Returns the reason of a failure, or ""."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""The check of a new library: each kernel beside the same computation in XLA, before the library may be used."""
+"""The check of a new library: every kernel is compared with the same computation in XLA before the library is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLOAT = 1e-5  # of the largest result
 
 
 def against_xla() -> None:
-    """Runs every kind of kernel once. Raises RuntimeError where a result is not XLA's."""
+    """Runs every kind of kernel once. Raises RuntimeError if a result differs from XLA's."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
