@@ -94,8 +94,8 @@ class Checkpoints:
     def latest(self, *items: str) -> int | None:
         """The newest step whose files are intact, or None if there is no step at all.
 
-        A warning names each newer step that is skipped, and the reason. Steps that a training run deletes meanwhile
-        count for nothing.
+        A warning names each newer step that is skipped, and the reason. Steps that a training run deletes during this
+        call are ignored.
 
         Args:
             *items: the items that will be read, of "params", "rest" and "meta"; all by default.
@@ -205,7 +205,7 @@ class Checkpoints:
         """The (params, rest, meta) of a step, with the shapes, dtypes and shardings of the abstract trees.
 
         Raises:
-            ConfigError: the step is damaged, or its trees are others.
+            ConfigError: the step is damaged, or its arrays have other names, shapes or dtypes than the abstract trees.
         """
         restored = self._restored(
             step,
@@ -274,7 +274,7 @@ class Checkpoints:
             raise ConfigError(f"checkpoint {folder} cannot be read: {remedy} ({_one_line(error)})") from error
 
     def _problem(self, step: int, items: Collection[str]) -> str | None:
-        """The damage of a step by its manifest, in words, or None if it is intact. Raises Deleted."""
+        """The damage that the manifest of a step reveals, in words; None if the step is intact. Raises Deleted."""
         try:
             manifest.check(self.folder / str(step), step=step, items=items)
         except manifest.DamagedError as error:
@@ -368,7 +368,7 @@ def _one_line(error: Exception) -> str:
 def _silence_tracebacks() -> None:
     """Silences the tracebacks that Orbax and asyncio log before the one line of a SaveError.
 
-    Writes that TensorStore had still to do then find their event loop closed, which is silenced too.
+    Pending writes of TensorStore then fail because their event loop is closed. Those errors are silenced too.
     """
     for logger in map(logging.getLogger, ("absl", "asyncio")):
         logger.addFilter(lambda record: not (record.exc_info and _is_from_orbax(record)))

@@ -124,8 +124,8 @@ class ModelConfig:
         """Multiply-adds counted as two, for one token that attends to `context` positions.
 
         The convention of PaLM (arXiv:2204.02311, appendix B): two per weight, plus 4 N H `context` per layer for the
-        scores and the mixing of values, without a discount for the causal mask; training costs three forwards, and
-        recomputation is not counted.
+        scores and the mixing of values, without a discount for the causal mask; training costs three times a forward
+        pass, and recomputation is not counted.
         """
         forward = 2 * self.matmul_params + 4 * self.num_layers * self.num_heads * self.head_dim * context
         return forward * (3 if training else 1)

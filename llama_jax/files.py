@@ -33,7 +33,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """The path with a leading ~ or ~user replaced.
 
     Raises:
-        FileNotFoundError: that home folder is not known.
+        FileNotFoundError: the home folder of that user is not known.
         ConfigError: the path is longer than the operating system allows.
     """
     data = str(path).encode("utf-8", "surrogatepass")
@@ -61,7 +61,7 @@ def read_small(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> b
 
 
 def parse_json(data: bytes, where: str, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """The JSON object in `data`, which errors call `where`. Anything else raises a one-line ValueError."""
+    """The JSON object in `data`. Errors name it by `where`. Anything else raises a one-line ValueError."""
     if len(data) > MAX_BYTES and sum(map(data.count, (b",", b"[", b"{"))) > max_values:
         raise ValueError(f"{where} has over {max_values:,} values, more than any valid file of its kind has")
     try:

@@ -1,8 +1,8 @@
 """The header of a GGUF file, read from front to back without trusting it. Imports no jax.
 
 The format (github.com/ggml-org/ggml, docs/gguf.md): a magic word, a version and two counts; metadata as keys with typed
-values; then the tensors. All numbers are little-endian. Everything that the header says is checked against the bytes
-that are there, and every refusal is one line that names the file.
+values; then the tensors. All numbers are little-endian. Every size in the header is checked against the size of the
+file, and every error is one line that names the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Header:
         self._chunk = b""
 
     def start(self) -> tuple[int, int, dict[str, Value]]:
-        """Reads all before the tensors: version of the format, count of tensors, metadata by key."""
+        """Reads everything before the tensors: the format's version, the number of tensors, and metadata by key."""
         path = self.file.path
         magic = self.file.read(0, min(4, self.file.size))
         if magic != MAGIC:
@@ -65,7 +65,7 @@ class Header:
         return version, tensors, metadata
 
     def require(self, count: int, what: str) -> None:
-        """Refuse `count` bytes that are not there."""
+        """Raises ValueError if the file has fewer than `count` bytes left."""
         if count > self.file.size - self.at:
             raise ValueError(
                 f"{self.file.path}: {what} needs {count:,} bytes, but {self.file.size - self.at:,} are left (cut off?)"
@@ -78,7 +78,7 @@ class Header:
             raise ValueError(f"{self.file.path}: {what} would take more memory than the {_SPARE:,} bytes allowed")
 
     def take(self, count: int, what: str) -> bytes:
-        """The next bytes."""
+        """The next `count` bytes."""
         begin = self.at - self._start
         if begin + count > len(self._chunk):
             self.require(count, what)
@@ -100,12 +100,12 @@ class Header:
         try:
             text = self.take(length, what).decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{self.file.path}: {what} is not sound UTF-8") from None
+            raise ValueError(f"{self.file.path}: {what} is not valid UTF-8") from None
         self.spend(sys.getsizeof(text) - _EMPTY, what)
         return text
 
     def _texts(self, count: int, what: str) -> list[str]:
-        """Strings, of which a vocabulary has hundreds of thousands: those that lie whole in the chunk go quickly."""
+        """Reads `count` strings, those within the buffered chunk in one fast loop: a vocabulary has very many."""
         texts: list[str] = []
         while len(texts) < count:
             texts.append(self.text(what))
@@ -118,7 +118,7 @@ class Header:
                     texts.append(chunk[at + 8 : end].decode("utf-8"))
                     at = end
             except UnicodeDecodeError:
-                raise ValueError(f"{self.file.path}: {what} is not sound UTF-8") from None
+                raise ValueError(f"{self.file.path}: {what} is not valid UTF-8") from None
             self.at = self._start + at
             self.spend(sum(map(sys.getsizeof, texts[before:])) - _EMPTY * (len(texts) - before), what)
         return texts
@@ -150,7 +150,7 @@ class Header:
 
 
 def shown(value: Value | None) -> str:
-    """A value of metadata as an error names it, in one line."""
+    """A value of metadata for an error message, in one line."""
     if isinstance(value, np.ndarray):
         return f"an array of {value.size:,} numbers"
     return f"an array of {len(value):,} strings" if isinstance(value, list) else brief(value)

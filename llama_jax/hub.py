@@ -93,7 +93,7 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
 
 
 def _check_room(repo: Repo, files: Sequence[str], commit: str) -> None:
-    """Compare the size of the files that are not cached yet with the free space, where the sizes are known.
+    """Compare the size of the files that are not cached yet with the free space, if the sizes are known.
 
     Raises:
         ConfigError: there is less free space than the download needs.
@@ -137,7 +137,7 @@ def some(files: list[str]) -> str:
 
 
 def _not_cached(what: str, error: BaseException | None) -> str:
-    """The message for `what` missing in the cache, where `error` prevented its download."""
+    """The message for `what` missing in the cache; `error` is the reason why it could not be downloaded, or None."""
     from huggingface_hub import constants
 
     reason = f" ({type(error).__name__}: {_flat(error)})" if error else ""

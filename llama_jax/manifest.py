@@ -1,8 +1,8 @@
 """Manifests: the size and SHA-256 of each file of a folder, against which the files are validated before use.
 
 Checkpoints and the adapter of a run have a manifest each. A manifest contains a hash of itself (`sealed`), so that a
-flipped bit in it is detected as in any other file. The config of a run is sealed in the same way. This module knows
-folders and files and nothing of arrays.
+flipped bit in it is detected as in any other file. The config of a run is sealed in the same way. This module handles
+folders and files, and knows nothing about arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _THREADS = 8  # hashlib releases the interpreter lock
 
 
 class DamagedError(ValueError):
-    """A folder that differs from its manifest or has none. The message names the file and the damage."""
+    """Raised for a folder that differs from its manifest or has none. The message names the file and the damage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Manifest:
     """The files of one folder.
 
     Attributes:
-        step: training step that the files are of.
+        step: training step at which the files were written.
         loss: validation loss at that step, or None.
         files: (bytes, SHA-256 in hex) of each file, by its path below the folder, with slashes.
     """
@@ -47,7 +47,7 @@ class Manifest:
 
 
 def write(folder: Path, *, step: int, loss: float | None) -> None:
-    """Hashes every file of `folder` and writes the manifest. Returns when all of it is on disk."""
+    """Hashes every file of `folder` and writes the manifest. Returns when everything is on disk."""
     sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
     digests = _digests(folder, sizes)
     files = {name: [size, digests[name]] for name, size in sizes.items()}
@@ -79,7 +79,7 @@ def read_exact(folder: Path, *, step: int) -> Manifest:
     """The manifest of `folder`. Raises DamagedError unless exactly its files exist, with the right sizes."""
     manifest = read(folder)
     if manifest.step != step:
-        raise DamagedError(f"{FILE} is of step {manifest.step}")
+        raise DamagedError(f"{FILE} belongs to step {manifest.step}, not to step {step}")
     try:  # only files below the folder are ever opened, whatever the manifest names
         sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
     except OSError as error:
@@ -116,7 +116,8 @@ def check(folder: Path, *, step: int, items: Collection[str] = ()) -> None:
 def check_present(folder: Path) -> Manifest:
     """The manifest of `folder`, after the files that it lists and that exist were validated.
 
-    People copy files of an adapter elsewhere and add others, such as a model card. Those are not of the manifest.
+    People copy files of an adapter elsewhere and add others, such as a model card. Files that are not in the manifest
+    are ignored, and missing ones are allowed.
 
     Raises:
         DamagedError: a file differs, or the manifest is missing or damaged.
@@ -133,7 +134,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
-    """True if a JSON object is as `sealed` made it."""
+    """True if the hash in a JSON object made by `sealed` still matches its contents."""
     return content.get(SEAL) == _own_digest({name: value for name, value in content.items() if name != SEAL})
 
 

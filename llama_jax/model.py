@@ -1,10 +1,10 @@
-"""The decoder: Llama 3.1's forward pass, written once for training, prefill and decoding. The only file with flax.
+"""The decoder: Llama 3.1's forward pass, written once for training, prefill and decoding. Only this file imports flax.
 
-Modules are built around parameters that exist already (a plain dict, see `params.py`), inside the traced function:
-construction costs nothing at run time, and only plain dicts cross the borders of jit and scan. Mathematics is in `ops`.
+Modules are built inside the traced function, around parameters that exist already (a plain dict, see `params.py`).
+Construction costs nothing at run time, and only plain dicts cross the borders of jit and scan. Mathematics is in `ops`.
 
-Letters: B batch, T length, S cache slots, D embedding, N query heads, K key/value heads, H head dim, F ffn, V vocab,
-L layers, R rotary pairs (H / 2).
+Letters: B batch, T length, S cache slots, D embedding, N query heads, K key/value heads, H head dim, F ffn, V vocab, L
+layers, R rotary pairs (H / 2).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks and final norm. `unembed` turns its output into logits."""
+    """Embedding, blocks and final norm. `unembed` turns the output into logits."""
 
     def __init__(self, config: ModelConfig, params: Params):
         self.config = config
@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
 
 
 def _with_remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wraps a layer so that its backward pass recomputes what `remat` does not keep (see REMAT)."""
+    """Wraps a layer so that its backward pass recomputes all values that `remat` does not keep (see REMAT)."""
     if remat == "none":
         return function
     policies = jax.checkpoint_policies
@@ -207,7 +207,7 @@ def _with_remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
 
 def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
-    """Runs stacked layers as one scan, which is compiled once whatever the depth, or one scan a pipeline stage."""
+    """Runs stacked layers as one scan, which compiles one layer for any depth. Pipeline stages have one scan each."""
 
     def run(layers: Params, x_BTD: jax.Array, where: Where) -> jax.Array:
         def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:

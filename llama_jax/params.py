@@ -1,4 +1,4 @@
-"""The weights of a Llama: the one table that says what they are, the trees that follow from it, and their layouts.
+"""The weights of a Llama: the table that defines them, the trees that follow from it, and their two layouts.
 
 Parameters are a plain dict of arrays (or of typed leaves, see `ops.quant` and `ops.lora`) in one of two layouts.
 Stacked: `params["layers"]` is a dict of arrays with a leading layer axis, which training scans over. Unrolled:
@@ -39,8 +39,9 @@ class WeightSpec:
             residual stream, as in GPT-2, Radford et al. 2019, section 2.3) or "ones". Normal draws are truncated at
             three standard deviations.
         group: the parameter group that learning rates and logged norms refer to (`run_keys.GROUPS`).
-        per_layer: every layer has one.
-        rotary: the output rows are heads whose pairs are rotated, so that their order differs between file formats.
+        per_layer: True if every layer has such a weight.
+        rotary: True if the output rows are heads whose pairs are rotated, so that their order differs between file
+            formats.
     """
 
     path: tuple[str, ...]

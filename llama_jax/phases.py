@@ -1,4 +1,4 @@
-"""Long phases of a program: each is announced with the time that it took the last time on this machine.
+"""Announcements of long phases of a program, each with the time that it took the last time on this machine.
 
 Floor 0: this module does not import jax.
 """
@@ -27,7 +27,7 @@ def phase(title: str, say: Callable[[str], Any], *, of: str = "") -> Iterator[No
     Args:
         title: The line to print, e.g. "compiling the training step".
         say: Prints a line.
-        of: What the time depends on, e.g. the size of a model. It is not printed.
+        of: A property that the time depends on, e.g. the size of a model. It is not printed.
     """
     key = f"{title} {of}".strip()
     last = _times().get(key)

@@ -17,7 +17,7 @@ _DELAY = 3.0  # seconds: what ends before needs no bar
 
 
 def counted(groups: Iterable[Group], title: str, *, unit: str, shown: bool) -> Iterator[Group]:
-    """The groups, with a bar that counts the items of those that are done."""
+    """Yields the groups, with a progress bar that counts the items of finished ones."""
     groups = list(groups)
     with progress_bar(sum(map(len, groups)), title, unit=unit, shown=shown, delay=0) as progress:
         for group in groups:
@@ -26,7 +26,8 @@ def counted(groups: Iterable[Group], title: str, *, unit: str, shown: bool) -> I
 
 
 def show(text: str) -> None:
-    """Write to standard output. Text that cannot be written is lost: no run ends because nobody reads it.
+    """Writes a line to standard output. Text that cannot be written is discarded, so that no run ends for lack of a
+    reader.
 
     Characters that the encoding of standard output lacks become question marks.
     """
@@ -43,7 +44,7 @@ def progress_bar(total: int | None, title: str, *, unit: str = "B", shown: bool 
     """A progress bar as a context manager with `update(count)`.
 
     Args:
-        total: the number of units; None where it is not known.
+        total: the number of units; None if it is not known.
         title: the phase, e.g. "loading".
         unit: the unit; "B" counts bytes with binary prefixes.
         shown: False makes a bar that prints nothing.

@@ -1,7 +1,7 @@
-"""The checks of a run that need keys of more than one section. Each raises a ConfigError that names the keys.
+"""Checks of a run that compare keys of several sections. Each raises a ConfigError that names the keys.
 
-A section checks itself (`run_keys`); `run_config.RunConfig` calls the functions here.
-Floor 0: this module does not import jax.
+A section checks itself (`run_keys`); `run_config.RunConfig` calls the functions here. Floor 0: this module does not
+import jax.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_warmup(optimizer: OptimizerConfig, train: TrainConfig, steps: int) -> 
 
 
 def check_best(checkpoint: CheckpointConfig, log: LogConfig, data: DataConfig) -> None:
-    """Check that every checkpoint has a validation loss where the best ones are kept."""
+    """Check that every checkpoint has a validation loss if the best ones are kept."""
     if not checkpoint.keep_best:
         return
     if not data.validation or not log.eval_every or checkpoint.every % log.eval_every:
@@ -81,7 +81,7 @@ def check_objective(train: TrainConfig, dpo: DpoConfig, init_from: str) -> None:
 
 
 def check_lora(lora: LoraConfig, optimizer: OptimizerConfig, init_from: str) -> None:
-    """Check that LoRA has its base, and that LoRA's keys and groups are set for LoRA only."""
+    """Check that a LoRA run has its base, and that keys and parameter groups of LoRA are set only in such a run."""
     rates = optimizer.group_rates
     rows = {"embed", "unembed"} if lora.trained_tokens else set()
     untrained = [group for group in rates if group.startswith("lora") != bool(lora.rank) and group not in rows]

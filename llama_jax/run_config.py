@@ -185,7 +185,7 @@ class Key:
     Attributes:
         name: Dotted name, e.g. `optimizer.learning_rate`.
         type: Type in words, e.g. "a whole number".
-        default: Default value, or None where the size of the model decides.
+        default: Default value, or None if it depends on the size of the model.
         allowed: Bounds or choices in words; "" where the type allows every value.
         meaning: Meaning and unit, from the Attributes of the key's section.
     """
@@ -253,7 +253,7 @@ def _allowed(bounds: Mapping[str, Any]) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every key by its dotted name, e.g. `optimizer.learning_rate`."""
+    """The dotted name of every key, such as `optimizer.learning_rate`."""
     return list(flat(default_dict()))
 
 
@@ -337,7 +337,7 @@ def unknown_key(name: str) -> ConfigError:
 
 
 def _near_key(name: str, known: Sequence[str], siblings: Sequence[str], sections: Sequence[str]) -> str | None:
-    """The key that a name of other trainers means, else the nearest one, or None if none is near.
+    """The key that has this name in another trainer, or else the nearest key, or None if none is near.
 
     The right name in another section is the nearest; then come those of its own section, and then those of any.
     """

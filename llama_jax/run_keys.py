@@ -48,9 +48,9 @@ class DataConfig:
 
     Attributes:
         train: Training data: files, folders and glob patterns of .txt, .md, .jsonl, .parquet and .json, and datasets of
-            the hub as hf://datasets/OWNER/NAME[@REVISION][/PATH]. A .json file is read only where it is named itself.
-            `stdlib:train` is the documentation of the installed Python; `stdlib:chat-train` is questions and answers
-            made from it.
+            the hub as hf://datasets/OWNER/NAME[@REVISION][/PATH]. A .json file is read only if its own name is given,
+            not as a part of a folder. `stdlib:train` is the documentation of the installed Python; `stdlib:chat-train`
+            is questions and answers made from it.
         weights: Mixture weights, one number above 0 for each item of data.train: the share of all rows that the item
             contributes. Empty takes every row equally often.
         validation: Validation data, in the forms of data.train; empty computes no validation loss. Use
@@ -59,13 +59,13 @@ class DataConfig:
             run without init_from then trains a tokenizer of model.vocab_size tokens on the training text.
         chat_format: Format of dialogs. `auto` is the chat template of init_from, and Meta's reference format if it has
             none; `llama3` is the reference format; anything else is the file of a Jinja template.
-        chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same
-            tokens on any day. The default is the one that Llama 3.1's own template has.
+        chat_date: The day that a chat template sees as today (YYYY-MM-DD), so that the same data become the same tokens
+            on any day. The default is the one that Llama 3.1's own template has.
         parse_special: Treatment of names of control tokens, such as <|eot_id|>, in texts and completions. `yes` reads
             them as these tokens, for texts that were rendered with a chat template; `no` reads them as plain text;
             `stop` refuses texts that hold one. Messages of dialogs are always plain text.
-        loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant
-            says (its tool calls and its end-of-turn tokens too) and completions; `all` counts every token and is not
+        loss_on: The tokens of dialogs and completions that the loss counts. `assistant` counts what the assistant says
+            (its tool calls and its end-of-turn tokens too) and completions; `all` counts every token and is not
             available for preference pairs. Plain text always counts whole.
         sequence_length: Length of a training row in tokens (T). Longer texts are split; too_long says what happens to
             longer dialogs, completions and pairs (both answers together).
@@ -347,7 +347,7 @@ class LogConfig:
 
     Attributes:
         every: Steps between printed lines of loss, learning rate, tokens/s and time left. metrics.jsonl has every step.
-        eval_every: Steps between evaluations of the validation loss; 0 evaluates never. A new run is also evaluated
+        eval_every: Steps between evaluations of the validation loss; 0 never evaluates. A new run is also evaluated
             before its first step.
         eval_batches: Largest number of validation batches in one evaluation.
         sample_every: Steps between samples from the model in training; 0 samples never. Sampling takes a copy of the

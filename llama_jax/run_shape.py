@@ -46,7 +46,7 @@ def parse(model: object, *, init_from: str) -> ModelConfig | PartialShape:
     None are not set.
 
     Raises:
-        ConfigError: an unknown size or key, a missing key, or another type.
+        ConfigError: an unknown size or key, a missing key, or a value of another type.
     """
     if isinstance(model, ModelConfig):
         return model

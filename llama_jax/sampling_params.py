@@ -35,8 +35,9 @@ class SamplingParams:
         repetition_penalty: factor against repetition. Logits of tokens in the prompt or the text so far are divided by
             it if positive and multiplied by it if negative (Keskar et al., arXiv:1909.05858, section 4.1). It applies
             to greedy sampling too; 1 is off.
-        presence_penalty: subtracted from the logit of each token that the text so far (without the prompt) holds.
-        frequency_penalty: subtracted from the logit of each token, times its count in the text so far.
+        presence_penalty: number subtracted from the logit of each token that occurs in the text so far (without the
+            prompt).
+        frequency_penalty: number that, times a token's count in the text so far, is subtracted from its logit.
         min_tokens: number of tokens before a stop token may be sampled.
         logit_bias: number added to the logit of a token, by token id; minus infinity is allowed.
         allowed_tokens: the only ids that may be sampled, or None for all.
@@ -95,7 +96,7 @@ def _finite(value: Any) -> bool:
 
 
 def _ids(values: Any, name: str) -> tuple[int, ...]:
-    """Token ids as a tuple. numpy integers are accepted, and everything else that counts like an int."""
+    """Token ids as a tuple. numpy integers are accepted, and all other types that Python can use as an index."""
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise ConfigError(f"{name} must be a list of token ids, got {brief(values)}")
     values = tuple(values)
@@ -105,7 +106,7 @@ def _ids(values: Any, name: str) -> tuple[int, ...]:
 
 
 def _bias(bias: Any) -> dict[int, float]:
-    """A logit bias with whole ids; the names of ids, as JSON has them, are accepted."""
+    """A logit bias by integer ids. Ids as strings are accepted, since JSON has no other keys."""
     if not isinstance(bias, Mapping):
         raise ConfigError(f'logit_bias must be numbers by token id such as {{"128009": -100}}, got {brief(bias)}')
     clean = {}

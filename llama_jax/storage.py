@@ -35,7 +35,7 @@ class Stored:
     Attributes:
         name: Path below the address; for an address that is a file, or a pattern, the path from the address's root.
         size: Bytes.
-        version: Hash of all that the store says about the file, which changes with its contents.
+        version: Hash of the store's information about the file, which changes when the contents change.
         path: Path for `filesystem`.
     """
 
@@ -76,16 +76,17 @@ def find(url: str) -> list[Stored]:
     except Exception as error:  # each store raises errors of its own
         raise _refused(url, error) from error
     if any(".." in file.name.split("/") for file in stored):
-        raise ConfigError(f"{url} has a file with .. in its name, which is not read")
+        raise ConfigError(f"{url} has a file with .. in its name, which could lead outside the folder: rename it")
     if not stored:
         raise ConfigError(f"{url} has no files: check the spelling, and that you have access to it")
     return stored
 
 
 def download(url: str, files: Sequence[Stored], folder: Path) -> dict[str, Path]:
-    """Copy files to a folder under their names, except those that are there; returns the path of each by its name.
+    """Copies files to a folder under their names, except those that it already has. Returns the path of each file by
+    its name.
 
-    The space that is needed is compared with the free space first, and printed with it if it takes long.
+    The needed space is compared with the free space first. Both are printed before a long download.
 
     Raises:
         ConfigError: there is no room, or a file cannot be read.
@@ -233,7 +234,7 @@ def cache_folder(url: str, files: Sequence[Stored]) -> Path:
 
 
 def _stored(found: dict[str, dict[str, Any]], start: str) -> list[Stored]:
-    """The files of a listing with details, named below `start`."""
+    """The files of a listing of fsspec, each named by its path below `start`."""
     # An empty object of a folder's name is how some consoles make a folder.
     files = {path: info for path, info in found.items() if not path.endswith("/")}
     return [
@@ -268,7 +269,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """A hash of what identifies the contents of a file: a checksum or generation of the store, else size and time."""
+    """A hash for the contents of a file: of the store's checksum or generation, or else of its size and time."""
     keys = ("etag", "ETag", "generation", "md5Hash", "crc32c", "mtime", "LastModified", "last_modified", "created")
     facts = [info.get("size"), *(info[key] for key in keys if info.get(key) is not None)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

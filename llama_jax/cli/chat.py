@@ -101,7 +101,7 @@ class Chat:
             _say(f"error: {one_line(error)}")
 
     def _ask(self, text: str) -> None:
-        """Print the answer to a message as it comes. An answer that Ctrl-C stopped stays in the dialog as it is."""
+        """Print the answer to a message while it is generated. An answer that Ctrl-C stopped stays in the dialog."""
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
             room = self._llama.config.max_seq_len - len(self._llama.encode_dialog(asked, self._settings.get("tools")))

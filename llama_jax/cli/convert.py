@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _importance(options: argparse.Namespace, dtype: str) -> Mapping[tuple[str | int, ...], Any]:
-    """The mean squares of every matrix's inputs on the texts of --calibrate."""
+    """The mean square of each input of every weight matrix, measured on the texts of --calibrate."""
     if dtype not in ("int4", "q4_0"):
         raise ConfigError(f"--calibrate goes with --dtype int4 or q4_0, not with {dtype}")
     from llama_jax.cli.eval import samples

@@ -1,4 +1,7 @@
-"""`eval`: perplexity, lm_eval's tasks, two models side by side, the cost of quantization. jax comes after the flags."""
+"""`eval`: perplexity, lm_eval's tasks, the comparison of two models, and the cost of quantization.
+
+jax is imported only after the flags are checked.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +186,7 @@ def _report(result: Perplexity) -> str:
 
 
 def samples(patterns: Sequence[str]) -> list[Sample]:
-    """The texts, dialogs and completions of files."""
+    """The texts, dialogs and completions in the files that match the patterns."""
     from llama_jax.data.records import BadLine, Pair
     from llama_jax.data.sources import documents_from
 

@@ -67,8 +67,8 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
     """Run a command, and exit this process with its status.
 
-    The process does not end the way that Python ends it: threads that download or compile would delay that, and a
-    signal would show a traceback.
+    The process ends by `os._exit`. The usual end of Python would wait for threads that download or compile, and a
+    signal during that wait would print a traceback.
     """
     _usable_streams()
     try:
@@ -86,9 +86,10 @@ def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def unfailing_streams() -> Iterator[None]:
-    """Standard output and error that lose what cannot be written, for runs that must not end because of it.
+    """Replaces standard output and standard error by streams that discard text which cannot be written.
 
-    The reader of a pipe may be gone, or a disk full. One line on standard error says so.
+    It is for runs that must not end because the reader of a pipe is gone or a disk is full. One line on standard error
+    reports the loss.
     """
     before = sys.stdout, sys.stderr
     if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:  # not where a test or a notebook captures them
@@ -153,7 +154,7 @@ def _line(error: Exception) -> object | None:
 
 
 def _flushed(status: int) -> int:
-    """The status, after what was printed has reached its reader."""
+    """Flushes standard output, and returns the exit status: `status`, or that of a failed write."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,4 +1,7 @@
-"""`infer`: prompts from the command line, a file or a dialog; text or JSON out. No jax until the flags are checked."""
+"""`infer`: continues prompts or answers dialogs, and prints text or JSON.
+
+jax is imported only after the flags are checked.
+"""
 
 from __future__ import annotations
 
@@ -205,7 +208,7 @@ def _collected(options: argparse.Namespace) -> bool:
 
 
 def _of_call(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a call of `generate` that are not those of each continuation."""
+    """The arguments of `Llama.generate` that apply to the whole call, and not to one continuation."""
     return {
         "batch_size": options.batch_size,
         "progress": False if options.quiet else None,
@@ -293,7 +296,7 @@ def _dialogs(system: str | None, questions: Sequence[str]) -> list[list[dict[str
 def _print_results(
     found: Sequence[Result | list[Result]], names: Sequence[str], seconds: float, *, as_json: bool, ids: bool
 ) -> None:
-    """Print results; tokens per second are those of the whole call, compilation included."""
+    """Print results. The speed in tokens per second is that of the whole call, compilation included."""
     groups = [group if isinstance(group, list) else [group] for group in found]
     speed = round(sum(len(result.tokens) for group in groups for result in group) / seconds, 2)
     for group, name in zip(groups, names, strict=True):
@@ -316,7 +319,9 @@ def _row(result: Result, speed: float) -> dict[str, Any]:
 
 
 def _print_stream(pieces: Iterator[str] | Iterator[int]) -> None:
-    """Print pieces as they come, and the end of the line. Ids (of a model without a tokenizer) get spaces between."""
+    """Print pieces of text while they are generated, and then a line end. Ids (of a model without a tokenizer) get
+    spaces between.
+    """
     start, count = time.perf_counter(), 0
     try:
         for piece in pieces:

@@ -187,7 +187,7 @@ def _typed(convert: Callable[[str], Any], allowed: str, shown: str | None = None
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of a whole number within bounds."""
+    """An argparse type for whole numbers from `low` to `high`."""
 
     def convert(text: str) -> int:
         value = int(text)
@@ -199,7 +199,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def number(low: float, high: float | None = None, note: str = "") -> Callable[[str], float]:
-    """The type of a finite number within bounds. `note` explains a special value, e.g. "0 is greedy"."""
+    """An argparse type for finite numbers from `low` to `high`. `note` explains a special value, e.g. "0 is greedy"."""
 
     def convert(text: str) -> float:
         value = float(text)
@@ -217,7 +217,7 @@ def _bounds(low: float, high: float | None) -> str:
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """The type of a name out of a few, with the nearest one in its error."""
+    """An argparse type for a name among `choices`, whose error suggests the nearest one."""
 
     def convert(text: str) -> str:
         if text not in choices:

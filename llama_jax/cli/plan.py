@@ -1,4 +1,7 @@
-"""`plan`: what a training run would need on devices that need not be here. No jax until the arguments are checked."""
+"""`plan`: estimates the memory and the time of a training run on devices that need not be present.
+
+jax is imported only after the arguments are checked.
+"""
 
 from __future__ import annotations
 

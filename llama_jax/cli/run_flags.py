@@ -1,6 +1,6 @@
 """The flags of a run: a config file and changes of its keys, --config FILE --config.KEY=VALUE.
 
-The only module, with configs/, that imports ml_collections.
+Only this module and the recipes in configs/ import ml_collections.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _override(arg: str) -> str:
 
 
 def _one_length(argv: list[str]) -> list[str]:
-    """The arguments, where train.epochs or train.steps alone also clears the other one, which the recipe may set."""
+    """The arguments, in which setting train.epochs or train.steps clears the recipe's value of the other."""
     steps, epochs = (
         any(arg.lstrip("-").startswith(f"config.train.{key}=") for arg in argv) for key in ("steps", "epochs")
     )

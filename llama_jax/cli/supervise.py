@@ -1,4 +1,4 @@
-"""The parent of a process that trains together with others, which turns the runtime's own end into one line.
+"""A parent process for runs of several processes, which reports a crash of jax's runtime in one line.
 
 When another process of a run is lost, the C++ runtime of jax writes a stack trace and aborts; nothing in the same
 process can prevent that. So `train.py` starts itself once more where there are several processes, passes signals on to

@@ -70,7 +70,7 @@ def _train(run: RunConfig, argv: Sequence[str], resume: bool, stop: StopSignal) 
 
 
 def _check_base(run: RunConfig) -> None:
-    """Name the recipe that makes init_from, where that is a run of a recipe and was not trained yet."""
+    """Raises ConfigError if init_from is the run of a recipe that was not trained yet; the error names the recipe."""
     base = Path(run.init_from)
     if base.parent == Path("runs") and not base.exists() and base.name in recipes.names():
         raise ConfigError(
@@ -79,7 +79,7 @@ def _check_base(run: RunConfig) -> None:
 
 
 def _outcome(run: RunConfig, result: Result) -> str:
-    """The pictures and files of a finished run, and the command that samples from it."""
+    """The lines printed after a run: paths of its picture and adapter, and the command that samples from the model."""
     lines = [f"loss: {result.folder / 'loss.png'}"]
     if run.lora.rank:
         lines.append(f"adapter: {result.folder / 'adapter'}")

@@ -111,7 +111,7 @@ def test_a_file_that_is_none_of_its_own_is_named(run, capsys):
 
 def test_a_step_under_the_name_of_another_is_found(run, capsys):
     (run / "checkpoints" / "4").rename(run / "checkpoints" / "6")
-    assert "is of step 4" in passed_over(run, capsys, step=6)
+    assert "belongs to step 4" in passed_over(run, capsys, step=6)
 
 
 def test_no_sound_step_is_one_error_with_its_mend(run, capsys):
