@@ -1,4 +1,4 @@
-"""Prefill and decoding on a CPU beside transformers and llama.cpp, in one run: python benchmarks/cpu.py
+"""Prefill and decoding on a CPU compared with transformers and llama.cpp in one run: python benchmarks/cpu.py
 
 A model of the shape `160m` with random weights (or one that --model names) is written as a Hugging Face folder and as
 GGUF files. Each contender has a process of its own and runs one task at a time, in turns, so that other load affects
@@ -164,7 +164,7 @@ def write(folder: Path, model: str, kinds: list[str]) -> None:
 def race(
     folder: Path, contenders: list[str], tasks: list[str], turns: int, one_core: bool
 ) -> dict[tuple[str, str], list[float]]:
-    """The rates of each contender and task, without the first turn, which compiles."""
+    """The tokens per second of each contender and task in each turn, without the first turn, which compiles."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "ONE_CORE": str(int(one_core))}
     workers = {
         name: subprocess.Popen(

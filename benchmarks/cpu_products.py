@@ -1,4 +1,4 @@
-"""Products of few rows on a CPU, native kernels beside XLA: python benchmarks/cpu_products.py
+"""Products of few rows on a CPU, native kernels compared with XLA: python benchmarks/cpu_products.py
 
 Twelve weights of 2048 x 2048 are multiplied in turn, so that they do not stay in the processor's cache. Each number is
 the median of alternating turns, in GB of weights a second. Takes about a minute.
@@ -23,7 +23,7 @@ def main() -> None:
     from llama_jax.ops.cpu import calls, ready
 
     if not ready():
-        raise SystemExit("the CPU kernels cannot be used here")
+        raise SystemExit("the CPU kernels cannot be used here: a warning above says why")
     bench = {
         "kernel": lambda x, w: calls.linears(x, [w], dtype=x.dtype)[0],
         "XLA": lambda x, w: linear._xla_f32(x, w).astype(x.dtype),

@@ -1,4 +1,4 @@
-"""What the scheduler gains on this machine: python benchmarks/generation.py [TASK ...]
+"""The gains of the scheduler on this machine: python benchmarks/generation.py [TASK ...]
 
 Each task is run both ways in turns, in one process, and the ratio of the medians is printed as JSON:
 
@@ -48,7 +48,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def batching(llama, count: int) -> dict[str, Callable[[], float]]:
-    """2,000 prompts in the long form. Lengths of output are log-normal with sigma 1 around 30 tokens."""
+    """Tokens per second for prompts whose outputs have log-normal lengths, with sigma 1 around 30 tokens."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(10, 30_000, int(n)).tolist() for n in rng.integers(8, 60, count)]
     limits = np.clip(rng.lognormal(np.log(30), 1.0, count), 1, 400).astype(int)
@@ -78,7 +78,7 @@ def batching(llama, count: int) -> dict[str, Callable[[], float]]:
 
 
 def prefix(llama, count: int) -> dict[str, Callable[[], float]]:
-    """32 questions after the same 600 tokens."""
+    """Seconds of 32 questions that follow the same 600 tokens."""
     rng = np.random.default_rng(0)
     shared = rng.integers(10, 30_000, 600).tolist()
     alike = [shared + rng.integers(10, 30_000, 30).tolist() for _ in range(32)]
@@ -94,7 +94,9 @@ def prefix(llama, count: int) -> dict[str, Callable[[], float]]:
 
 
 def chat(llama, count: int) -> dict[str, Callable[[], float]]:
-    """Nine turns of 400 tokens lie in the cache; the tenth brings 400 more."""
+    """Seconds to the first token of a chat's tenth turn. Nine turns of 400 tokens are in the cache, and the tenth has
+    400 more.
+    """
     rng = np.random.default_rng(0)
     turns = rng.integers(10, 30_000, 4000).tolist()
 
@@ -134,7 +136,7 @@ def capacity(llama, count: int) -> dict[str, Callable[[], float]]:
 
 
 def speculation(llama, count: int) -> dict[str, Callable[[], float]]:
-    """Seconds a new token of an answer that copies most of its prompt."""
+    """Seconds for each new token of an answer that copies most of its prompt."""
     text = "\n".join(f"{i}. The {color} box holds {i * 7 % 13} apples." for i, color in enumerate(["red", "blue"] * 8))
     question = [{"role": "user", "content": f"Repeat this list exactly, line by line:\n\n{text}"}]
 
@@ -148,7 +150,7 @@ def speculation(llama, count: int) -> dict[str, Callable[[], float]]:
 
 
 def masks(llama, count: int) -> dict[str, Callable[[], float]]:
-    """Seconds a token, with a dispatch for each, which is what a grammar needs."""
+    """Seconds for each token with one dispatch for each token, which a grammar needs."""
     schema = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}}
     options = {"max_new_tokens": 64, "temperature": 0}
 

@@ -1,4 +1,4 @@
-"""Write the committed plans: docs/plans/NAME.json by the compilers, and the picture. The page follows from the JSON.
+"""Write the committed plans: docs/plans/NAME.json by the compilers, and the picture. The page is made from the JSON.
 
     PYTHONPATH=. TPU_LIBRARY_PATH=.../libtpu.so CUDA_PLUGIN_PATH=... python benchmarks/plans.py [NAME ...] [--closed]
     python docs/generate.py
@@ -50,7 +50,7 @@ def plan(name: str) -> planner.Plan:
 
 
 def main() -> None:
-    """Make the plans that the arguments name, and draw all that are there."""
+    """Make the plans that the arguments name, and draw all existing plans."""
     for name in [arg for arg in sys.argv[1:] if arg != "--closed"] or ([] if "--closed" in sys.argv else list(PLANS)):
         record = plan(name).to_dict()
         print(f"{name}: {report.table(record)}\n", flush=True)

@@ -1,4 +1,4 @@
-"""Write the pages that follow from the code or from other pages.
+"""Write the pages that are generated from the code or from other pages.
 
 These are docs/reference/{config,cli,formats,recipes}.md, docs/decisions/index.md and docs/plans/index.md.
 
@@ -50,7 +50,7 @@ def pages() -> dict[Path, str]:
 
 
 def plans_page() -> str:
-    """The committed plans (benchmarks/plans.py) as a table."""
+    """The page of committed plans (benchmarks/plans.py), as a table."""
     plans = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "plans").glob("*.json"))}
     lines = [
         "# Plans",
@@ -108,7 +108,7 @@ def _plan_row(name: str, plan: dict[str, Any]) -> str:
 
 
 def config_page() -> str:
-    """Every key of a training run: type, default, allowed values and meaning."""
+    """The page of config keys: type, default, allowed values and meaning of each."""
     from llama_jax.run_config import RunConfig, describe
 
     hints = typing.get_type_hints(RunConfig)
@@ -142,7 +142,7 @@ def config_page() -> str:
 
 
 def cli_page() -> str:
-    """Every command with its flags."""
+    """The page of the command line: every command with its flags."""
     from llama_jax.cli.commands import COMMANDS
 
     parsers = {command: _parser_of(command) for command in _commands()}
@@ -182,7 +182,7 @@ def _commands() -> list[str]:
 
 
 class _Captured(Exception):
-    """Carries the parser that was about to print its help."""
+    """Raised in place of printing help; it carries the parser."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         self.parser = parser
@@ -204,7 +204,7 @@ def _parser_of(command: str) -> Any:
 
 
 def _groups(parser: argparse.ArgumentParser) -> list[Any]:
-    """The groups of flags that hold some, positional arguments first."""
+    """The groups that have flags, positional arguments first."""
     return [group for group in parser._action_groups if group._group_actions]
 
 
@@ -228,7 +228,7 @@ def _flag_table(parser: Any, groups: Sequence[Any]) -> list[str]:
 
 
 def formats_page() -> str:
-    """The table of weights: our path and shape of each, and its name in every format."""
+    """The page of the table of weights: the path and shape of each weight here, and its name in every format."""
     from llama_jax.config import size
     from llama_jax.weights import name_table
 
@@ -287,7 +287,7 @@ matrices as (in, out), while all others store (out, in). Both are handled when a
 
 
 def recipes_page() -> str:
-    """Every config file: purpose, command, hardware, memory, and the keys that it sets."""
+    """The page of recipes: purpose, command, hardware and memory of each, and the keys that it sets."""
     recipes = sorted((ROOT / "configs").glob("*.py"))
     texts = {path: _recipe_text(path) for path in recipes}
     labels = {label: None for _, _, notes in texts.values() for label in notes}
@@ -350,7 +350,7 @@ def _recipe_keys(path: Path) -> dict[str, Any]:
 
 
 def decisions_page() -> str:
-    """The list of decisions, in the order of the site's navigation, with the first sentence of each."""
+    """The page of decisions, in the order of the site's navigation, with the first sentence of each."""
     lines = [
         "# Decisions",
         "",

@@ -1,4 +1,4 @@
-"""A data set of your own: any iterable of records. Here it makes dialogs that teach addition, which no file holds.
+"""A data set of your own: any iterable of records. This one makes dialogs that teach addition, without any file.
 
 python examples/own_data.py
 """

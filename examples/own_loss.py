@@ -1,4 +1,5 @@
-"""A loss of your own: the focal loss (Lin et al., arXiv:1708.02002), which counts tokens that are known well for less.
+"""A loss of your own: the focal loss (Lin et al., arXiv:1708.02002), which gives less weight to tokens that the model
+already predicts well.
 
 python examples/own_loss.py
 """

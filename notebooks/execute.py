@@ -1,9 +1,9 @@
-"""Run notebooks from top to bottom in fresh kernels of this Python, and store what they show: what GitHub then shows.
+"""Run notebooks from top to bottom in fresh kernels of this Python, and store their outputs, which GitHub then shows.
 
     python notebooks/execute.py [NAME ...]
 
-It takes pip install -r requirements-dev.txt, and on two cores about a quarter of an hour for all. Each runs in an empty
-folder, so that it finds nothing but itself. tests/project/test_notebooks.py runs them the same way with
+It needs `pip install -r requirements-dev.txt`. All notebooks take about a quarter of an hour on two cores. Each runs in
+an empty folder, so that it does not depend on other files. tests/project/test_notebooks.py runs them the same way with
 LLAMA_JAX_QUICK=1, and stores nothing.
 """
 
@@ -40,9 +40,9 @@ def execute(name: str, work: Path, *, environment: Mapping[str, str], timeout: i
     """Run a notebook in a fresh kernel, and return it with its outputs.
 
     Args:
-        name: of the notebook.
+        name: name of the notebook.
         work: the folder that it runs in.
-        environment: of the kernel, besides this process's own.
+        environment: variables of the kernel, in addition to those of this process.
         timeout: seconds for each cell.
 
     Raises:
@@ -75,7 +75,7 @@ def execute(name: str, work: Path, *, environment: Mapping[str, str], timeout: i
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without clocks and versions, so that running it again changes only what changed; pictures in fewer bytes."""
+    """The notebook without times and versions, which differ in every run, and with smaller pictures."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         # A text that came in many pieces is one text.
@@ -95,7 +95,7 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _smaller(picture: str) -> str:
-    """A PNG in base64 with a palette of 64 colours, which is plenty for diagrams and about half the bytes."""
+    """A PNG in base64 with a palette of 64 colors, which is enough for diagrams and takes about half the bytes."""
     small = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(64).save(small, "png", optimize=True)
     return base64.b64encode(small.getvalue()).decode()

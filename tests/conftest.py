@@ -34,7 +34,7 @@ pytest.register_assert_rewrite("helpers")  # before any of them is imported
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Lets runs train on the first device alone, which is faster where sharding is not the matter."""
+    """Lets runs train on the first device alone, which is faster if sharding is not tested."""
     from llama_jax import parallel
 
     monkeypatch.setattr(parallel, "make_mesh", functools.partial(parallel.make_mesh, devices=jax.devices()[:1]))

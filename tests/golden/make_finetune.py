@@ -106,7 +106,7 @@ def adapter(setting: str, *, fresh: bool = False) -> dict[str, np.ndarray]:
 
 
 def rounded(kind: str) -> dict[str, np.ndarray]:
-    """The base's weights with the linears of its layers as q8_0 or q4_0 blocks hold them."""
+    """The base's weights, with the matrices of its layers rounded to q8_0 or q4_0."""
     found = random_weights(CONFIG)
     for name, weight in found.items():
         if name.split(".")[-2] in LINEAR:
@@ -265,7 +265,7 @@ def _trained() -> dict[str, np.ndarray]:
 
 
 def _word_tokenizer() -> Any:
-    """A tokenizer whose words are the ids, since TRL takes text: "5 17" is [5, 17]."""
+    """A tokenizer whose words are ids, since TRL takes text: "5 17" is [5, 17]."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -300,7 +300,7 @@ def _trainer(policy: str, case: dict[str, Any]) -> Any:
 
 
 def _dpo(policy: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The batch, and what TRL makes of it under each of DPO_CASES."""
+    """The batch, and TRL's losses, metrics and gradients for it under each of DPO_CASES."""
     import torch
 
     kept: dict[str, np.ndarray] = {}
@@ -342,7 +342,7 @@ def _logps(model: Any, batch: dict[str, Any]) -> np.ndarray:
 
 
 def _check(policy: str, kept: dict[str, np.ndarray], batch: dict[str, Any]) -> None:
-    """TRL's losses and metrics are those of the papers' formulas, as the docstring above has them."""
+    """Checks TRL's losses and metrics against the papers' formulas in the docstring above."""
     ratios = (kept["logps"] - kept["ref_logps"]).astype(np.float64)
     lengths = batch["completion_mask"].numpy().sum(-1)
     margins = ratios[:4] - ratios[4:]

@@ -1,4 +1,4 @@
-"""Regenerate flax_folder.npz: folders that transformers' FlaxLlamaForCausalLM saved, and the logits it gives.
+"""Regenerate flax_folder.npz: folders that transformers' FlaxLlamaForCausalLM saved, and its logits.
 
     pip install "transformers==4.56.2" "jax==0.6.2" "flax==0.10.7"     # the last ones in which it works
     python tests/golden/make_flax.py
@@ -37,7 +37,9 @@ def main() -> None:
     draw = np.random.RandomState(0)
 
     def noise(leaf: jax.Array) -> np.ndarray:
-        """Large enough that attention is far from uniform, and that no norm is all ones."""
+        """Adds noise to a weight that is large enough for attention to be far from uniform, and for norms to differ
+        from one.
+        """
         drawn = draw.standard_normal(leaf.shape).astype(np.float32)
         return 1 + 0.2 * drawn if leaf.ndim == 1 else 1.5 * drawn / leaf.shape[0] ** 0.5
 

@@ -1,4 +1,4 @@
-"""Regenerate gguf.npz and the gguf_*.gguf: files by ggml's own package, and the numbers that they hold.
+"""Regenerate gguf.npz and the gguf_*.gguf: files written by ggml's own package, and the values in them.
 
     pip install gguf llama-cpp-python numpy ml_dtypes     # the reference environment; jax is not needed
     PYTHONPATH=.:tests python tests/golden/make_gguf.py
@@ -215,7 +215,7 @@ def _types(kept: dict[str, np.ndarray]) -> None:
 
 
 def _quantized(kept: dict[str, np.ndarray]) -> None:
-    """Numbers, ordinary and awkward, and the blocks that they become."""
+    """Ordinary and extreme values, and the blocks that ggml quantizes them to."""
     import gguf
 
     draw = np.random.RandomState(4)

@@ -1,4 +1,4 @@
-"""Regenerate harness.json: what EleutherAI's own HFLM (lm_eval with transformers and torch) answers for a small Llama.
+"""Regenerate harness.json: answers of EleutherAI's own HFLM (lm_eval with transformers and torch) for a small Llama.
 
     pip install torch transformers lm_eval -r requirements-dev.txt     # the reference environment
     PYTHONPATH=.:tests python tests/golden/make_harness.py
@@ -83,7 +83,7 @@ def instances(kind: str, requests: list[tuple]) -> list[Any]:
 
 
 def _inside(text: str) -> str:
-    """Two characters from the middle of a text that came a byte or a few at a time; "." where it has none."""
+    """Two characters from the middle of a generated text, as a stop string; "." if the text is too short."""
     return text[len(text) // 2 :][:2] or "."
 
 

@@ -1,10 +1,10 @@
-"""Regenerate tokenizers.json: what transformers and llama.cpp make of tokenizers that llama_jax.text wrote.
+"""Regenerate tokenizers.json: the ids that transformers and llama.cpp give with tokenizers that llama_jax.text wrote.
 
     pip install transformers jinja2 gguf llama-cpp-python    # in addition to this project's own requirements
     python tests/golden/make_tokenizers.py
 
 The vocabulary is the small one of text.json. The golden file holds hashes of what was given to the other programs, so
-that a test knows when it has grown old.
+that a test notices when it is out of date.
 """
 
 import base64
@@ -146,12 +146,12 @@ def rename(case: dict) -> dict:
 
 
 def special_free(strings: dict[str, str]) -> list[tuple[str, str]]:
-    """Return the strings that hold no name of a control token, and something."""
+    """Return the strings that are not empty and have no name of a control token."""
     return [(name, text) for name, text in strings.items() if "<|" not in text and text]
 
 
 def llama_cpp(fields: dict, path: Path) -> Llama:
-    """Return a llama.cpp that knows the vocabulary, and no model."""
+    """Return a llama.cpp with the vocabulary alone, without a model."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(64)

@@ -1,1 +1,1 @@
-"""Helpers that test files share; no file here holds a test."""
+"""Helpers that test files share. No file here contains a test."""

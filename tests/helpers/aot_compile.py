@@ -1,10 +1,10 @@
-"""Compile a recipe's steps, or the 8B decode loop, for TPUs that are not here; print what they would hold, as JSON.
+"""Compile a recipe's steps, or the 8B decode loop, for TPUs that are not present; print their memory as JSON.
 
     TPU_LIBRARY_PATH=.../libtpu.so TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu PYTHONPATH=.:tests \\
         python -m helpers.aot_compile configs/llama31_8b_qlora.py [TOPOLOGY [KEY=VALUE ...]]
 
-Without a topology it is the one that the recipe's docstring names. A helper of
-tests/project/test_aot.py, which runs it in a process of its own: libtpu wants its environment set before jax starts.
+Without a topology it is the one that the recipe's docstring names. tests/project/test_aot.py runs it in a process of
+its own, because libtpu reads its environment when jax starts.
 """
 
 import ast
@@ -64,7 +64,9 @@ def train(path, topology=None, *changes):
 
 
 def decode():
-    """bfloat16 weights and cache, 8 rows of 8,192 positions, tensor over 8: the loop that `generate` runs."""
+    """The loop that `generate` runs: bfloat16 weights and cache, 8 rows of 8,192 positions, tensor parallelism over 8
+    chips.
+    """
     from llama_jax.infer.program import Program
 
     config, rows, capacity = size("llama3.1-8b"), 8, 8192

@@ -1,7 +1,7 @@
-"""A helper of the tests, and a program: single bits of a run are flipped, and everything that reads the run is run.
+"""A helper of the tests, and a program: flips single bits of a run's files, and then runs everything that reads them.
 
 `python -m helpers.bits FOLDER --every K` makes a LoRA run and a run of all weights in FOLDER, flips every K-th bit of
-every file below them and of the token cache, and prints each flip that changed a result without a word.
+every file below them and of the token cache, and prints each flip that changed a result without an error or a warning.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-    """A finished run and what its readers give.
+    """A finished run, and the functions that read it.
 
     Attributes:
         folder: Contains `run`, the token cache `cache` and the data.
@@ -87,7 +87,7 @@ def _convert(path: Path, *source: object) -> object:
 
 
 def _train_on(run: RunConfig, path: Path) -> object:
-    """A third step, in a copy of the run; all of what it leaves that decides something."""
+    """Trains a third step in a copy of the run; returns everything in the result that a changed model would change."""
     copy = path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(path / "run", copy)
@@ -102,7 +102,7 @@ def _sample_bytes(copy: Path) -> object:
 
 
 def outcome(reader: Callable[[Path], object], folder: Path) -> tuple[object, str]:
-    """The value of a reader, and everything that it said: lines, warnings and its error."""
+    """The value of a reader, and its messages: lines, warnings and the error."""
     out, log = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(log)
     logging.getLogger("llama_jax").addHandler(handler)
@@ -133,7 +133,7 @@ def files_of(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def flipped(path: Path, bit: int) -> Iterator[None]:
-    """The file with one bit flipped; afterwards all is as before."""
+    """A context in which one bit of the file is flipped. Afterwards the file is restored."""
     data = bytearray(path.read_bytes())
     sound_bytes = bytes(data)
     data[bit // 8] ^= 1 << bit % 8
@@ -146,7 +146,7 @@ def flipped(path: Path, bit: int) -> Iterator[None]:
 
 
 def silent_changes(drill: Drill, flips: list[tuple[Path, int]]) -> list[str]:
-    """The flips under which a reader gave another value without a word, described."""
+    """Descriptions of the flips under which a reader returned another value without an error or a warning."""
     whole = {}
     for name, reader in drill.readers.items():
         whole[name], said = outcome(reader, drill.folder)

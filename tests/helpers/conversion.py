@@ -1,4 +1,4 @@
-"""A helper of the tests: `python -m llama_jax convert`, and the tensors of what it wrote."""
+"""A helper of the tests: runs `python -m llama_jax convert`, and returns the tensors of the files that it wrote."""
 
 from pathlib import Path
 

@@ -2,8 +2,7 @@
 
     PYTHONPATH=.:tests python -m helpers.fuzz gguf --count 30000 --seed 1
 
-opens so many mutations of a sound model of one format, and prints what became of them.
-A helper of tests/weights/test_hostile.py, which runs it.
+opens so many mutations of a valid model of one format, and prints the outcomes. tests/weights/test_hostile.py runs it.
 """
 
 import argparse
@@ -38,7 +37,7 @@ EDGES = [
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one to four changes, mostly where headers are."""
+    """The data with one to four changes, mostly in headers."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if not out:

@@ -101,7 +101,7 @@ for name in sys.argv[1:]:
 def download(home, endpoint, *names, script=DOWNLOAD, **environment):
     """The results of `hub_models.download`, or its refusals, one for each name; it runs in a process of its own.
 
-    `environment` adds variables of that process. Another `script` prints a line of JSON for each name, too.
+    `environment` adds variables of that process. Another `script` must print a line of JSON for each name.
     """
     Hub.seen.clear()
     kept = {

@@ -1,4 +1,6 @@
-"""A small model with requests that run through a scheduler, and the full forward pass to compare with."""
+"""A helper of the tests: a small model, requests that run through a scheduler, and the full forward pass to compare
+with.
+"""
 
 import functools
 
@@ -48,7 +50,7 @@ def request(length, *, new=6, sampling=GREEDY, seed=0, which=0, **more):
 
 
 def run(requests, *, on=None, rows=4, **options):
-    """(tokens, logprobs) of each request, and its last event."""
+    """Runs requests. Returns (tokens, logprobs) of each request, and its last event."""
     scheduler = on if isinstance(on, Scheduler) else Scheduler(on or engine(), rows=rows)
     numbers = [scheduler.submit(r) for r in requests]
     texts, last = {n: ([], []) for n in numbers}, {}
@@ -67,7 +69,7 @@ def full_logits(tokens_BT):
 
 
 def check_greedy(requests, rows, *, atol=2e-4):
-    """Each new token is the likeliest of the full forward over all before it, and has its log-probability there."""
+    """Checks that each new token is the likeliest one of the full forward pass, with the same log-probability."""
     width = max(len(r.tokens) + r.max_new_tokens for r in requests)
     width = -(-width // 64) * 64
     tokens_BT = np.zeros((len(requests), width), np.int32)

@@ -1,4 +1,4 @@
-"""A helper of the tests: how far two arrays are from each other."""
+"""A helper of the tests: the difference of two arrays."""
 
 import numpy as np
 

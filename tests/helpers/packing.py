@@ -32,7 +32,7 @@ def slow_rows(
     Args:
         documents: ids and mask of each document.
         length: tokens a row.
-        everything: every prediction has a weight, not only those in the mask.
+        everything: True gives every prediction a weight, and not only those in the mask.
         together: number of consecutive pieces that stay in one row (2 for pairs).
     """
     pieces = []

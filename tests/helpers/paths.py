@@ -1,4 +1,4 @@
-"""A helper of the tests: the folders of the repository that they read."""
+"""A helper of the tests: the folders of the repository that tests read."""
 
 from pathlib import Path
 

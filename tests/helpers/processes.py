@@ -65,7 +65,7 @@ class Process:
 
 
 def kill_and_compare(tmp_path, compiled, *, devices, kills, arguments=(), data=None):
-    """Compare a run that is killed and started again, `kills` times at random instants, with one that is left alone.
+    """Compare a run that is killed and started again, `kills` times at random instants, with an undisturbed one.
 
     Both must log every step once, with the same metrics to the bit. Returns the last process of the killed run.
     """

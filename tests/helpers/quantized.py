@@ -1,4 +1,4 @@
-"""A helper of the tests: quantized weights, and the dense weights that they stand for."""
+"""A helper of the tests: quantized weights, and the dense weights with the same values."""
 
 import jax
 import jax.numpy as jnp

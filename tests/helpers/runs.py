@@ -83,7 +83,9 @@ def text_run(tmp_path, **changes) -> RunConfig:
 
 
 def dialog_run(tmp_path, name: str, records: list | None = None, **changes) -> RunConfig:
-    """A run on dialogs.jsonl in tmp_path, which gets `records` or sixty random ones; its output is `name` there."""
+    """A run on dialogs.jsonl in tmp_path, which is written from `records` or sixty random ones; its output is the
+    folder `name` there.
+    """
     path = tmp_path / "dialogs.jsonl"
     if records is not None or not path.exists():
         rng = random.Random(0)

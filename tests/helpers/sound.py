@@ -1,4 +1,4 @@
-"""A helper of the tests: small sound models of every format, written by our own exporter."""
+"""A helper of the tests: small valid models of every format, written by our own exporter."""
 
 import dataclasses
 from pathlib import Path
@@ -40,7 +40,7 @@ def save_params(folder: Path, config, params) -> Path:
 
 
 def make_sound(folder: Path, format: str) -> Path:
-    """A model in `folder`, which is what is returned, or the file in it."""
+    """Writes a model into `folder`. Returns the folder, or the model's file in it."""
     metadata = Metadata(tokenizer(), tokenizer().bos_id, tokenizer().stop_tokens)
     path = folder / "model.gguf" if format == "gguf" else folder
     dtype = "q8_0" if format == "gguf" else "bfloat16"

@@ -14,7 +14,7 @@ BOS, EOS = 256, 257
 
 
 class ByteTokenizer:
-    """Bytes as ids: enough of a tokenizer to know every id in advance."""
+    """A tokenizer whose ids are bytes, so that tests know every id in advance."""
 
     vocab_size = 258
     fingerprint = "bytes"
