@@ -99,14 +99,13 @@ class Window:
         return jnp.broadcast_to(jnp.arange(self.bound), (self.positions_BT.shape[0], self.bound))
 
 
-def kv_heads(config: ModelConfig) -> int:
-    """Heads of the cache under the active layout.
+def kv_heads(heads: int, parts: int) -> int:
+    """Key/value heads with their repetitions, for tensor parallelism of `parts` devices.
 
-    A tensor axis of more devices than there are key/value heads holds each head several times, so that every device has
-    the one that its query heads read.
+    More devices than there are heads hold each head several times, so that every device has the one that its query
+    heads read.
     """
-    parts = parallel.axis_size("kv_heads")
-    return parts if parts > config.num_kv_heads and parts % config.num_kv_heads == 0 else config.num_kv_heads
+    return parts if parts > heads and parts % heads == 0 else heads
 
 
 def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dtype, kv: str = "compute") -> KVCache:
@@ -120,7 +119,7 @@ def init_cache(config: ModelConfig, *, batch: int, capacity: int, dtype: jnp.dty
         kv: one of KV_TYPES: "compute" keeps the dtype of the activations; "int8" stores one byte for each value, and a
             scale of two bytes for each vector of H values.
     """
-    shape = (batch, kv_heads(config), capacity, config.head_dim)
+    shape = (batch, kv_heads(config.num_kv_heads, parallel.axis_size("kv_heads")), capacity, config.head_dim)
 
     def empty() -> Leaf:
         if kv == "int8":

@@ -26,7 +26,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
-from llama_jax.ops.attention import attention, cached_attention
+from llama_jax.ops.attention import Call, attention
 from llama_jax.params import BY_PATH, Params, check_params
 
 LayerCache = tuple[Leaf, Leaf]
@@ -105,21 +105,9 @@ class Attention(nnx.Module):
         if cache is not None and where.window is not None:
             with jax.named_scope("cache"):
                 cache = (write(cache[0], k_BTKH, where.window), write(cache[1], v_BTKH, where.window))
-            with jax.named_scope("attend"):
-                out_BTNH = cached_attention(q_BTNH, *cache, where.window)
-        else:
-            with jax.named_scope("attend"):
-                out_BTNH = attention(
-                    q_BTNH,
-                    k_BTKH.swapaxes(1, 2),
-                    v_BTKH.swapaxes(1, 2),
-                    q_positions_BT=where.positions_BT,
-                    k_positions_BS=where.positions_BT,
-                    q_segments_BT=where.segments_BT,
-                    k_segments_BS=where.segments_BT,
-                    aligned=True,
-                    unsplit=parallel.axis_size("length") == 1,
-                )
+        keys, values = cache or (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+        with jax.named_scope("attend"):
+            out_BTNH = attention(Call(q_BTNH, keys, values, where.positions_BT, where.segments_BT, where.window))
         with jax.named_scope("out"):
             return _linear(out_BTNH.reshape(B, T, -1), self.o), cache
 

@@ -115,10 +115,28 @@ def active() -> Layout | None:
     return _active.get()
 
 
-def device_platform() -> str:
-    """The platform of the active layout's devices, or the default one without a layout."""
+def device() -> jax.Device:
+    """The first device of the active layout, or the default one without a layout."""
     layout = _active.get()
-    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+    if layout is not None:
+        return layout.mesh.devices.flat[0]
+    default = getattr(jax.config, "jax_default_device", None)  # None, a device, or the name of a platform
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def device_platform() -> str:
+    """The platform of `device`: "cpu", "cuda", "rocm" or "tpu"."""
+    platform = device().platform
+    if platform != "gpu":
+        return platform
+    return "rocm" if "rocm" in device().client.platform_version.lower() else "cuda"
+
+
+def compute_capability() -> int:
+    """The compute capability of an NVIDIA GPU times ten, 90 for an H100; 0 on other platforms."""
+    if device_platform() != "cuda":
+        return 0
+    return round(10 * float(getattr(device(), "compute_capability", 0)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

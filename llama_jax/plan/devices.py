@@ -33,6 +33,7 @@ class Chip:
         axes: Number of axes of the grid of chips in a slice; 0 for GPUs.
         largest: Number of chips in the largest slice, or of GPUs in a host.
         devices: jax devices of one chip.
+        capability: Compute capability of a GPU times ten; 0 for TPUs.
     """
 
     platform: str
@@ -44,6 +45,7 @@ class Chip:
     axes: int
     largest: int
     devices: int = 1
+    capability: int = 0
 
 
 CHIPS: dict[str, Chip] = {
@@ -52,8 +54,8 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 448e9, 12.5e9, 2, 256),
     "tpu7x": Chip("tpu", int(94.75 * GIB), 1153e12, 3690e9, 600e9, 6.25e9, 3, 9216, devices=2),
     # 0.95 of the memory of a GPU, which XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives to jax.
-    "h100": Chip("cuda", int(0.95 * 84978434048), 989e12, 3350e9, 450e9, 50e9, 0, GPUS_PER_HOST),
-    "h200": Chip("cuda", int(0.95 * 150754820096), 989e12, 4800e9, 450e9, 50e9, 0, GPUS_PER_HOST),
+    "h100": Chip("cuda", int(0.95 * 84978434048), 989e12, 3350e9, 450e9, 50e9, 0, GPUS_PER_HOST, capability=90),
+    "h200": Chip("cuda", int(0.95 * 150754820096), 989e12, 4800e9, 450e9, 50e9, 0, GPUS_PER_HOST, capability=90),
 }
 
 

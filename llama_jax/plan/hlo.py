@@ -22,6 +22,9 @@ _PARTICIPANTS = re.compile(r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[[^\]
 _KERNELS = {
     "splash attention": r"%splash_[\w.]+ = ",
     "pallas": r'custom_call_target="tpu_custom_call"',
+    "ragged attention": r"%ragged_attention[\w.]* = ",
+    "flash attention": r'name = "flash_\w+"',
+    "split decoding": r'name = "split_decode"',
     "cudnn attention": r'custom_call_target="__cudnn\$fmha',
     "cublas": r'custom_call_target="__cublas\$',
     "triton": r'"__triton|__gpu\$xla.gpu.triton',

@@ -16,17 +16,21 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from llama_jax import compilation_cache, parallel
+from llama_jax.cache import kv_heads
 from llama_jax.errors import ConfigError
 from llama_jax.files import expanded
+from llama_jax.ops.attention import Call, Target, choose
 from llama_jax.plan import memory, projection, search
 from llama_jax.plan.devices import Devices
 from llama_jax.run_config import RunConfig
@@ -150,17 +154,18 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
 
 
 def attention_kernel(run: RunConfig, sizes: dict[str, int], devices: Devices) -> tuple[str, str]:
-    """The attention kernel of a training step on some devices, and the reason in words."""
-    m, tokens = run.shape, run.data.sequence_length // memory.parts(sizes, "length")
-    if devices.chip.platform != "tpu":
-        return "xla", "no kernel for packed rows on this platform: plain XLA, in chunks of queries"
-    if run.train.compute_dtype == "float32":
-        return "xla", "splash attention takes bfloat16 only"
-    if m.head_dim not in (64, 128):
-        return "xla", f"splash attention takes heads of 64 or 128 numbers, not {m.head_dim}"
-    if tokens % 128:
-        return "xla", f"splash attention takes rows in multiples of 128 tokens a device, not {tokens}"
-    return "splash", "bfloat16 rows on a TPU: scores stay on the chip, and blocks above the diagonal are skipped"
+    """The attention kernel of a training step on some devices, and why each better one of their platform does not."""
+    m, heads = run.shape, memory.parts(sizes, "heads")
+    rows, T = math.ceil(run.data.batch_size / run.train.accumulate), run.data.sequence_length
+    dtype = parallel.named_dtype(run.train.compute_dtype)
+    array: Any = jax.ShapeDtypeStruct
+    keys = array((rows, kv_heads(m.num_kv_heads, heads), T, m.head_dim), dtype)
+    tokens = array((rows, T), jnp.int32)
+    call = Call(array((rows, T, m.num_heads, m.head_dim), dtype), keys, keys, tokens, tokens)
+    length = memory.parts(sizes, "length")
+    chip = devices.chip
+    backend, reasons = choose(call, Target(chip.platform, chip.capability, length=length, heads=heads))
+    return backend.name, "; ".join(f"not {name}, because {reason}" for name, reason in reasons.items())
 
 
 def _projection(

@@ -28,7 +28,7 @@ def table(plan: dict[str, Any]) -> str:
     lines += [f"    {name:<12} {plan['parts'][name] / GIB:8.2f} GiB" for name in PARTS if plan["parts"][name]]
     if plan["by"] == "compiler":
         lines.append(f"    closed model {plan['closed_peak_bytes'] / GIB:8.2f} GiB in all")
-    lines.append(f"  attention    {plan['attention']['kernel']}: {plan['attention']['why']}")
+    lines.append(f"  attention    {'; '.join(filter(None, plan['attention'].values()))}")
     lines += _collectives(plan)
     work, step = plan["flops"], plan["projection"]
     lines += [

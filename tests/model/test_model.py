@@ -22,7 +22,7 @@ from llama_jax.config import SIZES, ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import rope
-from llama_jax.ops.attention import xla
+from llama_jax.ops.attention import Call, xla
 from llama_jax.params import logical_axes, stack
 from llama_jax.weights import name_table
 
@@ -342,18 +342,13 @@ def test_gradient_of_linear_has_the_type_of_what_it_belongs_to():
     assert gap(dw, exact) < 1e-6  # sums of products of bfloat16 numbers, kept in float32
 
 
-def _attend(q, k, v, segments, *, aligned):
+def _attend(q, k, v, segments, *, mapped):
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    return xla.attention(
-        q,
-        k,
-        v,
-        q_positions_BT=positions,
-        k_positions_BS=positions,
-        q_segments_BT=segments,
-        k_segments_BS=segments,
-        aligned=aligned,
-    )
+    if mapped:  # as the devices of a sharded length do
+        queries = xla._Queries(q.reshape(2, -1, 3, 2, 8).transpose(0, 2, 3, 1, 4), positions, segments)
+        out = xla._all_keys(queries, xla._Keys(k, v, positions, segments))
+        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return xla.attend(Call(q, k, v, positions, segments))
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -363,19 +358,19 @@ def test_attention_in_chunks_equals_attention_in_one(how, segmented, monkeypatch
     q, k, v = _draw("q", 2, T, 6, 8), _draw("k", 2, 3, T, 8), _draw("v", 2, 3, T, 8)
     segments = jnp.broadcast_to(jnp.arange(T) // 20, (2, T)) if segmented else None
 
-    def both(aligned):
+    def both(mapped):
         @jax.jit
         def run(q, k, v):
-            out, back = jax.vjp(functools.partial(_attend, segments=segments, aligned=aligned), q, k, v)
+            out, back = jax.vjp(functools.partial(_attend, segments=segments, mapped=mapped), q, k, v)
             return (out, *back(_draw("g", *out.shape)))
 
         return run(q, k, v)
 
-    one = both(aligned=True)
+    one = both(mapped=False)
     if how == "mapped":
         monkeypatch.setattr(xla, "_MAX_SCORE_BYTES", 2 * 6 * 12 * T * 4)  # four chunks
     else:
         monkeypatch.setattr(xla, "_CAUSAL_CHUNK", 10)
         monkeypatch.setattr(xla, "_MAX_CAUSAL_CHUNKS", 4 if how == "causal, recomputed" else 5)
-    for a, b in zip(both(aligned=how != "mapped"), one, strict=True):
+    for a, b in zip(both(mapped=how == "mapped"), one, strict=True):
         assert gap(a, b) < ROUNDING

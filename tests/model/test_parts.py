@@ -13,7 +13,7 @@ from golden.make_parts import CASES, FILE, IGNORED, POSITIONS, SEGMENTS, T, head
 from helpers.numbers import gap
 from llama_jax import model
 from llama_jax.ops import norm, rope
-from llama_jax.ops.attention import attention
+from llama_jax.ops.attention import Call, attention
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.weights import name_table
 
@@ -63,16 +63,7 @@ def test_attention_is_that_of_transformers(case, config, name, segments):
     q, k, v = (jnp.asarray(array) for array in heads(config))
     order = jnp.broadcast_to(jnp.arange(T), (2, T))
     segments = None if segments is None else jnp.asarray(segments)
-    out = attention(
-        q,
-        k.swapaxes(1, 2),
-        v.swapaxes(1, 2),
-        q_positions_BT=order,
-        k_positions_BS=order,
-        q_segments_BT=segments,
-        k_segments_BS=segments,
-        aligned=True,
-    )
+    out = attention(Call(q, k.swapaxes(1, 2), v.swapaxes(1, 2), order, segments))
     assert gap(out, GOLDEN[f"{case}/{name}"]) < REFERENCE
 
 

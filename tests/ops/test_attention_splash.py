@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 
+from helpers.attention import draw, packed, plain, with_gradients
 from helpers.numbers import gap
 from llama_jax import model, parallel
-from llama_jax.cache import init_cache
 from llama_jax.config import SIZES
 from llama_jax.data.packing import PackedRows, WholeRows
-from llama_jax.ops.attention import splash, xla
+from llama_jax.ops.attention import Call, splash
 from llama_jax.params import abstract_params
 
 # Tolerance for float32 sums in another order, relative to the largest value of the result; the largest seen is 9e-7.
@@ -23,47 +23,12 @@ ROUNDING = 2e-6
 T, K = 384, 2  # three blocks of 128 each way
 
 
-def draw(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def packed(rows, T=T):
-    """Segments and positions of rows with documents of these lengths, and padding after them."""
-    segments, positions = np.zeros((2, len(rows), T), np.int32)
-    for row, lengths in enumerate(rows):
-        at = 0
-        for number, length in enumerate(lengths, start=1):
-            segments[row, at : at + length] = number
-            positions[row, at : at + length] = np.arange(length)
-            at += length
-    return jnp.asarray(segments), jnp.asarray(positions)
-
-
 PACKED, PADDED = ([100, 28, 1, T - 129], [T - 5, 5]), ([130, 2, 60], [300])
 
 
-def plain(q, k, v, segments, positions):
-    return xla.attention(
-        q,
-        k,
-        v,
-        q_positions_BT=positions,
-        k_positions_BS=positions,
-        q_segments_BT=segments,
-        k_segments_BS=segments,
-        aligned=True,
-    )
-
-
-def with_gradients(attend, q, k, v, cotangent):
-    """The result and the gradients of q, k and v."""
-
-    @jax.jit
-    def run(q, k, v):
-        out, back = jax.vjp(attend, q, k, v)
-        return (out, *back(cotangent.astype(out.dtype)))
-
-    return run(q, k, v)
+def kernel(q, k, v, segments=None):
+    """The kernel, interpreted because this is a CPU. It masks by segments alone."""
+    return splash.attend(Call(q, k, v, None, segments))
 
 
 def check(rows, N, *, T=T, H=64, tolerance=ROUNDING, dtype=jnp.float32):
@@ -74,8 +39,7 @@ def check(rows, N, *, T=T, H=64, tolerance=ROUNDING, dtype=jnp.float32):
     q, k, v, g = draw(1, B, T, N, H), draw(2, B, K, T, H), draw(3, B, K, T, H), draw(4, B, T, N, H) * real
     reference = functools.partial(plain, segments=segments, positions=positions)
     expected, *gradients = with_gradients(reference, q, k, v, g)
-    kernel = functools.partial(splash.attention, segments_BT=segments, interpret=True)
-    out, *ours = with_gradients(kernel, *(a.astype(dtype) for a in (q, k, v)), g)
+    out, *ours = with_gradients(functools.partial(kernel, segments=segments), *(a.astype(dtype) for a in (q, k, v)), g)
     assert out.dtype == dtype and out.shape == q.shape
     assert gap(out * real, expected * real) < tolerance
     for name, a, b in zip("qkv", ours, gradients, strict=True):
@@ -101,8 +65,8 @@ def test_in_bfloat16_the_kernel_differs_by_its_rounding_only():
 
 def test_without_segments_a_row_is_one_document():
     q, k, v = draw(1, 1, T, 2 * K, 64), draw(2, 1, K, T, 64), draw(3, 1, K, T, 64)
-    segments, positions = packed([[T]])
-    out = jax.jit(functools.partial(splash.attention, segments_BT=None, interpret=True))(q, k, v)
+    segments, positions = packed([[T]], T)
+    out = jax.jit(kernel)(q, k, v)
     assert gap(out, plain(q, k, v, segments, positions)) < ROUNDING
 
 
@@ -128,7 +92,7 @@ def test_devices_that_share_a_row_attend_to_the_keys_of_all_of_it(sizes, balance
             order = parallel.length_order(T) if balanced else (0,)
             rows = [parallel.reordered(a, order, axis=axis) for a, axis in ((q, 1), (k, 2), (v, 2), (segments, 1))]
             with parallel.use_balanced(order):
-                out = splash.attention(*rows[:3], segments_BT=rows[3], interpret=True)
+                out = kernel(*rows)
             return parallel.reordered(out, order, back=True)
 
     for name, a, b in zip("oqkv", with_gradients(attend, q, k, v, g), expected, strict=True):
@@ -203,30 +167,34 @@ CONFIG = dataclasses.replace(
 )
 
 
-def kernels(
-    *,
-    platform="tpu",
-    length=256,
-    dtype=jnp.bfloat16,
-    mesh=None,
-    config=CONFIG,
-    remat="none",
-    gradient=False,
-    cache=None,
-):
-    """The number of kernel calls in a forward pass, or in its gradient, lowered for a platform."""
-    layout = parallel.Layout(parallel.make_mesh(mesh or {}, jax.devices()[: 8 if mesh else 1]), "train")
+@pytest.fixture
+def kernels(monkeypatch):
+    def count(
+        *,
+        platform="tpu",
+        length=256,
+        dtype=jnp.bfloat16,
+        mesh=None,
+        config=CONFIG,
+        remat="none",
+        gradient=False,
+    ):
+        """The number of kernel calls in a forward pass, or in its gradient, lowered for a platform."""
+        monkeypatch.setattr(parallel, "device_platform", lambda: platform)
+        layout = parallel.Layout(parallel.make_mesh(mesh or {}, jax.devices()[: 8 if mesh else 1]), "train")
 
-    def run(params, tokens, positions, segments):
-        with parallel.use(layout):
-            hidden, _ = model.forward(config, params, tokens, positions, segments, cache, dtype=dtype, remat=remat)
-            return jnp.sum(hidden.astype(jnp.float32))
+        def run(params, tokens, positions, segments):
+            with parallel.use(layout):
+                hidden, _ = model.forward(config, params, tokens, positions, segments, dtype=dtype, remat=remat)
+                return jnp.sum(hidden.astype(jnp.float32))
 
-    config = dataclasses.replace(config, max_seq_len=max(length, config.max_seq_len))
-    params = abstract_params(config, stacked=cache is None)
-    ids = jax.ShapeDtypeStruct((8, length), jnp.int32)
-    traced = jax.jit(jax.grad(run) if gradient else run).trace(params, ids, ids, ids)
-    return traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call")
+        config = dataclasses.replace(config, max_seq_len=max(length, config.max_seq_len))
+        params = abstract_params(config, stacked=True)
+        ids = jax.ShapeDtypeStruct((8, length), jnp.int32)
+        traced = jax.jit(jax.grad(run) if gradient else run).trace(params, ids, ids, ids)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call")
+
+    return count
 
 
 # Among them more tensor parts than the two key/value heads, a row on four devices, and pipeline stages.
@@ -240,7 +208,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize("mesh", TAKEN, ids=str)
-def test_on_a_tpu_the_model_runs_the_kernel(mesh):
+def test_on_a_tpu_the_model_runs_the_kernel(mesh, kernels):
     assert kernels(mesh=mesh, length=512) == 1  # in the scan of the layers
 
 
@@ -248,19 +216,17 @@ def test_on_a_tpu_the_model_runs_the_kernel(mesh):
     "case",
     [
         {"platform": "cpu"},
-        {"platform": "cuda"},
         {"length": 200},
         {"dtype": jnp.float32},
         {"config": dataclasses.replace(CONFIG, head_dim=32)},
         {"mesh": {"context": 4, "data": 2}},  # 64 tokens a device
-        {"cache": init_cache(CONFIG, batch=8, capacity=256, dtype=jnp.bfloat16)},
     ],
     ids=lambda case: "-".join(case),
 )
-def test_what_the_kernel_cannot_do_is_plain_attention(case):
+def test_what_the_kernel_cannot_do_is_plain_attention(case, kernels):
     assert kernels(**case) == 0
 
 
 @pytest.mark.parametrize(("remat", "calls"), [("none", 2), ("dots", 2), ("attention", 2), ("full", 3)])
-def test_the_backward_pass_runs_the_kernel_again_only_where_everything_is_recomputed(remat, calls):
+def test_the_backward_pass_runs_the_kernel_again_only_where_everything_is_recomputed(remat, calls, kernels):
     assert kernels(remat=remat, gradient=True) == calls

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers import aot_compile
+from helpers import attention_compile as aot_attention
 from helpers.paths import ROOT, TESTS
 
 _GIB = 1 << 30
@@ -30,11 +31,12 @@ def _library() -> str | None:
     return None if spec is None else str(Path(spec.origin).parent / "libtpu.so")
 
 
-def _compiled(*what: str | Path) -> dict:
+def _tpu_environment() -> dict[str, str]:
+    """The environment of a process that compiles for TPUs; the test is skipped where libtpu is not installed."""
     library = _library()
     if library is None:
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
-    environment = os.environ | {
+    return os.environ | {
         "XLA_FLAGS": "",
         "PYTHONPATH": f"{ROOT}:{TESTS}",
         "TPU_LIBRARY_PATH": library,
@@ -42,10 +44,60 @@ def _compiled(*what: str | Path) -> dict:
         "JAX_PLATFORMS": "cpu",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
+
+
+def _compiled(*what: str | Path) -> dict:
+    environment = _tpu_environment()
     command = [sys.executable, "-m", "helpers.aot_compile", *what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _attention(chip: str, environment: dict[str, str]) -> dict:
+    """The facts of helpers/attention_compile.py for a chip."""
+    command = [sys.executable, "-m", "helpers.attention_compile", chip]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_attention_on_an_h100_runs_its_kernels_without_scores_in_memory():
+    folder = os.environ.get("CUDA_PLUGIN_PATH", "")
+    installed = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+    if not installed and not (Path(folder) / "jax_plugins").is_dir():
+        pytest.skip(
+            'the CUDA plugin is not installed: pip install --target DIR "jax-cuda13-plugin[with-cuda]==0.10.2", '
+            "and set CUDA_PLUGIN_PATH=DIR"
+        )
+    paths = ":".join([str(ROOT), str(TESTS), *filter(None, [folder])])
+    found = _attention("h100", os.environ | {"XLA_FLAGS": "", "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"})
+    expected = {
+        "documents": ["flash_backward_keys", "flash_backward_queries", "flash_forward"],
+        "one document": ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"],
+        "decode": ["split_decode"],
+        "decode int8": ["split_decode"],
+        "prefill": ["flash_forward"],
+        "prefill int8": ["flash_forward"],
+    }
+    assert {name: one["kernels"] for name, one in found.items()} == expected
+    # The scores of one head of a row of 8,192 are 256 MiB. A prefill reads its half of the cache as a copy.
+    window = found["prefill"]["argument_bytes"] // 2
+    for name, one in found.items():
+        assert one["temporary_bytes"] < (window if "prefill" in name else 64 << 20), (name, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e:1x1", "v6e:1x1", "v5p:2x2x1"])
+def test_attention_on_a_tpu_reads_the_live_slots_only(chip):
+    found = _attention(chip, _tpu_environment())
+    for name, one in found.items():
+        kernel = "splash" if "document" in name else "ragged_attention"
+        assert any(found.startswith(kernel) for found in one["kernels"]), (name, one)
+    for name, width in (("decode", 2 * 128), ("decode int8", 128 + 2)):
+        live = 2 * aot_attention.ROWS * aot_attention.BOUND * aot_attention.K * width
+        assert live <= found[name]["bytes_accessed"] < 1.1 * live, (name, found[name])
 
 
 @pytest.mark.slow

@@ -1,88 +1,106 @@
-"""Attention and the choice of its backend. Only the plain XLA backend builds masks, from positions and segments."""
+"""Attention: a call, and an ordered list of backends that give reasons. The first that does not refuse a call runs it.
+
+    out_BTNH = attention(Call(q_BTNH, k, v, positions_BT, segments_BT, window))
+
+Training rows, prefill, decode steps and the planner go through `choose`. To add a backend is to add one file and one
+line of BACKENDS (docs/architecture/add-an-attention-backend.md).
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from llama_jax import parallel
-from llama_jax.cache import Leaf, Window, read
-from llama_jax.ops.attention import native, xla
+from llama_jax.cache import kv_heads
+from llama_jax.ops.attention.call import Call, Target, active_target
 
-__all__ = ["attention", "cached_attention"]
+__all__ = ["BACKENDS", "Backend", "Call", "Target", "active_target", "attention", "choose"]
+
+_log = logging.getLogger(__name__)
 
 
-def cached_attention(q_BTNH: jax.Array, k: Leaf, v: Leaf, at: Window) -> jax.Array:
-    """Attention of new tokens to a KV cache that holds their keys and values already, (B, T, N, H) in the dtype of q.
+class Backend(NamedTuple):
+    """One way to compute attention. Its module is imported at the first call: importing Pallas takes 0.2 s.
 
-    One query a row on a CPU runs the native kernel, which reads the live keys only (`native.takes`). Everything else
-    runs plain XLA over the slots of the window.
+    Attributes:
+        name: the name in logs and plans.
+        platform: the platform that it runs on; "" for all.
+        module: the module of this package with its functions `refuses(call, target)` and `attend(call)`.
+    """
+
+    name: str
+    platform: str
+    module: str
+
+    def refuses(self, call: Call, target: Target) -> str:
+        """The reason why the backend cannot run a call on a target, in words; "" if it can."""
+        return self._functions().refuses(call, target)
+
+    def attend(self, call: Call) -> jax.Array:
+        """The result of a call, (B, T, N, H) in the dtype of q. The softmax is computed in float32."""
+        return self._functions().attend(call)
+
+    def _functions(self) -> Any:
+        return importlib.import_module(f"{__name__}.{self.module}")
+
+
+# Best first. The last refuses nothing.
+BACKENDS = (
+    Backend("native", "cpu", "native"),
+    Backend("splash", "tpu", "splash"),
+    Backend("ragged", "tpu", "ragged"),
+    Backend("cudnn", "cuda", "cudnn"),
+    Backend("split", "cuda", "split"),
+    Backend("flash", "cuda", "flash"),
+    Backend("xla", "", "xla"),
+)
+
+
+def choose(call: Call, target: Target) -> tuple[Backend, dict[str, str]]:
+    """The backend that runs a call on a target, and why each better one of the platform does not."""
+    reasons: dict[str, str] = {}
+    for backend in BACKENDS:
+        if backend.platform in ("", target.platform):
+            reason = backend.refuses(call, target)
+            if not reason:
+                return backend, reasons
+            reasons[backend.name] = reason
+    raise AssertionError("the last backend refuses nothing")
+
+
+def attention(call: Call) -> jax.Array:
+    """Attention by the first backend that takes the call on the devices of the active layout.
+
+    The choice is logged once per run: as a warning where an accelerator runs plain XLA, else as information.
 
     Args:
-        q_BTNH: queries, already rotated.
-        k: keys of all slots of the layer.
-        v: values of all slots of the layer.
-        at: the window of the pass.
+        call: the queries, keys and values with what masks them.
+
+    Returns:
+        (B, T, N, H) in the dtype of q. Padding (segment 0) has results that nothing should read.
     """
-    if native.takes(q_BTNH, k):
-        return native.attention(q_BTNH, k, v, at.positions_BT)
-    return xla.attention(
-        q_BTNH,
-        read(k, at, q_BTNH.dtype),
-        read(v, at, q_BTNH.dtype),
-        q_positions_BT=at.positions_BT,
-        k_positions_BS=at.key_positions_BS,
-        q_segments_BT=None,
-        k_segments_BS=None,
-        aligned=False,
-        unsplit=parallel.axis_size("length") == 1,
-    )
+    repeats = kv_heads(call.k.shape[1], parallel.axis_size("heads")) // call.k.shape[1]
+    if call.window is None and repeats > 1:
+        call = call._replace(k=_repeated(call.k, repeats), v=_repeated(call.v, repeats))
+    target = active_target()
+    backend, reasons = choose(call, target)
+    plain = backend.platform == "" and target.platform != "cpu"
+    text = f"attention of {call.kind} on {target.platform}: {backend.name}"
+    because = "".join(f"; not {name}, because {reason}" for name, reason in reasons.items())
+    _log_once(logging.WARNING if plain else logging.INFO, text + because)
+    return backend.attend(call)
 
 
-def attention(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
-    aligned: bool,
-    unsplit: bool = True,
-) -> jax.Array:
-    """Attention with the arguments and results of `xla.attention`, by the best backend for them.
-
-    Whole rows (`aligned`) on a TPU run the splash kernel if it takes their shapes and dtype (`splash.takes`).
-    Everything else runs plain XLA. If the length axis is sharded, both gather the keys and values of a row on each of
-    its devices.
-    """
-    if aligned:
-        k_BKSH, v_BKSH = _repeated(k_BKSH), _repeated(v_BKSH)
-    plain = functools.partial(
-        xla.attention,
-        q_positions_BT=q_positions_BT,
-        k_positions_BS=k_positions_BS,
-        q_segments_BT=q_segments_BT,
-        k_segments_BS=k_segments_BS,
-        aligned=aligned,
-        unsplit=unsplit,
-    )
-    if aligned:
-        from llama_jax.ops.attention import splash  # importing Pallas takes 0.2 s; sampling does not need it
-
-        if splash.takes(q_BTNH, k_BKSH):
-            kernel = functools.partial(splash.attention, segments_BT=q_segments_BT)
-            return lax.platform_dependent(q_BTNH, k_BKSH, v_BKSH, tpu=kernel, default=plain)
-    return plain(q_BTNH, k_BKSH, v_BKSH)
+def _repeated(k_BKSH: Any, repeats: int) -> jax.Array:
+    return parallel.constrain(jnp.repeat(k_BKSH, repeats, axis=1), "batch", "kv_heads", "length", None)
 
 
-def _repeated(k_BKSH: jax.Array) -> jax.Array:
-    """The key/value heads, repeated if tensor parallelism has more parts than heads, so that each part has one."""
-    parts, K = parallel.axis_size("heads"), k_BKSH.shape[1]
-    if parts <= K or parts % K:
-        return k_BKSH
-    return parallel.constrain(jnp.repeat(k_BKSH, parts // K, axis=1), "batch", "kv_heads", "length", None)
+@functools.cache
+def _log_once(level: int, text: str) -> None:
+    _log.log(level, text)

@@ -8,33 +8,29 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import Leaf, QCache
+from llama_jax.cache import QCache
 from llama_jax.ops import cpu
+from llama_jax.ops.attention.call import Call, Target
 
 _HEAD = 16  # the kernel takes heads of a multiple of this
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-def takes(q_BTNH: jax.Array, k: Leaf) -> bool:
-    """True if the kernel supports these shapes and dtypes and can be used here (`cpu.ready`)."""
-    one = q_BTNH.shape[1] == 1 and q_BTNH.shape[-1] % _HEAD == 0 and q_BTNH.dtype in _DTYPES
-    return one and (isinstance(k, QCache) or k.dtype in (*_DTYPES, jnp.uint16)) and cpu.ready()
+def refuses(call: Call, target: Target) -> str:
+    """The reason why the kernel does not take a call; "" if it does. The first question may build the kernels."""
+    _, T, _, H = call.q_BTNH.shape
+    if call.window is None or T != 1:
+        return "it takes one query a row and a KV cache"
+    if H % _HEAD or call.q_BTNH.dtype not in _DTYPES or call.cache_dtype not in (*_DTYPES, jnp.uint16, jnp.int8):
+        return f"it takes heads of a multiple of {_HEAD} in float32 or bfloat16, not {H} in {call.q_BTNH.dtype}"
+    return "" if cpu.ready() else "the native CPU kernels cannot be used here"
 
 
-def attention(q_B1NH: jax.Array, k: Leaf, v: Leaf, positions_B1: jax.Array) -> jax.Array:
-    """Attention of one query a row to the keys of slots 0 up to its position: (B, 1, N, H) in the dtype of q.
-
-    It has no gradient.
-
-    Args:
-        q_B1NH: rotated queries.
-        k: keys of the cache; slot s holds position s.
-        v: values of the cache, in the same order.
-        positions_B1: position of each query.
-    """
-    lengths_B = positions_B1[:, 0] + 1
+def attend(call: Call) -> jax.Array:
+    """Attention of one query a row to the keys of slots 0 up to its position. It has no gradient."""
+    q_BNH, lengths_B = call.q_BTNH[:, 0], call.positions_BT[:, 0] + 1
+    k, v = call.k, call.v
     if isinstance(k, QCache) and isinstance(v, QCache):
-        scales = (k.scales_BKS, v.scales_BKS)
-        return cpu.attend(q_B1NH[:, 0], k.values_BKSH, v.values_BKSH, lengths_B, scales)[:, None]
+        return cpu.attend(q_BNH, k.values_BKSH, v.values_BKSH, lengths_B, (k.scales_BKS, v.scales_BKS))[:, None]
     assert not isinstance(k, QCache) and not isinstance(v, QCache)
-    return cpu.attend(q_B1NH[:, 0], k, v, lengths_B)[:, None]
+    return cpu.attend(q_BNH, k, v, lengths_B)[:, None]

@@ -19,51 +19,43 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from llama_jax import parallel
+from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_heads
 
 _LANES = 128  # lanes of a TPU's vector registers; the length must be a multiple
 _HEAD_DIMS = (64, 128)
 
 
-def takes(q_BTNH: jax.Array, k_BKTH: jax.Array) -> bool:
-    """True if the kernel supports arrays of these shapes and dtypes under the active layout.
+def refuses(call: Call, target: Target) -> str:
+    """The reason why the kernel does not take a call on a target; "" if it does.
 
-    The length must be a multiple of 128, the head dim 64 or 128, and tensor parallelism must divide the query and the
-    key/value heads. The dtype must be bfloat16. The kernel uses a TPU's default precision, which would round float32 to
-    bfloat16, while the plain attention uses the highest.
+    The kernel uses a TPU's default precision, which would round float32 to bfloat16, while the plain attention uses the
+    highest.
     """
-    _, T, N, H = q_BTNH.shape
-    parts = parallel.axis_size("heads")
-    tokens = T // parallel.axis_size("length")
-    tokens //= 2 if len(parallel.length_order(T)) > 1 else 1
-    whole = tokens % _LANES == 0 and N % parts == 0 and k_BKTH.shape[1] % parts == 0
-    return whole and H in _HEAD_DIMS and q_BTNH.dtype == jnp.bfloat16
+    _, T, _, H = call.q_BTNH.shape
+    if call.window is not None:
+        return "it takes whole rows without a KV cache"
+    if call.q_BTNH.dtype != jnp.bfloat16:
+        return f"it takes bfloat16, not {call.q_BTNH.dtype}"
+    if H not in _HEAD_DIMS:
+        return f"it takes heads of 64 or 128, not {H}"
+    tokens = T // target.length
+    tokens //= 2 if target.length > 1 and T % (2 * target.length) == 0 else 1  # in chunks of parallel.length_order
+    if tokens % _LANES:
+        return f"it takes rows in multiples of {_LANES} tokens a device, not {tokens}"
+    return refuses_heads(call, target)
 
 
-def attention(
-    q_BTNH: jax.Array,
-    k_BKTH: jax.Array,
-    v_BKTH: jax.Array,
-    *,
-    segments_BT: jax.Array | None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Attention, softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to itself.
+def attend(call: Call) -> jax.Array:
+    """The attention of whole rows, (B, T, N, H) in the dtype of q.
 
     Each device runs the kernel on its own rows and heads. If the length axis is sharded, a device has the queries of
     its part of a row, and gathers the keys and values of the whole row. If the active layout is balanced, the parts are
     those of `parallel.length_order`, which give all devices equal work.
 
-    Args:
-        q_BTNH: queries, already rotated. They are multiplied by 1 / sqrt(H) and rounded to their own dtype.
-        k_BKTH: keys, already rotated.
-        v_BKTH: values.
-        segments_BT: document numbers of a packed row, or None. Each document must be contiguous.
-        interpret: run the kernel as plain XLA operations, slowly, on any platform.
-
-    Returns:
-        (B, T, N, H) in the dtype of q. The softmax is computed in float32. Padding (segment 0) attends to the padding
-        before it.
+    The queries are multiplied by 1 / sqrt(H) and rounded to their own dtype. Each document must be contiguous. Padding
+    (segment 0) attends to the padding before it.
     """
+    q_BTNH, segments_BT = call.q_BTNH, call.segments_BT
     B, T, _, H = q_BTNH.shape
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     if segments_BT is None:
@@ -72,22 +64,22 @@ def attention(
     layout = parallel.active()
     if layout is not None and layout.balanced:
         order = parallel.length_order(T)
-    kernel = _kernel(T, q_BTNH.shape[2] // parallel.axis_size("heads"), order, shards=axes, interpret=interpret)
+    kernel = _kernel(T, q_BTNH.shape[2] // parallel.axis_size("heads"), order, shards=axes)
     whole = (kernel, jax.tree.map(lambda _: PartitionSpec(), kernel))
     if axes > 1:
         whole = (kernel, kernel.manual_sharding_spec(layout.sharding((None, "length"))))
     return parallel.on_each_part(
         functools.partial(_rows, order=order),
         (q_BTNH, ("batch", "length", "heads", None)),
-        (k_BKTH, ("batch", "kv_heads", "length", None)),
-        (v_BKTH, ("batch", "kv_heads", "length", None)),
+        (call.k, ("batch", "kv_heads", "length", None)),
+        (call.v, ("batch", "kv_heads", "length", None)),
         (segments_BT, ("batch", "length")),
         whole=whole,
     )
 
 
-def _kernel(T: int, N: int, order: tuple[int, ...], *, shards: int, interpret: bool) -> Any:
-    """The splash kernel for rows of T tokens with chunks in `order` and queries split into `shards` parts."""
+def _kernel(T: int, N: int, order: tuple[int, ...], *, shards: int) -> Any:
+    """The kernel for rows of T tokens in chunks of `order`, whose queries are sharded over devices."""
     return splash.make_splash_mha(
         splash.MultiHeadMask([_Causal((T, T), order)] * N),
         block_sizes=_block_sizes(T, T // max(shards, len(order))),
@@ -95,7 +87,7 @@ def _kernel(T: int, N: int, order: tuple[int, ...], *, shards: int, interpret: b
         q_seq_shards=shards,
         # remat="dots" and "attention" (model.py) keep its residuals, so that the kernel runs once.
         residual_checkpoint_name="attention",
-        interpret=interpret,
+        interpret=interpreted(),
     )
 
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.cache import QCache, read
+from llama_jax.ops.attention.call import Call, Target
 
 # Query rows of a causal chunk, and the most chunks. Short chunks skip more keys and long ones multiply faster; the
 # values were measured on a CPU (docs/measurements/cpu-products.md#attention-in-chunks).
@@ -43,48 +45,29 @@ class _Keys(NamedTuple):
     segments_BS: jax.Array | None
 
 
-def attention(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
-    aligned: bool,
-    unsplit: bool = True,
-) -> jax.Array:
-    """Attention, softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its segment up to its own position.
+def refuses(call: Call, target: Target) -> str:
+    """Nothing is refused: the result is ""."""
+    return ""
 
-    Args:
-        q_BTNH: queries, already rotated.
-        k_BKSH: keys, already rotated.
-        v_BKSH: values.
-        q_positions_BT: positions of the queries within their segment, or within the sequence without segments.
-        k_positions_BS: positions of the keys within the same segment or sequence.
-        q_segments_BT: document numbers of a packed row, or None.
-        k_segments_BS: document numbers of the keys, or None.
-        aligned: True if query i and key i are the same token, so that key j > i is never attended to (training).
-        unsplit: True if the length axis is not sharded, so that slicing it is free.
 
-    Returns:
-        (B, T, N, H) in the dtype of q. The softmax is computed in float32.
-    """
-    B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    queries = _Queries(
-        q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4),
-        q_positions_BT,
-        None if k_segments_BS is None else q_segments_BT,
-    )
-    keys = _Keys(k_BKSH, v_BKSH, k_positions_BS, k_segments_BS)
-    if aligned and not unsplit:
-        out_BKGTH = _split_length(queries, keys)
-    elif aligned and unsplit and _CAUSAL_CHUNK < T:
-        out_BKGTH = _causal_prefixes(queries, keys)
+def attend(call: Call) -> jax.Array:
+    """The attention of any call, (B, T, N, H) in the dtype of q. The softmax is computed in float32."""
+    B, T, N, H = call.q_BTNH.shape
+    K = call.k.shape[1]
+    q_BKGTH = call.q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    queries = _Queries(q_BKGTH, call.positions_BT, call.segments_BT)
+    if call.window is not None:
+        k_BKSH, v_BKSH = (read(leaf, call.window, call.q_BTNH.dtype) for leaf in (call.k, call.v))
+        out_BKGTH = _all_keys(queries, _Keys(k_BKSH, v_BKSH, call.window.key_positions_BS, None))
     else:
-        out_BKGTH = _all_keys(queries, keys, unsplit=unsplit)
+        assert not isinstance(call.k, QCache) and not isinstance(call.v, QCache)
+        keys = _Keys(call.k, call.v, call.positions_BT, call.segments_BT)
+        if parallel.axis_size("length") > 1:
+            out_BKGTH = _split_length(queries, keys)
+        elif T > _CAUSAL_CHUNK:
+            out_BKGTH = _causal_prefixes(queries, keys)
+        else:
+            out_BKGTH = _all_keys(queries, keys)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -104,13 +87,13 @@ def _split_length(queries: _Queries, keys: _Keys) -> jax.Array:
     def own(q, q_positions, k, v, k_positions, q_segments=None, k_segments=None):
         gathered = (None if a is None else parallel.all_gathered(a, "length", 1) for a in (k_positions, k_segments))
         k, v = (parallel.all_gathered(a, "length", 2) for a in (k, v))
-        return _all_keys(_Queries(q, q_positions, q_segments), _Keys(k, v, *gathered), unsplit=True)
+        return _all_keys(_Queries(q, q_positions, q_segments), _Keys(k, v, *gathered))
 
     return parallel.on_each_part(own, *arrays)
 
 
 def _causal_prefixes(queries: _Queries, keys: _Keys) -> jax.Array:
-    """Attention of aligned rows in chunks of queries, each with the keys up to its end: (B, K, G, T, H)."""
+    """Attention of whole rows in chunks of queries, each with the keys up to its end: (B, K, G, T, H)."""
     T = queries.positions_BT.shape[1]
     size = max(_CAUSAL_CHUNK, -(-T // _MAX_CAUSAL_CHUNKS))
     # With many chunks, keeping all their scores for the backward pass would take too much memory: recompute them.
@@ -133,7 +116,7 @@ def _causal_prefixes(queries: _Queries, keys: _Keys) -> jax.Array:
     return jnp.concatenate(outputs, axis=3)
 
 
-def _all_keys(queries: _Queries, keys: _Keys, *, unsplit: bool) -> jax.Array:
+def _all_keys(queries: _Queries, keys: _Keys) -> jax.Array:
     """Attention of every query to all keys: (B, K, G, T, H).
 
     The queries are scanned in as many chunks as keep the scores of one below _MAX_SCORE_BYTES.
@@ -141,7 +124,7 @@ def _all_keys(queries: _Queries, keys: _Keys, *, unsplit: bool) -> jax.Array:
     B, K, G, T, H = queries.q_BKGTH.shape
     S = keys.positions_BS.shape[1]
     chunks = 1
-    while unsplit and T % (2 * chunks) == 0 and B * K * G * (T // chunks) * S * 4 > _MAX_SCORE_BYTES:
+    while T % (2 * chunks) == 0 and B * K * G * (T // chunks) * S * 4 > _MAX_SCORE_BYTES:
         chunks *= 2
     if chunks == 1:
         return _masked(queries, keys)

@@ -1,0 +1,90 @@
+"""One attention of a layer as a record, and the devices that run it. Backends read both to refuse or to compute.
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import parallel
+from llama_jax.cache import Leaf, QCache, Window
+
+
+class Call(NamedTuple):
+    """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its document up to its own position.
+
+    The arrays may be abstract (jax.ShapeDtypeStruct) where a call is only chosen for and not computed.
+
+    Attributes:
+        q_BTNH: rotated queries.
+        k: rotated keys (B, K, S, H): an array, or a leaf of a KV cache.
+        v: values, likewise.
+        positions_BT: position of each query within its document.
+        segments_BT: document number of each query of a packed row; None if every row is one document.
+        window: the window of a pass with a KV cache. None for whole rows, where query i and key i are the same token.
+    """
+
+    q_BTNH: jax.Array
+    k: Leaf
+    v: Leaf
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    window: Window | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name of this use of attention: whole rows, prefill or decoding."""
+        if self.window is None:
+            return "whole rows" if self.segments_BT is None else "rows of documents"
+        return "decoding" if self.q_BTNH.shape[1] == 1 else "prefill"
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """The dtype of the stored keys."""
+        return jnp.dtype(self.k.values_BKSH.dtype if isinstance(self.k, QCache) else self.k.dtype)
+
+
+class Target(NamedTuple):
+    """The devices of a call.
+
+    Attributes:
+        platform: "cpu", "cuda", "rocm" or "tpu".
+        capability: compute capability of NVIDIA GPUs times ten (90 for an H100); 0 on other platforms.
+        length: number of devices that share the length of a row.
+        heads: number of devices that share the query heads.
+        slots: number of devices that share the slots of a KV cache.
+    """
+
+    platform: str
+    capability: int = 0
+    length: int = 1
+    heads: int = 1
+    slots: int = 1
+
+
+def active_target() -> Target:
+    """The devices of the active layout, or the default device without a layout."""
+    return Target(
+        parallel.device_platform(),
+        parallel.compute_capability(),
+        parallel.axis_size("length"),
+        parallel.axis_size("heads"),
+        parallel.axis_size("slots"),
+    )
+
+
+def interpreted() -> bool:
+    """True if Pallas kernels run as XLA operations, slowly: on CPUs, where nothing but a test calls them."""
+    return parallel.device_platform() == "cpu"
+
+
+def refuses_heads(call: Call, target: Target) -> str:
+    """The reason why the heads cannot be shared by the devices of the target; "" if they can."""
+    N, K = call.q_BTNH.shape[2], call.k.shape[1]
+    if N % target.heads or K % target.heads:
+        return f"{N} query and {K} key/value heads do not divide over {target.heads} devices"
+    return ""

@@ -1,0 +1,99 @@
+"""Compile attention of Llama 3.1 8B's shape for a chip that is not here; print kernels, memory and bytes read, as JSON.
+
+    JAX_PLATFORMS=cpu PYTHONPATH=.:tests:CUDA_PLUGIN_PATH python -m helpers.attention_compile h100 [CASE ...]
+
+A helper of tests/project/test_aot.py, which runs it in a process of its own. TPUs want the environment of
+helpers/aot_compile.py.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from helpers.aot_compile import tpu_mesh
+from llama_jax import cache, parallel
+from llama_jax.config import size
+from llama_jax.ops.attention import Call, attention
+from llama_jax.plan.compile import topology
+from llama_jax.plan.devices import parse
+
+N, K, H = 32, 8, 128
+ROWS, CAPACITY, BOUND = 8, 8192, 4096
+
+
+def whole_rows(layout, T, documents):
+    """The forward and backward pass of one row."""
+
+    def run(q, k, v, d_out, tokens):
+        with parallel.use(layout):
+            segments = tokens if documents else None
+            out, back = jax.vjp(lambda q, k, v: attention(Call(q, k, v, tokens, segments)), q, k, v)
+            return out, back(d_out)
+
+    def array(shape, axes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape))
+
+    q = array((1, T, N, H), ("batch", "length", "heads", None))
+    k = array((1, K, T, H), ("batch", "kv_heads", "length", None))
+    return jax.jit(run).lower(q, k, k, q, array((1, T), ("batch", "length"), jnp.int32))
+
+
+def cached(layout, T, kv):
+    """A pass of T tokens a row over a cache whose first half is live."""
+    config = dataclasses.replace(size("llama3.1-8b"), num_layers=1)
+
+    def run(q, positions, store):
+        with parallel.use(layout):
+            at = cache.window(store, positions, None, bound=BOUND)
+            return attention(Call(q, store.k[0], store.v[0], positions, None, at))
+
+    def array(shape, axes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape))
+
+    with parallel.use(layout):
+        store = jax.eval_shape(
+            lambda: cache.init_cache(config, batch=ROWS, capacity=CAPACITY, dtype=jnp.bfloat16, kv=kv)
+        )
+    store = jax.tree.map(lambda a: array(a.shape, cache.AXES[: a.ndim], a.dtype), store)
+    q = array((ROWS, T, N, H), ("batch", "length", "heads", None))
+    return jax.jit(run).lower(q, array((ROWS, T), ("batch", "length"), jnp.int32), store)
+
+
+CASES = {
+    "documents": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, True),
+    "one document": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, False),
+    "decode": lambda mesh: cached(parallel.Layout(mesh, "infer"), 1, "compute"),
+    "decode int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 1, "int8"),
+    "prefill": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "compute"),
+    "prefill int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "int8"),
+}
+
+
+def main():
+    chip, names = sys.argv[1], sys.argv[2:] or list(CASES)
+    mesh = tpu_mesh(chip, {}) if ":" in chip else parallel.make_mesh({}, topology(parse(f"{chip}:1")))
+    found = {}
+    for name in names:
+        with jax.set_mesh(mesh):
+            compiled = CASES[name](mesh).compile()
+        text = compiled.as_text()
+        memory = compiled.memory_analysis()
+        found[name] = {
+            "kernels": sorted(
+                set(re.findall(r'name = "((?:flash|split)_\w+)"', text))
+                | set(re.findall(r"%(ragged_attention|splash_\w+?)[.\d]* = ", text))
+                | set(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
+            ),
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
