@@ -158,10 +158,10 @@ def _unknown(where: str, key: str, known: tuple[str, ...]) -> str:
 
 def _role(item: Mapping[str, Any], where: str) -> str:
     role = _first(item, "role", "from")
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role, str) or role.lower() not in ROLES:
         near = nearest(role.lower(), list(ROLES)) if isinstance(role, str) else ""
         raise ValueError(f"{where}: role {brief(role)} is not known; allowed: {', '.join(ROLES)}{near}")
-    return ROLES[role]
+    return ROLES[role.lower()]
 
 
 def _learn(item: Mapping[str, Any], role: str, where: str) -> bool:

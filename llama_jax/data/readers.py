@@ -211,7 +211,8 @@ def _parse_line(data: bytes, name: str, *, pairs: bool) -> Sample | BadLine:
     except UnicodeDecodeError as error:
         return BadLine.of(name, f"not UTF-8 at byte {error.start} of the line (0x{data[error.start]:02x})")
     except json.JSONDecodeError as error:
-        return BadLine.of(name, f"not a line of JSON ({error.msg} at column {error.pos + 1}): {line.strip()[:60]!r}")
+        reason = error.msg.removesuffix(" at")
+        return BadLine.of(name, f"not a line of JSON ({reason} at column {error.pos + 1}): {line.strip()[:60]!r}")
     except RecursionError:
         return BadLine.of(name, "nested too deeply")
     except ValueError as error:  # a number of thousands of digits

@@ -151,14 +151,31 @@ _PARTNERS = {
     "preferred_output": "non_preferred_output",
     "non_preferred_output": "preferred_output",
 }
+# A question and its answer, as Alpaca, Dolly, ms-swift and data sets such as GSM8K name them.
+_QUESTIONS = (("instruction", "output"), ("instruction", "response"), ("query", "response"), ("question", "answer"))
 _DIALOGS = ("messages", "conversations", "conversation")
 # Keys that other trainers read, and that would change what is learned.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MASKS = ("loss_mask", "assistant_masks", "completion_mask")
-_OTHERS = ("text", "input", "system", "tools", "functions", "history", "label", "weight")
+_RENDERING = ("chat_template_kwargs", "chat_template")
+_OTHERS = (
+    "text",
+    "input",
+    "context",
+    "choices",
+    "options",
+    "system",
+    "tools",
+    "functions",
+    "history",
+    "label",
+    "weight",
+)
 # Marks of messages (see `messages`), by the value that would say of a whole record that it is not to be learned.
 _RECORD_MARKS = {"train": 0, "training": 0, "trainable": 0, "loss": 0, "loss_mask": 0, "weight": 0, "masked": 1}
-KEYS = frozenset((*_PARTNERS, *_DIALOGS, *_MEDIA, *_MASKS, *_OTHERS, *_RECORD_MARKS))  # every key that is read
+_ASKED = tuple(key for pair in _QUESTIONS for key in pair)
+# Every key that is read.
+KEYS = frozenset((*_PARTNERS, *_ASKED, *_DIALOGS, *_MEDIA, *_MASKS, *_RENDERING, *_OTHERS, *_RECORD_MARKS))
 
 
 def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
@@ -192,8 +209,9 @@ def parse(record: object, name: str, *, pairs: bool = False) -> Sample:
         return _pair(_openai_pair(fields), name)
     if {"prompt", "completion"} <= fields.keys():
         return _completion(fields, name)
-    if {"instruction", "output"} <= fields.keys():
-        return _dialog(fields, name, _alpaca(fields))
+    for question, answer in _QUESTIONS:
+        if {question, answer} <= fields.keys() and (answer == "output" or "text" not in record):
+            return _dialog(fields, name, _instruction(fields, question, answer))
     if "text" not in record:
         raise ValueError(why_unknown(record))
     return Document(name, _string(record, "text"))
@@ -203,6 +221,9 @@ def _dialog(record: Mapping[str, Any], name: str, read: Sequence[Message], *, fi
     """A dialog whose messages before number `first` are not learned."""
     _refuse(record, *_MEDIA, remedy="the model reads text only; remove the key, or leave the record out")
     _refuse(record, *_MASKS, remedy="mark the messages themselves, each with 'train': true or false")
+    _refuse(
+        record, *_RENDERING, remedy="set data.chat_format to a template that writes the dialog so, and remove the key"
+    )
     learn = tuple(message.learn and i >= first for i, message in enumerate(read))
     marked = any(message.content["role"] == "assistant" and not message.learn for message in read)
     return Dialog(name, [message.content for message in read], messages.read_tools(record), learn, marked)
@@ -221,15 +242,16 @@ def _completion(record: Mapping[str, Any], name: str) -> Dialog | Completion:
     return Completion(name, _string(record, "prompt"), _answer(record, "completion"))
 
 
-def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    """The messages of an instruction: those of `history`, pairs of texts, come before it."""
+def _instruction(record: Mapping[str, Any], question: str, answer: str) -> list[Message]:
+    """The messages of a question and its answer: those of `history`, pairs of texts, come before it."""
+    _refuse(record, "choices", "options", remedy=f"write the choices into {question!r}")
     rounds = record.get("history", [])
     if not isinstance(rounds, list) or not all(isinstance(each, list) and len(each) == 2 for each in rounds):
         raise ValueError(f"'history' must be a list of [instruction, output], found {brief(rounds)}")
     turns = [{"human": asked, "assistant": answer} for asked, answer in rounds]
-    context = _string(record, "input") if "input" in record else ""
-    question = _string(record, "instruction") + (f"\n\n{context}" if context else "")
-    turns.append({"human": question, "assistant": _answer(record, "output")})
+    contexts = [text for key in ("input", "context") if key in record and (text := _string(record, key))]
+    asked = "\n\n".join([_string(record, question), *contexts])
+    turns.append({"human": asked, "assistant": _answer(record, answer)})
     return _with_system(record, messages.read(turns, "history"))
 
 
@@ -355,15 +377,16 @@ def _answer(record: Mapping[str, Any], key: str) -> str:
 
 def why_unknown(record: Mapping[str, Any]) -> str:
     """The reason why a record has none of the known shapes."""
-    empty = [key for key in (*_DIALOGS, *_PARTNERS) if key in record and record[key] is None]
+    empty = [key for key in (*_DIALOGS, *_PARTNERS, *_ASKED) if key in record and record[key] is None]
     if empty:
         return f"{empty[0]!r} is null: give it a value, or leave the record out"
     for key in sorted(map(str, record), key=lambda key: key == "prompt"):  # its partner may be 'chosen' too
         if key in _PARTNERS:
             return f"{key!r} without {_PARTNERS[key]!r}, found {brief(sorted(map(str, record)))}"
-    near = difflib.get_close_matches("text", record, n=1, cutoff=0.4)
+    texts = [key for key, value in record.items() if value is None or isinstance(value, str)]
+    near = difflib.get_close_matches("text", texts, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? Rename it to 'text'" if near else "put the document under 'text'"
     return (
         f"no key 'text', found {brief(sorted(map(str, record)))}; {hint}, or give 'messages', 'conversations', "
-        "'prompt' and 'completion', 'instruction' and 'output', or 'chosen' and 'rejected'"
+        "'prompt' and 'completion', 'instruction' and 'output', 'question' and 'answer', or 'chosen' and 'rejected'"
     )

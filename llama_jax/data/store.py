@@ -285,7 +285,7 @@ def _publish(writer: StoreWriter, cache: Path, keys: tuple[str, str], max_bad: f
     """Moves the list of rejected records and then the complete store to their paths in the cache.
 
     Raises:
-        ValueError: too many records are bad, or all are too long.
+        ValueError: too many records are bad, or none is left.
     """
     plain, masked = keys
     left_out = writer.num_bad or writer.num_too_long  # a record may be left out for its length alone
@@ -293,6 +293,11 @@ def _publish(writer: StoreWriter, cache: Path, keys: tuple[str, str], max_bad: f
     if left_out:
         os.replace(writer.folder / QUARANTINE, _quarantine(final))
     _refuse_bad(writer, max_bad, listed=_quarantine(final))
+    if not writer.num_records and writer.first_bad:
+        raise ValueError(
+            f"none of the {writer.num_bad + writer.num_too_long:,} documents can be used, the first: "
+            f"{writer.first_bad.name}: {writer.first_bad.reason}; all of them are listed in {_quarantine(final)}"
+        )
     if not writer.num_records:
         raise ValueError(
             f"all {writer.num_too_long:,} documents are longer than data.sequence_length: raise it, or set "

@@ -13,7 +13,7 @@ import pytest
 from helpers.records import ANSWER, ASK, FUNCTION, documents_in, expected, store_of
 from llama_jax.data.encoding import encode
 from llama_jax.data.packing import pack
-from llama_jax.data.records import Completion, Pair, parse
+from llama_jax.data.records import Completion, Dialog, Pair, parse
 from llama_jax.data.store import build_store
 from llama_jax.errors import ConfigError
 from llama_jax.text.chat_format import choose
@@ -58,6 +58,10 @@ SHAPES = {
         "conversation": [{"human": "Why?", "assistant": "Because."}, {"human": "And then?", "assistant": "Nothing."}]
     },
     "Alpaca": {"history": [["Why?", "Because."]], "instruction": "And then?", "input": "", "output": "Nothing."},
+    "ms-swift, query": {"history": [["Why?", "Because."]], "query": "And then?", "response": "Nothing."},
+    "Dolly": {"history": [["Why?", "Because."]], "instruction": "And then?", "context": "", "response": "Nothing."},
+    "question": {"history": [["Why?", "Because."]], "question": "And then?", "answer": "Nothing.", "id": 7},
+    "roles in capitals": {"messages": [{**m, "role": m["role"].capitalize()} for m in ROUND]},
     "Anthropic": {
         "messages": [
             {"role": m["role"], "content": [{"type": "text", "text": m["content"], "cache_control": {"type": "x"}}]}
@@ -385,6 +389,11 @@ def test_pairs_are_never_cut(tmp_path, tokenizer):
     short = {"prompt": [ASK], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "x"}]}
     store = store_of(tmp_path, [pair, short], tokenizer, max_length=100, too_long="cut", pairs=True)
     assert (store.num_records, store.num_too_long, store.num_cut) == (1, 1, 0)
+
+
+def test_a_text_with_a_question_and_an_answer_stays_a_text():
+    assert parse({"text": "abc", "question": "a", "answer": "b"}, "r").text == "abc"
+    assert isinstance(parse({"text": "abc", "instruction": "a", "output": "b"}, "r"), Dialog)
 
 
 def test_a_completion_of_texts_stays_one(tokenizer):

@@ -162,6 +162,10 @@ def answered(content) -> dict:
 
 BAD = [
     (b'{"text": oops}', "not a line of JSON (Expecting value at column 10)"),
+    (
+        b'{"messages": [{"role": "user", "content": "hi',
+        "not a line of JSON (Unterminated string starting at column 43)",
+    ),
     (b'{"text": "' + b"\xff" + b'"}', "not UTF-8 at byte 10 of the line (0xff)"),
     (b"[" * 100_000, "nested too deeply"),
     (b'{"text": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
@@ -182,6 +186,9 @@ BAD = [
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference pair among other records"),
     ({"prompt": "a", "chosen": "b"}, "'chosen' without 'rejected', found ['chosen', 'prompt']"),
     ({"instruction": "a", "output": ""}, "'output' is empty"),
+    ({"question": "a?", "answer": "B", "choices": ["x", "y"]}, "'choices' is not read in a record of this kind: write"),
+    ({"messages": [ASK, ANSWER], "chat_template_kwargs": {"thinking": False}}, "'chat_template_kwargs' is not read in"),
+    ({"contents": [{"role": "user"}]}, "no key 'text', found ['contents']; put the document under 'text'"),
     ({"messages": "Hi"}, "messages must be a list of dicts"),
     ({"messages": []}, "messages is empty"),
     ({"messages": [ASK]}, "no message is the assistant's"),
@@ -333,6 +340,11 @@ def test_more_than_five_percent_of_bad_lines_stop_with_the_first_of_them(tmp_pat
     assert [json.loads(line)["line"] for line in listed.read_text().splitlines()] == [1, 21]
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*.partial-*"))
+
+
+def test_no_usable_record_is_refused_with_the_first_of_them_however_many_bad_ones_are_allowed(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"none of the 2 documents can be used, the first: .*:1: 'text' must be a str"):
+        store_of(tmp_path, [{"text": 3}, answered("x" * 500)], tokenizer, max_length=400, max_bad=1.0)
 
 
 def test_a_text_of_any_length_is_sound_and_only_dialogs_depend_on_the_length(tmp_path, tokenizer):
