@@ -292,6 +292,14 @@ def test_what_would_change_the_numbers_is_refused_by_name(copy, changes, words):
     assert "adapter_" in refusal(error)
 
 
+def test_an_adapter_of_another_method_is_refused_by_its_method(copy):
+    folder = copy(peft_type="IA3", feedforward_modules=["down_proj"])
+    config = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps(config, sort_keys=True))  # as peft writes it
+    with pytest.raises(ConfigError, match="peft_type='IA3' is not supported; only LORA is"):
+        peft.open_adapter(folder, CONFIG)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -139,7 +139,7 @@ def ends(module: str) -> list[str]:
 
 def _check(raw: dict[str, Any], where: str) -> None:
     known = sorted({*_ONLY, *_IGNORED, *_READ})
-    for key, value in raw.items():
+    for key, value in sorted(raw.items(), key=lambda item: item[0] != "peft_type"):  # which explains the other keys
         off = value is None or value is False or value in ("", [], {})
         only = _ONLY.get(key)
         if key in _ONLY and not off and value not in (only, [only]):
