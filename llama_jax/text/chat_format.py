@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llama_jax.text import alignment, chat, chat_template, control_tokens, llama3_template, rendering, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
-from llama_jax.text.messages import Messages, check_list, check_reasoning, check_tools, plain_messages
+from llama_jax.text.messages import Messages, check_list, check_reasoning, check_tools, check_written, plain_messages
 from llama_jax.text.tokenizer import Tokenizer
 
 AUTO, LLAMA3 = "auto", "llama3"
@@ -223,8 +223,8 @@ class TemplateFormat:
         mask, because no prompt precedes it.
 
         Raises:
-            ValueError: no dialog, one that the template refuses, or one in which the rendering of the longer dialog
-                does not begin with that of the shorter one.
+            ValueError: no dialog, one that the template refuses, one whose tools or calls it leaves out, or one in
+                which the rendering of the longer dialog does not begin with that of the shorter one.
             ConfigError: the template cannot be used.
         """
         speakers = [i for i, message in enumerate(plain_messages(messages)) if message["role"] == "assistant"]
@@ -233,6 +233,7 @@ class TemplateFormat:
         check_reasoning(messages, learn, self.template.source(tools))
         tagged = self._tagged(messages, tools, len(speakers))
         rendered, spans = tagged or self._added(messages, tools, speakers)
+        check_written(tools or (), rendered.text, "tools: the tool")
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []  # in bytes of the rendering
         for piece in self._pieces(rendered.text, rendered.marked):
@@ -244,6 +245,9 @@ class TemplateFormat:
         mask = [False] * len(ids)
         for speaker, (start, stop) in zip(speakers, spans, strict=True):
             if learn is None or learn[speaker]:
+                if start < stop:
+                    calls = messages[speaker].get("tool_calls") or ()
+                    check_written(calls, rendered.text[start:stop], f"messages[{speaker}]: the call of")
                 first, last = alignment.length(rendered.text[:start]), alignment.length(rendered.text[:stop])
                 inside = [k for k, (begin, end) in enumerate(offsets) if begin < last and end > first]
                 for k in inside if tagged else self._without_space(inside, ids):

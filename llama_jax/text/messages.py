@@ -83,6 +83,27 @@ def check_reasoning(messages: Messages, learn: Sequence[bool] | None, source: st
             )
 
 
+def check_written(calls: Sequence[Any], text: str, what: str) -> None:
+    """Checks that a rendering has the names of some calls or tools. Built-in tools are not looked for.
+
+    Args:
+        calls: calls or tools in OpenAI's shape.
+        text: the part of the rendering that must have them.
+        what: the beginning of the error message, such as "tools: the tool".
+
+    Raises:
+        ValueError: a name is not in the text.
+    """
+    functions = (call.get("function", call) for call in calls if isinstance(call, Mapping))
+    names = (function.get("name") for function in functions if isinstance(function, Mapping))
+    lacking = next((name for name in names if isinstance(name, str) and name not in text), None)
+    if lacking is not None:
+        raise ValueError(
+            f"{what} {lacking!r} is not written by the chat template of the model, which would learn to answer without "
+            "it: leave it out, or set data.chat_format to a template that writes tools and calls"
+        )
+
+
 def show(value: object) -> str:
     """A value and its type, shortened, for an error message."""
     return f"{brief(value)} ({type(value).__name__})"

@@ -234,6 +234,14 @@ def test_the_mask_has_calls_and_not_their_results(formats, byte_level):
     assert spoken(byte_level, ids, mask) == [call + EOT, "20" + EOT]
 
 
+def test_calls_and_tools_that_a_template_leaves_out_are_refused_for_training(formats):
+    with pytest.raises(ValueError, match=r"messages\[1\]: the call of 'weather' is not written by the chat template"):
+        formats["chatml"].encode_for_training(DIALOGS["tools"])
+    with pytest.raises(ValueError, match="tools: the tool 'weather' is not written by the chat template of the model"):
+        formats["chatml"].encode_for_training(DIALOGS["turns"], tools=[WEATHER])
+    assert any(formats["chatml"].encode_for_training(DIALOGS["tools"], learn=[False, False, False, True])[1])
+
+
 def test_the_mask_holds_where_contents_have_names_of_control_tokens(formats, byte_level):
     ids, mask = formats["chatml"].encode_for_training(HOSTILE)
     assert spoken(byte_level, ids, mask) == [EOT + EOT]
