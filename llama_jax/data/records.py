@@ -158,19 +158,8 @@ _DIALOGS = ("messages", "conversations", "conversation")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 _RENDERING = ("chat_template_kwargs", "chat_template")
-_OTHERS = (
-    "text",
-    "input",
-    "context",
-    "choices",
-    "options",
-    "system",
-    "tools",
-    "functions",
-    "history",
-    "label",
-    "weight",
-)
+_CONTEXTS = tuple("input context".split())  # of a question, in Alpaca and in Dolly
+_OTHERS = (*_CONTEXTS, *"text choices options system tools functions history label weight".split())
 # Marks of messages (see `messages`), by the value that would say of a whole record that it is not to be learned.
 _RECORD_MARKS = {"train": 0, "training": 0, "trainable": 0, "loss": 0, "loss_mask": 0, "weight": 0, "masked": 1}
 _ASKED = tuple(key for pair in _QUESTIONS for key in pair)
@@ -249,7 +238,7 @@ def _instruction(record: Mapping[str, Any], question: str, answer: str) -> list[
     if not isinstance(rounds, list) or not all(isinstance(each, list) and len(each) == 2 for each in rounds):
         raise ValueError(f"'history' must be a list of [instruction, output], found {brief(rounds)}")
     turns = [{"human": asked, "assistant": answer} for asked, answer in rounds]
-    contexts = [text for key in ("input", "context") if key in record and (text := _string(record, key))]
+    contexts = [text for key in _CONTEXTS if key in record and (text := _string(record, key))]
     asked = "\n\n".join([_string(record, question), *contexts])
     turns.append({"human": asked, "assistant": _answer(record, answer)})
     return _with_system(record, messages.read(turns, "history"))

@@ -14,13 +14,21 @@ from typing import Any, NamedTuple, Protocol
 
 from llama_jax.text import alignment, chat, chat_template, control_tokens, llama3_template, rendering, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
-from llama_jax.text.messages import Messages, check_list, check_reasoning, check_tools, check_written, plain_messages
+from llama_jax.text.messages import (
+    Messages,
+    check_list,
+    check_reasoning,
+    check_tools,
+    check_written,
+    is_parts,
+    plain_messages,
+    with_text,
+)
 from llama_jax.text.tokenizer import Tokenizer
 
 AUTO, LLAMA3 = "auto", "llama3"
 
-# Around the name of a control token in a content, while it is rendered. Unicode keeps these for use within programs.
-_START, _END = "\ufdd0", "\ufdd1"
+_START, _END = control_tokens.MARKS
 _SPOKEN = re.compile(f"[{rendering.SPOKEN_START}{rendering.SPOKEN_END}]")
 _PROBE = "zq7"  # content of an assistant's message that is rendered to find the end of a turn
 
@@ -305,14 +313,14 @@ class TemplateFormat:
         if marked is None:
             marked = any(self._names.search(text) for text in control_tokens.strings(inputs))
         if marked:
-            inputs = _mark(inputs, self._names)
+            inputs = control_tokens.mark(inputs, self._names)
         variables = {
             **self.template.tokens,
             **inputs,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        parts = [str(message["content"]) for message in inputs["messages"] if _is_parts(message.get("content"))]
+        parts = [str(message["content"]) for message in inputs["messages"] if is_parts(message.get("content"))]
         try:
             rendered = rendering.render(source, variables, cuts=cuts, mark=mark, date=self.date)
             if not any(text in rendered.text for text in parts):
@@ -321,7 +329,7 @@ class TemplateFormat:
             if not parts:
                 raise
         # The template takes only strings as contents.
-        joined = [_with_text(message) for message in dialog]
+        joined = [with_text(message) for message in dialog]
         options = {"add_generation_prompt": add_generation_prompt, "cuts": cuts, "mark": mark, "marked": marked}
         return self._render(joined, tools, **options)
 
@@ -480,23 +488,3 @@ def _to_stop(ids: Iterable[int], stops: Sequence[int]) -> list[int]:
     """The ids up to the first stop token, and that one."""
     tokens = [int(i) for i in ids]
     return tokens[: next((k for k, i in enumerate(tokens) if i in stops), len(tokens)) + 1]
-
-
-def _mark(value: Any, names: re.Pattern[str]) -> Any:
-    """A value with marks around the names of control tokens in its strings, but not in its keys."""
-    if isinstance(value, str):
-        return names.sub(rf"{_START}\g<0>{_END}", value.replace(_START, "").replace(_END, ""))
-    if isinstance(value, Mapping):
-        return {key: _mark(item, names) for key, item in value.items()}
-    return [_mark(item, names) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _is_parts(content: Any) -> bool:
-    """True if a message's content is a list of text parts."""
-    listed = isinstance(content, list | tuple) and bool(content)
-    return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
-
-
-def _with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    parts = message.get("content")
-    return {**message, "content": "".join(part["text"] for part in parts)} if _is_parts(parts) else message

@@ -16,6 +16,9 @@ from llama_jax.text.tokenizer import Tokenizer
 
 AS_TEXT = "⟨as text⟩"
 
+# Around the name of a control token in a content, while it is rendered. Unicode keeps these for use within programs.
+MARKS = ("\ufdd0", "\ufdd1")
+
 
 def pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """A pattern that matches the name of any control token, the longest first."""
@@ -72,3 +75,13 @@ def strings(value: Any) -> Iterator[str]:
             yield item
         elif isinstance(item, Mapping | list | tuple):
             waiting += reversed(list(item.values() if isinstance(item, Mapping) else item))
+
+
+def mark(value: Any, names: re.Pattern[str]) -> Any:
+    """A value with MARKS around the names of control tokens in its strings, but not in its keys."""
+    start, end = MARKS
+    if isinstance(value, str):
+        return names.sub(rf"{start}\g<0>{end}", value.replace(start, "").replace(end, ""))
+    if isinstance(value, Mapping):
+        return {key: mark(item, names) for key, item in value.items()}
+    return [mark(item, names) for item in value] if isinstance(value, list | tuple) else value

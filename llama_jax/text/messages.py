@@ -162,6 +162,18 @@ def plain_messages(messages: Messages, *, keeps_developer: bool = True) -> list[
     return plain
 
 
+def is_parts(content: Any) -> bool:
+    """True if a message's content is a list of text parts."""
+    listed = isinstance(content, list | tuple) and bool(content)
+    return listed and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content)
+
+
+def with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its text parts joined to one string."""
+    parts = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in parts)} if is_parts(parts) else message
+
+
 def _plain_call(call: Any) -> Any:
     if not isinstance(call, Mapping):
         return call
