@@ -10,13 +10,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.errors import ConfigError, brief, checked_fields, nearest
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _MOST_LAYERS = 4096
 _LARGEST = 2**31 - 1  # of any whole number
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Llama 3.1's rescaling of the rotary frequencies (Meta's `apply_scaling`; `rope_type: llama3` elsewhere).
@@ -48,6 +49,7 @@ class RopeScaling:
             )
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a Llama decoder. Every field changes the output, or raises when it is exceeded.

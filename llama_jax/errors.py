@@ -19,6 +19,26 @@ Class = TypeVar("Class")
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _LONGEST_PATH = 300
 _REPR = reprlib.Repr()
+# Arguments of functions, with the names that they have in transformers, peft, TRL, vLLM and llama.cpp.
+_ALIASES = {
+    "max_new_tokens": "max_length max_tokens n_predict",
+    "temperature": "do_sample temp",
+    "n": "num_return_sequences num_samples",
+    "stop": "stop_strings stop_sequences",
+    "stop_tokens": "eos_token_id stop_token_ids",
+    "repetition_penalty": "repeat_penalty",
+    "banned_tokens": "bad_words_ids suppress_tokens",
+    "dtype": "torch_dtype",
+    "quantize": "load_in_8bit load_in_4bit quantization quantization_config",
+    "mesh": "device device_map tensor_parallel_size",
+    "adapters": "adapter lora lora_path",
+    "records": "train_dataset dataset",
+    "validation_records": "eval_dataset",
+    "on_metrics": "callbacks callback",
+    "resume": "resume_from_checkpoint",
+    "loss": "compute_loss_func loss_fn",
+}
+_BY_ALIAS = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 
 
 class ConfigError(ValueError):
@@ -57,19 +77,47 @@ def one_line(message: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(message))
 
 
+def json_fault(error: Exception) -> str:
+    """The reason why a text cannot be read or written as JSON."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if "int_max_str_digits" in str(error):
+        return "a number in it has thousands of digits"
+    return one_line(error)
+
+
+def unknown_argument(function: str, name: str, known: Sequence[str]) -> TypeError:
+    """The error for a keyword argument that does not exist, with the one that a name of other libraries means."""
+    meant = _BY_ALIAS.get(name)
+    near = f"; did you mean {meant!r}?" if meant in known else nearest(name, known)
+    return TypeError(f"{function}() has no argument {name!r}{near or ';'} allowed: {', '.join(known)}")
+
+
 def checked_keywords(function: Function) -> Function:
-    """Decorates a public function: an unknown keyword argument raises a TypeError with the nearest known one."""
-    parameters = inspect.signature(function).parameters
-    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    """Decorates a public function: a wrong call raises a TypeError that names its arguments and the nearest known one.
+
+    Keywords that a function takes as **options are left to it.
+    """
+    signature = inspect.signature(function)
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items() if name != "self"}
+    known = [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
+    title = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
-        for name in keywords:
-            if name not in parameters:
-                near = nearest(name, known) or ";"
-                title = function.__qualname__.removesuffix(".__init__")
-                raise TypeError(f"{title}() has no argument {name!r}{near} allowed: {', '.join(known)}")
-        return function(*args, **keywords)
+        if len(known) == len(kinds):
+            for name in keywords:
+                if name not in known:
+                    raise unknown_argument(title, name, known)
+        try:
+            return function(*args, **keywords)
+        except TypeError:
+            try:
+                signature.bind(*args, **keywords)
+            except TypeError as error:
+                more = ", ..." if len(known) < len(kinds) else ""
+                raise TypeError(f"{title}(): {error}; its arguments are {', '.join(known)}{more}") from None
+            raise
 
     return cast(Function, checked)
 

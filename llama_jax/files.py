@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import ConfigError, brief, json_fault
 
 MAX_BYTES = 2_000_000  # parsed, JSON takes up to 25 times its size; a config or an index is far smaller
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
@@ -69,7 +69,7 @@ def parse_json(data: bytes, where: str, *, max_values: int = MAX_VALUES) -> dict
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except ValueError as error:  # not UTF-8, not JSON, or a repeated name
-        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where} is not valid JSON: {json_fault(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object, got {brief(value)}")
     return value

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import chat, parser, sampling_flags
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import ConfigError, brief, json_fault
+from llama_jax.files import naming
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama, Result
@@ -249,7 +250,7 @@ def _text(file: str) -> str:
     try:
         if file == "-":
             return sys.stdin.read()
-        with open(file, encoding="utf-8", newline="\n") as opened:
+        with naming(file), open(file, encoding="utf-8", newline="\n") as opened:
             text = opened.read(_MOST_BYTES)
             if opened.read(1):
                 raise ConfigError(f"{file} is longer than {_MOST_BYTES:,} characters: split it")
@@ -262,10 +263,8 @@ def _json(text: str, name: str) -> Any:
     """The JSON value in a text; ConfigError names `name`."""
     try:
         return json.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{name} is nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{name} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not JSON: {json_fault(error)}") from None
 
 
 def _messages(file: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ _CHILD = "LLAMA_JAX_SUPERVISED"  # in the environment of the child
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LOG = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\]")  # how the runtime's log lines begin
 _FATAL = re.compile(rb"distributed service detected fatal errors|coordination service")
-_OURS = (b"error: ", b"warning: ", b"stopped", b"Traceback", b"\n")  # how a line of this program may begin after those
+_OURS = (b"error: ", b"warning: ", b"stop", b"Traceback")  # how a line of this program may begin after those
 _MOST_HELD = 1 << 20  # bytes
 
 LOST = (
@@ -70,11 +70,12 @@ def _relayed(stream: IO[bytes] | None) -> bytes:
     """Passes standard error on, and returns what it holds back: the runtime's errors, which may have several lines."""
     held, holds = b"", False
     for line in iter(stream.readline if stream else bytes, b""):
-        if _LOG.match(line):
-            holds = True
+        log = _LOG.match(line)
+        if log:
+            holds = line[:1] in b"EF"  # an error may have more lines, and some of them may be empty
         elif line.startswith(_OURS):
             holds = False
-        if holds:
+        if log or holds:
             held = (held + line)[-_MOST_HELD:]
         else:
             write_error(line)

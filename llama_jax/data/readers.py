@@ -18,6 +18,7 @@ from typing import IO, Any
 from llama_jax.data import records
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Sample
+from llama_jax.errors import json_fault
 
 MAX_DOCUMENT = 32 << 20  # bytes
 MAX_VALUES = 1_000_000  # values of one JSON record: each takes up to 100 bytes of memory
@@ -29,6 +30,9 @@ _BOM = codecs.BOM_UTF8
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _HINT = "fetch or compress it again"
+_NOT_DATA = (
+    "which is implausible for training data; to train on it, write the file again without compression and dictionaries"
+)
 
 
 def text_file(path: Path) -> Iterator[Document]:
@@ -96,8 +100,14 @@ def table(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
             others = dict.fromkeys(name for name in names if name not in columns)
             if not columns:
                 raise ValueError(f"{path}: {records.why_unknown(others)}")
+            allowed = max(MAX_UNCHECKED, MAX_RATIO * path.stat().st_size)
             for number, row in enumerate(_table_rows(file, columns, path), start=1):
                 name = f"{path.as_posix()}:{number}"
+                allowed -= _characters(row)
+                if allowed < 0:  # a dictionary may repeat one text a million times, in pages that are small
+                    raise ValueError(
+                        f"{path}: its rows are more than {MAX_RATIO} times as large as the file, {_NOT_DATA}"
+                    )
                 if isinstance(row, str):
                     yield BadLine.of(name, row)
                 else:
@@ -215,8 +225,8 @@ def _parse_line(data: bytes, name: str, *, pairs: bool) -> Sample | BadLine:
         return BadLine.of(name, f"not a line of JSON ({reason} at column {error.pos + 1}): {line.strip()[:60]!r}")
     except RecursionError:
         return BadLine.of(name, "nested too deeply")
-    except ValueError as error:  # a number of thousands of digits
-        return BadLine.of(name, error)
+    except ValueError as error:
+        return BadLine.of(name, json_fault(error))
     return _parse_record(record, name, pairs)
 
 
@@ -290,8 +300,8 @@ class _Items:
                 if self._ended:
                     raise self._error(error.msg, error.pos) from None
                 continue
-            except ValueError as error:  # a number of thousands of digits
-                raise self._error(str(error), self._next) from None
+            except ValueError as error:
+                raise self._error(json_fault(error), self._next) from None
             if end < len(self._text) or self._ended:  # otherwise a number may go on
                 self._advance(end)
                 return record
@@ -373,8 +383,7 @@ def _group_size(file: Any, group: int, columns: list[str], path: Path) -> int:
         size, stored = column.total_uncompressed_size, column.total_compressed_size
         if size > max(MAX_UNCHECKED, MAX_RATIO * stored):
             raise ValueError(
-                f"{path}: column {column.path_in_schema!r} is compressed more than {MAX_RATIO} times, which is "
-                "implausible for training data; to train on it, write the file again without compression"
+                f"{path}: column {column.path_in_schema!r} is compressed more than {MAX_RATIO} times, {_NOT_DATA}"
             )
         total += size
     return total
@@ -402,6 +411,15 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
             yield " ".join(str(error).split())
         except RecursionError:
             yield "nested too deeply"
+
+
+def _characters(value: Any) -> int:
+    """The characters of all strings in a cell, and one for each other value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, (dict, list)):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return 1
 
 
 def _without_nulls(value: Any) -> Any:

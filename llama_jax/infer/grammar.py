@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.errors import ConfigError, brief, nearest, one_line
+from llama_jax.errors import ConfigError, brief, json_fault, nearest, one_line
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def _schema_text(value: Any) -> str:
         schema = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(schema)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"json_schema is not JSON: {one_line(error)}") from None
+        raise ConfigError(f"json_schema is not JSON: {json_fault(error)}") from None
     if not isinstance(schema, (Mapping, bool)):
         raise ConfigError(f'json_schema must be a JSON schema such as {{"type": "object"}}, got {brief(value)}')
     return text

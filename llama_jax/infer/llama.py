@@ -130,11 +130,13 @@ class Llama:
         """The weights and the compiled programs."""
         return self.sampler.engine
 
+    @checked_keywords
     def add_adapter(self, name: str, folder: Place) -> None:
         """Reads a LoRA adapter from its folder or hub id, so that `use` can select it by name. Raises as `load`."""
         inputs.as_folders({name: folder})
         self._add(name, peft.open_adapter(folder, (self._base or self).config))
 
+    @checked_keywords
     def use(self, name: str | None) -> Llama:
         """A view of this model with one of `adapters` applied, or with none.
 
@@ -181,6 +183,7 @@ class Llama:
         where = "one device" if self.mesh is None else f"mesh {dict(self.mesh.shape)}"
         return f"Llama({self.config.num_params:,} parameters, {self.engine.dtype}, {where})"
 
+    @checked_keywords
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> jax.Array:
         """Logits (B, T, V) in float32 of token ids (B, T). Each row starts at position 0.
 
@@ -199,6 +202,7 @@ class Llama:
         padded_BT[:, :T] = tokens_BT
         return self.engine.logits(padded_BT)[:, :T]
 
+    @checked_keywords
     def hidden(
         self,
         texts: Prompt | Prompts,
@@ -244,6 +248,7 @@ class Llama:
     @overload
     def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> list[Result]: ...
 
+    @checked_keywords
     def generate(
         self,
         prompts: Prompt | Prompts,
@@ -307,6 +312,7 @@ class Llama:
             grouped.append(best if count > 1 else best[0])
         return grouped[0] if single else grouped
 
+    @checked_keywords
     def stream(
         self, prompt: Prompt, *, seed: int = 0, parse_special: bool | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[str] | Iterator[int]:
@@ -342,6 +348,7 @@ class Llama:
         **options: Any,
     ) -> list[Result]: ...
 
+    @checked_keywords
     def chat(
         self,
         messages: Any,
@@ -358,7 +365,8 @@ class Llama:
         unchanged, and is then encoded as the generated ids. A list of dialogs gives a list of results. A dialog that
         continues one of the last call reuses that call's cache.
         """
-        single = not messages or isinstance(messages[0], Mapping)
+        several = isinstance(messages, Sequence) and not isinstance(messages, str) and bool(messages)
+        single = not several or isinstance(messages[0], Mapping)
         dialogs = [messages] if single else list(messages)
         ids = [self.encode_dialog(dialog, tools) for dialog in dialogs]
         if tool_choice is not None:
@@ -370,6 +378,7 @@ class Llama:
         ]
         return found[0] if single else found
 
+    @checked_keywords
     def stream_chat(self, messages: Dialog, *, tools: Sequence[Any] | None = None, **options: Any) -> Iterator[str]:
         """Yields the answer of `chat` in pieces of text. Other arguments are those of `stream`."""
         return self.stream(self.encode_dialog(messages, tools), **self._of_chat(options))
@@ -417,6 +426,7 @@ class Llama:
             path, self.config, leaves, self.metadata, format=format, dtype=dtype, shard_bytes=shard_bytes
         )
 
+    @checked_keywords
     def encode_dialog(self, messages: Dialog, tools: Sequence[Any] | None = None) -> list[int]:
         """The prompt ids of `chat`: the dialog and the header of an answer. ConfigError if it cannot be encoded."""
         if self.tokenizer is None:

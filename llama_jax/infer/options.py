@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.errors import ConfigError, brief, nearest, unknown_argument
 from llama_jax.infer import inputs
 from llama_jax.infer.grammar import KINDS, Constraint
 from llama_jax.infer.request import MAX_STOPS, SPECULATE
@@ -150,8 +150,7 @@ def check_keywords(function: str, options: Mapping[str, Any], more: Sequence[str
     known = (*_KNOWN, *more)
     for name in options:
         if name not in known:
-            near = nearest(name, known) or ";"
-            raise TypeError(f"{function}() has no argument {name!r}{near} allowed: {', '.join(known)}")
+            raise unknown_argument(function, name, known)
 
 
 def as_stop(stop: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_jax.run_keys import DistributedConfig
 
-_HEARTBEAT_S = 15  # a process that is silent for this long is lost: its host has crashed, or the network
+_HEARTBEAT_S = 12  # a process that is silent for this long is lost: its host has crashed, or the network
 _MEETING_S = 24 * 3600  # processes may compile for hours, and a lost one ends the others anyway
 _meetings = itertools.count()
 # Words in the errors of collectives whose other side is gone.

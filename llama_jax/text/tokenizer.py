@@ -133,6 +133,7 @@ class Tokenizer:
         origin = f"{str(self.path)!r}" if self.path else "from memory"
         return f"Tokenizer({origin}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]})"
 
+    @checked_keywords
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special_tokens: bool = False) -> list[int]:
         """Returns the ids of `text`.
 
@@ -163,6 +164,7 @@ class Tokenizer:
         self.check_rows(ids)
         return ids
 
+    @checked_keywords
     def decode(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in Meta's tokenizer.
 
@@ -179,6 +181,7 @@ class Tokenizer:
         data = self.decode_bytes(ids, skip_special=skip_special, continues=continues)
         return data.decode("utf-8", errors="replace")
 
+    @checked_keywords
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False, continues: bool = False) -> bytes:
         """Returns the bytes of `ids`, which may end within a character; otherwise as `decode`."""
         checked = self._check_ids(ids)
@@ -199,6 +202,7 @@ class Tokenizer:
             raise ValueError(f"id {bad} is not in this vocabulary; allowed: 0 to {self.vocab_size - 1}")
         return checked
 
+    @checked_keywords
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the vocabulary as the `tokenizer.model` of Meta's code, atomically.
 
@@ -218,6 +222,7 @@ class Tokenizer:
             )
         write_whole(path, ranks_file(self.vocabulary.tokens))
 
+    @checked_keywords
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the file of `folder` from which `Tokenizer(folder)` reads this tokenizer again; returns its path."""
         return vocabulary_files.write(self.vocabulary, folder)

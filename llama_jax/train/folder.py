@@ -33,7 +33,7 @@ from llama_jax.train.state import TrainState
 from llama_jax.weights import export, lora_params
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
-from llama_jax.weights.formats.huggingface import TOKENIZER_FILES
+from llama_jax.weights.formats.huggingface import GENERATION_FILE, TOKENIZER_FILES
 from llama_jax.weights.locate import absolute
 from llama_jax.weights.model_files import tokenizer_in
 from llama_jax.weights.open import open_source
@@ -96,7 +96,8 @@ class Newest:
         trend: The course of the validation loss up to then.
         position: The number of training rows that its steps took.
         objective: The name of the caller's own loss function, or None.
-        files: SHA-256 of each file of tokenizer and chat template; empty for checkpoints of earlier versions.
+        files: SHA-256 of each file of tokenizer, chat template and sampling defaults; empty for checkpoints of earlier
+            versions.
     """
 
     step: int
@@ -114,7 +115,7 @@ class RunFolder:
     Attributes:
         path: The folder.
         checkpoints: Its checkpoints.
-        files: SHA-256 of each file of tokenizer and chat template, once config.json is written.
+        files: SHA-256 of each file of tokenizer, chat template and sampling defaults, once config.json is written.
     """
 
     def __init__(self, run: RunConfig):
@@ -195,14 +196,14 @@ class RunFolder:
         return TrainState(ema=best, **rest)
 
     def files_intact(self, newest: Newest) -> bool:
-        """True if the tokenizer and the chat template in the folder are those of the checkpoint. Prints differences."""
+        """True if tokenizer, chat template and sampling defaults are those of the checkpoint. Prints which are not."""
         changed = manifest.changed(self.path, newest.files)
         for path in changed:
             say(f"warning: {path} was changed after it was written or is missing: making it again")
         return not changed
 
     def check_files(self, newest: Newest) -> None:
-        """Check that the tokenizer and the chat template are those of the checkpoint; ConfigError otherwise."""
+        """Check tokenizer, chat template and sampling defaults of a resumed run; ConfigError if they are others."""
         for path in manifest.changed(self.path, newest.files):
             raise ConfigError(
                 f"{path} is not the one that the run was started with, and cannot be made again from init_from and the "
@@ -212,10 +213,10 @@ class RunFolder:
     def write_config(self, run: RunConfig, tokenizer: Tokenizer, frozen: str | None) -> None:
         """Write config.json: the run, its tokenizer's fingerprint, the frozen model's identity, and hashes.
 
-        The file contains the hashes of the tokenizer's and the chat template's files and of itself, so that readers
-        notice damage.
+        The file contains the hashes of the files of tokenizer, chat template and sampling defaults, and one of itself,
+        so that readers notice when one of them was damaged.
         """
-        self.files = manifest.digests(self.path, TOKENIZER_FILES)
+        self.files = manifest.digests(self.path, (*TOKENIZER_FILES, GENERATION_FILE))
         if jax.process_index() == 0:
             identities = {"tokenizer_fingerprint": tokenizer.fingerprint, "frozen": frozen, "files": self.files}
             values = {**run.to_dict(), "init_from": absolute(run.init_from), **identities}

@@ -138,6 +138,9 @@ def train(
     for name, function in (("loss", loss), ("on_metrics", on_metrics), ("sampler", sampler)):
         if function is not None and not callable(function):
             raise ConfigError(f"{name} must be a function, got {brief(function)}")
+    if not isinstance(resume, bool) or not isinstance(stop, StopSignal | None):
+        name, value = ("stop", stop) if isinstance(resume, bool) else ("resume", resume)
+        raise ConfigError(f"{name} must be {'a StopSignal' if name == 'stop' else 'True or False'}, got {brief(value)}")
     trackers.check(run)
     with contextlib.nullcontext(stop) if stop else StopSignal() as stop:
         stop.grace = run.checkpoint.grace_seconds

@@ -33,8 +33,9 @@ _REMEDY = "restore it from a backup, or repeat the command that trained the run,
 
 
 def read_run_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of a run folder's config.json. The file and the tokenizer's files are validated against the hashes
-    in it.
+    """The contents of a run folder's config.json, validated against the hash in it.
+
+    The files of tokenizer, chat template and sampling defaults are validated against the hashes in it, too.
 
     Runs of earlier versions have no hashes.
 

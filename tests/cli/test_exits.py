@@ -1,5 +1,6 @@
 """The end of a command: exit statuses, one line for each error, signals, and output that nobody reads."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.processes import default_signals
-from llama_jax.cli import exits
+from llama_jax.cli import exits, supervise
 from llama_jax.errors import ConfigError
 
 
@@ -65,6 +66,19 @@ def test_a_signal_ends_the_process_with_one_line(number, status):
         running.send_signal(number)
         assert running.wait(timeout=20) == status
         assert running.stderr.read().strip().startswith("stopped by ")
+
+
+def test_the_errors_of_the_runtime_are_held_back_and_nothing_else(monkeypatch):
+    log = b"1126 21:00:00.123456   12 client.h:80] "
+    ours = [b"step 1\n", b"error: a file is full\n", b"stopping after this step\n", b"0.5 GB\n"]
+    theirs = [b"E" + log + b"one\n", b"\n", b"RPC: two\n", b"F" + log + b"three\n", b"\n", b"*** stack trace: ***\n"]
+    warning = b"W" + log + b"slow\n"
+    written = []
+    monkeypatch.setattr(supervise, "write_error", written.append)
+    lines = [warning, ours[0], *theirs[:3], ours[1], theirs[0], ours[2], warning, ours[3], *theirs[3:]]
+    held = supervise._relayed(io.BytesIO(b"".join(lines)))
+    assert written == ours
+    assert held == b"".join([warning, *theirs[:3], theirs[0], warning, *theirs[3:]])
 
 
 def test_a_full_or_closed_output_ends_without_a_traceback():

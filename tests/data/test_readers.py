@@ -182,6 +182,14 @@ def test_a_column_that_is_compressed_too_well_is_refused(tmp_path, small):
         read(path)
 
 
+def test_a_dictionary_that_repeats_one_text_is_refused(tmp_path, small):
+    indices = pa.array([0] * 2000, type=pa.int32())
+    column = pa.DictionaryArray.from_arrays(indices, pa.array(["x" * 500]))
+    path = table_of(tmp_path / "a.parquet", {"text": column})
+    with pytest.raises(ValueError, match=r"a\.parquet: its rows are more than 100 times as large as the file"):
+        read(path)
+
+
 def test_columns_without_a_meaning_are_not_read(tmp_path):
     path = table_of(tmp_path / "a.parquet", {"text": ["a", "b"], "id": broken_text([b"\xff", b"\xfe"]), "n": [1, 2]})
     assert [d.text for d in read(path)] == ["a", "b"]

@@ -54,12 +54,35 @@ def test_a_mesh_is_sizes_by_axis():
         (lambda llama: llama.generate("x", tempreture=1), "generate() has no argument 'tempreture'; did you mean"),
         (lambda llama: llama.stream("x", n=2), "stream() has no argument 'n'"),
         (lambda llama: llama.save("x", "hf", shard=3), "save() has no argument 'shard'"),
+        (lambda llama: llama.generate("x", num_return_sequences=2), "did you mean 'n'? allowed: "),
+        (lambda llama: llama_jax.load("x", device_map="auto"), "did you mean 'mesh'? allowed: source, dtype"),
     ],
 )
 def test_an_unknown_argument_is_named_with_the_nearest(llama, call, words):
     with pytest.raises(TypeError) as caught:
         call(llama)
     assert words in str(caught.value) and "allowed: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda llama: llama.generate(),
+            "generate(): missing a required argument: 'prompts'; its arguments are prompts",
+        ),
+        (
+            lambda llama: llama.save("x", "hf", 5),
+            "save(): too many positional arguments; its arguments are path, format",
+        ),
+        (lambda llama: llama.tokenizer.encode(), "encode(): missing a required argument: 'text'"),
+        (lambda llama: configs.ModelConfig(), "ModelConfig(): missing a required argument: 'vocab_size'"),
+    ],
+)
+def test_a_wrong_call_names_the_arguments(llama, call, words):
+    with pytest.raises(TypeError) as caught:
+        call(llama)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +105,9 @@ def test_a_method_says_what_its_arguments_may_be(llama, call, words):
     with pytest.raises(ConfigError) as caught:
         call(llama)
     assert words in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("messages", ["hi", {"role": "user", "content": "x"}, None, 5])
+def test_a_dialog_is_a_list_of_messages(llama, messages):
+    with pytest.raises(ValueError, match=r"messages must be a list of dicts such as .*, got .*\("):
+        llama.chat(messages)

@@ -46,6 +46,7 @@ def test_no_flipped_bit_of_many_changes_a_result_in_silence(tmp_path, base, lora
         ("config.json", '"alpha": 16.0', '"alpha": 26.0'),
         ("tokenizer_config.json", "content", "bontent"),
         ("tokenizer.model", "dGg= 256", "dGk= 256"),
+        ("generation_config.json", '"bos_token_id": 264', '"bos_token_id": 265'),
     ],
 )
 def test_a_changed_file_is_named_by_readers_and_written_again_by_training(drill, name, old, new):

@@ -73,6 +73,8 @@ def test_wrong_arguments_are_named(tmp_path):
         train(run, recods=[])
     with pytest.raises(ConfigError, match="run must be a RunConfig, or a dict of its keys, got 'runs/x'"):
         train("runs/x")
+    with pytest.raises(ConfigError, match="resume must be True or False, got 'no'"):
+        train(text_run(tmp_path), resume="no")
     with pytest.raises(ConfigError, match="loss must be a function, got 'sft'"):
         train(run, loss="sft")
 

@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_GENERATION = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
 # The sampling settings of generation_config.json. SamplingParams has the same names.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -84,11 +84,11 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    generation = _read_generation(folder / _GENERATION)
+    generation = _read_generation(folder / GENERATION_FILE)
     return Metadata(
         bos_token=_bos_token(config),
-        stop_tokens=_stop_tokens(generation, folder / _GENERATION) or _stop_tokens(config, path),
-        sampling=_sampling_defaults(generation, folder / _GENERATION),
+        stop_tokens=_stop_tokens(generation, folder / GENERATION_FILE) or _stop_tokens(config, path),
+        sampling=_sampling_defaults(generation, folder / GENERATION_FILE),
         chat_template=_chat_template(folder),
         tokenizer_files=tokenizer_files(folder),
         token_ids={key: config[key] for key in _TOKEN_IDS if key in config},
@@ -234,7 +234,7 @@ def _save_weights(
 
 def write_generation_config(folder: Path, metadata: Metadata) -> None:
     """Writes generation_config.json: the one that the model came with, or a new one from its metadata."""
-    write_json(folder / _GENERATION, _generation(metadata) if metadata.generation is None else metadata.generation)
+    write_json(folder / GENERATION_FILE, _generation(metadata) if metadata.generation is None else metadata.generation)
 
 
 def _generation(metadata: Metadata) -> Mapping[str, Any]:
