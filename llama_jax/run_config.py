@@ -281,6 +281,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 # Names of keys in other trainers: transformers, TRL, peft, torchtitan, and common short forms.
 _ALIASES = {
     "init_from": "model_name_or_path base_model initial_load_path hf_assets_path",
+    "model.name": "flavor",
     "output": "output_dir dump_folder",
     "data.train": "dataset dataset_name dataset_path train_file train_dataset",
     "data.validation": "validation_file eval_dataset",
@@ -341,12 +342,13 @@ def _near_key(name: str, known: Sequence[str], siblings: Sequence[str], sections
 
     The right name in another section is the nearest; then come those of its own section, and then those of any.
     """
-    last = name.rpartition(".")[2].replace("-", "_")
-    if last in _BY_ALIAS:
-        return _BY_ALIAS[last]
+    *others, last = name.replace("-", "_").split(".")
+    for part in (last, *others):
+        if part in _BY_ALIAS and part not in sections:
+            return _BY_ALIAS[part]
     by_last = {k.rpartition(".")[2]: k for k in (*known, *sections, *siblings)}
     own = {k.rpartition(".")[2]: k for k in siblings}
-    for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.6)):
+    for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.65)):
         if near := difflib.get_close_matches(last, list(candidates), n=1, cutoff=cutoff):
             return candidates[near[0]]
     return None

@@ -22,6 +22,16 @@ COMMANDS = {
     "plan": "print what a training run would need on TPUs or GPUs that need not be here",
     "inspect": "print what a model is, or what a run would learn from",
 }
+# Commands of other programs, by the command here.
+_ALIASES = {
+    "train": "finetune fine-tune sft dpo pretrain",
+    "infer": "chat generate run cli sample complete",
+    "convert": "quantize export merge save",
+    "eval perplexity": "perplexity",
+    "eval harness": "lm-eval lm_eval",
+    "eval compare": "compare",
+}
+_BY_ALIAS = {alias: command for command, aliases in _ALIASES.items() for alias in aliases.split()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,7 +64,8 @@ def choose(command: str, argv: Sequence[str], choices: Mapping[str, str], descri
         print(parser.version())
         return None
     if argv[0] not in choices:
-        near = nearest(argv[0], list(choices), cutoff=0.6)
+        meant = "" if command else _BY_ALIAS.get(argv[0])
+        near = f"; did you mean {meant!r}?" if meant else nearest(argv[0], list(choices), cutoff=0.6)
         raise ConfigError(f"{program} has no command {brief(argv[0])}{near or ';'} commands: {', '.join(choices)}")
     return argv[0]
 

@@ -57,6 +57,7 @@ def _perplexity_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="files (.txt, .md, .jsonl, .parquet, .gz), folders, patterns, hf://datasets/..., or stdlib:validation. Of "
         "texts every token counts; of dialogs and completions the answers, as in training",
     )
+    flags.aliases |= {"-f": "--text", "--file": "--text"}
     add("--context", type=parser.whole(1), metavar="N", help="tokens of a window (default: 2048, or the model's own)")
     add("--stride", type=parser.whole(1), metavar="N", help="tokens between windows (default: half of --context)")
     add("--json", action="store_true", help="print one JSON object")

@@ -43,6 +43,15 @@ _ALIASES = {
     "--interactive": "--chat",
     "-b": "--batch_size",
 }
+_REFUSED = {
+    "-no-cnv": "--prompt continues a text without a dialog; leave it out",
+    "--no_conversation": "--prompt continues a text without a dialog; leave it out",
+    "-i": "write --chat",
+    "-e": "the shell writes line breaks: --prompt $'a\\nb'",
+    "--color": "there are no colors; leave it out",
+    "--log_disable": "write --quiet",
+    "--grammar_file": "write --grammar, whose syntax is that of Lark and not GBNF, or --json_schema",
+}
 _DRAFT = "small model of the same vocabulary, for --speculate draft: as --model"
 _MOST_BYTES = 1 << 30  # of a file of prompts or messages
 
@@ -56,6 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_model_flags(flags)
     flags.add_argument("--draft", type=parser.path, metavar="PATH", help=_DRAFT)
     flags.aliases |= _ALIASES
+    flags.refused |= _REFUSED
     options = flags.parse(argv)
     if options.model is None:
         flags.error(f"no model: give --model PATH, {parser.MODEL}")

@@ -114,6 +114,8 @@ class Parser(argparse.ArgumentParser):
         if plain in self.refused:
             raise ConfigError(f"{name} is not a flag of {self.prog}: {self.refused[plain]}")
         flag = self.aliases.get(plain, plain)
+        if (flag == "--model" or plain == "-m") and flag not in self._option_string_actions:
+            raise ConfigError(f"{name} is not a flag of {self.prog}: give the model without a flag")
         return flag if flag in self._option_string_actions else None
 
     def _unknown(self, arg: str) -> NoReturn:
@@ -266,10 +268,19 @@ mesh = _typed(_mesh, "AXIS=N,...", shown="such as data=1,tensor=2")
 
 # Flags that commands share.
 
-_MODEL_ALIASES = {"-m": "--model", "--lora": "--adapter", "--chat_template": "--chat_format"}
+_MODEL_ALIASES = {
+    "-m": "--model",
+    "-hf": "--model",
+    "--hf_repo": "--model",
+    "--lora": "--adapter",
+    "--chat_template": "--chat_format",
+}
 _ONE_CACHE = "the KV cache is as long as the prompt and --max_new_tokens need"
 _ALL_LAYERS = "all layers run on the accelerator if there is one; --mesh chooses devices, JAX_PLATFORMS=cpu the CPU"
 _THREADS = "XLA takes all cores; taskset limits them"
+_MEMORY = "weights are read into memory, and never mapped from the file"
+_ATTENTION = "the fastest attention of the device is chosen; leave it out"
+_ALWAYS = "it is always on; leave it out"
 _REFUSED = {
     "-ngl": _ALL_LAYERS,
     "--gpu_layers": _ALL_LAYERS,
@@ -281,6 +292,13 @@ _REFUSED = {
     "--max_model_len": _ONE_CACHE,
     "-t": _THREADS,
     "--threads": _THREADS,
+    "--mlock": _MEMORY,
+    "--no_mmap": _MEMORY,
+    "-fa": _ATTENTION,
+    "--flash_attn": _ATTENTION,
+    "--attn_implementation": _ATTENTION,
+    "--jinja": f"the chat template is used: {_ALWAYS}",
+    "--trust_remote_code": "no code of a model is run; leave it out",
     "--tensor_parallel_size": "write --mesh tensor=N",
     "--load_in_8bit": "write --quantize int8",
     "--load_in_4bit": "write --quantize int4",

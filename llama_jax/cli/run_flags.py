@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from llama_jax.cli import recipes
 from llama_jax.cli.parser import Parser
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, brief
 from llama_jax.run_config import RunConfig, describe, differences, kind_of, known_keys, unknown_key
 
 _EXAMPLES = """\
@@ -37,7 +37,9 @@ class _RunParser(Parser):
 
     def _unknown(self, arg: str) -> NoReturn:
         if not arg.startswith("-"):
-            self.error(f"unexpected argument {arg}: keys are set with --config.KEY=VALUE")
+            recipe = arg.endswith(".py") or arg in recipes.names()
+            hint = f"; did you mean --config {arg}?" if recipe else ": keys are set with --config.KEY=VALUE"
+            self.error(f"unexpected argument {brief(arg)}{hint}")
         try:
             super()._unknown(arg)
         except ConfigError as error:

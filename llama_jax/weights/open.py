@@ -47,7 +47,9 @@ def open_source(name: str | os.PathLike[str]) -> Source:
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         near = nearest(str(name), list(packaged_models.PACKAGES)) or nearest(path.name, siblings)
-        raise ConfigError(f"model {str(name)!r} does not exist{near}; give {ALLOWED}")
+        if path.is_symlink():
+            raise ConfigError(f"model {str(name)!r} is a link to {os.readlink(path)!r}, which does not exist")
+        raise ConfigError(f"model {str(name)!r} does not exist{near or ';'} give {ALLOWED}")
     if peft.is_adapter(path):
         raise ConfigError(
             f"{path} is an adapter of {peft.base_of(path)}, not a model: give that as the model, this as its "

@@ -12,7 +12,8 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax.cli import chat, exits, infer
+from llama_jax.cli import chat, commands, exits, infer
+from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
 
@@ -153,6 +154,8 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--temprature", "1"], "unknown argument '--temprature'; did you mean '--temperature'?"),
         (["--prompt", "a", "--max_new_token=3"], "did you mean '--max_new_tokens'?"),
         (["--prompt", "a", "--server"], "unknown argument '--server' (llama-jax infer --help"),
+        (["--prompt", "a", "-no-cnv"], "-no-cnv is not a flag of llama-jax infer: --prompt continues a text without a"),
+        (["--prompt", "a", "--flash-attn"], "--flash-attn is not a flag of llama-jax infer: the fastest attention"),
         (["--prompt", "a", "-ngl", "99"], "-ngl is not a flag of llama-jax infer: all layers run on the accelerator"),
         (["--prompt", "a", "--n-gpu-layers=99"], "all layers run on the accelerator"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
@@ -190,6 +193,25 @@ def test_a_mistake_is_one_line_and_status_2(run, argv, message):
     status, out, err = run(*argv)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["perplexity"], "did you mean 'eval perplexity'?"),
+        (["quantize", "a", "b"], "did you mean 'convert'?"),
+        (
+            ["eval", "perplexity", "-m", "x"],
+            "-m is not a flag of llama-jax eval perplexity: give the model",
+        ),
+        (["inspect", "--model", "x"], "--model is not a flag of llama-jax inspect: give the model without a flag"),
+        (["train", "quickstart"], "unexpected argument 'quickstart'; did you mean --config quickstart?"),
+    ],
+)
+def test_commands_of_other_programs_are_answered(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        commands.main(argv)
+    assert message in str(caught.value)
 
 
 def test_a_bad_line_of_a_prompt_file_is_named(run, tmp_path):
@@ -259,7 +281,7 @@ def test_json_that_is_nested_deeply_is_refused_in_one_line(run, tmp_path):
     deep.write_text("[" * 200_000 + "]" * 200_000)
     for flag in ("--messages", "--prompt_file"):
         status, out, err = run(flag, str(deep))
-        assert (status, out) == (2, "") and "is nested too deeply" in err and err.count("\n") == 1
+        assert (status, out) == (2, "") and "is not JSON: it is nested too deeply" in err and err.count("\n") == 1
 
 
 def test_the_commands_of_a_chat(run, small, tmp_path):

@@ -69,6 +69,8 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.optimizer.lerning_rate=1"], "unknown key 'optimizer.lerning_rate': did you mean 'optimizer.lear"),
         (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
         (["--config.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--activation_checkpoint.mode=full"], "did you mean 'train.remat'?"),
+        (["--float8.enable=1"], "no known name is near."),
         (["--config.train.batch_size=1"], "did you mean 'data.batch_size'?"),
         (["--config.train=1"], "train is a section: set one of train.objective, train.steps"),
         (["--config.train.steps"], "--config.train.steps=VALUE"),
@@ -89,7 +91,7 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.data.sequence_length=999999"], "is more than model.max_seq_len"),
         (["--steps=5"], "steps"),
         (["--resum"], "resum"),
-        (["more"], "unexpected argument more: keys are set with --config.KEY=VALUE"),
+        (["more"], "unexpected argument 'more': keys are set with --config.KEY=VALUE"),
     ],
 )
 def test_a_wrong_flag_is_named(tmp_path, arguments, words):
