@@ -16,13 +16,18 @@ CONFIG = dataclasses.replace(
 )
 
 
+def lazy(array):
+    """A numpy array as a lazy tensor."""
+    return of_array(lambda: array, array.dtype, array.shape)
+
+
 def random_leaves(config=CONFIG, seed=0):
     """Random float32 tensors by path."""
     rng = np.random.default_rng(seed)
 
     def leaf(weight):
         array = (rng.standard_normal(weight.shape) * 0.1).astype(np.float32)
-        return of_array(lambda: array, array.dtype, array.shape)
+        return lazy(array)
 
     return {weight.path: leaf(weight) for weight in name_table.weights(config, "huggingface")}
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from helpers.paths import ROOT
-from helpers.tokenizers import GOLDEN, digest, small_tokenizer
+from helpers.tokenizers import GOLDEN, digest
 from llama_jax.errors import ConfigError
 from llama_jax.text import StreamDecoder, Tokenizer, train_bpe
 from llama_jax.text.bpe_training import _trained_model
@@ -24,12 +24,6 @@ from llama_jax.text.byte_pairs import metas_pieces
 STRINGS = {name: case["text"] for name, case in GOLDEN["strings"].items()}
 SURROGATES = {"lone_surrogates"}
 BYTES = {bytes([i]): i for i in range(256)}
-
-
-@pytest.fixture(scope="module")
-def small() -> Tokenizer:
-    """The small vocabulary with which Meta's code made half of the golden ids."""
-    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
