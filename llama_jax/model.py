@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import parallel
 from llama_jax.cache import KVCache, Leaf, Window, window, write
@@ -27,13 +24,10 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
 from llama_jax.ops.attention import Call, attention
-from llama_jax.params import BY_PATH, Params, check_params
+from llama_jax.ops.remat import REMAT, product, with_remat
+from llama_jax.params import BY_PATH, Params, check_params, unstack
 
 LayerCache = tuple[Leaf, Leaf]
-
-# Values that a block keeps for its backward pass: all; the results of matrix products and of attention; those of
-# attention alone, on the device or in the host's memory; or only its input.
-REMAT = ("none", "dots", "attention", "offload", "full")
 
 
 @jax.tree_util.register_dataclass
@@ -62,12 +56,11 @@ def _weight(params: Params, *path: str) -> nnx.Param:
 
 
 def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
-    return checkpoint_name(linear_ops.linear(x, w.get_value(), w.axes), "product")
+    return product(linear_ops.linear(x, w.get_value(), w.axes))
 
 
 def _linears(x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
-    products = linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights])
-    return [checkpoint_name(product, "product") for product in products]
+    return [product(y) for y in linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights])]
 
 
 class RMSNorm(nnx.Module):
@@ -164,34 +157,9 @@ class Decoder(nnx.Module):
         elif cache is None:
             x_BTD = _unroll(self.config, self.layers, x_BTD, where, remat)
         else:
-            x_BTD, cache = _unroll_cached(self.config, self._each_layer(), x_BTD, where, cache)
+            x_BTD, cache = _unroll_cached(self.config, self.layers, x_BTD, where, cache)
         with jax.named_scope("norm"):
             return self.norm(x_BTD), cache
-
-    def _each_layer(self) -> Sequence[Params]:
-        if not isinstance(self.layers, dict):
-            return self.layers
-        return [jax.tree.map(operator.itemgetter(i), self.layers) for i in range(self.config.num_layers)]
-
-
-def _with_remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wraps a layer so that its backward pass recomputes all values that `remat` does not keep (see REMAT)."""
-    if remat == "none":
-        return function
-    policies = jax.checkpoint_policies
-    if remat == "dots":
-        return jax.checkpoint(function, policy=policies.save_only_these_names("product", "attention"))
-    if remat == "attention":
-        return jax.checkpoint(function, policy=policies.save_only_these_names("attention"))
-    if remat == "offload":
-        offload = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["attention"],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-        return jax.checkpoint(function, policy=offload)
-    return jax.checkpoint(function)
 
 
 def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
@@ -201,7 +169,7 @@ def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, r
         def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
             return Block(config, layer)(x_BTD, where, None)[0], None
 
-        return jax.lax.scan(_with_remat(body, remat), x_BTD, layers)[0]
+        return jax.lax.scan(with_remat(body, remat), x_BTD, layers)[0]
 
     return parallel.pipeline(run, layers, x_BTD, where)
 
@@ -209,7 +177,7 @@ def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, r
 def _unroll(config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
     """Runs unrolled layers one after the other, without a cache."""
     for layer in layers:
-        x_BTD = _with_remat(lambda x_BTD, layer: Block(config, layer)(x_BTD, where, None)[0], remat)(x_BTD, layer)
+        x_BTD = with_remat(lambda x_BTD, layer: Block(config, layer)(x_BTD, where, None)[0], remat)(x_BTD, layer)
     return x_BTD
 
 
@@ -282,6 +250,7 @@ def forward(
     check_params(config, params)
     at = None
     if cache is not None:
+        params = unstack(params)  # each layer updates cache arrays of its own
         at = window(cache, positions_BT, None if segments_BT is None else segments_BT > 0, bound=bound)
         segments_BT = None
     where = Where(positions_BT, segments_BT, at, *rope.rotations(config, positions_BT))
