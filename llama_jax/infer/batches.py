@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_QUIET_BATCHES = 3
+
 
 def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:
     """The indices of requests, grouped into batches of at most `size`, the longest requests first.
@@ -13,6 +15,14 @@ def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def shows_bar(count: int, size: int, progress: bool | None) -> bool:
+    """True if a progress bar is shown for `count` requests in batches of `size`.
+
+    `progress` decides it. None shows a bar for more than three batches.
+    """
+    return count > _QUIET_BATCHES * size if progress is None else progress
 
 
 def power_of_two(n: int, least: int = 1) -> int:

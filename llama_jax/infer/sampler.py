@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_jax.errors import ConfigError, brief
-from llama_jax.infer.batches import power_of_two
+from llama_jax.infer.batches import power_of_two, shows_bar
 from llama_jax.infer.engine import Engine
 from llama_jax.infer.grammar import Grammars
 from llama_jax.infer.options import Options, resolve
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 _STREAM_STEPS = 8  # most steps in a dispatch of a stream: text appears often, and the host's overhead is small
-_QUIET_BATCHES = 3
+
 _LEAST_LENGTH = 16
 
 
@@ -123,7 +123,7 @@ class Sampler:
 
     def run(self, requests: Sequence[Request], rows: int, progress: bool | None) -> list[Result]:
         """The results of requests, in their order, with at most `rows` of them in the batch at a time."""
-        shown = len(requests) > _QUIET_BATCHES * rows if progress is None else progress
+        shown = shows_bar(len(requests), rows, progress)
         results: dict[int, Result] = {}
         with progress_bar(len(requests), "generating", unit="prompt", shown=shown, delay=0) as bar:
             for i, result in self.results(requests, rows):
