@@ -144,7 +144,7 @@ class Header:
             raise ValueError(f"{self.file.path}: {what} is an array of type {kind}; an array holds numbers or strings")
         self.require(count * dtype.itemsize, what)
         array = np.empty(count, dtype)
-        self.file.read_into(memoryview(array.view(np.uint8)), self.at)
+        self.file.read_into(array.view(np.uint8).data, self.at)
         self.at += array.nbytes
         return np.not_equal(array, 0, out=array.view(np.bool_)) if kind == BOOL else array
 

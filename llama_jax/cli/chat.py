@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import ConfigError, nearest, one_line
+from llama_jax.errors import nearest, one_line
 from llama_jax.files import expanded, read_small, write_json
+from llama_jax.text.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -36,8 +37,8 @@ _MOST_BYTES = 100_000_000  # of a file of /load
 
 def run(llama: Llama, system: str | None, settings: Mapping[str, Any], *, verbose: bool = False) -> int:
     """Talk until /quit or the end of the input, and return the exit status."""
-    if llama.tokenizer is None:
-        raise ConfigError("--chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+
+    require_tokenizer(llama.tokenizer, "--chat")
     return Chat(llama, system, settings, speed=verbose).run(_reader())
 
 
@@ -121,7 +122,8 @@ class Chat:
             pass
         print(flush=True)
         if self._speed:
-            tokens, seconds = len(self._llama.tokenizer.encode(answer)), time.perf_counter() - start
+            tokenizer = require_tokenizer(self._llama.tokenizer, "--chat")
+            tokens, seconds = len(tokenizer.encode(answer)), time.perf_counter() - start
             _say(f"[{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 

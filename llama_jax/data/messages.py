@@ -188,8 +188,9 @@ def _learn(item: Mapping[str, Any], role: str, where: str) -> bool:
 def _reasoning(item: Mapping[str, Any], blocks: list[dict[str, Any]], role: str, where: str) -> str | None:
     """The reasoning before an answer: in a key of the message, or in Anthropic's blocks of thinking."""
     texts = [(key, item[key]) for key in REASONING if item.get(key) not in (None, "")]
-    thoughts = [block.get("thinking") for block in blocks if block.get("type") == "thinking"]
-    if thoughts and all(isinstance(thought, str) for thought in thoughts):
+    thinking = [block.get("thinking") for block in blocks if block.get("type") == "thinking"]
+    thoughts = [thought for thought in thinking if isinstance(thought, str)]
+    if thoughts and len(thoughts) == len(thinking):
         texts.append(("thinking", "\n\n".join(thoughts)))
     for key, text in texts:
         if not isinstance(text, str):

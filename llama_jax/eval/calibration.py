@@ -7,7 +7,7 @@ llama.cpp calls these mean squares an importance matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,6 +20,7 @@ from llama_jax.eval.sliding_window import Sample, counted_ids
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
+from llama_jax.text.tokenizer import require_tokenizer
 from llama_jax.weights import name_table
 from llama_jax.weights.quantize import bits_of, rounder
 
@@ -47,15 +48,14 @@ def importance(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS) 
     leaves = jax.tree.leaves(llama.params, is_leaf=lambda a: isinstance(a, (QTensor, LoraTensor)))
     if llama.mesh is not None or any(isinstance(leaf, (QTensor, LoraTensor)) for leaf in leaves):
         raise ConfigError("calibration needs the plain weights on one device: load them with quantize='none'")
-    if llama.tokenizer is None:
-        raise ConfigError("calibration needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+    require_tokenizer(llama.tokenizer, "calibration")
     paths = {
         id(name_table.get(llama.params, weight.path)): weight.path
         for weight in name_table.weights(llama.config, "huggingface")
     }
     sums: dict[name_table.Path, jax.Array] = {}
 
-    def observe(x: jax.Array, w: jax.Array) -> None:
+    def observe(x: jax.Array, w: linear.Weight) -> None:
         path = paths[id(w)]
         sums[path] = sums.get(path, 0) + jnp.sum(jnp.square(x.astype(jnp.float32)).reshape(-1, x.shape[-1]), axis=0)
 
@@ -75,7 +75,7 @@ def importance(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS) 
     return {path: np.asarray(total) / count for path, total in sums.items()}
 
 
-def _windows(llama: Llama, texts: Sequence[Sample], length: int):
+def _windows(llama: Llama, texts: Sequence[Sample], length: int) -> Iterator[list[int]]:
     for sample in texts:
         ids, _ = counted_ids(llama, sample)
         for start in range(0, len(ids), length):

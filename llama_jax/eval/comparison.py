@@ -23,6 +23,7 @@ from llama_jax.eval.judges import Case, Judge, Prompt
 from llama_jax.infer import inputs
 from llama_jax.infer.load import load
 from llama_jax.progress import progress_bar
+from llama_jax.text.tokenizer import require_tokenizer
 from llama_jax.weights.formats import peft
 from llama_jax.weights.open import open_source
 
@@ -130,9 +131,11 @@ def compare(
     _check(asked, prompts, judge, judge_function, judge_model)
     inputs.as_whole(batch_size, "batch_size")
     inputs.as_sampling({"temperature": asked.temperature}, inputs.SamplingParams())
-    by_function = judges.by_function(judge_function) if judge == "function" else None
+
+    by_function = judges.by_function(judge_function) if judge_function is not None else None
     folder = _open(Path(out), asked, prompts)
-    opened = {"mesh": mesh, "dtype": asked.dtype, "quantize": asked.quantize}
+
+    opened: dict[str, Any] = {"mesh": mesh, "dtype": asked.dtype, "quantize": asked.quantize}
     answers = {
         side: _answers(folder, side, asked, prompts, opened, batch_size=batch_size, progress=progress) for side in "ab"
     }
@@ -141,7 +144,7 @@ def compare(
     verdicts = {line["number"]: line for line in _lines(folder / "verdicts.jsonl") if line["judge"] == identity}
     pending = [case for case in cases if case.number not in verdicts]
     if pending:
-        if judge == "model":
+        if judge_model is not None:
             decide: Judge = judges.by_model(_asker(load(judge_model, **opened), batch_size), batch_size=batch_size)
         elif judge == "person":
             decide = judges.by_person(seed=asked.seed, total=len(cases))
@@ -194,7 +197,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
 def _prompt(value: Any, place: str) -> Prompt:
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise ConfigError(f'{place} must be a text, or an object with either "prompt" or "messages"')
-    asked = value.get("prompt", value.get("messages"))
+    asked: Any = value.get("prompt", value.get("messages"))
     if "prompt" in value and not (isinstance(asked, str) and asked):
         raise ConfigError(f'{place}: "prompt" must be a text that is not empty')
     if "messages" in value and not (isinstance(asked, list) and asked and all(isinstance(m, dict) for m in asked)):
@@ -301,14 +304,13 @@ def _answers(
 
 
 def _ids(llama: Llama, prompt: Prompt, asked: Asked) -> list[int]:
-    if llama.tokenizer is None:
-        raise ConfigError("a comparison needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+    tokenizer = require_tokenizer(llama.tokenizer, "a comparison")
     messages = prompt.asked
     if isinstance(messages, str) and asked.chat:
         messages = [{"role": "user", "content": messages}]
     try:
         if isinstance(messages, str):
-            ids = llama.tokenizer.encode(messages, bos=True)
+            ids = tokenizer.encode(messages, bos=True)
         else:
             ids = llama.encode_dialog(messages)
     except ValueError as error:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
 from llama_jax.eval import lm_eval_requests, scoring
-from llama_jax.text.chat_format import ChatFormat, TemplateFormat
+from llama_jax.text.chat_format import TemplateFormat
+from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.tokenizer import require_tokenizer
 
 try:
     import lm_eval
@@ -57,9 +59,8 @@ class LlamaLM(TemplateLM):
             ConfigError: the model has no tokenizer, or fewer positions than max_length.
         """
         super().__init__()
-        if llama.tokenizer is None:
-            raise ConfigError("lm_eval needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
         self.llama = llama
+        self._tokenizer = require_tokenizer(llama.tokenizer, "lm_eval")
         self.name = name
         self.max_length = scoring.check_length(llama, max_length)
         self.batch_size = batch_size
@@ -73,7 +74,7 @@ class LlamaLM(TemplateLM):
     @property
     def eot_token_id(self) -> int | None:
         """The tokenizer's end-of-text id, or None."""
-        return self.llama.tokenizer.eos_id
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -86,9 +87,7 @@ class LlamaLM(TemplateLM):
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return (
-            lm_eval_requests.decode(self.llama, tokens) if skip_special_tokens else self.llama.tokenizer.decode(tokens)
-        )
+        return lm_eval_requests.decode(self.llama, tokens) if skip_special_tokens else self._tokenizer.decode(tokens)
 
     def _loglikelihood_tokens(
         self,
@@ -144,7 +143,7 @@ class LlamaLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The key of caches of requests: the model's name and the fingerprint of its tokenizer."""
-        return f"{self.name.replace('/', '__')}-{self.llama.tokenizer.fingerprint[:16]}"
+        return f"{self.name.replace('/', '__')}-{self._tokenizer.fingerprint[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template of the model's chat format (Jinja), by which results and caches of requests are named."""
@@ -154,7 +153,7 @@ class LlamaLM(TemplateLM):
             raise ConfigError(
                 f"a model has one chat template, got the name {chat_template!r}: set apply_chat_template without a name"
             )
-        return self._format().template.source(None)
+        return self._template().source(None)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A dialog as a text. Without a generation prompt, its last message is left open, to be continued.
@@ -162,9 +161,9 @@ class LlamaLM(TemplateLM):
         Raises:
             ConfigError: the template refuses the dialog, or cannot be used.
         """
-        chat = self._format()
+        template = self._template()
         try:
-            text = TemplateFormat(self.llama.tokenizer, chat.template).render(
+            text = TemplateFormat(self._tokenizer, template).render(
                 chat_history, add_generation_prompt=add_generation_prompt
             )
         except ValueError as error:
@@ -177,13 +176,14 @@ class LlamaLM(TemplateLM):
             raise ConfigError("the chat template does not write the last message as it is, so it cannot be continued")
         return text[: place + len(last if text.startswith(last, place) else last.strip())]
 
-    def _format(self) -> ChatFormat:
-        if self.llama.chat_format.template is None:
+    def _template(self) -> ChatTemplate:
+        template = self.llama.chat_format.template if self.llama.chat_format else None
+        if template is None:
             raise ConfigError(
                 "the model has no chat template, and its tokenizer lacks the control tokens of Llama 3's chat format: "
                 "give a template with --chat_format FILE"
             )
-        return self.llama.chat_format
+        return template
 
     def get_model_info(self) -> dict[str, Any]:
         """The entries about the model in lm_eval's file of results."""

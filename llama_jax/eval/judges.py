@@ -75,8 +75,8 @@ Judge = Callable[[Sequence[Case]], Iterator[Verdict]]
 def exact(cases: Sequence[Case]) -> Iterator[Verdict]:
     """The judge "exact": an answer wins if it equals a reference and the other does not, without surrounding space."""
     for case in cases:
-        right = case.prompt.reference
-        right = [text.strip() for text in ([right] if isinstance(right, str) else right)]
+        reference = case.prompt.reference or []
+        right = [text.strip() for text in ([reference] if isinstance(reference, str) else reference)]
         a, b = case.a.strip() in right, case.b.strip() in right
         yield Verdict(case.number, "tie" if a == b else "a" if a else "b", {"a_right": a, "b_right": b})
 
@@ -95,7 +95,7 @@ def by_function(place: str) -> Judge:
         near = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise ConfigError(f"--judge_function: no file {file!r}{nearest(file, near)}")
     spec = importlib.util.spec_from_file_location(f"judge_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ConfigError(f"--judge_function: {file} is not a .py file")
     module = importlib.util.module_from_spec(spec)
     try:

@@ -18,10 +18,12 @@ from llama_jax.errors import ConfigError, nearest
 from llama_jax.eval import scoring
 from llama_jax.eval.sliding_window import begin_id, windows
 from llama_jax.infer import inputs
+from llama_jax.infer.batches import shows_bar
 from llama_jax.infer.request import Request
 from llama_jax.progress import progress_bar
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
+from llama_jax.text.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -30,7 +32,6 @@ MAX_GEN_TOKS = 256  # default of tasks, as in HFLM
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 _CUTS = ("top_k", "top_p", "min_p", "repetition_penalty")
 _KNOWN = ("until", "do_sample", "temperature", *_LIMITS, *_CUTS)
-_QUIET_GROUPS = 3
 
 
 def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
@@ -41,14 +42,15 @@ def encode(llama: Llama, text: str, *, begin: bool | None = None) -> list[int]:
         text: any text.
         begin: True puts the begin-of-text token first. None does so if the text does not begin with it.
     """
+    tokenizer = require_tokenizer(llama.tokenizer, "lm_eval")
     if begin is None:
-        return control_tokens.encode_text(llama.tokenizer, text, parse_special=True)
-    return llama.tokenizer.encode(text, bos=begin, special_tokens=True)
+        return control_tokens.encode_text(tokenizer, text, parse_special=True)
+    return tokenizer.encode(text, bos=begin, special_tokens=True)
 
 
 def decode(llama: Llama, ids: Sequence[int]) -> str:
     """The text of ids, without control tokens and without ids that only pad the embedding."""
-    tokenizer = llama.tokenizer
+    tokenizer = require_tokenizer(llama.tokenizer, "lm_eval")
     return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size], skip_special=True)
 
 
@@ -108,7 +110,7 @@ def generate_until(
     max_length = scoring.check_length(llama, max_length)
     batch_size = inputs.as_whole(batch_size, "batch_size")
     ready = [_ask(llama, context, given, seed + i, max_length) for i, (context, given) in enumerate(asks)]
-    shown = len(ready) > _QUIET_GROUPS * batch_size if progress is None else progress
+    shown = shows_bar(len(ready), batch_size, progress)
     with progress_bar(len(ready), "texts", unit="row", shown=shown, delay=0) as bar:
         for i, result in llama.sampler.results(ready, batch_size):
             yield i, _cut(decode(llama, result.tokens), ready[i].stops)
@@ -131,9 +133,10 @@ def _ask(llama: Llama, context: str, given: Mapping[str, Any], seed: int, max_le
     if not all(isinstance(stop, str) for stop in until):
         raise ConfigError(f"until must be a string or a list of strings, got {given['until']!r}")
     tokens = encode(llama, context) or [prefix_id(llama)]
-    end = llama.tokenizer.eos_id
+    tokenizer = require_tokenizer(llama.tokenizer, "lm_eval")
+    end = tokenizer.eos_id
     if end is not None:  # spelled out in plain characters it ends a text as well
-        until = (*until, llama.tokenizer.decode([end]))
+        until = (*until, tokenizer.decode([end]))
     stops = llama.stop_tokens
     return Request(
         tokens=tokens[new - max_length :],

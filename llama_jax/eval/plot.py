@@ -50,8 +50,8 @@ def draw(tallies: Sequence[Tally], path: Path, *, name_a: str, name_b: str, judg
     axes.set_yticks(range(len(rows)), [_short(row.name, 24) for row in rows], fontsize=10)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     names = (f"{_short(name_a)} wins", "tie", f"{_short(name_b)} wins")
     handles = [axes.barh(0, 0, color=color, label=name) for color, name in zip(_COLORS, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)

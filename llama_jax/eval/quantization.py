@@ -27,6 +27,7 @@ from llama_jax.eval.sliding_window import Sample, counted_ids
 from llama_jax.infer.llama import Llama
 from llama_jax.infer.load import load
 from llama_jax.progress import progress_bar
+from llama_jax.text.tokenizer import require_tokenizer
 
 _CONTEXT = 512
 _LOGITS = 1 << 26  # most float32 logits of one model in memory at a time (256 MiB)
@@ -96,10 +97,7 @@ def measure(
     """
     opened = dict(opened or {})
     reference = load(source, **{**opened, "quantize": "none"})
-    if reference.tokenizer is None:
-        raise ConfigError(
-            "this measurement needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder"
-        )
+    require_tokenizer(reference.tokenizer, "measuring quantization")
     context = scoring.check_length(reference, min(context, reference.config.max_seq_len))
     windows = _windows(reference, texts, context)
     candidates = [(name, source, {**opened, "quantize": name}) for name in quantizations]

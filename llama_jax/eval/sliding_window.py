@@ -23,6 +23,7 @@ from llama_jax.eval import scoring
 from llama_jax.infer import inputs
 from llama_jax.text import control_tokens
 from llama_jax.text.record_encoder import NO, RecordEncoder
+from llama_jax.text.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
@@ -96,8 +97,7 @@ def perplexity(
         ConfigError: no tokenizer, no token to predict, a dialog that the chat format cannot encode, or a context or
             stride that is out of range.
     """
-    if llama.tokenizer is None:
-        raise ConfigError("perplexity needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+    require_tokenizer(llama.tokenizer, "perplexity")
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of documents, got one text: give [text]")
     context, stride = _lengths(llama, context, stride)
@@ -156,8 +156,9 @@ def _lengths(llama: Llama, context: int | None, stride: int | None) -> tuple[int
 
 def _warn_of_names(llama: Llama, samples: Sequence[Sample]) -> None:
     """Logs a warning about the first text with the name of a control token, which a rendered dialog would have."""
+    tokenizer = require_tokenizer(llama.tokenizer, "perplexity")
     texts = (s if isinstance(s, str) else s.text for s in samples if isinstance(s, str | Document))
-    if name := next(filter(None, (control_tokens.first_name(llama.tokenizer, text) for text in texts)), None):
+    if name := next(filter(None, (control_tokens.first_name(tokenizer, text) for text in texts)), None):
         _log.warning(
             "warning: a text holds %r, the name of a control token, which is read as plain text: give a dialog as "
             '{"messages": [...]} if it was rendered from one',
@@ -167,15 +168,17 @@ def _warn_of_names(llama: Llama, samples: Sequence[Sample]) -> None:
 
 def counted_ids(llama: Llama, sample: Sample) -> tuple[list[int], np.ndarray]:
     """The ids of a sample, and a mask of those that count."""
+    tokenizer = require_tokenizer(llama.tokenizer, "perplexity")
     if isinstance(sample, (str, Document)):
-        ids = llama.tokenizer.encode(sample if isinstance(sample, str) else sample.text)
+        ids = tokenizer.encode(sample if isinstance(sample, str) else sample.text)
         begin = begin_id(llama)
         ids = ids if begin is None else [begin, *ids]
         return ids, np.arange(len(ids)) > 0
     if not isinstance(sample, (Dialog, Completion)):
         raise ConfigError(f"perplexity is measured on texts, dialogs and completions, got {brief(sample)}")
+    assert llama.chat_format is not None  # every tokenizer has one
     try:
-        ids, targets = encode(sample, RecordEncoder(llama.tokenizer, llama.chat_format, NO), max_length=None)
+        ids, targets = encode(sample, RecordEncoder(tokenizer, llama.chat_format, NO), max_length=None)
     except ValueError as error:
         raise ConfigError(f"{sample.name}: {error}") from None
     counted = np.ones(len(ids), bool) if targets is None else np.array(targets)
@@ -197,12 +200,13 @@ def _targeted(
 
 def _bytes(llama: Llama, ids: Sequence[int], counted: np.ndarray) -> int:
     kept = [i for i, keep in zip(ids, counted, strict=True) if keep]
-    return len(llama.tokenizer.decode_bytes(kept, skip_special=True))
+    tokenizer = require_tokenizer(llama.tokenizer, "perplexity")
+    return len(tokenizer.decode_bytes(kept, skip_special=True))
 
 
 def begin_id(llama: Llama) -> int | None:
     """The id that a text begins after: the tokenizer's token for it, else the one that ends texts, if there is one."""
-    tokenizer = llama.tokenizer
+    tokenizer = require_tokenizer(llama.tokenizer, "a text without a context")
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 

@@ -7,6 +7,7 @@ program, so that each option is first compiled with an empty program.
 from __future__ import annotations
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def _known(device: jax.Device, name: str, value: bool | int | str) -> bool:
     """True if the compiler of a device takes an option."""
     nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x).lower(nothing).compile(compiler_options={name: value})
+        jax.jit(lambda x: x).lower(nothing).compile(compiler_options={name: cast(Any, value)})
     except Exception:  # each platform has its own class of errors here
         return False
     return True

@@ -70,11 +70,12 @@ Computations = dict[str, list[_Instruction]]
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program by kind; bytes are those that leave one device, by ring algorithms."""
     computations, entry = _parse(text)
-    totals = {kind: [0, 0.0, 0.0] for kind in KINDS}
+    counts = dict.fromkeys(KINDS, 0)
+    overlapped, exposed = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     for kind, times, sent, hidden in _walk(computations, entry, 1, False):
-        totals[kind][0] += times
-        totals[kind][1 if hidden else 2] += times * sent
-    return [Collective(kind, *values) for kind, values in totals.items() if values[0]]
+        counts[kind] += times
+        (overlapped if hidden else exposed)[kind] += times * sent
+    return [Collective(kind, counts[kind], overlapped[kind], exposed[kind]) for kind in KINDS if counts[kind]]
 
 
 def kernels(text: str) -> dict[str, int]:

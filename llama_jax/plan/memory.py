@@ -15,11 +15,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
@@ -134,7 +134,7 @@ def _abstract(sizes: tuple[tuple[str, int], ...]) -> parallel.Layout:
     """A sharding layout of devices that need not be present."""
     known = dict(sizes)
     mesh = AbstractMesh(tuple(known.get(axis, 1) for axis in parallel.AXES), parallel.AXES)
-    return parallel.Layout(mesh, "train")
+    return parallel.Layout(cast(Mesh, mesh), "train")
 
 
 def _without_batch(run: RunConfig) -> RunConfig:

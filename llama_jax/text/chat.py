@@ -89,8 +89,9 @@ def encode_dialog(
     if functions:
         listing = "".join(f"{_pretty(function)}\n" for function in functions)
         out.message("user", [TOOLS_BEFORE + listing + TOOLS_AFTER])
+    generated = generated or {}
     for i, message in enumerate(parsed):
-        if i in (generated or {}):
+        if i in generated:
             out.answer(generated[i], spoken=flags[i])
         elif message.role == "assistant":
             out.assistant(message, ipython=ipython, spoken=flags[i])

@@ -122,7 +122,10 @@ class PieceEncoder:
 
 def _with_specials(found: Iterable[Mapping[str, int | None]], specials: Mapping[str, int]) -> list[Mapping[str, int]]:
     """The rounds of names to search for in text if control tokens are encoded too, in the order of `tokenizers`."""
-    rounds = [{name: specials[name] if i is None else i for name, i in names.items()} for names in found]
+
+    rounds: list[Mapping[str, int]] = [
+        {name: specials[name] if i is None else i for name, i in names.items()} for names in found
+    ]
     others = {name: i for name, i in specials.items() if not any(name in names for names in rounds)}
     return [others, *rounds] if others else rounds
 

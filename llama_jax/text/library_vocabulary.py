@@ -67,8 +67,8 @@ class LibraryVocabulary(Vocabulary):
             raise ConfigError("several tokens have the same id")
         added = library.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
-        parts = {"decoder": data.get("decoder"), "unknown": unknown_of(data["model"])}
-        made = cls(contents=contents, specials=specials, **parts, **named(ids))
+        parts: dict[str, Any] = {"decoder": data.get("decoder"), "unknown": unknown_of(data["model"]), **named(ids)}
+        made = cls(contents=contents, specials=specials, **parts)
         made.__dict__["ids"] = ids  # the cached property
         made.__dict__["library"] = _without_controls(library, data, specials)
         return made
@@ -310,7 +310,7 @@ def _decoding_steps(decoder: Any) -> list[Step]:
 
 def _after_space(token: str | bytes) -> str | bytes:
     """The decoding step of a file without a decoder: tokens are joined with spaces."""
-    return f" {token}"
+    return f" {token}" if isinstance(token, str) else b" " + token
 
 
 def _from_byte_chars(token: str | bytes) -> str | bytes:

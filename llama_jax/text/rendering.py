@@ -129,6 +129,7 @@ class _Worker:
         return self.process
 
     def _exchange(self, process: subprocess.Popen[bytes], data: bytes, seconds: float) -> bytes:
+        assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()
@@ -160,8 +161,9 @@ class _Worker:
         if self.process is not None and self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    pipe.close()
         self.process = None
 
 

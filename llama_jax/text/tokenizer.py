@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llama_jax.errors import ConfigError, brief, checked_keywords
 from llama_jax.files import expanded, write_whole
@@ -232,6 +232,13 @@ def _rebuilt(vocabulary: Vocabulary, path: Path | None, rows: int) -> Tokenizer:
     return Tokenizer.from_vocabulary(vocabulary, path).for_model(rows)
 
 
+def require_tokenizer(tokenizer: Tokenizer | None, name: str) -> Tokenizer:
+    """Returns the tokenizer. If there is none, a ConfigError says that `name` needs one."""
+    if tokenizer is None:
+        raise ConfigError(f"{name} needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
+    return tokenizer
+
+
 class StreamDecoder:
     """Decodes ids to text one after the other, without splitting a UTF-8 character.
 
@@ -246,12 +253,11 @@ class StreamDecoder:
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Reads one id or several, and returns the text that they complete. Control tokens give no text."""
-        if not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0:
-            ids = [ids]
-        ids = list(ids)
-        data = self._tokenizer.decode_bytes(ids, skip_special=True, continues=True)
+        several = isinstance(ids, Iterable) and getattr(ids, "ndim", 1) > 0
+        new = list(cast(Iterable[int], ids)) if several else [cast(int, ids)]
+        data = self._tokenizer.decode_bytes(new, skip_special=True, continues=True)
         if data and not self._began:
-            data = self._tokenizer.decode_bytes(ids, skip_special=True)
+            data = self._tokenizer.decode_bytes(new, skip_special=True)
             self._began = True
         return self._utf8.decode(data)
 

@@ -8,6 +8,7 @@ from llama_jax.errors import ConfigError, brief
 from llama_jax.files import expanded, write_whole
 from llama_jax.text.byte_pairs import BytePairs, ranks_file
 from llama_jax.text.formats import gguf, huggingface, meta, sentencepiece
+from llama_jax.text.library_vocabulary import LibraryVocabulary
 from llama_jax.text.piece_vocabulary import PieceVocabulary
 from llama_jax.text.vocabulary import Vocabulary
 
@@ -105,4 +106,5 @@ def write_for_transformers(
     if isinstance(vocabulary, PieceVocabulary):
         sentencepiece.write(vocabulary, folder, model_max_length=model_max_length)
     else:
+        assert isinstance(vocabulary, BytePairs | LibraryVocabulary)
         huggingface.write(vocabulary, folder, model_max_length=model_max_length)

@@ -132,7 +132,7 @@ def with_adapter(config: ModelConfig, params: Params, adapter: AdapterWeights | 
     adapter = adapter or AdapterWeights(config, {})
 
     def leaf(path: name_table.Path) -> jax.Array | QTensor | LoraTensor:
-        base = adapter.whole.get(path)
+        base: jax.Array | QTensor | None = adapter.whole.get(path)
         if base is None:
             source = EMBED if path == UNEMBED and "unembed" not in params else path  # the adapter unties a tied model
             base = base_of(name_table.get(params, source))
@@ -198,6 +198,7 @@ def _lora_rows(base: LazyTensor, lora: LazyLora, rows: slice, *, columns: slice)
 
 def _lazy_factor(base: LazyTensor, lora: LazyLora) -> np.ndarray:
     """DoRA's factors by the formula of `ops.lora.dora_factor`, computed one block of rows at a time."""
+    assert lora.magnitude is not None
     by_rows, whole = lora.magnitude.shape[-1] == 1, tuple(slice(0, n) for n in base.shape)
     squares = []
     for _, part in row_blocks(whole, 4):

@@ -55,11 +55,12 @@ def load_leaves(
     def load(path: name_table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], name_table.get(axes, path)
         pieces, bits = entry.quantized, all_bits.get(path)
+        leaf: jax.Array | QTensor
         if pieces is not None and (pieces.bits == bits or quantize is None):
             leaf = QTensor(*(place(piece, names, piece.dtype, layout) for piece in (pieces.values, pieces.scales)))
         else:
-            leaf = place(entry, names, entry.dtype if dtype is None or bits else np.dtype(dtype), layout)
-            leaf = _quantized(leaf, bits, names, layout) if bits else leaf
+            array = place(entry, names, entry.dtype if dtype is None or bits else np.dtype(dtype), layout)
+            leaf = _quantized(array, bits, names, layout) if bits else array
         leaf = jax.block_until_ready(leaf)
         bar.update(entry.nbytes)
         return leaf

@@ -24,7 +24,7 @@ from llama_jax.params import WEIGHTS, Params, abstract_params, logical_axes
 from llama_jax.run_keys import LoraConfig
 from llama_jax.weights import export, name_table
 from llama_jax.weights.adapters import LazyRows
-from llama_jax.weights.tensor import of_array
+from llama_jax.weights.tensor import LazyTensor, of_array
 
 Updates = dict[str, Any]
 Path = tuple[str, ...]
@@ -131,8 +131,12 @@ def token_rows(settings: LoraConfig, updates: Updates, leaves: name_table.Leaves
     for name, change in updates.get("tokens", {}).items():
         base = [leaves[(name,)].read((slice(i, i + 1),), np.dtype(np.float32)) for i in settings.trained_tokens]
         rows = np.concatenate(base) + export.lazy_array(change).read()
-        found[(name,)] = LazyRows(settings.trained_tokens, of_array(lambda rows=rows: rows, rows.dtype, rows.shape))
+        found[(name,)] = LazyRows(settings.trained_tokens, _in_memory(rows))
     return found
+
+
+def _in_memory(array: np.ndarray) -> LazyTensor:
+    return of_array(lambda: array, array.dtype, array.shape)
 
 
 def _scale(settings: LoraConfig) -> float:

@@ -183,9 +183,10 @@ def pairs_order(head_dim: int) -> np.ndarray:
 
 def get(params: dict[str, Any], path: Path) -> Any:
     """The leaf of unrolled params at `path`."""
+    leaf: Any = params
     for key in path:
-        params = params[key]
-    return params
+        leaf = leaf[key]
+    return leaf
 
 
 def build(config: ModelConfig, leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def bits_of(config: ModelConfig, quantize: str | None) -> dict[name_table.Path, 
 
     Matrices whose row length is not a multiple of 32 are left out.
     """
-    bits = {**BITS, **_LAYERS}.get(quantize or "")
-    chosen = {}
+    bits = {**BITS, **_LAYERS}.get(quantize or "", 0)
+    chosen: dict[name_table.Path, int] = {}
     for weight in name_table.weights(config, "huggingface") if bits else ():
         in_layers = weight.path[0] == "layers"
         if len(weight.shape) == 2 and weight.shape[-1] % quant.GROUP == 0 and (in_layers or quantize in BITS):

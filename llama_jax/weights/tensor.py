@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from llama_jax.files import File
 
@@ -64,7 +65,7 @@ class LazyTensor:
     nbytes: int
     quantized: QuantizedParts | None = None
 
-    def read(self, index: Sequence[slice] | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+    def read(self, index: Sequence[slice] | None = None, dtype: npt.DTypeLike | None = None) -> np.ndarray:
         """Reads the tensor, or a part of it, into new memory that jax can use on a CPU without a copy."""
         whole = tuple(slice(0, n) for n in self.shape)
         part = whole if index is None else (*index, *whole[len(index) :])
@@ -221,7 +222,7 @@ def _read_rows(file: File, start: int, dtype: np.dtype, shape: tuple[int, ...], 
     whole = [i for i, (s, n) in enumerate(zip(index, shape, strict=True)) if s.stop - s.start != n]
     inner = whole[-1] if whole else 0  # the dimensions after this one are read whole
     strides = [math.prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape))]
-    data = memoryview(out.reshape(-1).view(np.uint8))
+    data = out.reshape(-1).view(np.uint8).data
     if not shape:
         file.read_into(data, start)
         return

@@ -50,7 +50,8 @@ def linears(
         arguments += [w.values, w.scales] if isinstance(w, QTensor) else [w]
     shapes = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype) for w in weights]
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
-    return call(*arguments, before=np.int32(before), eps=np.float32(eps), residual=np.int32(residual is not None))
+    flags = {"before": np.int32(before), "eps": np.float32(eps), "residual": np.int32(residual is not None)}
+    return list(call(*arguments, **flags))
 
 
 def attend(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.ops import quant
 from llama_jax.ops.cpu import calls
+from llama_jax.ops.quant import QTensor
 
 _FLOAT = 1e-5  # of the largest result
 
@@ -22,17 +25,17 @@ def against_xla() -> None:
     for kind in ("float32", "bfloat16", 8, 4):
         for dtype in (jnp.float32, jnp.bfloat16):
             for rows in (1, 3, 8):
-                w = normal(50, 608)
-                w = quant.quantize(w, kind) if isinstance(kind, int) else w.astype(kind)
+                plain = normal(50, 608)
+                w = quant.quantize(plain, kind) if isinstance(kind, int) else plain.astype(kind)
                 x = normal(rows, 608).astype(dtype)
                 result = jax.jit(lambda x, w: calls.linears(x, [w], dtype=jnp.float32)[0])(x, w)
-                numbers = quant.dequantize(w, jnp.float32) if isinstance(kind, int) else w.astype(jnp.float32)
+                numbers = quant.dequantize(w, jnp.float32) if isinstance(w, QTensor) else w.astype(jnp.float32)
                 expected = jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
                 _compare(result, expected, _FLOAT, f"linear, {rows} rows, {kind}, {dtype.__name__}")
     _check_attention(normal)
 
 
-def _check_attention(normal) -> None:
+def _check_attention(normal: Callable[..., jax.Array]) -> None:
     q, k, v = normal(2, 6, 64), normal(2, 2, 40, 64), normal(2, 2, 40, 64)
     lengths = jnp.array([40, 7], jnp.int32)
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -45,8 +45,8 @@ def read_ranks(path: Path) -> list[bytes]:
         cut = " (the last line: the file seems cut short)" if number == len(lines) else ""
         try:
             token, rank = _token_and_rank(line)
-        except ValueError as fault:
-            raise ValueError(f"{path}: line {number}: {fault}{cut}; {_remedy_for(data)}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}{cut}; {_remedy_for(data)}") from None
         if token in first_line:
             fault = f"token {token!r} is on line {first_line[token]} already"
             raise ValueError(f"{path}: line {number}: {fault}; {FETCH_AGAIN}")

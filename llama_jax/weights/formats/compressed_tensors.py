@@ -7,6 +7,7 @@ scale for each group of a row; and as `x.weight_shape`. config.json names the bi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,22 +30,21 @@ def config_of(bits: Mapping[str, int | None]) -> dict[str, Any]:
     Matrices of None bits are not quantized.
     """
     ignored = sorted(name for name, number in bits.items() if number is None)
-    bits = {name: number for name, number in bits.items() if number is not None}
+    quantized = {name: number for name, number in bits.items() if number is not None}
 
     def group(number: int, targets: list[str]) -> dict[str, Any]:
         weights = {"num_bits": number, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
         return {"targets": targets, "weights": {**weights, "group_size": quant.GROUP}, "format": _FORMAT}
 
-    main = min(set(bits.values()))
-    others = {number: sorted(name for name, n in bits.items() if n == number) for number in set(bits.values()) - {main}}
-    groups = [group(number, names) for number, names in others.items()]
+    main, *others = sorted(set(quantized.values()))
+    groups = [group(number, sorted(name for name, n in quantized.items() if n == number)) for number in others]
     groups.append(group(main, ["Linear", "Embedding"]))
     return {
         "quant_method": METHOD,
         "format": _FORMAT,
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": ignored if "lm_head" in bits else sorted({*ignored, "lm_head"}),
+        "ignore": ignored if "lm_head" in quantized else sorted({*ignored, "lm_head"}),
     }
 
 
@@ -117,7 +117,7 @@ def _matrix(
     if bits is None or packed.shape[0] != out or scale.shape[0] != out or not groups or size % (groups * quant.GROUP):
         raise fail(f"{packed.shape} with scales {scale.shape} is not a matrix {(out, size)} in groups of 32 or more")
     repeat = size // groups // quant.GROUP
-    width, dtype = (size // 2, np.uint8) if bits == 4 else (size, np.int8)
+    width, dtype = (size // 2, np.dtype(np.uint8)) if bits == 4 else (size, np.dtype(np.int8))
     values = _of(packed, dtype, (out, width), lambda words: from_words(words, bits))
     scales = _of(scale, scale.dtype, (out, size // quant.GROUP), lambda part: np.repeat(part, repeat, axis=1))
     parts = QuantizedParts(bits, values, scales.cast(np.dtype(np.float16), name + _SCALE))
@@ -125,8 +125,9 @@ def _matrix(
     def fill(target: np.ndarray, index: Index) -> None:
         for at, rows in row_blocks(index, 4):
             factor = scales.read(rows[:1], np.dtype(np.float32))
-            ones = np.ones(factor.shape, np.float16)
-            integers = np.asarray(quant.dequantize(quant.QTensor(values.read(rows[:1]), ones), jnp.float32))
+            ones = jnp.ones(factor.shape, jnp.float16)
+            part = quant.QTensor(jnp.asarray(values.read(rows[:1])), ones)
+            integers = np.asarray(quant.dequantize(part, jnp.float32))
             numbers = integers.reshape(*factor.shape, -1) * factor[..., None]
             np.copyto(target[at], numbers.reshape(len(factor), -1)[:, index[1]], casting="unsafe")
 
@@ -179,5 +180,5 @@ def packed(tensors: Mapping[str, LazyTensor]) -> Iterable[tuple[str, LazyTensor]
 
         yield name + _PACKED, LazyTensor(np.dtype(np.int32), (values.shape[0], words), fill, "I32", values.nbytes)
         yield name + _SCALE, scales
-        shape = np.array(tensor.shape, np.int64)
-        yield name + _SHAPE, of_array(lambda shape=shape: shape, shape.dtype, shape.shape)
+        shape = functools.partial(np.array, tensor.shape, np.int64)
+        yield name + _SHAPE, of_array(shape, np.dtype(np.int64), (2,))

@@ -301,8 +301,9 @@ def _value(value: Value) -> bytes:
     if isinstance(value, list):
         return _u32(ARRAY) + _u32(STRING) + _u64(len(value)) + b"".join(map(_text, value))
     if isinstance(value, int):
-        value = np.uint32(value) if 0 <= value < 1 << 32 else np.int64(value)
-    array = np.asarray(value, np.float32 if isinstance(value, float) else None)
+        array = np.asarray(value, np.uint32 if 0 <= value < 1 << 32 else np.int64)
+    else:
+        array = np.asarray(value, np.float32 if isinstance(value, float) else None)
     number = next((number for number, dtype in NUMBERS.items() if dtype == array.dtype), None)
     if number is None or array.ndim > 1:
         raise ValueError(f"metadata must be strings, numbers, or lists of them, got {shown(value)}")

@@ -52,9 +52,10 @@ def rope_scaling_of(factors: np.ndarray, *, theta: float, head_dim: int, context
     largest = float(f"{given.max():.6g}")
     if largest < 1 + _EXACT:
         return None
+
     for known in (SIZES["llama3.1-8b"].rope_scaling, SIZES["llama3.2-1b"].rope_scaling):
         # First, since a short head has no frequency that is divided by the whole factor.
-        if np.allclose(rope_factors(known, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
+        if known and np.allclose(rope_factors(known, theta=theta, head_dim=head_dim), given, rtol=_EXACT, atol=0):
             return known
     with np.errstate(all="ignore"):  # a candidate that is not a number is skipped
         for low, high, original in _candidates(given, _wavelengths(theta, head_dim), context):

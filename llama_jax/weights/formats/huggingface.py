@@ -57,7 +57,9 @@ def read(folder: Path) -> ModelFiles:
         ValueError: a file is damaged.
     """
     config = read_config(folder)
-    description, names, open_folder = _weights_of(folder)
+    found = _weights_of(folder)
+    assert found is not None  # `recognizes` has said so
+    description, names, open_folder = found
     tensors = compressed_tensors.unpacked(open_folder(folder), str(folder))
     if names == "flax":  # that code had an unembedding of its own, whatever the config said about ties
         config = dataclasses.replace(config, tied_embeddings=name_table.tied_names(names)[1] not in tensors)

@@ -130,11 +130,11 @@ def _check_effects(raw: Mapping[str, Any]) -> None:
             "or a window of at least max_position_embeddings is"
         )
     layers = raw.get("layer_types")
-    allowed = ("full_attention", "sliding_attention")  # of which the second is what its window makes of it
-    if layers is not None and not (isinstance(layers, list) and all(layer in allowed for layer in layers)):
+    kinds = ("full_attention", "sliding_attention")  # the second is full attention if its window is long enough
+    if layers is not None and not (isinstance(layers, list) and all(layer in kinds for layer in layers)):
         raise ConfigError(f"layer_types={_short(layers)} is not implemented; only full_attention is")
     quantization = raw.get("quantization_config")
-    if compressed_tensors.is_mine(quantization):
+    if quantization is not None and compressed_tensors.is_mine(quantization):
         compressed_tensors.check(quantization)
     elif quantization and not _is_off(quantization):
         raise ConfigError(

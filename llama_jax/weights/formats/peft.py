@@ -137,7 +137,8 @@ def _open(folder: Path, config: ModelConfig) -> Adapter:
         )
     table = _table(config)
     matrices = [module for module, weight in table.items() if len(weight.shape) == 2]
-    settings = peft_config.resolve(read_json(folder / CONFIG), matrices, *_VOCABULARY, str(folder / CONFIG))
+    config_file = folder / CONFIG
+    settings = peft_config.resolve(read_json(config_file), matrices, _EMBED, _UNEMBED, str(config_file))
     tensors = (torch_file if weights.suffix == ".bin" else safetensors).open_file(weights)
     parts = _parts(tensors, table, str(weights))
     if config.tied_embeddings:
@@ -352,7 +353,7 @@ def _check_shapes(parts: _Parts, settings: PeftSettings, table: Mapping[str, nam
 
 
 def _lora(module: str, its: Mapping[str, _Part], settings: PeftSettings) -> LazyLora:
-    a, b, scale = its[_A].tensor, its[_B].tensor, np.float32(settings.lora[module].scale)
+    a, b, scale = its[_A].tensor, its[_B].tensor, np.array(settings.lora[module].scale, np.float32)
     if module == _EMBED:
         a, b = transposed(a), transposed(b)
     magnitude = _matrix_of(its[_MAGNITUDE].tensor, row=module == _EMBED) if settings.dora else None

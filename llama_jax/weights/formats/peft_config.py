@@ -122,7 +122,7 @@ def resolve(raw: dict[str, Any], modules: Sequence[str], embed: str, unembed: st
     root = 0.5 if raw.get("use_rslora") else 1.0
     whole = _strings(raw.get("modules_to_save") or [], f"{where}: modules_to_save")
     return PeftSettings(
-        lora={module: ModuleSettings(ranks[module], alphas[module] / ranks[module] ** root) for module in modules},
+        lora={module: ModuleSettings(int(ranks[module]), alphas[module] / ranks[module] ** root) for module in modules},
         targets=_targets(raw, where, modules, (embed, unembed), whole),
         dora=bool(raw.get("use_dora")),
         ensure_tied=bool(raw.get("ensure_weight_tying")),
@@ -226,13 +226,14 @@ def _in_layers(raw: dict[str, Any], where: str, modules: Sequence[str]) -> set[s
         raise ConfigError(f"{where}: layers_to_transform must be whole numbers, got {brief(layers)}")
     wanted = set(map(str, numbers))
     split = {module: re.fullmatch(r"(.+?)\.(\d+)\..+", module) for module in modules}
-    found = {module for module, parts in split.items() if parts and parts[2] in wanted}
+    block_of = {module: parts[1] for module, parts in split.items() if parts and parts[2] in wanted}
+    found = set(block_of)
     if not patterns:
         return found
     patterns = [patterns] if isinstance(patterns, str) else _strings(patterns, f"{where}: layers_pattern")
-    blocks = {end for module in found for end in ends(split[module][1])}
+    blocks = {end for module in found for end in ends(block_of[module])}
     matched = set().union(*full_matches(patterns, blocks, f"{where}: layers_pattern").values())
-    return {module for module in found if not matched.isdisjoint(ends(split[module][1]))}
+    return {module for module in found if not matched.isdisjoint(ends(block_of[module]))}
 
 
 def _numbers(

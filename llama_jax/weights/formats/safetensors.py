@@ -51,10 +51,10 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     size = file.size
     if size < 8:
         raise ValueError(f"{path}: {size} bytes is too short for a safetensors file (cut off?)")
-    start = file.read(0, 8)
-    if start == b"version ":
+    lead = file.read(0, 8)
+    if lead == b"version ":
         raise ValueError(f"{path}: a Git LFS pointer: run `git lfs pull` to fetch the file itself")
-    length = int.from_bytes(start, "little")
+    length = int.from_bytes(lead, "little")
     if length + 8 > size or length > _MAX_HEADER:
         raise ValueError(
             f"{path}: its header claims {length:,} bytes, but the file has {size - 8:,} after the length "
@@ -66,6 +66,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         raise ValueError(f"{path}: __metadata__ must be an object of strings")
     space = size - 8 - length
     spans = [(*_check_tensor(path, name, info, space), name) for name, info in header.items()]
+
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:

@@ -189,7 +189,7 @@ def _place(member: _Member | None, tensor: Tensor, where: str) -> int:
             f"({storage.length:,} of {storage.dtype}), but has {member.size:,}"
         )
     if math.prod(n for n in shape if n) * width > 1 << 62:
-        raise ValueError(f"{where} has shape {brief(shape)}, which is beyond any memory")
+        raise ValueError(f"{where} has shape {brief(shape)}, which is larger than any memory")
     dense = zip(shape, tensor.strides, _dense(shape), strict=True)
     if 0 not in shape and any(n > 1 and given != wanted for n, given, wanted in dense):
         raise ValueError(

@@ -142,7 +142,7 @@ class _Machine:
         while (code := self.take(1)) != b".":
             step = _STEPS.get(code)
             if step is None:
-                known = pickletools.code2op.get(code.decode("latin-1"))
+                known = {op.code: op for op in pickletools.opcodes}.get(code.decode("latin-1"))
                 raise ValueError(
                     f"the pickle uses the instruction {known.name if known else code!r}, which a dict of tensors does "
                     "not need and which may run code; it is not read"
@@ -247,7 +247,7 @@ class _Machine:
         what = function.text if isinstance(function, _Name) else None
         if what == _DICT and arguments == ():
             self.push({})
-        elif what == _TENSOR and _is_tensor(arguments):
+        elif what == _TENSOR and isinstance(arguments, tuple) and _is_tensor(arguments):
             self.push(Tensor(*arguments[:4]))
         elif what == _PARAMETER and isinstance(arguments, tuple) and arguments and isinstance(arguments[0], Tensor):
             self.push(arguments[0])
