@@ -170,7 +170,7 @@ def is_parts(content: Any) -> bool:
 
 def with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with its text parts joined to one string."""
-    parts = message.get("content")
+    parts: Any = message.get("content")
     return {**message, "content": "".join(part["text"] for part in parts)} if is_parts(parts) else message
 
 

@@ -92,7 +92,7 @@ def _with_residuals(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float, blocks: Blocks
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     out, lse = _forward(q, k, v, first, last, scale, blocks)
-    # remat="dots", "attention" and "offload" (model.py) keep both, so that the forward kernel runs once.
+    # remat="dots", "attention" and "offload" (ops/remat.py) keep both, so that the forward kernel runs once.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, first, last, out, lse)
 

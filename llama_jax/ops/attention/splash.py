@@ -85,7 +85,7 @@ def _kernel(T: int, N: int, order: tuple[int, ...], *, shards: int) -> Any:
         block_sizes=_block_sizes(T, T // max(shards, len(order))),
         head_shards=1,
         q_seq_shards=shards,
-        # remat="dots" and "attention" (model.py) keep its residuals, so that the kernel runs once.
+        # remat="dots" and "attention" (ops/remat.py) keep its residuals, so that the kernel runs once.
         residual_checkpoint_name="attention",
         interpret=interpreted(),
     )
