@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from llama_jax.files import expanded
+from llama_jax.files import expanded, write_whole
 
 ENV = "LLAMA_JAX_CACHE"
 
@@ -48,4 +50,26 @@ def enable() -> Path | None:
         print(f"no compilation cache ({error}): set {ENV} to a folder, or to off", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
+    _write_whole_entries()
     return path
+
+
+def _write_whole_entries() -> None:
+    """Let jax write each entry atomically. By itself it never replaces the entry that a killed process left half.
+
+    jax writes an entry only where it found none or one that cannot be read, so that an old entry is replaced.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # a jax that stores its entries in another way
+        from jax._src import lru_cache
+
+        limited = lru_cache.LRUCache.put
+        if limited.__module__ == __name__:
+            return
+
+        def put(self: Any, key: str, value: bytes) -> None:
+            if self.eviction_enabled:
+                limited(self, key, value)
+            else:
+                write_whole(f"{self.path}/{key}{lru_cache._CACHE_SUFFIX}", value)
+
+        setattr(lru_cache.LRUCache, "put", put)  # noqa: B010  (an assignment would not be typed)

@@ -28,6 +28,18 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def slowdown_of(pid: int, started: float) -> float:
+    """Seconds that a process waits for each second that it computes, at least 1: bounds of time grow with it.
+
+    Args:
+        pid: The number of the process, which has computed without pauses.
+        started: The time at which it was started.
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    computed = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return max(1.0, (time.monotonic() - started) / max(0.1, computed))
+
+
 class Process:
     """train.py in a process of its own."""
 

@@ -196,10 +196,11 @@ def test_a_lost_process_ends_the_others_in_one_line(tmp_path, compiled, lost):
         while len(metrics_of(job.run)) < 12:
             assert all(process.poll() is None for process in job.processes)
             time.sleep(0.1)
+        slowdown = 1.0 if os.getloadavg()[0] < 2 * os.cpu_count() else 2.0  # the processes do not only compute
         job.processes[lost].kill()
         begin = time.monotonic()
-        assert job.processes[1 - lost].wait(30) == 2
-        assert time.monotonic() - begin < 20
+        assert job.processes[1 - lost].wait(60) == 2
+        assert time.monotonic() - begin < 20 * slowdown
     finally:
         for process in job.processes:
             process.kill()

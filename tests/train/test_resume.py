@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import sound
-from helpers.processes import Process, kill_and_compare, say_last
+from helpers.processes import Process, kill_and_compare, say_last, slowdown_of
 from helpers.runs import metrics_of, text_run
 from llama_jax import parallel
 from llama_jax.checkpoint import Checkpoints, SaveError
@@ -65,12 +65,13 @@ ENDLESS = ["--config.train.steps=1000000", "--config.checkpoint.every=1000000", 
 def test_sigterm_and_ctrl_c_leave_in_time_with_the_last_step_saved(tmp_path, compiled):
     done = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        start = time.monotonic()
         program = Process(tmp_path, compiled, *ENDLESS)
         program.until(lambda program=program, done=done: program.lines() >= done + 20)
-        begin = time.monotonic()
+        slowdown, begin = slowdown_of(program.process.pid, start), time.monotonic()
         program.process.send_signal(number)
-        assert program.wait(30) == 128 + number, say_last(program.log)
-        assert time.monotonic() - begin < 10
+        assert program.wait() == 128 + number, say_last(program.log)
+        assert time.monotonic() - begin < 10 * slowdown
         steps = [line["step"] for line in metrics_of(program.run) if "loss" in line]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) > done
         done = len(steps)
@@ -82,12 +83,13 @@ def test_sigterm_and_ctrl_c_leave_in_time_with_the_last_step_saved(tmp_path, com
 
 
 def test_sigterm_during_compilation_leaves_in_time(tmp_path):
+    start = time.monotonic()
     program = Process(tmp_path, "off", *ENDLESS)
     program.until(lambda: "model: " in program.log.read_text())
-    begin = time.monotonic()
+    slowdown, begin = slowdown_of(program.process.pid, start), time.monotonic()
     program.process.terminate()
-    assert program.wait(30) == 143
-    assert time.monotonic() - begin < 10
+    assert program.wait() == 143
+    assert time.monotonic() - begin < 10 * slowdown
     assert "stopped" in program.log.read_text()
 
 

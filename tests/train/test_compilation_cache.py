@@ -1,0 +1,30 @@
+"""A compilation cache that was left damaged costs a compilation, once."""
+
+import os
+import subprocess
+import sys
+
+from helpers.paths import ROOT
+
+PROGRAM = """
+import jax
+from llama_jax import compilation_cache
+
+compilation_cache.enable()
+print(jax.jit(lambda x: 3 * x + 1)(2.0))
+"""
+
+
+def test_a_torn_entry_is_compiled_again_and_replaced(tmp_path):
+    """A process that is killed while jax writes an entry may leave half of it."""
+    environment = os.environ | {"LLAMA_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM]
+    whole = {}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "7.0\n"), done.stderr
+        (entry,) = (tmp_path / "jax").glob("*-cache")  # and no partial file
+        whole.setdefault(entry, entry.stat().st_size)
+        assert entry.stat().st_size > 0.9 * whole[entry]
+        entry.write_bytes(entry.read_bytes()[: whole[entry] // 2])
+    assert len(whole) == 1
