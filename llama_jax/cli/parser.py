@@ -19,7 +19,7 @@ import llama_jax
 from llama_jax import progress
 from llama_jax.errors import ConfigError, brief, nearest
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8", "int4")
 KV_TYPES = ("compute", "int8")
 MODEL = (
@@ -322,7 +322,7 @@ def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = Tr
         type=one_of(DTYPES),
         metavar="NAME",
         help="dtype of weights, activations and KV cache (default: the checkpoint's own; float32 on a CPU without "
-        "bfloat16 instructions)",
+        "bfloat16 instructions, float16 on a GPU without them)",
     )
     if quantize:
         group.add_argument(

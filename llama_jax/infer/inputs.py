@@ -22,7 +22,7 @@ from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 from llama_jax.text.tokenizer import Tokenizer
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "float16")
 _log = logging.getLogger(__name__)
 
 
@@ -149,8 +149,9 @@ def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
 def default_dtype(stored: np.dtype, *, quantized: bool) -> jnp.dtype:
     """The default compute dtype.
 
-    It is the stored dtype, with bfloat16 for float16. A CPU without bfloat16 instructions would emulate them, so its
-    default is float32 (docs/measurements/cpu-kernels.md#both-in-one-run). For quantized weights the default is
+    It is the stored dtype, with bfloat16 for float16, and the other way around on GPUs that have no bfloat16. A CPU
+    without bfloat16 instructions would emulate them, so its default is float32
+    (docs/measurements/cpu-kernels.md#both-in-one-run). For quantized weights the default is
     bfloat16, and float32 on a CPU that has no such instructions or none of the kernels of ops/cpu.
 
     Args:
@@ -160,9 +161,8 @@ def default_dtype(stored: np.dtype, *, quantized: bool) -> jnp.dtype:
     cpu = jax.default_backend() == "cpu"
     if cpu and (not _has_bfloat16() or (quantized and not ready())):
         return jnp.dtype(jnp.float32)
-    if quantized:
-        return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(jnp.bfloat16 if stored == np.float16 else stored)
+    half = jnp.dtype(jnp.bfloat16 if parallel.has_bfloat16(jax.local_devices()[0]) else jnp.float16)
+    return half if quantized or stored in (np.float16, jnp.bfloat16) else jnp.dtype(stored)
 
 
 def _has_bfloat16() -> bool:

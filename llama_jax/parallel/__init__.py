@@ -3,7 +3,7 @@
 from llama_jax.parallel.flags import compiler_options
 from llama_jax.parallel.mesh import AXES, make_mesh, resolve, single_device_mesh
 from llama_jax.parallel.pipeline import pipeline
-from llama_jax.parallel.platform import compute_dtype, named_dtype
+from llama_jax.parallel.platform import compute_dtype, has_bfloat16, named_dtype
 from llama_jax.parallel.rules import (
     RULES,
     Layout,
@@ -42,6 +42,7 @@ __all__ = [
     "constrain_first",
     "device",
     "device_platform",
+    "has_bfloat16",
     "length_order",
     "make_mesh",
     "named_dtype",

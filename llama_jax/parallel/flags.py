@@ -31,6 +31,10 @@ OPTIONS: dict[str, Options] = {
         "xla_gpu_enable_pipelined_all_gather": True,
         "xla_gpu_enable_pipelined_reduce_scatter": True,
         "xla_gpu_enable_pipelined_all_reduce": True,
+        # The same for compilers of August 2026 and later.
+        "xla_gpu_pipeline_all_gather": "on",
+        "xla_gpu_pipeline_reduce_scatter": "on",
+        "xla_gpu_pipeline_all_reduce": "on",
         "xla_gpu_enable_while_loop_double_buffering": True,
         "xla_gpu_all_gather_combine_threshold_bytes": 134217728,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": 67108864,

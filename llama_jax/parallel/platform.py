@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+
+_log = logging.getLogger(__name__)
+
+
+def has_bfloat16(device: jax.Device) -> bool:
+    """True if a device multiplies bfloat16: TPUs, and NVIDIA GPUs of compute capability 8.0 (Ampere) and above.
+
+    CPUs count too; their instructions differ, and `infer` looks at them.
+    """
+    try:
+        return float(getattr(device, "compute_capability", "") or 8) >= 8
+    except ValueError:  # the name of another maker's chip
+        return True
 
 
 def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
     """The dtype for a config value of `float32`, `bfloat16` or `auto`.
 
     `auto` is bfloat16 on accelerators and float32 on CPUs. In float32 a run gives the same losses on any mesh and any
-    CPU. bfloat16 trains 1.6 times as fast on a CPU with avx512_bf16 (benchmarks/training.py).
+    CPU. bfloat16 trains 1.6 times as fast on a CPU with avx512_bf16 (benchmarks/training.py). On a GPU that has no
+    bfloat16, `auto` is float32: gradients in float16 would need a scaled loss.
 
     Args:
         name: the config value.
-        mesh: the devices; None for the default ones. A plan is made for devices that are not present.
+        mesh: the devices, where they are not the default ones: a plan is made for devices that are not here.
     """
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if name == "auto":
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        name = "float32" if platform == "cpu" else "bfloat16"
+        name = "float32" if device.platform == "cpu" or not has_bfloat16(device) else "bfloat16"
+        if name == "float32" and device.platform != "cpu":
+            _say_once(
+                f"{device.device_kind} has no bfloat16, so that training runs in float32, at about an eighth of the "
+                "speed of float16; sampling runs in float16"
+            )
     return jnp.dtype(name)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def named_dtype(name: str) -> jnp.dtype:

@@ -167,7 +167,10 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--speculate", "draft"], "needs a draft model"),
         (["--prompt", "a", "--best_of", "2", "--num_samples", "3"], "best_of=2 is smaller than n=3"),
         (["--prompt", "a", "--model", ""], "--model: must be the name of a file, a folder or a hub id, got ''"),
-        (["--prompt", "a", "--dtype", "bf16"], "--dtype: must be one of float32, bfloat16, got 'bf16'; did you mean"),
+        (
+            ["--prompt", "a", "--dtype", "bf16"],
+            "--dtype: must be one of float32, bfloat16, float16, got 'bf16'; did you mean",
+        ),
         (["--prompt", "a", "--seed", "9" * 5000], "--seed: must be a whole number of at least 0, got '999"),
         (["--prompt", "a", "--quiet", "--verbose"], "--quiet and --verbose exclude each other"),
         ([], "give one of --prompt"),

@@ -3,15 +3,20 @@
 import dataclasses
 import functools
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from helpers.attention import draw, packed, plain
-from llama_jax import cache, ops, parallel
+from helpers.numbers import gap
+from llama_jax import cache, model, ops, parallel
 from llama_jax.config import SIZES
+from llama_jax.infer import inputs
 from llama_jax.ops.attention import BACKENDS, Call, Target, attention, choose
+from llama_jax.params import init_params, unstack
 
 H100, T4, TPU = Target("cuda", 90), Target("cuda", 75), Target("tpu")
 
@@ -88,3 +93,40 @@ def test_plain_attention_on_an_accelerator_is_said_once_with_the_reasons(monkeyp
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "rows of documents on tpu: xla; not splash, because it takes bfloat16, not float32" in record.message
+
+
+def gpu(capability):
+    """A device that is described, not attached."""
+    return SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability=capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "training", "sampling"), [("7.5", "float32", "float16"), ("9.0",) + 2 * ("bfloat16",)]
+)
+def test_a_gpu_without_bfloat16_samples_in_float16_and_trains_in_float32(
+    capability, training, sampling, monkeypatch, caplog
+):
+    mesh = SimpleNamespace(devices=np.asarray([gpu(capability)]))
+    assert parallel.compute_dtype("auto", mesh) == training
+    assert ("Tesla T4 has no bfloat16" in caplog.text) == (training == "float32")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu(capability)])
+    for stored, quantized in ((jnp.bfloat16, False), (np.float16, False), (np.float32, True)):
+        assert inputs.default_dtype(np.dtype(stored), quantized=quantized) == sampling
+    assert inputs.default_dtype(np.dtype(np.float32), quantized=False) == np.float32
+
+
+def test_in_float16_logits_are_near_those_in_float32():
+    config = dataclasses.replace(SIZES["tiny"], num_layers=2)
+    params = init_params(config, jax.random.key(0))
+    tokens = jnp.arange(12)[None] % config.vocab_size
+
+    def logits(dtype):
+        cast = jax.tree.map(lambda a: a.astype(dtype), params)
+        cached = cache.init_cache(config, batch=1, capacity=128, dtype=dtype)
+        order = jnp.arange(12)[None]
+        hidden, cached = model.forward(config, unstack(cast), tokens[:, :11], order[:, :11], None, cached, dtype=dtype)
+        hidden, _ = model.forward(config, unstack(cast), tokens[:, 11:], order[:, 11:], None, cached, dtype=dtype)
+        return model.unembed(config, cast, hidden)
+
+    assert gap(logits(jnp.float16), logits(jnp.float32)) < 2e-2  # the cache of a CPU holds 8 bits of bfloat16

@@ -19,6 +19,7 @@ from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_head
 from llama_jax.ops.attention.flash_kernels import Blocks, attention
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
+_WORKSTATIONS = (86, 87, 89, 120, 121)  # RTX 30, Jetson, RTX 40 and L4, RTX 50
 _MAX_HEAD = 128  # larger heads need more registers than a block of queries has
 
 
@@ -111,6 +112,6 @@ def _own_part(
 
 
 def _blocks(capability: int) -> Blocks:
-    """The tiling for a compute capability: 8.6 and 8.9 have 99 KiB of shared memory a block, others at least 163."""
-    small = 80 < capability < 90
+    """The tiling for a compute capability. Workstation GPUs have 99 KiB of shared memory a block, others over 160."""
+    small = capability in _WORKSTATIONS
     return Blocks(keys=32 if small else 64, backward=32 if small else 64, interpret=interpreted())
