@@ -15,10 +15,12 @@ from llama_jax.infer.request import Request
 from llama_jax.params import init_params, unstack
 from llama_jax.sampling_params import SamplingParams
 
+LOOK_UP = jax.jit(speculation.look_up, static_argnums=2)
+
 
 def looked_up(ids, guesses):
     padded = jnp.asarray([[*ids, *[7] * (40 - len(ids))]])
-    return speculation.look_up(padded, jnp.array([len(ids) - 1]), guesses)[0].tolist()
+    return LOOK_UP(padded, jnp.array([len(ids) - 1]), guesses)[0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,9 @@ def base(tmp_path):
 
 def make_run(folder, base, init_from):
     """A run folder with one checkpoint of random LoRA updates, as train.py leaves it, and its adapter."""
-    trained = jax.tree.map(
-        lambda a: 0.1 * jax.random.normal(jax.random.key(a.size), a.shape),
-        lora_params.initial(sound.CONFIG, LORA, jax.random.key(0)),
-    )
+    shapes = jax.eval_shape(lambda: lora_params.initial(sound.CONFIG, LORA, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.standard_normal(a.shape), jnp.float32), shapes)
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, params=trained, rest={"step": jnp.int32(1)}, meta={})
     checkpoints.close()
