@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -94,7 +95,8 @@ def test_long_work_between_steps_is_dropped_by_a_signal():
         stop.begin_work()
         with pytest.raises(Interrupted):
             with stop.interruptible():
-                signal.raise_signal(signal.SIGINT)
+                # From another thread, during the call: Python may see a signal that it raises itself only after it.
+                threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
                 time.sleep(60)
         with pytest.raises(Interrupted), stop.interruptible():
             raise AssertionError("the work must not begin")
