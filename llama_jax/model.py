@@ -59,8 +59,11 @@ def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
     return product(linear_ops.linear(x, w.get_value(), w.axes))
 
 
-def _linears(x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
-    return [product(y) for y in linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights])]
+def _linears(
+    x: jax.Array, *weights: nnx.Param, norm: RMSNorm | None = None, up: jax.Array | None = None
+) -> list[jax.Array]:
+    before = None if norm is None else (norm.scale[...], norm.eps)
+    return [product(y) for y in linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights], norm=before, up=up)]
 
 
 class RMSNorm(nnx.Module):
@@ -75,7 +78,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions."""
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions, after an optional norm."""
 
     def __init__(self, config: ModelConfig, params: Params):
         self.config = config
@@ -84,11 +87,13 @@ class Attention(nnx.Module):
         self.v = _weight(params, "attention", "v")
         self.o = _weight(params, "attention", "o")
 
-    def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, where: Where, cache: LayerCache | None, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         with jax.named_scope("qkv"):
-            q, k, v = _linears(x_BTD, self.q, self.k, self.v)
+            q, k, v = _linears(x_BTD, self.q, self.k, self.v, norm=norm)
             q_BTNH = parallel.constrain(q.reshape(B, T, N, H), "batch", "length", "heads", None)
             k_BTKH = parallel.constrain(k.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
             v_BTKH = parallel.constrain(v.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
@@ -106,17 +111,18 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x)."""
+    """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x), after an optional norm."""
 
     def __init__(self, params: Params):
         self.gate = _weight(params, "ffn", "gate")
         self.up = _weight(params, "ffn", "up")
         self.down = _weight(params, "ffn", "down")
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = _linears(x_BTD, self.gate, self.up)
-        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return _linear(parallel.constrain(hidden_BTF, "batch", "length", "ffn"), self.down)
+    def __call__(self, x_BTD: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
+        gate, up = _linears(x_BTD, self.gate, self.up, norm=norm)
+        gate_BTF = parallel.constrain(gate, "batch", "length", "ffn")
+        up_BTF = parallel.constrain(up, "batch", "length", "ffn")
+        return _linears(gate_BTF, self.down, up=up_BTF)[0]
 
 
 class Block(nnx.Module):
@@ -130,10 +136,10 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attention(self.attention_norm(x_BTD), where, cache)
+            out_BTD, cache = self.attention(x_BTD, where, cache, self.attention_norm)
             x_BTD = parallel.constrain(x_BTD + out_BTD, "batch", "length", "act_embed")
         with jax.named_scope("ffn"):
-            x_BTD = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+            x_BTD = x_BTD + self.ffn(x_BTD, self.ffn_norm)
             return parallel.constrain(x_BTD, "batch", "length", "act_embed"), cache
 
 

@@ -20,6 +20,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from llama_jax import parallel
 from llama_jax.ops import cpu, quant
 from llama_jax.ops.lora import LoraTensor
+from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.quant import QTensor
 
 Weight = jax.Array | QTensor | LoraTensor
@@ -93,29 +94,59 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
     return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w, axes)
 
 
-def linears(x: jax.Array, weights: Sequence[tuple[Weight, Axes]]) -> list[jax.Array]:
-    """Several `linear` products of the same inputs, such as q, k and v; each is a pair (weight, logical axes).
+Norm = tuple[jax.Array, float]  # scale (D,) and eps of an RMSNorm
+
+
+def linears(
+    x: jax.Array, weights: Sequence[tuple[Weight, Axes]], *, norm: Norm | None = None, up: jax.Array | None = None
+) -> list[jax.Array]:
+    """`linear` of several weights of the same inputs, such as q, k and v, and of what is computed just before.
 
     On a CPU the products of few rows run in one kernel, which prepares the inputs once.
+
+    Args:
+        x: activations (..., in).
+        weights: each weight (out, in) and its logical axes.
+        norm: normalizes x first.
+        up: (..., in); the inputs are silu(x) * up (SwiGLU). It excludes `norm`.
     """
     kinds = {w.bits if isinstance(w, QTensor) else str(w.dtype) for w, _ in weights if not isinstance(w, LoraTensor)}
     plain = not any(isinstance(w, LoraTensor) for w, _ in weights)
+    scale, eps = norm or (None, 0.0)
+    arguments = (x, scale, up, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
     if plain and not _observers and len(kinds) == 1 and all(_has_kernel(x, w) for w, _ in weights):
-        return _few_rows_of_several(x, [w for w, _ in weights], tuple(axes for _, axes in weights))
-    return [linear(x, w, axes) for w, axes in weights]
+        return _few_rows_of_several(*arguments)
+    return _several(*arguments)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _few_rows_of_several(x: jax.Array, weights: list[Weight], axes: tuple[Axes, ...]) -> list[jax.Array]:
-    products = cpu.linears(x.reshape(-1, x.shape[-1]), weights, dtype=x.dtype)
+def _several(
+    x: jax.Array,
+    scale: jax.Array | None,
+    up: jax.Array | None,
+    weights: Sequence[Weight],
+    eps: float,
+    axes: tuple[Axes, ...],
+) -> list[jax.Array]:
+    if scale is not None:
+        x = rms_norm(x, scale, eps=eps)
+    if up is not None:
+        x = jax.nn.silu(x) * up
+    return [linear(x, w, its) for w, its in zip(weights, axes, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _few_rows_of_several(x, scale, up, weights, eps, axes):
+    rows = functools.partial(jnp.reshape, shape=(-1, x.shape[-1]))
+    norm = None if scale is None else (scale, eps)
+    products = cpu.linears(rows(x), weights, dtype=x.dtype, norm=norm, up=None if up is None else rows(up))
     return [a.reshape(*x.shape[:-1], -1) for a in products]
 
 
-def _several_forward(x, weights, axes):  # kernels have no gradient
-    return jax.vjp(lambda *a: [linear(a[0], w, its) for w, its in zip(a[1], axes, strict=True)], x, weights)
+def _few_rows_of_several_forward(x, scale, up, weights, eps, axes):  # kernels have no gradient
+    return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, weights)
 
 
-_few_rows_of_several.defvjp(_several_forward, lambda axes, pullback, g: pullback(g))
+_few_rows_of_several.defvjp(_few_rows_of_several_forward, lambda eps, axes, pullback, g: pullback(g))
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:

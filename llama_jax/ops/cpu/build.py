@@ -44,6 +44,8 @@ def library() -> Path:
         Unavailable: no compiler, no folder to write to, or a build or check that failed.
     """
     chosen, cache = os.environ.get(ENV), compilation_cache.folder()
+    if (chosen or "").lower() in ("on", "1", "true"):
+        chosen = None
     if chosen:
         folder = expanded(chosen)
     elif cache is not None:

@@ -22,12 +22,11 @@ def linears(
     *,
     dtype: jnp.dtype,
     norm: tuple[jax.Array, float] | None = None,
-    residual: jax.Array | None = None,
     up: jax.Array | None = None,
 ) -> list[jax.Array]:
     """The products f(x) w^T of one or several weights, each (B, O) in `dtype`, accumulated in float32.
 
-    Inputs are never rounded to 8 bits, as llama.cpp rounds them: the greedy answers of SmolLM2 suffered from it
+    Products are exact: inputs are not rounded to 8 bits, as llama.cpp rounds them. It would not be faster
     (docs/measurements/cpu-kernels.md#inputs-in-8-bits).
 
     Args:
@@ -35,7 +34,6 @@ def linears(
         weights: one to four weights (O, D), all of one kind: float32, bfloat16, or quantized.
         dtype: dtype of the results, float32 or bfloat16.
         norm: scale (D,) and eps of an RMSNorm of x.
-        residual: added to the results, (B, O) in `dtype`.
         up: f(x) is silu(x) * up, with `up` (B, D) in the dtype of x. It excludes `norm`.
     """
     arguments, before, eps = [x], _NOTHING, 0.0
@@ -44,14 +42,11 @@ def linears(
         arguments, before = [x, scale], _NORM
     elif up is not None:
         arguments, before = [x, up], _SWIGLU
-    if residual is not None:
-        arguments.append(residual)
     for w in weights:
         arguments += [w.values, w.scales] if isinstance(w, QTensor) else [w]
     shapes = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype) for w in weights]
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
-    flags = {"before": np.int32(before), "eps": np.float32(eps), "residual": np.int32(residual is not None)}
-    return list(call(*arguments, **flags))
+    return list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
 
 
 def attend(

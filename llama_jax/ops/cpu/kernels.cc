@@ -1,7 +1,7 @@
 // Products of few rows with weights, and attention of one query over the live keys, as XLA custom calls for CPUs.
 //
 // llama_linear: y_i = f(x) w_i^T for one or several weights (out, in) of the same inputs. f is nothing, RMSNorm, or
-// SwiGLU's silu(x) * up; a residual may be added. x, up, residual and y are float32 or bfloat16.
+// SwiGLU's silu(x) * up. x, up and y are float32 or bfloat16.
 // llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row.
 //
 // A result does not depend on how many rows or threads run together. Letters: B rows, K inputs, N outputs.
@@ -23,7 +23,7 @@ struct Inputs {
   const void* x; bool bf16; int B, K, pad;       // pad: K rounded up to 64
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
   float* f;      // (B, pad), zero beyond K
-  uint16_t* h;   // (B, pad) bfloat16
+  uint16_t* h;   // (B, pad) bfloat16; for grouped weights 64 at a time in the order of halves_order
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
@@ -59,7 +59,7 @@ static void read_row(const Inputs& in, int b) {
 }
 
 // ------------------------------------------------------------------------------------------------ weights
-struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; const char* residual; };
+struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; };
 static int64_t row_bytes(Type t, int K) { return t == Type::F32 ? 4ll * K : t == Type::BF16 ? 2ll * K : t == Type::S8 ? K : K / 2; }
 
 template <int B, int R> INLINE void finish(vf (&a)[R][B], float* t, int64_t ld) {  // t[b * ld + r] = sum(a[r][b])
@@ -123,25 +123,75 @@ template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, 
   vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
   finish<B, R>(out, t, ld);
 }
+// Two groups of weights as bfloat16, which holds integers up to 256 exactly: the first halves of both groups, and the
+// second halves. Inputs are in the same order, so that the low lanes of a sum belong to one group and the high lanes to
+// the other, and one multiplication by both scales serves 64 weights.
+INLINE void two_groups(const int8_t* p, __m512bh& first, __m512bh& second) {
+  auto at = [&](int i) __attribute__((always_inline)) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i)))); };
+  first = _mm512_cvtne2ps_pbh(at(32), at(0)), second = _mm512_cvtne2ps_pbh(at(48), at(16));
+}
+INLINE void two_groups(const uint8_t* p, __m512bh& first, __m512bh& second) {
+  // bfloat16 of -8 to 7, twice, so that the fifth bit of an index, which belongs to the other half of the byte, is ignored
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  first = (__m512bh)_mm512_permutexvar_epi16(bytes, table), second = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+}
+// Grouped weights (T: int8_t, or uint8_t for 4 bits) times bfloat16 inputs, with float32 sums: exact products.
+template <class T, int B, int R> static void scaled_pairs(const T* w, const uint16_t* scales, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
+  constexpr int BLOCK = 16, BYTES = sizeof(T) == 1 && T(-1) > 0 ? 32 : 64;  // scales at a time, and bytes of 64 weights
+  const int G = K / GROUP; const int64_t stride = (int64_t)G * BYTES / 2;
+  __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
+  for (int start = 0; start < G; start += BLOCK) {
+    const int count = std::min(BLOCK, G - start); __m512 block[R];
+    UNROLL for (int r = 0; r < R; r++) block[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, scales + (int64_t)r * G + start));
+    __m512i index = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
+    auto step = [&](int g, const T* p, int64_t next) __attribute__((always_inline)) {
+      __m512bh first[R], second[R]; __m512 scale[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        two_groups(p + r * next, first[r], second[r]); prefetch(p + r * next + AHEAD);
+        scale[r] = _mm512_permutexvar_ps(index, block[r]);
+      }
+      index = _mm512_add_epi32(index, _mm512_set1_epi32(2));
+      UNROLL for (int b = 0; b < B; b++) {
+        const uint16_t* from = x + b * pad + (int64_t)(start + g) * GROUP;
+        const __m512bh x0 = (__m512bh)_mm512_loadu_si512(from), x1 = (__m512bh)_mm512_loadu_si512(from + 32);
+        UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), first[r], x0), second[r], x1), scale[r], a[r][b]);
+      }
+    };
+    const T* p = w + (int64_t)start * BYTES / 2; int g = 0;
+    for (; g + 2 <= count; g += 2, p += BYTES) step(g, p, stride);
+    if (g < count) {  // the last group of an odd number
+      T last[R * BYTES] = {}; for (int r = 0; r < R; r++) memcpy(last + r * BYTES, p + r * stride, BYTES / 2);
+      step(g, last, BYTES);
+    }
+  }
+  vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
+  finish<B, R>(out, t, ld);
+}
 #endif
 
 // ------------------------------------------------------------------------------------------------ loops
 // Outputs at a time: as many as leave a register for each sum.
-template <int B> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : 3) : B == 4 && LANES < 16 ? 2 : 4;
+template <int B, bool GROUPED> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : GROUPED ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
 template <int B, int R> static void outputs(const Inputs& in, Math math, const Weight& w, int n, int b0, float* t, int64_t ld) {
   const char* p = w.w + n * row_bytes(w.type, in.K); const float* f = in.f + (int64_t)b0 * in.pad;
   const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
   if (w.type == Type::F32) dense<float, B, R>((const float*)p, f, in.K, in.pad, t, ld);
 #ifdef HAS_BF16
-  else if (math == BF16) pairs<B, R>((const uint16_t*)p, in.h + (int64_t)b0 * in.pad, in.K, in.pad, t, ld);
+  else if (math == BF16) {
+    const uint16_t* h = in.h + (int64_t)b0 * in.pad;
+    if (w.type == Type::BF16) pairs<B, R>((const uint16_t*)p, h, in.K, in.pad, t, ld);
+    else if (w.type == Type::S8) scaled_pairs<int8_t, B, R>((const int8_t*)p, scales, h, in.K, in.pad, t, ld);
+    else scaled_pairs<uint8_t, B, R>((const uint8_t*)p, scales, h, in.K, in.pad, t, ld);
+  }
 #endif
   else if (w.type == Type::BF16) dense<uint16_t, B, R>((const uint16_t*)p, f, in.K, in.pad, t, ld);
   else if (w.type == Type::S8) grouped<false, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
   else grouped<true, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
 }
-template <int B> static void block(const Inputs& in, Math math, const Weight& w, int lo, int hi, int b0, float* t, int64_t ld) {
+template <int B, bool GROUPED> static void block(const Inputs& in, Math math, const Weight& w, int lo, int hi, int b0, float* t, int64_t ld) {
   int n = lo;
-  for (constexpr int R = STEP<B>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
+  for (constexpr int R = STEP<B, GROUPED>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
   for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
 }
 // Outputs lo..hi of one weight for all rows. Rows are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
@@ -150,26 +200,22 @@ static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, in
   const int n = hi - lo;
   for (int b0 = 0; b0 < in.B; b0 += ROWS) {
     const int rows = std::min(ROWS, in.B - b0);
-    if (rows == 1) block<1>(in, math, w, lo, hi, b0, t, n);
-    else if (rows == 2) block<2>(in, math, w, lo, hi, b0, t, n);
-    else if (rows <= 4) block<4>(in, math, w, lo, hi, b0, t, n);
-    else block<8>(in, math, w, lo, hi, b0, t, n);
+    if (rows == 1) block<1, false>(in, math, w, lo, hi, b0, t, n);
+    else if (rows == 2) block<2, false>(in, math, w, lo, hi, b0, t, n);
+    else if (rows <= 4) block<4, false>(in, math, w, lo, hi, b0, t, n);
+    else if (w.scales) block<8, true>(in, math, w, lo, hi, b0, t, n);
+    else block<8, false>(in, math, w, lo, hi, b0, t, n);
     for (int b = 0; b < rows; b++) {
       const int64_t to = (int64_t)(b0 + b) * w.N + lo; const float* from = t + b * n;
-      if (out_bf16) {
-        uint16_t* y = (uint16_t*)w.out + to; const uint16_t* r = (const uint16_t*)w.residual + to;
-        if (w.residual) for (int i = 0; i < n; i++) y[i] = to_bf16(from_bf16(to_bf16(from[i])) + from_bf16(r[i]));
-        else for (int i = 0; i < n; i++) y[i] = to_bf16(from[i]);
-      } else {
-        float* y = (float*)w.out + to; const float* r = (const float*)w.residual + to;
-        if (w.residual) for (int i = 0; i < n; i++) y[i] = from[i] + r[i];
-        else memcpy(y, from, n * sizeof(float));
-      }
+      if (out_bf16) for (int i = 0; i < n; i++) ((uint16_t*)w.out)[to + i] = to_bf16(from[i]);
+      else memcpy((float*)w.out + to, from, n * sizeof(float));
     }
   }
 }
 
-static void prepare(Inputs& in, Math math, ffi::ThreadPool& pool) {
+// Inputs of two groups of weights: values 0-15 of both, then values 16-31 of both (see two_groups).
+INLINE int halves_order(int k) { return (k & ~63) + (k & 15) + ((k & 32) >> 1) + ((k & 16) << 1); }
+static void prepare(Inputs& in, Math math, bool grouped, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
   const int64_t rows = (in.B + ROWS - 1) / ROWS * ROWS;  // rows beyond B are multiplied too, and their results dropped
   in.pad = (in.K + 63) & ~63;
@@ -177,29 +223,30 @@ static void prepare(Inputs& in, Math math, ffi::ThreadPool& pool) {
   if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
   auto one = [&](int b) {
     read_row(in, b);
-    if (math == BF16) { const float* f = in.f + (int64_t)b * in.pad; uint16_t* h = in.h + (int64_t)b * in.pad; for (int k = 0; k < in.pad; k++) h[k] = to_bf16(f[k]); }
+    if (math != BF16) return;
+    const float* f = in.f + (int64_t)b * in.pad; uint16_t* h = in.h + (int64_t)b * in.pad;
+    for (int k = 0; k < in.pad; k += 16) { uint16_t* to = h + (grouped ? halves_order(k) : k); for (int i = 0; i < 16; i++) to[i] = to_bf16(f[k + i]); }
   };
   if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
 }
 
 static ffi::Error bad(const char* text) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, text); }
 
-// Arguments: x, norm weight or up (before = 1, 2), residual (if `residual`), then each weight, with scales if grouped.
-static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t before, float eps, int32_t residual) {
+// Arguments: x, norm weight or up (before = 1, 2), then each weight, with scales if grouped.
+static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t before, float eps) {
   size_t next = 0;
   auto take = [&] { return *args.get<Buffer>(next++); };
   Buffer x = take();
   Inputs in{}; in.x = x.untyped_data(), in.bf16 = x.element_type() == Type::BF16, in.B = (int)x.dimensions()[0];
   in.K = (int)x.dimensions()[1], in.before = before, in.eps = eps;
   if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
-  const char* added = residual ? (const char*)take().untyped_data() : nullptr;
   constexpr int MOST = 4;
   Weight weights[MOST]; int count = 0, tiles = 0, of[MOST + 1] = {0}, size[MOST]; bool out_bf16[MOST];
   if (rets.size() > MOST) return bad("llama_linear takes at most 4 weights");
   const int threads = (int)std::max<int64_t>(1, pool.num_threads());
   while (next < args.size()) {
     Buffer w = take(); Weight& weight = weights[count];
-    weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0], weight.residual = added;
+    weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0];
     weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
     Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), out_bf16[count] = out.element_type() == Type::BF16;
     const int64_t most = std::max<int64_t>(16, 16384 / std::max<int64_t>(1, row_bytes(weight.type, in.K)));  // 16 KiB at least
@@ -209,9 +256,9 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   const Type type = weights[0].type;
   Math math = FLOAT;
 #ifdef HAS_BF16
-  if (in.bf16 && type == Type::BF16) math = BF16;
+  if (in.bf16 && type != Type::F32) math = BF16;
 #endif
-  prepare(in, math, pool);
+  prepare(in, math, type == Type::S8 || type == Type::U8, pool);
   parallel(pool, tiles, [&](int i) {
     int j = 0; while (i >= of[j + 1]) j++;
     const int lo = (i - of[j]) * size[j]; tile(in, math, weights[j], out_bf16[j], lo, std::min(lo + size[j], weights[j].N));
@@ -281,5 +328,5 @@ static ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps").Attr<int32_t>("residual"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
