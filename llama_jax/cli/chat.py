@@ -114,18 +114,22 @@ class Chat:
             return
         settings = {**self._settings, "max_new_tokens": min(self._settings.get("max_new_tokens") or _NEW, room)}
         answer, start = "", time.perf_counter()
+        pieces = self._llama.stream_chat(asked, **settings)
         try:
-            for piece in self._llama.stream_chat(asked, **settings):
+            for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass
         print(flush=True)
+        result = pieces.result
         if self._speed:
-            tokenizer = require_tokenizer(self._llama.tokenizer, "--chat")
-            tokens, seconds = len(tokenizer.encode(answer)), time.perf_counter() - start
+            tokens, seconds = len(result.tokens) if result else 0, time.perf_counter() - start
             _say(f"[{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        message: dict[str, Any] = {"role": "assistant", "content": answer}
+        if result and result.finish_reason == "stop":
+            message = self._llama.answer(result)  # with its ids, so that the next turn finds it in the cache
+        self.messages = [*asked, message]
 
     def _set_system(self, text: str) -> None:
         self._first = _system(text)
@@ -146,7 +150,7 @@ class Chat:
         path = expanded(file)
         if path.exists():
             raise ValueError(f"{path} exists: name another file")
-        write_json(path, self.messages)
+        write_json(path, [{k: v for k, v in message.items() if k != "tokens"} for message in self.messages])
         _say(f"{path}: {len(self.messages)} messages")
 
     def _load(self, file: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli import chat, parser, sampling_flags
+from llama_jax.cli import chat, parser, plan, sampling_flags
 from llama_jax.errors import ConfigError, brief, json_fault
 from llama_jax.files import naming
 
@@ -28,6 +28,7 @@ examples:
   PROGRAM --model runs/sft_quickstart --ask "What does math.gcd do?"
   PROGRAM --model Llama-3.1-8B-Instruct --chat --temperature 0.7
   PROGRAM --model Llama-3.1-8B --prompt_file prompts.txt --json > out.jsonl
+  PROGRAM --model llama3.1-70b --plan v5p:2x2x2 --batch_size 32 --capacity 32768
 
 Flags of llama.cpp, vLLM and transformers work where they mean the same: -m, -p, -f, -n, -s, --temp, --n_predict,
 --max_tokens, --lora, --repeat_penalty, -sys. Hyphens and underscores are the same.
@@ -64,12 +65,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sampling_flags.add(flags)
     parser.add_model_flags(flags)
     flags.add_argument("--draft", type=parser.path, metavar="PATH", help=_DRAFT)
+    group = flags.add_argument_group("plan")
+    group.add_argument(
+        "--plan",
+        metavar="DEVICE",
+        help="print what prefill and decoding of the model need on DEVICE, e.g. v5e:8 or h100:8, and generate nothing; "
+        "--batch_size, --capacity, --mesh, --dtype, --kv and --quantize describe the batch",
+    )
+    group.add_argument(
+        "--capacity", type=parser.whole(1), metavar="N", help="positions of a row for --plan (default: 8192)"
+    )
     flags.aliases |= _ALIASES
     flags.refused |= _REFUSED
     options = flags.parse(argv)
     if options.model is None:
         flags.error(f"no model: give --model PATH, {parser.MODEL}")
-    _check_inputs(flags, options)
+    if options.plan is None:
+        _check_inputs(flags, options)
     return options
 
 
@@ -147,6 +159,18 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run inference as the flags say, and return the exit status. Errors are raised."""
     options = parse(argv)
+    if options.plan is not None:
+        return plan.of_inference(
+            options.model,
+            options.plan,
+            options.mesh,
+            as_json=options.json,
+            rows=options.batch_size,
+            capacity=options.capacity,
+            dtype=options.dtype,
+            kv=options.kv,
+            quantize=options.quantize,
+        )
     prompts, overrides = _prompts(options)
     dialogs = [_messages(options.messages)] if options.messages else _dialogs(options.system, options.ask or ())
     settings = sampling_flags.options_of(options)  # before the weights are read
@@ -176,24 +200,21 @@ def main(argv: Sequence[str]) -> int:
     if options.chat:
         return chat.run(llama, options.system, settings, verbose=options.verbose)
     if dialogs:
-        _answer_dialogs(llama, dialogs, settings, options)
-    else:
-        _continue_prompts(llama, prompts, overrides, settings, options)
-    return 0
+        return _answer_dialogs(llama, dialogs, settings, options)
+    return _continue_prompts(llama, prompts, overrides, settings, options)
 
 
 def _answer_dialogs(
     llama: Llama, dialogs: Sequence[list[dict[str, Any]]], settings: dict[str, Any], options: argparse.Namespace
-) -> None:
-    """Print the answer to each dialog: one as it comes, several or JSON at the end."""
+) -> int:
+    """Print the answer to each dialog: one as it comes, several or JSON at the end. Returns the exit status."""
     tools = settings.pop("tools")
     if len(dialogs) == 1 and not _collected(options) and options.tool_choice is None:
-        _print_stream(llama.stream_chat(dialogs[0], tools=tools, **settings))
-        return
+        return _print_stream(llama.stream_chat(dialogs[0], tools=tools, **settings))
     start = time.perf_counter()
     found = llama.chat(dialogs, tools=tools, tool_choice=options.tool_choice, **settings, **_of_call(options))
     names = [f"> {dialog[-1]['content']}" for dialog in dialogs]
-    _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=False)
+    return _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=False)
 
 
 def _continue_prompts(
@@ -202,15 +223,15 @@ def _continue_prompts(
     overrides: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
     options: argparse.Namespace,
-) -> None:
-    """Print the text after each prompt: one prompt as it comes, several or JSON at the end."""
+) -> int:
+    """Print the text after each prompt: one as it comes, several or JSON at the end. Returns the exit status."""
     if len(prompts) == 1 and not _collected(options) and not overrides[0]:
-        _print_stream(llama.stream(prompts[0], **settings))
-        return
+        return _print_stream(llama.stream(prompts[0], **settings))
     start = time.perf_counter()
     found = llama.generate(prompts, overrides=overrides, **settings, **_of_call(options))
     names = [f"{chr(10) if i else ''}=== prompt {i}" for i in range(len(prompts))]
-    _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=llama.tokenizer is None)
+    ids = llama.tokenizer is None
+    return _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=ids)
 
 
 def _collected(options: argparse.Namespace) -> bool:
@@ -304,8 +325,8 @@ def _dialogs(system: str | None, questions: Sequence[str]) -> list[list[dict[str
 
 def _print_results(
     found: Sequence[Result | list[Result]], names: Sequence[str], seconds: float, *, as_json: bool, ids: bool
-) -> None:
-    """Print results. The speed in tokens per second is that of the whole call, compilation included."""
+) -> int:
+    """Print results, and return 1 if one failed. The speed is that of the whole call, compilation included."""
     groups = [group if isinstance(group, list) else [group] for group in found]
     speed = round(sum(len(result.tokens) for group in groups for result in group) / seconds, 2)
     for group, name in zip(groups, names, strict=True):
@@ -318,16 +339,17 @@ def _print_results(
                 shown = " ".join(map(str, result.tokens)) if ids else result.text
                 print(f"--- {shown}" if len(group) > 1 else shown, flush=True)
     logging.getLogger(__name__).info("%.2f tokens/s, compilation included", speed)
+    return int(any(result.error for group in groups for result in group))
 
 
 def _row(result: Result, speed: float) -> dict[str, Any]:
     """A result as the JSON object that --json prints. Fields that were not asked for are left out."""
     row = dataclasses.asdict(result) | {"tokens_per_second": speed}
-    optional = ("message", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+    optional = ("message", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "error")
     return {name: value for name, value in row.items() if name not in optional or value}
 
 
-def _print_stream(pieces: Iterator[str] | Iterator[int]) -> None:
+def _print_stream(pieces: Iterator[str] | Iterator[int]) -> int:
     """Print pieces of text while they are generated, and then a line end. Ids (of a model without a tokenizer) get
     spaces between.
     """
@@ -340,3 +362,4 @@ def _print_stream(pieces: Iterator[str] | Iterator[int]) -> None:
         print(flush=True)
     seconds = time.perf_counter() - start
     logging.getLogger(__name__).info("%d pieces in %.1f s, compilation included", count, seconds)
+    return 0

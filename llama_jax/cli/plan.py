@@ -95,12 +95,35 @@ def _record(one: Any) -> dict[str, Any]:
 
 def with_shape(run: RunConfig) -> RunConfig:
     """The run with the shape of its model. A published name such as Llama-3.1-8B-Instruct needs no file."""
-    if isinstance(run.model, ModelConfig):
-        return run
-    match = re.search(r"llama-?(\d\.\d)-(\d+b)\b", run.init_from.rpartition("/")[2].lower())
+    return run if isinstance(run.model, ModelConfig) else run.with_shape(shape_of(run.init_from))
+
+
+def shape_of(model: str) -> ModelConfig:
+    """The shape of a model by its source. A published name such as Llama-3.1-8B-Instruct needs no file."""
+    match = re.search(r"llama-?(\d\.\d)-(\d+b)\b", model.rpartition("/")[2].lower())
     name = f"llama{match[1]}-{match[2]}" if match else ""
     if name in SIZES:
-        return run.with_shape(SIZES[name])
+        return SIZES[name]
     from llama_jax.weights.open import open_source
 
-    return run.with_shape(open_source(run.init_from).config)
+    return open_source(model).config
+
+
+def of_inference(model: str, device: str, mesh: dict[str, int] | None, *, as_json: bool, **serving: Any) -> int:
+    """`infer --plan DEVICE`: prints the plan of prefill and decoding; 1 if they do not fit.
+
+    Args:
+        model: source of the model, as `infer --model`.
+        device: the devices.
+        mesh: devices along the axes of the mesh, or None.
+        as_json: True prints JSON.
+        **serving: fields of `plan.inference.Serving`; None is their default.
+    """
+    devices, shape = parse(device), shape_of(model)
+
+    from llama_jax.plan import inference
+
+    serving = {"capacity": min(8192, shape.max_seq_len)} | {k: v for k, v in serving.items() if v is not None}
+    found = inference.make(inference.Serving(shape, **serving), devices, mesh)
+    print(json.dumps(found, indent=2) if as_json else inference.table(found))
+    return 0 if found["fits"] else 1

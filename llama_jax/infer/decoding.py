@@ -1,4 +1,4 @@
-"""Decoding, traced: one `while_loop` that advances all live rows of a batch.
+"""Decoding, traced: one `while_loop` that advances all live rows of a batch, or one step in two halves.
 
 Letters: B rows of the batch, T tokens of a step (the next one and the guesses), G guesses, O width of the output
 buffer, K likeliest tokens, V vocab, D embedding, S cache slots.
@@ -34,22 +34,11 @@ def decode(
 ) -> tuple[State, dict[str, jax.Array]]:
     """The traced function behind `Program.decode`, which documents its arguments."""
     with parallel.use(program.layout):
-        B, width = state.cache.rows, DISPATCH * (guesses + 1)
-        settings = state.sampling
-        if steer["allowed_BW"] is not None:
-            settings = dataclasses.replace(settings, allowed_BW=steer["allowed_BW"])
-        state = dataclasses.replace(
-            state, sampling=settings, remaining_B=jnp.where(steer["alive_B"], state.remaining_B, 0)
+        state = _steered(state, steer)
+        out = _nothing(state, width=DISPATCH * (guesses + 1), top=top)
+        advance = functools.partial(
+            _advance, program, params, steer["drafts_B"], bound=bound, guesses=guesses, drafter=drafter
         )
-        out = {
-            "tokens_BO": jnp.full((B, width), -1, jnp.int32),
-            "logprobs_BO": jnp.zeros((B, width), jnp.float32),
-            "top_ids_BOK": jnp.zeros((B, width, top), jnp.int32),
-            "top_logprobs_BOK": jnp.zeros((B, width, top), jnp.float32),
-            "steps_B": jnp.zeros(B, jnp.int32),
-            "count_B": jnp.zeros(B, jnp.int32),
-        }
-        advance = functools.partial(_advance, program, params, bound=bound, guesses=guesses, drafter=drafter)
 
         def goes_on(carry: tuple) -> jax.Array:
             step, state, _ = carry
@@ -65,9 +54,91 @@ def decode(
         return state, {**out, "remaining_B": state.remaining_B}
 
 
+def look(program: ProgramSpec, params: Any, state: State, *, bound: int) -> tuple[State, jax.Array]:
+    """The traced function behind `Program.look`, which documents its arguments."""
+    with parallel.use(program.layout):
+
+        def logits_after(state: State) -> tuple[State, jax.Array]:
+            live_B = state.remaining_B > 0
+            hidden_BTD, state = _fed(
+                program, params, state, state.tokens_B[:, None], state.positions_B[:, None], live_B, bound=bound
+            )
+            logits_BV = model.unembed(program.config, program.split(params)[0], hidden_BTD[:, 0])
+            return settled(state), parallel.constrain(logits_BV, "batch", "vocab")
+
+        def body(carry: tuple) -> tuple:
+            return True, *logits_after(carry[1])
+
+        # A loop of one step, or of none if no row is live. Unlike a conditional, it updates the cache in place.
+        blank_BV = jnp.zeros((state.cache.rows, program.config.vocab_size), jnp.float32)
+        carry = (False, settled(state), parallel.constrain(blank_BV, "batch", "vocab"))
+        _, state, logits_BV = lax.while_loop(lambda carry: ~carry[0] & jnp.any(carry[1].remaining_B > 0), body, carry)
+        return state, logits_BV
+
+
+def pick(
+    program: ProgramSpec, state: State, logits_BV: jax.Array, steer: dict[str, Any], *, top: int
+) -> tuple[State, dict[str, jax.Array]]:
+    """The traced function behind `Program.pick`, which documents its arguments."""
+    with parallel.use(program.layout):
+        state = _steered(state, steer)
+        out = _nothing(state, width=1, top=top)
+        live_B = state.remaining_B > 0
+        _, state, out = _accept((live_B, state, {**out, "steps_B": out["steps_B"] + live_B}), logits_BV, None)
+        return settled(state), all_whole({**out, "remaining_B": state.remaining_B})
+
+
+def _steered(state: State, steer: dict[str, Any]) -> State:
+    """The state without the rows that end now, and with new masks, if there are any."""
+    settings = state.sampling
+    if "allowed_BW" in steer:
+        settings = dataclasses.replace(settings, allowed_BW=steer["allowed_BW"])
+    return dataclasses.replace(state, sampling=settings, remaining_B=jnp.where(steer["alive_B"], state.remaining_B, 0))
+
+
+def _nothing(state: State, *, width: int, top: int) -> dict[str, jax.Array]:
+    """The outputs of a dispatch before its first step."""
+    B = state.tokens_B.shape[0]
+    return {
+        "tokens_BO": jnp.full((B, width), -1, jnp.int32),
+        "logprobs_BO": jnp.zeros((B, width), jnp.float32),
+        "top_ids_BOK": jnp.zeros((B, width, top), jnp.int32),
+        "top_logprobs_BOK": jnp.zeros((B, width, top), jnp.float32),
+        "steps_B": jnp.zeros(B, jnp.int32),
+        "count_B": jnp.zeros(B, jnp.int32),
+    }
+
+
+def _fed(
+    program: ProgramSpec,
+    params: Any,
+    state: State,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    live_B: jax.Array,
+    *,
+    bound: int,
+) -> tuple[jax.Array, State]:
+    """Hidden states (B, T, D) of tokens of the live rows, and the state with these tokens in the cache."""
+    real_BT = live_B[:, None] & (positions_BT < state.cache.capacity)
+    hidden_BTD, cache = model.forward(
+        program.config,
+        program.split(params)[0],
+        tokens_BT,
+        positions_BT,
+        real_BT.astype(jnp.int32),
+        state.cache,
+        bound=bound,
+        dtype=program.dtype,
+    )
+    assert cache is not None
+    return hidden_BTD, dataclasses.replace(state, cache=cache)
+
+
 def _advance(
     program: ProgramSpec,
     params: Any,
+    drafts_B: jax.Array,
     state: State,
     out: dict[str, jax.Array],
     *,
@@ -83,23 +154,12 @@ def _advance(
     target, draft_params = program.split(params)
     live_B = state.remaining_B > 0
     guessed_BG, draft_cache = speculation.guess(
-        program, drafter, draft_params, state, live_B, guesses=guesses, bound=bound
+        program, drafter, draft_params, state, live_B, drafts_B, guesses=guesses, bound=bound
     )
     tokens_BT = jnp.concatenate([state.tokens_B[:, None], guessed_BG], axis=1)
     positions_BT = state.positions_B[:, None] + jnp.arange(guesses + 1)
-    real_BT = live_B[:, None] & (positions_BT < state.cache.capacity)
-    hidden_BTD, cache = model.forward(
-        program.config,
-        target,
-        tokens_BT,
-        positions_BT,
-        real_BT.astype(jnp.int32),
-        state.cache,
-        bound=bound,
-        dtype=program.dtype,
-    )
-    assert cache is not None
-    state = dataclasses.replace(state, cache=cache, draft=draft_cache)
+    hidden_BTD, state = _fed(program, params, state, tokens_BT, positions_BT, live_B, bound=bound)
+    state = dataclasses.replace(state, draft=draft_cache)
     out = {**out, "steps_B": out["steps_B"] + live_B}
     if guesses == 0:
         logits_BV = model.unembed(program.config, target, hidden_BTD[:, 0])
@@ -147,6 +207,6 @@ def _accept(carry: tuple, logits_BV: jax.Array, guess_B: jax.Array | None) -> tu
         remaining_B=jnp.where(active_B, left_B, state.remaining_B),
         sampling=sampling.record(state.sampling, sampled_B, active_B),
     )
-    if guess_B is not None:  # the next token of a row with a grammar needs a new mask from the host
-        active_B &= (sampled_B == guess_B) & (state.remaining_B > 0) & ~state.sampling.controls.masked_B
+    if guess_B is not None:
+        active_B &= (sampled_B == guess_B) & (state.remaining_B > 0)
     return active_B, state, {**out, **written}

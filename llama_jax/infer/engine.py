@@ -25,7 +25,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.infer.batches import power_of_two
 from llama_jax.infer.program import Program, layout_of
 from llama_jax.infer.request import DISPATCH, MAX_STOPS, Fill, Piece, Request
-from llama_jax.infer.state import State
+from llama_jax.infer.state import State, without_caches
 from llama_jax.ops import sampling
 from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor
@@ -68,6 +68,7 @@ class Engine:
         self.params = params
         self.draft = draft
         self.state: State | None = None
+        self._logits_BV: jax.Array | None = None  # of the next tokens, if `look` was the last program to feed a token
         self.chunks = tuple(size for size in CHUNKS if size <= max_chunk)
 
     @property
@@ -100,6 +101,11 @@ class Engine:
         return 0 if self.state is None else self.state.cache.capacity
 
     @property
+    def intact(self) -> bool:
+        """False if a failed call has lost the batch, whose arrays it had donated."""
+        return not any(a.is_deleted() for a in jax.tree.leaves(self.state))
+
+    @property
     def compilations(self) -> int:
         """The number of programs that have been compiled so far."""
         return self.program.compilations
@@ -111,7 +117,7 @@ class Engine:
         config, the result has its own programs, and `params` are put on the mesh.
         """
         other = copy.copy(self)
-        other.state = None
+        other.clear()
         if config != self.config:  # the adapter adds rows to the vocabulary, or unties the embeddings
             mesh = None if self.layout is None else self.layout.mesh
             params = placed(config, params, mesh=mesh, dtype=self.dtype)
@@ -129,19 +135,42 @@ class Engine:
     def resize(self, keep: Sequence[int], *, rows: int, capacity: int) -> None:
         """Makes a batch of `rows` rows, whose first are the rows `keep` of the present batch.
 
-        `capacity` is at least the length of every kept row that matters; later positions are discarded.
+        `capacity` is at least the length of every kept row that matters; later positions are discarded. One array after
+        the other is copied and freed, so that the old and the new cache are not in memory together.
         """
+        self._logits_BV = None
         with jax.transfer_guard("disallow"):
             if self.state is None:
                 self.state = self.program.start(rows=rows, capacity=capacity)
                 return
             order = np.full(rows, self.rows, np.int32)
             order[: len(keep)] = keep
-            self.state = self.program.resize(self.state, self._put(order), capacity=capacity)
+            rows_R = self._put(order)
+
+            def resized(array: jax.Array) -> jax.Array:
+                new = self.program.resize_array(array, rows_R, capacity=capacity).block_until_ready()
+                if new is not array:
+                    array.delete()
+                return new
+
+            old = self.state
+            small = self.program.resize(without_caches(old), rows_R, capacity=capacity)
+            cache, draft = (jax.tree.map(resized, own) for own in (old.cache, old.draft))
+            self.state = dataclasses.replace(small, cache=cache, draft=draft)
 
     def clear(self) -> None:
         """Frees the batch."""
-        self.state = None
+        self.state = self._logits_BV = None
+
+    def park(self, row: int, length: int) -> Any:
+        """A copy of the first `length` positions of a row, or some more, for `unpark`."""
+        with jax.transfer_guard("disallow"):
+            return self.program.park(self.state, self._put(np.array([row], np.int32)), bound=self._bound(length))
+
+    def unpark(self, part: Any, row: int) -> None:
+        """Writes what `park` returned to the first positions of a row."""
+        with jax.transfer_guard("disallow"):
+            self.state = self.program.unpark(self.state, part, self._put(np.array([row], np.int32)))
 
     def prefill(self, fills: Sequence[Fill]) -> None:
         """Writes prompt tokens into the cache. Rows of similar numbers of tokens should come together."""
@@ -176,6 +205,7 @@ class Engine:
 
     def insert(self, requests: Mapping[int, Request]) -> None:
         """Starts decoding in rows whose cache has all prompt tokens but the last. `requests` maps rows to requests."""
+        self._logits_BV = None
         for group, height in _groups(list(requests.items()), self.rows):
             padding = height - len(group)
             picked = [request for _, request in group] + [_NOTHING] * padding
@@ -213,7 +243,7 @@ class Engine:
         top: int = 0,
         allowed: np.ndarray | None = None,
         guesses: int = 0,
-        drafter: str = "",
+        drafters: Sequence[str] = (),
     ) -> list[Piece]:
         """Up to `limit` steps for all live rows.
 
@@ -223,20 +253,22 @@ class Engine:
             longest: greatest position of a live row's next input token.
             least: the dispatch ends early when fewer rows than this are live.
             top: number of likeliest tokens to report at each position.
-            allowed: uint32 (B, W) tokens that grammars allow next (see SamplingState), or None without grammars.
+            allowed: uint32 (B, W) tokens that grammars allow next (see SamplingState), or None without grammars. With
+                masks there is one step, without guesses.
             guesses: tokens to guess at each step.
-            drafter: source of the guesses, one of request.SPECULATE.
+            drafters: source of the guesses of each row, from request.SPECULATE; "" for any.
 
         Returns:
-            The new tokens of each row.
+            The new tokens of each row. A row whose logits are not finite has an error.
 
         Raises:
             ConfigError: `limit` is not from 1 to DISPATCH.
-            ValueError: the model's logits are not finite.
         """
         if not 1 <= limit <= DISPATCH:
             raise ConfigError(f"limit must be from 1 to {DISPATCH}, got {limit}")
         width = next(size for size in (*_TOPS, power_of_two(top)) if size >= top)
+        if allowed is not None:
+            return self._decode_masked(alive, allowed, longest=longest, top=top, width=width)
         # Near the end of a bound the dispatch is short, so that the steps after it do not pay for a larger one.
         bound = round_up(longest + 2)
         limit = max(1, min(limit, (bound - longest - 1) // (guesses + 1)))
@@ -245,15 +277,51 @@ class Engine:
             "alive_B": np.array(alive, bool),
             "limit": np.int32(limit),
             "least": np.int32(least),
-            "allowed_BW": allowed,
+            "drafts_B": np.array([drafter == "draft" for drafter in drafters] or [False] * self.rows, bool),
         }
+        drafter = "draft" if "draft" in drafters else "lookup" if guesses else ""
+        self._logits_BV = None
         with jax.transfer_guard("disallow"):
             self.state, out = self.program.decode(
                 self._weights, self.state, self._put(steer), bound=bound, top=width, guesses=guesses, drafter=drafter
             )
             out = jax.device_get(out)
-        self._check_finite(out["logprobs_BO"])
-        return [_piece(out, row, top) for row in range(self.rows)]
+        return [self._piece(out, row, top) for row in range(self.rows)]
+
+    def _decode_masked(
+        self, alive: Sequence[bool], allowed: np.ndarray, *, longest: int, top: int, width: int
+    ) -> list[Piece]:
+        """One step for all live rows. The device computes the next logits while the host prepares the next masks."""
+        steer = {"alive_B": np.array(alive, bool), "allowed_BW": allowed}
+        with jax.transfer_guard("disallow"):
+            if self._logits_BV is None:
+                self._look(longest)
+            assert self.state is not None
+            small, out = self.program.pick(without_caches(self.state), self._logits_BV, self._put(steer), top=width)
+            self.state = dataclasses.replace(small, cache=self.state.cache, draft=self.state.draft)
+            self._look(longest + 1)
+            out = jax.device_get(out)
+        return [self._piece(out, row, top) for row in range(self.rows)]
+
+    def _look(self, longest: int) -> None:
+        bound = self._bound(longest + 2)
+        self.state, self._logits_BV = self.program.look(self._weights, self.state, bound=bound)
+
+    def _piece(self, out: Mapping[str, np.ndarray], row: int, top: int) -> Piece:
+        count = int(out["count_B"][row])
+        likeliest = []
+        if top:
+            ids, logprobs = (out[name][row, :count, :top].tolist() for name in ("top_ids_BOK", "top_logprobs_BOK"))
+            likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+        logprobs_O = out["logprobs_BO"][row, :count]
+        return Piece(
+            tokens=out["tokens_BO"][row, :count].tolist(),
+            logprobs=logprobs_O.tolist(),
+            top=likeliest,
+            done=bool(out["remaining_B"][row] == 0),
+            steps=int(out["steps_B"][row]),
+            error=None if np.isfinite(logprobs_O).all() else self._not_finite(),
+        )
 
     # Whole texts.
 
@@ -293,14 +361,14 @@ class Engine:
         with jax.transfer_guard("disallow"):
             given = self._put((tokens_BT, starts_B, candidates_BCK))
             found = jax.device_get(self.program.score(self._weights, *given, top=top))
-        self._check_finite(found["logprobs"])
+        if not np.isfinite(found["logprobs"]).all():
+            raise self._not_finite()
         return found
 
-    def _check_finite(self, logprobs: np.ndarray) -> None:
-        if not np.isfinite(logprobs).all():
-            raise ValueError(
-                f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
-            )
+    def _not_finite(self) -> ValueError:
+        return ValueError(
+            f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
+        )
 
     def _bound(self, end: int) -> int:
         return min(round_up(end), self.capacity)
@@ -311,21 +379,6 @@ class Engine:
 
 
 _NOTHING = Request(tokens=[0], max_new_tokens=1, sampling=sampling.SamplingParams())
-
-
-def _piece(out: Mapping[str, np.ndarray], row: int, top: int) -> Piece:
-    count = int(out["count_B"][row])
-    likeliest = []
-    if top:
-        ids, logprobs = (out[name][row, :count, :top].tolist() for name in ("top_ids_BOK", "top_logprobs_BOK"))
-        likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
-    return Piece(
-        tokens=out["tokens_BO"][row, :count].tolist(),
-        logprobs=out["logprobs_BO"][row, :count].tolist(),
-        top=likeliest,
-        done=bool(out["remaining_B"][row] == 0),
-        steps=int(out["steps_B"][row]),
-    )
 
 
 def round_up(length: int) -> int:

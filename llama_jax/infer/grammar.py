@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_jax.errors import ConfigError, brief, json_fault, nearest, one_line
+from llama_jax.infer.schema import rewritten
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ class Constraint:
 def _schema_text(value: Any) -> str:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
-        text = json.dumps(schema)
+        text = json.dumps(rewritten(schema))
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"json_schema is not JSON: {json_fault(error)}") from None
     if not isinstance(schema, (Mapping, bool)):
@@ -156,8 +157,23 @@ class Grammars:
         except ValueError as error:
             raise ConfigError(f"{constraint.kind} cannot be used: {one_line(error)[:300]}") from None
         if inner.is_error():
-            raise ConfigError(f"{constraint.kind} cannot be used: {one_line(inner.get_error())[:300]}")
+            raise ConfigError(f"{constraint.kind} cannot be used: {_reason(inner.get_error())}")
         return Matcher(inner, self.vocab_size)
+
+
+def _reason(message: str) -> str:
+    """The reason of llguidance for not compiling a constraint, in one line that says what to do."""
+    keys = re.search(r"Unimplemented keys: \[(.*?)\]", message)
+    if keys:
+        return f"{keys[1]} cannot be enforced while a text is sampled: leave it out, or say the same in other words"
+    missing = re.search(r"Resource '(.*?)' is not present", message)
+    if missing:
+        return f"it refers to {brief(missing[1])}, and no schema is read from elsewhere: put it into $defs"
+    if "oneOf constraints are not supported" in message:
+        return (
+            "an output could match several schemas of oneOf: give them properties that exclude each other, or use anyOf"
+        )
+    return one_line(message)[:300]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +200,11 @@ class Matcher:
         self._words = -(-vocab_size // 32)
 
     def mask(self) -> np.ndarray:
-        """uint32 (W,): the tokens that may come next, one bit a token."""
+        """uint32 (W,): the tokens that may come next, one bit a token. RuntimeError if the grammar has failed."""
         mask = np.zeros(self._words, np.uint32)
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._inner.is_error():  # such as a limit of its parser; the mask then allows the end only
+            raise RuntimeError(f"a grammar cannot go on: {one_line(self._inner.get_error())[:300]}")
         return mask
 
     def consume(self, tokens: Sequence[int]) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -29,7 +30,7 @@ from llama_jax.infer.grammar import call_schema
 from llama_jax.infer.options import GenerateOptions, SamplingOptions, as_counts, as_overrides, check_keywords
 from llama_jax.infer.program import Program
 from llama_jax.infer.result import Result
-from llama_jax.infer.sampler import Sampler
+from llama_jax.infer.sampler import Sampler, Stream
 from llama_jax.params import Params, check_params, unstack
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat_format import AUTO, choose
@@ -47,6 +48,7 @@ Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | list[str | lis
 Place = str | os.PathLike[str]
 Dialog = Sequence[Mapping[str, Any]]
 
+_log = logging.getLogger(__name__)
 _NEW, _NEW_ANSWER = 128, 512  # default limits of new tokens, of a text and of an answer in a dialog
 _OF_CALL = ("seed", "n", "best_of", "overrides", "batch_size", "progress", "parse_special")
 POOLS = (None, "mean", "last")
@@ -171,11 +173,14 @@ class Llama:
                 raise ConfigError(f"params must be the weights of a model, a dict of arrays, got {brief(params)}")
             check_params(self.config, params)
             params = placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
-        self.clear()
-        self.params = self.engine.params = params
+
+        def replace() -> None:
+            self.params = self.engine.params = params
+
+        self.sampler.scheduler.forget(replace)
 
     def clear(self) -> None:
-        """Frees the KV cache, which otherwise stays for the next call. Generations that run are cancelled."""
+        """Frees the KV cache, which otherwise stays for the next call. Generations that run fail."""
         self.sampler.scheduler.forget()
 
     def __repr__(self) -> str:
@@ -283,7 +288,8 @@ class Llama:
                 `options.Options`), and the settings of `SamplingParams`, whose defaults are those of the model.
 
         Returns:
-            A Result for a single prompt, or a list of Results in the order of `prompts`.
+            A Result for a single prompt, or a list of Results in the order of `prompts`. If some prompts of several
+            fail on the way, the others go on: a failed one has finish_reason "error" and the reason as `error`.
 
         Raises:
             ConfigError: an argument is not allowed. The message says what is allowed.
@@ -302,21 +308,27 @@ class Llama:
             for j in range(samples)
         ]
         results = self.sampler.run(requests, batch_size, progress)
+        for i, result in enumerate(results):
+            if result.error:
+                _log.warning("warning: %s failed: %s", names[i // samples], result.error)
         grouped = []
         for i, option in enumerate(own):
             about = {"index": i}
             if option.prompt_logprobs is not None:
                 about |= self.sampler.prompt_logprobs(ids[i], option.prompt_logprobs)
             group = [dataclasses.replace(result, **about) for result in results[i * samples : (i + 1) * samples]]
-            best = sorted(group, key=lambda result: -result.mean_logprob)[:count] if samples > count else group
+            ranked = sorted(group, key=lambda result: (bool(result.error), -result.mean_logprob))
+            best = ranked[:count] if samples > count else group
             grouped.append(best if count > 1 else best[0])
         return grouped[0] if single else grouped
 
     @checked_keywords
     def stream(
         self, prompt: Prompt, *, seed: int = 0, parse_special: bool | None = None, **options: Unpack[SamplingOptions]
-    ) -> Iterator[str] | Iterator[int]:
+    ) -> Stream:
         """Yields the continuation of one prompt as it is generated, in pieces of text that never split a character.
+
+        `result` of the iterator is the Result so far, with the generated ids.
 
         Without a tokenizer, the pieces are token ids. The arguments are those of `generate`, apart from n and best_of.
         They are checked when `stream` is called, before the first piece is requested. Text that may become a stop
@@ -379,8 +391,11 @@ class Llama:
         return found[0] if single else found
 
     @checked_keywords
-    def stream_chat(self, messages: Dialog, *, tools: Sequence[Any] | None = None, **options: Any) -> Iterator[str]:
-        """Yields the answer of `chat` in pieces of text. Other arguments are those of `stream`."""
+    def stream_chat(self, messages: Dialog, *, tools: Sequence[Any] | None = None, **options: Any) -> Stream:
+        """Yields the answer of `chat` in pieces of text. Other arguments are those of `stream`.
+
+        After the last piece, `answer(stream.result)` is the message for the dialog.
+        """
         return self.stream(self.encode_dialog(messages, tools), **self._of_chat(options))
 
     def _of_chat(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -391,8 +406,12 @@ class Llama:
         own.setdefault("max_new_tokens", _NEW_ANSWER)
         return own
 
+    def answer(self, result: Result) -> dict[str, Any]:
+        """The message of an answer's tokens, as `chat` gives it: with the ids, from which its text is encoded again."""
+        return self.chat_format.parse(self.sampler.known(result.tokens))
+
     def _with_message(self, result: Result) -> Result:
-        return dataclasses.replace(result, message=self.chat_format.parse(self.sampler.known(result.tokens)))
+        return result if result.error else dataclasses.replace(result, message=self.answer(result))
 
     @checked_keywords
     def save(

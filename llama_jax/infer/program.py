@@ -5,6 +5,7 @@
     state = program.prefill(params, state, chunk, bound=128)      # prompts into the cache
     state = program.insert(state, fresh)                          # rows become live
     state, out = program.decode(params, state, steer, bound=256)  # up to DISPATCH steps for all live rows
+    state, logits_BV = program.look(params, state, bound=256)     # or one step in two halves, `look` and `pick`
 
 A batch is a number of rows, each of which serves one request after another. A row is free when it has nothing left to
 generate. Prefill writes prompt tokens into the cache, insert gives a row its last prompt token, its limit and its
@@ -89,16 +90,9 @@ class Program(ProgramSpec):
         layout = self.layout
         assert layout is not None
         whole = parallel.replicated(layout.mesh)
-
-        def cache_sharding(a: jax.Array) -> jax.sharding.NamedSharding:
-            return layout.sharding(caches.AXES[: a.ndim], a.shape)
-
         small = jax.tree.map(lambda _: whole, without_caches(shapes))
-        return dataclasses.replace(
-            small,
-            cache=jax.tree.map(cache_sharding, shapes.cache),
-            draft=jax.tree.map(cache_sharding, shapes.draft),
-        )
+        cache, draft = (caches.shardings(layout, own) for own in (shapes.cache, shapes.draft))
+        return dataclasses.replace(small, cache=cache, draft=draft)
 
     # The compiled programs.
 
@@ -109,8 +103,22 @@ class Program(ProgramSpec):
 
     @functools.cached_property
     def resize(self) -> Any:
-        """Compiled `resize(state, rows_R, *, capacity)`: a State of these rows; an index beyond them is a free row."""
+        """Compiled `resize(state, rows_R, *, capacity)`: a State of these rows; an index beyond them is a free row.
+
+        It takes and returns a state without caches (`without_caches`). `resize_array` resizes their arrays one by one,
+        so that the old and the new cache are not in memory together.
+        """
         return jax.jit(self._trace_resize, static_argnames="capacity")
+
+    @functools.cached_property
+    def resize_array(self) -> Any:
+        """Compiled `resize_array(array, rows_R, *, capacity)`: an array of a cache, with other rows and slots."""
+
+        def resize(array: jax.Array, rows_R: jax.Array, *, capacity: int) -> jax.Array:
+            with parallel.use(self.layout):
+                return caches.resized(array, rows_R, capacity=capacity)
+
+        return jax.jit(resize, static_argnames="capacity")
 
     @functools.cached_property
     def prefill(self) -> Any:
@@ -132,6 +140,22 @@ class Program(ProgramSpec):
         return jax.jit(self._trace_copy, static_argnames="bound", donate_argnums=0)
 
     @functools.cached_property
+    def park(self) -> Any:
+        """Compiled `park(state, rows_R, *, bound)`: copies the first positions of rows out of the cache.
+
+        Returns a part of the cache, and one of the draft model's cache or None.
+        """
+        return jax.jit(self._trace_park, static_argnames="bound")
+
+    @functools.cached_property
+    def unpark(self) -> Any:
+        """Compiled `unpark(state, part, rows_R)`: writes what `park` returned to the first positions of these rows.
+
+        Returns the new State; the old one is donated.
+        """
+        return jax.jit(self._trace_unpark, donate_argnums=0)
+
+    @functools.cached_property
     def insert(self) -> Any:
         """Compiled `insert(state, fresh)`: makes rows live. Returns the new State; the old one is donated.
 
@@ -146,15 +170,33 @@ class Program(ProgramSpec):
 
         Returns the new State and outputs; the old State is donated.
 
-        `steer` has alive_B (False ends a row), limit (steps), least (the loop ends when fewer rows are live), and
-        allowed_BW or None. Outputs are a dict: tokens_BO (-1 where no token was generated), logprobs_BO, top_ids_BOK,
-        top_logprobs_BOK, count_B (new tokens), steps_B and remaining_B.
+        `steer` has alive_B (False ends a row), limit (steps), least (the loop ends when fewer rows are live) and
+        drafts_B (True for rows whose guesses the draft model makes). Outputs are a dict: tokens_BO (-1 where no token
+        was generated), logprobs_BO, top_ids_BOK, top_logprobs_BOK, count_B (new tokens), steps_B and remaining_B.
         """
         return jax.jit(
             functools.partial(decoding.decode, self),
             static_argnames=("bound", "top", "guesses", "drafter"),
             donate_argnums=1,
         )
+
+    @functools.cached_property
+    def look(self) -> Any:
+        """Compiled `look(params, state, *, bound)`: the first half of a step, the logits after the next input token.
+
+        Returns the new State and float32 logits_BV; the old State is donated. Rows do not advance: `decode` or another
+        `look` may follow, and computes the same. The host computes the masks of grammars meanwhile.
+        """
+        return jax.jit(functools.partial(decoding.look, self), static_argnames="bound", donate_argnums=1)
+
+    @functools.cached_property
+    def pick(self) -> Any:
+        """Compiled `pick(state, logits_BV, steer, *, top)`: the second half of a step, which samples from the logits.
+
+        It takes a state without caches and donates it. Returns the new one, and outputs as those of `decode`. `steer`
+        has alive_B and allowed_BW.
+        """
+        return jax.jit(functools.partial(decoding.pick, self), static_argnames="top", donate_argnums=0)
 
     @functools.cached_property
     def logits(self) -> Any:
@@ -210,17 +252,14 @@ class Program(ProgramSpec):
 
     def _trace_resize(self, state: State, rows_R: jax.Array, *, capacity: int) -> State:
         with parallel.use(self.layout):
-            kept_R = rows_R < state.cache.rows
-            small = jax.tree.map(lambda a: jnp.take(a, rows_R, axis=0, mode="clip"), without_caches(state))
-            ids_RS = small.ids_BS[:, :capacity]
-            caches_of = functools.partial(caches.resized, rows_R=rows_R, capacity=capacity)
+            kept_R = rows_R < state.tokens_B.shape[0]
+            state = jax.tree.map(lambda a: jnp.take(a, rows_R, axis=0, mode="clip"), state)
+            ids_RS = state.ids_BS[:, :capacity]
             return settled(
                 dataclasses.replace(
-                    small,
-                    cache=caches_of(state.cache),
-                    draft=None if state.draft is None else caches_of(state.draft),
+                    state,
                     ids_BS=jnp.pad(ids_RS, ((0, 0), (0, capacity - ids_RS.shape[1]))),
-                    remaining_B=jnp.where(kept_R, small.remaining_B, 0),
+                    remaining_B=jnp.where(kept_R, state.remaining_B, 0),
                 )
             )
 
@@ -231,25 +270,34 @@ class Program(ProgramSpec):
             real_RT = steps_T < chunk["counts_R"][:, None]
 
             def feed(config: ModelConfig, params: Any, cache: Any) -> Any:
-                part = caches.take_rows(cache, chunk["rows_R"], bound=bound)
-                slots_RT = real_RT.astype(jnp.int32)
-                tokens_RT = chunk["tokens_RT"]
-                fed = model.forward(config, params, tokens_RT, positions_RT, slots_RT, part, dtype=self.dtype)[1]
+                alone = cache.rows == 1  # its chunks need no copy of the row
+                part = cache if alone else caches.take_rows(cache, chunk["rows_R"], bound=bound)
+                tokens_RT, live_RT = chunk["tokens_RT"], real_RT.astype(jnp.int32)
+                fed = model.forward(
+                    config, params, tokens_RT, positions_RT, live_RT, part, bound=bound, dtype=self.dtype
+                )[1]
                 assert fed is not None
-                return caches.put_rows(cache, fed, chunk["rows_R"])
+                return fed if alone else caches.put_rows(cache, fed, chunk["rows_R"])
 
             target, draft = self.split(params)
             drafted = None if self.draft is None else feed(self.draft, draft, state.draft)
             return settled(dataclasses.replace(state, cache=feed(self.config, target, state.cache), draft=drafted))
 
     def _trace_copy(self, state: State, sources_R: jax.Array, targets_R: jax.Array, *, bound: int) -> State:
+        return self._trace_unpark(state, self._trace_park(state, sources_R, bound=bound), targets_R)
+
+    def _trace_park(self, state: State, rows_R: jax.Array, *, bound: int) -> tuple[KVCache, KVCache | None]:
         with parallel.use(self.layout):
+            draft = None if state.draft is None else caches.take_rows(state.draft, rows_R, bound=bound)
+            return caches.take_rows(state.cache, rows_R, bound=bound), draft
 
-            def copied(cache: KVCache) -> KVCache:
-                return caches.put_rows(cache, caches.take_rows(cache, sources_R, bound=bound), targets_R)
-
-            draft = None if state.draft is None else copied(state.draft)
-            return settled(dataclasses.replace(state, cache=copied(state.cache), draft=draft))
+    def _trace_unpark(self, state: State, part: tuple[KVCache, KVCache | None], rows_R: jax.Array) -> State:
+        with parallel.use(self.layout):
+            cache = caches.put_rows(state.cache, part[0], rows_R)
+            draft = state.draft
+            if draft is not None and part[1] is not None:
+                draft = caches.put_rows(draft, part[1], rows_R)
+            return settled(dataclasses.replace(state, cache=cache, draft=draft))
 
     def _trace_insert(self, state: State, fresh: dict[str, Any]) -> State:
         with parallel.use(self.layout):

@@ -56,6 +56,7 @@ class Piece:
         top: at each position the likeliest (id, log-probability) pairs; empty if none were asked for.
         done: True if the row has generated all that it may.
         steps: forward passes that the row took part in.
+        error: the reason for which the tokens cannot be used, or None.
     """
 
     tokens: list[int]
@@ -63,6 +64,7 @@ class Piece:
     top: list[list[tuple[int, float]]]
     done: bool
     steps: int
+    error: Exception | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ class Result:
         tokens: the new ids, including the stop token, or the tokens of the stop string, that ended them.
         logprobs: natural log-probability of each new token under the model's own distribution, before any setting
             changes it.
-        finish_reason: "stop" after a stop token or a stop string, "length" after max_new_tokens.
+        finish_reason: "stop" after a stop token or a stop string, "length" after max_new_tokens, "error" for one of
+            several prompts that failed.
         message: the answer of `chat` as the next message of the dialog: `role`, `content` and `tool_calls` in OpenAI's
             schema, and `tokens`, the generated ids, with which the dialog is encoded again. None for other calls.
         stop: the stop token (int) or the stop string (str) that ended the text, or None.
@@ -28,6 +29,7 @@ class Result:
         prompt_logprobs: with prompt_logprobs=K, the log-probability of each prompt token but the first.
         prompt_top_logprobs: the K likeliest pairs at each position of the prompt but the first.
         steps: forward passes that made the tokens; fewer than tokens with speculation.
+        error: reason of the failure, or "".
         cached_tokens: prompt tokens whose keys and values were in the cache already.
     """
 
@@ -42,6 +44,7 @@ class Result:
     top_logprobs: Likeliest = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     prompt_top_logprobs: Likeliest = dataclasses.field(default_factory=list)
+    error: str = ""
     steps: int = dataclasses.field(default=0, compare=False)
     cached_tokens: int = dataclasses.field(default=0, compare=False)
 

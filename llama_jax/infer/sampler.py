@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.errors import ConfigError, brief
+from llama_jax.errors import ConfigError, brief, one_line
 from llama_jax.infer.batches import power_of_two, shows_bar
 from llama_jax.infer.engine import Engine
 from llama_jax.infer.grammar import Grammars
@@ -36,6 +36,38 @@ class _Parts:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: Likeliest = dataclasses.field(default_factory=list)
     text: str = ""
+    last: Event | None = None
+
+    def add(self, event: Event) -> None:
+        """Adds the tokens of an event."""
+        self.last = event
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs
+        self.top += event.top
+        self.text += event.text
+
+
+class Stream(Iterator[Any]):
+    """The pieces of a continuation as they are generated."""
+
+    def __init__(self, pieces: Iterator[Any], result: Callable[[], Result | None]):
+        """A stream of `pieces`; `result` makes the Result so far."""
+        self._pieces = pieces
+        self._result = result
+
+    def __next__(self) -> Any:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Result | None:
+        """The continuation so far, or None before its first tokens. After the last piece it is complete."""
+        return self._result()
+
+    def close(self) -> None:
+        """Cancels the rest of the continuation."""
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
 
 
 class Sampler:
@@ -122,42 +154,64 @@ class Sampler:
             raise ConfigError(f"{name} holds id {brief(int(bad[0]))}, but the ids of the vocabulary are 0 to {last}")
 
     def run(self, requests: Sequence[Request], rows: int, progress: bool | None) -> list[Result]:
-        """The results of requests, in their order, with at most `rows` of them in the batch at a time."""
+        """The results of requests, in their order, with at most `rows` of them in the batch at a time.
+
+        A request that fails has a result with the reason, and the others go on. If all fail, the first error is raised.
+        """
         shown = shows_bar(len(requests), rows, progress)
         results: dict[int, Result] = {}
+        failed: dict[int, BaseException] = {}
         with progress_bar(len(requests), "generating", unit="prompt", shown=shown, delay=0) as bar:
-            for i, result in self.results(requests, rows):
+            for i, result, error in self._ended(requests, rows):
                 results[i] = result
+                if error is not None:
+                    failed[i] = error
                 bar.update(1)
+        if len(failed) == len(requests):
+            raise failed[0]
         return [results[i] for i in range(len(requests))]
 
     def results(self, requests: Sequence[Request], rows: int) -> Iterator[tuple[int, Result]]:
-        """Yields the index and the result of each request as it ends."""
+        """Yields the index and the result of each request as it ends. Raises the error of the first that fails."""
+        for i, result, error in self._ended(requests, rows):
+            if error is not None:
+                raise error
+            yield i, result
+
+    def _ended(self, requests: Sequence[Request], rows: int) -> Iterator[tuple[int, Result, BaseException | None]]:
         self.scheduler.rows = rows
         numbers, events = self.scheduler.start(requests)
         index = {number: i for i, number in enumerate(numbers)}
         parts = [_Parts() for _ in requests]
         for event in events:
             i = index[event.number]
-            part = parts[i]
-            part.tokens += event.tokens
-            part.logprobs += event.logprobs
-            part.top += event.top
-            part.text += event.text
+            parts[i].add(event)
             if event.finish:
-                yield i, self._result(requests[i], part, event)
+                yield i, self._result(requests[i], parts[i], event), event.error
 
-    def stream(self, request: Request) -> Iterator[Any]:
-        """Yields the continuation of a request in pieces of text, or in ids without a tokenizer."""
+    def stream(self, request: Request) -> Stream:
+        """The continuation of a request in pieces of text, or in ids without a tokenizer."""
+        part = _Parts()
+
+        def result() -> Result | None:
+            return None if part.last is None else self._result(request, part, part.last)
+
+        return Stream(self._pieces(request, part), result)
+
+    def _pieces(self, request: Request, part: _Parts) -> Iterator[Any]:
         _, events = self.scheduler.start([request], first=1, most=_STREAM_STEPS)
-        if self._tokenizer is None:
-            for event in events:
-                yield from event.tokens
-            return
-        from llama_jax.text.tokenizer import StreamDecoder
+        decoder = None
+        if self._tokenizer is not None:
+            from llama_jax.text.tokenizer import StreamDecoder
 
-        decoder = StreamDecoder(self._tokenizer, continues=True)
+            decoder = StreamDecoder(self._tokenizer, continues=True)
         for event in events:
+            part.add(event)
+            if event.error is not None:
+                raise event.error
+            if decoder is None:
+                yield from event.tokens
+                continue
             text = event.text if request.stops else decoder.push(self.known(event.tokens))
             if event.finish and not request.stops:
                 text += decoder.flush()
@@ -178,6 +232,7 @@ class Sampler:
             logprobs=part.logprobs,
             finish_reason=last.finish or "length",
             stop=last.stop,
+            error="" if last.error is None else one_line(last.error) or type(last.error).__name__,
             prompt_tokens=list(request.tokens),
             top_logprobs=part.top,
             steps=last.steps,

@@ -26,17 +26,23 @@ def guess(
     params: Params | None,
     state: State,
     live_B: jax.Array,
+    drafts_B: jax.Array,
     *,
     guesses: int,
     bound: int,
 ) -> tuple[jax.Array, KVCache | None]:
-    """The guessed tokens (B, G) after each row's next input token, and the cache of the draft model."""
+    """The guessed tokens (B, G) after each row's next input token, and the cache of the draft model.
+
+    `drafter` is "lookup", or "draft" where the draft model guesses for the rows of `drafts_B`, and look-up for others.
+    """
     if guesses == 0:
         return jnp.zeros((live_B.shape[0], 0), jnp.int32), state.draft
     with jax.named_scope("guess"):
+        found_BG = look_up(state.ids_BS, state.positions_B, guesses)
         if drafter == "lookup":
-            return look_up(state.ids_BS, state.positions_B, guesses), state.draft
-        return _draft(program, params, state, live_B, guesses=guesses, bound=bound)
+            return found_BG, state.draft
+        drafted_BG, cache = _draft(program, params, state, live_B, guesses=guesses, bound=bound)
+        return jnp.where(drafts_B[:, None], drafted_BG, found_BG), cache
 
 
 def look_up(ids_BS: jax.Array, positions_B: jax.Array, guesses: int) -> jax.Array:

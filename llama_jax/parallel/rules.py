@@ -118,7 +118,7 @@ def active() -> Layout | None:
 def device() -> jax.Device:
     """The first device of the active layout, or the default one without a layout."""
     layout = _active.get()
-    if layout is not None:
+    if layout is not None and isinstance(layout.mesh, Mesh):  # an abstract mesh has no devices
         return layout.mesh.devices.flat[0]
     default = getattr(jax.config, "jax_default_device", None)  # None, a device, or the name of a platform
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]

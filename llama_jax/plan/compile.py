@@ -1,4 +1,6 @@
-"""Compiles the training step of a run for devices that are not present, as a program: python -m llama_jax.plan.compile
+"""Compiles the training step of a run, or the programs of inference, for devices that are not present.
+
+    python -m llama_jax.plan.compile < request.json
 
 It reads a request as JSON from standard input and prints the answer as the last line of standard output. libtpu and the
 CUDA plugin read their environment when jax starts, so `planner` starts this program as a process of its own.
@@ -58,7 +60,7 @@ def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[st
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = bytes_needed(str(error))
         if needed is None:
             raise
         return facts | {"fits": False, "peak_bytes": needed, "seconds": round(time.monotonic() - started, 1)}
@@ -74,7 +76,7 @@ def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[st
     }
 
 
-def _needed(message: str) -> int | None:
+def bytes_needed(message: str) -> int | None:
     """The bytes that a program needs, from the compiler's message that it does not fit; None for any other message."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
@@ -93,9 +95,16 @@ def _libraries(devices: Devices) -> dict[str, str]:
 def main() -> None:
     """Reads the request on standard input, and prints the answer."""
     request = json.load(sys.stdin)
-    run = RunConfig.from_dict(request["run"])
     kind, shape, slices = request["devices"]
-    print(json.dumps(compiled(run, Devices(kind, tuple(shape), slices), request["mesh"])))
+    devices = Devices(kind, tuple(shape), slices)
+    if "serving" in request:
+        from llama_jax.plan import inference
+
+        mesh = parallel.make_mesh(request["mesh"], topology(devices))
+        facts = inference.compiled(inference.Serving.from_dict(request["serving"]), devices, mesh)
+    else:
+        facts = compiled(RunConfig.from_dict(request["run"]), devices, request["mesh"])
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -131,12 +131,12 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
     dtype = parallel.named_dtype(run.train.compute_dtype)
     kernel, _ = attention_kernel(run, sizes, devices)
     closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla")
-    environment = _environment(devices)
+    environment = environment_of(devices)
     facts, proof = None, ""
     if environment is None:
-        proof = _INSTALL[devices.chip.platform].replace("JAX", importlib.metadata.version("jax"))
+        proof = proof_of(devices)
     elif compiling:
-        facts = _compiled(run, devices, sizes, environment)
+        facts = ask({"run": run.to_dict()}, devices, sizes, environment)
     peak = closed.peak if facts is None else facts["peak_bytes"] or closed.peak
     fits = peak <= devices.chip.hbm and (facts is None or facts["fits"])
     return Plan(
@@ -186,7 +186,12 @@ def _projection(
     )
 
 
-def _environment(devices: Devices) -> dict[str, str] | None:
+def proof_of(devices: Devices) -> str:
+    """The instruction for a compiled plan where no compiler is installed."""
+    return _INSTALL[devices.chip.platform].replace("JAX", importlib.metadata.version("jax"))
+
+
+def environment_of(devices: Devices) -> dict[str, str] | None:
     """The environment of a process that compiles for some devices; None where the compiler is not installed."""
     # XLA_FLAGS of this process are for its own devices, and would make plans depend on them.
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -218,9 +223,12 @@ def _tpu_library() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "libtpu.so"
 
 
-def _compiled(run: RunConfig, devices: Devices, sizes: dict[str, int], environment: dict[str, str]) -> dict[str, Any]:
-    """The compiler's facts, from the cache of results or by compiling."""
-    request = {"run": run.to_dict(), "devices": dataclasses.astuple(devices), "mesh": sizes}
+def ask(what: dict[str, Any], devices: Devices, sizes: dict[str, int], environment: dict[str, str]) -> dict[str, Any]:
+    """The compiler's facts, from the cache of results or by compiling.
+
+    `what` has the "run" of a training step, or the "serving" of inference. ConfigError if the compiler refuses it.
+    """
+    request = {**what, "devices": dataclasses.astuple(devices), "mesh": sizes}
     path = _result_path(request, environment)
     if path is not None and path.is_file():
         return json.loads(path.read_text())
@@ -243,8 +251,10 @@ def _result_path(request: dict[str, Any], environment: dict[str, str]) -> Path |
     folder = compilation_cache.folder()
     if folder is None:
         return None
-    run = {key: request["run"][key] for key in ("model", "optimizer", "train", "lora", "dpo")}
-    run["rows"] = [request["run"]["data"][key] for key in ("batch_size", "sequence_length")]
+    run = request.get("serving")
+    if run is None:
+        run = {key: request["run"][key] for key in ("model", "optimizer", "train", "lora", "dpo")}
+        run["rows"] = [request["run"]["data"][key] for key in ("batch_size", "sequence_length")]
     library = Path(environment[TPU_LIBRARY]).stat() if request["devices"][0].startswith(("v", "tpu")) else None
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
     key = [run, request["devices"], request["mesh"], versions, library and library.st_size, _source_hash()]
@@ -253,8 +263,8 @@ def _result_path(request: dict[str, Any], environment: dict[str, str]) -> Path |
 
 @functools.cache
 def _source_hash() -> str:
-    """A hash of the source files that a training step is compiled from."""
+    """A hash of the source files that the programs are compiled from."""
     root = Path(__file__).resolve().parents[1]
-    packages = ("parallel", "ops", "train", "plan", "weights")
+    packages = ("parallel", "ops", "train", "infer", "plan", "weights")
     files = [*sorted(root.glob("*.py")), *(path for name in packages for path in sorted((root / name).rglob("*.py")))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

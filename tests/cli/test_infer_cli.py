@@ -15,6 +15,8 @@ from llama_jax import config as configs
 from llama_jax.cli import chat, commands, exits, infer
 from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
+from llama_jax.infer.result import Result
+from llama_jax.infer.sampler import Stream
 from llama_jax.params import init_params
 
 
@@ -134,13 +136,28 @@ def test_chat_remembers_until_reset_and_leaves_at_quit(run, small):
     assert out == f"> {first}\n> {second}\n> > {first}\n> > "
 
 
+def test_the_answers_of_a_chat_keep_their_ids_for_the_next_turn(small, monkeypatch, tmp_path, capsys):
+    said = Result(text="hi", tokens=[104, 105], logprobs=[0.0] * 2, finish_reason="stop")
+    monkeypatch.setattr(small, "stream_chat", lambda *_, **__: Stream(iter(["h", "i"]), lambda: said), raising=False)
+    dialog = chat.Chat(small, None, {})
+    dialog._ask("hello")
+    assert dialog.messages[-1]["tokens"] == said.tokens and dialog.messages[-1]["content"] == "hi"
+    assert small.encode_dialog([*dialog.messages, {"role": "user", "content": "x"}])
+    dialog._command(f"/save {tmp_path / 'dialog.json'}")
+    assert "tokens" not in json.loads((tmp_path / "dialog.json").read_text())[-1]
+    assert capsys.readouterr().out == "hi\n"
+
+
 def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch):
     asked = []
 
-    def interrupted(messages, **_):
-        asked.append([m["content"] for m in messages])
+    def pieces():
         yield "par"
         raise KeyboardInterrupt
+
+    def interrupted(messages, **_):
+        asked.append([m["content"] for m in messages])
+        return Stream(pieces(), lambda: None)
 
     monkeypatch.setattr(small, "stream_chat", interrupted, raising=False)
     status, out, _ = run("--chat", stdin="hi\nmore\n")

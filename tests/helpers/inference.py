@@ -52,9 +52,9 @@ def request(length, *, new=6, sampling=GREEDY, seed=0, which=0, **more):
 def run(requests, *, on=None, rows=4, **options):
     """Runs requests. Returns (tokens, logprobs) of each request, and its last event."""
     scheduler = on if isinstance(on, Scheduler) else Scheduler(on or engine(), rows=rows)
-    numbers = [scheduler.submit(r) for r in requests]
+    numbers, events = scheduler.start(requests, **options)
     texts, last = {n: ([], []) for n in numbers}, {}
-    for event in scheduler.events(numbers, **options):
+    for event in events:
         texts[event.number][0].extend(event.tokens)
         texts[event.number][1].extend(event.logprobs)
         last[event.number] = event

@@ -39,7 +39,7 @@ def test_the_closed_model_is_within_a_tenth_of_the_compiler(name, monkeypatch):
 def test_the_cheapest_committed_plan_is_still_what_the_compiler_says(monkeypatch, tmp_path):
     if CHEAP not in COMMITTED:
         pytest.skip(f"docs/plans/{CHEAP}.json is not made yet: python benchmarks/plans.py {CHEAP}")
-    if planner._environment(parse("v5e:4")) is None:
+    if planner.environment_of(parse("v5e:4")) is None:
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     again, compiled = made(CHEAP, monkeypatch, compiling=True), COMMITTED[CHEAP]

@@ -26,7 +26,7 @@ RECIPE = "configs/llama31_8b.py"
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(planner, "_environment", lambda devices: None)
+    monkeypatch.setattr(planner, "environment_of", lambda devices: None)
 
 
 def run_8b(model="llama3.1-8b", *, rows=16, length=8192, **changes):

@@ -52,7 +52,7 @@ FLOORS = {
     "llama_jax.__main__": 6,
 }
 # On floor 5: the packages that each package may import.
-NEIGHBOURS = {"train": {"infer"}, "eval": {"infer"}, "serve": {"infer"}, "plan": {"train"}}
+NEIGHBOURS = {"train": {"infer"}, "eval": {"infer"}, "serve": {"infer"}, "plan": {"train", "infer"}}
 # On floor 4: packages that may import only some of the others.
 SEES = {"text": set(), "data": {"text", "hub"}}
 MESH_AXES = {"data", "fsdp", "stage", "context", "tensor"}

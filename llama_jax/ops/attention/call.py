@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import parallel
-from llama_jax.cache import Leaf, QCache, Window
+from llama_jax.cache import Leaf, Window, dtype_in_place
 
 
 class Call(NamedTuple):
@@ -43,9 +43,9 @@ class Call(NamedTuple):
         return "decoding" if self.q_BTNH.shape[1] == 1 else "prefill"
 
     @property
-    def cache_dtype(self) -> jnp.dtype:
-        """The dtype of the stored keys."""
-        return jnp.dtype(self.k.values_BKSH.dtype if isinstance(self.k, QCache) else self.k.dtype)
+    def cache_dtype(self) -> jnp.dtype | None:
+        """The dtype of the stored keys; None if a kernel cannot read them where they are."""
+        return dtype_in_place(self.k)
 
 
 class Target(NamedTuple):

