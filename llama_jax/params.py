@@ -199,7 +199,7 @@ def stack(params: Params) -> Params:
 def restack(params: Params) -> Params:
     """The stacked tree of an unrolled one, whose arrays are released one after the other.
 
-    The model is never held twice. Afterwards the layers' dicts of the argument are empty.
+    The model is never in memory twice. Afterwards the layers' dicts of the argument are empty.
     """
     layers = params["layers"]
     stacked: dict[str, Params] = {}

@@ -121,7 +121,7 @@ def download(url: str, files: Sequence[Stored], folder: Path) -> dict[str, Path]
 
 
 def download_folder(url: str) -> Path:
-    """The folder of the cache with all files of an address. Raises as `find` and `download`."""
+    """Downloads all files of an address, and returns their folder in the cache. Raises as `find` and `download`."""
     files = find(url)
     folder = cache_folder(url, files)
     download(url, files, folder)

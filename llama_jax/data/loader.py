@@ -151,7 +151,9 @@ class Loader:
 
 
 def position_of(state: Mapping[str, Any]) -> int:
-    """The number of rows before a position that `Loader.state` returned; ValueError for values that are none."""
+    """The number of rows before a position that `Loader.state` returned; ValueError for values that are not such a
+    position.
+    """
     rows = state.get("rows")
     if rows is None and isinstance(state.get("step"), int):  # earlier versions counted batches
         rows = state["step"] * state.get("batch_size", 0)

@@ -113,7 +113,7 @@ def dialogs(part: str) -> list[Dialog]:
 
 @functools.cache
 def facts() -> tuple[Fact, ...]:
-    """All facts, in the order of the modules, one for each name."""
+    """All facts of the quickstart chat set, one for each name, in the order of the modules."""
     found: dict[str, Fact] = {}
     for name, thing in _things(_MODULES, _CLASSES, _CHOSEN):
         sentence = answer(name, inspect.getdoc(thing) or "", is_class=isinstance(thing, type))
@@ -237,7 +237,11 @@ def _first_of(text: str) -> str:
 
 
 def _predicate(sentence: str, name: str, is_class: bool) -> str:
-    """The predicate for a name that a documentation's sentence gives, or "" if its first words do not decide it."""
+    """Turns a sentence of documentation into a predicate about the name, or "" if its first words do not allow it.
+
+    "Return the sine." becomes "returns the sine.", and "Greatest Common Divisor." becomes "returns the greatest common
+    divisor."
+    """
     # "This class implements semaphore objects.", "A ChainMap groups multiple dicts ..."
     itself = rf"(?:Th(?:is|e) (?:\w+ )?(?:class|function|method|object|decorator)|(?:An? )?{name}) (?=[a-z]+s )"
     if match := re.match(itself, sentence):

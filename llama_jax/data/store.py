@@ -107,7 +107,7 @@ class TokenStore:
             actual = f"{self.offsets.dtype}{list(self.offsets.shape)}"
             raise self._damaged(f"offsets.npy holds {actual}, meta.json says int64{list(expected)}")
         if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or np.any(np.diff(self.offsets) <= 0):
-            raise self._damaged(f"offsets.npy does not rise from 0 to {self.num_tokens}")
+            raise self._damaged(f"the offsets in offsets.npy must ascend from 0 to {self.num_tokens}")
         if self.pairs and self.num_documents % 2:
             raise self._damaged(f"{self.num_documents} documents are not pairs")
 

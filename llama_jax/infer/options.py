@@ -187,5 +187,7 @@ def as_overrides(overrides: Any, count: int) -> list[Mapping[str, Any]]:
         return [{}] * count
     listed = isinstance(overrides, Sequence) and all(isinstance(item, Mapping) for item in overrides)
     if not listed or len(overrides) != count:
-        raise ConfigError(f"overrides must be a list of {count} dicts of options, one a prompt, got {brief(overrides)}")
+        raise ConfigError(
+            f"overrides must be a list of {count} dicts of options, one for each prompt, got {brief(overrides)}"
+        )
     return list(overrides)

@@ -20,13 +20,13 @@ def check(data: bytes) -> None:
     length = int.from_bytes(data[:4], "little")
     replacements = data[4 + length :]
     if not 0 < length <= len(data) - 4 or length % 1024 or not replacements.endswith(b"\0"):
-        raise ConfigError("the character map of its normalizer is damaged")
+        raise ConfigError("the character map of the normalizer is damaged")
     units = np.frombuffer(data, "<u4", length // 4, offset=4).astype(np.int64)
     offsets = (units >> 10) << ((units & 0x200) >> 6)
     is_place = units >> 31 == 1
     furthest = (np.arange(len(units)) ^ offsets) | 0xFF
     if (furthest[~is_place] >= len(units)).any() or ((units[is_place] & 0x7FFFFFFF) >= len(replacements)).any():
-        raise ConfigError("the character map of its normalizer is damaged")
+        raise ConfigError("the character map of the normalizer is damaged")
     longest = max(map(len, replacements.split(b"\0")))
     if longest > _MAX_REPLACEMENT:
-        raise ConfigError(f"its normalizer replaces a character by {longest:,} bytes; {_MAX_REPLACEMENT} is the limit")
+        raise ConfigError(f"the normalizer replaces a character by {longest:,} bytes; {_MAX_REPLACEMENT} is the limit")

@@ -225,7 +225,7 @@ def check_contents(data: Mapping[str, Any]) -> None:
             patterns.check(regex)
         prepended += len(str(part.get("prepend"))) if part.get("type") == "Prepend" else 0
         if prepended > _MAX_GROWTH:
-            raise ConfigError(f"its normalizer puts more than {_MAX_GROWTH:,} characters in front of a text")
+            raise ConfigError(f"the normalizer puts more than {_MAX_GROWTH:,} characters in front of a text")
         if part.get("type") == "Precompiled":
             try:
                 compiled = base64.b64decode(part.get("precompiled_charsmap") or "", validate=True)
@@ -234,9 +234,9 @@ def check_contents(data: Mapping[str, Any]) -> None:
             character_map.check(compiled)
     for name, most in (("normalizer", _MAX_GROWTH), ("pre_tokenizer", _MAX_GROWTH), ("decoder", _MAX_DECODED_GROWTH)):
         if sum(1 for _ in _objects(data.get(name))) > _MOST_PARTS:
-            raise ConfigError(f"its {name} has more than {_MOST_PARTS:,} parts")
+            raise ConfigError(f"the {name} has more than {_MOST_PARTS:,} parts")
         if (growth := _growth(data.get(name))) > most:
-            raise ConfigError(f"its {name} may make a text {growth:,.0f} times as long; {most:,} is the limit")
+            raise ConfigError(f"the {name} may make a text {growth:,.0f} times as long; {most:,} is the limit")
 
 
 def _growth(value: Any) -> float:

@@ -191,7 +191,7 @@ def parse_model(data: bytes) -> PieceModel:
         raise ValueError("the SentencePiece model has no pieces")
     compiled = normalizer.get(2, b"")
     if not isinstance(compiled, bytes):
-        raise ValueError("the character map of its normalizer is damaged")
+        raise ValueError("the character map of the normalizer is damaged")
     character_map.check(compiled)
     names = tuple(_text(trainer.get(field, name.encode())) for field, name in _NAMES.items())
     return PieceModel(
@@ -257,7 +257,7 @@ _HEX = set("0123456789ABCDEF")
 def _fields(data: Any, most: int = MOST_TOKENS + 100) -> Iterator[tuple[int, int | bytes]]:
     """Yields (number, value) of each field of a protocol-buffer message, at most `most`; a value is an int or bytes."""
     if not isinstance(data, bytes):
-        raise ValueError("it is not a SentencePiece model, or is damaged")
+        raise ValueError("the file is not a SentencePiece model, or is damaged")
     at, end = 0, len(data)
     for _ in range(most):
         if at == end:
@@ -273,10 +273,10 @@ def _fields(data: Any, most: int = MOST_TOKENS + 100) -> Iterator[tuple[int, int
         else:
             length = {1: 8, 5: 4}.get(kind, end)  # other kinds do not exist
         if length > end - at:
-            raise ValueError("it is not a SentencePiece model, or is cut off")
+            raise ValueError("the file is not a SentencePiece model, or is cut off")
         yield key >> 3, data[at : at + length]
         at += length
-    raise ValueError("it is not a SentencePiece model, or has too many fields")
+    raise ValueError("the file is not a SentencePiece model, or has too many fields")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -290,14 +290,14 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise ValueError("it is not a SentencePiece model, or is cut off")
+    raise ValueError("the file is not a SentencePiece model, or is cut off")
 
 
 def _text(value: Any) -> str:
     try:
         return value.decode("utf-8")
     except (AttributeError, UnicodeDecodeError):
-        raise ValueError("it is not a SentencePiece model, or is damaged: a text is not UTF-8") from None
+        raise ValueError("the file is not a SentencePiece model, or is damaged: a text is not UTF-8") from None
 
 
 def _number(field: int, value: int) -> bytes:

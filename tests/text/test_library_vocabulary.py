@@ -251,15 +251,15 @@ LARGE = [
     ),
     (
         {"normalizer": {"type": "Replace", "pattern": {"String": "ab"}, "content": "a" * 2_002}},
-        "its normalizer may make a text 1,001 times as long; 1,000 is the limit",
+        "the normalizer may make a text 1,001 times as long; 1,000 is the limit",
     ),
     (
         {"decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 5}},
-        "its decoder may make a text 5 times as long; 4 is the limit",
+        "the decoder may make a text 5 times as long; 4 is the limit",
     ),
     (
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 200}},
-        "its pre_tokenizer has more than 200 parts",
+        "the pre_tokenizer has more than 200 parts",
     ),
     ({"added_tokens": [{"id": 256, "content": "a" * 4_097}]}, "an added token has more than 4,096 characters"),
 ]

@@ -63,7 +63,7 @@ BACKENDS = (
 
 
 def choose(call: Call, target: Target) -> tuple[Backend, dict[str, str]]:
-    """The backend that runs a call on a target, and why each better one of the platform does not."""
+    """Chooses the backend that runs a call on a target. Returns it, and the reason why each better one does not."""
     reasons: dict[str, str] = {}
     for backend in BACKENDS:
         if backend.platform in ("", target.platform):

@@ -1,4 +1,4 @@
-"""One attention of a layer as a record, and the devices that run it. Backends read both to refuse or to compute.
+"""The records that describe one call of attention and the devices that run it. Backends decide and compute by them.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -15,14 +15,15 @@ from llama_jax.cache import Leaf, Window, dtype_in_place
 
 
 class Call(NamedTuple):
-    """softmax(q k^T / sqrt(H)) v, where a query attends to the keys of its document up to its own position.
+    """One call of attention: softmax(q k^T / sqrt(H)) v, where a query attends to its document's keys up to its
+    position.
 
-    The arrays may be abstract (jax.ShapeDtypeStruct) where a call is only chosen for and not computed.
+    The arrays may be abstract (jax.ShapeDtypeStruct) if a backend is only chosen and nothing is computed.
 
     Attributes:
         q_BTNH: rotated queries.
         k: rotated keys (B, K, S, H): an array, or a leaf of a KV cache.
-        v: values, likewise.
+        v: values, in the form of the keys.
         positions_BT: position of each query within its document.
         segments_BT: document number of each query of a packed row; None if every row is one document.
         window: the window of a pass with a KV cache. None for whole rows, where query i and key i are the same token.

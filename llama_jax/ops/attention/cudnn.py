@@ -1,7 +1,7 @@
 """Causal attention of whole rows without documents by cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
-Its public form knows no documents. The private form that does is wrong for fewer key/value than query heads in jax up
-to 0.11.0 (docs/decisions/attention-on-nvidia.md).
+The public function does not support documents. The private function that does gives wrong results for fewer key/value
+than query heads in jax up to 0.11.0 (docs/decisions/attention-on-nvidia.md).
 
 Letters: B batch, T length, N query heads, K key/value heads, H head dim.
 """

@@ -104,7 +104,7 @@ def _own_part(
     gathered: bool,
     blocks: Blocks,
 ) -> jax.Array:
-    """The kernels on the rows, queries and heads of one device."""
+    """Runs the kernels on the rows, queries and heads of one device."""
     if gathered:
         k_BKSH, v_BKSH = (parallel.all_gathered(a, "length", 2) for a in (k_BKSH, v_BKSH))
     k_BKSH, v_BKSH = (parallel.reordered(a, order, axis=2, back=True) for a in (k_BKSH, v_BKSH))

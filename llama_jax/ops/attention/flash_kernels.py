@@ -3,7 +3,8 @@
 Each query attends to one range of keys, from a first to a last one. Ranges express packed documents (from the start of
 the document to the query), whole rows, and a chunk of a prompt over a KV cache (slots up to the position). A block of
 queries visits only the blocks of keys between the smallest first and the largest last key of its queries, and a block
-of keys in the backward pass only the queries that may see it. The query heads of a key/value head read it where it is.
+of keys in the backward pass only the queries that may see it. The query heads of a key/value head share it without a
+copy.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim, I blocks of
 queries, J blocks of keys.
@@ -61,7 +62,8 @@ def attention(
         k_BKSH: keys, already rotated.
         v_BKSH: values.
         first_BT: int32 index of the first key of each query.
-        last_BT: int32 index of the last key of each query. A query whose last key is before its first has any result.
+        last_BT: int32 index of the last key of each query. A query whose last key is before its first gets an arbitrary
+            result.
         blocks: the tiling.
     """
     T, S, H = q_BTNH.shape[1], k_BKSH.shape[2], q_BTNH.shape[3]
@@ -84,7 +86,7 @@ def attention(
 def _padded(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float, blocks: Blocks
 ) -> jax.Array:
-    """`attention` of arrays that the blocks divide."""
+    """The attention of arrays whose lengths are multiples of the blocks."""
     return _forward(q, k, v, first, last, scale, blocks)[0]
 
 

@@ -82,7 +82,7 @@ def _own_part(q_BTNH: jax.Array, positions_BT: jax.Array, *cache: jax.Array, bou
 def _visit(
     last_BI: jax.Array, q_BKRH: jax.Array, positions_BR1: jax.Array, *cache: jax.Array, bound: int, step: int
 ) -> jax.Array:
-    """The kernel over blocks of queries and of `step` slots, each of the former up to its last block: (B, K, R, H)."""
+    """Runs the kernel: each block of queries visits blocks of `step` slots up to its last one. Returns (B, K, R, H)."""
     B, K, R, H = q_BKRH.shape
     blocks = last_BI.shape[1]
     rows = R // blocks

@@ -343,14 +343,14 @@ class _Fields:
         self.path, self.given = path, given
 
     def number(self, key: str) -> float:
-        """A finite number above 0."""
+        """Reads a llama.* key whose value must be a finite number above 0."""
         value = self._value(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ConfigError(f"{self.path}: llama.{key} must be a finite number above 0, got {shown(value)}")
         return float(value)
 
     def whole(self, key: str, *, layers: int = 0, default: int | None = None) -> int:
-        """A whole number above 0.
+        """Reads a llama.* key whose value must be a whole number above 0.
 
         Args:
             key: the key.

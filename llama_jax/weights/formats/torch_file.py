@@ -149,7 +149,7 @@ def _tensors(file: File) -> dict[str, LazyTensor]:
     top = tops[0]
     for name in members:  # names are only looked up, and never become paths
         if not name.startswith(top + "/"):
-            raise ValueError(f"its member {brief(name)} is outside of its folder {brief(top)}: not a torch file")
+            raise ValueError(f"the member {brief(name)} is outside of its folder {brief(top)}: not a torch file")
     order = members.get(f"{top}/byteorder")
     if order is not None and (order.size != 6 or file.read(order.start, 6) != b"little"):
         raise ValueError("numbers in it are not little-endian; only those are read")
@@ -245,13 +245,13 @@ class _Record(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name as text."""
+        """Name of the member as text."""
         return self.raw_name.decode("utf-8", "backslashreplace")
 
     @property
     def where(self) -> str:
-        """Its name in error messages."""
-        return f"its member {brief(self.name)}"
+        """Name of the member in error messages."""
+        return f"the member {brief(self.name)}"
 
 
 def _records(directory: bytes, count: int) -> Iterator[_Record]:
