@@ -29,9 +29,9 @@ def with_remat(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
         return layer
     policies = jax.checkpoint_policies
     if remat == "dots":
-        return jax.checkpoint(layer, policy=policies.save_only_these_names(PRODUCT, ATTENTION))
+        return _keeping(layer, policies.save_only_these_names(PRODUCT, ATTENTION))
     if remat == "attention":
-        return jax.checkpoint(layer, policy=policies.save_only_these_names(ATTENTION))
+        return _keeping(layer, policies.save_only_these_names(ATTENTION))
     if remat == "offload":
         offload = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -39,5 +39,14 @@ def with_remat(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
             offload_src="device",
             offload_dst="pinned_host",
         )
-        return jax.checkpoint(layer, policy=offload)
+        return _keeping(layer, offload)
     return jax.checkpoint(layer)
+
+
+def _keeping(layer: Callable[..., Any], policy: Callable[..., Any]) -> Callable[..., Any]:
+    """Rematerializes by a policy that keeps, in addition, the results of cuDNN's attention, which have no names."""
+
+    def kept(primitive: Any, *avals: Any, **parameters: Any) -> Any:
+        return primitive.name.startswith("dot_product_attention_fwd") or policy(primitive, *avals, **parameters)
+
+    return jax.checkpoint(layer, policy=kept)

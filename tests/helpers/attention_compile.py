@@ -18,6 +18,7 @@ from helpers.aot_compile import tpu_mesh
 from llama_jax import cache, parallel
 from llama_jax.config import size
 from llama_jax.ops.attention import Call, attention
+from llama_jax.ops.remat import with_remat
 from llama_jax.plan.compile import topology
 from llama_jax.plan.devices import parse
 
@@ -40,6 +41,24 @@ def whole_rows(layout, T, documents):
     q = array((1, T, N, H), ("batch", "length", "heads", None))
     k = array((1, K, T, H), ("batch", "kv_heads", "length", None))
     return jax.jit(run).lower(q, k, k, q, array((1, T), ("batch", "length"), jnp.int32))
+
+
+def kept(layout, documents, remat):
+    """The gradient of one row of 1,024 whose layer is rematerialized."""
+
+    def run(q, k, v, tokens):
+        def layer(q):
+            call = Call(2 * q, k, v, tokens, tokens if documents else None)
+            return jnp.sin(attention(call)).astype(jnp.float32)
+
+        with parallel.use(layout):
+            return jax.grad(lambda q: jnp.sum(with_remat(layer, remat)(q)))(q)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding((None,) * len(shape)))
+
+    k = array(1, K, 1024, H)
+    return jax.jit(run).lower(array(1, 1024, N, H), k, k, array(1, 1024, dtype=jnp.int32))
 
 
 def cached(layout, T, kv):
@@ -70,6 +89,9 @@ CASES = {
     "decode int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 1, "int8"),
     "prefill": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "compute"),
     "prefill int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "int8"),
+    "kept, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "attention"),
+    "kept, one document": lambda mesh: kept(parallel.Layout(mesh, "train"), False, "attention"),
+    "offloaded, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "offload"),
 }
 
 
@@ -88,6 +110,10 @@ def main():
                 | set(re.findall(r"%(ragged_attention|splash_\w+?)[.\d]* = ", text))
                 | set(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
             ),
+            "forward_calls": len(
+                re.findall(r'name = "flash_forward"|="__cudnn\$fmhaSoftmax"|%splash_mha_fwd[\w.]* = ', text)
+            ),
+            "host_bytes": memory.host_temp_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),

@@ -80,21 +80,34 @@ def test_attention_on_an_h100_runs_its_kernels_without_scores_in_memory():
         "decode int8": ["split_decode"],
         "prefill": ["flash_forward"],
         "prefill int8": ["flash_forward"],
+        "kept, documents": ["flash_backward_queries", "flash_forward"],  # the gradient of the queries alone
+        "kept, one document": ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"],
+        "offloaded, documents": ["flash_backward_queries", "flash_forward"],
     }
     assert {name: one["kernels"] for name, one in found.items()} == expected
+    _check_rematerialization(found)
     # The scores of one head of a row of 8,192 are 256 MiB. A prefill reads its half of the cache as a copy.
     window = found["prefill"]["argument_bytes"] // 2
     for name, one in found.items():
         assert one["temporary_bytes"] < (window if "prefill" in name else 64 << 20), (name, one)
 
 
+def _check_rematerialization(found: dict) -> None:
+    """The backward pass runs no forward kernel again, and offloaded residuals are in the host's memory."""
+    for name in ("kept, documents", "kept, one document", "offloaded, documents"):
+        assert found[name]["forward_calls"] == 1, name
+    residuals = 1024 * aot_attention.N * (aot_attention.H * 2 + 4)  # the result, and a float32 for each query and head
+    assert found["offloaded, documents"]["host_bytes"] == residuals
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e:1x1", "v6e:1x1", "v5p:2x2x1"])
+@pytest.mark.parametrize("chip", ["v5e:1x1", "v6e:1x1", "v5p:1x1x1"])
 def test_attention_on_a_tpu_reads_the_live_slots_only(chip):
     found = _attention(chip, _tpu_environment())
     for name, one in found.items():
         kernel = "splash" if "document" in name else "ragged_attention"
         assert any(found.startswith(kernel) for found in one["kernels"]), (name, one)
+    _check_rematerialization(found)
     for name, width in (("decode", 2 * 128), ("decode int8", 128 + 2)):
         live = 2 * aot_attention.ROWS * aot_attention.BOUND * aot_attention.K * width
         assert live <= found[name]["bytes_accessed"] < 1.1 * live, (name, found[name])
