@@ -9,10 +9,7 @@ CUDA plugin read their environment when jax starts, so `planner` starts this pro
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,9 @@ from jax.experimental import topologies
 
 from llama_jax import parallel
 from llama_jax.errors import ConfigError, one_line
-from llama_jax.plan import hlo
-from llama_jax.plan.devices import GIB, Devices
+from llama_jax.plan import inference
+from llama_jax.plan.devices import Devices
+from llama_jax.plan.facts import facts_of
 from llama_jax.run_config import RunConfig
 from llama_jax.train.program import Program
 
@@ -48,41 +46,11 @@ def topology(devices: Devices) -> list[Any]:
 
 
 def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[str, Any]:
-    """Facts about the compiled training step, as a JSON-able dict.
-
-    `peak_bytes` is None if the compiler reports none. `fits` is False if the compiler refuses the program for its
-    memory, or if the peak is more than the memory of a GPU.
-    """
-    started = time.monotonic()
+    """Facts about the compiled training step, as a JSON-able dict (see `facts_of`)."""
     program = Program.make(run, parallel.make_mesh(sizes, topology(devices)))
     lowered = program.train_step.lower(program.state, program.frozen, program.batch)
-    facts: dict[str, Any] = {"compiler_options": program.compiler_options, "libraries": _libraries(devices)}
-    try:
-        executable = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = bytes_needed(str(error))
-        if needed is None:
-            raise
-        return facts | {"fits": False, "peak_bytes": needed, "seconds": round(time.monotonic() - started, 1)}
-    memory = executable.memory_analysis()
-    text = executable.as_text()
-    return facts | {
-        "fits": memory.peak_memory_in_bytes <= devices.chip.hbm,
-        "peak_bytes": memory.peak_memory_in_bytes,
-        "host_bytes": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
-        "collectives": [vars(one) for one in hlo.collectives(text)],
-        "kernels": hlo.kernels(text),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-
-
-def bytes_needed(message: str) -> int | None:
-    """The bytes that a program needs, from the compiler's message that it does not fit; None for any other message."""
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        return None
-    match = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) (?:of|out of)", message)
-    scale = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
-    return math.ceil(float(match[1]) * scale[match[2]]) if match else 0
+    facts = {"compiler_options": program.compiler_options, "libraries": _libraries(devices)}
+    return facts | facts_of(lowered, devices)
 
 
 def _libraries(devices: Devices) -> dict[str, str]:
@@ -98,8 +66,6 @@ def main() -> None:
     kind, shape, slices = request["devices"]
     devices = Devices(kind, tuple(shape), slices)
     if "serving" in request:
-        from llama_jax.plan import inference
-
         mesh = parallel.make_mesh(request["mesh"], topology(devices))
         facts = inference.compiled(inference.Serving.from_dict(request["serving"]), devices, mesh)
     else:

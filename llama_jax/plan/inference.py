@@ -9,7 +9,6 @@ up the shards of its abstract weights and state where no compiler is installed.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,9 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer.program import Program, layout_of
 from llama_jax.ops import quant
-from llama_jax.plan import hlo, memory, planner, projection
+from llama_jax.plan import memory, planner, projection
 from llama_jax.plan.devices import GIB, Devices
+from llama_jax.plan.facts import facts_of
 from llama_jax.weights.quantize import BITS, check
 
 CHUNK = 512  # tokens of the longest prefill chunk
@@ -189,28 +189,7 @@ def compiled(serving: Serving, devices: Devices, mesh: Any) -> dict[str, Any]:
         "prefill": program.prefill.lower(params, state, _chunk(program), bound=bound),
         "decode": program.decode.lower(params, state, steer, bound=bound, top=0, guesses=0, drafter=""),
     }
-    return {"programs": {name: _facts(one, devices) for name, one in lowered.items()}}
-
-
-def _facts(lowered: Any, devices: Devices) -> dict[str, Any]:
-    from llama_jax.plan.compile import bytes_needed
-
-    started = time.monotonic()
-    try:
-        executable = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = bytes_needed(str(error))
-        if needed is None:
-            raise
-        return {"fits": False, "peak_bytes": needed, "seconds": round(time.monotonic() - started, 1)}
-    peak, text = executable.memory_analysis().peak_memory_in_bytes, executable.as_text()
-    return {
-        "fits": peak <= devices.chip.hbm,
-        "peak_bytes": peak,
-        "collectives": [vars(one) for one in hlo.collectives(text)],
-        "kernels": hlo.kernels(text),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return {"programs": {name: facts_of(one, devices) for name, one in lowered.items()}}
 
 
 def table(plan: Mapping[str, Any]) -> str:

@@ -1,0 +1,48 @@
+"""Facts about a program that the compiler of absent devices has compiled, or has refused for its memory."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from llama_jax.plan import hlo
+from llama_jax.plan.devices import GIB, Devices
+
+
+def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
+    """Compiles a lowered program. Returns its memory, collectives and kernels as a JSON-able dict.
+
+    `fits` is False if the compiler refuses the program for its
+    memory, or if the peak is more than the memory of a device.
+    """
+    started = time.monotonic()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_needed(str(error))
+        if needed is None:
+            raise
+        return {"fits": False, "peak_bytes": needed, "seconds": round(time.monotonic() - started, 1)}
+    memory: Any = executable.memory_analysis()
+    text = executable.as_text() or ""
+    return {
+        "fits": memory.peak_memory_in_bytes <= devices.chip.hbm,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "host_bytes": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        "collectives": [vars(one) for one in hlo.collectives(text)],
+        "kernels": hlo.kernels(text),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def bytes_needed(message: str) -> int | None:
+    """The bytes that a program needs, from the compiler's message that it does not fit; None for any other message."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    match = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) (?:of|out of)", message)
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
+    return math.ceil(float(match[1]) * scale[match[2]]) if match else 0
