@@ -121,7 +121,7 @@ def test_other_quantizations_and_damaged_parts_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=match):
             llama_jax.load(tmp_path / "m")
 
-    refused("num_bits=2; read here: 4, 8", num_bits=2)
+    refused("num_bits=2; supported: 4, 8", num_bits=2)
     refused("symmetric=False", symmetric=False)
     refused("type='float'", type="float")
     path.write_text(json.dumps(good))

@@ -161,7 +161,7 @@ class _Scan:
         shape = tuple(self._integer("a dimension") for _ in range(rank))
         name = self._string()
         if name not in _DTYPES:
-            raise self.error(f"an array of dtype {name!r}; read here: {', '.join(_DTYPES)}")
+            raise self.error(f"an array of dtype {name!r}; supported: {', '.join(_DTYPES)}")
         length, dtype = self._length("bytes", fixed=None, sized={0xC4: 1, 0xC5: 2, 0xC6: 4}), _DTYPES[name]
         if math.prod(shape) * dtype.itemsize != length or any(n >> 62 for n in shape):
             raise self.error(f"an array of shape {shape} and dtype {name}, with {length:,} bytes")
