@@ -228,7 +228,7 @@ _Q = "model.layers.1.self_attn.q_proj.weight"
         (lambda t: {**_without(t, _Q), _Q[:-7] + "_weight": t[_Q]}, ("missing", _Q, "did you mean")),
         (lambda t: _without(t, "lm_head.weight"), ("missing", "lm_head.weight", "tied")),
         (lambda t: {**t, "model.layers.3.mlp.up_proj.weight": t[_Q]}, ("do not belong to this config", "layers.3")),
-        (lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": t[_Q][0]}, ("do not belong to this config", "q_proj.bias")),
+        (lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": t[_Q][0]}, ("do not belong", "q_proj.bias")),
         (lambda t: {**t, _Q: t[_Q].T}, (_Q, "(48, 128)", "(128, 48)")),
         (lambda t: {**t, _Q: t[_Q].astype(np.int8)}, (_Q, "int8")),
         (lambda t: {**t, _Q: t[_Q].astype(np.float64)}, (_Q, "float64")),
