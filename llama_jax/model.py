@@ -32,7 +32,7 @@ LayerCache = tuple[Leaf, Leaf]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Where:
+class Positions:
     """Positions of a batch of tokens, computed once and shared by all layers.
 
     Attributes:
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         self.o = _weight(params, "attention", "o")
 
     def __call__(
-        self, x_BTD: jax.Array, where: Where, cache: LayerCache | None, norm: RMSNorm | None = None
+        self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
@@ -98,14 +98,14 @@ class Attention(nnx.Module):
             k_BTKH = parallel.constrain(k.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
             v_BTKH = parallel.constrain(v.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
         with jax.named_scope("rope"):
-            q_BTNH = rope.rotate(q_BTNH, where.cos_BTR, where.sin_BTR)
-            k_BTKH = rope.rotate(k_BTKH, where.cos_BTR, where.sin_BTR)
-        if cache is not None and where.window is not None:
+            q_BTNH = rope.rotate(q_BTNH, pos.cos_BTR, pos.sin_BTR)
+            k_BTKH = rope.rotate(k_BTKH, pos.cos_BTR, pos.sin_BTR)
+        if cache is not None and pos.window is not None:
             with jax.named_scope("cache"):
-                cache = (write(cache[0], k_BTKH, where.window), write(cache[1], v_BTKH, where.window))
+                cache = (write(cache[0], k_BTKH, pos.window), write(cache[1], v_BTKH, pos.window))
         keys, values = cache or (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
         with jax.named_scope("attend"):
-            out_BTNH = attention(Call(q_BTNH, keys, values, where.positions_BT, where.segments_BT, where.window))
+            out_BTNH = attention(Call(q_BTNH, keys, values, pos.positions_BT, pos.segments_BT, pos.window))
         with jax.named_scope("out"):
             return _linear(out_BTNH.reshape(B, T, -1), self.o), cache
 
@@ -134,9 +134,11 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config, params["ffn_norm"])
         self.ffn = FeedForward(params["ffn"])
 
-    def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attention(x_BTD, where, cache, self.attention_norm)
+            out_BTD, cache = self.attention(x_BTD, pos, cache, self.attention_norm)
             x_BTD = parallel.constrain(x_BTD + out_BTD, "batch", "length", "act_embed")
         with jax.named_scope("ffn"):
             x_BTD = x_BTD + self.ffn(x_BTD, self.ffn_norm)
@@ -149,51 +151,51 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, params: Params):
         self.config = config
         self.embed = _weight(params, "embed")
-        self.layers = nnx.data(params["layers"])  # plain dicts: each becomes a Block where it runs
+        self.layers = nnx.data(params["layers"])  # plain dicts: each becomes a Block when it runs
         self.norm = RMSNorm(config, params["norm"])
 
     def __call__(
-        self, tokens_BT: jax.Array, where: Where, cache: KVCache | None, dtype: jnp.dtype, remat: str
+        self, tokens_BT: jax.Array, pos: Positions, cache: KVCache | None, dtype: jnp.dtype, remat: str
     ) -> tuple[jax.Array, KVCache | None]:
         with jax.named_scope("embed"):
             x_BTD = linear_ops.embed(self.embed.get_value(), tokens_BT, dtype)
             x_BTD = parallel.constrain(x_BTD, "batch", "length", "act_embed")
         if isinstance(self.layers, dict) and cache is None:
-            x_BTD = _scan(self.config, self.layers, x_BTD, where, remat)
+            x_BTD = _scan(self.config, self.layers, x_BTD, pos, remat)
         elif cache is None:
-            x_BTD = _unroll(self.config, self.layers, x_BTD, where, remat)
+            x_BTD = _unroll(self.config, self.layers, x_BTD, pos, remat)
         else:
-            x_BTD, cache = _unroll_cached(self.config, self.layers, x_BTD, where, cache)
+            x_BTD, cache = _unroll_cached(self.config, self.layers, x_BTD, pos, cache)
         with jax.named_scope("norm"):
             return self.norm(x_BTD), cache
 
 
-def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
+def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, pos: Positions, remat: str) -> jax.Array:
     """Runs stacked layers as one scan, which compiles one layer for any depth. Pipeline stages have one scan each."""
 
-    def run(layers: Params, x_BTD: jax.Array, where: Where) -> jax.Array:
+    def run(layers: Params, x_BTD: jax.Array, pos: Positions) -> jax.Array:
         def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-            return Block(config, layer)(x_BTD, where, None)[0], None
+            return Block(config, layer)(x_BTD, pos, None)[0], None
 
         return jax.lax.scan(with_remat(body, remat), x_BTD, layers)[0]
 
-    return parallel.pipeline(run, layers, x_BTD, where)
+    return parallel.pipeline(run, layers, x_BTD, pos)
 
 
-def _unroll(config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, where: Where, remat: str) -> jax.Array:
+def _unroll(config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, pos: Positions, remat: str) -> jax.Array:
     """Runs unrolled layers one after the other, without a cache."""
     for layer in layers:
-        x_BTD = with_remat(lambda x_BTD, layer: Block(config, layer)(x_BTD, where, None)[0], remat)(x_BTD, layer)
+        x_BTD = with_remat(lambda x_BTD, layer: Block(config, layer)(x_BTD, pos, None)[0], remat)(x_BTD, layer)
     return x_BTD
 
 
 def _unroll_cached(
-    config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, where: Where, cache: KVCache
+    config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, pos: Positions, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Runs the layers one after the other, each with cache arrays of its own: a donated cache is updated in place."""
     updated = []
     for layer, layer_cache in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
-        x_BTD, layer_cache = _cached_layer(config, parallel.active(), layer, x_BTD, where, layer_cache)
+        x_BTD, layer_cache = _cached_layer(config, parallel.active(), layer, x_BTD, pos, layer_cache)
         updated.append(layer_cache)
     k, v = zip(*updated, strict=True)
     return x_BTD, dataclasses.replace(cache, k=k, v=v)
@@ -205,12 +207,12 @@ def _cached_layer(
     layout: parallel.Layout | None,
     params: Params,
     x_BTD: jax.Array,
-    where: Where,
+    pos: Positions,
     cache: LayerCache,
 ) -> tuple[jax.Array, LayerCache]:
     """One layer of `_unroll_cached`. A jit of its own lets all layers share one trace and one lowering."""
     with parallel.use(layout):
-        x_BTD, updated = Block(config, params)(x_BTD, where, cache)
+        x_BTD, updated = Block(config, params)(x_BTD, pos, cache)
         assert updated is not None  # a block returns a cache for a cache
         return x_BTD, updated
 
@@ -259,9 +261,9 @@ def forward(
         params = unstack(params)  # each layer updates cache arrays of its own
         at = window(cache, positions_BT, None if segments_BT is None else segments_BT > 0, bound=bound)
         segments_BT = None
-    where = Where(positions_BT, segments_BT, at, *rope.rotations(config, positions_BT))
+    pos = Positions(positions_BT, segments_BT, at, *rope.rotations(config, positions_BT))
     dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
-    return Decoder(config, params)(tokens_BT, where, cache, dtype, remat)
+    return Decoder(config, params)(tokens_BT, pos, cache, dtype, remat)
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:

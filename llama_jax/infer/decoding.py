@@ -17,7 +17,7 @@ from jax import lax
 from llama_jax import model, parallel
 from llama_jax.infer import speculation
 from llama_jax.infer.request import DISPATCH
-from llama_jax.infer.state import ProgramSpec, State, all_whole, settled
+from llama_jax.infer.state import ProgramSpec, State, pin_shardings, replicate
 from llama_jax.ops import sampling
 
 
@@ -48,9 +48,9 @@ def decode(
         def body(carry: tuple) -> tuple:
             step, state, out = carry
             state, out = advance(state, out)
-            return step + 1, settled(state), all_whole(out)
+            return step + 1, pin_shardings(state), replicate(out)
 
-        _, state, out = lax.while_loop(goes_on, body, (jnp.int32(0), settled(state), all_whole(out)))
+        _, state, out = lax.while_loop(goes_on, body, (jnp.int32(0), pin_shardings(state), replicate(out)))
         return state, {**out, "remaining_B": state.remaining_B}
 
 
@@ -64,14 +64,14 @@ def look(program: ProgramSpec, params: Any, state: State, *, bound: int) -> tupl
                 program, params, state, state.tokens_B[:, None], state.positions_B[:, None], live_B, bound=bound
             )
             logits_BV = model.unembed(program.config, program.split(params)[0], hidden_BTD[:, 0])
-            return settled(state), parallel.constrain(logits_BV, "batch", "vocab")
+            return pin_shardings(state), parallel.constrain(logits_BV, "batch", "vocab")
 
         def body(carry: tuple) -> tuple:
             return True, *logits_after(carry[1])
 
         # A loop of one step, or of none if no row is live. Unlike a conditional, it updates the cache in place.
         blank_BV = jnp.zeros((state.cache.rows, program.config.vocab_size), jnp.float32)
-        carry = (False, settled(state), parallel.constrain(blank_BV, "batch", "vocab"))
+        carry = (False, pin_shardings(state), parallel.constrain(blank_BV, "batch", "vocab"))
         _, state, logits_BV = lax.while_loop(lambda carry: ~carry[0] & jnp.any(carry[1].remaining_B > 0), body, carry)
         return state, logits_BV
 
@@ -85,7 +85,7 @@ def pick(
         out = _nothing(state, width=1, top=top)
         live_B = state.remaining_B > 0
         _, state, out = _accept((live_B, state, {**out, "steps_B": out["steps_B"] + live_B}), logits_BV, None)
-        return settled(state), all_whole({**out, "remaining_B": state.remaining_B})
+        return pin_shardings(state), replicate({**out, "remaining_B": state.remaining_B})
 
 
 def _steered(state: State, steer: dict[str, Any]) -> State:

@@ -35,7 +35,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer import decoding, whole_texts
 from llama_jax.infer.request import MAX_STOPS
-from llama_jax.infer.state import ProgramSpec, State, settled, without_caches
+from llama_jax.infer.state import ProgramSpec, State, pin_shardings, without_caches
 from llama_jax.ops import sampling
 from llama_jax.params import Params, abstract_params, logical_axes
 
@@ -228,7 +228,7 @@ class Program(ProgramSpec):
             settings = sampling.Controls(**{field.name: zeros for field in dataclasses.fields(sampling.Controls)})
             typed = sampling.controls([], [])
             settings = jax.tree.map(lambda a, like: a.astype(like.dtype), settings, typed)
-            return settled(
+            return pin_shardings(
                 State(
                     cache=self._cache(self.config, rows, capacity),
                     draft=None if self.draft is None else self._cache(self.draft, rows, capacity),
@@ -255,7 +255,7 @@ class Program(ProgramSpec):
             kept_R = rows_R < state.tokens_B.shape[0]
             state = jax.tree.map(lambda a: jnp.take(a, rows_R, axis=0, mode="clip"), state)
             ids_RS = state.ids_BS[:, :capacity]
-            return settled(
+            return pin_shardings(
                 dataclasses.replace(
                     state,
                     ids_BS=jnp.pad(ids_RS, ((0, 0), (0, capacity - ids_RS.shape[1]))),
@@ -281,7 +281,9 @@ class Program(ProgramSpec):
 
             target, draft = self.split(params)
             drafted = None if self.draft is None else feed(self.draft, draft, state.draft)
-            return settled(dataclasses.replace(state, cache=feed(self.config, target, state.cache), draft=drafted))
+            return pin_shardings(
+                dataclasses.replace(state, cache=feed(self.config, target, state.cache), draft=drafted)
+            )
 
     def _trace_copy(self, state: State, sources_R: jax.Array, targets_R: jax.Array, *, bound: int) -> State:
         return self._trace_unpark(state, self._trace_park(state, sources_R, bound=bound), targets_R)
@@ -297,7 +299,7 @@ class Program(ProgramSpec):
             draft = state.draft
             if draft is not None and part[1] is not None:
                 draft = caches.put_rows(draft, part[1], rows_R)
-            return settled(dataclasses.replace(state, cache=cache, draft=draft))
+            return pin_shardings(dataclasses.replace(state, cache=cache, draft=draft))
 
     def _trace_insert(self, state: State, fresh: dict[str, Any]) -> State:
         with parallel.use(self.layout):
@@ -322,7 +324,7 @@ class Program(ProgramSpec):
                 stops_BN=put(old.stops_BN, fresh["stops_RN"]),
             )
             width = min(P, state.ids_BS.shape[1])
-            return settled(
+            return pin_shardings(
                 dataclasses.replace(
                     state,
                     ids_BS=state.ids_BS.at[rows_R, :width].set(prompts_RP[:, :width], mode="drop"),

@@ -72,15 +72,15 @@ def without_caches(state: State) -> State:
     return dataclasses.replace(state, cache=nothing, draft=None)
 
 
-def settled(state: State) -> State:
+def pin_shardings(state: State) -> State:
     """Constrains the shardings of a state that a program returns: a sharded cache, and replicated small arrays.
 
     Without the constraint, XLA may choose other shardings, and the next call recompiles.
     """
-    small = all_whole(without_caches(state))
+    small = replicate(without_caches(state))
     return dataclasses.replace(small, cache=caches.constrained(state.cache), draft=caches.constrained(state.draft))
 
 
-def all_whole(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """The arrays of a tree, constrained to be replicated."""
     return jax.tree.map(lambda a: parallel.constrain(a, *(None,) * a.ndim), tree)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import model, parallel
-from llama_jax.infer.state import ProgramSpec, all_whole
+from llama_jax.infer.state import ProgramSpec, replicate
 from llama_jax.ops import sampling
 
 _LOGITS = 1 << 26  # most float32 logits in memory at a time while scoring (256 MiB)
@@ -28,7 +28,7 @@ def logits(program: ProgramSpec, params: Any, tokens_BT: jax.Array) -> jax.Array
 def hidden(program: ProgramSpec, params: Any, tokens_BT: jax.Array) -> jax.Array:
     """The traced function behind `Program.hidden`."""
     with parallel.use(program.layout):
-        return all_whole(_whole(program, params, tokens_BT))
+        return replicate(_whole(program, params, tokens_BT))
 
 
 def _whole(program: ProgramSpec, params: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -70,4 +70,4 @@ def score(
         def joined(a: jax.Array) -> jax.Array:
             return a.swapaxes(0, 1).reshape(B, pieces * n, -1)[:, :C]
 
-        return all_whole(jax.tree.map(joined, lax.map(piece, (cut(hidden_BCD), cut(candidates_BCK)))))
+        return replicate(jax.tree.map(joined, lax.map(piece, (cut(hidden_BCD), cut(candidates_BCK)))))

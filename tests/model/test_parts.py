@@ -34,9 +34,9 @@ def block_of(config):
     return model.Block(config, params_of(config)["layers"][0])
 
 
-def where_of(config):
+def positions_of(config):
     positions = jnp.asarray(POSITIONS)
-    return model.Where(positions, None, None, *rope.rotations(config, positions))
+    return model.Positions(positions, None, None, *rope.rotations(config, positions))
 
 
 @CONFIGS
@@ -69,7 +69,7 @@ def test_attention_is_that_of_transformers(case, config, name, segments):
 
 @CONFIGS
 def test_attention_with_its_projections_is_that_of_transformers(case, config):
-    out, _ = block_of(config).attention(jnp.asarray(hidden(config)), where_of(config), None)
+    out, _ = block_of(config).attention(jnp.asarray(hidden(config)), positions_of(config), None)
     assert gap(out, GOLDEN[f"{case}/attention_module"]) < REFERENCE
 
 
@@ -81,7 +81,7 @@ def test_the_feed_forward_network_is_that_of_transformers(case, config):
 
 @CONFIGS
 def test_a_decoder_block_is_that_of_transformers(case, config):
-    out, _ = block_of(config)(jnp.asarray(hidden(config)), where_of(config), None)
+    out, _ = block_of(config)(jnp.asarray(hidden(config)), positions_of(config), None)
     assert gap(out, GOLDEN[f"{case}/block"]) < REFERENCE
 
 
