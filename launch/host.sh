@@ -73,7 +73,8 @@ tries=0
 while :; do
   status=0
   run "$python" train.py --config "$recipe" "${connection[@]}" "$@" || status=$?
-  # 0 is the end; 2 is a mistake in the flags; 130 and 143 follow Ctrl-C and SIGTERM, after a checkpoint.
+  # 0 is the end; 2 is an error that would come again; 130 and 143 follow Ctrl-C and SIGTERM, after a checkpoint.
+  # 75 follows the loss of another host.
   case $status in 0 | 2 | 130 | 143) exit $status ;; esac
   tries=$((tries + 1))
   if [ $tries -gt "${RESTARTS:-0}" ]; then exit $status; fi

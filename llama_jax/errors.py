@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class")
 
+TRY_AGAIN = 75  # exit status of a process whose command may succeed when it is repeated (EX_TEMPFAIL of sysexits.h)
+
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _LONGEST_PATH = 300
 _REPR = reprlib.Repr()

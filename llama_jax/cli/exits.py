@@ -4,6 +4,7 @@
 |---|---|
 | 0 | the command did its work |
 | 2 | an error, which is one line on standard error |
+| 75 | another process of the run was lost or late; the same commands continue the run |
 | 129, 130, 143 | stopped by SIGHUP, by Ctrl-C, by SIGTERM |
 | 141 | the reader of standard output has closed it |
 """
@@ -29,7 +30,14 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class CommandError(Exception):
-    """An error that ends a command with one line, for errors of libraries that are not ValueErrors."""
+    """An error that ends a command with one line, for errors of libraries that are not ValueErrors.
+
+    `status` is the exit status of the command.
+    """
+
+    def __init__(self, message: object, status: int = 2):
+        super().__init__(message)
+        self.status = status
 
 
 class Stopped(BaseException):
@@ -61,7 +69,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             raise
         _log.debug("the error's traceback", exc_info=True)
         print(f"error: {one_line(line)}", file=sys.stderr)
-        return _flushed(2)
+        return _flushed(error.status if isinstance(error, CommandError) else 2)
 
 
 def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import IO
 
+from llama_jax.errors import TRY_AGAIN
 from llama_jax.train.stop import StopSignal, write_error
 
 _CHILD = "LLAMA_JAX_SUPERVISED"  # in the environment of the child
@@ -45,7 +46,7 @@ def run(stop: StopSignal) -> int:
     """Repeat this process's command in a child process.
 
     Returns:
-        Its exit status, or 2 if it was ended by a signal.
+        Its exit status: 75 if another process was lost, and as in a shell 128 and the number of a signal that ended it.
     """
     environment = os.environ | {_CHILD: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *sys.orig_argv[1:]]
@@ -58,12 +59,13 @@ def run(stop: StopSignal) -> int:
         return status
     if _FATAL.search(held):
         write_error(f"error: {LOST}\n")
-    elif status == -signal.SIGKILL:
+        return TRY_AGAIN
+    if status == -signal.SIGKILL:
         write_error("error: the training process was killed; if not by you, the machine may be out of memory\n")
     else:
         write_error(held)
         write_error(f"error: the training process was ended by {signal.Signals(-status).name}\n")
-    return 2
+    return 128 - status
 
 
 def _relayed(stream: IO[bytes] | None) -> bytes:

@@ -15,7 +15,7 @@ from llama_jax.cli import exits, plan, recipes, supervise
 from llama_jax.cli.exits import CommandError
 from llama_jax.cli.parser import program
 from llama_jax.cli.run_flags import parse_run_flags
-from llama_jax.errors import ConfigError
+from llama_jax.errors import TRY_AGAIN, ConfigError
 from llama_jax.run_config import RunConfig
 from llama_jax.train.stop import StopSignal
 
@@ -60,7 +60,7 @@ def _train(run: RunConfig, argv: Sequence[str], resume: bool, stop: StopSignal) 
         raise CommandError(error) from error
     except Exception as error:
         if jax.process_count() > 1 and processes.is_loss(error):
-            raise CommandError(supervise.LOST) from error
+            raise CommandError(supervise.LOST, TRY_AGAIN) from error
         raise
     if jax.process_index() == 0:
         print(_outcome(run, result) if result.finished else _next_command(argv))

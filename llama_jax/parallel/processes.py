@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from llama_jax.errors import TRY_AGAIN
 from llama_jax.run_keys import DistributedConfig
 
 _HEARTBEAT_S = 12  # a process that is silent for this long is lost: its host has crashed, or the network
@@ -26,7 +27,7 @@ _LOSS = ("Gloo", "NCCL", "CoordinationService", "coordination service", "UNAVAIL
 def connected(connection: DistributedConfig) -> Iterator[None]:
     """A context in which this process is connected to the other processes of its run, if there are others.
 
-    A process that waits longer than `connection.timeout_seconds` for the others exits with status 2 and one line.
+    A process that waits longer than `connection.timeout_seconds` for the others exits with status 75 and one line.
     """
     if not connection.coordinator:
         yield
@@ -111,7 +112,7 @@ def _exit_when_late(here: threading.Event, connection: DistributedConfig) -> Non
     )
     sys.stdout.flush()
     os.write(2, line.encode())
-    os._exit(2)
+    os._exit(TRY_AGAIN)
 
 
 def _write_caches() -> None:

@@ -16,6 +16,7 @@ from helpers.paths import ROOT
 from helpers.processes import SETTINGS
 from helpers.runs import metrics_of, write_config
 from llama_jax.checkpoint import Checkpoints
+from llama_jax.errors import TRY_AGAIN
 from llama_jax.weights import export
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
@@ -199,7 +200,7 @@ def test_a_lost_process_ends_the_others_in_one_line(tmp_path, compiled, lost):
         slowdown = 1.0 if os.getloadavg()[0] < 2 * os.cpu_count() else 2.0  # the processes do not only compute
         job.processes[lost].kill()
         begin = time.monotonic()
-        assert job.processes[1 - lost].wait(60) == 2
+        assert job.processes[1 - lost].wait(60) == TRY_AGAIN
         assert time.monotonic() - begin < 20 * slowdown
     finally:
         for process in job.processes:
@@ -215,7 +216,7 @@ def test_a_lost_process_ends_the_others_in_one_line(tmp_path, compiled, lost):
 
 def test_a_process_that_waits_too_long_for_the_others_says_so(tmp_path, compiled):
     job = Processes(tmp_path, compiled, 2, "--config.distributed.timeout_seconds=6", only=[0])
-    job.wait(code=2)
+    job.wait(code=TRY_AGAIN)
     (line,) = [line for line in job.logs[0].read_text().splitlines() if line]
     assert line.startswith("error: not all 2 processes of the run have connected to distributed.coordinator='127.0.0.1")
     assert line.endswith("within 6 s: start them together, or raise distributed.timeout_seconds")
