@@ -242,6 +242,7 @@ class Checkpoints:
         return {name: digest for name, (_, digest) in files.items() if name.startswith("params/")}
 
     def _restored(self, step: int, **items: Any) -> Any:
+        _silence_tracebacks()
         folder = self.folder / str(step)
         why = ""
 
@@ -366,16 +367,19 @@ def _one_line(error: Exception) -> str:
 
 @functools.cache  # once in a process
 def _silence_tracebacks() -> None:
-    """Silences the tracebacks that Orbax and asyncio log before the one line of a SaveError.
+    """Silences the tracebacks that Orbax and asyncio log before the one line of an error.
 
-    Pending writes of TensorStore then fail because their event loop is closed. Those errors are silenced too.
+    After a failure, other reads and writes of TensorStore fail as well, some because their event loop is closed. Python
+    would print those errors when it collects their coroutines.
     """
     for logger in map(logging.getLogger, ("absl", "asyncio")):
         logger.addFilter(lambda record: not (record.exc_info and _is_from_orbax(record)))
     previous_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        closed = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)
+        if not closed and "orbax" not in getattr(code, "co_filename", ""):
             previous_hook(unraisable)
 
     sys.unraisablehook = hook

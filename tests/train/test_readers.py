@@ -1,7 +1,9 @@
 """Models are read from a run while it saves and deletes checkpoints."""
 
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +81,20 @@ def test_a_step_that_is_deleted_meanwhile_is_not_called_damaged(tmp_path, monkey
             checkpoints.restore(4, **abstract(4))
     assert capsys.readouterr().err == ""
     assert np.all(checkpoints.steps() == [2])
+
+
+def test_failed_reads_that_orbax_leaves_behind_print_nothing(tmp_path, monkeypatch):
+    """When a step is deleted while its arrays are read, Python prints the errors of coroutines that it collects."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.object.__name__))
+    checkpoint._silence_tracebacks.cache_clear()
+    save(tmp_path, 2)
+    Checkpoints(tmp_path, create=False).restore(2, **abstract(2))
+    checkpoint._silence_tracebacks.cache_clear()
+    for name, file in (("theirs", "site-packages/orbax/reads.py"), ("ours", "llama_jax/other.py")):
+        found = {}
+        exec(compile(f"async def {name}(): pass", file, "exec"), found)
+        coroutine = found[name]()
+        sys.unraisablehook(SimpleNamespace(exc_type=Exception, exc_value=Exception("x"), object=coroutine))
+        coroutine.close()
+    assert printed == ["ours"]

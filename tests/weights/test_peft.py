@@ -389,8 +389,8 @@ def test_an_adapter_given_as_the_model_names_its_base(copy, capsys):
 
 
 def test_a_folder_without_an_adapter_says_what_is_wanted(base, tmp_path):
-    for folder in (base, tmp_path / "absent"):
-        with pytest.raises(ConfigError, match="has no adapter_config.json: give a folder that peft saved") as error:
+    for folder, fault in ((base, "has no adapter_config.json"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(ConfigError, match=f"{fault}: give a folder that peft saved") as error:
             llama_jax.load(base, adapters=folder)
         refusal(error)
 

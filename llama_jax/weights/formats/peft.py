@@ -131,8 +131,9 @@ def _open(folder: Path, config: ModelConfig) -> Adapter:
     )
     if not (folder / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
+        fault = f"has no {absent}" if folder.exists() else "does not exist"
         raise ConfigError(
-            f"adapter {str(folder)!r} has no {absent}: give a folder that peft saved, with {CONFIG} and {WEIGHTS}, "
+            f"adapter {str(folder)!r} {fault}: give a folder that peft saved, with {CONFIG} and {WEIGHTS}, "
             "or its id on the Hugging Face hub (owner/name)"
         )
     table = _table(config)
