@@ -243,6 +243,19 @@ def _stored(found: dict[str, dict[str, Any]], start: str) -> list[Stored]:
     ]
 
 
+# The packages that fsspec needs, by the scheme of an address.
+_PACKAGES = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+}
+
+
 def _open(url: str) -> tuple[Any, str]:
     """The filesystem of an address, and the path on it."""
     import fsspec
@@ -252,10 +265,9 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         fs, path = url_to_fs(url)
     except ImportError as error:
-        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+        remedy = f": pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else ""
         raise ConfigError(
-            f"{url}: {scheme}:// needs a package that is not installed: pip install {package.get(scheme, 'it')} "
-            f"({' '.join(str(error).split())})"
+            f"{url}: {scheme}:// needs a package that is not installed{remedy} ({' '.join(str(error).split())})"
         ) from None
     except Exception as error:
         known = fsspec.available_protocols()

@@ -102,13 +102,16 @@ def test_an_address_without_data_is_one_line(bucket, url, words):
     assert words in refusal(caught)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
-def test_a_package_that_is_missing_is_named(tmp_path):
+@pytest.mark.parametrize(("scheme", "packages"), [("gs", "gcsfs"), ("https", "aiohttp requests")])
+def test_a_package_that_is_missing_is_named(tmp_path, scheme, packages):
+    if importlib.util.find_spec(packages.split()[0]) is not None:
+        pytest.skip(f"{packages} is installed")
     with pytest.raises(ConfigError) as caught:
-        train(text_run(tmp_path, data__train=("gs://bucket/x",)))
-    assert "data.train: gs://bucket/x: gs:// needs a package that is not installed: pip install gcsfs" in refusal(
-        caught
+        train(text_run(tmp_path, data__train=(f"{scheme}://bucket/x",)))
+    words = (
+        f"data.train: {scheme}://bucket/x: {scheme}:// needs a package that is not installed: pip install {packages}"
     )
+    assert words in refusal(caught)
 
 
 def test_names_that_leave_the_folder_are_refused(bucket):
