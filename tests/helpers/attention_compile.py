@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from helpers.aot_compile import tpu_mesh
 from llama_jax import cache, parallel
 from llama_jax.config import size
+from llama_jax.ops import linear, quant
 from llama_jax.ops.attention import Call, attention
 from llama_jax.ops.remat import with_remat
 from llama_jax.plan.compile import topology
@@ -82,6 +83,19 @@ def cached(layout, T, kv):
     return jax.jit(run).lower(q, array((ROWS, T), ("batch", "length"), jnp.int32), store)
 
 
+def product(mesh, bits):
+    """One row times a quantized weight of a feed-forward layer."""
+    one = parallel.replicated(mesh)
+    w = jax.eval_shape(lambda: quant.quantize(jnp.zeros((14336, 4096)), bits))
+    w = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), w)
+
+    def run(x, w):
+        with parallel.use(parallel.Layout(mesh, "infer")):
+            return linear.linear(x, w)
+
+    return jax.jit(run).lower(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16, sharding=one), w)
+
+
 CASES = {
     "documents": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, True),
     "one document": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, False),
@@ -89,6 +103,8 @@ CASES = {
     "decode int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 1, "int8"),
     "prefill": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "compute"),
     "prefill int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "int8"),
+    "product int8": lambda mesh: product(mesh, 8),
+    "product int4": lambda mesh: product(mesh, 4),
     "kept, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "attention"),
     "kept, one document": lambda mesh: kept(parallel.Layout(mesh, "train"), False, "attention"),
     "offloaded, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "offload"),
@@ -96,17 +112,17 @@ CASES = {
 
 
 def main():
-    chip, names = sys.argv[1], sys.argv[2:] or list(CASES)
+    chip, names = sys.argv[1], sys.argv[2:]
     mesh = tpu_mesh(chip, {}) if ":" in chip else parallel.make_mesh({}, topology(parse(f"{chip}:1")))
     found = {}
-    for name in names:
+    for name in names or [name for name in CASES if "product" not in name]:
         with jax.set_mesh(mesh):
             compiled = CASES[name](mesh).compile()
         text = compiled.as_text()
         memory = compiled.memory_analysis()
         found[name] = {
             "kernels": sorted(
-                set(re.findall(r'name = "((?:flash|split)_\w+)"', text))
+                set(re.findall(r'name = "((?:flash|split|quantized)_\w+)"', text))
                 | set(re.findall(r"%(ragged_attention|splash_\w+?)[.\d]* = ", text))
                 | set(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
             ),

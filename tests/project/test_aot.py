@@ -54,16 +54,16 @@ def _compiled(*what: str | Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _attention(chip: str, environment: dict[str, str]) -> dict:
+def _attention(chip: str, environment: dict[str, str], *cases: str) -> dict:
     """The facts of helpers/attention_compile.py for a chip."""
-    command = [sys.executable, "-m", "helpers.attention_compile", chip]
+    command = [sys.executable, "-m", "helpers.attention_compile", chip, *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-def test_attention_on_an_h100_runs_its_kernels_without_scores_in_memory():
+def _cuda_environment() -> dict[str, str]:
+    """The environment of a process that compiles for GPUs; the test is skipped where the plugin is not installed."""
     folder = os.environ.get("CUDA_PLUGIN_PATH", "")
     installed = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
     if not installed and not (Path(folder) / "jax_plugins").is_dir():
@@ -72,7 +72,20 @@ def test_attention_on_an_h100_runs_its_kernels_without_scores_in_memory():
             "and set CUDA_PLUGIN_PATH=DIR"
         )
     paths = ":".join([str(ROOT), str(TESTS), *filter(None, [folder])])
-    found = _attention("h100", os.environ | {"XLA_FLAGS": "", "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"})
+    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.slow
+def test_quantized_products_on_an_h100_write_no_dequantized_weight():
+    found = _attention("h100", _cuda_environment(), "product int8", "product int4")
+    for name, one in found.items():
+        assert one["kernels"] == ["quantized_product"], (name, one)
+        assert one["temporary_bytes"] < 4 << 20, (name, one)
+
+
+@pytest.mark.slow
+def test_attention_on_an_h100_runs_its_kernels_without_scores_in_memory():
+    found = _attention("h100", _cuda_environment())
     expected = {
         "documents": ["flash_backward_keys", "flash_backward_queries", "flash_forward"],
         "one document": ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"],
