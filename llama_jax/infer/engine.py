@@ -102,7 +102,7 @@ class Engine:
 
     @property
     def intact(self) -> bool:
-        """False if a failed call has lost the batch, whose arrays it had donated."""
+        """False if a failed call has lost the batch, because its arrays were donated to the call."""
         return not any(a.is_deleted() for a in jax.tree.leaves(self.state))
 
     @property

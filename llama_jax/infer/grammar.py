@@ -168,7 +168,7 @@ def _reason(message: str) -> str:
         return f"{keys[1]} cannot be enforced while a text is sampled: leave it out, or say the same in other words"
     missing = re.search(r"Resource '(.*?)' is not present", message)
     if missing:
-        return f"it refers to {brief(missing[1])}, and no schema is read from elsewhere: put it into $defs"
+        return f"the schema refers to {brief(missing[1])}, and other documents are not read: put it into $defs"
     if "oneOf constraints are not supported" in message:
         return (
             "an output could match several schemas of oneOf: give them properties that exclude each other, or use anyOf"
@@ -204,7 +204,7 @@ class Matcher:
         mask = np.zeros(self._words, np.uint32)
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._inner.is_error():  # such as a limit of its parser; the mask then allows the end only
-            raise RuntimeError(f"a grammar cannot go on: {one_line(self._inner.get_error())[:300]}")
+            raise RuntimeError(f"a grammar failed: {one_line(self._inner.get_error())[:300]}")
         return mask
 
     def consume(self, tokens: Sequence[int]) -> None:

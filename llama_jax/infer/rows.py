@@ -30,7 +30,7 @@ _LATELY = 32  # a resting batch has the capacity that so many last jobs needed
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request that waits or has a row.
+    """A request that is waiting or has a row, and its progress.
 
     Attributes:
         number: number of the request.
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def held(self) -> np.ndarray:
-        """The tokens that are in the cache: all but the one that is fed next."""
+        """The tokens that are in the cache: all but the next input token."""
         if not self.live:
             return self.prompt[: self.filled]
         return np.concatenate([self.prompt, np.asarray(self.tokens, np.int64)])[:-1]
@@ -71,7 +71,7 @@ class Row:
     """A row of the batch, or a parked one.
 
     Attributes:
-        ids: tokens whose keys and values it holds, for a row without a job.
+        ids: tokens whose keys and values are in its cache, for a row without a job.
         job: the job that uses it, or None.
         used: time at which its last job started.
         part: its cache, if it is parked; None for a row of the batch.
@@ -84,7 +84,7 @@ class Row:
 
     @property
     def held(self) -> np.ndarray:
-        """The tokens whose keys and values it holds."""
+        """The tokens whose keys and values are in the row's cache."""
         return self.ids if self.job is None else self.job.held
 
 
@@ -99,7 +99,7 @@ class _Start:
 
 
 class Rows:
-    """The rows of one engine.
+    """Manages the rows of one engine's batch, and the parked rows.
 
     Attributes:
         batch: the rows of the engine's batch.
@@ -108,7 +108,7 @@ class Rows:
     """
 
     def __init__(self, engine: Engine):
-        """No rows."""
+        """Makes a manager without rows."""
         self.batch: list[Row] = []
         self.parked: list[Row] = []
         self.failed: list[tuple[Job, BaseException]] = []
@@ -127,7 +127,7 @@ class Rows:
         return [row.job for row in self.batch if row.job is not None and row.job.live]
 
     def release(self, row: Row) -> None:
-        """Frees a row, which goes on remembering its tokens."""
+        """Frees a row, which still remembers its tokens."""
         row.ids, row.job, row.used = row.held, None, self._time
 
     def fail(self, row: Row, error: BaseException) -> None:
