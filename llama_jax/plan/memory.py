@@ -107,7 +107,7 @@ def training(run: RunConfig, sizes: Mapping[str, int], *, dtype: jnp.dtype, flas
 
 
 def share(run: RunConfig, sizes: Mapping[str, int], dtype: jnp.dtype) -> Shape:
-    """The share of one device; rows and tokens are rounded up."""
+    """The part of a run's step that one device computes, with rows and tokens rounded up."""
     rows = math.ceil(run.data.batch_size / run.train.accumulate / parts(sizes, "batch"))
     tokens = math.ceil(run.data.sequence_length / parts(sizes, "length"))
     stages = parts(sizes, "layers")

@@ -80,7 +80,7 @@ def check(quantization: Mapping[str, Any]) -> None:
 
 
 def unpacked(tensors: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
-    """The tensors of a folder with each matrix in place of the three that store it.
+    """The tensors of a folder, in which one lazy matrix replaces each group of three tensors that store a matrix.
 
     Raises:
         ValueError: parts are missing or do not fit together.

@@ -133,7 +133,7 @@ def save_file(
 
 
 def _new_member(archive: zipfile.ZipFile, file: BinaryIO, name: str) -> IO[bytes]:
-    """Opens a new member for writing. Its content is aligned."""
+    """Opens a new member of a zip archive for writing, with its contents aligned as torch aligns them."""
     info = zipfile.ZipInfo(f"archive/{name}")
     start = file.tell() + _LOCAL.size + len(info.filename) + 20 + 4  # 20: its sizes in 64 bits; 4: a header of padding
     padding = -start % _ALIGNMENT
