@@ -8,6 +8,7 @@ when it is complete, so that a killed build leaves no incomplete store. Rejected
 the rejected answer.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def build_store(
         samples = documents_from(patterns, split=split, pairs=pairs)
         encoded = _encoded(samples, tokenizer, max_length=max_length, too_long=too_long, workers=workers)
         with (
+            contextlib.closing(encoded),  # its threads end here, and not at a collection of garbage at any instant
             naming(cache),
             tempfile.TemporaryDirectory(prefix=f"{keys[0]}.partial-", dir=cache, ignore_cleanup_errors=True) as folder,
         ):
@@ -333,7 +335,7 @@ def _encoded(
     max_length: int | None = None,
     too_long: str = "drop",
     workers: int | None,
-) -> Iterator[list[EncodedSample | BadLine]]:
+) -> Generator[list[EncodedSample | BadLine], None, None]:
     """Encode groups of samples in threads (tiktoken releases the GIL) and yield them in order."""
     workers = workers or os.cpu_count() or 1
 

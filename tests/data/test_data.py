@@ -319,6 +319,15 @@ def test_the_loser_of_a_race_uses_the_winners_store(tmp_path, file):
     assert list((tmp_path / "cache").iterdir()) == [made[0].path] == [made[1].path]
 
 
+def test_a_build_that_fails_leaves_no_thread(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 1}\n' * 100_000)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        build_store([str(path)], ByteTokenizer(), cache_dir=tmp_path / "cache", workers=1)
+    assert caught.traceback and threading.active_count() == before  # although the error holds the frames of the build
+
+
 # Packing
 
 
