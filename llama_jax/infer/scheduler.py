@@ -318,7 +318,7 @@ class Scheduler:
             self._passes = self._gained = 0
 
     def _guessing(self) -> tuple[int, tuple[str, ...]]:
-        """The number of guesses of the next dispatch, and the drafter of each row; "" takes the drafter of the others."""
+        """The number of guesses of the next dispatch, and the drafter of each row; "" takes that of the others."""
         rows = self._rows.batch
         drafters = tuple(row.job.request.speculate if row.job and row.job.live else "" for row in rows)
         if not any(drafters):
