@@ -78,7 +78,7 @@ def cached(layout, T, kv):
         store = jax.eval_shape(
             lambda: cache.init_cache(config, batch=ROWS, capacity=CAPACITY, dtype=jnp.bfloat16, kv=kv)
         )
-    store = jax.tree.map(lambda a: array(a.shape, cache.AXES[: a.ndim], a.dtype), store)
+    store = parallel.abstract(store, cache.shardings(layout, store))
     q = array((ROWS, T, N, H), ("batch", "length", "heads", None))
     return jax.jit(run).lower(q, array((ROWS, T), ("batch", "length"), jnp.int32), store)
 
