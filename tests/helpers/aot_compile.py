@@ -77,7 +77,7 @@ def decode():
         "alive_B": jax.ShapeDtypeStruct((rows,), bool, sharding=whole),
         "limit": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         "least": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        "allowed_BW": None,
+        "drafts_B": jax.ShapeDtypeStruct((rows,), bool, sharding=whole),
     }
     state = program.abstract_state(rows=rows, capacity=capacity)
     step = program.decode.lower(program.abstract_params(), state, steer, bound=capacity, top=0, guesses=0, drafter="")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from helpers.aot_compile import tpu_mesh
 from llama_jax import cache, parallel
 from llama_jax.config import size
+from llama_jax.infer.program import Program
 from llama_jax.ops import linear, quant
 from llama_jax.ops.attention import Call, attention
 from llama_jax.ops.remat import with_remat
@@ -96,6 +97,27 @@ def product(mesh, bits):
     return jax.jit(run).lower(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16, sharding=one), w)
 
 
+def engine(mesh, bits, kv):
+    """The decode loop of `generate`: one layer and the unembedding, 8 rows."""
+    whole = parallel.replicated(mesh)
+    program = Program.make(dataclasses.replace(size("llama3.1-8b"), num_layers=1), mesh=mesh, dtype=jnp.bfloat16, kv=kv)
+
+    def packed(path, leaf):
+        if "layers" not in str(path) or len(leaf.shape) != 2:
+            return leaf
+        shapes = jax.eval_shape(lambda: quant.quantize(jnp.zeros(leaf.shape), bits))
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+
+    flags, number = (
+        jax.ShapeDtypeStruct((ROWS,), bool, sharding=whole),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    )
+    steer = {"alive_B": flags, "drafts_B": flags, "limit": number, "least": number}
+    params = jax.tree.map_with_path(packed, program.abstract_params())
+    state = program.abstract_state(rows=ROWS, capacity=CAPACITY)
+    return program.decode.lower(params, state, steer, bound=BOUND, top=0, guesses=0, drafter="")
+
+
 CASES = {
     "documents": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, True),
     "one document": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, False),
@@ -105,17 +127,27 @@ CASES = {
     "prefill int8": lambda mesh: cached(parallel.Layout(mesh, "infer"), 256, "int8"),
     "product int8": lambda mesh: product(mesh, 8),
     "product int4": lambda mesh: product(mesh, 4),
+    "engine": lambda mesh: engine(mesh, 4, "int8"),
     "kept, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "attention"),
     "kept, one document": lambda mesh: kept(parallel.Layout(mesh, "train"), False, "attention"),
     "offloaded, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "offload"),
 }
+
+# Recipe, number of H100s, and the peak in GiB that docs/measurements/gpu-compiler.md#recipes states.
+RECIPES = [
+    ("llama31_8b_lora", 1, 17.9),
+    ("llama31_8b_qlora", 1, 10.4),
+    ("llama31_8b_sft", 8, 21.7),
+    ("llama31_70b_lora", 8, 45.7),
+]
+QUANTIZED = ("product int8", "product int4", "engine")
 
 
 def main():
     chip, names = sys.argv[1], sys.argv[2:]
     mesh = tpu_mesh(chip, {}) if ":" in chip else parallel.make_mesh({}, topology(parse(f"{chip}:1")))
     found = {}
-    for name in names or [name for name in CASES if "product" not in name]:
+    for name in names or [name for name in CASES if name not in QUANTIZED]:
         with jax.set_mesh(mesh):
             compiled = CASES[name](mesh).compile()
         text = compiled.as_text()
