@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from llama_jax.cli import eval as command
 from llama_jax.errors import ConfigError
 from llama_jax.eval import calibration, quantization
 from llama_jax.infer.llama import Llama
-from llama_jax.ops import linear
+from llama_jax.ops import linear, quant
 from llama_jax.params import init_params
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a cat and a dog", "on and on and on the dog sat" * 6]
@@ -79,7 +80,7 @@ def test_what_cannot_be_measured_is_refused(model, tmp_path):
         list(quantization.measure(str(model), []))
 
 
-def test_calibration_is_the_mean_square_of_the_inputs_and_lowers_the_divergence(tmp_path, capsys):
+def test_calibration_is_the_mean_square_of_the_inputs_and_lowers_the_error_of_products(tmp_path, capsys):
     params = jax.tree.map(lambda a: a * 6, init_params(CONFIG, jax.random.key(1)))
     uneven = np.exp(2 * np.random.default_rng(0).standard_normal(CONFIG.embed_dim)).astype(np.float32)
     for name in ("attention_norm", "ffn_norm"):
@@ -95,7 +96,14 @@ def test_calibration_is_the_mean_square_of_the_inputs_and_lowers_the_divergence(
     folder = llama.save(tmp_path / "m", "hf")
     plain, weighted = quantization.measure(str(folder), TEXTS, quantizations=["int4"], calibration=TEXTS)
     assert weighted.name == "int4, calibrated" and weighted.nbytes == plain.nbytes
-    assert weighted.mean < 0.9 * plain.mean
+    for at in (("attention", "q"), ("ffn", "gate")):
+        w, importance = llama.params["layers"][0][at[0]][at[1]], jnp.asarray(means["layers", 0, *at])
+        errors = [
+            (importance * (quant.dequantize(quant.fit(w, 4, m), jnp.float32) - w) ** 2).sum()
+            for m in (importance, None)
+        ]
+        assert errors[0] < 0.8 * errors[1], at
+    assert 0 < weighted.mean != plain.mean > 0  # the calibrated weights are others
     text = tmp_path / "texts.jsonl"
     text.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     command_line = [str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--dtype", "q4_0", "--calibrate", str(text)]
