@@ -205,9 +205,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wide", action="store_true", help="long prompts, a draft model, likeliest tokens")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    crowd = Crowd(cases=60, wide=True)
+    crowd = Crowd(cases=60, wide=options.wide)
     start, rounds, marks = time.monotonic(), 0, []
     while time.monotonic() - start < 60 * options.minutes:
         crowd.steps(rng, 150)
