@@ -60,7 +60,7 @@ class Case:
 
 
 def pool(count, *, wide):
-    """Requests of many lengths, settings and beginnings. `wide` ones need more capacities, programs and a draft."""
+    """Requests of many lengths, settings and beginnings. `wide` ones need more capacities, guesses and a draft."""
     rng = np.random.default_rng(5)
     shared = [prompt(n, 99) for n in (30, 90 if wide else 50)]
     cases = []
@@ -68,7 +68,7 @@ def pool(count, *, wide):
         start = shared[i % 2] if rng.random() < 0.5 else []
         length = int(rng.integers(70, 150)) if wide and rng.random() < 0.2 else int(rng.integers(1, 40))
         grammar = "fails" if i % 8 == 3 else "letters" if rng.random() < 0.15 else ""
-        speculate = rng.choice(["lookup", "draft"] if wide else ["lookup"]) if rng.random() < 0.4 else ""
+        speculate = rng.choice(["lookup", "draft"]) if wide and rng.random() < 0.4 else ""
         cases.append(
             Case(
                 Request(
@@ -205,7 +205,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--wide", action="store_true", help="long prompts, a draft model, likeliest tokens")
+    parser.add_argument("--wide", action="store_true", help="long prompts, look-up, a draft model, likeliest tokens")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     crowd = Crowd(cases=60, wide=options.wide)

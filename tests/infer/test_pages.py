@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from helpers.paths import ROOT
 
 
+@pytest.mark.slow
 def test_a_cache_of_pages_needs_no_change_elsewhere():
-    """A process of its own, because every module of the package imports the cache."""
+    """A process of its own, because every module of the package imports the cache: 15 seconds of compilation."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-m", "helpers.pages"],
