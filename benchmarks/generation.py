@@ -218,11 +218,13 @@ def halves(llama, turns: int) -> dict[str, float]:
         engine.insert({0: dataclasses.replace(request, matcher=matcher if masked else None)})
         steer = {"alive_B": np.array([True]), "allowed_BW": mask[None]}
         for _ in range(40):
+            put = engine._put(steer)
             start = time.perf_counter()
-            engine.state, logits = engine.program.look(engine._weights, engine.state, bound=256)
+            engine.state, logits = engine.program.look(
+                engine._weights, engine.state, {"alive_B": put["alive_B"]}, bound=256
+            )
             logits.block_until_ready()
             middle = time.perf_counter()
-            put = engine._put(steer)
             small, out = engine.program.pick(without_caches(engine.state), logits, put, top=0)
             out["tokens_BO"].block_until_ready()
             engine.state = dataclasses.replace(small, cache=engine.state.cache, draft=engine.state.draft)

@@ -54,9 +54,12 @@ def decode(
         return state, {**out, "remaining_B": state.remaining_B}
 
 
-def look(program: ProgramSpec, params: Any, state: State, *, bound: int) -> tuple[State, jax.Array]:
+def look(
+    program: ProgramSpec, params: Any, state: State, steer: dict[str, Any], *, bound: int
+) -> tuple[State, jax.Array]:
     """The traced function behind `Program.look`, which documents its arguments."""
     with parallel.use(program.layout):
+        state = _steered(state, steer)  # a row that has ended may belong to a prompt that is being read
 
         def logits_after(state: State) -> tuple[State, jax.Array]:
             live_B = state.remaining_B > 0

@@ -292,20 +292,21 @@ class Engine:
         self, alive: Sequence[bool], allowed: np.ndarray, *, longest: int, top: int, width: int
     ) -> list[Piece]:
         """One step for all live rows. The device computes the next logits while the host prepares the next masks."""
-        steer = {"alive_B": np.array(alive, bool), "allowed_BW": allowed}
         with jax.transfer_guard("disallow"):
+            alive_B, allowed_BW = self._put((np.array(alive, bool), allowed))
             if self._logits_BV is None:
-                self._look(longest)
+                self._look(alive_B, longest)
             assert self.state is not None
-            small, out = self.program.pick(without_caches(self.state), self._logits_BV, self._put(steer), top=width)
+            steer = {"alive_B": alive_B, "allowed_BW": allowed_BW}
+            small, out = self.program.pick(without_caches(self.state), self._logits_BV, steer, top=width)
             self.state = dataclasses.replace(small, cache=self.state.cache, draft=self.state.draft)
-            self._look(longest + 1)
+            self._look(alive_B, longest + 1)
             out = jax.device_get(out)
         return [self._piece(out, row, top) for row in range(self.rows)]
 
-    def _look(self, longest: int) -> None:
+    def _look(self, alive_B: jax.Array, longest: int) -> None:
         bound = self._bound(longest + 2)
-        self.state, self._logits_BV = self.program.look(self._weights, self.state, bound=bound)
+        self.state, self._logits_BV = self.program.look(self._weights, self.state, {"alive_B": alive_B}, bound=bound)
 
     def _piece(self, out: Mapping[str, np.ndarray], row: int, top: int) -> Piece:
         count = int(out["count_B"][row])

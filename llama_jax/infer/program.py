@@ -5,7 +5,7 @@
     state = program.prefill(params, state, chunk, bound=128)      # prompts into the cache
     state = program.insert(state, fresh)                          # rows become live
     state, out = program.decode(params, state, steer, bound=256)  # up to DISPATCH steps for all live rows
-    state, logits_BV = program.look(params, state, bound=256)     # or one step in two halves, `look` and `pick`
+    state, logits_BV = program.look(params, state, steer, bound=256)  # or one step in two halves: look, pick
 
 A batch is a number of rows, each of which serves one request after another. A row is free when it has nothing left to
 generate. Prefill writes prompt tokens into the cache, insert gives a row its last prompt token, its limit and its
@@ -182,10 +182,11 @@ class Program(ProgramSpec):
 
     @functools.cached_property
     def look(self) -> Any:
-        """Compiled `look(params, state, *, bound)`: the first half of a step, the logits after the next input token.
+        """Compiled `look(params, state, steer, *, bound)`: the first half of a step, the logits after the next token.
 
         Returns the new State and float32 logits_BV; the old State is donated. Rows do not advance: `decode` or another
-        `look` may follow, and computes the same. The host computes the masks of grammars meanwhile.
+        `look` may follow, and computes the same. The host computes the masks of grammars meanwhile. `steer` has
+        alive_B.
         """
         return jax.jit(functools.partial(decoding.look, self), static_argnames="bound", donate_argnums=1)
 

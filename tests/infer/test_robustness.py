@@ -237,6 +237,22 @@ def test_a_prompt_that_is_cancelled_while_it_is_read_leaves_its_beginning():
     assert event.reused == 32
 
 
+def test_a_row_that_was_cancelled_writes_nothing_into_the_prompt_that_is_read_into_it():
+    """On the device the old request is live until the next dispatch, which looks before it picks."""
+    scheduler = Scheduler(engine(max_chunk=16), rows=2)
+    first = scheduler.submit(request(6, new=60))
+    second = scheduler.submit(dataclasses.replace(request(7, new=60), matcher=Letters()))
+    scheduler.step(4)
+    scheduler.cancel(first)
+    scheduler.cancel(second)
+    long = scheduler.submit(request(40, which=1))
+    scheduler.submit(dataclasses.replace(request(6, new=20, which=2), matcher=Letters()))
+    tokens = []
+    while not scheduler.idle:
+        tokens += [token for event in scheduler.step(4) if event.number == long for token in event.tokens]
+    assert tokens == run([request(40, which=1)])[0][0][0]
+
+
 # Memory.
 
 
