@@ -116,10 +116,11 @@ def active() -> Layout | None:
 
 
 def device() -> jax.Device:
-    """The first device of the active layout, or the default one without a layout."""
+    """The first device of this process in the active layout, or the default device without a layout."""
     layout = _active.get()
     if layout is not None and isinstance(layout.mesh, Mesh):  # an abstract mesh has no devices
-        return layout.mesh.devices.flat[0]
+        devices = list(layout.mesh.devices.flat)
+        return next((one for one in devices if one.process_index == jax.process_index()), devices[0])
     default = getattr(jax.config, "jax_default_device", None)  # None, a device, or the name of a platform
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
