@@ -190,7 +190,7 @@ CHOICES = [
 def test_files_are_chosen_by_pattern_or_by_what_their_paths_say(files, pattern, split, wanted):
     repo = Repo("dataset", "hf://datasets/a/b", "a/b", None, hub_datasets.FORMS)
     if wanted is None:
-        with pytest.raises(ConfigError, match=r"^hf://datasets/a/b: no file ") as caught:
+        with pytest.raises(ConfigError, match="^hf://datasets/a/b:? (no|matches no) ") as caught:
             hub_datasets._choose(repo, files, pattern=pattern, split=split)
         assert "\n" not in str(caught.value)
     else:
