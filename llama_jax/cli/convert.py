@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import sys
 import time
@@ -124,7 +126,14 @@ def _importance(options: argparse.Namespace, dtype: str) -> Mapping[tuple[str | 
 
 def size_of(path: Path) -> int:
     """The bytes of a file, or of all files below a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    if not path.is_dir():
+        return path.stat().st_size
+    total = 0
+    for parent, _, names in os.walk(path):  # which passes over folders that a training run deletes meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def shard_bytes(text: str) -> int:

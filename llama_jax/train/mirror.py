@@ -9,6 +9,7 @@ before, and the local folder also has later ones.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -141,7 +142,8 @@ def _local_steps(folder: Path) -> set[int]:
 
 def _small_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files of a run folder besides its checkpoints: (name, path). Hidden and partial ones are left out."""
-    for path in sorted(folder.rglob("*")):
+    tree = os.walk(folder)  # which passes over folders of checkpoints that are renamed meanwhile
+    for path in sorted(Path(parent, name) for parent, _, names in tree for name in names):
         parts = path.relative_to(folder).parts
         if path.is_file() and parts[0] != "checkpoints" and not any(part.startswith(".") for part in parts):
             yield "/".join(parts), path
