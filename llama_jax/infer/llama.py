@@ -180,7 +180,7 @@ class Llama:
         self.sampler.scheduler.forget(replace)
 
     def clear(self) -> None:
-        """Frees the KV cache, which otherwise stays for the next call. Generations that run fail."""
+        """Frees the KV cache, which otherwise stays for the next call. Generations that are running fail."""
         self.sampler.scheduler.forget()
 
     def __repr__(self) -> str:

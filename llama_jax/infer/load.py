@@ -47,11 +47,12 @@ def load(
     Args:
         source: a run folder of train.py, a Hugging Face folder or hub id (owner/name), the folder of Meta's download, a
             .gguf file, an old Flax folder, or the name of a model in a Python package (smollm2).
-        dtype: dtype of weights, activations and KV cache: "float32" or "bfloat16". The default is the checkpoint's
-            dtype, with bfloat16 for float16. On a CPU without bfloat16 instructions the default is float32, which takes
-            twice the memory of a bfloat16 file: 4 bytes a parameter, 32 GB for 8B. Tensors of a GGUF file in Q8_0 and
-            Q4_0 stay quantized and are multiplied in this dtype; its default for a quantized file is bfloat16, and
-            float32 on a CPU without bfloat16 instructions or without the kernels of ops/cpu.
+        dtype: dtype of weights, activations and KV cache: "float32", "bfloat16" or "float16". The default is the
+            checkpoint's dtype, with bfloat16 for float16, and with float16 for bfloat16 on a GPU without bfloat16. On a
+            CPU without bfloat16 instructions the default is float32, which takes twice the memory of a bfloat16 file: 4
+            bytes a parameter, 32 GB for 8B. Tensors of a GGUF file in Q8_0 and Q4_0 stay quantized and are multiplied
+            in this dtype; its default for a quantized file is bfloat16, and float32 on a CPU without bfloat16
+            instructions or without the kernels of ops/cpu.
         quantize: quantization of the weights. None keeps them as they are stored. "none" dequantizes them to `dtype`,
             which takes more memory. "int8" and "int4" quantize all matrices in groups of 32 (ops/quant.py)
             while they are read; a tied embedding has 8 bits in both. They take 0.53 and 0.28 of their memory in

@@ -44,7 +44,7 @@ _JUDGED, _POOR_GAIN, _REST, _REST_STEPS = 48, 1.25, 4, 32
 
 
 class QueueFull(RuntimeError):
-    """The queue has as many requests as it may have. A server answers that it is busy."""
+    """The error of a full queue, which has as many requests as it may have. A server answers that it is busy."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,7 @@ def encode_dialog(
 def parse_assistant(source: str | Iterable[int], *, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Parses an assistant's output into a message; the inverse of `encode_dialog`.
 
-    Tool calls are read as in `tool_calls`. After <|python_tag|>, and only there, anything that is no call is Python
+    Tool calls are read as in `tool_calls`. After <|python_tag|>, and only there, anything that is not a call is Python
     code. Output that is not entirely a call is content, and so is text before <|python_tag|>. Unexpected output never
     raises.
 

@@ -45,7 +45,7 @@ class Hooks:
     Attributes:
         sampler: Makes the texts of log.sample_every; None makes none.
         on_metrics: Called in the first process with every line of metrics.jsonl: the metrics of a step, or the
-            validation loss. If it returns True, the run stops in good order, as at Ctrl-C.
+            validation loss. If it returns True, the run stops cleanly, as at Ctrl-C.
     """
 
     sampler: Sampler | None = None

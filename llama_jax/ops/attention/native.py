@@ -17,7 +17,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def refuses(call: Call, target: Target) -> str:
-    """The reason why the kernel does not take a call; "" if it does. The first question may build the kernels."""
+    """The reason why the kernel does not take a call; "" if it does. The first call may compile the kernels."""
     _, T, _, H = call.q_BTNH.shape
     if call.window is None or T != 1:
         return "it takes one query a row and a KV cache"
