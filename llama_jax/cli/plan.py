@@ -69,7 +69,7 @@ def show(run: RunConfig, devices: Devices, options: argparse.Namespace) -> int:
     if options.search:
         found = search.search(run, devices, batch=options.batch)
         records = [_record(one) for one in found]
-        print(json.dumps(records, indent=2) if options.json else report.proposals(found, devices.chip.hbm))
+        print(json.dumps(records, indent=2) if options.json else report.proposals(found, devices))
         return 0 if found else 1
     plan = planner.make(run, devices, compiling=not options.closed)
     record = plan.to_dict()

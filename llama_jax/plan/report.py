@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.plan.devices import GIB
+from llama_jax.plan.devices import GIB, Devices
 from llama_jax.plan.memory import PARTS
 from llama_jax.plan.search import Proposal
 
@@ -62,11 +62,17 @@ def _options(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options of ours"
 
 
-def proposals(found: Sequence[Proposal], limit: int) -> str:
+def proposals(found: Sequence[Proposal], devices: Devices) -> str:
     """Proposals of a search as a table, the fastest first."""
     if not found:
         return "nothing fits by the closed model: take more devices, a smaller model, or LoRA (--config.lora.rank=16)"
-    lines = ["by the closed model, within 10 % of the compiler; times are projections and not measured:"]
+    limit = devices.chip.hbm
+    lines = ["by the closed model; times are projections and not measured:"]
+    if devices.chip.platform == "cuda" and devices.count > 1:
+        # docs/measurements/gpu-compiler.md#recipes
+        lines.append(
+            "on several GPUs the compiler may need much more: plan a proposal without --search first"
+        )
     for one in found:
         step = one.projection
         lines += [

@@ -14,7 +14,7 @@ from llama_jax.plan import memory, projection
 from llama_jax.plan.devices import Devices
 from llama_jax.run_config import RunConfig
 
-# Fraction of a device's memory that a proposal may use by the closed model, which is within 10 % of the compiler.
+# Fraction of a device's memory that a proposal may use by the closed model, which is within 10 % of the TPU compiler.
 HEADROOM = 0.9
 _REMAT = ("dots", "attention", "full")
 _MAX_TENSOR = 16
