@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_jax.errors import one_line
 from llama_jax.infer.batches import power_of_two
 from llama_jax.infer.request import Fill, Request
 from llama_jax.infer.stops import StopScanner
 
 if TYPE_CHECKING:
     from llama_jax.infer.engine import Engine
+
+_log = logging.getLogger(__name__)
 
 # A shared beginning of fewer tokens is not worth a copy, or waiting for it.
 _LEAST_SHARED = 16
@@ -170,7 +174,12 @@ class Rows:
             self._fit(queue, most, rested=rested)
         fed: set[int] = set()
         while True:
-            self._start(self._wave(queue), most)
+            starts = self._wave(queue)
+            try:
+                self._start(starts, most)
+            except BaseException:  # jobs that got no row wait on: nobody else would ever end them
+                queue.extendleft(start.job for start in reversed(starts) if not start.job.started)
+                raise
             if not self._feed(fed):
                 return
 
@@ -216,7 +225,8 @@ class Rows:
     def _park(self, row: Row, lost: int, room: int, *, needed: Iterable[Row] = ()) -> None:
         """Copies what a row remembers out of the batch, if it would lose enough tokens and there is room.
 
-        The oldest parked row makes room if it is older and not among `needed`.
+        The oldest parked row makes room if it is older and not among `needed`. If the copy fails, for want of memory
+        perhaps, the tokens are lost, and no job fails for it.
         """
         if lost < _LEAST_PARKED or room < 1:
             return
@@ -225,7 +235,13 @@ class Rows:
             if self.parked[-1].used >= row.used or self.parked[-1] in needed:
                 return
             self.parked.pop()
-        part = self._engine.park(self.batch.index(row), len(row.ids))
+        try:
+            part = self._engine.park(self.batch.index(row), len(row.ids))
+        except Exception as error:
+            if not self._engine.intact:
+                raise
+            _log.info("the cache of %d tokens is not kept: %s", len(row.ids), one_line(error))
+            return
         self.parked.insert(0, Row(row.ids, None, row.used, part))
         self.parked.sort(key=lambda other: -other.used)
 

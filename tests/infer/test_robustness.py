@@ -114,6 +114,36 @@ def test_a_batch_that_cannot_grow_fails_the_request_that_needs_it(monkeypatch):
     assert [found[i] for i in (0, 2)] == [(text_of(i), None) for i in (0, 2)]
 
 
+def test_a_row_that_cannot_be_parked_is_forgotten_and_no_request_fails_for_it(monkeypatch):
+    e = engine()
+
+    def full(row, length):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(e, "park", full)
+    scheduler = Scheduler(e, rows=4)
+    for i in range(3):
+        assert outcomes([request(90, which=i)], scheduler) == [(run([request(90, which=i)], rows=1)[0][0][0], None)]
+    assert not scheduler._rows.parked
+
+
+def test_a_request_whose_start_is_interrupted_waits_and_starts_later(monkeypatch):
+    e = engine()
+    scheduler = Scheduler(e, rows=2)
+    outcomes([request(90)], scheduler)
+    park = e.park
+
+    def interrupted(row, length):
+        monkeypatch.setattr(e, "park", park)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(e, "park", interrupted)
+    number = scheduler.submit(request(40, which=1))
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step(64)
+    assert [event.number for event in scheduler.step(64)] == [number] and scheduler.idle
+
+
 def test_generate_says_which_prompts_failed_and_returns_the_others(monkeypatch, caplog):
     llama = Llama(CONFIG, params())
     insert = llama.engine.insert
