@@ -118,6 +118,12 @@ def test_a_decode_step_equals_plain_attention_and_reads_no_dead_block(kv, N, K, 
     assert gap(jax.jit(split.attend)(spoiled), xla.attend(call)) < ROUNDING
 
 
+def test_a_row_that_ended_beyond_the_bound_reads_no_slot_beyond_it():
+    call, _ = filled("compute", 8, 2, 64, T=1)
+    call = call._replace(positions_BT=jnp.asarray([[5], [1000]]), window=dataclasses.replace(call.window, bound=128))
+    assert gap(jax.jit(split.attend)(call), xla.attend(call)) < ROUNDING
+
+
 @pytest.mark.parametrize("kv", KV_TYPES)
 @pytest.mark.parametrize("T", [3, 33])
 def test_a_chunk_of_a_prompt_equals_plain_attention(kv, T, monkeypatch):

@@ -53,7 +53,9 @@ def attend(call: Call) -> jax.Array:
     Each device runs the kernel on its own rows and heads.
     """
     assert call.window is not None
-    arrays = [(call.q_BTNH[:, 0], ("batch", "heads", None)), (call.positions_BT[:, 0] + 1, ("batch",))]
+    # A row that has ended may have a position beyond a bound, and beyond a cache that has shrunk since.
+    lengths_B = jnp.minimum(call.positions_BT[:, 0] + 1, call.window.bound)
+    arrays = [(call.q_BTNH[:, 0], ("batch", "heads", None)), (lengths_B, ("batch",))]
     for leaf in (call.k, call.v):
         parts = (leaf.values_BKSH, leaf.scales_BKS) if isinstance(leaf, QCache) else (leaf,)
         arrays += [(part, _AXES[: part.ndim]) for part in parts]
