@@ -55,10 +55,11 @@ class Constraint:
             listed = not isinstance(value, str) and isinstance(value, Sequence)
             if not listed or not value or not all(isinstance(item, str) and item for item in value):
                 raise ConfigError(f"choices must be a list of texts, none of them empty, got {brief(value)}")
+            # In Rust's syntax, \< and \> are ends of words, and only ASCII may be escaped.
             text = "|".join(
-                re.sub(r"[^\w\s]|_", lambda m: "\\" + m[0] if m[0].isascii() else m[0], item) for item in value
+                re.sub(r"[^\w\s<>]", lambda m: "\\" + m[0] if m[0].isascii() else m[0], item) for item in value
             )
-            text = f"(?s:{text})".replace("\\_", "_")
+            text = f"(?s:{text})"
         else:
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"{kind} must be a text that is not empty, got {brief(value)}")

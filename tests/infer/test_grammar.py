@@ -77,6 +77,18 @@ def test_expressions_choices_and_grammars_hold_beside_free_rows():
         assert results[i].tokens == llama().generate("x", seed=3 + i, **options).tokens
 
 
+def test_choices_may_have_any_character():
+    import llguidance
+
+    tokenizer = llguidance.LLTokenizer("byte")
+    choices = [f"a{chr(i)}b" for i in range(128)] + ["<yes>", "é_\n"]
+    text = llguidance.LLMatcher.grammar_from_regex(Constraint.make("choices", choices).text)
+    for choice in [*choices, "yes"]:
+        matcher, data = llguidance.LLMatcher(tokenizer, text, log_level=0), list(choice.encode())
+        taken = matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+        assert taken == (choice in choices) and not matcher.is_error(), (choice, matcher.get_error())
+
+
 def test_a_schema_that_allows_everything_changes_no_greedy_text():
     anything = r"(?s:.*)"
     plain = llama().generate("x", max_new_tokens=16, temperature=0, allowed_tokens=range(97, 123))
