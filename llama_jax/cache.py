@@ -166,7 +166,7 @@ def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
     if repeats > 1:
         new_BTKH = jnp.repeat(new_BTKH, repeats, axis=2)
     if not isinstance(leaf, QCache):
-        return constrained(_scatter(leaf, _as_stored(new_BTKH, leaf, jnp.bfloat16), at.slots_BT))
+        return constrained(_scatter(leaf, _as_stored(new_BTKH, leaf, _half(new_BTKH.dtype)), at.slots_BT))
     largest_BTK = jnp.max(jnp.abs(new_BTKH.astype(jnp.float32)), axis=-1)
     scales_BTK = jnp.maximum(largest_BTK / 127, jnp.finfo(jnp.float16).tiny).astype(jnp.float16)
     scaled_BTKH = new_BTKH / scales_BTK[..., None].astype(jnp.float32)
@@ -180,7 +180,7 @@ def write(leaf: Leaf, new_BTKH: jax.Array, at: Window) -> Leaf:
 def read(leaf: Leaf, at: Window, dtype: jnp.dtype) -> jax.Array:
     """The first `at.bound` slots of keys or values, (B, K, bound, H). A QCache is dequantized to `dtype`."""
     if not isinstance(leaf, QCache):
-        return _as_float(leaf[:, :, : at.bound], jnp.bfloat16)
+        return _as_float(leaf[:, :, : at.bound], _half(dtype))
     values_BKSH = leaf.values_BKSH[:, :, : at.bound].astype(jnp.float32)
     scales_BKS = _as_float(leaf.scales_BKS[:, :, : at.bound], jnp.float16)
     return (values_BKSH * scales_BKS[..., None].astype(jnp.float32)).astype(dtype)
@@ -192,6 +192,11 @@ def dtype_in_place(leaf: Leaf) -> jnp.dtype | None:
     A cache that stores positions elsewhere returns None, and such kernels refuse it.
     """
     return jnp.dtype(leaf.values_BKSH.dtype if isinstance(leaf, QCache) else leaf.dtype)
+
+
+def _half(dtype: jnp.dtype) -> jnp.dtype:
+    """The 16-bit float whose bits a leaf of uint16 holds, for activations of `dtype`."""
+    return jnp.dtype(jnp.float16 if dtype == jnp.float16 else jnp.bfloat16)
 
 
 def _as_stored(new: jax.Array, leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax import model
-from llama_jax.cache import init_cache
+from llama_jax.cache import Window, init_cache, read, write
 from llama_jax.config import SIZES, ModelConfig, RopeScaling, size
 from llama_jax.errors import ConfigError, nearest
 from llama_jax.params import abstract_params
@@ -59,6 +59,16 @@ def test_cache_bytes_are_the_published_ones_and_those_of_the_cache():
     cache = jax.eval_shape(lambda: init_cache(tiny, batch=3, capacity=20, dtype=jnp.bfloat16))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert held == 3 * 20 * tiny.cache_bytes_per_token(2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_cache_keeps_each_dtype_to_the_bit(dtype):
+    tiny = size("tiny")
+    leaf = init_cache(tiny, batch=2, capacity=20, dtype=dtype).k[0]
+    new = jax.random.normal(jax.random.key(0), (2, 3, tiny.num_kv_heads, tiny.head_dim)).astype(dtype)
+    at = Window(jnp.tile(jnp.arange(3), (2, 1)), jnp.tile(jnp.arange(3), (2, 1)), 3)
+    kept = read(write(leaf, new, at), at, dtype)
+    assert kept.dtype == dtype and jnp.array_equal(kept.swapaxes(1, 2), new)
 
 
 @pytest.mark.parametrize("name", list(SIZES))
