@@ -37,7 +37,6 @@ _MOST_BYTES = 100_000_000  # of a file of /load
 
 def run(llama: Llama, system: str | None, settings: Mapping[str, Any], *, verbose: bool = False) -> int:
     """Talk until /quit or the end of the input, and return the exit status."""
-
     require_tokenizer(llama.tokenizer, "--chat")
     return Chat(llama, system, settings, speed=verbose).run(_reader())
 
@@ -127,8 +126,9 @@ class Chat:
             tokens, seconds = len(result.tokens) if result else 0, time.perf_counter() - start
             _say(f"[{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
         message: dict[str, Any] = {"role": "assistant", "content": answer}
-        if result and result.finish_reason == "stop":
-            message = self._llama.answer(result)  # with its ids, so that the next turn finds it in the cache
+        # The ids let the next turn find the answer in the cache. Those of a stop string are not part of the answer.
+        if result and result.finish_reason == "stop" and not isinstance(result.stop, str):
+            message = self._llama.answer(result)
         self.messages = [*asked, message]
 
     def _set_system(self, text: str) -> None:

@@ -142,6 +142,8 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
     if len(modes) != 1:
         named = " and ".join(f"--{name}" for name in modes) or "none of them"
         flags.error(f"give one of --prompt, --prompt_file, --ask, --chat and --messages; got {named}")
+    if options.capacity is not None:
+        flags.error("--capacity goes with --plan")
     if options.json and options.chat:
         flags.error("--json does not go with --chat; use --messages FILE --json")
     if options.system is not None and not (options.chat or options.ask):

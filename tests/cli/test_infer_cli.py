@@ -148,6 +148,14 @@ def test_the_answers_of_a_chat_keep_their_ids_for_the_next_turn(small, monkeypat
     assert capsys.readouterr().out == "hi\n"
 
 
+def test_an_answer_that_a_stop_string_ended_is_remembered_without_it(small, monkeypatch):
+    said = Result(text="h", tokens=[104, 105], logprobs=[0.0] * 2, finish_reason="stop", stop="i")
+    monkeypatch.setattr(small, "stream_chat", lambda *_, **__: Stream(iter(["h"]), lambda: said), raising=False)
+    dialog = chat.Chat(small, None, {})
+    dialog._ask("hello")
+    assert dialog.messages[-1] == {"role": "assistant", "content": "h"}
+
+
 def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch):
     asked = []
 
@@ -194,6 +202,7 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--chat"], "got --prompt and --chat"),
         (["--ask", "a", "--prompt", "b"], "got --prompt and --ask"),
         (["--prompt", "a", "--system", "b"], "--system goes with --ask and --chat"),
+        (["--prompt", "a", "--capacity", "64"], "--capacity goes with --plan"),
         (["--chat", "--json"], "--json does not go with --chat"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature: must be a number of at least 0, got 'hot'"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature: must be a number"),
