@@ -127,11 +127,10 @@ def _unevaluated(schema: dict[str, Any]) -> None:
 def _conditions(schema: dict[str, Any]) -> list[dict[str, Any]]:
     """The words for dependencies and names of properties, as schemas that say the same in other words."""
     more: list[dict[str, Any]] = []
-    needs: dict[str, Any] = {}
     for word in ("dependentRequired", "dependentSchemas", "dependencies"):
         value = schema.get(word)
         if isinstance(value, Mapping):
-            needs |= schema.pop(word)
+            del schema[word]
             for name, need in value.items():
                 need = {"required": need} if isinstance(need, list) else need
                 more.append({"anyOf": [{"properties": {name: False}}, need]})
