@@ -172,6 +172,11 @@ class Engine:
         with jax.transfer_guard("disallow"):
             self.state = self.program.unpark(self.state, part, self._put(np.array([row], np.int32)))
 
+    def wipe(self, row: int) -> None:
+        """Empties the cache of a row. A value that is not finite would spoil later texts, since 0 * NaN is NaN."""
+        with jax.transfer_guard("disallow"):
+            self.state = self.program.wipe(self.state, self._put(np.array([row], np.int32)))
+
     def prefill(self, fills: Sequence[Fill]) -> None:
         """Writes prompt tokens into the cache. Rows of similar numbers of tokens should come together."""
         groups = _groups(fills, self.rows)

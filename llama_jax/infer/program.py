@@ -156,6 +156,14 @@ class Program(ProgramSpec):
         return jax.jit(self._trace_unpark, donate_argnums=0)
 
     @functools.cached_property
+    def wipe(self) -> Any:
+        """Compiled `wipe(state, rows_R)`: makes the cache of these rows as empty as that of a new batch.
+
+        Returns the new State; the old one is donated.
+        """
+        return jax.jit(self._trace_wipe, donate_argnums=0)
+
+    @functools.cached_property
     def insert(self) -> Any:
         """Compiled `insert(state, fresh)`: makes rows live. Returns the new State; the old one is donated.
 
@@ -301,6 +309,12 @@ class Program(ProgramSpec):
             if draft is not None and part[1] is not None:
                 draft = caches.put_rows(draft, part[1], rows_R)
             return pin_shardings(dataclasses.replace(state, cache=cache, draft=draft))
+
+    def _trace_wipe(self, state: State, rows_R: jax.Array) -> State:
+        with parallel.use(self.layout):
+            capacity = state.cache.capacity
+            draft = None if self.draft is None else self._cache(self.draft, 1, capacity)
+            return self._trace_unpark(state, (self._cache(self.config, 1, capacity), draft), rows_R)
 
     def _trace_insert(self, state: State, fresh: dict[str, Any]) -> State:
         with parallel.use(self.layout):

@@ -79,12 +79,14 @@ class Row:
         job: the job that uses it, or None.
         used: time at which its last job started.
         part: its cache, if it is parked; None for a row of the batch.
+        spoiled: True if its cache may hold values that are not finite.
     """
 
     ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     job: Job | None = None
     used: int = 0
     part: Any = None
+    spoiled: bool = False
 
     @property
     def held(self) -> np.ndarray:
@@ -138,7 +140,7 @@ class Rows:
         """Ends the job of a row, whose cache is not used again."""
         assert row.job is not None
         self.failed.append((row.job, error))
-        row.ids, row.job = np.zeros(0, np.int64), None
+        row.ids, row.job, row.spoiled = np.zeros(0, np.int64), None, True
 
     def lose(self, error: BaseException) -> None:
         """Ends the jobs of all rows after an error, and frees the batch.
@@ -170,6 +172,10 @@ class Rows:
             rested: True if nothing has run since the batch was last empty, so that it may shrink.
         """
         most = power_of_two(most)
+        for i, row in enumerate(self.batch):
+            if row.spoiled:
+                self._engine.wipe(i)
+                row.spoiled = False
         if queue:
             self._fit(queue, most, rested=rested)
         fed: set[int] = set()

@@ -70,9 +70,7 @@ def proposals(found: Sequence[Proposal], devices: Devices) -> str:
     lines = ["by the closed model; times are projections and not measured:"]
     if devices.chip.platform == "cuda" and devices.count > 1:
         # docs/measurements/gpu-compiler.md#recipes
-        lines.append(
-            "on several GPUs the compiler may need much more: plan a proposal without --search first"
-        )
+        lines.append("on several GPUs the compiler may need much more: plan a proposal without --search first")
     for one in found:
         step = one.projection
         lines += [

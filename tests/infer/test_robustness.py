@@ -80,6 +80,12 @@ def test_rows_whose_logits_are_not_finite_fail_and_the_others_go_on():
     found = outcomes(requests, Scheduler(e, rows=4))
     assert [error is None for _, error in found] == [True, False, True]
     assert "not finite" in str(found[1][1]) and len(found[0][0]) == len(found[2][0]) == 6
+    alone = Scheduler(e, rows=1)  # in the row of the text that failed, the next ones are as before
+    for tokens, (text, error) in zip(
+        ([4, 7, 5, 2, 9, 3], [1, 2, 3], [6, 8]), [found[1], found[0], found[2]], strict=True
+    ):
+        ((again, failed),) = outcomes([dataclasses.replace(request(5), tokens=tokens)], alone)
+        assert (again, failed is None) == (text, error is None)
 
 
 def test_a_dispatch_that_fails_loses_the_rows_that_ran_and_no_request_that_waits(monkeypatch):
