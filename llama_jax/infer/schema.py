@@ -75,16 +75,20 @@ def _rewrite(schema: Any, single: set[str], depth: int) -> Any:
 
 
 def _drop_empty(schema: dict[str, Any]) -> None:
-    """Removes words that forbid nothing where they stand."""
+    """Removes words that forbid nothing where they stand.
+
+    Beside `unevaluatedItems` and `unevaluatedProperties`, `contains` and `if` also decide what is evaluated.
+    """
+    free = not any(word in schema for word in ("unevaluatedItems", "unevaluatedProperties"))
     if "contains" not in schema:
         schema.pop("minContains", None)
         schema.pop("maxContains", None)
-    elif schema.get("minContains") == 0 and "maxContains" not in schema:
+    elif free and schema.get("minContains") == 0 and "maxContains" not in schema:
         del schema["contains"], schema["minContains"]
     if "if" not in schema:
         schema.pop("then", None)
         schema.pop("else", None)
-    elif schema.get("then", True) is True and schema.get("else", True) is True:
+    elif free and schema.get("then", True) is True and schema.get("else", True) is True:
         for word in ("if", "then", "else"):
             schema.pop(word, None)
     for word, nothing in (("uniqueItems", False), ("propertyNames", True), ("not", False)):
@@ -144,7 +148,7 @@ def _conditions(schema: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _names_pattern(names: Any) -> str | None:
     """The regular expression of names that a schema with no other words allows, or None."""
-    if names is False:
+    if names is False or (isinstance(names, Mapping) and names.get("enum") == []):
         return "^[^\\s\\S]$"
     if not isinstance(names, Mapping):
         return None

@@ -42,6 +42,7 @@ def decides(schema):
         ({"propertyNames": {"enum": ["a", "abcd"]}, "maxProperties": 1}, "propertyNames"),
         ({"propertyNames": {"const": "a"}, "properties": {"a": {"type": "integer"}}}, "propertyNames"),
         ({"propertyNames": False}, "propertyNames"),
+        ({"propertyNames": {"enum": []}}, "propertyNames"),
         (
             {"$dynamicAnchor": "n", "properties": {"a": {"anyOf": [{"type": "integer"}, {"$dynamicRef": "#n"}]}}},
             "dynamic",
@@ -63,6 +64,8 @@ def test_words_are_replaced_and_mean_the_same(schema, gone):
         {"not": {"type": "string"}},
         {"contains": {"type": "string"}},
         {"contains": {}, "unevaluatedItems": False},
+        {"contains": {"type": "string"}, "minContains": 0, "unevaluatedItems": False},
+        {"if": {"properties": {"a": {}}}, "unevaluatedProperties": False},
         {"uniqueItems": True},
         {"propertyNames": {"pattern": "a", "maxLength": 3}},
         {"allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False},
