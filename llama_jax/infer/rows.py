@@ -172,6 +172,7 @@ class Rows:
             rested: True if nothing has run since the batch was last empty, so that it may shrink.
         """
         most = power_of_two(most)
+        self.parked = self.parked[: max(0, most - len(self.batch))]  # the newest come first
         for i, row in enumerate(self.batch):
             if row.spoiled:
                 self._engine.wipe(i)

@@ -309,6 +309,16 @@ def test_chats_that_take_turns_keep_their_cache_though_the_batch_has_one_row():
     assert all(event.reused >= 90 for event in last) and not scheduler._rows.parked
 
 
+def test_fewer_rows_are_remembered_once_fewer_may_run():
+    scheduler = Scheduler(engine(), rows=4)
+    for i in range(4):
+        run([request(90, new=1, which=i)], on=scheduler)
+    assert len(scheduler._rows.parked) == 3
+    scheduler.rows = 2
+    _, (event,) = run([request(90, new=1, which=2)], on=scheduler)  # the newest of the parked ones
+    assert event.reused == 89 and len(scheduler._rows.batch) + len(scheduler._rows.parked) == 2
+
+
 def test_capacity_shrinks_after_a_rest_and_one_array_at_a_time_is_in_memory_twice(monkeypatch):
     e = engine(new_program())
     scheduler = Scheduler(e, rows=1)
