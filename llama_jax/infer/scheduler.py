@@ -256,12 +256,20 @@ class Scheduler:
                 if self._rows.live:
                     events = self._decode(limit)
             except BaseException as error:
-                self._rows.lose(error)
+                self._lose(error)
                 if not isinstance(error, Exception):
                     self._late += self._delivered(self._failures())
                     raise
             events, self._late = [*self._late, *self._delivered(events + self._failures())], []
             return events
+
+    def _lose(self, error: BaseException) -> None:
+        """Ends all requests that have, or had, a row. An interruption may have come after a row was freed."""
+        self._rows.lose(error)
+        with self._lock:
+            ended = {job.number for job, _ in self._rows.failed}
+            lost = [job for job in self._jobs.values() if job.started and job.number not in ended]
+            self._rows.failed += [(job, error) for job in lost]
 
     def _failures(self) -> list[Event]:
         failed, self._rows.failed = self._rows.failed, []

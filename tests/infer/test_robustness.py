@@ -150,6 +150,24 @@ def test_a_request_whose_start_is_interrupted_waits_and_starts_later(monkeypatch
     assert [event.number for event in scheduler.step(64)] == [number] and scheduler.idle
 
 
+def test_an_interruption_between_two_events_ends_both_requests(monkeypatch):
+    scheduler, calls = Scheduler(engine(), rows=2), []
+    event = scheduler._event
+
+    def interrupted(row, piece):
+        calls.append(row)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return event(row, piece)
+
+    monkeypatch.setattr(scheduler, "_event", interrupted)
+    numbers = [scheduler.submit(request(6, which=i)) for i in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step(64)
+    assert sorted((event.number, event.finish) for event in scheduler.step(64)) == [(n, "error") for n in numbers]
+    assert scheduler.idle
+
+
 def test_generate_says_which_prompts_failed_and_returns_the_others(monkeypatch, caplog):
     llama = Llama(CONFIG, params())
     insert = llama.engine.insert
