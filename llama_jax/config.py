@@ -104,11 +104,6 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
 
     @property
-    def queries_per_kv(self) -> int:
-        """Query heads served by one key/value head (G)."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def matmul_params(self) -> int:
         """Weights that multiply every token: all matrices but the embedding look-up."""
         attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)

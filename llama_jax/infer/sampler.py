@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,8 @@ class Sampler:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._stop_tokens = stop_tokens
-        self._grammars: dict[tuple[int, ...], Grammars] = {}
+        # A tokenizer of llguidance for the stop tokens that were used last: requests may choose any.
+        self._grammars = functools.lru_cache(maxsize=4)(self._grammars_of)
 
     def options(self, given: Mapping[str, Any], max_new_tokens: int) -> Options:
         """The checked options of a continuation, with `max_new_tokens` as the default of its limit."""
@@ -129,11 +131,7 @@ class Sampler:
             )
         matcher = None
         if options.constraint is not None:
-            stops = options.stop_tokens
-            assert self._tokenizer is not None  # `options` refuses a constraint without one
-            if stops not in self._grammars:
-                self._grammars[stops] = Grammars(self._tokenizer, self.engine.config.vocab_size, stops)
-            matcher = self._grammars[stops].matcher(options.constraint)
+            matcher = self._grammars(options.stop_tokens).matcher(options.constraint)
         return Request(
             tokens=list(ids),
             max_new_tokens=new,
@@ -145,6 +143,10 @@ class Sampler:
             speculate=options.speculate,
             matcher=matcher,
         )
+
+    def _grammars_of(self, stop_tokens: tuple[int, ...]) -> Grammars:
+        assert self._tokenizer is not None  # `options` refuses a constraint without one
+        return Grammars(self._tokenizer, self.engine.config.vocab_size, stop_tokens)
 
     def check_ids(self, ids: np.ndarray, name: str) -> None:
         """Refuses ids that are not in the vocabulary, with a ConfigError."""
