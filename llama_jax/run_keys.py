@@ -354,7 +354,7 @@ class LogConfig:
             weights in train.compute_dtype on every device (split by mesh.tensor only): leave it 0 where that does not
             fit.
         sample_prompts: Prompts of the samples.
-        sample_as: Kind of the prompts: `text` continues them, `chat` answers them as questions of a user.
+        sample_as: Kind of the prompts: `text` continues them, `chat` answers them as questions of a user, greedily.
         sample_tokens: New tokens in each sample, at most.
         to: Trackers that get every metric of metrics.jsonl, the keys of the run and its samples: `tensorboard` writes
             event files to OUTPUT/tensorboard; `wandb` needs the package wandb and reads its own settings, such as

@@ -14,7 +14,7 @@ from llama_jax.storage import work_folder
 from llama_jax.text import chat_template
 from llama_jax.text.tokenizer import Tokenizer
 
-_TEMPERATURE, _TOP_P = 0.7, 0.9
+_TEMPERATURE, _TOP_P = 0.7, 0.9  # of continuations; answers are greedy, so that those of two steps can be compared
 
 
 class TrainingSampler:
@@ -32,14 +32,14 @@ class TrainingSampler:
         else:
             self._llama.set_params(params)
         prompts: list[Any] = list(run.log.sample_prompts)
-        stops = self._llama.stop_tokens
+        stops, temperature = self._llama.stop_tokens, _TEMPERATURE
         if run.log.sample_as == "chat":
             prompts = [self._llama.encode_dialog([{"role": "user", "content": prompt}]) for prompt in prompts]
-            stops = self._llama.chat_stop_tokens
+            stops, temperature = self._llama.chat_stop_tokens, 0.0
         results = self._llama.generate(
             prompts,
             max_new_tokens=run.log.sample_tokens,
-            temperature=_TEMPERATURE,
+            temperature=temperature,
             top_p=_TOP_P,
             seed=run.seed,
             stop_tokens=stops,
