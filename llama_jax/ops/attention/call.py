@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import parallel
-from llama_jax.cache import Leaf, Window, dtype_in_place
+from llama_jax.cache import Leaf, QCache, Window, dtype_in_place
 
 
 class Call(NamedTuple):
@@ -48,6 +48,13 @@ class Call(NamedTuple):
         """The dtype of the stored keys; None if a kernel cannot read them where they are."""
         return dtype_in_place(self.k)
 
+    @property
+    def cache_parts(self) -> list[tuple[jax.Array, tuple[str | None, ...]]]:
+        """The arrays of the keys and then of the values, with their logical axes for kernels that need whole rows."""
+        leaves = ((a.values_BKSH, a.scales_BKS) if isinstance(a, QCache) else (a,) for a in (self.k, self.v))
+        axes = ("batch", "kv_heads", None, None)
+        return [(part, axes[: part.ndim]) for parts in leaves for part in parts]
+
 
 class Target(NamedTuple):
     """The devices of a call.
@@ -83,9 +90,11 @@ def interpreted() -> bool:
     return parallel.device_platform() == "cpu"
 
 
-def refuses_heads(call: Call, target: Target) -> str:
-    """The reason why the heads cannot be shared by the devices of the target; "" if they can."""
+def refuses_mesh(call: Call, target: Target) -> str:
+    """The reason why a call cannot be split as the devices of the target are; "" if it can."""
     N, K = call.q_BTNH.shape[2], call.k.shape[1]
+    if call.window is not None and target.slots > 1:
+        return f"the slots of the KV cache are shared by {target.slots} devices"
     if N % target.heads or K % target.heads:
         return f"{N} query and {K} key/value heads do not divide over {target.heads} devices"
     return ""

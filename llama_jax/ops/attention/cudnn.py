@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from llama_jax import parallel
 from llama_jax.cache import QCache
 from llama_jax.errors import one_line
-from llama_jax.ops.attention.call import Call, Target, refuses_heads
+from llama_jax.ops.attention.call import Call, Target, refuses_mesh
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -42,7 +42,7 @@ def refuses(call: Call, target: Target) -> str:
         reason = _no_plan(parallel.device(), jnp.dtype(call.q_BTNH.dtype), T, N // call.k.shape[1], H)
         if reason:
             return reason
-    return refuses_heads(call, target)
+    return refuses_mesh(call, target)
 
 
 def attend(call: Call) -> jax.Array:

@@ -15,7 +15,7 @@ from jax import lax
 
 from llama_jax import parallel
 from llama_jax.cache import QCache, read
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_heads
+from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 from llama_jax.ops.attention.flash_kernels import Blocks, attention
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -34,9 +34,7 @@ def refuses(call: Call, target: Target) -> str:
         return f"it takes heads of at most {_MAX_HEAD}, not {H}"
     if call.window is None and T % target.length:
         return f"rows of {T} tokens do not divide over {target.length} devices"
-    if call.window is not None and target.slots > 1:
-        return f"the slots of the KV cache are shared by {target.slots} devices"
-    return refuses_heads(call, target)
+    return refuses_mesh(call, target)
 
 
 def attend(call: Call) -> jax.Array:

@@ -20,15 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax import parallel
-from llama_jax.cache import QCache
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_heads
+from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 
 _LANES = 128
 _HEAD = 128  # XLA would copy a cache of smaller heads to give its slots lanes of their own
 _QUERIES = 128  # queries of a block
 _MAX_STEP = 512  # slots of a block
 _HIDDEN = -1e30
-_AXES = ("batch", "kv_heads", None, None)
 
 
 def refuses(call: Call, target: Target) -> str:
@@ -42,9 +40,7 @@ def refuses(call: Call, target: Target) -> str:
         return f"it takes heads of {_HEAD}, not {H}"
     if call.window.bound % _LANES or call.k.shape[2] % _LANES:
         return f"it takes slots in multiples of {_LANES}, not {call.window.bound} of {call.k.shape[2]}"
-    if target.slots > 1:
-        return f"the slots of the KV cache are shared by {target.slots} devices"
-    return refuses_heads(call, target)
+    return refuses_mesh(call, target)
 
 
 def attend(call: Call) -> jax.Array:
@@ -54,9 +50,7 @@ def attend(call: Call) -> jax.Array:
     """
     assert call.window is not None
     arrays = [(call.q_BTNH, ("batch", "length", "heads", None)), (call.positions_BT, ("batch", "length"))]
-    for leaf in (call.k, call.v):
-        parts = (leaf.values_BKSH, leaf.scales_BKS) if isinstance(leaf, QCache) else (leaf,)
-        arrays += [(part, _AXES[: part.ndim]) for part in parts]
+    arrays += call.cache_parts
     return parallel.on_each_part(functools.partial(_own_part, bound=call.window.bound), *arrays)
 
 

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from llama_jax import parallel
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_heads
+from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 
 _LANES = 128  # lanes of a TPU's vector registers; the length must be a multiple
 _HEAD_DIMS = (64, 128)
@@ -42,7 +42,7 @@ def refuses(call: Call, target: Target) -> str:
     tokens //= 2 if target.length > 1 and T % (2 * target.length) == 0 else 1  # in chunks of parallel.length_order
     if tokens % _LANES:
         return f"it takes rows in multiples of {_LANES} tokens a device, not {tokens}"
-    return refuses_heads(call, target)
+    return refuses_mesh(call, target)
 
 
 def attend(call: Call) -> jax.Array:

@@ -20,15 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax import parallel
-from llama_jax.cache import QCache
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_heads
+from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _STEP = 64  # slots that are multiplied at once
 _ROWS = 16  # smallest block of a product in Triton
 _PROGRAMS = 264  # programs to aim for: two for each of the 132 processors of an H100
 _HIDDEN = -1e30
-_AXES = ("batch", "kv_heads", None, None)
 
 
 def refuses(call: Call, target: Target) -> str:
@@ -42,9 +40,7 @@ def refuses(call: Call, target: Target) -> str:
         return f"it takes bfloat16 and float16, and those or int8 in the cache, not {call.q_BTNH.dtype}"
     if H not in (16, 32, 64, 128, 256) or call.k.shape[2] % _STEP:
         return f"it takes heads of powers of two and slots in multiples of {_STEP}, not {H} and {call.k.shape[2]}"
-    if target.slots > 1:
-        return f"the slots of the KV cache are shared by {target.slots} devices"
-    return refuses_heads(call, target)
+    return refuses_mesh(call, target)
 
 
 def attend(call: Call) -> jax.Array:
@@ -56,9 +52,7 @@ def attend(call: Call) -> jax.Array:
     # A row that has ended may have a position beyond a bound, and beyond a cache that has shrunk since.
     lengths_B = jnp.minimum(call.positions_BT[:, 0] + 1, call.window.bound)
     arrays = [(call.q_BTNH[:, 0], ("batch", "heads", None)), (lengths_B, ("batch",))]
-    for leaf in (call.k, call.v):
-        parts = (leaf.values_BKSH, leaf.scales_BKS) if isinstance(leaf, QCache) else (leaf,)
-        arrays += [(part, _AXES[: part.ndim]) for part in parts]
+    arrays += call.cache_parts
     return parallel.on_each_part(functools.partial(_own_part, bound=call.window.bound), *arrays)[:, None]
 
 
