@@ -70,16 +70,19 @@ def model_shape(size: Size, layers: int) -> Any:
     return dataclasses.replace(published("llama3.1-8b"), num_layers=layers, **size.shape)
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The least time of a call that returns jax arrays, after one call that compiles."""
+def seconds(run: Callable[[], Any], repeats: int, calls: int = 1) -> float:
+    """The least time of a call that returns jax arrays, after one call that compiles.
+
+    With several `calls` at once, the device computes one while the next is prepared, as in a loop of a program.
+    """
     import jax
 
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
+        jax.block_until_ready([run() for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls)
     return min(times)
 
 
@@ -89,13 +92,13 @@ def peaks(size: Size) -> Iterator[Item]:
     import jax.numpy as jnp
 
     n = size.matrix
-    a = jnp.ones((n, n), jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)  # zeros would need less power, and run faster
     product = jax.jit(lambda a, b: (a @ b).astype(jnp.bfloat16))
-    yield {"name": "matmul", "seconds": seconds(lambda: product(a, a), 2 * size.repeats), "flops": 2 * n**3}
-    array = jnp.ones(size.copied // 4, jnp.float32)
+    yield {"name": "matmul", "seconds": seconds(lambda: product(a, a), size.repeats, calls=10), "flops": 2 * n**3}
+    array = jax.random.normal(jax.random.key(1), (size.copied // 4,), jnp.float32)
     copy, total = jax.jit(lambda x: x + 1), jax.jit(jnp.sum)
-    yield {"name": "copy", "seconds": seconds(lambda: copy(array), size.repeats), "bytes": 2 * size.copied}
-    yield {"name": "read", "seconds": seconds(lambda: total(array), size.repeats), "bytes": size.copied}
+    yield {"name": "copy", "seconds": seconds(lambda: copy(array), size.repeats, calls=10), "bytes": 2 * size.copied}
+    yield {"name": "read", "seconds": seconds(lambda: total(array), size.repeats, calls=10), "bytes": size.copied}
 
 
 def backends(call: Any) -> list[Any]:
@@ -193,10 +196,10 @@ def attention(size: Size) -> Iterator[Item]:
             item = {"name": name, "backend": backend.name, "flops": 4 * large.q_BTNH.shape[0] * N * H * pairs}
             item["errors"] = [gap(a, b) for a, b in zip(ours, exact, strict=True)]
             forward = jax.jit(backend.attend)
-            item["seconds"] = seconds(functools.partial(forward, large), size.repeats)
+            item["seconds"] = seconds(functools.partial(forward, large), size.repeats, calls=10)
             if rows:
                 run, d_large = both(backend.attend), large.q_BTNH
-                item["seconds_with_backward"] = seconds(functools.partial(run, large, d_large), size.repeats)
+                item["seconds_with_backward"] = seconds(functools.partial(run, large, d_large), size.repeats, calls=4)
             else:
                 item["bytes"] = sum(a.nbytes for a in jax.tree.leaves((large.k, large.v)))
             yield item
@@ -272,7 +275,7 @@ def random_base(like: Any) -> Any:
 
 
 def random_weights(shape: Any, bits: int) -> Any:
-    """Random weights in bfloat16, the matrices of the layers in 8 or 4 bits if `bits` says so."""
+    """Random weights in bfloat16, the matrices in 8 or 4 bits if `bits` says so, as `quantize` of `llama_jax.load`."""
     import jax
     import jax.numpy as jnp
 
@@ -284,10 +287,9 @@ def random_weights(shape: Any, bits: int) -> Any:
         weight = 0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
         return quant.quantize(weight.astype(jnp.float32), bits) if rounded else weight
 
-    leaves, tree = jax.tree.flatten_with_path(abstract_params(shape, stacked=False, dtype=jnp.bfloat16))
+    leaves, tree = jax.tree.flatten(abstract_params(shape, stacked=False, dtype=jnp.bfloat16))
     drawn = [
-        draw(leaf.shape, bool(bits) and len(leaf.shape) == 2 and "layers" in str(path), jnp.int32(i))
-        for i, (path, leaf) in enumerate(leaves)
+        draw(leaf.shape, bool(bits) and len(leaf.shape) == 2, jnp.int32(i)) for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(tree, drawn)
 
@@ -315,7 +317,7 @@ def decoding(size: Size) -> Iterator[Item]:
 
     for bits in (0, 8, 4):
         params = random_weights(shape, bits)
-        weights = sum(a.nbytes for a in jax.tree.leaves(params)) - params["embed"].nbytes
+        weights = sum(a.nbytes for a in jax.tree.leaves({**params, "embed": None}))
         for rows in size.batches:
             cache = caches.init_cache(shape, batch=rows, capacity=capacity, dtype=jnp.bfloat16)
             tokens = jnp.ones((rows, 1), jnp.int32)
@@ -466,13 +468,17 @@ def main() -> int:
     """Run the sections one after the other, each with the time that is left, and write the results as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small sizes, for any machine")
+    parser.add_argument("--layers", type=int, default=0, help="layers of all models (default: 32, and what fits)")
     parser.add_argument("--seconds", type=float, default=420, help="time for all sections (default: 420)")
     parser.add_argument("--out", type=Path, default=Path("accelerator.json"), help="the file of the results")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="run this section; may be repeated")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.section:
-        measure(options.section, SMALL if options.small else Size())
+        size = SMALL if options.small else Size()
+        if options.layers:
+            size = dataclasses.replace(size, layers=(options.layers,), decoder_layers=options.layers)
+        measure(options.section, size)
         return 0
     results: dict[str, list[Item]] = {}
     deadline = time.monotonic() + options.seconds
@@ -480,6 +486,7 @@ def main() -> int:
         results[name] = []
         left = deadline - time.monotonic()
         command = [sys.executable, __file__, "--section", name, *(["--small"] if options.small else [])]
+        command += ["--layers", str(options.layers)] if options.layers else []
         # Sections follow one another on one device: none may take all its memory in advance.
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
         with subprocess.Popen(

@@ -24,7 +24,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
 from llama_jax.ops.attention import Call, attention
-from llama_jax.ops.remat import REMAT, product, with_remat
+from llama_jax.ops.remat import REMAT, with_remat
 from llama_jax.params import BY_PATH, Params, check_params, unstack
 
 LayerCache = tuple[Leaf, Leaf]
@@ -55,15 +55,15 @@ def _weight(params: Params, *path: str) -> nnx.Param:
     return nnx.Param(params[path[-1]], axes=BY_PATH[path].axes)
 
 
-def _linear(x: jax.Array, w: nnx.Param) -> jax.Array:
-    return product(linear_ops.linear(x, w.get_value(), w.axes))
-
-
 def _linears(
-    x: jax.Array, *weights: nnx.Param, norm: RMSNorm | None = None, up: jax.Array | None = None
+    x: jax.Array,
+    *weights: nnx.Param,
+    norm: RMSNorm | None = None,
+    up: jax.Array | None = None,
+    plus: jax.Array | None = None,
 ) -> list[jax.Array]:
     before = None if norm is None else (norm.scale[...], norm.eps)
-    return [product(y) for y in linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights], norm=before, up=up)]
+    return linear_ops.linears(x, [(w.get_value(), w.axes) for w in weights], norm=before, up=up, plus=plus)
 
 
 class RMSNorm(nnx.Module):
@@ -78,7 +78,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions, after an optional norm."""
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions: x + attention(norm(x))."""
 
     def __init__(self, config: ModelConfig, params: Params):
         self.config = config
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         self.o = _weight(params, "attention", "o")
 
     def __call__(
-        self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None, norm: RMSNorm | None = None
+        self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None, norm: RMSNorm
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
@@ -107,22 +107,22 @@ class Attention(nnx.Module):
         with jax.named_scope("attend"):
             out_BTNH = attention(Call(q_BTNH, keys, values, pos.positions_BT, pos.segments_BT, pos.window))
         with jax.named_scope("out"):
-            return _linear(out_BTNH.reshape(B, T, -1), self.o), cache
+            return _linears(out_BTNH.reshape(B, T, -1), self.o, plus=x_BTD)[0], cache
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate x) * up x), after an optional norm."""
+    """SwiGLU (Shazeer, arXiv:2002.05202): x + down(silu(gate y) * up y) with y = norm(x)."""
 
     def __init__(self, params: Params):
         self.gate = _weight(params, "ffn", "gate")
         self.up = _weight(params, "ffn", "up")
         self.down = _weight(params, "ffn", "down")
 
-    def __call__(self, x_BTD: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, norm: RMSNorm) -> jax.Array:
         gate, up = _linears(x_BTD, self.gate, self.up, norm=norm)
         gate_BTF = parallel.constrain(gate, "batch", "length", "ffn")
         up_BTF = parallel.constrain(up, "batch", "length", "ffn")
-        return _linears(gate_BTF, self.down, up=up_BTF)[0]
+        return _linears(gate_BTF, self.down, up=up_BTF, plus=x_BTD)[0]
 
 
 class Block(nnx.Module):
@@ -138,10 +138,10 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attention(x_BTD, pos, cache, self.attention_norm)
-            x_BTD = parallel.constrain(x_BTD + out_BTD, "batch", "length", "act_embed")
+            x_BTD, cache = self.attention(x_BTD, pos, cache, self.attention_norm)
+            x_BTD = parallel.constrain(x_BTD, "batch", "length", "act_embed")
         with jax.named_scope("ffn"):
-            x_BTD = x_BTD + self.ffn(x_BTD, self.ffn_norm)
+            x_BTD = self.ffn(x_BTD, self.ffn_norm)
             return parallel.constrain(x_BTD, "batch", "length", "act_embed"), cache
 
 

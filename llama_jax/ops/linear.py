@@ -11,6 +11,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from llama_jax.ops import cpu, quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.quant import QTensor
+from llama_jax.ops.remat import product
 
 Weight = jax.Array | QTensor | LoraTensor
 Axes = tuple[str | None, ...] | None
@@ -98,23 +100,30 @@ Norm = tuple[jax.Array, float]  # scale (D,) and eps of an RMSNorm
 
 
 def linears(
-    x: jax.Array, weights: Sequence[tuple[Weight, Axes]], *, norm: Norm | None = None, up: jax.Array | None = None
+    x: jax.Array,
+    weights: Sequence[tuple[Weight, Axes]],
+    *,
+    norm: Norm | None = None,
+    up: jax.Array | None = None,
+    plus: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """`linear` of several weights of the same inputs, such as q, k and v, and of what is computed just before.
+    """`linear` of several weights of the same inputs, such as q, k and v, and of what is computed around it.
 
-    On a CPU the products of few rows run in one kernel, which prepares the inputs once.
+    Products of few rows run in one kernel where there is one. It prepares the inputs once. Other products have the name
+    that remat="dots" keeps.
 
     Args:
         x: activations (..., in).
         weights: each weight (out, in) and its logical axes.
         norm: normalizes x first.
         up: (..., in); the inputs are silu(x) * up (SwiGLU). It excludes `norm`.
+        plus: (..., out), added to the product of a single weight (a residual).
     """
     kinds = {w.bits if isinstance(w, QTensor) else str(w.dtype) for w, _ in weights if not isinstance(w, LoraTensor)}
-    plain = not any(isinstance(w, LoraTensor) for w, _ in weights)
+    plain = [w for w, _ in weights if not isinstance(w, LoraTensor)]
     scale, eps = norm or (None, 0.0)
-    arguments = (x, scale, up, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
-    if plain and not _observers and len(kinds) == 1 and all(_has_kernel(x, w) for w, _ in weights):
+    arguments = (x, scale, up, plus, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
+    if len(plain) == len(weights) and not _observers and len(kinds) == 1 and _kernels(x, plain) is not None:
         return _few_rows_of_several(*arguments)
     return _several(*arguments)
 
@@ -123,6 +132,7 @@ def _several(
     x: jax.Array,
     scale: jax.Array | None,
     up: jax.Array | None,
+    plus: jax.Array | None,
     weights: Sequence[Weight],
     eps: float,
     axes: tuple[Axes, ...],
@@ -131,19 +141,22 @@ def _several(
         x = rms_norm(x, scale, eps=eps)
     if up is not None:
         x = jax.nn.silu(x) * up
-    return [linear(x, w, its) for w, its in zip(weights, axes, strict=True)]
+    products = [product(linear(x, w, its)) for w, its in zip(weights, axes, strict=True)]
+    return products if plus is None else [plus + products[0]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _few_rows_of_several(x, scale, up, weights, eps, axes):
-    rows = functools.partial(jnp.reshape, shape=(-1, x.shape[-1]))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _few_rows_of_several(x, scale, up, plus, weights, eps, axes):
     norm = None if scale is None else (scale, eps)
-    products = cpu.linears(rows(x), weights, dtype=x.dtype, norm=norm, up=None if up is None else rows(up))
+    up, plus = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (up, plus))
+    products = _kernels(x, weights).linears(
+        x.reshape(-1, x.shape[-1]), weights, dtype=x.dtype, norm=norm, up=up, plus=plus
+    )
     return [a.reshape(*x.shape[:-1], -1) for a in products]
 
 
-def _few_rows_of_several_forward(x, scale, up, weights, eps, axes):  # kernels have no gradient
-    return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, weights)
+def _few_rows_of_several_forward(x, scale, up, plus, weights, eps, axes):  # kernels have no gradient
+    return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, plus, weights)
 
 
 _few_rows_of_several.defvjp(_few_rows_of_several_forward, lambda eps, axes, pullback, g: pullback(g))
@@ -154,23 +167,32 @@ def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     _tell(x, w)
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear_f32(x, w.base) + linear_f32(w.scaled(linear(x, w.a)), w.b))
-    return _few_rows_f32(x, w) if _has_kernel(x, w) else _xla_f32(x, w)
+    return _few_rows_f32(x, w) if _kernels(x, [w]) else _xla_f32(x, w)
 
 
 def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
     return _quantized(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
 
 
-def _has_kernel(x: jax.Array, w: jax.Array | QTensor) -> bool:
-    """True if this product runs in a native CPU kernel for few rows (ops/cpu), which is faster than XLA there."""
+def _kernels(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> Any:
+    """The module whose `linears` multiplies few rows of x (..., in) faster than XLA on the active devices, or None."""
+    platform = parallel.device_platform()
+    if platform == "cuda":
+        from llama_jax.ops import few_rows_gpu  # importing Pallas takes 0.2 s
+
+        return few_rows_gpu if few_rows_gpu.takes(x, weights) else None
+    return cpu if platform == "cpu" and all(_cpu_takes(x, w) for w in weights) and cpu.ready() else None
+
+
+def _cpu_takes(x: jax.Array, w: jax.Array | QTensor) -> bool:
     rows = x.size // x.shape[-1] if x.size else 0
     of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
     few = 0 < rows <= cpu.MAX_ROWS and x.dtype in (jnp.float32, jnp.bfloat16)
-    return few and of_dtype and len(w.shape) == 2 and cpu.ready()
+    return few and of_dtype and len(w.shape) == 2
 
 
 def _few_rows(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:
-    (out,) = cpu.linears(x.reshape(-1, x.shape[-1]), [w], dtype=dtype)
+    (out,) = _kernels(x, [w]).linears(x.reshape(-1, x.shape[-1]), [w], dtype=dtype)
     return out.reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -197,11 +219,6 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _quantized(x: jax.Array, w: QTensor) -> jax.Array:
-    if parallel.device_platform() == "cuda":
-        from llama_jax.ops import quant_gpu  # importing Pallas takes 0.2 s
-
-        if quant_gpu.takes(x, w):
-            return quant_gpu.product(x, w)
     layout = parallel.active()
     if layout is not None and layout.mesh.size > 1:  # a loop over rows would need them on one device
         return _dequantized_product(x, w)
@@ -243,7 +260,7 @@ def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _few_rows(x, w, x.dtype) if _has_kernel(x, w) else _quantized_forward(x, w, axes)[0]
+    return _few_rows(x, w, x.dtype) if _kernels(x, [w]) else _quantized_forward(x, w, axes)[0]
 
 
 def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
@@ -267,7 +284,7 @@ def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtyp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _few_rows(x, w, x.dtype) if _has_kernel(x, w) else _forward(x, w, axes)[0]
+    return _few_rows(x, w, x.dtype) if _kernels(x, [w]) else _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):

@@ -154,7 +154,7 @@ def main():
         memory = compiled.memory_analysis()
         found[name] = {
             "kernels": sorted(
-                set(re.findall(r'name = "((?:flash|split|quantized)_\w+)"', text))
+                set(re.findall(r'name = "((?:flash|split|quantized|few)_\w+)"', text))
                 | set(re.findall(r"%(ragged_attention|splash_\w+?)[.\d]* = ", text))
                 | set(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
             ),

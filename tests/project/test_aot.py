@@ -79,7 +79,8 @@ def _cuda_environment() -> dict[str, str]:
 def test_quantized_products_on_an_h100_write_no_dequantized_weight():
     found = _attention("h100", _cuda_environment(), *aot_attention.QUANTIZED)
     for name, one in found.items():
-        assert one["kernels"] == ["quantized_product", *(["split_decode"] if name == "engine" else [])], (name, one)
+        engine = ["quantized_product", "split_decode", "split_decode_join"]
+        assert one["kernels"] == (engine if name == "engine" else ["few_rows"]), (name, one)
         assert one["temporary_bytes"] < 32 << 20, (name, one)  # the smallest dequantized weight would be 117 MB
 
 
@@ -89,8 +90,8 @@ def test_attention_on_an_h100_runs_its_kernels_without_scores_in_memory():
     expected = {
         "documents": ["flash_backward_keys", "flash_backward_queries", "flash_forward"],
         "one document": ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"],
-        "decode": ["split_decode"],
-        "decode int8": ["split_decode"],
+        "decode": ["split_decode", "split_decode_join"],
+        "decode int8": ["split_decode", "split_decode_join"],
         "prefill": ["flash_forward"],
         "prefill int8": ["flash_forward"],
         "kept, documents": ["flash_backward_queries", "flash_forward"],  # the gradient of the queries alone

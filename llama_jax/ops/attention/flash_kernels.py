@@ -3,8 +3,8 @@
 Each query attends to one range of keys, from a first to a last one. Ranges express packed documents (from the start of
 the document to the query), whole rows, and a chunk of a prompt over a KV cache (slots up to the position). A block of
 queries visits only the blocks of keys between the smallest first and the largest last key of its queries, and a block
-of keys in the backward pass only the queries that may see it. The query heads of a key/value head share it without a
-copy.
+of keys in the backward pass only the queries that may see it. Blocks in which every pair attends skip the mask. The
+query heads of a key/value head share it without a copy.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim, I blocks of
 queries, J blocks of keys.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ class Blocks(NamedTuple):
         interpret: run as plain XLA operations, slowly, on any platform.
     """
 
-    queries: int = 128
+    queries: int = 64
     keys: int = 64
     backward: int = 64
     stages: int = 3
@@ -107,20 +108,20 @@ def _forward(
     """The result, and the base-2 logarithm of each query's sum of exponentials, (B, N, T) in float32."""
     B, T, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
-    bounds_BI2 = _visited_keys(first, last, blocks.queries, blocks.keys)
+    bounds_BI4 = _visited_keys(first, last, blocks.queries, blocks.keys)
     per_block = pl.BlockSpec((None, blocks.queries), lambda i, n, b: (b, i))
     rows = pl.BlockSpec((None, blocks.queries, None, H), lambda i, n, b: (b, i, n, 0))
     keys = pl.BlockSpec((None, None, S, H), lambda i, n, b: (b, n // (N // K), 0, 0))
     return pl.pallas_call(
         functools.partial(_forward_kernel, scale=scale, step=blocks.keys),
         grid=(T // blocks.queries, N, B),
-        in_specs=[rows, keys, keys, per_block, per_block, pl.BlockSpec((None, None, 2), lambda i, n, b: (b, i, 0))],
+        in_specs=[rows, keys, keys, per_block, per_block, pl.BlockSpec((None, None, 4), lambda i, n, b: (b, i, 0))],
         out_specs=[rows, pl.BlockSpec((None, None, blocks.queries), lambda i, n, b: (b, n, i))],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(num_warps=8 if H > 64 else 4, num_stages=blocks.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=blocks.stages),
         interpret=blocks.interpret,
         name="flash_forward",
-    )(q, k, v, first, last, bounds_BI2)
+    )(q, k, v, first, last, bounds_BI4)
 
 
 def _forward_kernel(
@@ -139,11 +140,14 @@ def _forward_kernel(
     """One block of queries of one head."""
     q, first, last = q_ref[...], first_ref[...], last_ref[...]
 
-    def body(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def body(
+        j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array], masked: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         out, largest, total = carry
         k = k_ref[pl.ds(j * step, step), :]
         scores = plgpu.dot(q, k.T) * (scale * _LOG2E)
-        scores = jnp.where(_seen(first, last, j * step, step), scores, _HIDDEN)
+        if masked:
+            scores = jnp.where(_seen(first, last, j * step, step), scores, _HIDDEN)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
         correction = jnp.exp2(largest - new_largest)
         weights = jnp.exp2(scores - new_largest[:, None])
@@ -157,7 +161,7 @@ def _forward_kernel(
         jnp.full((rows,), _HIDDEN, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    out, largest, total = lax.fori_loop(bounds_ref[0], bounds_ref[1], body, start)
+    out, largest, total = _in_stages(bounds_ref, body, start)
     total = jnp.where(total == 0, 1.0, total)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     lse_ref[...] = largest + jnp.log2(total)
@@ -178,7 +182,7 @@ def _backward(
     keys = pl.BlockSpec((None, None, S, H), lambda i, n, b: (b, n // G, 0, 0))
     per_query = pl.BlockSpec((None, None, size), lambda i, n, b: (b, n, i))
     per_block = pl.BlockSpec((None, size), lambda i, n, b: (b, i))
-    bounds = pl.BlockSpec((None, None, 2), lambda i, n, b: (b, i, 0))
+    bounds = pl.BlockSpec((None, None, 4), lambda i, n, b: (b, i, 0))
     dq = pl.pallas_call(
         functools.partial(_queries_kernel, scale=scale, step=size),
         grid=(T // size, N, B),
@@ -194,7 +198,7 @@ def _backward(
     block = pl.BlockSpec((None, None, size, H), lambda j, n, b: (b, n, j, 0))
     per_query = pl.BlockSpec((None, G, T), lambda j, n, b: (b, n, 0))
     whole = pl.BlockSpec((None, T), lambda j, n, b: (b, 0))
-    bounds = pl.BlockSpec((None, None, 2), lambda j, n, b: (b, j, 0))
+    bounds = pl.BlockSpec((None, None, 4), lambda j, n, b: (b, j, 0))
     dk, dv = pl.pallas_call(
         functools.partial(_keys_kernel, scale=scale, step=size, group=G),
         grid=(S // size, K, B),
@@ -230,15 +234,16 @@ def _queries_kernel(
     q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...], delta_ref[...]
     first, last = first_ref[...], last_ref[...]
 
-    def body(j: jax.Array, dq: jax.Array) -> jax.Array:
+    def body(j: jax.Array, dq: jax.Array, masked: bool) -> jax.Array:
         k, v = k_ref[pl.ds(j * step, step), :], v_ref[pl.ds(j * step, step), :]
         scores = plgpu.dot(q, k.T) * (scale * _LOG2E)
-        scores = jnp.where(_seen(first, last, j * step, step), scores, _HIDDEN)
+        if masked:
+            scores = jnp.where(_seen(first, last, j * step, step), scores, _HIDDEN)
         weights = jnp.exp2(scores - lse[:, None])
         d_scores = weights * (plgpu.dot(d_out, v.T) - delta[:, None])
         return dq + plgpu.dot(d_scores.astype(k.dtype), k)
 
-    dq = lax.fori_loop(bounds_ref[0], bounds_ref[1], body, jnp.zeros(q.shape, jnp.float32))
+    dq = _in_stages(bounds_ref, body, jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
 
@@ -262,25 +267,45 @@ def _keys_kernel(
     """The gradients of one block of keys and values, summed over the query heads of their group."""
     k, v = k_ref[...], v_ref[...]
     start = pl.program_id(0) * step
-    low, high = bounds_ref[0], bounds_ref[1]
 
-    def body(at: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(
+        i: jax.Array, carry: tuple[jax.Array, jax.Array], masked: bool, head: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         dk, dv = carry
-        head, i = lax.div(at, high - low), low + lax.rem(at, high - low)
         rows = pl.ds(i * step, step)
         q, d_out = q_ref[rows, head, :], d_out_ref[rows, head, :]
         lse, delta = lse_ref[head, rows], delta_ref[head, rows]
         scores = plgpu.dot(k, q.T) * (scale * _LOG2E)
-        seen = _seen(first_ref[rows], last_ref[rows], start, step, transposed=True)
-        weights = jnp.exp2(jnp.where(seen, scores, _HIDDEN) - lse[None, :])
+        if masked:
+            seen = _seen(first_ref[rows], last_ref[rows], start, step, transposed=True)
+            scores = jnp.where(seen, scores, _HIDDEN)
+        weights = jnp.exp2(scores - lse[None, :])
         dv += plgpu.dot(weights.astype(d_out.dtype), d_out)
         d_scores = weights * (plgpu.dot(v, d_out.T) - delta[None, :])
         return dk + plgpu.dot(d_scores.astype(q.dtype), q), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = lax.fori_loop(0, (high - low) * group, body, (zeros, zeros))
+    dk, dv = _in_stages(bounds_ref, body, (zeros, zeros), heads=group)
     dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def _in_stages(bounds_ref: Any, body: Callable[..., Any], carry: Any, heads: int = 0) -> Any:
+    """Runs body(block, carry, masked) over the blocks of a range of four bounds (see `_range`).
+
+    With `heads`, each stage runs over the blocks of every head, and body gets the head as its last argument.
+    """
+    for stage, masked in ((0, True), (1, False), (2, True)):
+        low, high = bounds_ref[stage], bounds_ref[stage + 1]
+
+        def of_head(at: jax.Array, carry: Any, low: Any = low, count: Any = high - low, masked: bool = masked) -> Any:
+            return body(low + lax.rem(at, count), carry, masked, lax.div(at, count))
+
+        if heads:
+            carry = lax.fori_loop(0, (high - low) * heads, of_head, carry)
+        else:
+            carry = lax.fori_loop(low, high, functools.partial(body, masked=masked), carry)
+    return carry
 
 
 def _seen(first: jax.Array, last: jax.Array, start: jax.Array, count: int, *, transposed: bool = False) -> jax.Array:
@@ -300,16 +325,35 @@ def _block_ranges(first_BT: jax.Array, last_BT: jax.Array, queries: int, keys: i
     return jnp.where(last_BI < 0, 0, first_BI // keys), jnp.where(last_BI < 0, 0, last_BI // keys + 1)
 
 
+def _range(low: jax.Array, full: jax.Array, full_end: jax.Array, high: jax.Array) -> jax.Array:
+    """Ranges of blocks low..high as four bounds, int32. Every pair of the blocks full..full_end attends."""
+    full = jnp.clip(full, low, high)
+    return jnp.stack([low, full, jnp.clip(full_end, full, high), high], axis=-1).astype(jnp.int32)
+
+
 def _visited_keys(first_BT: jax.Array, last_BT: jax.Array, queries: int, keys: int) -> jax.Array:
-    """The range of blocks of keys that each block of queries visits: (B, I, 2)."""
-    return jnp.stack(_block_ranges(first_BT, last_BT, queries, keys), axis=2)
+    """The range of blocks of keys that each block of queries visits: (B, I, 4)."""
+    B, T = first_BT.shape
+    low_BI, high_BI = _block_ranges(first_BT, last_BT, queries, keys)
+    full_BI = -(-first_BT.reshape(B, T // queries, queries).max(axis=2) // keys)
+    full_end_BI = (last_BT.reshape(B, T // queries, queries).min(axis=2) + 1) // keys
+    return _range(low_BI, full_BI, full_end_BI, high_BI)
 
 
 def _visiting_queries(first_BT: jax.Array, last_BT: jax.Array, size: int, blocks: int) -> jax.Array:
-    """The range of blocks of queries that may attend to each of the blocks of keys: (B, J, 2)."""
+    """The range of blocks of queries that may attend to each of the blocks of keys: (B, J, 4)."""
+    B, T = first_BT.shape
     low_BI, high_BI = _block_ranges(first_BT, last_BT, size, size)
     order = jnp.arange(blocks)
     meets_BIJ = (low_BI[:, :, None] <= order) & (order < high_BI[:, :, None])
     first_BJ = jnp.argmax(meets_BIJ, axis=1)
     end_BJ = low_BI.shape[1] - jnp.argmax(meets_BIJ[:, ::-1], axis=1)
-    return jnp.stack([first_BJ, jnp.where(jnp.any(meets_BIJ, axis=1), end_BJ, first_BJ)], axis=2).astype(jnp.int32)
+    end_BJ = jnp.where(jnp.any(meets_BIJ, axis=1), end_BJ, first_BJ)
+    from_BI = first_BT.reshape(B, T // size, size).max(axis=2)
+    to_BI = last_BT.reshape(B, T // size, size).min(axis=2)
+    full_BIJ = (from_BI[:, :, None] <= order * size) & (to_BI[:, :, None] >= order * size + size - 1)
+    full_BJ = jnp.where(jnp.any(full_BIJ, axis=1), jnp.argmax(full_BIJ, axis=1), T // size)
+    # The first run of such blocks; the queries of a row in another order may have more.
+    ends_BIJ = ~full_BIJ & (jnp.arange(T // size)[:, None] > full_BJ[:, None, :])
+    full_end_BJ = jnp.where(jnp.any(ends_BIJ, axis=1), jnp.argmax(ends_BIJ, axis=1), T // size)
+    return _range(first_BJ, full_BJ, full_end_BJ, end_BJ)

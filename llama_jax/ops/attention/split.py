@@ -1,10 +1,10 @@
 """Decoding on NVIDIA GPUs: one query a row over the live slots of a KV cache, in Pallas for Triton.
 
 The live slots of a row are split over several programs, because rows and key/value heads alone are too few to keep a
-GPU's memory busy (flash decoding). Each part gives its result and its sum of exponentials, and XLA joins the parts.
-Slots beyond the live length are not read, and an int8 cache is read as int8.
+GPU's memory busy (flash decoding). Each part gives its result and its sum of exponentials, and a second kernel joins
+the parts. Slots beyond the live length are not read, and an int8 cache is read as int8.
 
-Letters: B batch, N query heads, K key/value heads, G = N / K padded to 16, S slots, H head dim, P parts.
+Letters: B batch, N query heads, K key/value heads, G = N / K, S slots, H head dim, P parts.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from llama_jax import parallel
 from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
-_STEP = 64  # slots that are multiplied at once
+_STEP = 32  # slots that are multiplied at once
 _ROWS = 16  # smallest block of a product in Triton
 _PROGRAMS = 264  # programs to aim for: two for each of the 132 processors of an H100
+_LEAST = 2  # steps of a part
 _HIDDEN = -1e30
 
 
@@ -57,13 +58,12 @@ def attend(call: Call) -> jax.Array:
 
 
 def _own_part(q_BNH: jax.Array, lengths_B: jax.Array, *cache: jax.Array, bound: int) -> jax.Array:
-    """The kernel on the rows and heads of one device. `cache` is k and v, or values and scales of both."""
+    """The kernels on the rows and heads of one device. `cache` is k and v, or values and scales of both."""
     B, N, H = q_BNH.shape
     K, S = cache[0].shape[1:3]
-    group = N // K
-    G = max(_ROWS, pl.next_power_of_2(group))
-    parts = max(1, min(pl.cdiv(_PROGRAMS, B * K), pl.cdiv(bound, 2 * _STEP)))
-    q_BKGH = jnp.pad(q_BNH.reshape(B, K, group, H), [(0, 0), (0, 0), (0, G - group), (0, 0)])
+    G = N // K
+    most = max(1, min(_PROGRAMS // (B * K), bound // (_LEAST * _STEP)))
+    parts = 1 << (most.bit_length() - 1)  # a power of two, as the second kernel needs
     in_specs = [
         pl.BlockSpec((None, None, G, H), lambda p, k, b: (b, k, 0, 0)),
         pl.BlockSpec((1,), lambda p, k, b: (b,)),
@@ -71,34 +71,54 @@ def _own_part(q_BNH: jax.Array, lengths_B: jax.Array, *cache: jax.Array, bound: 
     for array in cache:
         shape = (None, None, S, H)[: array.ndim]
         in_specs.append(pl.BlockSpec(shape, lambda p, k, b, n=array.ndim: (b, k, 0, 0)[:n]))
-    out_BKPGH, largest_BKPG, total_BKPG = pl.pallas_call(
-        functools.partial(_kernel, scale=H**-0.5, parts=parts, quantized=len(cache) == 4),
+    out_BPKGH, largest_BPKG, total_BPKG = pl.pallas_call(
+        functools.partial(_part_kernel, scale=H**-0.5, parts=parts, quantized=len(cache) == 4),
         grid=(parts, K, B),
         in_specs=in_specs,
         out_specs=[
-            pl.BlockSpec((None, None, None, G, H), lambda p, k, b: (b, k, p, 0, 0)),
-            pl.BlockSpec((None, None, None, G), lambda p, k, b: (b, k, p, 0)),
-            pl.BlockSpec((None, None, None, G), lambda p, k, b: (b, k, p, 0)),
+            pl.BlockSpec((None, None, None, G, H), lambda p, k, b: (b, p, k, 0, 0)),
+            pl.BlockSpec((None, None, None, G), lambda p, k, b: (b, p, k, 0)),
+            pl.BlockSpec((None, None, None, G), lambda p, k, b: (b, p, k, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((B, K, parts, G, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, parts, G), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, parts, G), jnp.float32),
+            jax.ShapeDtypeStruct((B, parts, K, G, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, parts, K, G), jnp.float32),
+            jax.ShapeDtypeStruct((B, parts, K, G), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpreted(),
         name="split_decode",
-    )(q_BKGH, lengths_B, *cache)
-    weights_BKPG = jnp.exp2(largest_BKPG - jnp.max(largest_BKPG, axis=2, keepdims=True))
-    total_BKG = jnp.sum(weights_BKPG * total_BKPG, axis=2)
-    out_BKGH = jnp.sum(weights_BKPG[..., None] * out_BKPGH, axis=2) / total_BKG[..., None]
-    return out_BKGH[:, :, :group].reshape(B, N, H).astype(q_BNH.dtype)
+    )(q_BNH.reshape(B, K, G, H), lengths_B, *cache)
+    per_head = pl.BlockSpec((None, parts, None), lambda n, b: (b, 0, n))
+    return pl.pallas_call(
+        _join_kernel,
+        grid=(N, B),
+        in_specs=[pl.BlockSpec((None, parts, None, H), lambda n, b: (b, 0, n, 0)), per_head, per_head],
+        out_specs=pl.BlockSpec((None, None, H), lambda n, b: (b, n, 0)),
+        out_shape=jax.ShapeDtypeStruct(q_BNH.shape, q_BNH.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=1 if parts <= 8 else 4, num_stages=1),
+        interpret=interpreted(),
+        name="split_decode_join",
+    )(out_BPKGH.reshape(B, parts, N, H), largest_BPKG.reshape(B, parts, N), total_BPKG.reshape(B, parts, N))
 
 
-def _kernel(q_ref: Any, length_ref: Any, *refs: Any, scale: float, parts: int, quantized: bool) -> None:
+def _join_kernel(out_ref: Any, largest_ref: Any, total_ref: Any, joined_ref: Any) -> None:
+    """The result of one head from its parts."""
+    largest_P = largest_ref[...]
+    weights_P = jnp.exp2(largest_P - jnp.max(largest_P))
+    total = jnp.sum(weights_P * total_ref[...])
+    joined_ref[...] = (jnp.sum(weights_P[:, None] * out_ref[...], axis=0) / total).astype(joined_ref.dtype)
+
+
+def _part_kernel(q_ref: Any, length_ref: Any, *refs: Any, scale: float, parts: int, quantized: bool) -> None:
     """One part of the live slots of one row and key/value head."""
     cache, (out_ref, largest_ref, total_ref) = refs[:-3], refs[-3:]
-    q, length = q_ref[...], length_ref[0]
+    (G, H), length = q_ref.shape, length_ref[0]
+    # A product has at least 16 rows. Those beyond the heads of the group are zeros, and are not stored.
+    every = pl.ds(0, max(_ROWS, pl.next_power_of_2(G)))
+    ours = jnp.arange(every.size) < G
+    of_head = jnp.broadcast_to(ours[:, None], (every.size, H))
+    q = plgpu.load(q_ref.at[every, :], mask=of_head, other=0)
     blocks = lax.div(length + (_STEP - 1), jnp.int32(_STEP))
     each = lax.div(blocks + (parts - 1), jnp.int32(parts))
     low = jnp.minimum(pl.program_id(0) * each, blocks)
@@ -126,11 +146,12 @@ def _kernel(q_ref: Any, length_ref: Any, *refs: Any, scale: float, parts: int, q
         out = out * correction[:, None] + plgpu.dot(scaled.astype(q.dtype), v)
         return out, new_largest, total * correction + jnp.sum(weights, axis=1)
 
-    rows, H = q.shape
     start = (
-        jnp.zeros((rows, H), jnp.float32),
-        jnp.full((rows,), _HIDDEN, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.full(q.shape[:1], _HIDDEN, jnp.float32),
+        jnp.zeros(q.shape[:1], jnp.float32),
     )
     out, largest, total = lax.fori_loop(low, high, body, start)
-    out_ref[...], largest_ref[...], total_ref[...] = out, largest, total
+    plgpu.store(out_ref.at[every, :], out, mask=of_head)
+    plgpu.store(largest_ref.at[every], largest, mask=ours)
+    plgpu.store(total_ref.at[every], total, mask=ours)

@@ -23,6 +23,7 @@ def linears(
     dtype: jnp.dtype,
     norm: tuple[jax.Array, float] | None = None,
     up: jax.Array | None = None,
+    plus: jax.Array | None = None,
 ) -> list[jax.Array]:
     """The products f(x) w^T of one or several weights, each (B, O) in `dtype`, accumulated in float32.
 
@@ -35,6 +36,7 @@ def linears(
         dtype: dtype of the results, float32 or bfloat16.
         norm: scale (D,) and eps of an RMSNorm of x.
         up: f(x) is silu(x) * up, with `up` (B, D) in the dtype of x. It excludes `norm`.
+        plus: (B, O) to add to the product of a single weight. XLA adds it: the kernel would not be faster.
     """
     arguments, before, eps = [x], _NOTHING, 0.0
     if norm is not None:
@@ -46,7 +48,8 @@ def linears(
         arguments += [w.values, w.scales] if isinstance(w, QTensor) else [w]
     shapes = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype) for w in weights]
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
-    return list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
+    products = list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
+    return products if plus is None else [plus + products[0]]
 
 
 def attend(
