@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from llama_jax.cli.plan import with_shape
 from llama_jax.cli.run_flags import parse_run_flags
-from llama_jax.plan import planner, report
+from llama_jax.config import size
+from llama_jax.plan import inference, planner, report
 from llama_jax.plan.devices import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,19 +43,37 @@ PLANS: dict[str, tuple[str, int, str]] = {
 }
 
 
-def plan(name: str) -> planner.Plan:
-    """The plan of a name, compiled."""
+# Name: device, model, and the fields of plan.inference.Serving that differ from its defaults.
+DECODING: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "decode-70b-int8-v5e-16": ("v5e:16", "llama3.1-70b", {"quantize": "int8"}),
+    "decode-405b-int4-v6e-16": ("v6e:16", "llama3.1-405b", {"quantize": "int4"}),
+    "decode-405b-int8-128k-v5p-8": (
+        "v5p:8",
+        "llama3.1-405b",
+        {"rows": 4, "capacity": 131072, "quantize": "int8", "kv": "int8"},
+    ),
+    "decode-405b-int8-v6e-64": ("v6e:64", "llama3.1-405b", {"rows": 16, "quantize": "int8"}),
+}
+
+
+def plan(name: str, *, compiling: bool = True) -> dict[str, Any]:
+    """The plan of a name as a JSON-able dict; by the closed model if not `compiling`."""
+    if name in DECODING:
+        device, model, fields = DECODING[name]
+        return inference.make(inference.Serving(size(model), **fields), parse(device), compiling=compiling)
     device, slices, changes = PLANS[name]
     flags = [f"--config.{change}" for change in changes.split()]
     run, _ = parse_run_flags(["--config", str(ROOT / "configs" / "llama31_8b.py"), *flags], command="inspect data")
-    return planner.make(with_shape(run), parse(device, slices=slices))
+    return planner.make(with_shape(run), parse(device, slices=slices), compiling=compiling).to_dict()
 
 
 def main() -> None:
-    """Make the plans that the arguments name, and draw all existing plans."""
-    for name in [arg for arg in sys.argv[1:] if arg != "--closed"] or ([] if "--closed" in sys.argv else list(PLANS)):
-        record = plan(name).to_dict()
-        print(f"{name}: {report.table(record)}\n", flush=True)
+    """Make the plans that the arguments name, and draw all existing plans of training."""
+    every = [] if "--closed" in sys.argv else [*PLANS, *DECODING]
+    for name in [arg for arg in sys.argv[1:] if arg != "--closed"] or every:
+        record = plan(name)
+        table = inference.table(record) if name in DECODING else report.table(record)
+        print(f"{name}: {table}\n", flush=True)
         if record["by"] == "compiler":
             (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     made = [
