@@ -82,6 +82,7 @@ def plans_page() -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [_decoding_row(name, plan) for name, plan in decoding.items()]
+    lines += _scaling(plans)
     missing = [f"{name} (at most {goal} GiB)" for name, goal in _GOALS.items() if name not in plans]
     if missing:
         lines += ["", f"Goals that are not compiled with this code yet: {', '.join(missing)}."]
@@ -99,6 +100,34 @@ _GOALS = {
     "8b-128k-v5p-32": 13,
     "8b-h100-8": 40,
 }
+
+
+# Plans of the same work a device, on few devices and on many.
+_SCALING = (("8b-v5p-16", "8b-v5p-256"), ("405b-v5p-512", "405b-v5p-4096"))
+
+
+def _scaling(plans: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of weak scaling: growth of what one device computes and sends, by the compiled programs."""
+    rows = []
+    for few, many in _SCALING:
+        if few in plans and many in plans:
+            pair = (plans[few], plans[many])
+            work = [plan["flops"]["hardware"] / plan["chips"] / 1e12 for plan in pair]
+            sent = [sum(one["exposed"] for one in plan["collectives"]) / 1e9 for plan in pair]
+            chips = " to ".join(f"{plan['chips']:,}" for plan in pair)
+            cells = [f"{few} to {many}", chips]
+            cells += [f"{a:,.1f} to {b:,.1f}, {100 * (b / a - 1):+.0f} %" for a, b in (work, sent)]
+            rows.append(_row(cells))
+    head = [
+        "",
+        "## Weak scaling",
+        "",
+        "One row of a device on few devices and on many: what a device computes, and the bytes that it waits for.",
+        "",
+        "| plans | chips | TFLOP of a chip | GB exposed |",
+        "|---|---|---|---|",
+    ]
+    return [*head, *rows] if rows else []
 
 
 def _plan_row(name: str, plan: dict[str, Any]) -> str:

@@ -314,7 +314,7 @@ def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _columns(x: jax.Array) -> jax.Array:
     """Constrains rows of the table (B, T, D) to be sharded by columns, as the table is."""
-    return parallel.constrain(x, "gathered_batch", "length", "embed") if x.ndim == 3 else x
+    return parallel.constrain(x, "gathered_batch", None, "embed") if x.ndim == 3 else x
 
 
 def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:

@@ -6,8 +6,10 @@ adds it to the sum that arrived from its neighbor, and sends the sum on while it
 "Overlap Communication with Dependent Computation via Decomposition", ASPLOS 2023). Two rings of opposite direction
 share the links.
 
-Letters: B rows, T tokens of one device; n devices along fsdp, in R neighborhoods of S devices. Neighborhoods exchange
-blocks of products; then, in the same way, the devices of a neighborhood exchange blocks of the sums.
+Neighborhoods of devices exchange blocks of products. Then, in the same way, the devices of a neighborhood exchange
+blocks of the sums.
+
+Letters: B rows, T tokens of one device; n devices that share the embedding axis, in R neighborhoods of S devices.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _MIN_WIDTH = 256  # columns of a block
 
 
 def ring_takes(g: jax.Array, x: jax.Array, axes: Axes | None) -> bool:
-    """True if `ring_gradient` runs for these arrays: on TPUs, for a weight that is sharded over fsdp."""
+    """True if `ring_gradient` runs for these arrays: on TPUs, for a weight whose embedding axis is sharded."""
     layout = active()
     if layout is None or axes is None or "embed" not in axes or x.ndim != 3 or device_platform() != "tpu":
         return False
@@ -56,10 +58,10 @@ def ring_gradient(g: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _part(g: jax.Array, x: jax.Array, *, layout: Layout, scattered: int) -> jax.Array:
-    """The shard of one device. `scattered` is the axis of the gradient that is sharded over fsdp."""
+    """The shard of one device. `scattered` is the axis of the gradient that is sharded."""
     rules = RULES[layout.rules]
-    (fsdp,) = rules["embed"]
-    n, whole, other = layout.mesh.shape[fsdp], (g, x)[scattered], (x, g)[scattered]
+    ring = tuple(name for name in rules["embed"] if layout.mesh.shape[name] > 1)
+    n, whole, other = layout.parts("embed"), (g, x)[scattered], (x, g)[scattered]
     R = _steps(n, whole.shape[-1])
 
     def product(half: jax.Array, i: jax.Array) -> jax.Array:
@@ -69,15 +71,16 @@ def _part(g: jax.Array, x: jax.Array, *, layout: Layout, scattered: int) -> jax.
         return lax.dot_general(*operands, (contract, ((), ())), preferred_element_type=jnp.float32)
 
     halves = jnp.split(other, 2, axis=-1) if other.shape[-1] % 2 == 0 else [other]
-    sums = _rings([functools.partial(product, half) for half in halves], fsdp, n, R, n // R)
+    sums = _rings([functools.partial(product, half) for half in halves], ring, n, R, n // R)
     group = n // R
     while group > 1:  # within the groups, blocks of the sums take the place of products
         R = _steps(group, 0)
         blocks = [functools.partial(_block, total, R=R, axis=scattered) for total in sums]
-        sums = _rings(blocks, fsdp, group, R, group // R)
+        sums = _rings(blocks, ring, group, R, group // R)
         group //= R
     gradient = jnp.concatenate(sums, axis=1 - scattered)
-    others = tuple(name for name in (*rules["batch"], *rules["length"]) if name != fsdp and layout.mesh.shape[name] > 1)
+    summed = (*rules["batch"], *rules["length"])
+    others = tuple(name for name in summed if name not in ring and layout.mesh.shape[name] > 1)
     return lax.psum(gradient, others) if others else gradient
 
 
@@ -94,18 +97,20 @@ def _block(a: jax.Array, i: jax.Array, R: int, axis: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(a, i * width, width, axis=axis)
 
 
-def _rings(blocks: Sequence[Callable[[jax.Array], jax.Array]], axis: str, n: int, R: int, S: int) -> list[jax.Array]:
+def _rings(
+    blocks: Sequence[Callable[[jax.Array], jax.Array]], axes: tuple[str, ...], n: int, R: int, S: int
+) -> list[jax.Array]:
     """The sums of block(i) over R neighborhoods, for the number i of the device's own. Rings alternate in direction.
 
     Args:
         blocks: for each ring a function that gives this device's part of the sum for neighborhood i.
-        axis: mesh axis.
+        axes: mesh axes of the ring.
         n: devices of a group; groups are of neighboring devices, and do not communicate.
         R: neighborhoods of a group.
         S: devices of a neighborhood.
     """
-    all_devices = lax.axis_size(axis)
-    own = lax.axis_index(axis) % n // S
+    all_devices = lax.axis_size(axes)
+    own = lax.axis_index(axes) % n // S
     sums: list[jax.Array] = []
     for step in range(R):
         for k, block in enumerate(blocks):
@@ -115,5 +120,5 @@ def _rings(blocks: Sequence[Callable[[jax.Array], jax.Array]], axis: str, n: int
                 sums.append(part)
             else:
                 to = [(i, i - i % n + (i % n + way * S) % n) for i in range(all_devices)]
-                sums[k] = part + lax.ppermute(sums[k], axis, to)
+                sums[k] = part + lax.ppermute(sums[k], axes, to)
     return sums
