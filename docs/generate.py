@@ -52,17 +52,37 @@ def pages() -> dict[Path, str]:
 def plans_page() -> str:
     """The page of committed plans (benchmarks/plans.py), as a table."""
     plans = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "plans").glob("*.json"))}
+    decoding = {name: plan for name, plan in plans.items() if "programs" in plan}
     lines = [
         "# Plans",
         "",
-        "Training steps compiled for devices that were not there, by `python benchmarks/plans.py`: all weights, AdamW,",
-        "float32 weights, bfloat16 products. Each has its JSON beside this page. Peaks are those of the compilers;",
-        "**nothing here ran on a TPU or GPU, and times are projections.** How to make one: [Plan](../guides/plan.md).",
+        "Programs compiled for devices that were not there, by `python benchmarks/plans.py`. Each has its JSON beside",
+        "this page. Peaks are those of the compilers; **nothing here ran on a TPU or GPU, and times are projections.**",
+        "How to make one: [Plan](../guides/plan.md).",
+        "",
+        "## Training",
+        "",
+        "All weights, AdamW, float32 weights, bfloat16 products; moments in float32 unless the name says otherwise.",
+        "Bytes are those that one device sends in a step: exposed while it waits, hidden while it computes.",
         "",
         "| plan | devices | mesh | batch | GiB a device, of | goal | closed model | GB exposed, hidden | projected |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_plan_row(name, plan) for name, plan in plans.items()]
+    lines += [_plan_row(name, plan) for name, plan in plans.items() if name not in decoding]
+    if decoding:
+        head = "| plan | devices | mesh | rows | weights, cache | GiB a device, of | closed model | a step, ms |"
+        lines += [
+            "",
+            "## Decoding",
+            "",
+            "The larger of a prefill of 512 tokens and of a decode step over a full cache. The time of a step is the",
+            "least by the bandwidth of memory, with an empty cache and with a full one.",
+            "",
+            head,
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_decoding_row(name, plan) for name, plan in decoding.items()]
+    lines += _scaling(plans)
     missing = [f"{name} (at most {goal} GiB)" for name, goal in _GOALS.items() if name not in plans]
     if missing:
         lines += ["", f"Goals that are not compiled with this code yet: {', '.join(missing)}."]
@@ -82,25 +102,82 @@ _GOALS = {
 }
 
 
+# Plans of the same work a device, on few devices and on many.
+_SCALING = (("8b-v5p-16", "8b-v5p-256"), ("405b-v5p-512", "405b-v5p-4096"))
+
+
+def _scaling(plans: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of weak scaling: growth of what one device computes and sends, by the compiled programs."""
+    rows = []
+    for few, many in _SCALING:
+        if few in plans and many in plans:
+            pair = (plans[few], plans[many])
+            work = [plan["flops"]["hardware"] / plan["chips"] / 1e12 for plan in pair]
+            sent = [sum(one["exposed"] for one in plan["collectives"]) / 1e9 for plan in pair]
+            chips = " to ".join(f"{plan['chips']:,}" for plan in pair)
+            cells = [f"{few} to {many}", chips]
+            cells += [f"{a:,.1f} to {b:,.1f}, {100 * (b / a - 1):+.0f} %" for a, b in (work, sent)]
+            rows.append(_row(cells))
+    head = [
+        "",
+        "## Weak scaling",
+        "",
+        "One row of a device on few devices and on many: what a device computes, and the bytes that it waits for.",
+        "",
+        "| plans | chips | TFLOP of a chip | GB exposed |",
+        "|---|---|---|---|",
+    ]
+    return [*head, *rows] if rows else []
+
+
 def _plan_row(name: str, plan: dict[str, Any]) -> str:
-    """A row of the table of plans."""
+    """A row of the table of training plans."""
     gib, moved = 1 << 30, plan["collectives"]
-    mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
     exposed, overlapped = (sum(one[key] for one in moved) / 1e9 for key in ("exposed", "overlapped"))
     step, goal = plan["projection"], ""
     if name in _GOALS:
         goal = f"{_GOALS[name]}: {'met' if plan['peak_bytes'] / gib <= _GOALS[name] else 'not met'}"
-    cells = [
-        f"[{name}]({name}.json)",
-        f"{plan['device']}",
-        mesh,
-        f"{plan['batch_size']} x {plan['sequence_length']:,}",
-        f"{plan['peak_bytes'] / gib:.1f} of {plan['limit_bytes'] / gib:.1f}{'' if plan['fits'] else ', does not fit'}",
-        goal,
-        f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
-        f"{exposed:,.0f}, {overlapped:,.0f}" if moved else "-",
-        f"{step['seconds']:.1f} s, MFU {100 * step['mfu']:.0f} %",
-    ]
+    return _row(
+        [
+            *_name_and_mesh(name, plan),
+            f"{plan['batch_size']} x {plan['sequence_length']:,}",
+            _peak(plan),
+            goal,
+            f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
+            f"{exposed:,.0f}, {overlapped:,.0f}" if moved else "-",
+            f"{step['seconds']:.1f} s, MFU {100 * step['mfu']:.0f} %",
+        ]
+    )
+
+
+def _decoding_row(name: str, plan: dict[str, Any]) -> str:
+    """A row of the table of decoding plans."""
+    weights = plan["dtype"] if plan["quantize"] == "none" else plan["quantize"]
+    cache = plan["dtype"] if plan["kv"] == "compute" else plan["kv"]
+    return _row(
+        [
+            *_name_and_mesh(name, plan),
+            f"{plan['rows']} x {plan['capacity']:,}",
+            f"{weights}, {cache}",
+            _peak(plan),
+            f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
+            "{:.1f}, {:.1f}".format(*plan["decode_ms"]),
+        ]
+    )
+
+
+def _name_and_mesh(name: str, plan: dict[str, Any]) -> list[str]:
+    mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
+    return [f"[{name}]({name}.json)", str(plan["device"]), mesh]
+
+
+def _peak(plan: dict[str, Any]) -> str:
+    gib = 1 << 30
+    fits = "" if plan["fits"] else ", does not fit"
+    return f"{plan['peak_bytes'] / gib:.1f} of {plan['limit_bytes'] / gib:.1f}{fits}"
+
+
+def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

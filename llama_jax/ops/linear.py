@@ -279,7 +279,10 @@ _quantized_linear.defvjp(_quantized_forward, _quantized_backward)
 def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtype) -> jax.Array:
     """The weight in `dtype`, all-gathered over the mesh axes of `embed`."""
     w = w.astype(dtype)
-    return w if axes is None else parallel.constrain(w, *(None if axis == "embed" else axis for axis in axes))
+    if axes is None:
+        return w
+    w = parallel.constrain(w, *axes)  # without it, the cast may be partitioned as its result, and float32 gathered
+    return parallel.constrain(w, *(None if axis == "embed" else axis for axis in axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -298,6 +301,8 @@ def _backward(axes, residuals, g):
     dx = _dot(g, _gathered(w, axes, x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
     # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
     # it has no product with a transposed first operand for some of these shapes.
+    if parallel.ring_takes(g, x, axes):
+        return dx, parallel.ring_gradient(g, x, axes).astype(w.dtype)
     narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
     dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
     dw = dw if axes is None else parallel.constrain(dw, *axes)
@@ -326,7 +331,7 @@ def embed(table: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _columns(x: jax.Array) -> jax.Array:
     """Constrains rows of the table (B, T, D) to be sharded by columns, as the table is."""
-    return parallel.constrain(x, "gathered_batch", "length", "embed") if x.ndim == 3 else x
+    return parallel.constrain(x, "gathered_batch", None, "embed") if x.ndim == 3 else x
 
 
 def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:

@@ -128,9 +128,14 @@ def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tupl
         g = g.astype(dtype)
         dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
         return dxs, tuple(
-            parallel.constrain(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))), "vocab", None, name)
-            for hidden, name in zip(hiddens, ("embed", *names[1:]), strict=True)
+            table_gradient(g, hidden, name) for hidden, name in zip(hiddens, ("embed", *names[1:]), strict=True)
         )
+
+    def table_gradient(g: jax.Array, hidden: jax.Array, name: str | None) -> jax.Array:
+        flat, axes = g.reshape(*g.shape[:2], -1), ("vocab", name)
+        if parallel.ring_takes(flat, hidden, axes):
+            return parallel.ring_gradient(flat, hidden, axes).reshape(*g.shape[2:], -1)
+        return parallel.constrain(dot(g, hidden, (((0, 1), (0, 1)), ((), ()))), "vocab", None, name)
 
     names = ("act_embed",) + (None,) * (len(hiddens) - 1)  # no device splits the rank of LoRA
     dxs = tuple(

@@ -1,6 +1,7 @@
 """The device mesh, and the rules that shard logical axes over it (floor 1)."""
 
 from llama_jax.parallel.flags import compiler_options
+from llama_jax.parallel.gradients import ring_gradient, ring_takes
 from llama_jax.parallel.mesh import AXES, make_mesh, resolve, single_device_mesh
 from llama_jax.parallel.pipeline import pipeline
 from llama_jax.parallel.platform import compute_dtype, has_bfloat16, named_dtype
@@ -51,6 +52,8 @@ __all__ = [
     "reordered",
     "replicated",
     "resolve",
+    "ring_gradient",
+    "ring_takes",
     "shardings",
     "single_device_mesh",
     "spread",

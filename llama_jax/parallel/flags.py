@@ -25,6 +25,8 @@ OPTIONS: dict[str, Options] = {
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
+        # It would cast the stacked weights of all layers before the scan, which holds them twice.
+        "xla_jf_bf16_propagation": False,
     },
     "cuda": {
         "xla_gpu_enable_latency_hiding_scheduler": True,

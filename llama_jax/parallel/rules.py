@@ -16,16 +16,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Axes = tuple[str | None, ...]
 
 # Each logical axis is sharded over the mesh axes named here. Weights are sharded twice: their `embed` axis over fsdp
-# (all-gathered one layer at a time), the other over tensor. `layers` is sharded over stages only (pipeline.py):
+# and context (all-gathered one layer at a time), the other over tensor. `layers` is sharded over stages (pipeline.py):
 # a scan over a sharded axis all-gathers all of it. The vocabulary is sharded over stages too, so that they share
 # the work of the loss. Activations between layers are sharded over tensor (arXiv:2205.05198 shards the length over it):
 # the residuals of a layer are held once, and each all-reduce becomes a reduce-scatter and an all-gather.
 _TRAIN: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "gathered_batch": ("data",),  # rows where fsdp shards the columns instead, as in embedding look-ups
+    "gathered_batch": ("data",),  # rows where fsdp and context shard the columns instead, as in embedding look-ups
     "length": ("context",),
     "layers": ("stage",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor", "stage"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

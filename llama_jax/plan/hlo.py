@@ -122,23 +122,31 @@ def _walk(computations: Computations, name: str, times: int, hidden: bool) -> It
         runs = times * _trips(computations, instructions, instruction) if opcode == "while" else times
         for called in instruction.called:
             yield from _walk(computations, called, runs, inside)
-    for collective, fused in chains.values():
-        yield collective.opcode, times, _sent(collective.opcode, collective.type, collective.rest), hidden or fused
+    for kind, collective, fused in chains.values():
+        yield (
+            kind,
+            times,
+            _sent(kind, collective.type, collective.rest, scattered=collective.opcode == kind),
+            hidden or fused,
+        )
 
 
-def _chains(computations: Computations, instructions: list[_Instruction]) -> dict[str, tuple[_Instruction, bool]]:
-    """The collectives that a TPU computes within fusions, by channel, and whether arithmetic is fused with them.
+def _chains(computations: Computations, instructions: list[_Instruction]) -> dict[str, tuple[str, _Instruction, bool]]:
+    """The collectives that a TPU computes within fusions, by channel: kind, instruction, and whether arithmetic is
+    fused with it.
 
-    Such a collective is in several fusions: one starts it, some compute and move it forward, and one ends it.
+    Such a collective is in several fusions: one starts it, some compute and move it forward, and one ends it. A
+    reduce-scatter is written as an all-reduce and a slice of it in one fusion.
     """
-    chains: dict[str, tuple[_Instruction, bool]] = {}
+    chains: dict[str, tuple[str, _Instruction, bool]] = {}
     for instruction in instructions:
         for called in instruction.called if instruction.opcode == "fusion" else ():
             for op in computations.get(called, []):
                 channel = re.search(r"channel_id=(\d+)", op.rest)
                 if op.opcode in KINDS and channel:
-                    known = chains.get(channel[1], (op, False))
-                    chains[channel[1]] = (known[0], known[1] or called.startswith("async_collective_fusion"))
+                    kind = "reduce-scatter" if called.startswith("all-reduce-scatter") else op.opcode
+                    known = chains.get(channel[1], (kind, op, False))
+                    chains[channel[1]] = (known[0], known[1], known[2] or called.startswith("async_collective_fusion"))
     return chains
 
 
@@ -146,15 +154,18 @@ def _is_done(instruction: _Instruction) -> bool:
     return instruction.opcode.endswith("-done") or "async-collective-done" in instruction.name.replace("_", "-")
 
 
-def _sent(kind: str, type_: str, rest: str) -> float:
-    """Bytes that one device sends, from the type of the result."""
+def _sent(kind: str, type_: str, rest: str, *, scattered: bool = True) -> float:
+    """Bytes that one device sends, from the type of the result.
+
+    `scattered` is False if the type of a reduce-scatter is that of its input.
+    """
     size = _bytes(type_)
     n = _participants(rest)
     if kind == "collective-permute":
         return size
     if kind == "all-reduce":
         return 2 * size * (n - 1) / n
-    return size * (n - 1) / (1 if kind == "reduce-scatter" else n)
+    return size * (n - 1) / (1 if kind == "reduce-scatter" and scattered else n)
 
 
 def _bytes(type_: str) -> float:

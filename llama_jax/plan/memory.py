@@ -79,7 +79,9 @@ class Shape:
     width: int
 
 
-def training(run: RunConfig, sizes: Mapping[str, int], *, dtype: jnp.dtype, flash: bool) -> Memory:
+def training(
+    run: RunConfig, sizes: Mapping[str, int], *, dtype: jnp.dtype, flash: bool, platform: str = "tpu"
+) -> Memory:
     """The peak memory of a training step on one device of a mesh.
 
     Args:
@@ -87,6 +89,7 @@ def training(run: RunConfig, sizes: Mapping[str, int], *, dtype: jnp.dtype, flas
         sizes: Devices along each mesh axis, without -1.
         dtype: Compute dtype.
         flash: True if attention runs in a kernel that keeps no scores in memory.
+        platform: The compiler: "tpu" or "cuda".
     """
     bare = _without_batch(run)  # the state depends on less than a run, and is cached
     state = _state(bare, tuple(sizes.items()))
@@ -102,7 +105,7 @@ def training(run: RunConfig, sizes: Mapping[str, int], *, dtype: jnp.dtype, flas
         frozen=frozen,
         gradients=gradients,
         activations=kept(run, shape, flash=flash),
-        scratch=_scratch(run, sizes, shape, flash=flash),
+        scratch=_scratch(run, sizes, shape, flash=flash, platform=platform),
     )
 
 
@@ -185,15 +188,19 @@ def _products(m: ModelConfig, t: int, s: int) -> int:
     return (2 * m.num_heads * m.head_dim // t + 2 * kv + m.embed_dim // t + 3 * m.ffn_dim // t) * s
 
 
-def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: bool) -> int:
+def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: bool, platform: str) -> int:
     """Bytes of all other live values: the larger of the needs of a layer's backward pass and of the loss."""
     m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim
-    # The stacked weights in the compute dtype, which XLA makes before the scan; and the gathered weights of a layer.
+    # The stacked weights in the compute dtype, which XLA makes before the scan but for several TPUs (parallel.flags).
+    # On several GPUs it copies a frozen base too, since the side that is gathered must be the outer one in memory.
     shards = parts(sizes, "embed") * t * shape.stages
-    copies = s * m.num_layers * layer // shards if not run.lora.rank else 0
-    gathered = s * layer // t + 4 * m.embed_dim * m.ffn_dim // t
+    gathers = parts(sizes, "embed") > 1
+    casts = not run.lora.rank and (platform != "tpu" or math.prod(sizes.values()) == 1)
+    copies = s * m.num_layers * layer // shards if casts or (platform == "cuda" and gathers) else 0
+    # The gathered weights of a layer, and the gradient of one matrix, of which a ring holds blocks only.
+    gathered = s * layer // t + (0 if platform == "tpu" and gathers else 4 * m.embed_dim * m.ffn_dim // t)
     wide = 3 * m.ffn_dim // t * s + 2 * m.ffn_dim // t * 4
     scores = 0 if flash else 2 * 4 * m.num_heads // t * run.data.sequence_length // 4
     backward = gathered + tokens * (wide + 4 * m.embed_dim * 2 + scores)

@@ -130,7 +130,7 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
     run.check_mesh(sizes)
     dtype = parallel.named_dtype(run.train.compute_dtype)
     kernel, _ = attention_kernel(run, sizes, devices)
-    closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla")
+    closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla", platform=devices.chip.platform)
     environment = environment_of(devices)
     facts, proof = None, ""
     if environment is None:

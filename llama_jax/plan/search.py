@@ -65,7 +65,7 @@ def search(run: RunConfig, devices: Devices, *, keep: int = 5, batch: int | None
                 candidate.check_mesh(sizes)
             except ConfigError:
                 continue
-            parts = memory.training(candidate, sizes, dtype=dtype, flash=devices.chip.platform == "tpu")
+            parts = memory.training(candidate, sizes, dtype=dtype, flash=True, platform=devices.chip.platform)
             if parts.peak <= HEADROOM * devices.chip.hbm:
                 found.append(Proposal(candidate, sizes, parts, projected(candidate, devices, sizes, dtype)))
     found.sort(key=lambda one: (-one.projection.tokens_per_second, one.memory.peak))

@@ -7,8 +7,6 @@ import os
 import pytest
 
 from helpers.paths import ROOT
-from llama_jax.cli.plan import with_shape
-from llama_jax.cli.run_flags import parse_run_flags
 from llama_jax.plan import planner
 from llama_jax.plan.devices import parse
 
@@ -21,11 +19,8 @@ def made(name, monkeypatch, *, compiling):
     spec = importlib.util.spec_from_file_location("plans", ROOT / "benchmarks" / "plans.py")
     plans = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plans)
-    device, slices, changes = plans.PLANS[name]
-    flags = [f"--config.{change}" for change in changes.split()]
     monkeypatch.chdir(ROOT)
-    run, _ = parse_run_flags(["--config", "configs/llama31_8b.py", *flags], command="inspect data")
-    return planner.make(with_shape(run), parse(device, slices=slices), compiling=compiling).to_dict()
+    return plans.plan(name, compiling=compiling)
 
 
 @pytest.mark.parametrize("name", [name for name, plan in COMMITTED.items() if plan["fits"]])

@@ -146,6 +146,28 @@ def test_a_collective_in_several_fusions_is_one_and_overlaps_if_something_is_fus
     assert (gather.overlapped, gather.exposed) == (0, 96)
 
 
+SCATTERED = """\
+%all-reduce-scatter.3 (x: f32[32]) -> f32[8] {
+  %x = f32[32]{0} parameter(0)
+  %i = s32[] constant(0)
+  %all-reduce.1 = f32[32]{0} all-reduce(%x), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = f32[8]{0} dynamic-slice(%all-reduce.1, %i), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (a: f32[32]) -> f32[8] {
+  %a = f32[32]{0} parameter(0)
+  ROOT %fusion.2 = f32[8]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def test_a_tpus_fusion_of_an_all_reduce_and_a_slice_is_a_reduce_scatter():
+    (scatter,) = hlo.collectives(SCATTERED)
+    assert (scatter.kind, scatter.count, scatter.exposed) == ("reduce-scatter", 1, 32 * 4 * 3 / 4)
+    (reduce,) = hlo.collectives(SCATTERED.replace("%all-reduce-scatter.3", "%fused_computation"))
+    assert (reduce.kind, reduce.exposed) == ("all-reduce", 2 * 32 * 4 * 3 / 4)
+
+
 def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is_computed_meanwhile():
     found = {one.kind: one for one in hlo.collectives(PROGRAM)}
     gather, scatter = found["all-gather"], found["reduce-scatter"]

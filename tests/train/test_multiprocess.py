@@ -31,15 +31,15 @@ def free_port() -> int:
 
 
 class Processes:
-    """train.py in `count` processes that share eight devices."""
+    """train.py in `count` processes that share eight devices, or `devices`."""
 
-    def __init__(self, folder, compiled, count, *arguments, only=None):
+    def __init__(self, folder, compiled, count, *arguments, only=None, devices=8):
         config = write_config(folder, SETTINGS)
         self.run = folder / "run"
         self.logs = [folder / f"log{count}_{i}.txt" for i in range(count)]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "JAX_NUM_CPU_DEVICES": str(devices // count),
         }
         caches = compiled if isinstance(compiled, list) else [compiled] * count
         address = f"127.0.0.1:{free_port()}"
@@ -212,6 +212,37 @@ def test_a_lost_process_ends_the_others_in_one_line(tmp_path, compiled, lost):
     )
     assert not any(word in text for word in ("Traceback", "stack trace", "coordination_service", "    @ "))
     assert Checkpoints(job.run).latest() >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_when_a_process_is_killed_half_the_devices_go_on_with_the_same_batches(tmp_path, compiled, lost):
+    """The run that goes on has the losses of one that was never killed, step by step. No two of its rows are alike."""
+    shared = ["--config.log.eval_every=0", "--config.checkpoint.every=4", f"--config.data.cache_dir={tmp_path / 'c'}"]
+    shared += [f"--config.data.{part}={tmp_path / 'text.txt'}" for part in ("train", "validation")]
+    folders = [tmp_path / name for name in ("whole", "broken")]
+    for folder in folders:
+        folder.mkdir()
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz "), 20_000)
+    (tmp_path / "text.txt").write_text("".join(letters))
+    Processes(folders[0], compiled, 1, *shared).wait()
+    job = Processes(folders[1], compiled, 2, *shared)
+    try:
+        while len(metrics_of(job.run)) < 10:
+            assert all(process.poll() is None for process in job.processes)
+            time.sleep(0.02)
+        job.processes[lost].kill()
+        assert job.processes[1 - lost].wait(120) == TRY_AGAIN
+    finally:
+        for process in job.processes:
+            process.kill()
+    assert 4 <= Checkpoints(job.run).latest() < 40
+    Processes(folders[1], compiled, 1, *shared, devices=4).wait()
+    whole, broken = (metrics_of(folder / "run") for folder in folders)
+    assert [line["step"] for line in broken] == [line["step"] for line in whole] == list(range(1, 41))
+    for name in ("tokens", "learning_rate"):
+        assert [line[name] for line in broken] == [line[name] for line in whole]
+    np.testing.assert_allclose([line["loss"] for line in broken], [line["loss"] for line in whole], rtol=ROUNDING)
 
 
 def test_a_process_that_waits_too_long_for_the_others_says_so(tmp_path, compiled):

@@ -16,6 +16,7 @@ import pytest
 from helpers.numbers import gap
 from helpers.runs import T, batches, make_run, text_run
 from llama_jax import model, parallel
+from llama_jax.parallel import gradients
 from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import run as loop
@@ -229,6 +230,47 @@ def test_every_combination_of_axes_gives_the_losses_and_gradients_of_one_device(
 def test_every_mesh_accumulates_and_chunks_to_the_same_numbers(mesh):
     run = make_run(train__accumulate=4, train__vocab_chunk=50, train__remat="full")
     same(train(run, 10, mesh=mesh))
+
+
+def on_a_ring(monkeypatch, steps):
+    """Sums gradients as on TPUs, with at most so many steps of the ring."""
+    monkeypatch.setattr(gradients, "device_platform", lambda: "tpu")
+    monkeypatch.setattr(gradients, "_MIN_WIDTH", 2)
+    monkeypatch.setattr(gradients, "_MAX_STEPS", steps)
+
+
+@pytest.mark.parametrize("axes", [("heads", "embed"), ("embed", "ffn")], ids=str)
+@pytest.mark.parametrize("steps", [2, 8])
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+def test_a_gradient_from_the_ring_is_the_product_over_all_tokens(monkeypatch, mesh, steps, axes):
+    on_a_ring(monkeypatch, steps)
+    layout = parallel.Layout(parallel.make_mesh(mesh), "train")
+    g, x = (jax.random.normal(jax.random.key(i), (8, 6, 32 if axes[i] == "embed" else 20)) for i in (0, 1))
+
+    @jax.jit
+    def gradient():
+        with parallel.use(layout):
+            assert parallel.ring_takes(g, x, axes) and not parallel.ring_takes(g[:1], x[:1], axes)
+            return parallel.ring_gradient(g, x, axes)
+
+    found = gradient()
+    assert gap(found, np.einsum("bto,bti->oi", np.float64(g), np.float64(x))) < 1e-6
+    assert found.sharding.is_equivalent_to(layout.sharding(axes), 2)
+
+
+def test_a_ring_in_pipeline_stages_trains_to_the_same_numbers(monkeypatch):
+    on_a_ring(monkeypatch, 2)
+    plain = train(make_run(), 3)
+    prepared.cache_clear()
+    mesh = {"fsdp": 4, "stage": 2}
+    assert "collective_permute" in lowered_text(make_run(), mesh)
+    same(train(make_run(), 3, mesh=mesh), plain)
+    prepared.cache_clear()
+
+
+def lowered_text(run, mesh):
+    program = prepared(run, tuple(mesh.items()))
+    return program.train_step.lower(program.state, program.frozen, program.batch).as_text()
 
 
 def test_weights_and_moments_lie_in_shards():
