@@ -8,6 +8,7 @@ CUDA plugin read their environment when jax starts, so `planner` starts this pro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -47,10 +48,17 @@ def topology(devices: Devices) -> list[Any]:
 
 def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[str, Any]:
     """Facts about the compiled training step, as a JSON-able dict (see `facts_of`)."""
-    program = Program.make(run, parallel.make_mesh(sizes, topology(devices)))
-    lowered = program.train_step.lower(program.state, program.frozen, program.batch)
+    mesh = parallel.make_mesh(sizes, topology(devices))
+    program = Program.make(run, mesh)
+    with _for_kernels(mesh, devices):
+        lowered = program.train_step.lower(program.state, program.frozen, program.batch)
     facts = {"compiler_options": program.compiler_options, "libraries": _libraries(devices)}
     return facts | facts_of(lowered, devices)
+
+
+def _for_kernels(mesh: jax.sharding.Mesh, devices: Devices) -> contextlib.AbstractContextManager[Any]:
+    """From jax 0.11 on, Pallas looks for the GPU to compile for in the mesh in use, or else on this machine."""
+    return jax.set_mesh(mesh) if devices.chip.platform == "cuda" else contextlib.nullcontext()
 
 
 def _libraries(devices: Devices) -> dict[str, str]:
@@ -67,7 +75,8 @@ def main() -> None:
     devices = Devices(kind, tuple(shape), slices)
     if "serving" in request:
         mesh = parallel.make_mesh(request["mesh"], topology(devices))
-        facts = inference.compiled(inference.Serving.from_dict(request["serving"]), devices, mesh)
+        with _for_kernels(mesh, devices):
+            facts = inference.compiled(inference.Serving.from_dict(request["serving"]), devices, mesh)
     else:
         facts = compiled(RunConfig.from_dict(request["run"]), devices, request["mesh"])
     print(json.dumps(facts))

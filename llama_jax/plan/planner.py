@@ -195,7 +195,7 @@ def environment_of(devices: Devices) -> dict[str, str] | None:
     """The environment of a process that compiles for some devices; None where the compiler is not installed."""
     # XLA_FLAGS of this process are for its own devices, and would make plans depend on them.
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    base = {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(_roots())}
+    base = {**kept, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off", "PYTHONPATH": os.pathsep.join(_roots())}
     if devices.chip.platform == "tpu":
         library = _tpu_library()
         more = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", TPU_LIBRARY: str(library)}
