@@ -102,7 +102,7 @@ def linears(
 ) -> list[jax.Array]:
     """`linear` of several weights of the same inputs, such as q, k and v, and of what is computed just before.
 
-    On a CPU the products of few rows run in one kernel, which prepares the inputs once.
+    On a CPU the products run in one kernel, which prepares the inputs once.
 
     Args:
         x: activations (..., in).
@@ -115,7 +115,7 @@ def linears(
     scale, eps = norm or (None, 0.0)
     arguments = (x, scale, up, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
     if plain and not _observers and len(kinds) == 1 and all(_has_kernel(x, w) for w, _ in weights):
-        return _few_rows_of_several(*arguments)
+        return _native_of_several(*arguments)
     return _several(*arguments)
 
 
@@ -135,18 +135,18 @@ def _several(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _few_rows_of_several(x, scale, up, weights, eps, axes):
+def _native_of_several(x, scale, up, weights, eps, axes):
     rows = functools.partial(jnp.reshape, shape=(-1, x.shape[-1]))
     norm = None if scale is None else (scale, eps)
     products = cpu.linears(rows(x), weights, dtype=x.dtype, norm=norm, up=None if up is None else rows(up))
     return [a.reshape(*x.shape[:-1], -1) for a in products]
 
 
-def _few_rows_of_several_forward(x, scale, up, weights, eps, axes):  # kernels have no gradient
+def _native_of_several_forward(x, scale, up, weights, eps, axes):  # kernels have no gradient
     return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, weights)
 
 
-_few_rows_of_several.defvjp(_few_rows_of_several_forward, lambda eps, axes, pullback, g: pullback(g))
+_native_of_several.defvjp(_native_of_several_forward, lambda eps, axes, pullback, g: pullback(g))
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
@@ -154,7 +154,7 @@ def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     _tell(x, w)
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear_f32(x, w.base) + linear_f32(w.scaled(linear(x, w.a)), w.b))
-    return _few_rows_f32(x, w) if _has_kernel(x, w) else _xla_f32(x, w)
+    return _native_f32(x, w) if _has_kernel(x, w) else _xla_f32(x, w)
 
 
 def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
@@ -162,25 +162,24 @@ def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
 
 
 def _has_kernel(x: jax.Array, w: jax.Array | QTensor) -> bool:
-    """True if this product runs in a native CPU kernel for few rows (ops/cpu), which is faster than XLA there."""
+    """True if this product runs in a native CPU kernel (ops/cpu), which is faster than XLA there."""
     rows = x.size // x.shape[-1] if x.size else 0
     of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
-    few = 0 < rows <= cpu.MAX_ROWS and x.dtype in (jnp.float32, jnp.bfloat16)
-    return few and of_dtype and len(w.shape) == 2 and cpu.ready()
+    return x.dtype in (jnp.float32, jnp.bfloat16) and of_dtype and len(w.shape) == 2 and cpu.multiplies(rows)
 
 
-def _few_rows(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:
+def _native(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:
     (out,) = cpu.linears(x.reshape(-1, x.shape[-1]), [w], dtype=dtype)
     return out.reshape(*x.shape[:-1], w.shape[0])
 
 
 @jax.custom_jvp
-def _few_rows_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
-    return _few_rows(x, w, jnp.float32)
+def _native_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+    return _native(x, w, jnp.float32)
 
 
-@_few_rows_f32.defjvp
-def _few_rows_f32_jvp(primals, tangents):
+@_native_f32.defjvp
+def _native_f32_jvp(primals, tangents):
     return jax.jvp(_xla_f32, primals, tangents)  # kernels have no gradient
 
 
@@ -243,7 +242,7 @@ def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _few_rows(x, w, x.dtype) if _has_kernel(x, w) else _quantized_forward(x, w, axes)[0]
+    return _native(x, w, x.dtype) if _has_kernel(x, w) else _quantized_forward(x, w, axes)[0]
 
 
 def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
@@ -270,7 +269,7 @@ def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtyp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _few_rows(x, w, x.dtype) if _has_kernel(x, w) else _forward(x, w, axes)[0]
+    return _native(x, w, x.dtype) if _has_kernel(x, w) else _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):

@@ -66,7 +66,7 @@ CHOICES = [
     (cached(dtype=jnp.float32), TPU, "xla", {"ragged": "float32"}),
     (cached(), TPU._replace(slots=4), "xla", {"ragged": "shared by 4 devices"}),
     (whole(), Target("rocm"), "xla", {}),
-    (whole(), Target("cpu"), "xla", {"native": "one query a row"}),
+    (whole(dtype=jnp.float16), Target("cpu"), "xla", {"native": "not float16"}),
 ]
 
 
