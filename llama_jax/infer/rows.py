@@ -116,7 +116,8 @@ class Rows:
     """
 
     def __init__(self, engine: Engine):
-        """Makes a manager without rows."""
+        """Makes a manager without rows, which takes the engine over: its batch is freed."""
+        engine.clear()
         self.batch: list[Row] = []
         self.parked: list[Row] = []
         self.failed: list[tuple[Job, BaseException]] = []
