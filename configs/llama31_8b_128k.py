@@ -4,9 +4,9 @@
         --config.data.train='/data/books/*.jsonl' --config.distributed.coordinator=auto
 
 Hardware: 32 TPU v5p chips (v5p:4x4x2, 95.74 GiB each), a v5p-64; four rows at a time, each on eight chips.
-Memory: 16.3 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
+Memory: 12.1 GiB a chip at its peak by the compiler's account (tests/project/test_aot.py); checkpoints take 96 GB each.
 Expect: 524,288 tokens a step. Speed and loss are not measured.
-Elsewhere: a row needs eight chips (mesh.tensor=8): data.batch_size is a multiple of the groups of eight.
+Elsewhere: a row needs eight chips (mesh.context=8): data.batch_size is a multiple of the groups of eight.
 There is no kernel for such rows on GPUs yet.
 """
 
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.steps = 1000
     config.train.compute_dtype = "bfloat16"
     config.mesh.fsdp = -1
-    config.mesh.tensor = 8
+    config.mesh.context = 8
     config.log.eval_every = 0
     config.checkpoint.every = 100
     return config

@@ -102,6 +102,9 @@ _GOALS = {
 }
 
 
+# Goals for the bytes that a device waits for, in GB a step.
+_EXPOSED = {"70b-v5p-64": 150}
+
 # Plans of the same work a device, on few devices and on many.
 _SCALING = (("8b-v5p-16", "8b-v5p-256"), ("405b-v5p-512", "405b-v5p-4096"))
 
@@ -134,15 +137,16 @@ def _plan_row(name: str, plan: dict[str, Any]) -> str:
     """A row of the table of training plans."""
     gib, moved = 1 << 30, plan["collectives"]
     exposed, overlapped = (sum(one[key] for one in moved) / 1e9 for key in ("exposed", "overlapped"))
-    step, goal = plan["projection"], ""
-    if name in _GOALS:
-        goal = f"{_GOALS[name]}: {'met' if plan['peak_bytes'] / gib <= _GOALS[name] else 'not met'}"
+    step, goals = plan["projection"], []
+    for values, unit, figure in ((_GOALS, "GiB", plan["peak_bytes"] / gib), (_EXPOSED, "GB exposed", exposed)):
+        if name in values:
+            goals.append(f"{values[name]} {unit}: {'met' if figure <= values[name] else 'not met'}")
     return _row(
         [
             *_name_and_mesh(name, plan),
             f"{plan['batch_size']} x {plan['sequence_length']:,}",
             _peak(plan),
-            goal,
+            "; ".join(goals),
             f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
             f"{exposed:,.0f}, {overlapped:,.0f}" if moved else "-",
             f"{step['seconds']:.1f} s, MFU {100 * step['mfu']:.0f} %",

@@ -214,7 +214,7 @@ def take_rows(cache: KVCache, rows_R: jax.Array, *, bound: int) -> KVCache:
 
     An index beyond the last row selects the last row.
     """
-    return constrained(jax.tree.map(lambda a: _rows(a, rows_R, bound), cache))
+    return constrained(jax.tree.map(lambda a: jnp.take(a[:, :, :bound], rows_R, axis=0, mode="clip"), cache))
 
 
 def put_rows(cache: KVCache, part: KVCache, rows_R: jax.Array) -> KVCache:
@@ -228,20 +228,16 @@ def put_rows(cache: KVCache, part: KVCache, rows_R: jax.Array) -> KVCache:
 
 
 def resized(part: Any, rows_R: jax.Array, *, capacity: int) -> Any:
-    """Arrays of a cache with `capacity` slots, made of the rows with these indices. Added slots are zeros.
+    """Arrays of a cache with `capacity` slots, made of the rows with these indices.
 
-    An index beyond the last row selects the last row.
+    Added slots are zeros, and so is a row whose index is beyond the last row.
     """
 
     def resize(a: jax.Array) -> jax.Array:
-        a = _rows(a, rows_R, capacity)
+        a = jnp.take(a[:, :, :capacity], rows_R, axis=0, mode="fill", fill_value=0)
         return jnp.pad(a, [(0, 0), (0, 0), (0, capacity - a.shape[2]), (0, 0)][: a.ndim])
 
     return constrained(jax.tree.map(resize, part))
-
-
-def _rows(array: jax.Array, rows_R: jax.Array, bound: int) -> jax.Array:
-    return jnp.take(array[:, :, :bound], rows_R, axis=0, mode="clip")
 
 
 def _scatter(slots_BKS: jax.Array, new_BTK: jax.Array, slots_BT: jax.Array) -> jax.Array:

@@ -123,6 +123,7 @@ def _fed(
     bound: int,
 ) -> tuple[jax.Array, State]:
     """Hidden states (B, T, D) of tokens of the live rows, and the state with these tokens in the cache."""
+    positions_BT = jnp.where(live_B[:, None], positions_BT, 0)  # what a row held that has ended is not read
     real_BT = live_B[:, None] & (positions_BT < state.cache.capacity)
     hidden_BTD, cache = model.forward(
         program.config,

@@ -212,8 +212,3 @@ class Matcher:
         """Reads tokens of the output, without the stop token. RuntimeError if one was not allowed."""
         if tokens and not self._inner.consume_tokens(list(tokens)):
             raise RuntimeError(f"a token does not match its grammar: {one_line(self._inner.get_error())[:300]}")
-
-    @property
-    def complete(self) -> bool:
-        """True if the output so far is complete."""
-        return bool(self._inner.is_accepting())

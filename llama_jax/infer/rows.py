@@ -48,6 +48,7 @@ class Job:
         live: True if its row decodes. All prompt tokens but the last are in the cache then.
         started: True if it has, or had, a row.
         cancelled: True if nobody waits for it any more.
+        alone: True if it starts with an empty row, since what it shared with another was not finite.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Job:
     live: bool = False
     started: bool = False
     cancelled: bool = False
+    alone: bool = False
 
     @property
     def held(self) -> np.ndarray:
@@ -114,12 +116,14 @@ class Rows:
     """
 
     def __init__(self, engine: Engine):
-        """Makes a manager without rows."""
+        """Makes a manager without rows, which takes the engine over: its batch is freed."""
+        engine.clear()
         self.batch: list[Row] = []
         self.parked: list[Row] = []
         self.failed: list[tuple[Job, BaseException]] = []
         self._engine = engine
         self._time = 0
+        self._resizing = False
         self._needed: collections.deque[int] = collections.deque(maxlen=_LATELY)
 
     @property
@@ -140,14 +144,38 @@ class Rows:
         """Ends the job of a row, whose cache is not used again."""
         assert row.job is not None
         self.failed.append((row.job, error))
+        self._spoil(row)
+
+    def _spoil(self, row: Row) -> None:
         row.ids, row.job, row.spoiled = np.zeros(0, np.int64), None, True
+
+    def retry(self, row: Row) -> Job:
+        """Frees a row whose first logits were not finite, and forgets what shares the beginning of its prompt.
+
+        Returns its job, as if it had had no row. It starts with an empty row next time: the values that it shared may
+        be those of another prompt, whose own tokens are not finite.
+        """
+        job = row.job
+        assert job is not None
+        self._spoil(row)
+
+        def shares(other: Row) -> bool:
+            return other.job is None and _shared(other.ids, job.prompt) >= _LEAST_SHARED
+
+        for other in filter(shares, self.batch):
+            self._spoil(other)
+        self.parked = [other for other in self.parked if not shares(other)]
+        job.live = job.started = False
+        job.reused = job.filled = 0
+        job.alone = True
+        return job
 
     def lose(self, error: BaseException) -> None:
         """Ends the jobs of all rows after an error, and frees the batch.
 
         After an interruption that left the batch as it was, the rows go on remembering what they held before.
         """
-        if self._engine.intact and not isinstance(error, Exception):
+        if self._engine.intact and not self._resizing and not isinstance(error, Exception):
             for row in self.busy:
                 assert row.job is not None
                 self.failed.append((row.job, error))
@@ -155,7 +183,7 @@ class Rows:
             return
         for row in self.busy:
             self.fail(row, error)
-        self.batch = []
+        self.batch, self._resizing = [], False
         self._engine.clear()
 
     def clear(self) -> None:
@@ -212,10 +240,12 @@ class Rows:
             for row in idle:
                 if row not in keep or len(row.ids) > capacity:
                     self._park(row, len(row.ids), most - rows)
+            self._resizing = True  # until self.batch is that of the engine: an interruption in between loses both
             engine.resize([self.batch.index(row) for row in keep], rows=rows, capacity=capacity)
         except Exception as error:
             if not engine.intact:
                 raise
+            self._resizing = False
             longest = max(next_jobs, key=lambda job: len(job.prompt) + job.request.max_new_tokens)
             queue.remove(longest)  # the others may fit without it
             self.failed.append((longest, error))
@@ -223,6 +253,7 @@ class Rows:
         for row in keep:
             row.ids = row.ids[:capacity]
         self.batch = keep + [Row() for _ in range(rows - len(keep))]
+        self._resizing = False
         for i in range(len(keep), rows):  # of what is parked, the most that does not fit any more gets the new rows
             if len(self.parked) + rows > most:
                 row = self.parked.pop()
@@ -267,9 +298,12 @@ class Rows:
         while queue and free:
             job = queue.popleft()
             prompt = job.prompt[:-1]
-            shares = {row: _shared(row.held, prompt) for row in [*self.batch, *self.parked]}
+            shares = {row: 0 if job.alone else _shared(row.held, prompt) for row in [*self.batch, *self.parked]}
             source = max(shares, key=lambda row: (shares[row], row in free))
-            if max((_shared(other, prompt) for other in reading), default=0) >= shares[source] + _LEAST_SHARED:
+            if (
+                not job.alone
+                and max((_shared(other, prompt) for other in reading), default=0) >= shares[source] + _LEAST_SHARED
+            ):
                 later.append(job)
                 continue
             in_place = source in free and 2 * shares[source] >= len(source.ids)

@@ -199,7 +199,8 @@ class Scheduler:
                 raise ConfigError(f"request {ended[0]} has ended, or was never submitted: use start, which does both")
             for number in numbers:
                 self._inbox[number] = []
-        return self._iterate(set(numbers), most if first is None else min(first, most), most)
+        left = set(numbers)
+        return _Events(self._iterate(left, most if first is None else min(first, most), most), left, self.cancel)
 
     def start(
         self, requests: Sequence[Request], *, first: int | None = None, most: int | None = None
@@ -210,18 +211,14 @@ class Scheduler:
             return numbers, self.events(numbers, first=first, most=most)
 
     def _iterate(self, left: set[int], limit: int, most: int) -> Iterator[Event]:
-        try:
-            while left:
-                ready = self._collect(left)
-                if not ready and left:
-                    with self._turn:
-                        ready = self._collect(left)  # another thread may have stepped meanwhile
-                        if not ready and left and self.step(limit):
-                            limit = min(2 * limit, most)
-                yield from ready
-        finally:
-            for number in left:
-                self.cancel(number)
+        while left:
+            ready = self._collect(left)
+            if not ready and left:
+                with self._turn:
+                    ready = self._collect(left)  # another thread may have stepped meanwhile
+                    if not ready and left and self.step(limit):
+                        limit = min(2 * limit, most)
+            yield from ready
 
     def _collect(self, left: set[int]) -> list[Event]:
         """Takes the events of these requests that have come. Requests that have ended are removed from `left`."""
@@ -357,6 +354,9 @@ class Scheduler:
         assert row.job is not None
         try:
             if piece.error is not None:
+                if row.job.reused and not row.job.tokens:
+                    self._queue.appendleft(self._rows.retry(row))
+                    return None
                 raise piece.error
             event = _event(row.job, piece)
         except Exception as error:
@@ -365,6 +365,29 @@ class Scheduler:
         if event.finish:
             self._rows.release(row)
         return event
+
+
+class _Events(Iterator[Event]):
+    """The events of some requests. Closing or dropping it cancels those that have not ended, also before its first."""
+
+    def __init__(self, events: Iterator[Event], left: set[int], cancel: Callable[[int], None]):
+        self._events = events
+        self._left = left
+        self._cancel = cancel
+
+    def __next__(self) -> Event:
+        try:
+            return next(self._events)
+        except BaseException:  # it has ended: of themselves, by an error, or by an interruption
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._events = iter(())
+        while self._left:
+            self._cancel(self._left.pop())
+
+    __del__ = close
 
 
 def _event(job: Job, piece: Piece) -> Event:

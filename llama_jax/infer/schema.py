@@ -10,10 +10,10 @@ is an annotation: an unknown format forbids nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, brief
 
 # Words whose value is a schema, a list of schemas, or schemas by name. All other values are data and stay as they are.
 _ONE: tuple[str, ...] = ("additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then")
@@ -29,8 +29,19 @@ _DEEPEST = 200
 
 
 def rewritten(schema: Any) -> Any:
-    """The schema with the same meaning in fewer words. ConfigError if it is nested too deeply."""
+    """The schema with the same meaning in fewer words.
+
+    Raises:
+        ConfigError: it is nested too deeply, or drafts differ about the meaning of a reference.
+    """
     dynamic = _dynamic_anchors(schema, 0)
+    declared = schema.get("$schema") if isinstance(schema, Mapping) else None
+    if not (isinstance(declared, str) and "/draft/20" in declared):  # 2019-09 and later
+        for reference in _references_beside_ids(schema):
+            raise ConfigError(
+                f"json_schema has $id beside the reference {brief(reference)}, which drafts read differently: name one "
+                'by "$schema": "https://json-schema.org/draft/2020-12/schema", or leave $id out'
+            )
     return _rewrite(schema, {name for name in dynamic if dynamic.count(name) == 1}, 0)
 
 
@@ -42,6 +53,19 @@ def _dynamic_anchors(value: Any, depth: int) -> list[str]:
         own = [name] if isinstance(name := value.get("$dynamicAnchor"), str) else []
         return own + [name for item in value.values() for name in _dynamic_anchors(item, depth + 1)]
     return [name for item in value for name in _dynamic_anchors(item, depth + 1)] if isinstance(value, list) else []
+
+
+def _references_beside_ids(value: Any) -> Iterator[str]:
+    """References to other addresses in schemas with an $id, which changes the address since draft 2019-09 only."""
+    if isinstance(value, Mapping):
+        reference = value.get("$ref")
+        if isinstance(value.get("$id"), str) and isinstance(reference, str) and not reference.startswith("#"):
+            yield reference
+        for item in value.values():
+            yield from _references_beside_ids(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _references_beside_ids(item)
 
 
 def _rewrite(schema: Any, single: set[str], depth: int) -> Any:
@@ -125,7 +149,8 @@ def _unevaluated(schema: dict[str, Any]) -> None:
         schema.setdefault("additionalProperties", value)
     if "unevaluatedItems" in schema and "contains" not in schema:
         value = schema.pop("unevaluatedItems")
-        schema.setdefault("items", value)
+        listed = isinstance(schema.get("items"), list)  # before draft 2020-12
+        schema.setdefault("additionalItems" if listed else "items", value)
 
 
 def _conditions(schema: dict[str, Any]) -> list[dict[str, Any]]:

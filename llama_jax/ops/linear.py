@@ -109,8 +109,8 @@ def linears(
 ) -> list[jax.Array]:
     """`linear` of several weights of the same inputs, such as q, k and v, and of what is computed around it.
 
-    Products of few rows run in one kernel where there is one. It prepares the inputs once. Other products have the name
-    that remat="dots" keeps.
+    The products run in one kernel where there is one, which prepares the inputs once. XLA's products have the name that
+    remat="dots" keeps.
 
     Args:
         x: activations (..., in).
@@ -124,7 +124,7 @@ def linears(
     scale, eps = norm or (None, 0.0)
     arguments = (x, scale, up, plus, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
     if len(plain) == len(weights) and not _observers and len(kinds) == 1 and _kernels(x, plain) is not None:
-        return _few_rows_of_several(*arguments)
+        return _native_of_several(*arguments)
     return _several(*arguments)
 
 
@@ -146,7 +146,7 @@ def _several(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _few_rows_of_several(x, scale, up, plus, weights, eps, axes):
+def _native_of_several(x, scale, up, plus, weights, eps, axes):
     norm = None if scale is None else (scale, eps)
     up, plus = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (up, plus))
     products = _kernels(x, weights).linears(
@@ -155,11 +155,11 @@ def _few_rows_of_several(x, scale, up, plus, weights, eps, axes):
     return [a.reshape(*x.shape[:-1], -1) for a in products]
 
 
-def _few_rows_of_several_forward(x, scale, up, plus, weights, eps, axes):  # kernels have no gradient
+def _native_of_several_forward(x, scale, up, plus, weights, eps, axes):  # kernels have no gradient
     return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, plus, weights)
 
 
-_few_rows_of_several.defvjp(_few_rows_of_several_forward, lambda eps, axes, pullback, g: pullback(g))
+_native_of_several.defvjp(_native_of_several_forward, lambda eps, axes, pullback, g: pullback(g))
 
 
 def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
@@ -167,7 +167,7 @@ def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
     _tell(x, w)
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear_f32(x, w.base) + linear_f32(w.scaled(linear(x, w.a)), w.b))
-    return _few_rows_f32(x, w) if _kernels(x, [w]) else _xla_f32(x, w)
+    return _native_f32(x, w) if _kernels(x, [w]) else _xla_f32(x, w)
 
 
 def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
@@ -175,34 +175,33 @@ def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
 
 
 def _kernels(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> Any:
-    """The module whose `linears` multiplies few rows of x (..., in) faster than XLA on the active devices, or None."""
+    """The module whose `linears` multiplies x (..., in) faster than XLA on the active devices, or None."""
     platform = parallel.device_platform()
     if platform == "cuda":
         from llama_jax.ops import few_rows_gpu  # importing Pallas takes 0.2 s
 
         return few_rows_gpu if few_rows_gpu.takes(x, weights) else None
-    return cpu if platform == "cpu" and all(_cpu_takes(x, w) for w in weights) and cpu.ready() else None
+    return cpu if platform == "cpu" and all(_cpu_takes(x, w) for w in weights) else None
 
 
 def _cpu_takes(x: jax.Array, w: jax.Array | QTensor) -> bool:
     rows = x.size // x.shape[-1] if x.size else 0
     of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
-    few = 0 < rows <= cpu.MAX_ROWS and x.dtype in (jnp.float32, jnp.bfloat16)
-    return few and of_dtype and len(w.shape) == 2
+    return x.dtype in (jnp.float32, jnp.bfloat16) and of_dtype and len(w.shape) == 2 and cpu.multiplies(rows)
 
 
-def _few_rows(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:
+def _native(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:
     (out,) = _kernels(x, [w]).linears(x.reshape(-1, x.shape[-1]), [w], dtype=dtype)
     return out.reshape(*x.shape[:-1], w.shape[0])
 
 
 @jax.custom_jvp
-def _few_rows_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
-    return _few_rows(x, w, jnp.float32)
+def _native_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+    return _native(x, w, jnp.float32)
 
 
-@_few_rows_f32.defjvp
-def _few_rows_f32_jvp(primals, tangents):
+@_native_f32.defjvp
+def _native_f32_jvp(primals, tangents):
     return jax.jvp(_xla_f32, primals, tangents)  # kernels have no gradient
 
 
@@ -260,7 +259,7 @@ def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _few_rows(x, w, x.dtype) if _kernels(x, [w]) else _quantized_forward(x, w, axes)[0]
+    return _native(x, w, x.dtype) if _kernels(x, [w]) else _quantized_forward(x, w, axes)[0]
 
 
 def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
@@ -287,7 +286,7 @@ def _gathered(w: jax.Array, axes: tuple[str | None, ...] | None, dtype: jnp.dtyp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
-    return _few_rows(x, w, x.dtype) if _kernels(x, [w]) else _forward(x, w, axes)[0]
+    return _native(x, w, x.dtype) if _kernels(x, [w]) else _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-import time
 from typing import Any
 
 import jax
@@ -14,19 +14,19 @@ from llama_jax.plan.devices import GIB, Devices
 
 
 def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
-    """Compiles a lowered program. Returns its memory, collectives and kernels as a JSON-able dict.
+    """Compiles a lowered program. Returns its memory, collectives, kernels and seconds of one core as a JSON-able dict.
 
     `fits` is False if the compiler refuses the program for its
     memory, or if the peak is more than the memory of a device.
     """
-    started = time.monotonic()
+    started = _processor_seconds()
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = bytes_needed(str(error))
         if needed is None:
             raise
-        return {"fits": False, "peak_bytes": needed, "seconds": round(time.monotonic() - started, 1)}
+        return {"fits": False, "peak_bytes": needed, "seconds": round(_processor_seconds() - started, 1)}
     memory: Any = executable.memory_analysis()
     text = executable.as_text() or ""
     return {
@@ -35,8 +35,13 @@ def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
         "host_bytes": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         "collectives": [vars(one) for one in hlo.collectives(text)],
         "kernels": hlo.kernels(text),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(_processor_seconds() - started, 1),
     }
+
+
+def _processor_seconds() -> float:
+    """Seconds of one core that this process and its children have computed."""
+    return sum(os.times()[:4])
 
 
 def bytes_needed(message: str) -> int | None:

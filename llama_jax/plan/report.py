@@ -44,7 +44,9 @@ def table(plan: dict[str, Any]) -> str:
     if plan["proof"]:
         lines.append(f"  proof        no compiler for this device is installed. For a compiled plan: {plan['proof']}")
     elif plan["compile_seconds"] is not None:
-        lines.append(f"  compiled     in {plan['compile_seconds']:.0f} s, with {_options(plan['compiler_options'])}")
+        lines.append(
+            f"  compiled     in {plan['compile_seconds']:.0f} s of one core, with {_options(plan['compiler_options'])}"
+        )
     return "\n".join(lines)
 
 

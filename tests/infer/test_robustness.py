@@ -1,6 +1,7 @@
 """Failures, neighbors and memory: what concerns one request concerns no other, and nothing grows or is lost."""
 
 import dataclasses
+import functools
 import threading
 import time
 
@@ -69,13 +70,19 @@ def test_an_engine_call_that_fails_for_one_row_fails_that_row_only(monkeypatch):
     assert [found[i] for i in (0, 2)] == [(text_of(i), None) for i in (0, 2)]
 
 
-def test_rows_whose_logits_are_not_finite_fail_and_the_others_go_on():
+@functools.cache
+def damaged_engine():
+    """An engine whose token 7 gives values that are not finite."""
     damaged = dict(params(), embed=params()["embed"].at[7].set(jnp.nan))  # tied: give the unembedding too
     unembed = damaged.get("unembed", params()["embed"])
     config = dataclasses.replace(CONFIG, tied_embeddings=False)
-    e = Engine(
-        type(shared_program()).make(config, mesh=None, dtype=jnp.float32), {**damaged, "unembed": unembed}, max_chunk=64
-    )
+    program = type(shared_program()).make(config, mesh=None, dtype=jnp.float32)
+    return Engine(program, {**damaged, "unembed": unembed}, max_chunk=64)
+
+
+def test_rows_whose_logits_are_not_finite_fail_and_the_others_go_on():
+    e = damaged_engine()
+    e.clear()
     requests = [dataclasses.replace(request(5), tokens=tokens) for tokens in ([1, 2, 3], [4, 7, 5], [6, 8])]
     found = outcomes(requests, Scheduler(e, rows=4))
     assert [error is None for _, error in found] == [True, False, True]
@@ -86,6 +93,22 @@ def test_rows_whose_logits_are_not_finite_fail_and_the_others_go_on():
     ):
         ((again, failed),) = outcomes([dataclasses.replace(request(5), tokens=tokens)], alone)
         assert (again, failed is None) == (text, error is None)
+
+
+def test_a_beginning_that_is_shared_with_a_text_that_is_not_finite_fails_no_other():
+    e = damaged_engine()
+    e.clear()
+    start = [token + (token == 7) for token in prompt(20)]
+    requests = [dataclasses.replace(request(5), tokens=start + end) for end in ([7, 5, 3], [8, 6, 2], [9, 7, 4], [1])]
+    expected = [outcomes([r], Scheduler(e, rows=1)) for r in (requests[1], requests[3])]
+    found = outcomes(requests, Scheduler(e, rows=4))
+    assert [error is None for _, error in found] == [False, True, False, True]
+    assert [[found[1]], [found[3]]] == expected
+    scheduler = Scheduler(e, rows=1)  # a row that was left before its values were seen is not shared for ever
+    number = scheduler.submit(requests[0])
+    scheduler._rows.admit(scheduler._queue, most=1, rested=True)
+    scheduler.cancel(number)
+    assert [outcomes([r], scheduler) for r in (requests[1], requests[3])] == expected
 
 
 def test_a_dispatch_that_fails_loses_the_rows_that_ran_and_no_request_that_waits(monkeypatch):
@@ -148,6 +171,43 @@ def test_a_request_whose_start_is_interrupted_waits_and_starts_later(monkeypatch
     with pytest.raises(KeyboardInterrupt):
         scheduler.step(64)
     assert [event.number for event in scheduler.step(64)] == [number] and scheduler.idle
+
+
+def test_after_an_interruption_of_a_resize_no_row_is_taken_for_another(monkeypatch):
+    e = engine()
+    scheduler = Scheduler(e, rows=4)
+    texts = [outcomes([request(30, which=i)], scheduler)[0][0] for i in range(2)]
+    resize = e.resize
+
+    def interrupted(*args, **options):
+        resize(*args, **options)
+        monkeypatch.setattr(e, "resize", resize)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(e, "resize", interrupted)
+    numbers = [scheduler.submit(request(30, which=i)) for i in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step(64)
+    ended = [event.number for _ in range(4) for event in scheduler.step(64) if event.finish]
+    assert sorted(ended) == numbers and scheduler.idle
+    assert [outcomes([request(30, which=i)], scheduler)[0][0] for i in range(2)] == texts
+
+
+@pytest.mark.parametrize("drop", [lambda events: events.close(), lambda events: None], ids=["closed", "dropped"])
+def test_an_iterator_that_is_left_before_its_first_event_cancels_its_requests(drop):
+    scheduler = Scheduler(engine(), rows=2)
+    numbers, events = scheduler.start([request(6), request(6, which=1)])
+    drop(events)
+    del events
+    assert scheduler.idle and scheduler.step(8) == []
+
+
+def test_rows_that_a_batch_gains_are_empty():
+    e = engine()
+    run([request(20)], on=Scheduler(e, rows=1))
+    e.resize([0], rows=2, capacity=e.capacity)
+    k = np.asarray(e.state.cache.k[0])
+    assert k[0].any() and not k[1].any()
 
 
 def test_an_interruption_between_two_events_ends_both_requests(monkeypatch):

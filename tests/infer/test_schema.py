@@ -34,6 +34,7 @@ def decides(schema):
         ({"patternProperties": {"^a": {}}, "unevaluatedProperties": {"type": "integer"}}, "unevaluated"),
         ({"additionalProperties": {"type": "string"}, "unevaluatedProperties": False}, "unevaluated"),
         ({"prefixItems": [{"type": "integer"}], "unevaluatedItems": {"type": "string"}}, "unevaluated"),
+        ({"unevaluatedItems": {"type": "string"}}, "unevaluated"),
         ({"dependentRequired": {"a": ["b"], "b": ["c"]}}, "dependent"),
         ({"dependentSchemas": {"a": {"properties": {"b": {"type": "string"}}, "maxProperties": 2}}}, "dependent"),
         ({"allOf": [{"required": ["a"]}], "dependentRequired": {"a": ["c"]}}, "dependent"),
@@ -87,6 +88,19 @@ def test_what_cannot_be_said_in_other_words_and_what_is_data_stay(schema):
 def test_a_format_that_nobody_knows_is_an_annotation():
     assert rewritten({"format": "zip-code", "type": "string"}) == {"type": "string"}
     assert rewritten({"format": "date"}) == {"format": "date"}
+
+
+def test_items_after_a_list_of_items_are_additional_ones():
+    schema = {"items": [{"type": "string"}], "unevaluatedItems": False}
+    assert rewritten(schema) == {"items": [{"type": "string"}], "additionalItems": False}
+
+
+def test_a_reference_that_drafts_read_differently_is_refused_without_a_draft():
+    schema = {"$defs": {"a": {"$id": "b/", "$ref": "c"}}}
+    with pytest.raises(ConfigError, match=r"\$id beside the reference 'c'"):
+        rewritten(schema)
+    for good in ({"$schema": "https://json-schema.org/draft/2020-12/schema"}, {"$id": "x", "$ref": "#/$defs/a"}):
+        rewritten({**schema, **good} if "$schema" in good else good)
 
 
 def test_a_schema_that_is_nested_too_deeply_is_refused():

@@ -10,6 +10,7 @@ from llama_jax import model
 from llama_jax.cache import Window, init_cache, read, write
 from llama_jax.config import SIZES, ModelConfig, RopeScaling, size
 from llama_jax.errors import ConfigError, nearest
+from llama_jax.ops import cpu
 from llama_jax.params import abstract_params
 
 
@@ -36,8 +37,9 @@ def test_parameter_count_is_that_of_the_tree(name, stacked):
     assert sum(leaf.size for leaf in leaves) == size(name).num_params
 
 
-def test_flops_per_token_agree_with_xla():
+def test_flops_per_token_agree_with_xla(monkeypatch):
     """XLA counts our products exactly, and element-wise work (softmax, norms, rotations, silu) on top: here 0.5%."""
+    monkeypatch.setattr(cpu, "ready", lambda: False)  # XLA does not count what native kernels compute
     config = dataclasses.replace(SIZES["tiny"], embed_dim=256, ffn_dim=1024, num_layers=2, vocab_size=2048, head_dim=32)
     B, T = 2, 64
 

@@ -55,7 +55,7 @@ CHOICES = [
     (cached(kv="int8"), H100, "split", {}),
     (cached(T=64, kv="int8"), H100, "flash", {"split": "one query a row"}),
     (cached(), H100._replace(slots=2), "xla", {"split": "shared by 2 devices", "flash": "shared by 2 devices"}),
-    (cached(capacity=100), H100, "flash", {"split": "multiples of 64"}),
+    (cached(capacity=100), H100, "flash", {"split": "multiples of 32"}),
     (whole(), TPU, "splash", {}),
     (whole(T=100), TPU, "xla", {"splash": "multiples of 128"}),
     (whole(T=512), TPU._replace(length=4), "xla", {"splash": "not 64"}),
@@ -66,7 +66,7 @@ CHOICES = [
     (cached(dtype=jnp.float32), TPU, "xla", {"ragged": "float32"}),
     (cached(), TPU._replace(slots=4), "xla", {"ragged": "shared by 4 devices"}),
     (whole(), Target("rocm"), "xla", {}),
-    (whole(), Target("cpu"), "xla", {"native": "one query a row"}),
+    (whole(dtype=jnp.float16), Target("cpu"), "xla", {"native": "not float16"}),
 ]
 
 

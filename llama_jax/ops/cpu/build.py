@@ -11,6 +11,7 @@ name, and is not tried again.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -26,7 +27,7 @@ from llama_jax.files import expanded
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
 ENV = "LLAMA_JAX_CPU_KERNELS"
-TARGETS = ("llama_linear", "llama_attention")
+TARGETS = ("llama_linear", "llama_attention", "llama_attention_many")
 _COMPILERS = ("g++", "clang++", "c++")
 _SECONDS = 300
 
@@ -100,6 +101,7 @@ def _features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
+@functools.cache
 def features() -> frozenset[str]:
     """Names of the processor's features as Linux spells them, such as avx512_bf16; empty on other systems."""
     return frozenset(_features().split())

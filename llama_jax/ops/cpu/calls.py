@@ -1,6 +1,6 @@
 """The calls of the CPU kernels, once they are registered (see kernels.cc). No call has a gradient.
 
-Letters: B rows, D inputs, O outputs, N query heads, K key/value heads, S cache slots, H head dim.
+Letters: B rows, T queries, D inputs, O outputs, N query heads, K key/value heads, S cache slots, H head dim.
 """
 
 from __future__ import annotations
@@ -72,3 +72,29 @@ def attend(
     """
     call = jax.ffi.ffi_call("llama_attention", jax.ShapeDtypeStruct(q_BNH.shape, q_BNH.dtype), vmap_method="sequential")
     return call(q_BNH, k_BKSH, v_BKSH, lengths_B.astype(jnp.int32), *(scales or ()))
+
+
+def attend_many(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    low_BT: jax.Array,
+    high_BT: jax.Array,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the keys low_BT to high_BT - 1 of each query: (B, T, N, H) in the dtype of q.
+
+    Blocks of keys without a query are not read. A query without keys gives zeros. Scores and the softmax are computed
+    in float32; for bfloat16 queries the weights of the values are rounded to bfloat16, if the processor multiplies it.
+
+    Args:
+        q_BTNH: rotated queries, float32 or bfloat16.
+        k_BKSH: rotated keys, float32, bfloat16 (or its bits as uint16) or int8.
+        v_BKSH: values in the dtype of the keys.
+        low_BT: int32 first key of each query.
+        high_BT: int32 number after the last key of each query.
+        scales: float16 (or its bits as uint16) scales (B, K, S) of int8 keys and of int8 values.
+    """
+    result = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
+    call = jax.ffi.ffi_call("llama_attention_many", result, vmap_method="sequential")
+    return call(q_BTNH, k_BKSH, v_BKSH, low_BT.astype(jnp.int32), high_BT.astype(jnp.int32), *(scales or ()))

@@ -1,29 +1,35 @@
-// Products of few rows with weights, and attention of one query over the live keys, as XLA custom calls for CPUs.
+// Products with weights, and attention over the live keys, as XLA custom calls for CPUs.
 //
 // llama_linear: y_i = f(x) w_i^T for one or several weights (out, in) of the same inputs. f is nothing, RMSNorm, or
 // SwiGLU's silu(x) * up. x, up and y are float32 or bfloat16.
-// llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row.
+// llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row, for one query a row.
+// llama_attention_many: the same for many queries, each with a range of keys (attention.h).
 //
-// A result does not depend on how many rows or threads run together. Letters: B rows, K inputs, N outputs.
+// Up to FEW rows are multiplied with weights as they are read. For more rows the weights are packed first (tiles.h).
+// A result does not depend on how many threads run, and within each of the two kinds not on the number of rows.
+// Letters: B rows, K inputs, N outputs.
 #include <algorithm>
+#include "attention.h"
 #include "pool.h"
 #include "simd.h"
+#include "tiles.h"
 
 using Buffer = ffi::AnyBuffer;
-using Type = ffi::DataType;
 
 enum Math { FLOAT, BF16 };  // how inputs are multiplied: in float32, or as bfloat16 pairs
-constexpr int ROWS = 8;            // rows of x at a time
+constexpr int ROWS = 8;            // rows of x at a time, if they are few
+constexpr int FEW = 16;            // most rows that are few
+constexpr int MANY = 512;          // rows of x at a time, if they are many
 constexpr int TILE = 256;          // most outputs of a tile, whose results wait in float32
 constexpr int AHEAD = 8192;        // bytes between the prefetched and the multiplied weights
 constexpr int GROUP = 32;          // values that share a scale
 
 // ------------------------------------------------------------------------------------------------ inputs
 struct Inputs {
-  const void* x; bool bf16; int B, K, pad;       // pad: K rounded up to 64
+  const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
-  float* f;      // (B, pad), zero beyond K
-  uint16_t* h;   // (B, pad) bfloat16; for grouped weights 64 at a time in the order of halves_order
+  float* f;      // (B, pad), zero beyond K; not for bfloat16 inputs of many rows
+  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, 64 at a time in the order of halves_order
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
@@ -35,9 +41,8 @@ template <class T> static void widen(const T* x, int K, float* f) {
   for (; k < K; k++) f[k] = at(x, sizeof(T) == 2, k);
 }
 // Row b of x as floats, after the norm or the activation, with the roundings of the same operations in x's type.
-static void read_row(const Inputs& in, int b) {
-  const int K = in.K; const int64_t start = (int64_t)b * K;
-  float* f = in.f + (int64_t)b * in.pad;
+static void read_row(const Inputs& in, int b, float* f) {
+  const int K = in.K; const int64_t start = (int64_t)(in.first + b) * K;
   auto row = [&](const void* from, float* out) {
     if (in.bf16) widen((const uint16_t*)from + start, K, out); else widen((const float*)from + start, K, out);
     memset(out + K, 0, (in.pad - K) * 4);
@@ -108,8 +113,7 @@ template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const u
   finish<B, R>(a, t, ld);
 }
 
-#if LANES == 16 && defined(__AVX512BF16__)
-#define HAS_BF16 1
+#ifdef HAS_BF16
 // bfloat16 weights times bfloat16 inputs, in pairs with float32 sums.
 template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
   __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
@@ -207,8 +211,38 @@ static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, in
     else block<8, false>(in, math, w, lo, hi, b0, t, n);
     for (int b = 0; b < rows; b++) {
       const int64_t to = (int64_t)(b0 + b) * w.N + lo; const float* from = t + b * n;
-      if (out_bf16) for (int i = 0; i < n; i++) ((uint16_t*)w.out)[to + i] = to_bf16(from[i]);
-      else memcpy((float*)w.out + to, from, n * sizeof(float));
+      if (out_bf16) narrow(from, n, (uint16_t*)w.out + to); else narrow(from, n, (float*)w.out + to);
+    }
+  }
+}
+// Row n of a weight as M, rounded as XLA rounds a dequantized weight.
+template <class M> static void widen_row(const Weight& w, int n, int K, M* to) {
+  if (!w.scales) return convert(w.w, w.type, nullptr, n, K, to);
+  const int64_t bytes = row_bytes(w.type, K); const uint16_t* scales = w.scales + (int64_t)n * (K / GROUP);
+  for (int g = 0; g < K / GROUP; g++, to += GROUP) {
+    int8_t values[GROUP]; float wide[GROUP]; const char* p = w.w + n * bytes + (int64_t)g * (w.type == Type::U8 ? GROUP / 2 : GROUP);
+    if (w.type == Type::U8) nibbles((const uint8_t*)p, values, values + GROUP / 2); else memcpy(values, p, GROUP);
+    for (int i = 0; i < GROUP; i += LANES) store(wide + i, load(values + i) * from_half(scales[g]));
+    narrow(wide, GROUP, to);
+  }
+}
+// Up to PANEL outputs lo..hi of one weight for many rows. M is the type of the inputs x.
+template <class M> static void panel(const Inputs& in, const M* x, const Weight& w, bool out_bf16, int lo, int hi) {
+  static thread_local Scratch rows, packed;
+  M* few = rows.get<M>((int64_t)PANEL * in.pad); uint32_t* columns = packed.get<uint32_t>((int64_t)PANEL * in.pad / UNIT<M>);
+  for (int n = 0; n < PANEL; n++) {
+    const int live = lo + n < hi ? in.K : 0;
+    if (live) widen_row(w, lo + n, in.K, few + (int64_t)n * in.pad);
+    std::fill(few + (int64_t)n * in.pad + live, few + (int64_t)(n + 1) * in.pad, M(0));
+  }
+  pack_columns(few, in.pad, columns);
+  float t[MOST_ROWS * PANEL];
+  for (int b0 = 0; b0 < in.B; b0 += MOST_ROWS) {
+    const int count = std::min(MOST_ROWS, in.B - b0);
+    tile_of(count, x + (int64_t)b0 * in.pad, in.pad, columns, in.pad / UNIT<M>, t, PANEL, false);
+    for (int b = 0; b < count; b++) {
+      const int64_t to = (int64_t)(in.first + b0 + b) * w.N + lo;
+      if (out_bf16) narrow(t + b * PANEL, hi - lo, (uint16_t*)w.out + to); else narrow(t + b * PANEL, hi - lo, (float*)w.out + to);
     }
   }
 }
@@ -217,15 +251,19 @@ static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, in
 INLINE int halves_order(int k) { return (k & ~63) + (k & 15) + ((k & 32) >> 1) + ((k & 16) << 1); }
 static void prepare(Inputs& in, Math math, bool grouped, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
-  const int64_t rows = (in.B + ROWS - 1) / ROWS * ROWS;  // rows beyond B are multiplied too, and their results dropped
-  in.pad = (in.K + 63) & ~63;
-  in.f = floats.get<float>(rows * in.pad);
+  const bool many = in.B > FEW;
+  const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS : 0);  // rows beyond B may be multiplied too, and their results are dropped
+  in.pad = rounded_up(in.K, 64);
+  in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
   if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
   auto one = [&](int b) {
-    read_row(in, b);
+    static thread_local Scratch scratch;
+    float* f = in.f ? in.f + (int64_t)b * in.pad : scratch.get<float>(in.pad);
+    read_row(in, b, f);
     if (math != BF16) return;
-    const float* f = in.f + (int64_t)b * in.pad; uint16_t* h = in.h + (int64_t)b * in.pad;
-    for (int k = 0; k < in.pad; k += 16) { uint16_t* to = h + (grouped ? halves_order(k) : k); for (int i = 0; i < 16; i++) to[i] = to_bf16(f[k + i]); }
+    uint16_t* h = in.h + (int64_t)b * in.pad;
+    if (many || !grouped) narrow(f, in.pad, h);
+    else for (int k = 0; k < in.pad; k += 16) narrow(f + k, 16, h + halves_order(k));
   };
   if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
 }
@@ -237,7 +275,8 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   size_t next = 0;
   auto take = [&] { return *args.get<Buffer>(next++); };
   Buffer x = take();
-  Inputs in{}; in.x = x.untyped_data(), in.bf16 = x.element_type() == Type::BF16, in.B = (int)x.dimensions()[0];
+  const int B = (int)x.dimensions()[0];
+  Inputs in{}; in.x = x.untyped_data(), in.bf16 = x.element_type() == Type::BF16;
   in.K = (int)x.dimensions()[1], in.before = before, in.eps = eps;
   if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
   constexpr int MOST = 4;
@@ -250,7 +289,8 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
     weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
     Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), out_bf16[count] = out.element_type() == Type::BF16;
     const int64_t most = std::max<int64_t>(16, 16384 / std::max<int64_t>(1, row_bytes(weight.type, in.K)));  // 16 KiB at least
-    size[count] = (int)std::min<int64_t>(TILE, std::max<int64_t>(most, weight.N / (8 * threads)) + 15) & ~15;
+    if (B > FEW) size[count] = PANEL;
+    else size[count] = (int)std::min<int64_t>(TILE, std::max<int64_t>(most, weight.N / (8 * threads)) + 15) & ~15;
     tiles += (weight.N + size[count] - 1) / size[count]; of[++count] = tiles;
   }
   const Type type = weights[0].type;
@@ -258,16 +298,23 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
 #ifdef HAS_BF16
   if (in.bf16 && type != Type::F32) math = BF16;
 #endif
-  prepare(in, math, type == Type::S8 || type == Type::U8, pool);
-  parallel(pool, tiles, [&](int i) {
-    int j = 0; while (i >= of[j + 1]) j++;
-    const int lo = (i - of[j]) * size[j]; tile(in, math, weights[j], out_bf16[j], lo, std::min(lo + size[j], weights[j].N));
-  });
+  for (in.first = 0; in.first < B; in.first += in.B) {
+    in.B = B > FEW ? std::min(MANY, B - in.first) : B;
+    prepare(in, math, type == Type::S8 || type == Type::U8, pool);
+    parallel(pool, tiles, [&](int i) {
+      int j = 0; while (i >= of[j + 1]) j++;
+      const int lo = (i - of[j]) * size[j], hi = std::min(lo + size[j], weights[j].N);
+      if (B <= FEW) tile(in, math, weights[j], out_bf16[j], lo, hi);
+#ifdef HAS_BF16
+      else if (math == BF16) panel(in, in.h, weights[j], out_bf16[j], lo, hi);
+#endif
+      else panel(in, in.f, weights[j], out_bf16[j], lo, hi);
+    });
+  }
   return ffi::Error::Success();
 }
 
 // ------------------------------------------------------------------------------------------------ attention
-struct Keys { const void *k, *v; const uint16_t *k_scales, *v_scales; };  // scales: one a position, for int8
 // The dot products of one key with G queries of H floats, and weights[g] times a value added to G sums.
 template <class T> INLINE float dot(const float* q, const T* k, int H) {
   vf a{}; for (int h = 0; h < H; h += LANES) a += load(q + h) * load(k + h);
@@ -327,6 +374,25 @@ static ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
   });
   return ffi::Error::Success();
 }
+// Arguments: q (B, T, N, H), k and v (B, K, S, H), low and high (B, T) int32, then the scales (B, K, S) of k and v if they are int8.
+static ffi::Error AttentionMany(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<Buffer> result) {
+  Buffer q = *args.get<Buffer>(0), k = *args.get<Buffer>(1), v = *args.get<Buffer>(2), low = *args.get<Buffer>(3), high = *args.get<Buffer>(4);
+  auto size = [](const Buffer& a, int axis) { return (int)a.dimensions()[axis]; };
+  const int B = size(q, 0), G = size(q, 2) / size(k, 1);
+  const Queries in{q.untyped_data(), q.element_type() == Type::BF16, k.element_type(), size(q, 1), size(q, 2), size(k, 1), size(k, 2), size(q, 3), (const int32_t*)low.untyped_data(), (const int32_t*)high.untyped_data(), result->untyped_data()};
+  Keys keys{k.untyped_data(), v.untyped_data(), nullptr, nullptr};
+  if (args.size() > 5) keys.k_scales = (const uint16_t*)(*args.get<Buffer>(5)).untyped_data(), keys.v_scales = (const uint16_t*)(*args.get<Buffer>(6)).untyped_data();
+  const int each = std::max(1, std::min(in.T, QUERIES / G)), blocks = (in.T + each - 1) / each;
+  parallel(pool, B * in.K * blocks, [&](int i) {
+    const int block = blocks - 1 - i % blocks, first = block * each, last = std::min(first + each, in.T);  // the longest first
+#ifdef HAS_BF16
+    if (in.bf16) return attend_many<uint16_t>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last);
+#endif
+    attend_many<float>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last);
+  });
+  return ffi::Error::Success();
+}
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());

@@ -1,0 +1,88 @@
+// Products of many rows: tiles of a few rows of A, whose sums stay in registers, times panels of B.
+//
+// A is row-major. A panel holds PANEL columns of B, one unit of every column after the other. A unit is what one lane
+// multiplies at a time: one float, or two bfloat16 values (M is float or uint16_t).
+#pragma once
+#include "simd.h"
+
+#if LANES == 16 && defined(__AVX512BF16__)
+#define HAS_BF16 1
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // of a tile: as many as leave registers for a panel
+constexpr int ALIGN = 32;                        // values of a row of A, and of a column of a panel, are a multiple of it
+template <class M> constexpr int UNIT = 4 / sizeof(M);
+
+INLINE int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Floats as bfloat16, rounded to nearest.
+INLINE void narrow(const float* from, int n, uint16_t* to) {
+  int i = 0;
+#ifdef HAS_BF16
+  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+  for (; i < n; i++) to[i] = to_bf16(from[i]);
+}
+INLINE void narrow(const float* from, int n, float* to) { memcpy(to, from, n * sizeof(float)); }
+
+// ------------------------------------------------------------------------------------------------ panels
+#if LANES == 16
+static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {  // to[u * PANEL + n] = from[n * stride + u]
+  __m512i a[16], b[16];
+  UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+  UNROLL for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]), a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+  UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88), b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+  UNROLL for (int j = 0; j < 8; j++) {
+    _mm512_storeu_si512(to + j * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+    _mm512_storeu_si512(to + (j + 8) * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+  }
+}
+#endif
+// The panel of PANEL rows of `values` each, which are its columns: a transpose of units. `values` is a multiple of ALIGN.
+template <class M> static void pack_columns(const M* rows, int values, uint32_t* panel) {
+  const int units = values / UNIT<M>;
+  const uint32_t* from = (const uint32_t*)rows;
+#if LANES == 16
+  for (int n = 0; n < PANEL; n += 16) for (int u = 0; u < units; u += 16) transpose16(from + (int64_t)n * units + u, units, panel + (int64_t)u * PANEL + n);
+#else
+  for (int n = 0; n < PANEL; n++) for (int u = 0; u < units; u++) panel[(int64_t)u * PANEL + n] = from[(int64_t)n * units + u];
+#endif
+}
+// One unit of PANEL columns, of the rows that it multiplies: one row of floats, or two of bfloat16.
+INLINE void pack_rows(const float* rows, int64_t stride, uint32_t* unit) { memcpy(unit, rows, PANEL * 4); }
+INLINE void pack_rows(const uint16_t* rows, int64_t stride, uint32_t* unit) {
+  for (int i = 0; i < PANEL; i++) unit[i] = rows[i] | (uint32_t)rows[stride + i] << 16;
+}
+
+// ------------------------------------------------------------------------------------------------ tiles
+INLINE void multiply(vf& sum, const float* a, vf b) { sum += *a * b; }
+#ifdef HAS_BF16
+INLINE void multiply(vf& sum, const uint16_t* a, vf b) {
+  int32_t pair; memcpy(&pair, a, 4);
+  sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+#endif
+// c (R, PANEL) = A panel, or c += A panel. `units` of each of the R rows of A are multiplied.
+template <class M, int R> static void tile_of(const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
+  vf sums[R][2];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) sums[r][j] = add ? load(c + r * ld + j * LANES) : vf{};
+  for (int u = 0; u < units; u++) {
+    const vf b0 = load((const float*)panel + (int64_t)u * PANEL), b1 = load((const float*)panel + (int64_t)u * PANEL + LANES);
+    UNROLL for (int r = 0; r < R; r++) {
+      const M* at = a + r * stride + u * UNIT<M>;
+      multiply(sums[r][0], at, b0), multiply(sums[r][1], at, b1);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(c + r * ld + j * LANES, sums[r][j]);
+}
+// The same for up to MOST_ROWS rows. A and c have room for MOST_ROWS; rows beyond `rows` may be computed too.
+template <class M> static void tile_of(int rows, const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
+  if (rows > 6) {
+    if (MOST_ROWS == 12 && rows > 8) tile_of<M, MOST_ROWS>(a, stride, panel, units, c, ld, add);
+    else tile_of<M, (MOST_ROWS > 8 ? 8 : MOST_ROWS)>(a, stride, panel, units, c, ld, add);
+  } else if (rows > 4) tile_of<M, 6>(a, stride, panel, units, c, ld, add);
+  else if (rows > 2) tile_of<M, 4>(a, stride, panel, units, c, ld, add);
+  else if (rows > 1) tile_of<M, 2>(a, stride, panel, units, c, ld, add);
+  else tile_of<M, 1>(a, stride, panel, units, c, ld, add);
+}
