@@ -44,7 +44,7 @@ class RunConfig:
 
     Attributes:
         output: The run folder, which holds the config, the tokenizer, checkpoints, metrics and the picture of the loss.
-            An address such as gs://BUCKET/RUN keeps a copy of it in a store, for a run of one process.
+            An address such as gs://BUCKET/RUN keeps it in a store, through a folder of the cache.
         seed: Seed of the first weights, of dropout and of sampling.
         init_from: The model to start from: a folder, a file or a hub id, as `llama_jax.load` takes it. Empty starts
             from random weights.

@@ -414,15 +414,16 @@ class DistributedConfig:
             runs one process.
         num_processes: Number of processes. Not read with `auto`.
         process_id: Number of this process, from 0. Not read with `auto`.
-        download: Processes that download data and models of stores and of the hub: `each` for itself, for hosts with
-            disks of their own; `first` only, before the others start to read, for caches on a disk that all share.
+        download: Who downloads data and models of stores and of the hub: `each` process for itself, for hosts with
+            disks of their own; the `first` only, before the others start to read, for caches on a disk that all share;
+            or, as `part`, each process reads its part of the weights of init_from in place and keeps them on no disk.
         timeout_seconds: Seconds to wait for the other processes at the start.
     """
 
     coordinator: str = bounded("")
     num_processes: int = bounded(1, low=1)
     process_id: int = bounded(0, low=0)
-    download: str = bounded("each", choices=("each", "first"))
+    download: str = bounded("each", choices=("each", "first", "part"))
     timeout_seconds: float = bounded(300.0, low=1.0, high=86_400.0)
 
     def __post_init__(self) -> None:

@@ -63,6 +63,8 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return _stopped(signal.SIGINT)
     except Stopped as stop:
         return _stopped(stop.number)
+    except SystemExit as end:  # of argparse, after --help and --version
+        return _flushed(int(end.code or 0))
     except Exception as error:
         line = _line(error)
         if line is None:
@@ -222,3 +224,26 @@ def _usable_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         else:
             stream.reconfigure(errors="replace")
+            if name == "stdout":
+                sys.stdout = sys.__stdout__ = _named(stream)
+
+
+def _named(stream: Any) -> Any:
+    """Standard output with errors that name it; the stream itself if it has no descriptor."""
+    try:
+        raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    except (OSError, ValueError):
+        return stream
+    return io.TextIOWrapper(
+        raw, encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering or stream.write_through
+    )
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors name it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None

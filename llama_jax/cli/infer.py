@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,8 +111,8 @@ def _add_inputs(flags: parser.Parser) -> None:
         "--tools",
         type=parser.path,
         metavar="FILE",
-        help="functions that the model may call in a dialog: a JSON list of schemas in OpenAI's shape; the names of "
-        "Llama 3.1's built-in tools are allowed too",
+        help="functions that the model may call in a dialog: a JSON list of schemas in OpenAI's shape, or a file of "
+        "it; the names of Llama 3.1's built-in tools are allowed too",
     )
     add(
         "--tool_choice",
@@ -309,9 +310,11 @@ def _messages(file: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _tools(file: str) -> list[Any]:
-    """The schemas in a file of --tools."""
-    tools = _json(_text(file), file)
+def _tools(value: str) -> list[Any]:
+    """The schemas of --tools, which is a file or the JSON itself."""
+    is_json = value.lstrip().startswith(("[", "{")) and not os.path.exists(value)
+    file = "--tools" if is_json else value
+    tools = _json(value if is_json else _text(value), file)
     tools = tools.get("tools") if isinstance(tools, dict) and "tools" in tools else tools
     if not isinstance(tools, list) or not all(isinstance(tool, (dict, str)) for tool in tools):
         example = '[{"type": "function", "function": {"name": ..., "parameters": {...}}}]'

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.parser import Parser, number, one_of, path, whole
@@ -86,7 +86,7 @@ def _add_settings(parser: Parser) -> None:
     add = group.add_argument
     add(
         "--max_new_tokens",
-        type=whole(1),
+        type=_limit,
         metavar="N",
         help="new tokens for each prompt (default: 128; 512 in a dialog)",
     )
@@ -110,6 +110,19 @@ def _add_settings(parser: Parser) -> None:
         help="keep tokens at least P times as likely as the likeliest; 0 keeps all (default: 0)",
     )
     _add_penalties(add)
+
+
+def _limit(text: str) -> int:
+    """The value of --max_new_tokens, with a reason where it is llama.cpp's word for no limit."""
+    if text in ("-1", "-2"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no limit in llama.cpp, but here the KV cache is as long as the limit needs: give the most new "
+            "tokens that you want, such as 2048"
+        )
+    return whole(1)(text)
+
+
+_limit.allowed = whole(1).allowed  # type: ignore[attr-defined]
 
 
 def _add_penalties(add: Callable[..., Any]) -> None:
@@ -210,6 +223,6 @@ def _bias(values: list[str]) -> dict[str, float]:
 
 def _schema(value: str) -> str:
     """The JSON text of --json_schema, from a file or as it is."""
-    if value.lstrip().startswith(("{", "true", "false")) and not Path(value).exists():
+    if value.lstrip().startswith(("{", "true", "false")) and not os.path.exists(value):
         return value
     return read_small(expanded(value), max_bytes=_MOST_BYTES).decode("utf-8", "replace")

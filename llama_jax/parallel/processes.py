@@ -71,6 +71,18 @@ def meet(place: str) -> None:
     barrier(f"{place} {next(_meetings)}")
 
 
+def agreed(decision: bool) -> bool:
+    """The decision of process 0, in every process. All must call it."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return decision
+    meet("decision")
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+
+
 def compiled_together(function: Any, name: str) -> Callable[..., Any]:
     """A jitted function that is compiled by every process before any of them runs it.
 

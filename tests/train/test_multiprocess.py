@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ import pytest
 
 from helpers import sound
 from helpers.paths import ROOT
-from helpers.processes import SETTINGS
-from helpers.runs import metrics_of, write_config
+from helpers.processes import Processes, free_port
+from helpers.runs import metrics_of
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.errors import TRY_AGAIN
 from llama_jax.weights import export
@@ -22,52 +21,6 @@ from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
 
 ROUNDING = 2e-5
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-class Processes:
-    """train.py in `count` processes that share eight devices, or `devices`."""
-
-    def __init__(self, folder, compiled, count, *arguments, only=None, devices=8):
-        config = write_config(folder, SETTINGS)
-        self.run = folder / "run"
-        self.logs = [folder / f"log{count}_{i}.txt" for i in range(count)]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices // count),
-        }
-        caches = compiled if isinstance(compiled, list) else [compiled] * count
-        address = f"127.0.0.1:{free_port()}"
-        self.processes = []
-        for i in range(count) if only is None else only:
-            command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", *arguments]
-            if count > 1:
-                connection = {"coordinator": address, "num_processes": count, "process_id": i}
-                command += [f"--config.distributed.{k}={v}" for k, v in connection.items()]
-            with self.logs[i].open("w") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=ROOT,
-                        env=environment | {"LLAMA_JAX_CACHE": str(caches[i])},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def wait(self, *, code=0):
-        try:
-            codes = [process.wait(180) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        assert codes == [code] * len(codes), "\n".join(log.read_text()[-1500:] for log in self.logs)
-        return self
 
 
 def compare(tmp_path, compiled, *arguments, steps=6):

@@ -302,3 +302,19 @@ def test_an_adapter_of_an_earlier_step_is_written_again(tmp_path, base):
         train(run)
         assert {path.name: path.read_bytes() for path in adapter.iterdir()} == whole, change
     assert manifest.read(adapter).step == 2
+
+
+def test_the_adapter_is_that_of_each_checkpoint_while_the_run_goes_on(tmp_path, base):
+    """Readers in between find an adapter of the step that its manifest names."""
+    run = unnamed(dialog_run(tmp_path, "run", init_from=str(base), train__steps=4, lora__rank=4, checkpoint__every=2))
+    found = {}
+
+    def read(step, metrics):
+        if (tmp_path / "run" / "adapter").is_dir():
+            found[step] = manifest.check_present(tmp_path / "run" / "adapter").step
+            return False
+        return step > 3
+
+    train(run, on_metrics=read)
+    assert found == {3: 2, 4: 2}
+    assert manifest.check_present(tmp_path / "run" / "adapter").step == 4
