@@ -283,8 +283,13 @@ class LoraConfig:
         if self.rank and not self.targets:
             raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
         ids, alike = self.trained_tokens, sorted({"embed", "unembed"}.intersection(self.targets))
-        if len(set(ids)) < len(ids) or len(ids) > _MAX_TRAINED_TOKENS:
-            raise ConfigError(f"lora.trained_tokens must be at most {_MAX_TRAINED_TOKENS:,} ids, each of them once")
+        if twice := sorted({token for token in ids if ids.count(token) > 1} if len(set(ids)) < len(ids) else ()):
+            raise ConfigError(f"lora.trained_tokens names id {twice[0]} twice: name each id once")
+        if len(ids) > _MAX_TRAINED_TOKENS:
+            raise ConfigError(
+                f"lora.trained_tokens names {len(ids):,} ids, and at most {_MAX_TRAINED_TOKENS:,} are allowed: to "
+                "train more, add embed to lora.targets"
+            )
         if ids and alike:
             raise ConfigError(
                 f"lora.trained_tokens and lora.targets={alike} train the same matrices: leave one of them out"
