@@ -26,6 +26,7 @@ from typing import Any
 from llama_jax.errors import one_line
 
 _log = logging.getLogger(__name__)
+_STDOUT = "standard output"
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -71,6 +72,8 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             raise
         _log.debug("the error's traceback", exc_info=True)
         print(f"error: {one_line(line)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename == _STDOUT:
+            _discard_output()  # it would fail again
         return _flushed(error.status if isinstance(error, CommandError) else 2)
 
 
@@ -246,4 +249,4 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, "standard output") from None
+            raise OSError(error.errno, error.strerror, _STDOUT) from None

@@ -45,6 +45,8 @@ _ALIASES = {
     "--interactive": "--chat",
     "-b": "--batch_size",
 }
+_SERVER = "there is no server; --chat is a dialog at a terminal, and --prompt_file with --json answers many prompts"
+_SAMPLERS = "sampling is by --temperature, --top_k, --top_p, --min_p, --typical_p and the penalties"
 _REFUSED = {
     "-no-cnv": "--prompt continues a text without a dialog; leave it out",
     "--no_conversation": "--prompt continues a text without a dialog; leave it out",
@@ -52,6 +54,21 @@ _REFUSED = {
     "-e": "the shell writes line breaks: --prompt $'a\\nb'",
     "--color": "there are no colors; leave it out",
     "--log_disable": "write --quiet",
+    "--no_display_prompt": "the prompt is not printed; leave it out",
+    "--simple_io": "output to a pipe or a file is always plain; leave it out",
+    "-st": "write --ask",
+    "--single_turn": "write --ask",
+    "-ub": "prompts are read in chunks of sizes that are compiled; leave it out",
+    "--ubatch_size": "prompts are read in chunks of sizes that are compiled; leave it out",
+    "--host": _SERVER,
+    "--port": _SERVER,
+    "--server": _SERVER,
+    "--api_key": _SERVER,
+    "--mirostat": _SAMPLERS,
+    "--samplers": _SAMPLERS,
+    "--repeat_last_n": "--repetition_penalty counts the whole prompt and text; leave it out",
+    "--num_beams": _SAMPLERS,
+    "--do_sample": "--temperature 0 is greedy, and a higher one samples; leave it out",
     "--grammar_file": "write --grammar, whose syntax is that of Lark and not GBNF, or --json_schema",
 }
 _DRAFT = "small model of the same vocabulary, for --speculate draft: as --model"

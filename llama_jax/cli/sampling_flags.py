@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,6 +126,14 @@ def _limit(text: str) -> int:
 _limit.allowed = whole(1).allowed  # type: ignore[attr-defined]
 
 
+def _seed(text: str) -> int:
+    """The value of --seed; -1 is llama.cpp's word for a random one."""
+    return random.SystemRandom().randrange(1 << 31) if text == "-1" else whole(0)(text)
+
+
+_seed.allowed = "of at least 0; -1 draws one"  # type: ignore[attr-defined]
+
+
 def _add_penalties(add: Callable[..., Any]) -> None:
     """Add the rest of the settings to the group of `_add_settings`."""
     add(
@@ -152,7 +161,7 @@ def _add_penalties(add: Callable[..., Any]) -> None:
         metavar="ID=X",
         help="add X to the logit of a token; -inf bans it; repeat it for several, or give a JSON object",
     )
-    add("--seed", type=whole(0), default=0, metavar="N", help="seed of the first prompt; prompt i draws from seed + i")
+    add("--seed", type=_seed, default=0, metavar="N", help="seed of the first prompt; prompt i draws from seed + i")
 
 
 def _add_ends(parser: Parser) -> None:
@@ -213,7 +222,7 @@ def _bias(values: list[str]) -> dict[str, float]:
         token, separator, number = value.partition("=")
         try:
             found = json.loads(value) if value.startswith("{") else {token: float(number)} if separator else None
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, Mapping):
             raise ConfigError(f"--logit_bias must be ID=X or a JSON object, such as 128009=-5, got {brief(value)}")

@@ -140,13 +140,25 @@ class Mirror:
 
     def _push_step(self, step: int) -> None:
         """Copy a step, its manifest last."""
-        folder = self._folder / "checkpoints" / str(step)
+        folder = self._folder / stored_run.CHECKPOINTS / str(step)
         try:
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            for path in sorted(files, key=lambda path: path == folder / manifest.FILE):
+            for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / manifest.FILE):
                 self._store.put(path, path.relative_to(self._folder).as_posix())
-        except FileNotFoundError:
+            self._check_copied(manifest.read(folder))
+            self._store.put(folder / manifest.FILE, f"{stored_run.CHECKPOINTS}/{step}/{manifest.FILE}")
+        except (FileNotFoundError, manifest.DamagedError):
             return  # the run has deleted the step meanwhile
+
+    def _check_copied(self, whole: manifest.Manifest) -> None:
+        """Check that the store has all files of a step, with the right sizes; ConfigError otherwise."""
+        there = self._store.files()
+        for name, (size, _) in whole.files.items():
+            found = there.get(f"{stored_run.CHECKPOINTS}/{whole.step}/{name}")
+            if found is None or found.size != size:
+                have = "nothing" if found is None else f"{found.size:,} bytes"
+                raise ConfigError(
+                    f"{self._url} has {have} of {name} of step {whole.step} after {size:,} bytes were copied"
+                )
 
     def _drop_step(self, step: int, there: Mapping[str, Stored]) -> None:
         """Delete a step, its manifest first."""
@@ -206,7 +218,8 @@ class PartMirror(Mirror):
         (self._folder / _ID).write_bytes(identity)
         if newest is not None:
             say(f"fetching step {newest} of {self._url}")
-            storage.download(self._url, [f for f in _outside_of_checkpoints(there) if f.name != _ID], self._folder)
+            small = [file for file in _outside_of_checkpoints(there) if self._first or "/" not in file.name]
+            storage.download(self._url, [file for file in small if file.name != _ID], self._folder)
             stored_run.fetch_step(
                 self._url, newest, there, self._folder, wanted=lambda name: not _CHUNK.fullmatch(name)
             )
@@ -283,6 +296,7 @@ class PartMirror(Mirror):
             )
         lists = [manifest.parse(self._store.read(name)) for name in parts]
         whole = manifest.Manifest(step, lists[0].loss, {k: v for part in lists for k, v in part.files.items()})
+        self._check_copied(whole)
         self._store.write(f"{stored_run.CHECKPOINTS}/{step}/{manifest.FILE}", manifest.dumps(whole))
         for name in parts:
             self._store.delete(name)

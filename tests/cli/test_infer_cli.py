@@ -209,6 +209,8 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--temperature", "-1"], "--temperature: must be a number"),
         (["--prompt", "a", "--top_p", "0"], "--top_p: must be a number from 0.000001 to 1"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: must be a whole number of at least 1"),
+        (["--prompt", "a", "--logit_bias", '{"1":' + "[" * 3000], "--logit_bias must be ID=X or a JSON object"),
+        (["--prompt", "a", "--host", "0.0.0.0"], "there is no server"),
         (["--prompt", "a", "-n", "-1"], "-1 is no limit in llama.cpp, but here"),
         (["--ask", "a", "--tools", '[{"type": "function"'], "--tools is not JSON"),
         (["--prompt", "a", "--max_new_tokens", "999999"], "max_seq_len=131,072"),

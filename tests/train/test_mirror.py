@@ -146,3 +146,19 @@ def test_another_machine_deletes_no_step_that_is_to_be_kept(tmp_path, machine, m
     machine("two")
     train(text_run(tmp_path, **settings))
     assert stored_run.steps(stored()) == {4, 8}
+
+
+def test_a_store_that_cuts_a_file_short_gets_no_manifest(tmp_path, machine, monkeypatch):
+    """A step with a manifest is complete, whatever the store did with its files."""
+    plain = storage.Store.put
+
+    def put(self, path, name):
+        plain(self, path, name)
+        if "/params/" in name:
+            self.write(name, path.read_bytes()[:-1])
+
+    monkeypatch.setattr(storage.Store, "put", put)
+    with pytest.raises(SaveError, match="bytes of params/.* of step 2 after .* bytes were copied"):
+        train(text_run(tmp_path, **SETTINGS, train__steps=2))
+    assert not stored_run.steps(stored())
+    monkeypatch.undo()
