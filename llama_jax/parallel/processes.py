@@ -106,11 +106,12 @@ def compiled_together(function: Any, name: str) -> Callable[..., Any]:
 
 
 def is_loss(error: Exception) -> bool:
-    """True if an error of jax reports that another process was lost."""
+    """True if an error of jax, or one that follows from it, reports that another process was lost."""
     import jax
 
-    return type(error) in (ValueError, RuntimeError, jax.errors.JaxRuntimeError) and any(
-        word in str(error) for word in _LOSS
+    kinds = (ValueError, RuntimeError, jax.errors.JaxRuntimeError)
+    return any(
+        type(each) in kinds and any(word in str(each) for word in _LOSS) for each in (error, error.__cause__) if each
     )
 
 
