@@ -178,7 +178,7 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
     [
         (["--prompt", "a", "--temprature", "1"], "unknown argument '--temprature'; did you mean '--temperature'?"),
         (["--prompt", "a", "--max_new_token=3"], "did you mean '--max_new_tokens'?"),
-        (["--prompt", "a", "--server"], "unknown argument '--server' (llama-jax infer --help"),
+        (["--prompt", "a", "--server"], "--server is not a flag of llama-jax infer: there is no server"),
         (["--prompt", "a", "-no-cnv"], "-no-cnv is not a flag of llama-jax infer: --prompt continues a text without a"),
         (["--prompt", "a", "--flash-attn"], "--flash-attn is not a flag of llama-jax infer: the fastest attention"),
         (["--prompt", "a", "-ngl", "99"], "-ngl is not a flag of llama-jax infer: all layers run on the accelerator"),
@@ -193,8 +193,8 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--best_of", "2", "--num_samples", "3"], "best_of=2 is smaller than n=3"),
         (["--prompt", "a", "--model", ""], "--model: must be the name of a file, a folder or a hub id, got ''"),
         (
-            ["--prompt", "a", "--dtype", "bf16"],
-            "--dtype: must be one of float32, bfloat16, float16, got 'bf16'; did you mean",
+            ["--prompt", "a", "--dtype", "bfloat"],
+            "--dtype: must be one of float32, bfloat16, float16, got 'bfloat'; did you mean",
         ),
         (["--prompt", "a", "--seed", "9" * 5000], "--seed: must be a whole number of at least 0, got '999"),
         (["--prompt", "a", "--quiet", "--verbose"], "--quiet and --verbose exclude each other"),
