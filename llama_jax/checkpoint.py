@@ -11,12 +11,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from llama_jax.params import Params
 _FOLDER = "checkpoints"
 _SAVING, _DELETING, _DAMAGED = "saving-", "deleting-", "damaged-"
 _NONE, _ALL_DAMAGED = -1, -2
+# Warnings of Orbax where each process has a disk of its own.
+_USUAL, _MERGE = "logging disabled for `primary_host=None`.", "Skipping merge of OCDBT checkpoints"
+_commits = itertools.count()  # all processes commit the same steps in the same order
 
 
 class SaveError(OSError):
@@ -51,7 +55,9 @@ class Checkpoints:
         keep: number of newest steps to keep; None keeps all.
         keep_best: number of steps of the lowest validation loss to keep in addition.
         create: create the folder if it does not exist; False for reading only.
-        on_commit: called in the first process, in the background, after each commit.
+        on_commit: called in the background after each commit, in the first process, or with `own_disks` in every one.
+        own_disks: each of several processes has a disk of its own. It writes, validates and deletes the files of its
+            own shards, and a step is not complete on any of them. The arrays are then files of their own, one a shard.
     """
 
     def __init__(
@@ -62,22 +68,15 @@ class Checkpoints:
         keep_best: int = 0,
         create: bool = True,
         on_commit: Callable[[], None] | None = None,
+        own_disks: bool = False,
     ):
         self.folder = Path(run_folder).resolve() / _FOLDER
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._keep_best, self._on_commit = keep, keep_best, on_commit
-        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for name in ("params", "rest"):
-            handlers.add(name, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
-            handlers.add(name, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
-        handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-        handlers.add("meta", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(handler_registry=handlers),
-            # If folders are created in the background, a failure to create one raises only after minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        self._own_disks = own_disks
+        self._writes = own_disks or jax.process_index() == 0
+        self._orbax = _orbax(own_disks)
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
         self._validated: set[tuple[int, str]] = set()  # (step, item) pairs that were validated
@@ -89,7 +88,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The kept step of the lowest validation loss, or None if no loss was measured."""
-        return next(iter(self._by_loss(self._manifests())), None)
+        return next(iter(_by_loss({step: found.loss for step, found in self._manifests().items()})), None)
 
     def latest(self, *items: str) -> int | None:
         """The newest step whose files are intact, or None if there is no step at all.
@@ -127,7 +126,7 @@ class Checkpoints:
                     _warn(f"{why}; trying step {older[0]}")
             return _ALL_DAMAGED if damaged else _NONE
 
-        step = _broadcast_decision(choose)
+        step = self._agree(choose)
         if step == _ALL_DAMAGED:
             raise ConfigError(
                 f"{why or f'no checkpoint in {self.folder} is intact'}, and there is no older one: restore one from a "
@@ -144,7 +143,7 @@ class Checkpoints:
         Checkpoints of later steps are damaged, because a restore takes the newest intact one. They are not deleted but
         renamed to `damaged-STEP`. Partial files of saves that were killed or failed are deleted.
         """
-        if jax.process_index() or not self.folder.is_dir():
+        if not self._writes or not self.folder.is_dir():
             return
         for newer in (s for s in self.steps() if step is None or s > step):
             names = (f"{_DAMAGED}{newer}{again}" for again in ("", *(f"-{i}" for i in range(2, 1000))))
@@ -166,7 +165,7 @@ class Checkpoints:
         Raises:
             SaveError: this save or the previous one failed, or a step that is not older exists.
         """
-        _silence_tracebacks()
+        _silence_libraries()
         self.wait()
         newest = max(self.steps(), default=_NONE)
         if step <= newest:
@@ -242,7 +241,7 @@ class Checkpoints:
         return {name: digest for name, (_, digest) in files.items() if name.startswith("params/")}
 
     def _restored(self, step: int, **items: Any) -> Any:
-        _silence_tracebacks()
+        _silence_libraries()
         folder = self.folder / str(step)
         why = ""
 
@@ -255,7 +254,7 @@ class Checkpoints:
             return _ALL_DAMAGED if why else step
 
         if not self._validated.issuperset((step, item) for item in items):
-            found = _broadcast_decision(validate)
+            found = self._agree(validate)
             if found == _NONE:
                 raise self._deleted(step)
             if found == _ALL_DAMAGED:
@@ -273,6 +272,26 @@ class Checkpoints:
             older = [s for s in self.steps() if s < step]
             remedy = f"move it away to continue from step {max(older)}" if older else "it is the only one"
             raise ConfigError(f"checkpoint {folder} cannot be read: {remedy} ({_one_line(error)})") from error
+
+    def _agree(self, decide: Callable[[], int]) -> int:
+        """The decision of process 0, which alone reads and hashes files, or the same decision of all `own_disks`.
+
+        Raises:
+            ConfigError: the disks differ.
+        """
+        if jax.process_count() == 1:
+            return decide()
+        decision = decide() if self._writes else 0
+        processes.meet("decision")
+        if not self._own_disks:
+            return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+        decisions = np.asarray(multihost_utils.process_allgather(np.int32(decision))).ravel()
+        if len(set(decisions.tolist())) > 1:
+            raise ConfigError(
+                f"{self.folder} is not intact in every process, which found steps {', '.join(map(str, decisions))}: "
+                "delete that folder in each, and start again from the copy in the store"
+            )
+        return decision
 
     def _problem(self, step: int, items: Collection[str]) -> str | None:
         """The damage that the manifest of a step reveals, in words; None if the step is intact. Raises Deleted."""
@@ -301,15 +320,15 @@ class Checkpoints:
         """Waits for Orbax, hashes and commits the step, and prunes older ones. It runs in the background."""
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if self._writes:
                 whole = self.folder / f"{_SAVING}{step}"
                 manifest.write(whole, step=step, loss=loss if loss is not None and math.isfinite(loss) else None)
                 os.rename(whole, self.folder / str(step))
                 manifest.sync(self.folder)
-            processes.barrier(f"{self.folder} {step}")
+            processes.barrier(f"checkpoint {next(_commits)}")
         except Exception as error:
             raise self._save_error(step, error) from error
-        if jax.process_index() == 0:
+        if self._writes:
             self._prune()
             if self._on_commit is not None:
                 self._on_commit()
@@ -322,17 +341,11 @@ class Checkpoints:
                 manifests[step] = manifest.read_exact(self.folder / str(step), step=step)
         return manifests
 
-    @staticmethod
-    def _by_loss(manifests: dict[int, manifest.Manifest]) -> list[int]:
-        """The steps with a validation loss, sorted by it. Equal losses are sorted from new to old."""
-        scored = [(found.loss, step) for step, found in manifests.items() if found.loss is not None]
-        return [step for _, step in sorted(scored, key=lambda pair: pair[0])]  # stable
-
     def _prune(self) -> None:
         """Deletes all steps but the newest and the best. Damaged steps are not counted and not deleted."""
-        manifests = self._manifests()
-        keep = list(manifests)[: self._keep] + self._by_loss(manifests)[: self._keep_best]
-        for step in manifests.keys() - set(keep):  # renamed first, so that no step is ever seen half deleted
+        losses = {step: found.loss for step, found in self._manifests().items()}
+        keep = kept(losses, keep=self._keep, keep_best=self._keep_best)
+        for step in losses.keys() - keep:  # renamed first, so that no step is ever seen half deleted
             os.rename(self.folder / str(step), self.folder / f"{_DELETING}{step}")
         self._sweep(_DELETING)
 
@@ -350,13 +363,34 @@ class Checkpoints:
         )
 
 
-def _broadcast_decision(decide: Callable[[], int]) -> int:
-    """Broadcasts a decision of process 0, which alone reads and hashes files, to every process."""
-    if jax.process_count() == 1:
-        return decide()
-    decision = decide() if jax.process_index() == 0 else 0
-    processes.meet("decision")
-    return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+def kept(losses: Mapping[int, float | None], *, keep: int | None, keep_best: int) -> set[int]:
+    """The steps to keep of those with these validation losses: the `keep` newest (None: all) and the best."""
+    return {*sorted(losses, reverse=True)[:keep], *_by_loss(losses)[:keep_best]}
+
+
+def _by_loss(losses: Mapping[int, float | None]) -> list[int]:
+    """The steps with a validation loss, sorted by it. Equal losses are sorted from new to old."""
+    scored = [(loss, -step) for step, loss in losses.items() if loss is not None]
+    return [-step for _, step in sorted(scored)]
+
+
+def _orbax(own_disks: bool) -> ocp.AsyncCheckpointer:
+    """Orbax's writer and reader of a step."""
+    hosts = ocp.options.MultiprocessingOptions(primary_host=None if own_disks else 0)
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in ("params", "rest"):
+        for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            # OCDBT puts the shards of a process into files that another process would have to read.
+            arrays = ocp.StandardCheckpointHandler(multiprocessing_options=hosts, use_ocdbt=not own_disks)
+            handlers.add(name, arguments, arrays)
+    for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        handlers.add("meta", arguments, ocp.JsonCheckpointHandler(multiprocessing_options=hosts))
+    # A folder that is created in the background raises its failure only after minutes, and a process with a disk of its
+    # own would not wait for its own folder.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CompositeOptions(multiprocessing_options=hosts, async_options=at_once)
+    handler = ocp.CompositeCheckpointHandler(handler_registry=handlers, composite_options=options)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=hosts, async_options=at_once)
 
 
 def _one_line(error: Exception) -> str:
@@ -366,14 +400,15 @@ def _one_line(error: Exception) -> str:
 
 
 @functools.cache  # once in a process
-def _silence_tracebacks() -> None:
-    """Silences the tracebacks that Orbax and asyncio log before the one line of an error.
+def _silence_libraries() -> None:
+    """Silences what Orbax and asyncio log before the one line of an error, and what they log of every save.
 
     After a failure, other reads and writes of TensorStore fail as well, some because their event loop is closed. Python
     would print those errors when it collects their coroutines.
     """
     for logger in map(logging.getLogger, ("absl", "asyncio")):
         logger.addFilter(lambda record: not (record.exc_info and _is_from_orbax(record)))
+        logger.addFilter(lambda record: not record.getMessage().endswith(_USUAL) and _MERGE not in record.getMessage())
     previous_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:

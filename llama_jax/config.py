@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import ConfigError, brief, checked_fields, nearest
+from llama_jax.errors import ConfigError, brief, checked_fields, nearest, no_attribute
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _MOST_LAYERS = 4096
@@ -49,6 +49,20 @@ class RopeScaling:
             )
 
 
+# The names of transformers.
+_PEERS = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "ffn_dim",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_seq_len",
+    "tie_word_embeddings": "tied_embeddings",
+    "num_parameters": "num_params",
+}
+
+
 @checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -81,6 +95,11 @@ class ModelConfig:
     rope_scaling: RopeScaling | None
     max_seq_len: int
     tied_embeddings: bool
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_attribute(self, name, _PEERS)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

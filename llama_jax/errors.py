@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,6 +93,19 @@ def unknown_argument(function: str, name: str, known: Sequence[str]) -> TypeErro
     meant = _BY_ALIAS.get(name)
     near = f"; did you mean {meant!r}?" if meant in known else nearest(name, known)
     return TypeError(f"{function}() has no argument {name!r}{near or ';'} allowed: {', '.join(known)}")
+
+
+def no_attribute(owner: object, name: str, peers: Mapping[str, str]) -> AttributeError:
+    """The error for an attribute that does not exist.
+
+    Args:
+        owner: The object.
+        name: The attribute.
+        peers: What to write here, by the names that other libraries have for it.
+    """
+    known = [other for other in dir(owner) if not other.startswith("_")]
+    near = f"; here it is {peers[name]}" if name in peers else nearest(name, known, cutoff=0.7)
+    return AttributeError(f"{type(owner).__name__} has no attribute {name!r}{near}")
 
 
 def checked_keywords(function: Function) -> Function:

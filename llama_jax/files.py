@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from llama_jax.errors import ConfigError, brief, json_fault
 
@@ -75,6 +75,27 @@ def parse_json(data: bytes, where: str, *, max_values: int = MAX_VALUES) -> dict
     return value
 
 
+class Ranges(Protocol):
+    """A file that is somewhere else.
+
+    Attributes:
+        size: Bytes of the file.
+    """
+
+    size: int
+
+    def read_into(self, out: memoryview, start: int) -> None:
+        """Fill `out`, which holds bytes of the file, from `start` on."""
+
+
+_registered: dict[str, Ranges] = {}  # by path
+
+
+def register(path: Path, ranges: Ranges) -> None:
+    """Let `File` read a path of this machine from elsewhere, in this process. See remote_files.py."""
+    _registered[os.path.realpath(path)] = ranges
+
+
 class File:
     """A file read by byte range, from any thread. Raises ValueError (one line) where bytes are missing."""
 
@@ -82,6 +103,10 @@ class File:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{path}: no such file")
+        self._elsewhere = _registered.get(os.path.realpath(path))
+        if self._elsewhere is not None:
+            self.size = self._elsewhere.size
+            return
         self._file = open(self.path, "rb", buffering=0)
         self.size = os.fstat(self._file.fileno()).st_size
 
@@ -93,9 +118,11 @@ class File:
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out`, which holds bytes, from `start` on."""
+        if self._elsewhere is not None and start + len(out) <= self.size:
+            return self._elsewhere.read_into(out, start)
         done = 0
         while done < len(out):
-            count = os.preadv(self._file.fileno(), [out[done:]], start + done)
+            count = 0 if self._elsewhere else os.preadv(self._file.fileno(), [out[done:]], start + done)
             if count <= 0:
                 raise ValueError(f"{self.path}: ends at byte {start + done:,}; {len(out) - done:,} more were expected")
             done += count

@@ -123,6 +123,39 @@ def listing(repo: Repo, folder: Path) -> list[str]:
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def sizes_of(repo: Repo, folder: Path) -> dict[str, int]:
+    """The bytes of each file of the repository at the commit of this snapshot.
+
+    Raises:
+        ConfigError: the hub was not asked for them, which happens offline.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = get_cached_repo_tree(repo.name, repo_type=repo.kind, revision=folder.name)
+    except CachedRepoTreeNotFoundError:
+        raise ConfigError(
+            f"{repo.text}: its weights can be read in place only while the hub can be reached: unset HF_HUB_OFFLINE, "
+            "or set distributed.download to 'each'"
+        ) from None
+    return {file.path: file.size for file in tree}
+
+
+def read_range(repo: Repo, commit: str, file: str, start: int, stop: int) -> bytes:
+    """The bytes from `start` to `stop` of a file. Raises the errors of huggingface_hub and of its transport."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(repo.name, file, repo_type=repo.kind, revision=commit)
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
+    response = get_session().get(url, headers=headers, follow_redirects=True)
+    hf_raise_for_status(response)
+    if response.status_code != 206:
+        raise OSError(f"{url} does not answer with a range of bytes")
+    return bytes(response.content)
+
+
 def check_there(repo: Repo, folder: Path, files: Sequence[str]) -> None:
     """Raises ConfigError if a file is not cached. Offline, a partial snapshot looks like a complete one."""
     missing = [file for file in files if not (folder / file).is_file()]

@@ -12,11 +12,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.files import read_json, write_json
+from llama_jax.files import parse_json, read_json, write_json
 from llama_jax.progress import progress_bar
 
 FILE = "manifest.json"
@@ -50,19 +50,45 @@ def write(folder: Path, *, step: int, loss: float | None) -> None:
     """Hashes every file of `folder` and writes the manifest. Returns when everything is on disk."""
     sizes = {name: os.path.getsize(path) for name, path in _files(folder)}
     digests = _digests(folder, sizes)
-    files = {name: [size, digests[name]] for name, size in sizes.items()}
-    write_json(folder / FILE, sealed({"version": _VERSION, "step": step, "loss": loss, "files": files}))
+    save(folder, Manifest(step, loss, {name: (size, digests[name]) for name, size in sizes.items()}))
     for parent, _, names in os.walk(folder):
         for name in (*names, "."):
             sync(Path(parent, name))
+
+
+def part(whole: Manifest, names: Iterable[str]) -> Manifest:
+    """The manifest of a folder that has only some of the files."""
+    return dataclasses.replace(whole, files={name: whole.files[name] for name in names})
+
+
+def save(folder: Path, manifest: Manifest) -> None:
+    """Writes a manifest without reading the files that it lists."""
+    write_json(folder / FILE, _content(manifest))
+
+
+def dumps(manifest: Manifest) -> bytes:
+    """The contents of a manifest's file."""
+    return json.dumps(_content(manifest), indent=2).encode()
+
+
+def parse(data: bytes) -> Manifest:
+    """The manifest in the contents of its file. Raises DamagedError if they are damaged."""
+    if len(data) > _MAX_BYTES:
+        raise DamagedError(f"{FILE} has {len(data):,} bytes, more than the {_MAX_BYTES:,} allowed")
+    return _parsed(lambda: parse_json(data, FILE))
 
 
 def read(folder: Path) -> Manifest:
     """The manifest of `folder`. Raises DamagedError if it is missing or damaged."""
     if not (folder / FILE).is_file():
         raise DamagedError(f"{FILE} is missing")
+    return _parsed(lambda: read_json(folder / FILE, max_bytes=_MAX_BYTES))
+
+
+def _parsed(contents: Callable[[], dict[str, Any]]) -> Manifest:
+    """The manifest in a JSON object. Raises DamagedError."""
     try:
-        content = read_json(folder / FILE, max_bytes=_MAX_BYTES)
+        content = contents()
         if not is_sealed(content):
             raise DamagedError(f"{FILE} was changed after it was written")
         if content["version"] != _VERSION:
@@ -128,6 +154,22 @@ def check_present(folder: Path) -> Manifest:
     return manifest
 
 
+def prune_files(folder: Path, whole: Manifest) -> list[str]:
+    """Deletes the files of a folder that are not those of `whole`, and returns the names of the others."""
+    try:
+        paths = dict(_files(folder))
+        sizes = {name: os.path.getsize(path) for name, path in paths.items()}
+        expected = {name: whole.files.get(name) for name in sizes}
+        right = {name: size for name, size in sizes.items() if (entry := expected[name]) and entry[0] == size}
+        found = _digests(folder, right)
+        intact = [name for name in right if (entry := expected[name]) and entry[1] == found[name]]
+        for name in paths.keys() - set(intact):
+            paths[name].unlink()
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return intact
+
+
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON object with a hash of itself, under the name "sha256"."""
     return {**content, SEAL: _own_digest(content)}
@@ -159,12 +201,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _content(manifest: Manifest) -> dict[str, Any]:
+    """The JSON object of a manifest."""
+    files = {name: list(entry) for name, entry in manifest.files.items()}
+    return sealed({"version": _VERSION, "step": manifest.step, "loss": manifest.loss, "files": files})
+
+
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields (relative path, path) of each regular file below a folder, except the manifest and hidden files."""
-    for parent, _, names in os.walk(folder):
+    """Yields (relative path, path) of each regular file below a folder, except the manifest and what is hidden.
+
+    The shapes of arrays in Zarr's format are in files named .zarray.
+    """
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
         for path in (Path(parent, name) for name in sorted(names)):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and name != FILE and not path.name.startswith("."):
+            if path.is_file() and name != FILE and (path.name == ".zarray" or not path.name.startswith(".")):
                 yield name, path
 
 

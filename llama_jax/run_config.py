@@ -44,7 +44,7 @@ class RunConfig:
 
     Attributes:
         output: The run folder, which holds the config, the tokenizer, checkpoints, metrics and the picture of the loss.
-            An address such as gs://BUCKET/RUN keeps a copy of it in a store, for a run of one process.
+            An address such as gs://BUCKET/RUN keeps it in a store, through a folder of the cache.
         seed: Seed of the first weights, of dropout and of sampling.
         init_from: The model to start from: a folder, a file or a hub id, as `llama_jax.load` takes it. Empty starts
             from random weights.
@@ -149,6 +149,7 @@ class RunConfig:
         if not hasattr(values, "keys"):
             raise ConfigError(f"a run must be a dict of its keys, got {brief(values)}: e.g. {{'output': 'runs/mine'}}")
         values = dict(_plain(values))
+        _check_known(cls, values)
         init_from = values.get("init_from") or ""
         model = run_shape.parse(values.pop("model", {} if init_from else None), init_from=init_from)
         train = values.get("train")
@@ -159,6 +160,18 @@ class RunConfig:
             log = {"to": ("tensorboard",) if log["tensorboard"] else (), **log}
             values["log"] = {key: value for key, value in log.items() if key != "tensorboard"}
         return _build(cls, values, "", model=model)
+
+
+def _check_known(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that does not exist, before anything else is said about the run."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            raise unknown_key(str(name))
+        if isinstance(value, Mapping) and name not in ("model", "log"):
+            for inner in value:
+                if inner not in typing.get_type_hints(hints[name]):
+                    raise unknown_key(f"{name}.{inner}")
 
 
 def _as_dict(value: Any) -> Any:
@@ -303,13 +316,14 @@ _ALIASES = {
     "train.accumulate": "grad_accum gradient_accumulation_steps",
     "train.compute_dtype": "dtype bf16 torch_dtype mixed_precision_param",
     "train.remat": "gradient_checkpointing activation_checkpoint",
-    "lora.rank": "r lora_r",
+    "lora.rank": "r lora_r use_peft",
+    "lora.base": "load_in_4bit load_in_8bit quantization_config",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
     "lora.targets": "target_modules lora_target_modules lora_target",
     "dpo.beta": "pref_beta",
     "mesh.tensor": "tensor_parallel_degree tensor_parallel_size tp",
-    "mesh.fsdp": "data_parallel_shard_degree",
+    "mesh.fsdp": "data_parallel_shard_degree deepspeed fsdp_config",
     "mesh.data": "data_parallel_replicate_degree",
     "mesh.context": "context_parallel_degree",
     "log.every": "logging_steps log_freq",

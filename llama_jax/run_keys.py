@@ -283,8 +283,13 @@ class LoraConfig:
         if self.rank and not self.targets:
             raise ConfigError(f"lora.targets is empty: name some of {', '.join(LORA_TARGETS)}")
         ids, alike = self.trained_tokens, sorted({"embed", "unembed"}.intersection(self.targets))
-        if len(set(ids)) < len(ids) or len(ids) > _MAX_TRAINED_TOKENS:
-            raise ConfigError(f"lora.trained_tokens must be at most {_MAX_TRAINED_TOKENS:,} ids, each of them once")
+        if twice := sorted({token for token in ids if ids.count(token) > 1} if len(set(ids)) < len(ids) else ()):
+            raise ConfigError(f"lora.trained_tokens names id {twice[0]} twice: name each id once")
+        if len(ids) > _MAX_TRAINED_TOKENS:
+            raise ConfigError(
+                f"lora.trained_tokens names {len(ids):,} ids, and at most {_MAX_TRAINED_TOKENS:,} are allowed: to "
+                "train more, add embed to lora.targets"
+            )
         if ids and alike:
             raise ConfigError(
                 f"lora.trained_tokens and lora.targets={alike} train the same matrices: leave one of them out"
@@ -414,15 +419,16 @@ class DistributedConfig:
             runs one process.
         num_processes: Number of processes. Not read with `auto`.
         process_id: Number of this process, from 0. Not read with `auto`.
-        download: Processes that download data and models of stores and of the hub: `each` for itself, for hosts with
-            disks of their own; `first` only, before the others start to read, for caches on a disk that all share.
+        download: Who downloads data and models of stores and of the hub: `each` process for itself, for hosts with
+            disks of their own; the `first` only, before the others start to read, for caches on a disk that all share;
+            or, as `part`, each process reads its part of the weights of init_from in place and keeps them on no disk.
         timeout_seconds: Seconds to wait for the other processes at the start.
     """
 
     coordinator: str = bounded("")
     num_processes: int = bounded(1, low=1)
     process_id: int = bounded(0, low=0)
-    download: str = bounded("each", choices=("each", "first"))
+    download: str = bounded("each", choices=("each", "first", "part"))
     timeout_seconds: float = bounded(300.0, low=1.0, high=86_400.0)
 
     def __post_init__(self) -> None:

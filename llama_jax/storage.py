@@ -63,7 +63,7 @@ def find(url: str) -> list[Stored]:
     Raises:
         ConfigError: no such file, a package that is not installed, no access or no network.
     """
-    fs, root = _open(url)
+    fs, root = open_store(url)
     try:
         if any(sign in root for sign in "*?["):
             found = {path: info for path, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
@@ -74,7 +74,7 @@ def find(url: str) -> list[Stored]:
             found, start = fs.find(root, detail=True), root
         stored = _stored(found, start)
     except Exception as error:  # each store raises errors of its own
-        raise _refused(url, error) from error
+        raise refused(url, error) from error
     if any(".." in file.name.split("/") for file in stored):
         raise ConfigError(f"{url} has a file with .. in its name, which could lead outside the folder: rename it")
     if not stored:
@@ -91,7 +91,7 @@ def download(url: str, files: Sequence[Stored], folder: Path) -> dict[str, Path]
     Raises:
         ConfigError: there is no room, or a file cannot be read.
     """
-    fs, _ = _open(url)
+    fs, _ = open_store(url)
     paths = {file.name: folder / file.name for file in files}
     missing = [file for file in files if not paths[file.name].is_file()]
     if not missing:
@@ -116,7 +116,7 @@ def download(url: str, files: Sequence[Stored], folder: Path) -> dict[str, Path]
             with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(fetch, missing))
         except Exception as error:
-            raise _refused(url, error) from error
+            raise refused(url, error) from error
     return paths
 
 
@@ -137,7 +137,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._fs, root = _open(url)
+        self._fs, root = open_store(url)
         self._root = root.rstrip("/")
 
     def files(self) -> dict[str, Stored]:
@@ -148,7 +148,7 @@ class Store:
         except FileNotFoundError:
             return {}
         except Exception as error:
-            raise _refused(self._url, error) from error
+            raise refused(self._url, error) from error
         return {file.name: file for file in _stored(found, self._root)}
 
     def read(self, name: str) -> bytes:
@@ -179,7 +179,7 @@ class Store:
         except FileNotFoundError:
             return
         except Exception as error:
-            raise _refused(self._url, error) from error
+            raise refused(self._url, error) from error
 
     def _make_parent(self, name: str) -> None:
         """Make the folder of a file, which stores of objects need not have."""
@@ -189,14 +189,20 @@ class Store:
         try:
             return function(*args, **keywords)
         except Exception as error:
-            raise _refused(self._url, error, "written to or read") from error
+            raise refused(self._url, error, "written to or read") from error
 
 
-def work_folder(output: str) -> Path:
-    """The folder of this machine that a run works in: `output`, or one in the cache for an address of a store."""
+def work_folder(output: str, process: int = 0) -> Path:
+    """The folder of this machine that a run works in: `output`, or one in the cache for an address of a store.
+
+    Args:
+        output: The path or the address.
+        process: The number of this process; each has a folder of its own for an address.
+    """
     if not is_url(output):
         return expanded(local_path(output) or output)
-    return cache_root() / "runs" / hashlib.sha256(output.rstrip("/").encode()).hexdigest()[:32]
+    name = hashlib.sha256(output.rstrip("/").encode()).hexdigest()[:32]
+    return cache_root() / "runs" / (f"{name}.{process}" if process else name)
 
 
 def check_room(name: str, size: int, folder: Path, *, count: int) -> None:
@@ -227,10 +233,14 @@ def cache_root() -> Path:
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llama_jax"
 
 
-def cache_folder(url: str, files: Sequence[Stored]) -> Path:
-    """The folder of the cache for these versions of the files of an address."""
+def cache_folder(url: str, files: Sequence[Stored], *, in_place: bool = False) -> Path:
+    """The folder of the cache for these versions of the files of an address; with `in_place` another (remote_files)."""
     identity = [url.rstrip("/"), *(f"{file.name} {file.version}" for file in files)]
-    return cache_root() / "downloads" / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
+    return (
+        cache_root()
+        / ("in_place" if in_place else "downloads")
+        / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
+    )
 
 
 def _stored(found: dict[str, dict[str, Any]], start: str) -> list[Stored]:
@@ -256,7 +266,7 @@ _PACKAGES = {
 }
 
 
-def _open(url: str) -> tuple[Any, str]:
+def open_store(url: str) -> tuple[Any, str]:
     """The filesystem of an address, and the path on it."""
     import fsspec
     from fsspec.core import url_to_fs
@@ -276,7 +286,7 @@ def _open(url: str) -> tuple[Any, str]:
             raise ConfigError(
                 f"{url}: no store is named {scheme!r}{near} common ones are gs, s3, az and https"
             ) from None
-        raise _refused(url, error) from error
+        raise refused(url, error) from error
     return fs, str(path)
 
 
@@ -287,7 +297,7 @@ def _version(info: dict[str, Any]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _refused(url: str, error: Exception, word: str = "read") -> ConfigError:
+def refused(url: str, error: Exception, word: str = "read") -> ConfigError:
     """The error of a store in one line."""
     if isinstance(error, ConfigError):
         return error

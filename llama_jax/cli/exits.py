@@ -26,6 +26,7 @@ from typing import Any
 from llama_jax.errors import one_line
 
 _log = logging.getLogger(__name__)
+_STDOUT = "standard output"
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -63,12 +64,16 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return _stopped(signal.SIGINT)
     except Stopped as stop:
         return _stopped(stop.number)
+    except SystemExit as end:  # of argparse, after --help and --version
+        return _flushed(int(end.code or 0))
     except Exception as error:
         line = _line(error)
         if line is None:
             raise
         _log.debug("the error's traceback", exc_info=True)
         print(f"error: {one_line(line)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename == _STDOUT:
+            _discard_output()  # it would fail again
         return _flushed(error.status if isinstance(error, CommandError) else 2)
 
 
@@ -222,3 +227,26 @@ def _usable_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         else:
             stream.reconfigure(errors="replace")
+            if name == "stdout":
+                sys.stdout = sys.__stdout__ = _named(stream)
+
+
+def _named(stream: Any) -> Any:
+    """Standard output with errors that name it; the stream itself if it has no descriptor."""
+    try:
+        raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    except (OSError, ValueError):
+        return stream
+    return io.TextIOWrapper(
+        raw, encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering or stream.write_through
+    )
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors name it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, _STDOUT) from None

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ _ALIASES = {
     "--interactive": "--chat",
     "-b": "--batch_size",
 }
+_SERVER = "there is no server; --chat is a dialog at a terminal, and --prompt_file with --json answers many prompts"
+_SAMPLERS = "sampling is by --temperature, --top_k, --top_p, --min_p, --typical_p and the penalties"
 _REFUSED = {
     "-no-cnv": "--prompt continues a text without a dialog; leave it out",
     "--no_conversation": "--prompt continues a text without a dialog; leave it out",
@@ -51,6 +54,21 @@ _REFUSED = {
     "-e": "the shell writes line breaks: --prompt $'a\\nb'",
     "--color": "there are no colors; leave it out",
     "--log_disable": "write --quiet",
+    "--no_display_prompt": "the prompt is not printed; leave it out",
+    "--simple_io": "output to a pipe or a file is always plain; leave it out",
+    "-st": "write --ask",
+    "--single_turn": "write --ask",
+    "-ub": "prompts are read in chunks of sizes that are compiled; leave it out",
+    "--ubatch_size": "prompts are read in chunks of sizes that are compiled; leave it out",
+    "--host": _SERVER,
+    "--port": _SERVER,
+    "--server": _SERVER,
+    "--api_key": _SERVER,
+    "--mirostat": _SAMPLERS,
+    "--samplers": _SAMPLERS,
+    "--repeat_last_n": "--repetition_penalty counts the whole prompt and text; leave it out",
+    "--num_beams": _SAMPLERS,
+    "--do_sample": "--temperature 0 is greedy, and a higher one samples; leave it out",
     "--grammar_file": "write --grammar, whose syntax is that of Lark and not GBNF, or --json_schema",
 }
 _DRAFT = "small model of the same vocabulary, for --speculate draft: as --model"
@@ -110,8 +128,8 @@ def _add_inputs(flags: parser.Parser) -> None:
         "--tools",
         type=parser.path,
         metavar="FILE",
-        help="functions that the model may call in a dialog: a JSON list of schemas in OpenAI's shape; the names of "
-        "Llama 3.1's built-in tools are allowed too",
+        help="functions that the model may call in a dialog: a JSON list of schemas in OpenAI's shape, or a file of "
+        "it; the names of Llama 3.1's built-in tools are allowed too",
     )
     add(
         "--tool_choice",
@@ -309,9 +327,11 @@ def _messages(file: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _tools(file: str) -> list[Any]:
-    """The schemas in a file of --tools."""
-    tools = _json(_text(file), file)
+def _tools(value: str) -> list[Any]:
+    """The schemas of --tools, which is a file or the JSON itself."""
+    is_json = value.lstrip().startswith(("[", "{")) and not os.path.exists(value)
+    file = "--tools" if is_json else value
+    tools = _json(value if is_json else _text(value), file)
     tools = tools.get("tools") if isinstance(tools, dict) and "tools" in tools else tools
     if not isinstance(tools, list) or not all(isinstance(tool, (dict, str)) for tool in tools):
         example = '[{"type": "function", "function": {"name": ..., "parameters": {...}}}]'

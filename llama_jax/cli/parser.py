@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +20,14 @@ from llama_jax import progress
 from llama_jax.errors import ConfigError, brief, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
 QUANTIZE = ("none", "int8", "int4")
 KV_TYPES = ("compute", "int8")
 MODEL = (
@@ -218,10 +226,14 @@ def _bounds(low: float, high: float | None) -> str:
     return f"of at least {low_text}" if high is None else f"from {low_text} to {high_text}"
 
 
-def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type for a name among `choices`, whose error suggests the nearest one."""
+def one_of(choices: Sequence[str], others: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    """An argparse type for a name among `choices`, whose error suggests the nearest one.
+
+    `others` are names of other programs, each with the choice that means the same.
+    """
 
     def convert(text: str) -> str:
+        text = (others or {}).get(text, text)
         if text not in choices:
             raise ConfigError(f"must be one of {', '.join(choices)}, got {brief(text)}{nearest(text, choices)}")
         return text
@@ -281,6 +293,9 @@ _THREADS = "XLA takes all cores; taskset limits them"
 _MEMORY = "weights are read into memory, and never mapped from the file"
 _ATTENTION = "the fastest attention of the device is chosen; leave it out"
 _ALWAYS = "it is always on; leave it out"
+_KV = "write --kv int8, or leave it out"
+_SPLIT = "write --mesh tensor=N"
+_CONFIG = "the model's own config says it; leave it out"
 _REFUSED = {
     "-ngl": _ALL_LAYERS,
     "--gpu_layers": _ALL_LAYERS,
@@ -299,7 +314,24 @@ _REFUSED = {
     "--attn_implementation": _ATTENTION,
     "--jinja": f"the chat template is used: {_ALWAYS}",
     "--trust_remote_code": "no code of a model is run; leave it out",
-    "--tensor_parallel_size": "write --mesh tensor=N",
+    "--tensor_parallel_size": _SPLIT,
+    "-tp": _SPLIT,
+    "-sm": _SPLIT,
+    "--split_mode": _SPLIT,
+    "-ts": _SPLIT,
+    "--tensor_split": _SPLIT,
+    "--main_gpu": _SPLIT,
+    "-mg": _SPLIT,
+    "--max_seq_len": _ONE_CACHE,
+    "--gpu_memory_utilization": _ONE_CACHE,
+    "-ctk": _KV,
+    "-ctv": _KV,
+    "--cache_type_k": _KV,
+    "--cache_type_v": _KV,
+    "--kv_cache_dtype": _KV,
+    "--rope_scaling": _CONFIG,
+    "--rope_freq_base": _CONFIG,
+    "--rope_theta": _CONFIG,
     "--load_in_8bit": "write --quantize int8",
     "--load_in_4bit": "write --quantize int4",
     "--torch_dtype": "write --dtype float32 or --dtype bfloat16",
@@ -319,7 +351,7 @@ def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = Tr
         )
     group.add_argument(
         "--dtype",
-        type=one_of(DTYPES),
+        type=one_of(DTYPES, _DTYPES),
         metavar="NAME",
         help="dtype of weights, activations and KV cache (default: the checkpoint's own; float32 on a CPU without "
         "bfloat16 instructions, float16 on a GPU without them)",

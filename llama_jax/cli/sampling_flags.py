@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.parser import Parser, number, one_of, path, whole
@@ -86,7 +87,7 @@ def _add_settings(parser: Parser) -> None:
     add = group.add_argument
     add(
         "--max_new_tokens",
-        type=whole(1),
+        type=_limit,
         metavar="N",
         help="new tokens for each prompt (default: 128; 512 in a dialog)",
     )
@@ -110,6 +111,27 @@ def _add_settings(parser: Parser) -> None:
         help="keep tokens at least P times as likely as the likeliest; 0 keeps all (default: 0)",
     )
     _add_penalties(add)
+
+
+def _limit(text: str) -> int:
+    """The value of --max_new_tokens, with a reason where it is llama.cpp's word for no limit."""
+    if text in ("-1", "-2"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no limit in llama.cpp, but here the KV cache is as long as the limit needs: give the most new "
+            "tokens that you want, such as 2048"
+        )
+    return whole(1)(text)
+
+
+_limit.allowed = whole(1).allowed  # type: ignore[attr-defined]
+
+
+def _seed(text: str) -> int:
+    """The value of --seed; -1 is llama.cpp's word for a random one."""
+    return random.SystemRandom().randrange(1 << 31) if text == "-1" else whole(0)(text)
+
+
+_seed.allowed = "of at least 0; -1 draws one"  # type: ignore[attr-defined]
 
 
 def _add_penalties(add: Callable[..., Any]) -> None:
@@ -139,7 +161,7 @@ def _add_penalties(add: Callable[..., Any]) -> None:
         metavar="ID=X",
         help="add X to the logit of a token; -inf bans it; repeat it for several, or give a JSON object",
     )
-    add("--seed", type=whole(0), default=0, metavar="N", help="seed of the first prompt; prompt i draws from seed + i")
+    add("--seed", type=_seed, default=0, metavar="N", help="seed of the first prompt; prompt i draws from seed + i")
 
 
 def _add_ends(parser: Parser) -> None:
@@ -200,7 +222,7 @@ def _bias(values: list[str]) -> dict[str, float]:
         token, separator, number = value.partition("=")
         try:
             found = json.loads(value) if value.startswith("{") else {token: float(number)} if separator else None
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, Mapping):
             raise ConfigError(f"--logit_bias must be ID=X or a JSON object, such as 128009=-5, got {brief(value)}")
@@ -210,6 +232,6 @@ def _bias(values: list[str]) -> dict[str, float]:
 
 def _schema(value: str) -> str:
     """The JSON text of --json_schema, from a file or as it is."""
-    if value.lstrip().startswith(("{", "true", "false")) and not Path(value).exists():
+    if value.lstrip().startswith(("{", "true", "false")) and not os.path.exists(value):
         return value
     return read_small(expanded(value), max_bytes=_MOST_BYTES).decode("utf-8", "replace")

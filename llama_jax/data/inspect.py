@@ -22,6 +22,7 @@ from llama_jax.text.control_tokens import AS_TEXT
 from llama_jax.text.record_encoder import NO, NameInText, RecordEncoder
 from llama_jax.text.tokenizer import Tokenizer
 
+_PAGE = (100, 60)  # columns and lines, where the output is no terminal
 _ROWS = 2  # rows that are shown by default
 _LEAST_LINES = 6  # lines that a row has even on a small screen
 _REASONS = 3  # kinds of reasons that are shown
@@ -51,7 +52,7 @@ def show(run: RunConfig, encoder: RecordEncoder, *, color: bool, rows: int | Non
     Raises:
         ValueError: the data cannot be used, or too many of their records.
     """
-    width, height = shutil.get_terminal_size()
+    width, height = shutil.get_terminal_size(_PAGE)
     used = 1  # a line may have been printed before, that a tokenizer is trained
 
     def say(line: str) -> None:
@@ -63,9 +64,12 @@ def show(run: RunConfig, encoder: RecordEncoder, *, color: bool, rows: int | Non
         return line if full or len(line) <= width else f"{line[: width - 3]}..."
 
     train, validation, encoder = _describe(run, encoder, say)
-    for part in [*train.parts, *([] if validation is None else [validation])]:
-        for line in reasons(part.store):
-            say(cut(f"  {line}"))
+    named = [("train", part.store) for part in train.parts]
+    if validation is not None and validation.store.path not in {store.path for _, store in named}:
+        named.append(("validation", validation.store))
+    for name, store in named:
+        for line in reasons(store):
+            say(cut(f"  {name}: {line}"))
     data = run.data
     left = height - used - 2
     wanted = rows if rows is not None else _ROWS if left >= _ROWS * (_LEAST_LINES + 2) else 1

@@ -372,9 +372,8 @@ class Engine:
         return found
 
     def _not_finite(self) -> ValueError:
-        return ValueError(
-            f"the model's logits are not finite: its weights are damaged, or overflow in {self.dtype} (try float32)"
-        )
+        other = "" if self.dtype == jnp.float32 else f", or they overflow in {self.dtype}: try float32"
+        return ValueError(f"the model's logits are not finite: its weights are damaged{other}")
 
     def _bound(self, end: int) -> int:
         return min(round_up(end), self.capacity)

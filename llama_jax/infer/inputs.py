@@ -83,7 +83,8 @@ def as_ids(prompt: Any, name: str) -> list[int]:
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     flat = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
     if not flat or any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in values):
-        raise ConfigError(f"{name} must be a text or a flat list of token ids, got {str(prompt)[:60]!r}")
+        dialog = ": chat() takes the messages of a dialog" if isinstance(prompt, Mapping) else ""
+        raise ConfigError(f"{name} must be a text or a flat list of token ids, got {str(prompt)[:60]!r}{dialog}")
     return [int(i) for i in values]
 
 

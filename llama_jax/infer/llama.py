@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, brief, checked_keywords, nearest
+from llama_jax.errors import ConfigError, brief, checked_keywords, nearest, no_attribute
 from llama_jax.infer import inputs
 from llama_jax.infer.engine import Engine, placed
 from llama_jax.infer.grammar import call_schema
@@ -54,6 +54,26 @@ _OF_CALL = ("seed", "n", "best_of", "overrides", "batch_size", "progress", "pars
 POOLS = (None, "mean", "last")
 
 
+# The names of transformers and vLLM.
+_PEERS = {
+    "save_pretrained": "save(path)",
+    "push_to_hub": "save(path), and `hf upload`",
+    "from_pretrained": "llama_jax.load(name)",
+    "to": "mesh=... of llama_jax.load; JAX_PLATFORMS=cpu chooses the CPU",
+    "cuda": "mesh=... of llama_jax.load; JAX_PLATFORMS=cpu chooses the CPU",
+    "device": "mesh",
+    "dtype": "engine.dtype",
+    "eval": "always so: leave it out",
+    "forward": "logits(tokens)",
+    "generation_config": "sampling",
+    "num_parameters": "config.num_params",
+    "merge_and_unload": "load(..., adapters=...) and save(path), which merges",
+    "load_adapter": "add_adapter(name, folder) and use(name)",
+    "set_adapter": "use(name)",
+    "streamer": "stream(prompt)",
+}
+
+
 class Llama:
     """A model ready to be sampled.
 
@@ -69,6 +89,11 @@ class Llama:
         adapters: LoRA updates by the name of their adapter; see `use`.
         sampler: the queue of requests and the compiled programs behind it.
     """
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_attribute(self, name, _PEERS)
 
     def __init__(
         self,

@@ -123,7 +123,11 @@ def resolve(
     else:
         stops = inputs.as_stops(given["stop_tokens"], vocab_size) if "stop_tokens" in given else stop_tokens
     if len(stops) > MAX_STOPS:
-        raise ConfigError(f"{len(stops)} stop tokens are too many: at most {MAX_STOPS} are allowed")
+        where = "the option stop_tokens" if "stop_tokens" in given else "eos_token_id of the model's own files"
+        raise ConfigError(
+            f"{where} names {len(stops)} stop tokens, and at most {MAX_STOPS} are allowed: name fewer with the option "
+            "stop_tokens, or set ignore_eos"
+        )
     forms = [name for name in KINDS if name in given]
     if len(forms) > 1:
         raise ConfigError(f"give one of {', '.join(KINDS)}, got {' and '.join(forms)}")

@@ -346,6 +346,8 @@ def _rows_of_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _bf16_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    if cpu.ready():  # XLA would copy the table, as integers, in every program
+        return cpu.rows(table, ids)
     return lax.platform_dependent(table, ids, cpu=_rows_of_cpu, default=_rows_of)
 
 

@@ -71,6 +71,18 @@ def meet(place: str) -> None:
     barrier(f"{place} {next(_meetings)}")
 
 
+def agreed(decision: bool) -> bool:
+    """The decision of process 0, in every process. All must call it."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return decision
+    meet("decision")
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+
+
 def compiled_together(function: Any, name: str) -> Callable[..., Any]:
     """A jitted function that is compiled by every process before any of them runs it.
 
@@ -94,11 +106,12 @@ def compiled_together(function: Any, name: str) -> Callable[..., Any]:
 
 
 def is_loss(error: Exception) -> bool:
-    """True if an error of jax reports that another process was lost."""
+    """True if an error of jax, or one that follows from it, reports that another process was lost."""
     import jax
 
-    return type(error) in (ValueError, RuntimeError, jax.errors.JaxRuntimeError) and any(
-        word in str(error) for word in _LOSS
+    kinds = (ValueError, RuntimeError, jax.errors.JaxRuntimeError)
+    return any(
+        type(each) in kinds and any(word in str(each) for word in _LOSS) for each in (error, error.__cause__) if each
     )
 
 

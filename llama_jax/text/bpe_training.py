@@ -34,8 +34,8 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> dict[bytes, int]:
     vocab = _trained_model(texts, num_ranks).get_vocab()
     if len(vocab) != num_ranks:
         raise ValueError(
-            f"vocab_size is {vocab_size} but the texts hold only {len(vocab) + NUM_SPECIAL} tokens to learn; "
-            f"give more text, or vocab_size={len(vocab) + NUM_SPECIAL}"
+            f"vocab_size is {vocab_size} but the texts hold only {len(vocab) + NUM_SPECIAL} tokens to learn: "
+            f"give more text, or set vocab_size (model.vocab_size of a run) to {len(vocab) + NUM_SPECIAL} or less"
         )
     return {unspelled(token): rank for token, rank in sorted(vocab.items(), key=lambda item: item[1])}
 

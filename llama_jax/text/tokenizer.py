@@ -9,9 +9,9 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from llama_jax.errors import ConfigError, brief, checked_keywords
+from llama_jax.errors import ConfigError, brief, checked_keywords, no_attribute
 from llama_jax.files import expanded, write_whole
 from llama_jax.text import vocabulary_files
 from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
@@ -19,6 +19,19 @@ from llama_jax.text.encoders import encoder_of
 from llama_jax.text.formats import meta
 from llama_jax.text.piece_vocabulary import PieceVocabulary
 from llama_jax.text.vocabulary import Vocabulary
+
+# The names of transformers.
+_PEERS = {
+    "apply_chat_template": "Llama.encode_dialog(messages), or chat(messages) for the answer",
+    "bos_token_id": "bos_id",
+    "eos_token_id": "eos_id",
+    "pad_token_id": "pad_id",
+    "batch_decode": "decode(ids), for one text at a time",
+    "tokenize": "encode(text)",
+    "convert_tokens_to_ids": "special_tokens[name] for control tokens, and encode(text)",
+    "all_special_tokens": "special_tokens",
+    "save_pretrained": "save(path)",
+}
 
 
 class Tokenizer:
@@ -40,6 +53,11 @@ class Tokenizer:
         eom_id: id of "end of message" (Llama 3), or None.
         fingerprint: sha256 (hex) of everything that ids depend on; in Meta's layout, that of Meta's `tokenizer.model`.
     """
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_attribute(self, name, _PEERS)
 
     @checked_keywords
     def __init__(self, path: str | os.PathLike[str], *, expected_vocab_size: int | None = None) -> None:

@@ -90,17 +90,19 @@ class Vocabulary(abc.ABC):
 def errors_of(source: str = "") -> Iterator[None]:
     """A context in which errors begin with `source`, the path of a file.
 
-    A ConfigError, for an unsupported tokenizer, also says that the model can be used with token ids.
+    A ConfigError, for an unsupported tokenizer, also says that the model can be used with token ids. Another error says
+    to take another copy of the file.
     """
     place = f"{source}: " if source else ""
+    remedy = "; the file is damaged or was edited: take another copy"
     try:
         yield
     except RecursionError:
-        raise ValueError(f"{place}it is nested too deeply") from None
+        raise ValueError(f"{place}it is nested too deeply{remedy}") from None
     except ConfigError as error:
         raise ConfigError(f"{place}{error}; the model itself can still be used with token ids") from None
     except ValueError as error:
-        raise ValueError(f"{place}{error}") from None
+        raise ValueError(f"{place}{error}{remedy}") from None
 
 
 def byte_chars() -> dict[int, str]:

@@ -18,6 +18,7 @@ from llama_jax.checkpoint import Checkpoints
 from llama_jax.data.loader import Loader, position_of
 from llama_jax.errors import ConfigError, one_line
 from llama_jax.files import write_json
+from llama_jax.parallel import processes
 from llama_jax.run_config import RunConfig, differences
 from llama_jax.run_shape import PartialShape
 from llama_jax.storage import is_url, work_folder
@@ -25,7 +26,7 @@ from llama_jax.text import chat_template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import trainable
 from llama_jax.train.metrics import draw_loss, say
-from llama_jax.train.mirror import Mirror
+from llama_jax.train.mirror import Mirror, PartMirror
 from llama_jax.train.objectives import Objective, own_name
 from llama_jax.train.program import Program
 from llama_jax.train.setup import Frozen
@@ -119,9 +120,11 @@ class RunFolder:
     """
 
     def __init__(self, run: RunConfig):
-        self.path = work_folder(run.output)
-        self.mirror = Mirror(run.output, self.path) if is_url(run.output) else None
-        if self.mirror is not None:
+        self.path = work_folder(run.output, jax.process_index())
+        several = jax.process_count() > 1
+        self.mirror: Mirror | None = None
+        if is_url(run.output):
+            self.mirror = (PartMirror if several else Mirror)(run.output, self.path, run.checkpoint)
             self.mirror.fetch()
         self.files: dict[str, str] = {}
         self.checkpoints = Checkpoints(
@@ -129,6 +132,7 @@ class RunFolder:
             keep=run.checkpoint.keep,
             keep_best=run.checkpoint.keep_best,
             on_commit=None if self.mirror is None else self.mirror.push_soon,
+            own_disks=self.mirror is not None and several,
         )
 
     def newest(self, *, resume: bool) -> Newest | None:
@@ -188,8 +192,10 @@ class RunFolder:
 
     def restore(self, program: Program, step: int, loader: Loader) -> TrainState:
         """The state of a checkpoint on this run's mesh; the loader moves to its batch."""
-        abstract = program.state
-        best, rest, meta = self.checkpoints.restore(step, params=abstract.best, rest=rest_of(abstract))
+        abstract, rest = program.state, rest_of(program.state)
+        if self.mirror is not None:
+            self.mirror.fetch_arrays(step, {"params": abstract.best, "rest": rest})
+        best, rest, meta = self.checkpoints.restore(step, params=abstract.best, rest=rest)
         loader.restore(meta["data"])
         if abstract.ema is None:
             return TrainState(params=best, ema=None, **rest)
@@ -225,8 +231,8 @@ class RunFolder:
     def write_results(self, program: Program, state: TrainState) -> None:
         """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
         step = int(state.step)
-        if program.run.lora.rank and self._adapter_step() != step:
-            self._write_adapter(program.run, state.best, step)
+        if program.run.lora.rank and not processes.agreed(self._adapter_step() == step):
+            self.write_adapter(program.run, state.best, step)
         if jax.process_index() == 0:
             try:
                 draw_loss(self.path, program.run.train.objective)
@@ -242,7 +248,7 @@ class RunFolder:
         except manifest.DamagedError:
             return None
 
-    def _write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
+    def write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
         """Write LoRA's matrices as peft reads them, with tokenizer, chat template and a manifest that has the step.
 
         Other files in the folder stay. The manifest is replaced last: until then it does not fit the files, so that no

@@ -288,6 +288,8 @@ class Loop:
         }
         with jax.transfer_guard("allow"):
             self.checkpoints.save(self.step, params=self.state.best, rest=rest_of(self.state), meta=meta, loss=loss)
+            if self.run.lora.rank:
+                self.folder.write_adapter(self.run, self.state.best, self.step)
         self.saved = self.step
 
     def _new_progress(self) -> Progress:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from llama_jax import parallel
+from llama_jax import parallel, remote_files
 from llama_jax.data import own_records
 from llama_jax.data.own_records import Record
 from llama_jax.errors import ConfigError, brief, checked_keywords
@@ -146,7 +146,8 @@ def train(
         stop.grace = run.checkpoint.grace_seconds
         mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
-        with locked(work_folder(run.output)):
+        in_parts = remote_files.reading_in_parts(run.distributed.download == "part")
+        with locked(work_folder(run.output, jax.process_index())), in_parts:
             folder = RunFolder(run)
             newest = folder.newest(resume=resume)
             if newest is None:

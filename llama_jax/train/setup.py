@@ -26,7 +26,7 @@ from llama_jax.parallel import processes
 from llama_jax.params import Params, restack
 from llama_jax.phases import phase
 from llama_jax.run_config import RunConfig
-from llama_jax.storage import is_url, local_path, work_folder
+from llama_jax.storage import local_path, work_folder
 from llama_jax.text import chat_template, vocabulary_files
 from llama_jax.text.chat_format import AUTO, ChatFormat, choose
 from llama_jax.text.chat_template import ChatTemplate
@@ -54,14 +54,9 @@ def check_paths(run: RunConfig) -> None:
     Raises:
         ConfigError: a folder cannot be written to, or a file does not exist. The message names the key.
     """
-    if is_url(run.output) and jax.process_count() > 1:
-        raise ConfigError(
-            f"output={run.output!r} is written through a folder of one machine, which several processes do not share: "
-            "mount the bucket on all of them, and name the folder where it is mounted"
-        )
     for key, name in (("output", run.output), ("data.cache_dir", run.data.cache_dir)):
         try:
-            folder = work_folder(name) if key == "output" else expanded(name)
+            folder = work_folder(name, jax.process_index()) if key == "output" else expanded(name)
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(0, "not writable")
@@ -76,7 +71,7 @@ def in_turn(run: RunConfig, action: Callable[[], Outcome]) -> Outcome:
 
     All processes must call it. The other processes start once it is done, and then find its files.
     """
-    if jax.process_count() == 1 or run.distributed.download == "each":
+    if jax.process_count() == 1 or run.distributed.download != "first":
         return action()
     wait = functools.partial(ocp.multihost.get_barrier_sync_fn(), timeout_ms=_DOWNLOAD_TIMEOUT_MS)
     key = f"llama_jax download {next(_downloads)}"

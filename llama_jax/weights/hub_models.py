@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax import remote_files
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
-from llama_jax.files import read_json
-from llama_jax.hub import ID, Repo, check_there, fetch, listing, some
+from llama_jax.files import read_json, write_whole
+from llama_jax.hub import ID, Repo, check_there, fetch, listing, read_range, sizes_of, some
+from llama_jax.storage import Stored, cache_folder
 from llama_jax.weights.formats.huggingface import TOKENIZER_FILES
 from llama_jax.weights.formats.huggingface_config import read_config
 
-FORMS = "owner/name, owner/name@revision or owner/name/FILE.gguf@revision"
+FORMS = "owner/name, owner/name@revision, owner/name/FILE.gguf or owner/name:Q4_K_M"
 
-_ID = re.compile(rf"({ID})(?:/([^@\s]+\.gguf))?(?:@(\w[\w.+/-]*))?", re.ASCII)
+_ID = re.compile(rf"({ID})(?:/([^@\s]+\.gguf)|:(\w+))?(?:@(\w[\w.+/-]*))?", re.ASCII)
 _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # llama.cpp's gguf-split
 
 _SAFETENSORS, _TORCH, _FLAX = "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"
@@ -26,7 +29,7 @@ FIRST = (".gitattributes", "config.json", *(whole + _INDEX for whole in (_SAFETE
 # Files that are downloaded with the weights of a Hugging Face folder.
 _SETTINGS = ("config.json", "generation_config.json", *TOKENIZER_FILES, "original/tokenizer.model")
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
-_WEIGHTS = (".safetensors", ".msgpack", ".gguf", ".pth", ".pt", ".bin", ".h5", ".onnx")
+WEIGHTS = (".safetensors", ".msgpack", ".gguf", ".pth", ".pt", ".bin", ".h5", ".onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,12 @@ class Name:
     Attributes:
         repo: the repo and its revision.
         file: one of the repo's GGUF files, or None.
+        kind: the type of weights in the name of one of its GGUF files, as llama.cpp's -hf takes it, or None.
     """
 
     repo: Repo
     file: str | None
+    kind: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +68,14 @@ def is_hub_id(text: str) -> bool:
 def download(repo_id: str) -> Path:
     """Downloads a model unless the cache has it, and returns its path.
 
+    Inside of `remote_files.reading_in_parts`, files of weights are not downloaded but read in place.
+
     Only one format is downloaded: safetensors, else Meta's original files, else torch's, else the old Flax ones, else
     the only GGUF file. A config that is not supported is refused before its weights are downloaded.
 
     Args:
-        repo_id: owner/name, or owner/name/FILE.gguf for one file or split set of a repo; with @revision for a branch,
-            a tag or a commit other than main.
+        repo_id: owner/name, or owner/name/FILE.gguf or owner/name:TYPE for one file or split set of a repo; with
+            @revision for a branch, a tag or a commit other than main.
 
     Returns:
         The folder of config.json or of params.json, or the GGUF file (of a split set, the first).
@@ -82,9 +89,27 @@ def download(repo_id: str) -> Path:
         raise ConfigError(f"{repo_id!r} is not the id of a model on the Hugging Face hub: write {FORMS}")
     folder = fetch(name.repo, FIRST)
     choice = choose(name, folder, listing(name.repo, folder))
+    if remote_files.in_parts():
+        return _in_place(name.repo, folder, choice)
     fetch(name.repo, choice.files, commit=folder.name)
     check_there(name.repo, folder, choice.files)
     return folder / choice.opened
+
+
+def _in_place(repo: Repo, folder: Path, choice: _Choice) -> Path:
+    """The path of a model in a folder of the cache, in which stand-ins take the place of the files of weights."""
+    sizes, commit = sizes_of(repo, folder), folder.name
+    weights = [file for file in choice.files if file.endswith(WEIGHTS)]
+    small = [file for file in choice.files if file not in weights]
+    fetch(repo, small or FIRST, commit=commit)
+    check_there(repo, folder, small)
+    stored = [Stored(file, sizes[file], commit, file) for file in weights]
+    target = cache_folder(f"hf://{repo.name}", stored, in_place=True)
+    for file in small:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target / file, (folder / file).read_bytes())
+    remote_files.stand_in(repo.text, stored, target, read=functools.partial(read_range, repo, commit))
+    return target / choice.opened
 
 
 def read_shape(repo_id: str) -> ModelConfig | None:
@@ -94,7 +119,7 @@ def read_shape(repo_id: str) -> ModelConfig | None:
         ConfigError: as in `download`.
     """
     name = _parse(repo_id)
-    if name is None or name.file is not None:
+    if name is None or name.file or name.kind:
         return None
     folder = fetch(name.repo, FIRST)
     return read_config(folder) if (folder / "config.json").is_file() else None
@@ -115,7 +140,7 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
         ConfigError: as in `download`, or the repo has no config or no weights.
     """
     name = _parse(repo_id)
-    if name is None or name.file is not None:
+    if name is None or name.file or name.kind:
         raise ConfigError(f"{repo_id!r} is not the id of an adapter: write owner/name or owner/name@revision")
     folder = fetch(name.repo, (".gitattributes", config, *TOKENIZER_FILES))
     files = listing(name.repo, folder)
@@ -133,10 +158,10 @@ def download_adapter(repo_id: str, config: str, weights: Sequence[str]) -> Path:
 
 def _parse(text: str) -> Name | None:
     found = _ID.fullmatch(text)
-    if found is None or ".." in text or "--" in found[1] or found[1].endswith((".git", *_WEIGHTS)):
+    if found is None or ".." in text or "--" in found[1] or found[1].endswith((".git", *WEIGHTS)):
         return None
-    name, file, revision = found.groups()
-    return Name(Repo("model", text, name, revision, FORMS), file)
+    name, file, kind, revision = found.groups()
+    return Name(Repo("model", text, name, revision, FORMS), file, kind)
 
 
 def choose(name: Name, folder: Path, files: list[str]) -> _Choice:
@@ -153,6 +178,9 @@ def choose(name: Name, folder: Path, files: list[str]) -> _Choice:
             there = f"its GGUF files: {some(ggufs)}" if ggufs else "it has no GGUF files"
             raise ConfigError(f"{name.repo.name} has no {name.file}{nearest(name.file, ggufs)}; {there}")
         return _gguf(name, name.file, files)
+    firsts = sorted({_SPLIT.sub(r"\1-00001-of-\2.gguf", file) for file in ggufs})
+    if name.kind is not None:
+        return _gguf(name, _of_kind(name, firsts), files)
     settings = [file for file in _SETTINGS if file in files] + [file for file in files if _TEMPLATES.fullmatch(file)]
     if weights := _safetensors(name, folder, files):
         return _checked(name, folder, settings, weights)
@@ -163,7 +191,6 @@ def choose(name: Name, folder: Path, files: list[str]) -> _Choice:
             return _Choice((base + "params.json", *tokenizer, *weights), base)
     if weights := _indexed(_TORCH, name, folder, files) or _indexed(_FLAX, name, folder, files):
         return _checked(name, folder, settings, weights)
-    firsts = sorted({_SPLIT.sub(r"\1-00001-of-\2.gguf", file) for file in ggufs})
     if len(firsts) > 1:
         one = f"{name.repo.name}/{firsts[0]}" + (f"@{name.repo.revision}" if name.repo.revision else "")
         raise ConfigError(f"{name.repo.name} has {len(firsts)} GGUF models; name one, e.g. {one}, of: {some(firsts)}")
@@ -174,11 +201,23 @@ def choose(name: Name, folder: Path, files: list[str]) -> _Choice:
             f"{name.repo.name} is a LoRA adapter, not a model: give the model that it belongs to, and with it "
             f"--adapter {name.repo.text} (load(..., adapters=...))"
         )
-    others = [file for file in files if file.endswith(_WEIGHTS)] or files
+    others = [file for file in files if file.endswith(WEIGHTS)] or files
     raise ConfigError(
         f"{name.repo.name} has no supported weights: they are config.json with *.safetensors, params.json "
         f"with consolidated.*.pth, config.json with {_TORCH} or {_FLAX}, or *.gguf; it has "
         f"{some(others) or 'no files'}"
+    )
+
+
+def _of_kind(name: Name, ggufs: list[str]) -> str:
+    """The GGUF file whose name has the type of weights that was asked for. llama.cpp ignores case, too."""
+    found = [file for file in ggufs if name.kind and name.kind.lower() in re.split(r"[-./]", file.lower())]
+    if len(found) == 1:
+        return found[0]
+    number = len(found) or "no"
+    raise ConfigError(
+        f"{name.repo.name} has {number} GGUF files of type {name.kind}: name one, e.g. {name.repo.name}/FILE.gguf, of "
+        f"{some(found or ggufs) or 'none'}"
     )
 
 

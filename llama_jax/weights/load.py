@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax import remote_files
 from llama_jax.config import ModelConfig
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
-from llama_jax.parallel import Layout, shardings
+from llama_jax.parallel import Layout, processes, shardings
 from llama_jax.params import Params, logical_axes
 from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
@@ -52,27 +55,43 @@ def load_leaves(
     check(config, quantize)
     all_bits = bits_of(config, quantize)
 
-    def load(path: name_table.Path) -> jax.Array | QTensor:
+    in_rows = layout is not None and remote_files.in_parts()
+
+    def read(path: name_table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], name_table.get(axes, path)
         pieces, bits = entry.quantized, all_bits.get(path)
         leaf: jax.Array | QTensor
         if pieces is not None and (pieces.bits == bits or quantize is None):
-            leaf = QTensor(*(place(piece, names, piece.dtype, layout) for piece in (pieces.values, pieces.scales)))
+            parts = (pieces.values, pieces.scales)
+            leaf = QTensor(*(place(piece, names, piece.dtype, layout, in_rows=in_rows) for piece in parts))
         else:
-            array = place(entry, names, entry.dtype if dtype is None or bits else np.dtype(dtype), layout)
-            leaf = _quantized(array, bits, names, layout) if bits else array
+            wanted = entry.dtype if dtype is None or bits else np.dtype(dtype)
+            leaf = place(entry, names, wanted, layout, in_rows=in_rows)
+        return leaf if in_rows else finish(path, leaf)
+
+    def finish(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
+        names, bits = name_table.get(axes, path), all_bits.get(path)
+        if in_rows:
+            assert layout is not None
+            leaf = jax.tree.map(lambda array: _spread(array, layout.sharding(names, array.shape)), leaf)
+        if bits and not isinstance(leaf, QTensor):
+            leaf = _quantized(leaf, bits, names, layout)
         leaf = jax.block_until_ready(leaf)
-        bar.update(entry.nbytes)
+        bar.update(leaves[path].nbytes)
         return leaf
+
+    def result(path: name_table.Path, future: concurrent.futures.Future[jax.Array | QTensor]) -> jax.Array | QTensor:
+        leaf = future.result()
+        return finish(path, leaf) if in_rows else leaf  # collectives run in one order in all processes
 
     total = sum(entry.nbytes for entry in leaves.values())
     with (
         progress_bar(total, "loading") as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
-        futures = {path: pool.submit(load, path) for path in leaves}
+        futures = {path: pool.submit(read, path) for path in leaves}
         try:
-            return name_table.build(config, ((path, future.result()) for path, future in futures.items()))
+            return name_table.build(config, ((path, result(path, future)) for path, future in futures.items()))
         finally:  # after an error, the rest is not read
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -114,15 +133,38 @@ def _quantized(weight: jax.Array, bits: int, names: tuple[str | None, ...], layo
     return rounder(bits, shardings(layout, names, shapes))(weight)
 
 
-def place(entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None) -> jax.Array:
-    """Reads a tensor in the dtype `to` onto devices, sharded by its logical axes; no layout means the first device."""
+def place(
+    entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None, *, in_rows: bool = False
+) -> jax.Array:
+    """Reads a tensor in the dtype `to` onto devices, sharded by its logical axes; no layout means the first device.
+
+    With `in_rows`, each device has some of the rows instead, if their number allows it. A process then reads one range
+    of bytes of a file.
+    """
     if layout is None:
         sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    elif in_rows and len(entry.shape) > 1 and entry.shape[0] % layout.mesh.size == 0:
+        sharding = NamedSharding(layout.mesh, PartitionSpec(layout.mesh.axis_names))
     else:
         sharding = layout.sharding(names, entry.shape)
     bounds = functools.partial(_bounds, entry.shape)
     parts = _parts(entry, set(map(bounds, sharding.addressable_devices_indices_map(entry.shape).values())), to)
     return jax.make_array_from_callback(entry.shape, sharding, lambda index: parts[bounds(index)])
+
+
+def _spread(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array with another sharding. Every process must call it; none runs a program before all have compiled it."""
+    if array.sharding == sharding:
+        return array
+    move = _mover(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), sharding)
+    processes.meet("a weight is read")
+    return move(array)
+
+
+@functools.lru_cache(maxsize=64)
+def _mover(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """A compiled program that gives an array another sharding."""
+    return jax.jit(lambda x: x, out_shardings=sharding).lower(array).compile()
 
 
 def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ TOKEN = "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 COMMON = {".gitattributes": "*.gguf lfs", "README.md": "read me", "LICENSE": "a licence", "USE_POLICY.md": "a policy"}
 
 
-REPOS: dict[str, dict[str, str]] = {}  # models: the text of each file by repo and name; filled by weights/test_hub.py
+REPOS: dict[str, dict[str, str | bytes]] = {}  # models: each file by repo and name; filled by weights/test_hub.py
 DATASETS: dict[str, dict[str, str]] = {}  # datasets; filled by data/test_datasets.py
 
 
@@ -69,8 +70,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name = "/".join(rest[2:])
         if name in Hub.broken:
             return self.answer(403)
-        data = files[name].encode()
+        data = files[name] if isinstance(files[name], bytes) else files[name].encode()
         etag = hashlib.sha1(f"{repo}/{name}".encode()).hexdigest()
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(206, data[int(asked[1]) : int(asked[2]) + 1])
         self.answer(200, data, X_Repo_Commit=commit, ETag=f'"{etag}"', Accept_Ranges="bytes")
 
     do_HEAD = do_GET

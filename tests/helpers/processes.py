@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,3 +111,49 @@ def kill_and_compare(tmp_path, compiled, *, devices, kills, arguments=(), data=N
     assert [line["step"] for line in found if "loss" in line] == list(range(1, 41))
     assert found == expected
     return last
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Processes:
+    """train.py in `count` processes that share eight devices, or `devices`."""
+
+    def __init__(self, folder, compiled, count, *arguments, only=None, devices=8):
+        config = write_config(folder, SETTINGS)
+        self.run = folder / "run"
+        self.logs = [folder / f"log{count}_{i}.txt" for i in range(count)]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices // count),
+        }
+        caches = compiled if isinstance(compiled, list) else [compiled] * count
+        address = f"127.0.0.1:{free_port()}"
+        self.processes = []
+        for i in range(count) if only is None else only:
+            command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", *arguments]
+            if count > 1:
+                connection = {"coordinator": address, "num_processes": count, "process_id": i}
+                command += [f"--config.distributed.{k}={v}" for k, v in connection.items()]
+            with self.logs[i].open("w") as out:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment | {"LLAMA_JAX_CACHE": str(caches[i])},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def wait(self, *, code=0):
+        try:
+            codes = [process.wait(180) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        assert codes == [code] * len(codes), "\n".join(log.read_text()[-1500:] for log in self.logs)
+        return self

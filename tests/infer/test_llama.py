@@ -203,7 +203,8 @@ def test_a_mesh_of_axis_sizes_makes_the_same_tokens():
         (lambda m: m.generate("a", stop=""), "a stop string is empty"),
         (lambda m: m.generate("a", stop=[1]), "stop must be a text or a list of texts"),
         (lambda m: m.generate("a", ignore_eos=True, stop_tokens=[3]), "give ignore_eos or stop_tokens"),
-        (lambda m: m.generate("a", stop_tokens=range(65)), "65 stop tokens are too many: at most 64"),
+        (lambda m: m.generate("a", stop_tokens=range(65)), "the option stop_tokens names 65 stop tokens"),
+        (lambda m: m.generate([{"role": "user", "content": "Hi"}]), "chat.. takes the messages of a dialog"),
         (lambda m: m.generate("a", top_logprobs=-1), "top_logprobs must be a whole number from 0 to 512"),
         (lambda m: m.generate("a", banned_tokens=[512]), "the sampling settings name token 512"),
         (lambda m: m.generate("a", regex="a", choices=["b"]), "give one of .*, got regex and choices"),
@@ -223,6 +224,21 @@ def test_a_mesh_of_axis_sizes_makes_the_same_tokens():
 def test_what_cannot_work_is_refused_with_the_mend(call, message):
     with pytest.raises(ValueError, match=message):
         call(llama())
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (lambda m: m.save_pretrained("x"), r"Llama has no attribute 'save_pretrained'; here it is save\(path\)"),
+        (lambda m: m.genrate("x"), "Llama has no attribute 'genrate'; did you mean 'generate'?"),
+        (lambda m: m.config.hidden_size, "ModelConfig has no attribute 'hidden_size'; here it is embed_dim"),
+        (lambda m: byte_tokenizer().eos_token_id, "Tokenizer has no attribute 'eos_token_id'; here it is eos_id"),
+    ],
+    ids=["save", "near", "config", "tokenizer"],
+)
+def test_an_attribute_of_another_library_is_answered_with_the_one_here(read, words):
+    with pytest.raises(AttributeError, match=words):
+        read(llama())
 
 
 def test_a_prompt_that_fills_the_model_is_refused_with_the_mend():

@@ -103,6 +103,16 @@ def test_gradients_are_those_of_xla(kind):
         assert gap(mapped, np.asarray(x, np.float64) @ numbers.T) < 1e-5
 
 
+def test_rows_of_a_table_are_read_in_place_and_ids_outside_give_nan():
+    table = inputs(9, 40, "bfloat16")
+    ids = jnp.array([[8, 0, -1], [3, 9, 3]])
+    embed = jax.jit(lambda table, ids: linear.embed(table, ids, jnp.bfloat16))
+    found = np.asarray(embed(table, ids), np.float32)
+    inside = np.asarray((ids >= 0) & (ids < 9))
+    np.testing.assert_array_equal(found[inside], np.asarray(table, np.float32)[np.asarray(ids)[inside]])
+    assert np.isnan(found[~inside]).all() and "llama_rows" in embed.lower(table, ids).as_text()
+
+
 def softmax_attention(q, k, v, lengths):
     B, N, H = q.shape
     K = k.shape[1]

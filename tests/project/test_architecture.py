@@ -26,6 +26,8 @@ FLOORS = {
     "llama_jax.manifest": 0,
     "llama_jax.progress": 0,
     "llama_jax.storage": 0,
+    "llama_jax.stored_run": 0,
+    "llama_jax.remote_files": 0,
     "llama_jax.sampling_params": 0,
     "llama_jax.config": 0,
     "llama_jax.run_keys": 0,

@@ -197,7 +197,7 @@ def test_pefts_names_of_targets_are_ours():
     [
         ({"lora__targets": ("q", "q_proj")}, "names a matrix twice"),
         ({"lora__targets": ("score",)}, "lora.targets must be one of 'q'"),
-        ({"lora__trained_tokens": (3, 3)}, "lora.trained_tokens must be at most 1,024 ids, each of them once"),
+        ({"lora__trained_tokens": (3, 3)}, "lora.trained_tokens names id 3 twice: name each id once"),
         ({"lora__trained_tokens": (-1,)}, "lora.trained_tokens must be at least 0"),
         ({"lora__trained_tokens": (1 << 20,)}, "lora.trained_tokens has id 1048576, but the model has"),
         ({"lora__trained_tokens": (3,), "lora__targets": ("embed",)}, "train the same matrices: leave one of them out"),

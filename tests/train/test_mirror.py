@@ -8,10 +8,9 @@ import pytest
 
 from helpers.errors import refusal
 from helpers.runs import metrics_of, text_run
-from llama_jax import load, manifest, storage
+from llama_jax import load, manifest, storage, stored_run
 from llama_jax.checkpoint import SaveError
 from llama_jax.errors import ConfigError
-from llama_jax.train import setup
 from llama_jax.train.run import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -105,7 +104,61 @@ def test_a_run_that_was_deleted_in_the_store_starts_anew(tmp_path, machine):
     assert f"checkpoints/2/{manifest.FILE}" in stored()
 
 
-def test_several_processes_need_a_folder_that_they_share(tmp_path, machine, monkeypatch):
-    monkeypatch.setattr(setup.jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="which several processes do not share: mount the bucket"):
-        setup.check_paths(text_run(tmp_path, **SETTINGS))
+def test_remains_of_an_interrupted_copy_are_no_part_of_a_step(tmp_path, machine):
+    """Two copies of a step have files of different names; the manifest is that of the second one."""
+    train(text_run(tmp_path, **SETTINGS, train__steps=2))
+    storage.Store(URL).write("checkpoints/2/params/d/0123456789abcdef", b"of the first copy")
+    machine("two")
+    result = train(text_run(tmp_path, **SETTINGS, train__steps=4))
+    assert list(result.losses) == [1, 2, 3, 4]
+    storage.Store(URL).write("checkpoints/4/params/d/0123456789abcdef", b"of the first copy")
+    machine("three")
+    model = load(URL)
+    assert np.isfinite(model.logits([[1, 2]])).all()
+    files = [path.relative_to(tmp_path / "three") for path in (tmp_path / "three").rglob("*")]
+    assert any("params" in path.parts for path in files) and not any("rest" in path.parts for path in files)
+
+
+def test_a_damaged_step_in_a_store_is_named_with_what_to_do(tmp_path, machine):
+    train(text_run(tmp_path, **SETTINGS | {"checkpoint__keep": 2}, train__steps=4))
+    store = storage.Store(URL)
+    name = next(name for name in store.files() if name.startswith("checkpoints/4/rest/d/"))
+    data = bytearray(store.read(name))
+    data[len(data) // 2] ^= 4
+    store.write(name, bytes(data))
+    machine("two")
+    with pytest.raises(ConfigError) as caught:
+        train(text_run(tmp_path, **SETTINGS))
+    assert "checkpoints/4 is damaged: rest/d/" in refusal(caught) and "was changed after" in refusal(caught)
+    assert refusal(caught).endswith(f"Delete {URL}/checkpoints/4/manifest.json to continue from an older step")
+    store.delete(f"checkpoints/4/{manifest.FILE}")
+    assert train(text_run(tmp_path, **SETTINGS)).step == 8
+
+
+def test_another_machine_deletes_no_step_that_is_to_be_kept(tmp_path, machine, monkeypatch):
+    settings = SETTINGS | {"checkpoint__keep": 1, "checkpoint__keep_best": 1, "log__eval_every": 2}
+    settings |= {"data__validation": (str(tmp_path / "text.txt"),), "optimizer__learning_rate": 1e-3}
+    train(text_run(tmp_path, **settings, train__steps=4))
+    commit = f"checkpoints/4/{manifest.FILE}"
+    store = storage.Store(URL)
+    best = manifest.Manifest(4, 1e-9, manifest.parse(store.read(commit)).files)  # no later loss is lower
+    store.write(commit, manifest.dumps(best))
+    machine("two")
+    train(text_run(tmp_path, **settings))
+    assert stored_run.steps(stored()) == {4, 8}
+
+
+def test_a_store_that_cuts_a_file_short_gets_no_manifest(tmp_path, machine, monkeypatch):
+    """A step with a manifest is complete, whatever the store did with its files."""
+    plain = storage.Store.put
+
+    def put(self, path, name):
+        plain(self, path, name)
+        if "/params/" in name:
+            self.write(name, path.read_bytes()[:-1])
+
+    monkeypatch.setattr(storage.Store, "put", put)
+    with pytest.raises(SaveError, match="bytes of params/.* of step 2 after .* bytes were copied"):
+        train(text_run(tmp_path, **SETTINGS, train__steps=2))
+    assert not stored_run.steps(stored())
+    monkeypatch.undo()

@@ -3,71 +3,26 @@
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from helpers import sound
 from helpers.paths import ROOT
-from helpers.processes import SETTINGS
-from helpers.runs import metrics_of, write_config
-from llama_jax.checkpoint import Checkpoints
+from helpers.processes import Processes, free_port
+from helpers.runs import metrics_of
+from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.errors import TRY_AGAIN
+from llama_jax.parallel import processes
 from llama_jax.weights import export
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
 
 ROUNDING = 2e-5
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-class Processes:
-    """train.py in `count` processes that share eight devices, or `devices`."""
-
-    def __init__(self, folder, compiled, count, *arguments, only=None, devices=8):
-        config = write_config(folder, SETTINGS)
-        self.run = folder / "run"
-        self.logs = [folder / f"log{count}_{i}.txt" for i in range(count)]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices // count),
-        }
-        caches = compiled if isinstance(compiled, list) else [compiled] * count
-        address = f"127.0.0.1:{free_port()}"
-        self.processes = []
-        for i in range(count) if only is None else only:
-            command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", *arguments]
-            if count > 1:
-                connection = {"coordinator": address, "num_processes": count, "process_id": i}
-                command += [f"--config.distributed.{k}={v}" for k, v in connection.items()]
-            with self.logs[i].open("w") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=ROOT,
-                        env=environment | {"LLAMA_JAX_CACHE": str(caches[i])},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def wait(self, *, code=0):
-        try:
-            codes = [process.wait(180) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        assert codes == [code] * len(codes), "\n".join(log.read_text()[-1500:] for log in self.logs)
-        return self
 
 
 def compare(tmp_path, compiled, *arguments, steps=6):
@@ -135,7 +90,7 @@ def test_each_process_reads_only_its_part_and_the_first_saves_the_whole(tmp_path
     source = export.save(tmp_path / "in", config, sound.random_leaves(config), metadata, format="hf", dtype="float32")
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
-    processes = [
+    started = [
         subprocess.Popen(
             [sys.executable, "-c", LOAD_AND_SAVE, address, str(i), str(source), str(tmp_path)],
             env=environment,
@@ -144,8 +99,8 @@ def test_each_process_reads_only_its_part_and_the_first_saves_the_whole(tmp_path
         )
         for i in range(2)
     ]
-    read = [int(process.communicate(timeout=120)[0].split()[0]) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    read = [int(process.communicate(timeout=120)[0].split()[0]) for process in started]
+    assert [process.returncode for process in started] == [0, 0]
     matrices = sum(entry.nbytes for entry in open_source(source).leaves.values() if len(entry.shape) == 2)
     norms = sum(entry.nbytes for entry in open_source(source).leaves.values()) - matrices
     assert read == [matrices // 2 + norms] * 2  # the devices of a process hold the same norms
@@ -243,6 +198,15 @@ def test_when_a_process_is_killed_half_the_devices_go_on_with_the_same_batches(t
     for name in ("tokens", "learning_rate"):
         assert [line[name] for line in broken] == [line[name] for line in whole]
     np.testing.assert_allclose([line["loss"] for line in broken], [line["loss"] for line in whole], rtol=ROUNDING)
+
+
+def test_a_checkpoint_that_fails_for_a_lost_process_is_reported_as_its_loss():
+    lost = jax.errors.JaxRuntimeError("INTERNAL: Barrier failed because: UNAVAILABLE: Task 1 heartbeat timeout")
+    for cause, expected in ((lost, True), (OSError("No space left on device"), False)):
+        error = SaveError("the checkpoint of step 4 could not be saved")
+        error.__cause__ = cause
+        assert processes.is_loss(error) is expected
+    assert processes.is_loss(lost) and not processes.is_loss(ValueError("a shape"))
 
 
 def test_a_process_that_waits_too_long_for_the_others_says_so(tmp_path, compiled):

@@ -87,10 +87,10 @@ def test_failed_reads_that_orbax_leaves_behind_print_nothing(tmp_path, monkeypat
     """When a step is deleted while its arrays are read, Python prints the errors of coroutines that it collects."""
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.object.__name__))
-    checkpoint._silence_tracebacks.cache_clear()
+    checkpoint._silence_libraries.cache_clear()
     save(tmp_path, 2)
     Checkpoints(tmp_path, create=False).restore(2, **abstract(2))
-    checkpoint._silence_tracebacks.cache_clear()
+    checkpoint._silence_libraries.cache_clear()
     for name, file in (("theirs", "site-packages/orbax/reads.py"), ("ours", "llama_jax/other.py")):
         found = {}
         exec(compile(f"async def {name}(): pass", file, "exec"), found)

@@ -20,6 +20,7 @@ from llama_jax.params import init_params
 from llama_jax.run_config import RunConfig, default_dict
 from llama_jax.train import setup
 from llama_jax.train.folder import Trend
+from llama_jax.train.loop import Loop
 from llama_jax.train.program import Program
 from llama_jax.train.run import train
 
@@ -302,3 +303,47 @@ def test_an_adapter_of_an_earlier_step_is_written_again(tmp_path, base):
         train(run)
         assert {path.name: path.read_bytes() for path in adapter.iterdir()} == whole, change
     assert manifest.read(adapter).step == 2
+
+
+def test_the_adapter_is_that_of_each_checkpoint_while_the_run_goes_on(tmp_path, base):
+    """Readers in between find an adapter of the step that its manifest names."""
+    run = unnamed(dialog_run(tmp_path, "run", init_from=str(base), train__steps=4, lora__rank=4, checkpoint__every=2))
+    found = {}
+
+    def read(step, metrics):
+        if (tmp_path / "run" / "adapter").is_dir():
+            found[step] = manifest.check_present(tmp_path / "run" / "adapter").step
+            return False
+        return step > 3
+
+    train(run, on_metrics=read)
+    assert found == {3: 2, 4: 2}
+    assert manifest.check_present(tmp_path / "run" / "adapter").step == 4
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_fetched(tmp_path, monkeypatch):
+    """The host waits for the device only in device_get, which the transfer guard leaves as the one way."""
+    events = []
+    plain_get, plain_step = jax.device_get, Loop._do_step
+
+    def get(tree):
+        if isinstance(tree, dict) and "skipped" in tree:
+            events.append("fetch")
+        else:
+            events.append("other fetch")
+        return plain_get(tree)
+
+    def do_step(self, batch):
+        report = plain_step(self, batch)
+        events.append("dispatch")
+        return report
+
+    monkeypatch.setattr(jax, "device_get", get)
+    monkeypatch.setattr(Loop, "_do_step", do_step)
+    train(text_run(tmp_path, train__steps=6, checkpoint__every=100, log__eval_every=0))
+    assert events == [
+        "dispatch",
+        *["dispatch", "fetch"] * 5,
+        "fetch",
+        "other fetch",
+    ]  # the last: are all weights finite

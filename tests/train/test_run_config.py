@@ -124,6 +124,13 @@ def test_an_unknown_key_is_named_with_the_nearest(key, mend):
     assert mend in message
 
 
+def test_an_unknown_key_is_named_before_anything_else_is_missing():
+    """A dict of another trainer's keys names no model."""
+    for values, near in (({"learning_rate": 1.0}, "optimizer.learning_rate"), ({"data": {"seq_len": 8}}, "data.seq")):
+        with pytest.raises(ConfigError, match=f"unknown key .* did you mean '{near}"):
+            RunConfig.from_dict(values)
+
+
 @pytest.mark.parametrize("key", ["num_layer", "vocab", "rope_scaling__factr"])
 def test_an_unknown_key_of_the_model_is_named_with_the_nearest(key):
     message = refusal(**{f"model__{key}": 1})

@@ -113,6 +113,12 @@ def test_only_the_needed_files_are_fetched_and_the_cache_then_serves_without_a_n
     assert not Hub.seen
 
 
+def test_a_gguf_file_is_named_by_its_type_as_in_llama_cpp(tmp_path, endpoint):
+    one, split, none = download(tmp_path, endpoint, "someone/ggufs:q4_0", "someone/ggufs:Q8_0@v1", "someone/ggufs:Q2_K")
+    assert one.endswith("/m-Q4_0.gguf") and split.endswith("q8/m-Q8_0-00001-of-00002.gguf")
+    assert none.startswith("refused: someone/ggufs has no GGUF files of type Q2_K: name one") and "m-Q4_0.gguf" in none
+
+
 def test_an_adapter_is_fetched_by_its_id(tmp_path, endpoint):
     wanted = "'adapter_config.json', ('adapter_model.safetensors', 'adapter_model.bin')"
     script = DOWNLOAD.replace("hub_models.download(name)", f"hub_models.download_adapter(name, {wanted})")

@@ -17,9 +17,9 @@ import jax
 from llama_jax import parallel
 from llama_jax.ops.cpu import build, calls
 from llama_jax.ops.cpu.build import ENV, Unavailable
-from llama_jax.ops.cpu.calls import attend, attend_many, linears
+from llama_jax.ops.cpu.calls import attend, attend_many, linears, rows
 
-__all__ = ["ENV", "attend", "attend_many", "calls", "linears", "multiplies", "ready"]
+__all__ = ["ENV", "attend", "attend_many", "calls", "linears", "multiplies", "ready", "rows"]
 
 _FEW_ROWS = 16
 _log = logging.getLogger(__name__)

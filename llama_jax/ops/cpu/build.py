@@ -27,7 +27,7 @@ from llama_jax.files import expanded
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
 ENV = "LLAMA_JAX_CPU_KERNELS"
-TARGETS = ("llama_linear", "llama_attention", "llama_attention_many")
+TARGETS = ("llama_linear", "llama_attention", "llama_attention_many", "llama_rows")
 _COMPILERS = ("g++", "clang++", "c++")
 _SECONDS = 300
 

@@ -1,6 +1,7 @@
 """The calls of the CPU kernels, once they are registered (see kernels.cc). No call has a gradient.
 
-Letters: B rows, T queries, D inputs, O outputs, N query heads, K key/value heads, S cache slots, H head dim.
+Letters: B rows, T queries, V rows of a table, D inputs, O outputs, N query heads, K key/value heads, S cache slots, H
+head dim.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ def linears(
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
     products = list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
     return products if plus is None else [plus + products[0]]
+
+
+def rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows of a bfloat16 table for ids (...), as (..., D). Ids outside 0..V-1 give NaN."""
+    result = jax.ShapeDtypeStruct((*ids.shape, table_VD.shape[1]), table_VD.dtype)
+    return jax.ffi.ffi_call("llama_rows", result, vmap_method="sequential")(table_VD, ids.astype(jnp.int32))
 
 
 def attend(

@@ -34,6 +34,9 @@ def against_xla() -> None:
                 expected = jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
                 _compare(result, expected, _FLOAT, f"linear, {rows} rows, {kind}, {dtype.__name__}")
     _check_attention(normal)
+    table, ids = normal(9, 40).astype(jnp.bfloat16), jnp.array([[8, 0], [3, 3]])
+    if not jnp.array_equal(jax.jit(calls.rows)(table, ids), table[ids]):
+        raise RuntimeError("rows: the kernel differs from XLA")
 
 
 def _check_attention(normal: Callable[..., jax.Array]) -> None:

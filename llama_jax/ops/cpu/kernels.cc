@@ -4,6 +4,7 @@
 // SwiGLU's silu(x) * up. x, up and y are float32 or bfloat16.
 // llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row, for one query a row.
 // llama_attention_many: the same for many queries, each with a range of keys (attention.h).
+// llama_rows: rows of a table of bfloat16.
 //
 // Up to FEW rows are multiplied with weights as they are read. For more rows the weights are packed first (tiles.h).
 // A result does not depend on how many threads run, and within each of the two kinds not on the number of rows.
@@ -392,7 +393,17 @@ static ffi::Error AttentionMany(ffi::ThreadPool pool, ffi::RemainingArgs args, f
   });
   return ffi::Error::Success();
 }
+// The rows of a table (V, D) of bfloat16 for int32 ids. Ids outside of the table give NaN.
+static ffi::Error Rows(Buffer table, Buffer ids, ffi::Result<Buffer> result) {
+  const int64_t V = table.dimensions()[0], D = table.dimensions()[1], count = (int64_t)ids.element_count();
+  const int32_t* id = (const int32_t*)ids.untyped_data(); const uint16_t* from = (const uint16_t*)table.untyped_data();
+  uint16_t* to = (uint16_t*)result->untyped_data();
+  for (int64_t i = 0; i < count; i++, to += D)
+    if (id[i] >= 0 && id[i] < V) memcpy(to, from + id[i] * D, D * 2); else std::fill(to, to + D, (uint16_t)0x7fc0);
+  return ffi::Error::Success();
+}
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_rows, Rows, ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());

@@ -85,7 +85,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     try:
         return _tensors(file)
     except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from None
+        remedy = "; take another copy of the file" if "damaged" in str(error) else ""
+        raise ValueError(f"{file.path}: {error}{remedy}") from None
 
 
 def save_file(
