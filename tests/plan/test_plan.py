@@ -210,7 +210,8 @@ def test_state_is_exact_and_each_axis_of_the_mesh_splits_it():
     one = memory.training(run, {}, dtype=dtype, flash=True)
     assert one.weights == 4 * run.model.num_params
     assert one.moments == 2 * one.weights + 8  # two counters
-    for sizes in ({"fsdp": 8}, {"tensor": 8}, {"stage": 8}, {"fsdp": 2, "stage": 2, "tensor": 2}):
+    mixed = {"fsdp": 2, "stage": 2, "tensor": 2}
+    for sizes in ({"fsdp": 8}, {"tensor": 8}, {"stage": 8}, {"fsdp": 2, "context": 4}, mixed):
         parts = memory.training(run, sizes, dtype=dtype, flash=True)
         assert parts.weights == pytest.approx(one.weights / 8, rel=0.002), sizes  # norms are copied
     int8 = memory.training(run_8b(optimizer__moments="int8"), {}, dtype=dtype, flash=True)
