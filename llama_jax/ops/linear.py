@@ -219,6 +219,10 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _quantized(x: jax.Array, w: QTensor) -> jax.Array:
     layout = parallel.active()
+    if layout is not None and layout.rules == "infer" and parallel.device_platform() == "tpu":
+        # Without it, XLA expands the scales of many layers before their inputs are there
+        # (docs/measurements/tpu-compiler.md#quantized-decoding).
+        x, w = lax.optimization_barrier((x, w))
     if layout is not None and layout.mesh.size > 1:  # a loop over rows would need them on one device
         return _dequantized_product(x, w)
     return lax.platform_dependent(x, w, cpu=_dequantized_by_blocks, default=_dequantized_product)
