@@ -171,7 +171,7 @@ def test_a_lost_process_ends_the_others_in_one_line(tmp_path, compiled, lost):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_when_a_process_is_killed_half_the_devices_go_on_with_the_same_batches(tmp_path, compiled, lost):
+def test_when_a_process_is_lost_half_the_devices_go_on_with_the_same_batches(tmp_path, compiled, lost):
     """The run that goes on has the losses of one that was never killed, step by step. No two of its rows are alike."""
     shared = ["--config.log.eval_every=0", "--config.checkpoint.every=4", f"--config.data.cache_dir={tmp_path / 'c'}"]
     shared += [f"--config.data.{part}={tmp_path / 'text.txt'}" for part in ("train", "validation")]
