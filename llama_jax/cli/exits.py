@@ -228,7 +228,7 @@ def _usable_streams() -> None:
         else:
             stream.reconfigure(errors="replace")
             if name == "stdout":
-                sys.stdout = sys.__stdout__ = _named(stream)
+                sys.stdout = sys.__stdout__ = _named(stream)  # type: ignore[misc]
 
 
 def _named(stream: Any) -> Any:

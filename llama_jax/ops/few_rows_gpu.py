@@ -264,7 +264,7 @@ def _quantized_kernel(
             factor = lax.rsqrt(sum(jnp.sum(part * part) for part in parts) / (tile.G * GROUP) + eps)
             inputs[r] = [part * factor * s for part, s in zip(parts, scale, strict=True)]
     # Unpacked 4-bit values are too large by 136, which is subtracted once for all values of a group.
-    excess = [136.0 * sum(jnp.sum(part, axis=1) for part in parts) if tile.bits == 4 else None for parts in inputs]
+    excess = [136.0 * (jnp.sum(a, axis=1) + jnp.sum(b, axis=1)) if tile.bits == 4 else None for a, b in inputs]
     for w in work:
         if w is not work[0]:
             loaded = _loaded(w, jnp.int32(0), tile)
@@ -274,7 +274,8 @@ def _quantized_kernel(
             packed, scales = loaded
             for r, (first, second) in enumerate(inputs):
                 total = jnp.sum(_pair_products(packed, first, second), axis=2)
-                total = total if excess[r] is None else total - excess[r][None, :]
+                more = excess[r]
+                total = total if more is None else total - more[None, :]
                 total = jnp.sum(total * scales.astype(jnp.float32), axis=1)
                 _finish(total, w.out, plus_ref, r, pl.ds((w.first + i * tile.programs) * tile.outputs, tile.outputs))
             return following

@@ -5,6 +5,8 @@ Letters: B batch, T queries, N query heads, K key/value heads, S cache slots, H 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -35,22 +37,32 @@ def attend(call: Call) -> jax.Array:
 def _over_cache(call: Call) -> jax.Array:
     B, T, _, H = call.q_BTNH.shape
     assert call.window is not None
-    keys, scales = [call.k, call.v], None
-    if isinstance(call.k, QCache) and isinstance(call.v, QCache):
-        keys, scales = [call.k.values_BKSH, call.v.values_BKSH], (call.k.scales_BKS, call.v.scales_BKS)
+    k, v, scales = call.k, call.v, None
+    if isinstance(k, QCache) and isinstance(v, QCache):
+        scales = k.scales_BKS, v.scales_BKS
+        k, v = k.values_BKSH, v.values_BKSH
+    assert not isinstance(k, QCache) and not isinstance(v, QCache)
     # Padding has a slot beyond the cache, and no keys.
     ends_BT = jnp.where(call.window.slots_BT < call.k.shape[2], call.positions_BT + 1, 0)
     if T == 1 and H % _HEAD == 0:
-        return cpu.attend(call.q_BTNH[:, 0], *keys, ends_BT[:, 0], scales)[:, None]
-    return cpu.attend_many(call.q_BTNH, *keys, jnp.zeros((B, T), jnp.int32), ends_BT, scales)
+        return cpu.attend(call.q_BTNH[:, 0], k, v, ends_BT[:, 0], scales)[:, None]
+    return cpu.attend_many(call.q_BTNH, k, v, jnp.zeros((B, T), jnp.int32), ends_BT, scales)
 
 
-def _call(q, k, v, positions_BT, segments_BT=None):
+def _call(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> Call:
     return Call(q, k, v, positions_BT, segments_BT)
 
 
 @jax.custom_vjp
-def _whole_rows(q_BTNH, k_BKSH, v_BKSH, positions_BT, segments_BT=None):
+def _whole_rows(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
     """Attention of whole rows. A query's keys are those from the first of its document to its own."""
     B, T = positions_BT.shape
     at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -61,7 +73,7 @@ def _whole_rows(q_BTNH, k_BKSH, v_BKSH, positions_BT, segments_BT=None):
     return cpu.attend_many(q_BTNH, k_BKSH, v_BKSH, starts_BT, at_BT + 1)
 
 
-def _whole_rows_forward(*arrays):  # kernels have no gradient
+def _whole_rows_forward(*arrays: Any) -> Any:  # kernels have no gradient
     return jax.vjp(lambda *arrays: xla.attend(_call(*arrays)), *arrays)
 
 

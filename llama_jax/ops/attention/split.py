@@ -115,9 +115,9 @@ def _part_kernel(q_ref: Any, length_ref: Any, *refs: Any, scale: float, parts: i
     cache, (out_ref, largest_ref, total_ref) = refs[:-3], refs[-3:]
     (G, H), length = q_ref.shape, length_ref[0]
     # A product has at least 16 rows. Those beyond the heads of the group are zeros, and are not stored.
-    every = pl.ds(0, max(_ROWS, pl.next_power_of_2(G)))
-    ours = jnp.arange(every.size) < G
-    of_head = jnp.broadcast_to(ours[:, None], (every.size, H))
+    rows = max(_ROWS, pl.next_power_of_2(G))
+    every, ours = pl.ds(0, rows), jnp.arange(rows) < G
+    of_head = jnp.broadcast_to(ours[:, None], (rows, H))
     q = plgpu.load(q_ref.at[every, :], mask=of_head, other=0)
     blocks = lax.div(length + (_STEP - 1), jnp.int32(_STEP))
     each = lax.div(blocks + (parts - 1), jnp.int32(parts))
