@@ -220,7 +220,7 @@ def main():
         if rounds % 10 == 9:
             crowd.scheduler.forget()
         rounds += 1
-        marks.append((time.monotonic() - start, resident(), arrays()))
+        marks.append((time.monotonic() - start, resident(), arrays(), crowd.scheduler._engine.compilations))
     assert rounds > 3, f"{rounds} rounds say nothing about memory: compiling took the time, so run it again"
     half = [mark for mark in marks if mark[0] > 30 * options.minutes]
     growth = half[-1][1] - half[0][1]
@@ -234,7 +234,7 @@ def main():
                 "resident_mb": [round(mark[1] / 1e6) for mark in (marks[0], half[0], half[-1])],
                 "array_mb": [round(mark[2] / 1e6, 1) for mark in (marks[0], half[0], half[-1])],
                 "growth_mb": round(growth / 1e6, 1),
-                "programs": crowd.scheduler._engine.compilations,
+                "programs": [mark[3] for mark in (marks[0], half[0], half[-1])],
             }
         )
     )
