@@ -288,9 +288,7 @@ def random_weights(shape: Any, bits: int) -> Any:
         return quant.quantize(weight.astype(jnp.float32), bits) if rounded else weight
 
     leaves, tree = jax.tree.flatten(abstract_params(shape, stacked=False, dtype=jnp.bfloat16))
-    drawn = [
-        draw(leaf.shape, bool(bits) and len(leaf.shape) == 2, jnp.int32(i)) for i, leaf in enumerate(leaves)
-    ]
+    drawn = [draw(leaf.shape, bool(bits) and len(leaf.shape) == 2, jnp.int32(i)) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, drawn)
 
 
