@@ -14,7 +14,9 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -292,6 +294,63 @@ def random_weights(shape: Any, bits: int) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
+def products(size: Size) -> Iterator[Item]:
+    """Products of few rows with the weights of a layer, several copies in turn so that none is in a cache.
+
+    Each has its time, that of XLA, and its error next to float32, relative to the norm of the result.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from llama_jax.ops import linear, quant
+
+    shape = model_shape(size, 1)
+    D, F, heads = shape.embed_dim, shape.ffn_dim, shape.num_heads * shape.head_dim
+    pairs = shape.num_kv_heads * shape.head_dim
+    shapes = {
+        "q, k, v": [(heads, D), (pairs, D), (pairs, D)],
+        "o": [(D, heads)],
+        "gate, up": 2 * [(F, D)],
+        "down": [(D, F)],
+    }
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def draw(shape: tuple[int, ...], bits: int, seed: jax.Array) -> Any:
+        weight = 0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        return quant.quantize(weight.astype(jnp.float32), bits) if bits < 16 else weight
+
+    def by_xla(x: jax.Array, w: Any) -> jax.Array:
+        whole = quant.dequantize(w, x.dtype) if isinstance(w, quant.QTensor) else w
+        return jax.lax.dot_general(x, whole, (((1,), (1,)), ((), ())), "highest", preferred_element_type=x.dtype)
+
+    for (name, each), bits in itertools.product(shapes.items(), (16, 8, 4)):
+        total = sum(math.prod(one) for one in each) * bits // 8
+        copies = max(1, min(32, size.copied // 8 // total))
+        weights = [[draw(one, bits, jnp.int32(7 * i + j)) for j, one in enumerate(each)] for i in range(copies)]
+        for rows in size.batches:
+            x = jax.random.normal(jax.random.key(rows), (rows, each[0][1]), jnp.bfloat16)
+            ours = jax.jit(lambda x, all_: [linear.linears(x, [(w, None) for w in ws]) for ws in all_])
+            plain = jax.jit(lambda x, all_: [[by_xla(x, w) for w in ws] for ws in all_])
+            exact = by_xla(x.astype(jnp.float32), _in_float32(weights[0][0]))
+            gap = ours(x, weights)[0][0].astype(jnp.float32) - exact
+            item = {
+                "name": f"{name}, {bits} bits, {rows} rows",
+                "error": float(jnp.linalg.norm(gap) / jnp.linalg.norm(exact)),
+            }
+            item["seconds"] = seconds(functools.partial(ours, x, weights), size.repeats, calls=10) / copies
+            item["seconds_of_xla"] = seconds(functools.partial(plain, x, weights), size.repeats, calls=10) / copies
+            yield item | {"bytes": sum(a.nbytes for a in jax.tree.leaves(weights[0]))}
+
+
+def _in_float32(weight: Any) -> Any:
+    """A weight of any kind as a float32 array."""
+    import jax.numpy as jnp
+
+    from llama_jax.ops import quant
+
+    return quant.dequantize(weight, jnp.float32) if isinstance(weight, quant.QTensor) else weight.astype(jnp.float32)
+
+
 def decoding(size: Size) -> Iterator[Item]:
     """Steps of greedy decoding with `live` live slots a row: bfloat16, int8 and int4 weights at each batch size."""
     import jax
@@ -432,6 +491,7 @@ SECTIONS: dict[str, Callable[[Size], Iterator[Item]]] = {
     "LoRA": functools.partial(training, lora=True),
     "prefill": prefill,
     "peers": peers,
+    "products": products,
 }
 
 

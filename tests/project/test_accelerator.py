@@ -21,11 +21,13 @@ def test_all_of_it_runs_in_small(tmp_path):
     done = run("--small", "--seconds", "800", "--out", out)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
-    assert list(found) == ["peaks", "attention", "decoding", "all weights", "LoRA", "prefill", "peers"]
+    assert list(found) == ["peaks", "attention", "decoding", "all weights", "LoRA", "prefill", "peers", "products"]
     assert all(items for items in found.values())
     assert {"xla", "splash", "flash", "split", "ragged"} <= {item["backend"] for item in found["attention"]}
     for item in found["attention"]:
         assert max(item["errors"]) < 2e-2, item  # bfloat16 has 8 bits: 4e-3 a rounding
+    for item in found["products"]:
+        assert item["error"] < 4e-3, item
     for item in found["decoding"]:
         assert item["of_bandwidth"] == pytest.approx(item["bytes"] / item["seconds"] / rate(found), rel=1e-6)
     for item in (*found["all weights"], *found["LoRA"], *found["prefill"]):
