@@ -65,7 +65,9 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except Stopped as stop:
         return _stopped(stop.number)
     except SystemExit as end:  # of argparse, after --help and --version
-        return _flushed(int(end.code or 0))
+        if isinstance(end.code, str):  # of a library: what it says, as Python itself would print it
+            print(end.code, file=sys.stderr)
+        return _flushed(end.code if isinstance(end.code, int) else int(end.code is not None))
     except Exception as error:
         line = _line(error)
         if line is None:

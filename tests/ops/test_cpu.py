@@ -47,7 +47,7 @@ def test_products_are_those_of_the_numbers(kind, dtype):
             assert gap(product(x, w), np.asarray(x, np.float64) @ numbers.T) < 2e-6, (size, out, rows)
         if dtype == "bfloat16" and not isinstance(kind, str):  # for many rows weights are dequantized to the dtype
             numbers = np.asarray(quant.dequantize(w, jnp.bfloat16), np.float64)
-        for rows in (17, 29, 600):
+        for rows in (17, 29, 520):  # the last 8 of 520 rows are multiplied after 512
             x = inputs(rows, size, dtype)
             assert gap(product(x, w), np.asarray(x, np.float64) @ numbers.T) < 2e-6, (size, out, rows)
 

@@ -25,12 +25,15 @@ def against_xla() -> None:
     for kind in ("float32", "bfloat16", 8, 4):
         for dtype in (jnp.float32, jnp.bfloat16):
             exact = isinstance(kind, str) or dtype == jnp.float32
-            for rows in (1, 3, 8, *([40] if exact else [])):  # many rows round dequantized weights to bfloat16
+            for rows in (1, 3, 8, 40, 520):  # 512 are multiplied at a time
                 plain = normal(50, 608)
                 w = quant.quantize(plain, kind) if isinstance(kind, int) else plain.astype(kind)
                 x = normal(rows, 608).astype(dtype)
                 result = jax.jit(lambda x, w: calls.linears(x, [w], dtype=jnp.float32)[0])(x, w)
-                numbers = quant.dequantize(w, jnp.float32) if isinstance(w, QTensor) else w.astype(jnp.float32)
+                # Many rows round dequantized weights to their own dtype.
+                to = jnp.float32 if exact or rows < 40 else dtype
+                numbers = quant.dequantize(w, to) if isinstance(w, QTensor) else w
+                numbers = numbers.astype(jnp.float32)
                 expected = jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
                 _compare(result, expected, _FLOAT, f"linear, {rows} rows, {kind}, {dtype.__name__}")
     _check_attention(normal)

@@ -250,9 +250,9 @@ template <class M> static void panel(const Inputs& in, const M* x, const Weight&
 
 // Inputs of two groups of weights: values 0-15 of both, then values 16-31 of both (see two_groups).
 INLINE int halves_order(int k) { return (k & ~63) + (k & 15) + ((k & 32) >> 1) + ((k & 16) << 1); }
-static void prepare(Inputs& in, Math math, bool grouped, ffi::ThreadPool& pool) {
+// Inputs of in.B rows, of a call with more than FEW rows if many. The last rows of such a call may be few.
+static void prepare(Inputs& in, Math math, bool grouped, bool many, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
-  const bool many = in.B > FEW;
   const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS : 0);  // rows beyond B may be multiplied too, and their results are dropped
   in.pad = rounded_up(in.K, 64);
   in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
@@ -301,7 +301,7 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
 #endif
   for (in.first = 0; in.first < B; in.first += in.B) {
     in.B = B > FEW ? std::min(MANY, B - in.first) : B;
-    prepare(in, math, type == Type::S8 || type == Type::U8, pool);
+    prepare(in, math, type == Type::S8 || type == Type::U8, B > FEW, pool);
     parallel(pool, tiles, [&](int i) {
       int j = 0; while (i >= of[j + 1]) j++;
       const int lo = (i - of[j]) * size[j], hi = std::min(lo + size[j], weights[j].N);
