@@ -120,7 +120,7 @@ class RunFolder:
     """
 
     def __init__(self, run: RunConfig):
-        self.path = work_folder(run.output, jax.process_index())
+        self.path = work_folder(run.output, processes.number())
         several = jax.process_count() > 1
         self.mirror: Mirror | None = None
         if is_url(run.output):

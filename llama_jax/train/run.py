@@ -147,7 +147,7 @@ def train(
         mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
         in_parts = remote_files.reading_in_parts(run.distributed.download == "part")
-        with locked(work_folder(run.output, jax.process_index())), in_parts:
+        with locked(work_folder(run.output, processes.number())), in_parts:
             folder = RunFolder(run)
             newest = folder.newest(resume=resume)
             if newest is None:
