@@ -221,6 +221,7 @@ def _begin(
         state, trend = folder.restore(program, newest.step, data.loader), newest.trend
         frozen = setup.frozen(program)
         folder.check_frozen(program.run, newest, frozen)
+    folder.read_base(program.run)
     folder.write_config(program.run, data.tokenizer, frozen.identity)
     folder.checkpoints.go_on_from(None if newest is None else newest.step)
     return Loop(program, state, frozen, data, folder, trend, stop, hooks)
