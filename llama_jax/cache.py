@@ -47,6 +47,9 @@ Leaf = jax.Array | QCache
 # On a CPU, 16-bit floats are stored as uint16, whose updates XLA makes in place. For floats of 16 bits
 # it would convert the whole cache to float32 and back in every step.
 _BITS = jnp.uint16
+# Steps of at most so many tokens are written head by head on TPUs. XLA otherwise lays the heads of a slot next to one
+# another, and copies the whole cache in every step (docs/measurements/tpu-compiler.md#quantized-decoding).
+_FEW_TOKENS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -242,5 +245,8 @@ def resized(part: Any, rows_R: jax.Array, *, capacity: int) -> Any:
 
 def _scatter(slots_BKS: jax.Array, new_BTK: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """Writes new_BTK (and its trailing axes) to the slots of each row."""
-    rows = jnp.arange(slots_BKS.shape[0])[:, None]
-    return slots_BKS.at[rows, :, slots_BT].set(new_BTK, mode="drop", wrap_negative_indices=False)
+    rows_B1 = jnp.arange(slots_BKS.shape[0])[:, None]
+    index: Any = (rows_B1, slice(None), slots_BT)
+    if parallel.device_platform() == "tpu" and slots_BT.shape[1] <= _FEW_TOKENS:
+        index = (rows_B1[..., None], jnp.arange(slots_BKS.shape[1]), slots_BT[..., None])
+    return slots_BKS.at[index].set(new_BTK, mode="drop", wrap_negative_indices=False)

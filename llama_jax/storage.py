@@ -192,17 +192,18 @@ class Store:
             raise refused(self._url, error, "written to or read") from error
 
 
-def work_folder(output: str, process: int = 0) -> Path:
+def work_folder(output: str, process: int | None = None) -> Path:
     """The folder of this machine that a run works in: `output`, or one in the cache for an address of a store.
 
     Args:
         output: The path or the address.
-        process: The number of this process; each has a folder of its own for an address.
+        process: The number of this process; each has a folder of its own for an address, which has a part of the run.
+            None for a run of one process, whose folder is whole.
     """
     if not is_url(output):
         return expanded(local_path(output) or output)
     name = hashlib.sha256(output.rstrip("/").encode()).hexdigest()[:32]
-    return cache_root() / "runs" / (f"{name}.{process}" if process else name)
+    return cache_root() / "runs" / (name if process is None else f"{name}.{process}")
 
 
 def check_room(name: str, size: int, folder: Path, *, count: int) -> None:

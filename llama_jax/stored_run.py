@@ -25,6 +25,11 @@ def steps(names: Iterable[str]) -> set[int]:
     return {int(p[1]) for p in parts if p[0] == CHECKPOINTS and p[2:] == [manifest.FILE] and p[1].isdecimal()}
 
 
+def is_of_model(name: str) -> bool:
+    """True for a file of a run folder that a model needs besides a checkpoint: config, tokenizer and chat templates."""
+    return "/" not in name or name.startswith("additional_chat_templates/")
+
+
 def read_manifest(url: str, step: int) -> Manifest:
     """The manifest of a step. Raises ConfigError if it is damaged, or cannot be read."""
     try:

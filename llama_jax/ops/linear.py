@@ -171,7 +171,7 @@ def linear_f32(x: jax.Array, w: Weight) -> jax.Array:
 
 
 def _xla_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
-    return _quantized(x, w) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
+    return _quantized(x, w, ("vocab", "embed")) if isinstance(w, QTensor) else _product(x, w.astype(x.dtype))
 
 
 def _kernels(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> Any:
@@ -217,20 +217,35 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return _rows_times(x, w)
 
 
-def _quantized(x: jax.Array, w: QTensor) -> jax.Array:
+def _quantized(x: jax.Array, w: QTensor, axes: Axes) -> jax.Array:
     layout = parallel.active()
-    if layout is not None and layout.rules == "infer" and parallel.device_platform() == "tpu":
-        # Without it, XLA expands the scales of many layers before their inputs are there
-        # (docs/measurements/tpu-compiler.md#quantized-decoding).
-        x, w = lax.optimization_barrier((x, w))
+    if parallel.device_platform() == "tpu" and (layout is None or layout.rules == "infer"):
+        return _quantized_tpu(x, w, axes)
+    w = _all_gathered(w, axes)
     if layout is not None and layout.mesh.size > 1:  # a loop over rows would need them on one device
         return _dequantized_product(x, w)
     return lax.platform_dependent(x, w, cpu=_dequantized_by_blocks, default=_dequantized_product)
 
 
-def _dequantized_product(x: jax.Array, w: QTensor) -> jax.Array:
-    parts = zip(quant.inputs_of_planes(w, x), quant.planes(w), strict=True)
-    products = (_product(part, quant.scaled(plane, w.scales, x.dtype)) for part, plane in parts)
+def _quantized_tpu(x: jax.Array, w: QTensor, axes: Axes) -> jax.Array:
+    """The product of inference on TPUs, with a weight that is dequantized when its inputs are there.
+
+    Without the barrier, XLA prepares weights before the loop of decode steps, which takes the memory of a second model.
+    Without the layouts, it transposes and stores float32 scales as large as the weight rather than packed values
+    (docs/measurements/tpu-compiler.md#quantized-decoding).
+    """
+    x, w = lax.optimization_barrier((x, w))
+    w = _all_gathered(w, axes)
+    return _dequantized_product(x, w, lambda numbers_OGn: _in_order(numbers_OGn, (1, 2, 0), axes and (*axes, None)))
+
+
+def _dequantized_product(
+    x: jax.Array, w: QTensor, pinned: Callable[[jax.Array], jax.Array] = lambda numbers_OGn: numbers_OGn
+) -> jax.Array:
+    products = (
+        _product(part, pinned(quant.scaled(pinned(plane), w.scales, x.dtype)).reshape(w.shape[0], -1))
+        for part, plane in zip(quant.inputs_of_planes(w, x), quant.planes(w), strict=True)
+    )
     return functools.reduce(operator.add, products)
 
 
@@ -245,20 +260,24 @@ def _dequantized_by_blocks(x: jax.Array, w: QTensor) -> jax.Array:
     return products.swapaxes(0, 1).reshape(*x.shape[:-1], out)
 
 
-def _all_gathered(w: QTensor, axes: tuple[str | None, ...] | None) -> QTensor:
+def _all_gathered(w: QTensor, axes: Axes) -> QTensor:
     """All-gathers the packed weight over the axes of `embed`, and forces a row-major memory layout.
 
     Without the constraint, XLA on a TPU transposes the stacked weights of all layers before a scan, since dequantizing
     is faster that way. That takes the memory of a second model (tests/project/test_aot.py).
     """
 
-    def by_rows(a: jax.Array) -> jax.Array:
-        return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
+    kept = axes and tuple(None if axis == "embed" else axis for axis in axes)
+    return jax.tree.map(lambda a: _in_order(a, tuple(range(a.ndim)), kept), w)
 
-    if axes is None:
-        return jax.tree.map(by_rows, w)
-    kept = tuple(None if axis == "embed" else axis for axis in axes)
-    return jax.tree.map(lambda a: parallel.on_each_part(by_rows, (a, kept)), w)
+
+def _in_order(a: jax.Array, order: tuple[int, ...], axes: Axes) -> jax.Array:
+    """The array, with its dimensions in memory in this order, the last without a stride."""
+
+    def pinned(a: jax.Array) -> jax.Array:
+        return with_layout_constraint(a, Layout(order))
+
+    return pinned(a) if axes is None else parallel.on_each_part(pinned, (a, axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -268,7 +287,7 @@ def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | N
 
 def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
     # The residual is the packed, sharded weight. Gathered and dequantized it would be many times as large.
-    return _quantized(x, _all_gathered(w, axes)).astype(x.dtype), w
+    return _quantized(x, w, axes).astype(x.dtype), w
 
 
 def _quantized_backward(axes: tuple[str | None, ...] | None, w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:

@@ -150,14 +150,13 @@ def inputs_of_planes(w: QTensor, x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def scaled(plane: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The dequantized values (..., G n) of integers (..., G, n), computed in float32 and cast to `dtype`."""
-    numbers = plane.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
-    return numbers.reshape(*plane.shape[:-2], -1).astype(dtype)
+    """The dequantized values of integers (..., G, n), computed in float32 and cast to `dtype`."""
+    return (plane.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]).astype(dtype)
 
 
 def dequantize(w: QTensor, dtype: jnp.dtype) -> jax.Array:
     """The weight as an array of `dtype`; exact in float32."""
-    return scaled(jnp.concatenate(planes(w), axis=-1), w.scales, dtype)
+    return scaled(jnp.concatenate(planes(w), axis=-1), w.scales, dtype).reshape(w.shape)
 
 
 def take(table: QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -71,6 +71,13 @@ def meet(place: str) -> None:
     barrier(f"{place} {next(_meetings)}")
 
 
+def number() -> int | None:
+    """The number of this process, or None if it is the only one."""
+    import jax
+
+    return jax.process_index() if jax.process_count() > 1 else None
+
+
 def agreed(decision: bool) -> bool:
     """The decision of process 0, in every process. All must call it."""
     import jax

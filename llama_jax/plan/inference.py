@@ -161,14 +161,18 @@ def _chunk(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _scratch(serving: Serving, program: Program) -> int:
-    """Bytes of a prefill chunk besides weights and state: scores, the widest activations, and logits of a step."""
+    """Bytes besides weights and state: scores and the widest activations of a prefill chunk, or logits of a step.
+
+    A quantized unembedding is transposed as int8 and dequantized in a step: up to 3 bytes for each value.
+    """
     assert program.layout is not None
     m, tensor = serving.model, program.layout.parts("heads")
     width = jnp.dtype(serving.dtype).itemsize
     scores = 2 * 4 * m.num_heads // tensor * CHUNK * serving.capacity
     activations = CHUNK * (3 * m.ffn_dim // tensor * width + 4 * m.embed_dim * 4)
     logits = 2 * 4 * serving.rows * m.vocab_size
-    return min(scores, 1 << 28) + activations + logits
+    unembedding = 0 if serving.quantize == "none" else 3 * m.vocab_size * m.embed_dim // program.layout.parts("vocab")
+    return max(min(scores, 1 << 28) + activations, unembedding) + logits
 
 
 def compiled(serving: Serving, devices: Devices, mesh: Any) -> dict[str, Any]:

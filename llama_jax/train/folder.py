@@ -7,11 +7,12 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from llama_jax import manifest
 from llama_jax.checkpoint import Checkpoints
@@ -31,12 +32,12 @@ from llama_jax.train.objectives import Objective, own_name
 from llama_jax.train.program import Program
 from llama_jax.train.setup import Frozen
 from llama_jax.train.state import TrainState
-from llama_jax.weights import export, lora_params
+from llama_jax.weights import export, lora_params, name_table
 from llama_jax.weights.adapters import Adapter
 from llama_jax.weights.formats import peft
 from llama_jax.weights.formats.huggingface import GENERATION_FILE, TOKENIZER_FILES
 from llama_jax.weights.locate import absolute
-from llama_jax.weights.model_files import tokenizer_in
+from llama_jax.weights.model_files import Metadata, tokenizer_in
 from llama_jax.weights.open import open_source
 from llama_jax.weights.run_folder import CONFIG_FILE
 
@@ -110,6 +111,19 @@ class Newest:
     files: dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The parts of LoRA's base that an adapter takes.
+
+    Attributes:
+        metadata: The metadata of the base.
+        rows: The rows of the trained tokens by path (`lora_params.base_rows`).
+    """
+
+    metadata: Metadata
+    rows: Mapping[name_table.Path, np.ndarray]
+
+
 class RunFolder:
     """The folder of a run, open for training. With several processes, every process must make every call.
 
@@ -120,13 +134,14 @@ class RunFolder:
     """
 
     def __init__(self, run: RunConfig):
-        self.path = work_folder(run.output, jax.process_index())
+        self.path = work_folder(run.output, processes.number())
         several = jax.process_count() > 1
         self.mirror: Mirror | None = None
         if is_url(run.output):
             self.mirror = (PartMirror if several else Mirror)(run.output, self.path, run.checkpoint)
             self.mirror.fetch()
         self.files: dict[str, str] = {}
+        self._base: Base | None = None
         self.checkpoints = Checkpoints(
             self.path,
             keep=run.checkpoint.keep,
@@ -232,6 +247,7 @@ class RunFolder:
         """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
         step = int(state.step)
         if program.run.lora.rank and not processes.agreed(self._adapter_step() == step):
+            self.read_base(program.run)
             self.write_adapter(program.run, state.best, step)
         if jax.process_index() == 0:
             try:
@@ -248,24 +264,30 @@ class RunFolder:
         except manifest.DamagedError:
             return None
 
+    def read_base(self, run: RunConfig) -> None:
+        """Read the parts of LoRA's base that adapters take, once, so that no save needs the base's store."""
+        if run.lora.rank and self._base is None:
+            source = open_source(run.init_from)
+            leaves = source.merged_leaves() if run.lora.trained_tokens else {}
+            self._base = Base(source.metadata, lora_params.base_rows(run.lora, leaves))
+
     def write_adapter(self, run: RunConfig, trained: trainable.Trained, step: int) -> None:
         """Write LoRA's matrices as peft reads them, with tokenizer, chat template and a manifest that has the step.
 
-        Other files in the folder stay. The manifest is replaced last: until then it does not fit the files, so that no
-        reader uses them, and a run that was killed writes them again.
+        `read_base` must come first. Other files in the folder stay. The manifest is replaced last: until then it does
+        not fit the files, so that no reader uses them, and a run that was killed writes them again.
         """
         fresh, final = self.path / "adapter.new", self.path / "adapter"
         lora = export.lazy_lora(lora_params.lora_by_path(run.lora, trained))
-        rows = {}
-        if run.lora.trained_tokens:
-            rows = lora_params.token_rows(run.lora, trained, open_source(run.init_from).merged_leaves())
+        assert self._base is not None
+        rows = lora_params.token_rows(run.lora, trained, self._base.rows)
         adapter = Adapter(trainable.policy_config(run), lora, rows=rows)
         if jax.process_index() == 0:
             shutil.rmtree(fresh, ignore_errors=True)
         base = absolute(run.init_from)
         peft.write_adapter(fresh, adapter, base_model=base, dropout=run.lora.dropout)
         if jax.process_index() == 0:
-            metadata = open_source(run.init_from).metadata.with_tokenizer(tokenizer_in(self.path))
+            metadata = self._base.metadata.with_tokenizer(tokenizer_in(self.path))
             metadata = dataclasses.replace(metadata, chat_template=chat_template.read_folder(self.path))
             export.write_tokenizer(fresh, metadata, model_max_length=run.shape.max_seq_len)
             manifest.write(fresh, step=step, loss=None)

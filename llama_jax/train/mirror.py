@@ -184,7 +184,7 @@ class Mirror:
 
 
 class PartMirror(Mirror):
-    """The copy of a run of several processes. Every process must make every call but `fetch_arrays`.
+    """The copy of a run of several processes. Every process must make every call.
 
     A step is in the store once every process has copied its files and their hashes, and process 0 has written one
     manifest of all of them.
@@ -218,7 +218,9 @@ class PartMirror(Mirror):
         (self._folder / _ID).write_bytes(identity)
         if newest is not None:
             say(f"fetching step {newest} of {self._url}")
-            small = [file for file in _outside_of_checkpoints(there) if self._first or "/" not in file.name]
+            small = [
+                file for file in _outside_of_checkpoints(there) if self._first or stored_run.is_of_model(file.name)
+            ]
             storage.download(self._url, [file for file in small if file.name != _ID], self._folder)
             stored_run.fetch_step(
                 self._url, newest, there, self._folder, wanted=lambda name: not _CHUNK.fullmatch(name)

@@ -147,7 +147,7 @@ def train(
         mesh = parallel.make_mesh(dataclasses.asdict(run.mesh))
         setup.check_paths(run)
         in_parts = remote_files.reading_in_parts(run.distributed.download == "part")
-        with locked(work_folder(run.output, jax.process_index())), in_parts:
+        with locked(work_folder(run.output, processes.number())), in_parts:
             folder = RunFolder(run)
             newest = folder.newest(resume=resume)
             if newest is None:
@@ -221,6 +221,7 @@ def _begin(
         state, trend = folder.restore(program, newest.step, data.loader), newest.trend
         frozen = setup.frozen(program)
         folder.check_frozen(program.run, newest, frozen)
+    folder.read_base(program.run)
     folder.write_config(program.run, data.tokenizer, frozen.identity)
     folder.checkpoints.go_on_from(None if newest is None else newest.step)
     return Loop(program, state, frozen, data, folder, trend, stop, hooks)

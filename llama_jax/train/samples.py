@@ -8,6 +8,7 @@ import jax
 
 from llama_jax import parallel
 from llama_jax.infer.llama import Llama
+from llama_jax.parallel import processes
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.storage import work_folder
@@ -27,7 +28,8 @@ class TrainingSampler:
         """The continuations of the prompts, or the answers to them, by the model with these params."""
         if self._llama is None:
             dtype = parallel.compute_dtype(run.train.compute_dtype)
-            template = chat_template.read_folder(work_folder(run.output))  # the run's, not init_from's
+            folder = work_folder(run.output, processes.number())
+            template = chat_template.read_folder(folder)  # the run's, not init_from's
             self._llama = Llama(run.shape, params, tokenizer, mesh=mesh, dtype=dtype, chat_template=template)
         else:
             self._llama.set_params(params)

@@ -56,7 +56,7 @@ def check_paths(run: RunConfig) -> None:
     """
     for key, name in (("output", run.output), ("data.cache_dir", run.data.cache_dir)):
         try:
-            folder = work_folder(name, jax.process_index()) if key == "output" else expanded(name)
+            folder = work_folder(name, processes.number()) if key == "output" else expanded(name)
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(0, "not writable")

@@ -11,7 +11,7 @@ is the difference from the token's row in the base, so that weight decay pulls t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -119,18 +119,33 @@ def lora_by_path(settings: LoraConfig, updates: Updates) -> dict[name_table.Path
     return found
 
 
-def token_rows(settings: LoraConfig, updates: Updates, leaves: name_table.Leaves) -> dict[name_table.Path, LazyRows]:
+def base_rows(settings: LoraConfig, leaves: name_table.Leaves) -> dict[name_table.Path, np.ndarray]:
+    """The float32 rows of the trained tokens in the base, (n, D), by path.
+
+    Args:
+        settings: the trained tokens.
+        leaves: the base's tensors by path.
+    """
+    if not settings.trained_tokens:
+        return {}
+    rows = [(slice(token, token + 1),) for token in settings.trained_tokens]
+    paths = [path for path in (("embed",), ("unembed",)) if path in leaves]
+    return {path: np.concatenate([leaves[path].read(row, np.dtype(np.float32)) for row in rows]) for path in paths}
+
+
+def token_rows(
+    settings: LoraConfig, updates: Updates, base: Mapping[name_table.Path, np.ndarray]
+) -> dict[name_table.Path, LazyRows]:
     """The float32 rows of the trained tokens by path: base plus trained difference. Every process must call it.
 
     Args:
         settings: the trained tokens.
         updates: the trained arrays, a tree like that of `initial`.
-        leaves: the base's tensors by path.
+        base: the rows of the base (`base_rows`).
     """
     found: dict[name_table.Path, LazyRows] = {}
     for name, change in updates.get("tokens", {}).items():
-        base = [leaves[(name,)].read((slice(i, i + 1),), np.dtype(np.float32)) for i in settings.trained_tokens]
-        rows = np.concatenate(base) + export.lazy_array(change).read()
+        rows = base[(name,)] + export.lazy_array(change).read()
         found[(name,)] = LazyRows(settings.trained_tokens, _in_memory(rows))
     return found
 

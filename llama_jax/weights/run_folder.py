@@ -165,7 +165,7 @@ class RunSource:
             return export.leaves_of(self.config, self.load(None, None, "none"))
         trained, leaves = self._trained(_one_device()), self.base.merged_leaves()
         lora = export.lazy_lora(lora_params.lora_by_path(self.lora, trained))
-        rows = lora_params.token_rows(self.lora, trained, leaves)
+        rows = lora_params.token_rows(self.lora, trained, lora_params.base_rows(self.lora, leaves))
         return adapters.merge_adapter(leaves, adapters.Adapter(self.config, lora, rows=rows))
 
     def identity(self) -> str:
@@ -195,7 +195,8 @@ class RunSource:
         lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
         rows = {}
         if self.lora.trained_tokens:
-            rows = lora_params.token_rows(self.lora, trained, self.base.merged_leaves())
+            base_rows = lora_params.base_rows(self.lora, self.base.merged_leaves())
+            rows = lora_params.token_rows(self.lora, trained, base_rows)
         return adapters.AdapterWeights(
             self.config, lora, rows={path: (lazy.ids, lazy.rows.read(dtype=dtype)) for path, lazy in rows.items()}
         )

@@ -25,7 +25,7 @@ def download(url: str) -> Path:
     by_name = {file.name: file for file in files}
     if step := max(stored_run.steps(by_name), default=None) if "config.json" in by_name else None:
         folder = storage.cache_folder(url, files)
-        storage.download(url, [file for name, file in by_name.items() if "/" not in name], folder)
+        storage.download(url, [file for name, file in by_name.items() if stored_run.is_of_model(name)], folder)
         weights = lambda name: not name.startswith("rest/")  # noqa: E731
         stored_run.fetch_step(url, step, by_name, folder, wanted=weights, hash_again=False)
         return folder

@@ -17,7 +17,7 @@ from golden.make_model import CASES, VOCAB_STRIDE, random_tokens, random_weights
 from helpers.numbers import gap
 from helpers.paths import GOLDEN_FOLDER
 from llama_jax import model, parallel
-from llama_jax.cache import init_cache
+from llama_jax.cache import Window, init_cache, write
 from llama_jax.config import SIZES, ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
@@ -197,6 +197,23 @@ def test_cached_chunks_equal_the_full_forward(chunks, stacked):
         out, cache = cached(TINY, params, tokens[:, start:end], positions[:, start:end], None, cache)
         parts.append(out)
     assert gap(jnp.concatenate(parts, 1), logits(TINY, weights(TINY), tokens, positions)) < ROUNDING
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_new_keys_go_to_their_slots_on_every_platform(platform, tokens, monkeypatch):
+    monkeypatch.setattr(parallel, "device_platform", lambda: platform)
+    rng = np.random.default_rng(tokens)
+    leaf, new = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 64, 4), (2, tokens, 3, 4)))
+    slots = np.stack([rng.permutation(64)[:tokens], rng.permutation(64)[:tokens]])
+    slots[1, -1] = 64  # padding
+    expected = leaf.copy()
+    for row in range(2):
+        for token, slot in enumerate(slots[row]):
+            if slot < 64:
+                expected[row, :, slot] = new[row, token]
+    found = write(jnp.asarray(leaf), jnp.asarray(new), Window(jnp.asarray(slots), jnp.asarray(slots), 64))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_of_different_lengths_share_a_cache():

@@ -22,6 +22,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.params import stack
 from llama_jax.run_config import RunConfig
 from llama_jax.run_keys import LORA_TARGETS
+from llama_jax.train import folder as run_folder
 from llama_jax.train import run as training
 from llama_jax.train import trainable
 from llama_jax.train.objectives import sft_sums
@@ -151,9 +152,14 @@ def file_run(tmp_path, base, model, name, **changes) -> RunConfig:
     ],
     ids=["pairs", "rows", "tied-pair", "tied-rows"],
 )
-def test_a_run_learns_goes_on_elsewhere_and_is_its_adapter_and_its_merged_model(tmp_path, bases, model, settings):
-    base = bases[model.tied_embeddings]
-    training.train(file_run(tmp_path, base, model, "run", **settings))
+def test_a_run_learns_goes_on_elsewhere_and_is_its_adapter_and_its_merged_model(
+    tmp_path, bases, model, settings, monkeypatch
+):
+    base, opened = bases[model.tied_embeddings], []
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "open_source", lambda name: opened.append(name) or open_source(name))
+        training.train(file_run(tmp_path, base, model, "run", checkpoint__every=2, **settings))
+    assert opened == [str(base)]  # once, and not at every checkpoint: it may be in a store
     lines = metrics_of(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
     training.train(file_run(tmp_path, base, model, "parts", train__steps=2, **settings))

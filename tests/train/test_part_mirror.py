@@ -80,7 +80,7 @@ def test_other_hosts_continue_a_run_in_a_store_and_read_only_their_part(tmp_path
     Processes(tmp_path, disks(tmp_path, "a"), 2, *arguments).wait()
     second = disks(tmp_path, "b")
     Processes(tmp_path, second, 2, *arguments, "--config.train.steps=8").wait()
-    folder = second[0] / "runs" / work_folder(url).name
+    folder = second[0] / "runs" / work_folder(url, 0).name
     losses = [[line["loss"] for line in metrics_of(run)] for run in (tmp_path / "whole" / "run", folder)]
     assert len(losses[0]) == 8 and losses[1] == losses[0]
     # Hosts that continue with another mesh, and stop at once since no step is left.
@@ -141,6 +141,24 @@ def test_a_step_is_in_the_store_once_every_process_has_copied_its_part(tmp_path,
     other.fetch_arrays(2, {"params": {"w": jax.ShapeDtypeStruct((4,), np.float32)}})
     names = manifest.read_exact(fresh / "checkpoints" / "2", step=2).files
     assert names.keys() == FILES.keys() - {"params/w/0"}
+
+
+def test_every_process_has_all_chat_templates_and_a_folder_that_no_single_process_uses(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
+    monkeypatch.setattr(mirror.jax, "process_index", lambda: 1)
+    template = "additional_chat_templates/tool_use.jinja"
+    Store(url).write("run_id", b"a")
+    for name in (template, "chat_template.jinja", "adapter/adapter_model.safetensors"):
+        Store(url).write(name, b"text")
+    for name, text in FILES.items():
+        Store(url).write(f"checkpoints/2/{name}", text.encode())
+    write_step(tmp_path / "whole", 2, FILES)
+    Store(url).put(tmp_path / "whole/checkpoints/2" / manifest.FILE, f"checkpoints/2/{manifest.FILE}")
+    folder = tmp_path / "1"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    mirror.PartMirror(url, folder, CheckpointConfig()).fetch()
+    assert (folder / template).read_text() == "text" and not (folder / "adapter").exists()
+    assert len({work_folder(url), work_folder(url, 0), work_folder(url, 1)}) == 3
 
 
 def test_the_chunks_of_a_process_are_those_that_its_devices_need():
