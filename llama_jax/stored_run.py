@@ -70,7 +70,10 @@ def fetch_step(
     needed = [name for name in whole.files if wanted(name)]
     if not hash_again and _has(target, step, needed):
         return
-    present = manifest.prune_files(target, whole)
+    try:
+        present = manifest.prune_files(target, whole)
+    except DamagedError as error:
+        raise ConfigError(f"{target}: {error}") from None
     missing = [name for name in needed if name not in present]
     for name in missing:
         if below + name not in files:

@@ -27,7 +27,7 @@ import jax
 
 from llama_jax import manifest, storage, stored_run
 from llama_jax.checkpoint import SaveError, kept
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, one_line
 from llama_jax.files import read_json
 from llama_jax.parallel import processes
 from llama_jax.run_keys import CheckpointConfig
@@ -36,6 +36,7 @@ from llama_jax.train.metrics import say
 
 _ID = "run_id"  # file that says which run a folder and its copy belong to
 _PARTS = "parts"  # folder of the store with the list of the files that each process has copied
+_ADAPTER = f"adapter/{manifest.FILE}"
 _CHUNK = re.compile(r"(?:params|rest)/.+/\d+(?:\.\d+)*")  # a shard of an array in a file of its own
 
 
@@ -118,12 +119,19 @@ class Mirror:
         self._drop_old_steps()
 
     def _push_small_files(self) -> None:
-        """Copy the files besides checkpoints that have changed."""
-        for name, path in _small_files(self._folder):
+        """Copy the files besides checkpoints that have changed.
+
+        The manifest of the adapter is copied last, and not at all if the run replaced the adapter meanwhile: the next
+        copy has all of the new one.
+        """
+        commit = self._folder / _ADAPTER
+        adapter = commit.read_bytes() if commit.is_file() else b""
+        for name, path in sorted(_small_files(self._folder), key=lambda file: file[0] == _ADAPTER):
             with contextlib.suppress(FileNotFoundError):  # the run has replaced an adapter meanwhile
-                stat = path.stat()
-                if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns):
-                    self._store.write(name, path.read_bytes())
+                stat, data = path.stat(), path.read_bytes()
+                replaced = name == _ADAPTER and data != adapter
+                if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns) and not replaced:
+                    self._store.write(name, data)
                     self._copied[name] = (stat.st_size, stat.st_mtime_ns)
 
     def _drop_old_steps(self) -> None:
@@ -259,11 +267,11 @@ class PartMirror(Mirror):
         """Copy the newest step unless the store has it; the first process then writes its manifest."""
         step = max(_local_steps(self._folder), default=None)
         copy = f"{self._url} copy {next(self._copies)}"
-        problems = []
+        problems: list[Exception] = []
         try:
             if step is not None and step not in stored_run.steps(self._store.files()):
                 self._push_part(step)
-        except ConfigError as error:
+        except (ConfigError, manifest.DamagedError, OSError) as error:
             problems.append(error)
         processes.barrier(f"{copy} is done")
         try:
@@ -273,11 +281,16 @@ class PartMirror(Mirror):
                     self._commit(step, there)
                 self._push_small_files()
                 self._drop_old_steps()
-        except ConfigError as error:
+        except (ConfigError, manifest.DamagedError, OSError) as error:
             problems.append(error)
         processes.barrier(f"{copy} is committed")  # after an error too: the others wait here
         if problems:
-            raise problems[0]
+            first = problems[0]
+            raise (
+                first
+                if isinstance(first, ConfigError)
+                else ConfigError(f"step {step} cannot be copied to {self._url} ({one_line(first)})")
+            )
 
     def _push_part(self, step: int) -> None:
         """Copy the files of a step that this process wrote, and then the list of them with their hashes."""

@@ -125,11 +125,15 @@ def test_a_step_is_in_the_store_once_every_process_has_copied_its_part(tmp_path,
     monkeypatch.setattr(mirror.jax, "process_index", lambda: 1)
     mirrors[1]._push()
     monkeypatch.setattr(mirror.jax, "process_index", lambda: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "read", lambda folder: (_ for _ in ()).throw(manifest.DamagedError("a bit flipped")))
+        with pytest.raises(ConfigError, match="step 2 cannot be copied to .* .a bit flipped"):
+            mirrors[0]._push()
     mirrors[0]._push()
     there = Store(url).files()
     assert {name.removeprefix("checkpoints/2/") for name in there if "/2/" in name} == {*FILES, manifest.FILE}
     assert Store(url).read("checkpoints/2/meta/metadata") == b"{}" and not any("parts" in name for name in there)
-    assert len(barriers) == 2 + 2 * 3  # both barriers of each copy, one of which failed
+    assert len(barriers) == 2 + 2 * 4  # both barriers of each copy, two of which failed
     # Another machine, on which this process needs the second half of the array.
     fresh = tmp_path / "fresh"
     fresh.mkdir()
@@ -159,6 +163,26 @@ def test_every_process_has_all_chat_templates_and_a_folder_that_no_single_proces
     mirror.PartMirror(url, folder, CheckpointConfig()).fetch()
     assert (folder / template).read_text() == "text" and not (folder / "adapter").exists()
     assert len({work_folder(url), work_folder(url, 0), work_folder(url, 1)}) == 3
+
+
+def test_the_manifest_of_an_adapter_is_copied_last_and_not_if_it_was_replaced_meanwhile(tmp_path, url, monkeypatch):
+    folder, order, plain = tmp_path / "run", [], Store.write
+    (folder / "adapter").mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "tokenizer.json", manifest.FILE):
+        (folder / "adapter" / name).write_text("of step 2")
+
+    def write(self, name, data):
+        order.append(name)
+        plain(self, name, data)
+        if len(order) == 1:
+            (folder / "adapter" / manifest.FILE).write_text("of step 4")
+
+    monkeypatch.setattr(Store, "write", write)
+    copy = mirror.Mirror(url, folder, CheckpointConfig())
+    copy._push_small_files()
+    assert order == ["adapter/adapter_model.safetensors", "adapter/tokenizer.json"]
+    copy._push_small_files()
+    assert order[2:] == [f"adapter/{manifest.FILE}"]
 
 
 def test_the_chunks_of_a_process_are_those_that_its_devices_need():
