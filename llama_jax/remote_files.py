@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llama_jax import files, storage
+from llama_jax.errors import ConfigError
 from llama_jax.storage import Stored
 
 _BLOCK = 1 << 22  # bytes of a request; headers are read in small pieces of one
@@ -29,6 +30,7 @@ _TRIES = 4
 Read = Callable[[str, int, int], bytes]
 
 _in_parts = False
+_unchecked: set[tuple[str, Stored]] = set()  # (address, file) of what was read since the last `check_unchanged`
 
 
 @contextlib.contextmanager
@@ -54,8 +56,10 @@ def stand_in(url: str, stored: Sequence[Stored], folder: Path, *, read: Read | N
         url: The address, for errors.
         stored: The files.
         folder: The folder in the cache.
-        read: Reads bytes of a file: (path, start, stop). By default fsspec does.
+        read: Reads bytes of a version of a file that cannot change: (path, start, stop). By default fsspec reads the
+            present version, and `check_unchanged` compares it with that of `stored`.
     """
+    may_change = read is None
     if read is None:
         fs, _ = storage.open_store(url)
         read = lambda path, start, stop: bytes(fs.cat_file(path, start=start, end=stop))  # noqa: E731
@@ -64,7 +68,25 @@ def stand_in(url: str, stored: Sequence[Stored], folder: Path, *, read: Read | N
         path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        files.register(path, _Ranges(url, read, file, pool))
+        files.register(path, _Ranges(url, read, file, pool, may_change=may_change))
+
+
+def check_unchanged() -> None:
+    """Check that the files that were read in place since the last call still have the versions that were opened.
+
+    Raises:
+        ConfigError: a file has changed, so that the arrays may be a mixture of two versions; or the store cannot be
+            read.
+    """
+    read = list(_unchecked)
+    _unchecked.clear()
+    for url in {url for url, _ in read}:
+        fs, _ = storage.open_store(url)
+        fs.invalidate_cache()
+        present = set(storage.find(url))
+        for at, file in read:
+            if at == url and file not in present:
+                raise ConfigError(f"{url}: {os.path.basename(file.path)} changed while it was being read: start again")
 
 
 class _Ranges:
@@ -74,9 +96,12 @@ class _Ranges:
         size: Bytes of the file.
     """
 
-    def __init__(self, url: str, read: Read, file: Stored, pool: concurrent.futures.Executor) -> None:
+    def __init__(
+        self, url: str, read: Read, file: Stored, pool: concurrent.futures.Executor, *, may_change: bool
+    ) -> None:
         self.size = file.size
         self._url, self._read, self._path, self._pool = url, read, file.path, pool
+        self._version = (url, file) if may_change else None
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -111,6 +136,8 @@ class _Ranges:
 
     def _fetch(self, start: int, stop: int) -> bytes:
         """The bytes from `start` to `stop`."""
+        if self._version is not None:
+            _unchecked.add(self._version)
         for trial in range(_TRIES):
             try:
                 data = self._read(self._path, start, stop)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,8 @@ def load_leaves(
             another type.
 
     Raises:
-        ConfigError: quantize is "int8" or "int4", and the rows of a matrix are not a multiple of 32 long.
+        ConfigError: quantize is "int8" or "int4", and the rows of a matrix are not a multiple of 32 long; or a file
+            that is read in place has changed meanwhile.
     """
     axes = logical_axes(config, stacked=False)
     check(config, quantize)
@@ -80,20 +83,30 @@ def load_leaves(
         bar.update(leaves[path].nbytes)
         return leaf
 
-    def result(path: name_table.Path, future: concurrent.futures.Future[jax.Array | QTensor]) -> jax.Array | QTensor:
-        leaf = future.result()
-        return finish(path, leaf) if in_rows else leaf  # collectives run in one order in all processes
+    def loaded(pool: concurrent.futures.Executor) -> Iterator[tuple[name_table.Path, jax.Array | QTensor]]:
+        rest = iter(leaves)
+        ahead = _AT_ONCE if in_rows else len(leaves)  # leaves that are not finished take memory of devices
+        waiting = collections.deque((path, pool.submit(read, path)) for path in itertools.islice(rest, ahead))
+        while waiting:
+            path, future = waiting.popleft()
+            leaf = future.result()
+            del future  # which holds the leaf
+            waiting.extend((following, pool.submit(read, following)) for following in itertools.islice(rest, 1))
+            if in_rows:
+                leaf = finish(path, leaf)  # collectives run in one order in all processes
+            yield path, leaf
 
     total = sum(entry.nbytes for entry in leaves.values())
     with (
         progress_bar(total, "loading") as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
-        futures = {path: pool.submit(read, path) for path in leaves}
         try:
-            return name_table.build(config, ((path, result(path, future)) for path, future in futures.items()))
+            params = name_table.build(config, loaded(pool))
         finally:  # after an error, the rest is not read
             pool.shutdown(wait=True, cancel_futures=True)
+    remote_files.check_unchanged()
+    return params
 
 
 def quantize_placed(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:

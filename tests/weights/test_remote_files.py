@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from helpers.paths import ROOT
 from helpers.processes import free_port
 from llama_jax import parallel, remote_files
 from llama_jax.errors import ConfigError
-from llama_jax.weights import export
+from llama_jax.weights import export, load
 from llama_jax.weights.model_files import Metadata
 from llama_jax.weights.open import open_source
 
@@ -83,6 +84,35 @@ def test_a_store_that_fails_is_asked_again_and_then_named(tmp_path, bucket, monk
         with pytest.raises(ConfigError) as caught:
             source.load(None, None, "none")
     assert "model.safetensors) cannot be read (OSError: 'the bucket is closed')" in refusal(caught)
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(bucket):
+    with remote_files.reading_in_parts(True):
+        source = open_source(f"local://{bucket}/hf")
+        weights = bucket / "hf" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[::-1])
+        weights.chmod(0o644)
+        os.utime(weights, (1, 1))
+        with pytest.raises(ConfigError, match="model.safetensors changed while it was being read: start again"):
+            source.load(None, None, "none")
+
+
+def test_few_tensors_wait_in_memory_to_be_spread(bucket, monkeypatch):
+    placed, spread, most = [], [], []
+    plain = load.place, load._spread
+
+    def count_spread(*arguments):
+        time.sleep(0 if spread else 0.3)  # reading goes on meanwhile
+        most.append(len(placed) - len(spread))
+        spread.append(arguments)
+        return plain[1](*arguments)
+
+    monkeypatch.setattr(load, "place", lambda *args, **named: placed.append(args) or plain[0](*args, **named))
+    monkeypatch.setattr(load, "_spread", count_spread)
+    with remote_files.reading_in_parts(True):
+        source = open_source(f"local://{bucket}/hf")
+        source.load(parallel.Layout(parallel.make_mesh({"fsdp": 8}), "train"), None, "none")
+    assert len(spread) == len(source.leaves) and max(most) <= 1 + load._AT_ONCE < len(spread)
 
 
 LOGITS = """
