@@ -45,6 +45,15 @@ def test_products_are_those_of_the_numbers(bits, rows, out):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_products_with_the_layouts_of_tpus_are_those_of_the_numbers(bits, monkeypatch):
+    monkeypatch.setattr(parallel, "device_platform", lambda: "tpu")
+    w, numbers = random_quantized((48, 64), bits)
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    for product in (linear.linear, linear.linear_f32):
+        assert gap(jax.jit(product)(x, w), x.astype(np.float64) @ numbers.T.astype(np.float64)) < ROUNDING
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_flow_through_it_to_the_activations(bits):
     w, numbers = random_quantized((512, 64), bits)
     x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
