@@ -422,6 +422,7 @@ class DistributedConfig:
         download: Who downloads data and models of stores and of the hub: `each` process for itself, for hosts with
             disks of their own; the `first` only, before the others start to read, for caches on a disk that all share;
             or, as `part`, each process reads its part of the weights of init_from in place and keeps them on no disk.
+            A run folder in a store is downloaded with `part` too, by each process.
         timeout_seconds: Seconds to wait for the other processes at the start.
     """
 

@@ -6,7 +6,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -83,30 +83,39 @@ def load_leaves(
         bar.update(leaves[path].nbytes)
         return leaf
 
-    def loaded(pool: concurrent.futures.Executor) -> Iterator[tuple[name_table.Path, jax.Array | QTensor]]:
-        rest = iter(leaves)
-        ahead = _AT_ONCE if in_rows else len(leaves)  # leaves that are not finished take memory of devices
-        waiting = collections.deque((path, pool.submit(read, path)) for path in itertools.islice(rest, ahead))
-        while waiting:
-            path, future = waiting.popleft()
-            leaf = future.result()
-            del future  # which holds the leaf
-            waiting.extend((following, pool.submit(read, following)) for following in itertools.islice(rest, 1))
-            if in_rows:
-                leaf = finish(path, leaf)  # collectives run in one order in all processes
-            yield path, leaf
+    def last(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
+        return finish(path, leaf) if in_rows else leaf  # collectives run in one order in all processes
 
     total = sum(entry.nbytes for entry in leaves.values())
     with (
         progress_bar(total, "loading") as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
+        ahead = _AT_ONCE if in_rows else len(leaves)  # leaves that are not finished take memory of devices
+        found = _read_ahead(pool, read, leaves, ahead)
         try:
-            params = name_table.build(config, loaded(pool))
+            params = name_table.build(config, ((path, last(path, leaf)) for path, leaf in found))
         finally:  # after an error, the rest is not read
             pool.shutdown(wait=True, cancel_futures=True)
     remote_files.check_unchanged()
     return params
+
+
+def _read_ahead(
+    pool: concurrent.futures.Executor,
+    read: Callable[[name_table.Path], jax.Array | QTensor],
+    paths: Iterable[name_table.Path],
+    ahead: int,
+) -> Iterator[tuple[name_table.Path, jax.Array | QTensor]]:
+    """The leaves of the paths, in their order, of which the pool reads as many as `ahead` before they are taken."""
+    rest = iter(paths)
+    waiting = collections.deque((path, pool.submit(read, path)) for path in itertools.islice(rest, ahead))
+    while waiting:
+        path, future = waiting.popleft()
+        future.result()
+        waiting.extend((following, pool.submit(read, following)) for following in itertools.islice(rest, 1))
+        yield path, future.result()
+        del future  # which holds the leaf
 
 
 def quantize_placed(config: ModelConfig, params: Params, quantize: str | None, layout: Layout | None) -> Params:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from llama_jax import remote_files, storage, stored_run
+from llama_jax import manifest, remote_files, storage, stored_run
 from llama_jax.hub import Repo
 from llama_jax.storage import Stored
 from llama_jax.weights import hub_models
+
+_log = logging.getLogger(__name__)
 
 
 def download(url: str) -> Path:
@@ -16,7 +19,7 @@ def download(url: str) -> Path:
     The address is a folder of any format, a run folder, or one GGUF file. Only one format of a folder is downloaded, as
     from the hub, and only the newest checkpoint of a run folder. The cache distinguishes versions of files, so that
     another model at the same address is downloaded again. Inside of `remote_files.reading_in_parts`, files of weights
-    are not downloaded but read in place.
+    are not downloaded but read in place. A checkpoint of a run folder is always downloaded.
 
     Raises:
         ConfigError: there are no files, no access, no package for this store, no disk space, or no supported format.
@@ -26,6 +29,8 @@ def download(url: str) -> Path:
     if step := max(stored_run.steps(by_name), default=None) if "config.json" in by_name else None:
         folder = storage.cache_folder(url, files)
         storage.download(url, [file for name, file in by_name.items() if stored_run.is_of_model(name)], folder)
+        if remote_files.in_parts() and not (folder / stored_run.CHECKPOINTS / str(step) / manifest.FILE).is_file():
+            _log.warning("warning: %s is a run folder, which is not read in place: step %d is downloaded", url, step)
         weights = lambda name: not name.startswith("rest/")  # noqa: E731
         stored_run.fetch_step(url, step, by_name, folder, wanted=weights, hash_again=False)
         return folder
