@@ -165,6 +165,18 @@ def test_every_process_has_all_chat_templates_and_a_folder_that_no_single_proces
     assert len({work_folder(url), work_folder(url, 0), work_folder(url, 1)}) == 3
 
 
+def test_a_disk_that_fails_during_a_fetch_is_named(tmp_path, url, monkeypatch):
+    write_step(tmp_path / "whole", 2, FILES)
+    Store(url).put(tmp_path / "whole/checkpoints/2" / manifest.FILE, f"checkpoints/2/{manifest.FILE}")
+
+    def fail(folder, sizes):
+        raise OSError(5, "Input/output error", "params/w/0")
+
+    monkeypatch.setattr(manifest, "_digests", fail)
+    with pytest.raises(ConfigError, match="checkpoints/2: params/w/0 cannot be read: Input/output error"):
+        stored_run.fetch_step(url, 2, Store(url).files(), tmp_path / "whole")
+
+
 def test_the_manifest_of_an_adapter_is_copied_last_and_not_if_it_was_replaced_meanwhile(tmp_path, url, monkeypatch):
     folder, order, plain = tmp_path / "run", [], Store.write
     (folder / "adapter").mkdir(parents=True)
