@@ -78,7 +78,10 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions: x + attention(norm(x))."""
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions: x + attention(norm(x)).
+
+    Without a norm it is x + attention(x).
+    """
 
     def __init__(self, config: ModelConfig, params: Params):
         self.config = config
@@ -88,7 +91,7 @@ class Attention(nnx.Module):
         self.o = _weight(params, "attention", "o")
 
     def __call__(
-        self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None, norm: RMSNorm
+        self, x_BTD: jax.Array, pos: Positions, cache: LayerCache | None, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
@@ -111,14 +114,14 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer, arXiv:2002.05202): x + down(silu(gate y) * up y) with y = norm(x)."""
+    """SwiGLU (Shazeer, arXiv:2002.05202): x + down(silu(gate y) * up y), y = norm(x) or x."""
 
     def __init__(self, params: Params):
         self.gate = _weight(params, "ffn", "gate")
         self.up = _weight(params, "ffn", "up")
         self.down = _weight(params, "ffn", "down")
 
-    def __call__(self, x_BTD: jax.Array, norm: RMSNorm) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
         gate, up = _linears(x_BTD, self.gate, self.up, norm=norm)
         gate_BTF = parallel.constrain(gate, "batch", "length", "ffn")
         up_BTF = parallel.constrain(up, "batch", "length", "ffn")
