@@ -282,9 +282,9 @@ class Checkpoints:
         if jax.process_count() == 1:
             return decide()
         decision = decide() if self._writes else 0
-        processes.meet("decision")
         if not self._own_disks:
-            return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+            return processes.agreed(decision)
+        processes.meet("decision")
         decisions = np.asarray(multihost_utils.process_allgather(np.int32(decision))).ravel()
         if len(set(decisions.tolist())) > 1:
             raise ConfigError(

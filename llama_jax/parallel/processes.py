@@ -78,7 +78,7 @@ def number() -> int | None:
     return jax.process_index() if jax.process_count() > 1 else None
 
 
-def agreed(decision: bool) -> bool:
+def agreed(decision: int) -> int:
     """The decision of process 0, in every process. All must call it."""
     import jax
     import numpy as np
@@ -87,7 +87,7 @@ def agreed(decision: bool) -> bool:
     if jax.process_count() == 1:
         return decision
     meet("decision")
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
 
 
 def compiled_together(function: Any, name: str) -> Callable[..., Any]:

@@ -126,22 +126,26 @@ def softmax_attention(q, k, v, lengths):
     return out
 
 
+def stored(cache, k, v):
+    """Keys and values as a cache of this kind stores them, their scales (None but for int8), and their numbers."""
+    if cache == "int8":
+        scales = tuple((np.abs(a).max(-1) / 127).astype(np.float16) for a in (k, v))
+        k, v = (np.round(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales, strict=True))
+        return k, v, scales, [a.astype(np.float64) * s[..., None] for a, s in zip((k, v), scales, strict=True)]
+    k, v = (np.array(jnp.asarray(a, cache)) for a in (k, v))
+    return k, v, None, [a.astype(np.float64) for a in (k, v)]
+
+
 @pytest.mark.parametrize("head", [16, 48, 64, 128, 80])
 @pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
 def test_attention_reads_the_live_keys_only(cache, head):
     rng = np.random.default_rng(head)
     lengths = [1, 37, 0, 50, 4]
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((5, 6, head), (5, 2, 50, head), (5, 2, 50, head)))
-    scales = None
-    if cache == "int8":
-        scales = tuple((np.abs(a).max(-1) / 127).astype(np.float16) for a in (k, v))
-        k, v = (np.round(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales, strict=True))
-        numbers = [a.astype(np.float64) * s[..., None] for a, s in zip((k, v), scales, strict=True)]
-    else:
-        k, v = (np.array(jnp.asarray(a, cache)) for a in (k, v))
+    k, v, scales, numbers = stored(cache, k, v)
+    if scales is None:
         for b, n in enumerate(lengths):  # what lies beyond a row's length is never read
             k[b, :, n:] = v[b, :, n:] = np.nan
-        numbers = [np.asarray(a, np.float64) for a in (k, v)]
     result = jax.jit(cpu.attend)(q, k, v, jnp.array(lengths), scales)
     assert gap(result, softmax_attention(q.astype(np.float64), *numbers, lengths)) < 2e-6
     half = jax.jit(cpu.attend)(q.astype(jnp.bfloat16), k, v, jnp.array(lengths), scales)
@@ -179,14 +183,8 @@ def test_attention_of_many_queries_reads_the_keys_of_each(cache):
         high = rng.integers(0, S - 1, (B, T))
         low = np.maximum(rng.integers(-S, S // 2, (B, T)), 0)
         high[0, 0] = 0  # a query without keys
-        scales = None
-        if cache == "int8":
-            scales = tuple((np.abs(a).max(-1) / 127).astype(np.float16) for a in (k, v))
-            k, v = (np.round(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales, strict=True))
-            numbers = [a.astype(np.float64) * s[..., None] for a, s in zip((k, v), scales, strict=True)]
-        else:
-            k, v = (np.array(jnp.asarray(a, cache)) for a in (k, v))
-            numbers = [np.asarray(a, np.float64) for a in (k, v)]
+        k, v, scales, numbers = stored(cache, k, v)
+        if scales is None:
             k[:, :, S - 1] = v[:, :, S - 1] = np.nan  # no query reads it
         for dtype, bound in (("float32", 3e-6), ("bfloat16", 1e-2)):
             result = jax.jit(cpu.attend_many)(jnp.asarray(q, dtype), k, v, jnp.array(low), jnp.array(high), scales)
