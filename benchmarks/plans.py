@@ -47,7 +47,7 @@ PLANS: dict[str, tuple[str, int, str]] = {
 # Name: device, model, and the fields of plan.inference.Serving that differ from its defaults.
 DECODING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "decode-8b-int8-v6e-1": ("v6e:1", "llama3.1-8b", {"quantize": "int8"}),
-    "decode-8b-int4-v5e-1": ("v5e:1", "llama3.1-8b", {"quantize": "int4"}),
+    "decode-8b-int4-v5e-1": ("v5e:1", "llama3.1-8b", {"quantize": "int4", "kv": "int8"}),
     "decode-70b-int8-v5e-16": ("v5e:16", "llama3.1-70b", {"quantize": "int8"}),
     "decode-405b-int4-v6e-16": ("v6e:16", "llama3.1-405b", {"quantize": "int4"}),
     "decode-405b-int8-128k-v5p-8": (

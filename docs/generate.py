@@ -70,16 +70,19 @@ def plans_page() -> str:
     ]
     lines += [_plan_row(name, plan) for name, plan in plans.items() if name not in decoding]
     if decoding:
-        head = "| plan | devices | mesh | rows | weights, cache | GiB a device, of | closed model | a step, ms |"
+        head = (
+            "| plan | devices | mesh | rows | weights, cache | GiB a device, of | closed model | a step, ms | bytes |"
+        )
         lines += [
             "",
             "## Decoding",
             "",
             "The larger of a prefill of 512 tokens and of a decode step over a full cache. The time of a step is the",
-            "least by the bandwidth of memory, with an empty cache and with a full one.",
+            "least by the bandwidth of memory, with an empty cache and with a full one. Bytes are those that the",
+            "compiled step moves to and from memory with a full cache, as a multiple of the weights and the cache.",
             "",
             head,
-            "|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_decoding_row(name, plan) for name, plan in decoding.items()]
     lines += _scaling(plans)
@@ -158,6 +161,7 @@ def _decoding_row(name: str, plan: dict[str, Any]) -> str:
     """A row of the table of decoding plans."""
     weights = plan["dtype"] if plan["quantize"] == "none" else plan["quantize"]
     cache = plan["dtype"] if plan["kv"] == "compute" else plan["kv"]
+    moved = plan["programs"]["decode"].get("loop_bytes")
     return _row(
         [
             *_name_and_mesh(name, plan),
@@ -166,6 +170,7 @@ def _decoding_row(name: str, plan: dict[str, Any]) -> str:
             _peak(plan),
             f"{100 * (plan['closed_peak_bytes'] / plan['peak_bytes'] - 1):+.0f} %",
             "{:.1f}, {:.1f}".format(*plan["decode_ms"]),
+            f"{moved / plan['step_bytes'][1]:.2f}" if moved else "-",
         ]
     )
 

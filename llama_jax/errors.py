@@ -131,7 +131,8 @@ def checked_keywords(function: Function) -> Function:
                 signature.bind(*args, **keywords)
             except TypeError as error:
                 more = ", ..." if len(known) < len(kinds) else ""
-                raise TypeError(f"{title}(): {error}; its arguments are {', '.join(known)}{more}") from None
+                reason = str(error).replace(" keyword-only", "")  # a word of Python 3.12 and later
+                raise TypeError(f"{title}(): {reason}; its arguments are {', '.join(known)}{more}") from None
             raise
 
     return cast(Function, checked)

@@ -159,6 +159,18 @@ def dequantize(w: QTensor, dtype: jnp.dtype) -> jax.Array:
     return scaled(jnp.concatenate(planes(w), axis=-1), w.scales, dtype).reshape(w.shape)
 
 
+def float16_of_bits(bits: jax.Array) -> jax.Array:
+    """The float32 values of finite float16 numbers that are given by their bits (int16), for kernels without float16.
+
+    No number on the way is subnormal in float32, which TPUs would replace by zero.
+    """
+    bits = bits.astype(jnp.int32)
+    exponent, fraction = (bits >> 10) & 31, bits & 1023
+    integer = jnp.where(exponent > 0, fraction + 1024, fraction).astype(jnp.float32)
+    power = jax.lax.bitcast_convert_type((jnp.maximum(exponent, 1) + 102) << 23, jnp.float32)  # 2^(exponent - 25)
+    return jnp.where(bits < 0, -1.0, 1.0) * integer * power
+
+
 def take(table: QTensor, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a quantized table (V, D) for ids (...), as (..., D) in `dtype`. Ids outside 0..V-1 give NaN."""
     values = parallel.constrain(table.values, "vocab", None)

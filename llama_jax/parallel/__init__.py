@@ -2,7 +2,7 @@
 
 from llama_jax.parallel.flags import compiler_options
 from llama_jax.parallel.gradients import ring_gradient, ring_takes
-from llama_jax.parallel.mesh import AXES, make_mesh, resolve, single_device_mesh
+from llama_jax.parallel.mesh import AXES, abstract_mesh, make_mesh, resolve, single_device_mesh
 from llama_jax.parallel.pipeline import pipeline
 from llama_jax.parallel.platform import compute_dtype, has_bfloat16, named_dtype
 from llama_jax.parallel.rules import (
@@ -24,6 +24,7 @@ from llama_jax.parallel.rules import (
     shardings,
     spread,
     stages,
+    summed,
     use,
     use_balanced,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "RULES",
     "Layout",
     "abstract",
+    "abstract_mesh",
     "active",
     "all_gathered",
     "axis_size",
@@ -58,6 +60,7 @@ __all__ = [
     "single_device_mesh",
     "spread",
     "stages",
+    "summed",
     "use",
     "use_balanced",
 ]

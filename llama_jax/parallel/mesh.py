@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llama_jax.errors import ConfigError
 
@@ -69,6 +69,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     except NotImplementedError:  # the chips of a TPU form a grid, and this shape splits one of its axes
         return _on_split_axes(shape, devices)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of devices that need not exist, for shapes and shardings alone. An absent axis is 1."""
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _on_split_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:

@@ -205,19 +205,35 @@ def all_gathered(x: jax.Array, axis: str, dimension: int) -> jax.Array:
     return x if names is None else jax.lax.all_gather(x, names, axis=dimension, tiled=True)
 
 
+def summed(x: jax.Array, axis: str | None, size: int) -> jax.Array:
+    """The sum of partial results over the devices that share a dimension; inside a function of `on_each_part` only.
+
+    Args:
+        x: the partial result of this device.
+        axis: logical axis of the dimension that was summed over.
+        size: size of this dimension on all devices together.
+    """
+    layout = _active.get()
+    names = None if layout is None else layout.spec((axis,), (size,))[0]
+    return x if names is None else jax.lax.psum(x, names)
+
+
 def on_each_part(
-    function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Axes], whole: tuple[Any, Any] | None = None
+    function: Callable[..., jax.Array],
+    *arrays: tuple[jax.Array, Axes],
+    whole: tuple[Any, Any] | None = None,
+    out: tuple[tuple[int, ...], Axes] | None = None,
 ) -> jax.Array:
     """Runs `function` on each device's own shards, for code that XLA cannot partition, such as Pallas kernels.
 
     Args:
-        function: takes the shards and returns an array with the shape of the first. Values of other devices come from
-            `all_gathered`.
+        function: takes the shards and returns a shard of the result. Values of other devices come from `all_gathered`.
         *arrays: each array with its logical axes.
         whole: a tree and the tree of its PartitionSpecs, the last argument of `function`.
+        out: shape and logical axes of the result; those of the first array by default.
 
     Returns:
-        An array with the shape and the axes of the first array.
+        The array whose shards `function` returned.
     """
     layout = _active.get()
     values = [array for array, _ in arrays] + ([] if whole is None else [whole[0]])
@@ -225,7 +241,8 @@ def on_each_part(
         return function(*values)
     specs = tuple(layout.spec(axes, array.shape) for array, axes in arrays) + (() if whole is None else (whole[1],))
     # check_vma must be off: kernels do not declare over which axes their results are replicated.
-    split = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    result = specs[0] if out is None else layout.spec(out[1], out[0])
+    split = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=result, check_vma=False)
     return split(*values)
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import jax
 
-from llama_jax.plan import hlo
+from llama_jax.plan import hlo, traffic
 from llama_jax.plan.devices import GIB, Devices
 
 
 def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
     """Compiles a lowered program. Returns its memory, collectives, kernels and seconds of one core as a JSON-able dict.
 
-    `fits` is False if the compiler refuses the program for its
-    memory, or if the peak is more than the memory of a device.
+    `fits` is False if the compiler refuses the program for its memory, or if the peak is more than the memory of a
+    device. `loop_bytes` are those that a turn of a loop, such as a decode step, moves to and from a TPU's memory.
     """
     started = _processor_seconds()
     try:
@@ -35,6 +35,7 @@ def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
         "host_bytes": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         "collectives": [vars(one) for one in hlo.collectives(text)],
         "kernels": hlo.kernels(text),
+        "loop_bytes": traffic.bytes_of_step(text) if devices.chip.platform == "tpu" else None,
         "seconds": round(_processor_seconds() - started, 1),
     }
 

@@ -23,6 +23,7 @@ _KERNELS = {
     "splash attention": r"%splash_[\w.]+ = ",
     "pallas": r'custom_call_target="tpu_custom_call"',
     "ragged attention": r"%ragged_attention[\w.]* = ",
+    "few rows": r"%few_rows[\w.]* = ",
     "flash attention": r'name = "flash_\w+"',
     "split decoding": r'name = "split_decode"',
     "cudnn attention": r'custom_call_target="__cudnn\$fmha',
@@ -49,27 +50,32 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """An instruction of the text: its name, the type of its result, its opcode, and all that follows.
+
+    `called` names the computations that it calls, and `operands` its operands.
+    """
+
     name: str
     type: str
     opcode: str
     rest: str
 
     @property
-    def called(self) -> list[str]:
+    def called(self) -> list[str]:  # noqa: D102
         return _CALLED.findall(self.rest)
 
     @property
-    def operands(self) -> list[str]:
+    def operands(self) -> list[str]:  # noqa: D102
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
 
-Computations = dict[str, list[_Instruction]]
+Computations = dict[str, list[Instruction]]
 
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program by kind; bytes are those that leave one device, by ring algorithms."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     counts = dict.fromkeys(KINDS, 0)
     overlapped, exposed = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     for kind, times, sent, hidden in _walk(computations, entry, 1, False):
@@ -84,7 +90,7 @@ def kernels(text: str) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _parse(text: str) -> tuple[Computations, str]:
+def parse(text: str) -> tuple[Computations, str]:
     """The instructions of each computation in their scheduled order, and the name of the entry."""
     computations: Computations = {}
     entry, current = "", None
@@ -98,7 +104,7 @@ def _parse(text: str) -> tuple[Computations, str]:
         elif current is not None:
             match = _INSTRUCTION.match(line)
             if match:
-                current.append(_Instruction(*match.groups()))
+                current.append(Instruction(*match.groups()))
     return computations, entry
 
 
@@ -131,14 +137,14 @@ def _walk(computations: Computations, name: str, times: int, hidden: bool) -> It
         )
 
 
-def _chains(computations: Computations, instructions: list[_Instruction]) -> dict[str, tuple[str, _Instruction, bool]]:
+def _chains(computations: Computations, instructions: list[Instruction]) -> dict[str, tuple[str, Instruction, bool]]:
     """The collectives that a TPU computes within fusions, by channel: kind, instruction, and whether arithmetic is
     fused with it.
 
     Such a collective is in several fusions: one starts it, some compute and move it forward, and one ends it. A
     reduce-scatter is written as an all-reduce and a slice of it in one fusion.
     """
-    chains: dict[str, tuple[str, _Instruction, bool]] = {}
+    chains: dict[str, tuple[str, Instruction, bool]] = {}
     for instruction in instructions:
         for called in instruction.called if instruction.opcode == "fusion" else ():
             for op in computations.get(called, []):
@@ -150,7 +156,7 @@ def _chains(computations: Computations, instructions: list[_Instruction]) -> dic
     return chains
 
 
-def _is_done(instruction: _Instruction) -> bool:
+def _is_done(instruction: Instruction) -> bool:
     return instruction.opcode.endswith("-done") or "async-collective-done" in instruction.name.replace("_", "-")
 
 
@@ -159,7 +165,7 @@ def _sent(kind: str, type_: str, rest: str, *, scattered: bool = True) -> float:
 
     `scattered` is False if the type of a reduce-scatter is that of its input.
     """
-    size = _bytes(type_)
+    size = bytes_of(type_)
     n = _participants(rest)
     if kind == "collective-permute":
         return size
@@ -168,7 +174,7 @@ def _sent(kind: str, type_: str, rest: str, *, scattered: bool = True) -> float:
     return size * (n - 1) / (1 if kind == "reduce-scatter" and scattered else n)
 
 
-def _bytes(type_: str) -> float:
+def bytes_of(type_: str) -> float:
     """Bytes of an array type, or of all arrays of a tuple type."""
     total = 0.0
     for dtype, shape in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_):
@@ -191,7 +197,7 @@ def _participants(rest: str) -> int:
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups.rpartition("{")[2]))
 
 
-def _trips(computations: Computations, instructions: list[_Instruction], loop: _Instruction) -> int:
+def _trips(computations: Computations, instructions: list[Instruction], loop: Instruction) -> int:
     """The number of times that a loop runs: its annotation, or its condition's limit over the stride of its counter.
 
     It is 1 if neither can be read.
@@ -214,13 +220,13 @@ def _trips(computations: Computations, instructions: list[_Instruction], loop: _
     return max(1, max(limits) // _stride(body, counters[0]))
 
 
-def _by_name(computations: Computations, loop: _Instruction, key: str) -> dict[str, _Instruction]:
+def _by_name(computations: Computations, loop: Instruction, key: str) -> dict[str, Instruction]:
     """The instructions of a loop's condition or body by name."""
     match = re.search(rf"{key}=%([\w.\-]+)", loop.rest)
     return {op.name: op for op in computations.get(match[1] if match else "", [])}
 
 
-def _stride(body: dict[str, _Instruction], counter: int) -> int:
+def _stride(body: dict[str, Instruction], counter: int) -> int:
     """The constant that a loop's body adds to element `counter` of its tuple; 1 if that cannot be read."""
     root = next((op for op in reversed(body.values()) if op.opcode == "tuple"), None)
     name = root.operands[counter] if root is not None and counter < len(root.operands) else ""
@@ -232,7 +238,7 @@ def _stride(body: dict[str, _Instruction], counter: int) -> int:
     return max(1, stride)
 
 
-def _value(outer: dict[str, _Instruction], name: str) -> int | None:
+def _value(outer: dict[str, Instruction], name: str) -> int | None:
     """The value of an instruction that is a constant or a copy of one; None for any other."""
     while name in outer:
         op = outer[name]
@@ -244,6 +250,6 @@ def _value(outer: dict[str, _Instruction], name: str) -> int | None:
     return None
 
 
-def _constant(op: _Instruction) -> int | None:
+def _constant(op: Instruction) -> int | None:
     match = re.match(r"(\d+)\)", op.rest) if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.type) else None
     return int(match[1]) if match else None

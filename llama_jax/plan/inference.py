@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
@@ -78,8 +77,10 @@ def make(
         raise ConfigError(f"a row of {serving.capacity:,} positions: the model has {config.max_seq_len:,}")
     check(config, serving.quantize)
     full = parallel.resolve(sizes or _mesh_for(config, devices.count), devices.count)
-    program = _program(serving, AbstractMesh(tuple(full[axis] for axis in parallel.AXES), parallel.AXES))
-    weights = memory.shard_bytes(_params(serving, program))
+    program = _program(serving, parallel.abstract_mesh(full))
+    params = _params(serving, program)
+    weights = memory.shard_bytes(params)
+    looked_up = 0 if config.tied_embeddings else memory.shard_bytes(params["embed"])  # a step reads some of its rows
     state = program.abstract_state(rows=serving.rows, capacity=serving.capacity)
     cache = memory.shard_bytes(state.cache)
     closed = weights + memory.shard_bytes(state) + _scratch(serving, program)
@@ -108,7 +109,8 @@ def make(
         "parts": {"weights": weights, "cache": cache, "scratch": max(0, peak - weights - cache)},
         "cache_bytes_a_token": cache * devices.count // (serving.rows * serving.capacity),
         # A step reads the weights and, at worst, the whole cache.
-        "decode_ms": [1e3 * weights / bandwidth, 1e3 * (weights + cache) / bandwidth],
+        "step_bytes": [weights - looked_up, weights - looked_up + cache],
+        "decode_ms": [1e3 * (weights - looked_up + one) / bandwidth for one in (0, cache)],
         "prefill_tokens_per_second": devices.count * projection.EFFICIENCY * devices.chip.flops * tokens / operations,
         "assumed_efficiency": projection.EFFICIENCY,
         "programs": {} if facts is None else facts["programs"],
@@ -161,18 +163,14 @@ def _chunk(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _scratch(serving: Serving, program: Program) -> int:
-    """Bytes besides weights and state: scores and the widest activations of a prefill chunk, or logits of a step.
-
-    A quantized unembedding is transposed as int8 and dequantized in a step: up to 3 bytes for each value.
-    """
+    """Bytes besides weights and state: scores and the widest activations of a prefill chunk, or logits of a step."""
     assert program.layout is not None
     m, tensor = serving.model, program.layout.parts("heads")
     width = jnp.dtype(serving.dtype).itemsize
     scores = 2 * 4 * m.num_heads // tensor * CHUNK * serving.capacity
     activations = CHUNK * (3 * m.ffn_dim // tensor * width + 4 * m.embed_dim * 4)
     logits = 2 * 4 * serving.rows * m.vocab_size
-    unembedding = 0 if serving.quantize == "none" else 3 * m.vocab_size * m.embed_dim // program.layout.parts("vocab")
-    return max(min(scores, 1 << 28) + activations, unembedding) + logits
+    return min(scores, 1 << 28) + activations + logits
 
 
 def compiled(serving: Serving, devices: Devices, mesh: Any) -> dict[str, Any]:
@@ -214,6 +212,12 @@ def table(plan: Mapping[str, Any]) -> str:
         f"  prefill      {plan['prefill_tokens_per_second']:,.0f} tokens/s. Not measured: it assumes products at "
         f"{100 * plan['assumed_efficiency']:.0f} % of the peak",
     ]
+    moved = plan["programs"].get("decode", {}).get("loop_bytes")
+    if moved:
+        lines.append(
+            f"  moved        {moved / 1e9:.2f} GB in a compiled step with a full cache, "
+            f"{moved / plan['step_bytes'][1]:.2f} times the weights and the cache"
+        )
     for name, facts in plan["programs"].items():
         kernels = ", ".join(facts.get("kernels", {})) or "none of ours"
         lines.append(f"  {name:<12} {(facts['peak_bytes'] or 0) / GIB:.2f} GiB, kernels: {kernels}")

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
@@ -136,7 +136,7 @@ def _width(dtype: Any) -> int:
 def _abstract(sizes: tuple[tuple[str, int], ...]) -> parallel.Layout:
     """A sharding layout of devices that need not be present."""
     known = dict(sizes)
-    mesh = AbstractMesh(tuple(known.get(axis, 1) for axis in parallel.AXES), parallel.AXES)
+    mesh = parallel.abstract_mesh(known)
     return parallel.Layout(cast(Mesh, mesh), "train")
 
 

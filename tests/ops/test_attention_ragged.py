@@ -31,13 +31,6 @@ def test_in_bfloat16_the_kernel_differs_by_its_rounding_only():
     assert gap(out, xla.attend(call._replace(q_BTNH=q, k=k, v=v))) < 2e-2  # bfloat16 has 8 bits: 4e-3 a rounding
 
 
-@pytest.mark.parametrize("value", [6.2e-5, 1.0, 0.0371, 65504.0])
-def test_scales_are_those_of_float16(value):
-    value = jnp.float16(value)
-    bits = jax.lax.bitcast_convert_type(value, jnp.int16)
-    assert ragged._scales(bits) == value.astype(jnp.float32)
-
-
 def test_on_a_mesh_each_device_attends_for_its_own_rows_and_heads():
     call, _ = filled("int8", 4, 2, 128, 1, S=256, block=128)
     layout = parallel.Layout(parallel.make_mesh({"tensor": 2}, jax.devices()[:2]), "infer")

@@ -1,5 +1,6 @@
 """The committed plans in docs/plans against the closed memory model, and the cheapest of them against the compiler."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,7 +8,8 @@ import os
 import pytest
 
 from helpers.paths import ROOT
-from llama_jax.plan import planner
+from llama_jax.config import size
+from llama_jax.plan import inference, planner
 from llama_jax.plan.devices import parse
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "plans").glob("*.json"))}
@@ -28,6 +30,25 @@ def test_the_closed_model_is_within_a_tenth_of_the_compiler(name, monkeypatch):
     again, compiled = made(name, monkeypatch, compiling=False), COMMITTED[name]
     assert abs(again["peak_bytes"] / compiled["peak_bytes"] - 1) < 0.1
     assert again["fits"] and again["limit_bytes"] == compiled["limit_bytes"]
+
+
+@pytest.mark.parametrize("name", [name for name, plan in COMMITTED.items() if "step_bytes" in plan])
+def test_a_decode_step_moves_little_more_than_weights_and_cache(name):
+    plan = COMMITTED[name]
+    assert 0.9 < plan["programs"]["decode"]["loop_bytes"] / plan["step_bytes"][1] < 1.1
+
+
+@pytest.mark.slow
+def test_the_cheapest_decode_step_reads_packed_weights_by_the_kernel(monkeypatch, tmp_path):
+    if planner.environment_of(parse("v5e:1")) is None:
+        pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    model = dataclasses.replace(size("llama3.2-1b"), num_layers=1, tied_embeddings=False)
+    plan = inference.make(inference.Serving(model, quantize="int4", kv="int8"), parse("v5e:1"))
+    decode = plan["programs"]["decode"]
+    assert decode["kernels"]["few rows"] == 8  # q, k, v, o, gate, up, down and the unembedding
+    assert 0.9 < decode["loop_bytes"] / plan["step_bytes"][1] < 1.1
+    assert plan["parts"]["scratch"] < 100e6  # the unembedding in bfloat16 would have 525 MB
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ def test_weights_and_cache_are_those_of_the_shape(tensor):
     a_token = 2 * 2 * m.num_layers * m.num_kv_heads * m.head_dim
     assert found["parts"]["cache"] == 16 * 4096 * a_token // 8
     assert found["cache_bytes_a_token"] == a_token == 131072
-    assert found["decode_ms"][0] == pytest.approx(1e3 * found["parts"]["weights"] / 2765e9)
+    read = found["parts"]["weights"] - 2 * m.vocab_size * m.embed_dim // tensor  # all but the embedding's table
+    assert found["step_bytes"] == [read, read + found["parts"]["cache"]]
+    assert found["decode_ms"][0] == pytest.approx(1e3 * read / 2765e9)
 
 
 def test_eight_bits_halve_the_cache_and_the_weights():

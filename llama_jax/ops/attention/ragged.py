@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax import parallel
+from llama_jax.ops import quant
 from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 
 _LANES = 128
@@ -91,6 +92,8 @@ def _visit(
         in_specs.append(pl.BlockSpec(shape, lambda *at, n=n: slots(*at)[:n]))
     # Kernels of TPUs load no float16, so that scales come as their bits.
     arrays = [lax.bitcast_convert_type(a, jnp.int16) if a.dtype == jnp.float16 else a for a in cache]
+    if not interpreted():  # XLA would copy a small cache to the chip's memory and back for every write
+        arrays = [pltpu.with_memory_space_constraint(a, pltpu.HBM) if a.ndim == 4 else a for a in arrays]
     width = sum(a.dtype.itemsize * (H if a.ndim == 4 else 1) for a in cache)
     return pl.pallas_call(
         functools.partial(_kernel, scale=H**-0.5, step=step, quantized=len(cache) == 4),
@@ -138,7 +141,7 @@ def _kernel(
         key_positions = j * step + lax.broadcasted_iota(jnp.int32, (rows, step), 1)
         seen = key_positions <= positions_ref[...]
         if quantized:
-            k_scales_ref[...], v_scales_ref[...] = _scales(cache[1][...]), _scales(cache[3][...])
+            k_scales_ref[...], v_scales_ref[...] = (quant.float16_of_bits(cache[i][...]) for i in (1, 3))
 
         def add(head: Any, _: None) -> None:
             q = q_ref[head]
@@ -167,8 +170,3 @@ def _kernel(
     def _end() -> None:
         for head in range(q_ref.shape[0]):
             out_ref[head] = (sum_ref[head] / total_ref[head, :, :1]).astype(out_ref.dtype)
-
-
-def _scales(bits: jax.Array) -> jax.Array:
-    """The float32 values of positive, normal float16 scales by their bits: the exponents' biases differ by 112."""
-    return lax.bitcast_convert_type((bits.astype(jnp.int32) << 13) + (112 << 23), jnp.float32)
