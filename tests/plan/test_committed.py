@@ -43,12 +43,12 @@ def test_the_cheapest_decode_step_reads_packed_weights_by_the_kernel(monkeypatch
     if planner.environment_of(parse("v5e:1")) is None:
         pytest.skip("libtpu is not installed: pip install libtpu==0.0.42.1, or set TPU_LIBRARY_PATH to a libtpu.so")
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
-    model = dataclasses.replace(size("llama3.2-1b"), num_layers=1, tied_embeddings=False)
+    model = dataclasses.replace(size("llama3.1-8b"), num_layers=1)
     plan = inference.make(inference.Serving(model, quantize="int4", kv="int8"), parse("v5e:1"))
     decode = plan["programs"]["decode"]
     assert decode["kernels"]["few rows"] == 8  # q, k, v, o, gate, up, down and the unembedding
     assert 0.9 < decode["loop_bytes"] / plan["step_bytes"][1] < 1.1
-    assert plan["parts"]["scratch"] < 100e6  # the unembedding in bfloat16 would have 525 MB
+    assert plan["parts"]["scratch"] < 300e6  # the unembedding in bfloat16 would have 1,051 MB
 
 
 @pytest.mark.slow
