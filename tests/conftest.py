@@ -10,8 +10,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little. Without LLVM's optimizations, compiling a training step of the tiny model on
-# eight devices takes 3.2 s of CPU time instead of 6.1 s. The older code for fusions makes it 1.0 s. jaxlib 0.11 no longer
-# has that code, and would abort at the flag.
+# eight devices takes 3.2 s of CPU time instead of 6.1 s, and with the older code for fusions 1.0 s. jaxlib 0.11 no
+# longer has that code, and would abort at the flag.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     f"{' --xla_cpu_use_fusion_emitters=false' if importlib.metadata.version('jaxlib').startswith('0.10.') else ''}"
