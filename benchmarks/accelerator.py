@@ -207,21 +207,21 @@ def attention(size: Size) -> Iterator[Item]:
             yield item
 
 
-def training(size: Size, lora: bool) -> Iterator[Item]:
+def training(size: Size, lora: bool, products: str = "compute") -> Iterator[Item]:
     """Training steps of one row, all weights (as many layers as fit) or LoRA over a bfloat16 base (all layers)."""
     import jax
 
-    for remat in ("attention", "dots", "full"):
+    for remat in ("attention", "dots", "full") if products == "compute" else ("dots",):
         for layers in (size.decoder_layers,) if lora else size.layers:
-            item = {"name": "LoRA" if lora else "all weights", "layers": layers, "remat": remat}
+            item = {"name": "LoRA" if lora else "all weights", "layers": layers, "remat": remat, "products": products}
             try:
-                yield item | train_steps(size, training_run(size, layers, remat, lora))
+                yield item | train_steps(size, training_run(size, layers, remat, lora, products))
                 break
             except jax.errors.JaxRuntimeError as error:  # out of memory: fewer layers
                 yield item | {"error": str(error)[:200]}
 
 
-def training_run(size: Size, layers: int, remat: str, lora: bool) -> Any:
+def training_run(size: Size, layers: int, remat: str, lora: bool, products: str) -> Any:
     """The run of a training measurement. With LoRA, `init_from` gives a shape alone: the weights are random."""
     from llama_jax.run_config import RunConfig, default_dict
 
@@ -231,7 +231,7 @@ def training_run(size: Size, layers: int, remat: str, lora: bool) -> Any:
     values["init_from"] = "random" if lora else ""
     values["model"] = {key: value for key, value in shape.to_dict().items() if key in values["model"]}
     values["data"] |= {"train": ("unused",), "batch_size": 1, "sequence_length": size.length}
-    values["train"] |= {"compute_dtype": "bfloat16", "remat": remat}
+    values["train"] |= {"compute_dtype": "bfloat16", "remat": remat, "products": products}
     values["lora"] |= {"rank": 16 if lora else 0}
     run = RunConfig.from_dict(values)
     return run.with_shape(shape) if lora else run
@@ -489,6 +489,7 @@ SECTIONS: dict[str, Callable[[Size], Iterator[Item]]] = {
     "decoding": decoding,
     "all weights": functools.partial(training, lora=False),
     "LoRA": functools.partial(training, lora=True),
+    "all weights in fp8": functools.partial(training, lora=False, products="fp8"),
     "prefill": prefill,
     "peers": peers,
     "products": products,

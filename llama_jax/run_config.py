@@ -315,6 +315,7 @@ _ALIASES = {
     "train.patience": "early_stopping_patience",
     "train.accumulate": "grad_accum gradient_accumulation_steps",
     "train.compute_dtype": "dtype bf16 torch_dtype mixed_precision_param",
+    "train.products": "fp8 float8 enable_fp8",
     "train.remat": "gradient_checkpointing activation_checkpoint",
     "lora.rank": "r lora_r use_peft",
     "lora.base": "load_in_4bit load_in_8bit quantization_config",

@@ -203,6 +203,10 @@ class TrainConfig:
             divide data.batch_size.
         compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16, and
             float32 on a CPU.
+        products: Operands of the matrix products of layers in training steps. `compute` is train.compute_dtype. `fp8`
+            rounds them to 8 bits with a scale for each (arXiv:2209.05433), for NVIDIA GPUs of compute capability 8.9
+            and above, such as H100; it changes the losses. Frozen quantized weights, LoRA's own matrices, the
+            unembedding and evaluation are not rounded.
         microbatches: Parts of a batch that follow one another through pipeline stages; 0 makes as many as there are
             stages. More of them leave the stages idle for a smaller part of a step. They must divide data.batch_size /
             train.accumulate. Without stages it has no effect.
@@ -221,6 +225,7 @@ class TrainConfig:
     patience: int = bounded(0, low=0)
     accumulate: int = bounded(1, low=1)
     compute_dtype: str = bounded("auto", choices=("auto", "float32", "bfloat16"))
+    products: str = bounded("compute", choices=("compute", "fp8"))
     microbatches: int = bounded(0, low=0)
     remat: str = bounded("full", choices=("none", "dots", "attention", "offload", "full"))
     vocab_chunk: int = bounded(8192, low=0)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax import parallel
-from llama_jax.ops import cpu, quant
+from llama_jax.ops import cpu, fp8, quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.quant import QTensor
@@ -93,7 +93,9 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
     _tell(x, w)
     if isinstance(w, LoraTensor):
         return _by_rows(w, linear(x, w.base, axes) + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
-    return _quantized_linear(x, w, axes) if isinstance(w, QTensor) else _linear(x, w, axes)
+    if isinstance(w, QTensor):
+        return _quantized_linear(x, w, axes)
+    return fp8.linear(x, w, axes) if fp8.takes(w) else _linear(x, w, axes)
 
 
 Norm = tuple[jax.Array, float]  # scale (D,) and eps of an RMSNorm
@@ -123,7 +125,8 @@ def linears(
     plain = [w for w, _ in weights if not isinstance(w, LoraTensor)]
     scale, eps = norm or (None, 0.0)
     arguments = (x, scale, up, plus, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
-    if len(plain) == len(weights) and not _observers and len(kinds) == 1 and _kernels(x, plain) is not None:
+    alike = len(plain) == len(weights) and len(kinds) == 1 and not _observers and not fp8.active()
+    if alike and _kernels(x, plain) is not None:
         return _native_of_several(*arguments)
     return _several(*arguments)
 

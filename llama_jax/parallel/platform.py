@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama_jax.errors import ConfigError
+
 _log = logging.getLogger(__name__)
 
 
@@ -21,6 +23,27 @@ def has_bfloat16(device: jax.Device) -> bool:
         return float(getattr(device, "compute_capability", "") or 8) >= 8
     except ValueError:  # the name of another maker's chip
         return True
+
+
+def check_fp8(mesh: Mesh) -> None:
+    """Checks that the devices multiply 8-bit floats: NVIDIA GPUs of compute capability 8.9 and above. CPUs emulate it.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        _say_once("train.products=fp8 is emulated on a CPU, which is slower than train.products=compute")
+        return
+    try:
+        able = device.platform in ("gpu", "cuda") and float(device.compute_capability) >= 8.9
+    except (AttributeError, ValueError):  # another maker's chip
+        able = False
+    if not able:
+        raise ConfigError(
+            f"train.products=fp8 needs NVIDIA GPUs of compute capability 8.9 or above, and this is "
+            f"{device.device_kind}: set train.products=compute"
+        )
 
 
 def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:

@@ -178,7 +178,8 @@ def bytes_of(type_: str) -> float:
     """Bytes of an array type, or of all arrays of a tuple type."""
     total = 0.0
     for dtype, shape in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_):
-        width = _WIDTHS.get(dtype) or int(re.sub(r"\D", "", dtype[:4]) or 0) / 8
+        bits = re.match(r"[a-z]+(\d+)", dtype)  # of f8e4m3fn, 8
+        width = _WIDTHS.get(dtype) or (int(bits[1]) / 8 if bits else 0)
         total += width * math.prod(int(n) for n in shape.split(",") if n)
     return total
 

@@ -52,10 +52,11 @@ def _of_instruction(op: Instruction, operands: list[str], fused: list[Instructio
     parameters = {int(one.rest.split(")")[0]): one.name for one in fused if one.opcode == "parameter"}
     total = sum(_in_main_memory(one) for one in _ARRAY.findall(op.type) if _shapes(one)[0] not in updated)
     for i, type_ in enumerate(operands):
-        users = [one for one in fused if parameters.get(i) in one.operands] if parameters else [op]
+        name = parameters.get(i, op.operands[i])
+        users = [one for one in fused if name in one.operands]
         if _shapes(type_)[:1] and _shapes(type_)[0] in updated:
             continue
-        looked_up = bool(users) and all(one.opcode in _LOOKUPS for one in users)
+        looked_up = bool(users) and all(one.opcode in _LOOKUPS and one.operands[0] == name for one in users)
         total += sum(bytes_of(one.type) for one in users) if looked_up else _in_main_memory(type_)
     for one in fused:
         if one.opcode in _UPDATES:  # the values are read and written

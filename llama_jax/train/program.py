@@ -58,11 +58,14 @@ class Program:
         """The program of a run on a mesh.
 
         Raises:
-            ConfigError: the model or a batch cannot be split over the mesh, or the base cannot be quantized.
+            ConfigError: the model or a batch cannot be split over the mesh, the base cannot be quantized, or the
+                devices have no products of 8-bit numbers.
         """
         run.check_mesh(dict(mesh.shape))
         layout = parallel.Layout(mesh, "train", microbatches=run.train.microbatches or parallel.stages(mesh))
         dtype = parallel.compute_dtype(run.train.compute_dtype, mesh)
+        if run.train.products == "fp8":
+            parallel.check_fp8(mesh)
         optimizer = make_optimizer(run.optimizer, trainable.trained_axes(run), steps=run.train.steps)
         return cls(
             run=run,

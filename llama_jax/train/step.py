@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax import parallel
+from llama_jax.ops import fp8
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
@@ -68,7 +69,8 @@ def _make_gradients(
         trained: trainable.Trained, frozen: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Sums], trainable.Trained]:
         def loss(trained: trainable.Trained) -> tuple[jax.Array, Sums]:
-            return loss_sums(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
+            with fp8.products(run.train.products == "fp8"):
+                return loss_sums(run, trainable.policy(run, trained, frozen, key), frozen, batch, dtype=dtype)
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 

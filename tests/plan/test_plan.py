@@ -16,7 +16,7 @@ from llama_jax import parallel
 from llama_jax.config import size
 from llama_jax.errors import ConfigError
 from llama_jax.parallel import flags, mesh
-from llama_jax.plan import hlo, memory, planner, projection, search
+from llama_jax.plan import hlo, memory, planner, projection, search, traffic
 from llama_jax.plan.devices import CHIPS, parse
 from llama_jax.run_config import RunConfig
 
@@ -166,6 +166,58 @@ def test_a_tpus_fusion_of_an_all_reduce_and_a_slice_is_a_reduce_scatter():
     assert (scatter.kind, scatter.count, scatter.exposed) == ("reduce-scatter", 1, 32 * 4 * 3 / 4)
     (reduce,) = hlo.collectives(SCATTERED.replace("%all-reduce-scatter.3", "%fused_computation"))
     assert (reduce.kind, reduce.exposed) == ("all-reduce", 2 * 32 * 4 * 3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("type_", "size"),
+    [("f8e4m3fn[2,3]", 6), ("bf16[2]", 4), ("pred[3]", 3), ("s4[4]", 2), ("(f32[2]{0}, s8[3])", 11), ("token[]", 0)],
+)
+def test_types_have_their_bytes(type_, size):
+    assert hlo.bytes_of(type_) == size
+
+
+DECODE = """
+HloModule decode
+
+%update (a: s8[4,1024], b: s8[1,1024], i: s32[]) -> s8[4,1024] {
+  %a = s8[4,1024]{1,0} parameter(0)
+  %b = s8[1,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %new = s8[4,1024]{1,0} dynamic-update-slice(%a, %b, %i, %i)
+}
+
+%look_up (table: f32[900,128], i: s32[]) -> f32[1,128] {
+  %table = f32[900,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %row = f32[1,128]{1,0} dynamic-slice(%table, %i, %i), dynamic_slice_sizes={1,128}
+}
+
+%body (state: (s8[4,1024], f32[900,128], bf16[256,128], s32[])) -> (s8[4,1024], f32[900,128], bf16[256,128], s32[]) {
+  %state = (s8[4,1024], f32[900,128], bf16[256,128], s32[]) parameter(0)
+  %cache = s8[4,1024]{1,0} get-tuple-element(%state), index=0
+  %table = f32[900,128]{1,0} get-tuple-element(%state), index=1
+  %weight = bf16[256,128]{1,0} get-tuple-element(%state), index=2
+  %i = s32[]{:S(2)} get-tuple-element(%state), index=3
+  %row = f32[1,128]{1,0:S(1)} fusion(%table, %i), kind=kLoop, calls=%look_up
+  %copy-start = (bf16[256,128]{1,0:S(1)}, bf16[256,128]{1,0}, u32[]{:S(2)}) copy-start(%weight)
+  %copy-done = bf16[256,128]{1,0:S(1)} copy-done(%copy-start)
+  %out = s8[1,1024]{1,0:S(1)} custom-call(%row, %copy-done, %cache), custom_call_target="tpu_custom_call"
+  %new = s8[4,1024]{1,0} fusion(%cache, %out, %i), kind=kLoop, calls=%update
+  ROOT %next = (s8[4,1024], f32[900,128], bf16[256,128], s32[]) tuple(%new, %table, %weight, %i)
+}
+
+ENTRY %main (state: (s8[4,1024], f32[900,128], bf16[256,128], s32[])) -> (s8[4,1024]) {
+  %state = (s8[4,1024], f32[900,128], bf16[256,128], s32[]) parameter(0)
+  ROOT %loop = (s8[4,1024], f32[900,128], bf16[256,128], s32[]) while(%state), condition=%condition, body=%body
+}
+"""
+
+
+def test_the_bytes_of_a_step_are_those_of_main_memory():
+    row, weight, cache, slot = 4 * 128, 2 * 256 * 128, 4 * 1024, 2 * 1024
+    scalar = 4 * 2  # the index, which the two fusions read
+    assert traffic.bytes_of_step(DECODE) == row + weight + cache + slot + scalar
+    assert traffic.bytes_of_step(PROGRAM.replace("while(", "call(")) == 0
 
 
 def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is_computed_meanwhile():

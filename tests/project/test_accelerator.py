@@ -21,7 +21,17 @@ def test_all_of_it_runs_in_small(tmp_path):
     done = run("--small", "--seconds", "800", "--out", out)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
-    assert list(found) == ["peaks", "attention", "decoding", "all weights", "LoRA", "prefill", "peers", "products"]
+    assert list(found) == [
+        "peaks",
+        "attention",
+        "decoding",
+        "all weights",
+        "LoRA",
+        "all weights in fp8",
+        "prefill",
+        "peers",
+        "products",
+    ]
     assert all(items for items in found.values())
     assert {"xla", "splash", "flash", "split", "ragged"} <= {item["backend"] for item in found["attention"]}
     for item in found["attention"]:

@@ -23,7 +23,7 @@ data.seed data.cache_dir
 optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
-train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype
+train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype train.products
 train.microbatches train.remat train.vocab_chunk train.z_loss train.max_skipped
 lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora lora.base
 dpo.beta dpo.loss dpo.label_smoothing
