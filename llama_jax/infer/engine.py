@@ -432,7 +432,7 @@ def _groups(items: Sequence[Any], rows: int) -> list[tuple[Sequence[Any], int]]:
 def placed(config: ModelConfig, params: Params, *, mesh: Mesh | None, dtype: jnp.dtype) -> Params:
     """Unrolled weights, cast to `dtype` and sharded over the mesh. Arrays that need neither are not copied."""
 
-    def cast(leaf: Weight) -> Weight:
+    def cast(leaf: Any) -> Any:
         if isinstance(leaf, LoraTensor):  # its scale stays in float32
             return dataclasses.replace(leaf, base=cast(leaf.base), a=cast(leaf.a), b=cast(leaf.b))
         return leaf if isinstance(leaf, QTensor) or leaf.dtype == dtype else jnp.asarray(leaf).astype(dtype)

@@ -33,8 +33,8 @@ from llama_jax.infer.result import Result
 from llama_jax.infer.sampler import Sampler, Stream
 from llama_jax.params import Params, check_params, unstack
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.text.chat_format import AUTO, choose
-from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.chat_format import AUTO, ChatFormat, choose
+from llama_jax.text.chat_template import DEFAULT, ChatTemplate
 from llama_jax.weights import adapters, export
 from llama_jax.weights.formats import peft
 from llama_jax.weights.model_files import Metadata
@@ -139,6 +139,8 @@ class Llama:
         self.sampling = sampling or SamplingParams()
         self.chat_format = None if tokenizer is None else choose(tokenizer, chat_template, chat_format)
         bos = None if tokenizer is None else tokenizer.bos_id
+        if isinstance(chat_template, str):
+            chat_template = ChatTemplate({DEFAULT: chat_template})
         template = self.chat_format.template if self.chat_format else chat_template
         self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, template)
         self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
@@ -200,7 +202,7 @@ class Llama:
             params = placed(self.config, unstack(params), mesh=self.mesh, dtype=self.engine.dtype)
 
         def replace() -> None:
-            self.params = self.engine.params = params
+            self.params = self.engine.params = {} if params is None else params
 
         self.sampler.scheduler.forget(replace)
 
@@ -338,7 +340,7 @@ class Llama:
                 _log.warning("warning: %s failed: %s", names[i // samples], result.error)
         grouped = []
         for i, option in enumerate(own):
-            about = {"index": i}
+            about: dict[str, Any] = {"index": i}
             if option.prompt_logprobs is not None:
                 about |= self.sampler.prompt_logprobs(ids[i], option.prompt_logprobs)
             group = [dataclasses.replace(result, **about) for result in results[i * samples : (i + 1) * samples]]
@@ -433,7 +435,7 @@ class Llama:
 
     def answer(self, result: Result) -> dict[str, Any]:
         """The message of an answer's tokens, as `chat` gives it: with the ids, from which its text is encoded again."""
-        return self.chat_format.parse(self.sampler.known(result.tokens))
+        return self._chat_format().parse(self.sampler.known(result.tokens))
 
     def _with_message(self, result: Result) -> Result:
         return result if result.error else dataclasses.replace(result, message=self.answer(result))
@@ -473,9 +475,12 @@ class Llama:
     @checked_keywords
     def encode_dialog(self, messages: Dialog, tools: Sequence[Any] | None = None) -> list[int]:
         """The prompt ids of `chat`: the dialog and the header of an answer. ConfigError if it cannot be encoded."""
-        if self.tokenizer is None:
+        return self._chat_format().encode(messages, tools=tools)
+
+    def _chat_format(self) -> ChatFormat:
+        if self.chat_format is None:
             raise ConfigError("chat needs a tokenizer: put tokenizer.model or tokenizer.json in the model's folder")
-        return self.chat_format.encode(messages, tools=tools)
+        return self.chat_format
 
     @property
     def chat_stop_tokens(self) -> tuple[int, ...]:

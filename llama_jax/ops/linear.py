@@ -149,16 +149,31 @@ def _several(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _native_of_several(x, scale, up, plus, weights, eps, axes):
+def _native_of_several(
+    x: jax.Array,
+    scale: jax.Array | None,
+    up: jax.Array | None,
+    plus: jax.Array | None,
+    weights: Sequence[Weight],
+    eps: float,
+    axes: tuple[Axes, ...],
+) -> list[jax.Array]:
     norm = None if scale is None else (scale, eps)
     up, plus = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (up, plus))
-    products = _kernels(x, weights).linears(
-        x.reshape(-1, x.shape[-1]), weights, dtype=x.dtype, norm=norm, up=up, plus=plus
-    )
+    plain = [w for w in weights if not isinstance(w, LoraTensor)]
+    products = _kernels(x, plain).linears(x.reshape(-1, x.shape[-1]), plain, dtype=x.dtype, norm=norm, up=up, plus=plus)
     return [a.reshape(*x.shape[:-1], -1) for a in products]
 
 
-def _native_of_several_forward(x, scale, up, plus, weights, eps, axes):  # kernels have no gradient
+def _native_of_several_forward(
+    x: jax.Array,
+    scale: jax.Array | None,
+    up: jax.Array | None,
+    plus: jax.Array | None,
+    weights: Sequence[Weight],
+    eps: float,
+    axes: tuple[Axes, ...],
+) -> tuple[list[jax.Array], Callable[..., Any]]:  # kernels have no gradient
     return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, plus, weights)
 
 
@@ -204,7 +219,7 @@ def _native_f32(x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
 
 
 @_native_f32.defjvp
-def _native_f32_jvp(primals, tangents):
+def _native_f32_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     return jax.jvp(_xla_f32, primals, tangents)  # kernels have no gradient
 
 
@@ -317,18 +332,18 @@ def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> 
     return _native(x, w, x.dtype) if _kernels(x, [w]) else _forward(x, w, axes)[0]
 
 
-def _forward(x, w, axes):
+def _forward(x: jax.Array, w: jax.Array, axes: Axes) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _product(x, _gathered(w, axes, x.dtype)).astype(x.dtype), (x, w)
 
 
-def _backward(axes, residuals, g):
+def _backward(axes: Axes, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     g = g.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     dx = _dot(g, _gathered(w, axes, x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
     # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
     # it has no product with a transposed first operand for some of these shapes.
-    if parallel.ring_takes(g, x, axes):
+    if axes is not None and parallel.ring_takes(g, x, axes):
         return dx, parallel.ring_gradient(g, x, axes).astype(w.dtype)
     narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
     dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,6 @@ from jax import lax
 from llama_jax.sampling_params import SamplingParams
 
 _SEEDS = 1 << 32
-Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -48,18 +48,18 @@ class Controls:
         seed_B: uint32 seed of the row's noise.
     """
 
-    temperature_B: Array
-    top_k_B: Array
-    top_p_B: Array
-    min_p_B: Array
-    typical_p_B: Array
-    repetition_B: Array
-    presence_B: Array
-    frequency_B: Array
-    required_B: Array
-    biased_B: Array
-    masked_B: Array
-    seed_B: Array
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    typical_p_B: jax.Array
+    repetition_B: jax.Array
+    presence_B: jax.Array
+    frequency_B: jax.Array
+    required_B: jax.Array
+    biased_B: jax.Array
+    masked_B: jax.Array
+    seed_B: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -78,18 +78,21 @@ class SamplingState:
     """
 
     controls: Controls
-    seen_BV: Array
-    counts_BV: Array
-    bias_BV: Array
-    allowed_BW: Array
-    stops_BN: Array
+    seen_BV: jax.Array
+    counts_BV: jax.Array
+    bias_BV: jax.Array
+    allowed_BW: jax.Array
+    stops_BN: jax.Array
 
 
 def controls(params: Sequence[SamplingParams], seeds: Sequence[int], *, masked: Sequence[bool] = ()) -> Controls:
     """The settings of each row as numpy arrays; seeds are taken modulo 2^32. `masked` flags rows with a grammar."""
 
-    def column(name: str, dtype: type = np.float32) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], dtype)
+    def rows(values: Sequence[Any], dtype: type) -> Any:  # arrays of the host, until they are used on the device
+        return np.array(values, dtype)
+
+    def column(name: str, dtype: type = np.float32) -> Any:
+        return rows([getattr(p, name) for p in params], dtype)
 
     return Controls(
         temperature_B=column("temperature"),
@@ -101,9 +104,9 @@ def controls(params: Sequence[SamplingParams], seeds: Sequence[int], *, masked: 
         presence_B=column("presence_penalty"),
         frequency_B=column("frequency_penalty"),
         required_B=column("min_tokens", np.int32),
-        biased_B=np.array([has_bias(p) for p in params], bool),
-        masked_B=np.array(masked or [False] * len(params), bool),
-        seed_B=np.array([seed % _SEEDS for seed in seeds], np.uint32),
+        biased_B=rows([has_bias(p) for p in params], bool),
+        masked_B=rows(masked or [False] * len(params), bool),
+        seed_B=rows([seed % _SEEDS for seed in seeds], np.uint32),
     )
 
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from llama_jax import parallel
+from llama_jax.cache import QCache
 from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
 
 _LANES = 128  # lanes of a TPU's vector registers; the length must be a multiple
@@ -56,17 +57,16 @@ def attend(call: Call) -> jax.Array:
     (segment 0) attends to the padding before it.
     """
     q_BTNH, segments_BT = call.q_BTNH, call.segments_BT
+    assert not isinstance(call.k, QCache) and not isinstance(call.v, QCache)  # `refuses` takes no cache
     B, T, _, H = q_BTNH.shape
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     if segments_BT is None:
         segments_BT = jnp.zeros((B, T), jnp.int32)
-    order, axes = (0,), parallel.axis_size("length")
-    layout = parallel.active()
-    if layout is not None and layout.balanced:
-        order = parallel.length_order(T)
-    kernel = _kernel(T, q_BTNH.shape[2] // parallel.axis_size("heads"), order, shards=axes)
+    shards, layout = parallel.axis_size("length"), parallel.active()
+    order: tuple[int, ...] = parallel.length_order(T) if layout is not None and layout.balanced else (0,)
+    kernel = _kernel(T, q_BTNH.shape[2] // parallel.axis_size("heads"), order, shards=shards)
     whole = (kernel, jax.tree.map(lambda _: PartitionSpec(), kernel))
-    if axes > 1:
+    if layout is not None and shards > 1:
         whole = (kernel, kernel.manual_sharding_spec(layout.sharding((None, "length"))))
     return parallel.on_each_part(
         functools.partial(_rows, order=order),

@@ -74,20 +74,29 @@ def attend(call: Call) -> jax.Array:
 def _split_length(queries: _Queries, keys: _Keys) -> jax.Array:
     """Attention of rows whose length is sharded: each device's own queries, in chunks, to all keys of the row."""
     tokens = ("batch", "length")
-    arrays = [
+    arrays: list[tuple[jax.Array, tuple[str | None, ...]]] = [
         (queries.q_BKGTH, ("batch", "kv_heads", None, "length", None)),
         (queries.positions_BT, tokens),
         (keys.k_BKSH, ("batch", "kv_heads", "length", None)),
         (keys.v_BKSH, ("batch", "kv_heads", "length", None)),
         (keys.positions_BS, tokens),
     ]
-    if keys.segments_BS is not None:
+    if queries.segments_BT is not None and keys.segments_BS is not None:
         arrays += [(queries.segments_BT, tokens), (keys.segments_BS, tokens)]
 
-    def own(q, q_positions, k, v, k_positions, q_segments=None, k_segments=None):
-        gathered = (None if a is None else parallel.all_gathered(a, "length", 1) for a in (k_positions, k_segments))
+    def own(
+        q: jax.Array,
+        q_positions: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        k_positions: jax.Array,
+        q_segments: jax.Array | None = None,
+        k_segments: jax.Array | None = None,
+    ) -> jax.Array:
         k, v = (parallel.all_gathered(a, "length", 2) for a in (k, v))
-        return _all_keys(_Queries(q, q_positions, q_segments), _Keys(k, v, *gathered))
+        positions = parallel.all_gathered(k_positions, "length", 1)
+        segments = None if k_segments is None else parallel.all_gathered(k_segments, "length", 1)
+        return _all_keys(_Queries(q, q_positions, q_segments), _Keys(k, v, positions, segments))
 
     return parallel.on_each_part(own, *arrays)
 
