@@ -147,5 +147,8 @@ def checked_fields(cls: type[Class]) -> type[Class]:
 def brief(value: Any, length: int = 80) -> str:
     """The repr of a value, cut to `length` characters. Long values are never formatted whole."""
     _REPR.maxstring = _REPR.maxother = _REPR.maxlong = length
-    text = _REPR.repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # Python refuses to write a whole number of more than 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -6,12 +6,14 @@ Floor 0: this module does not import jax.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief, checked_fields
 
 _FLOAT32_MAX = 3.4e38
+_DIGITS = 10  # of a token id as text
 
 
 @checked_fields
@@ -67,8 +69,9 @@ class SamplingParams:
         _check(self, "frequency_penalty", lambda x: abs(x) <= 1e6, "from -1000000 to 1000000 (0 is off)")
         for name, note in (("top_k", "0 keeps every token"), ("min_tokens", "0 is off")):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) < 1 << 31:
                 raise ConfigError(f"{name} must be a whole number from 0 ({note}), got {brief(value)}")
+            object.__setattr__(self, name, int(value))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         if self.allowed_tokens is not None:
             object.__setattr__(self, "allowed_tokens", _ids(self.allowed_tokens, "allowed_tokens"))
@@ -88,10 +91,12 @@ def _check(params: SamplingParams, name: str, legal: Callable[[float], bool], al
     value = getattr(params, name)
     if not _finite(value) or not legal(value):
         raise ConfigError(f"{name} must be {allowed}, got {brief(value)}")
+    if not isinstance(value, (int, float)):  # a number of numpy, for instance
+        object.__setattr__(params, name, float(value))
 
 
 def _finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and abs(value) < _FLOAT32_MAX  # False for NaN
 
 
@@ -111,7 +116,7 @@ def _bias(bias: Any) -> dict[int, float]:
         raise ConfigError(f'logit_bias must be numbers by token id such as {{"128009": -100}}, got {brief(bias)}')
     clean = {}
     for key, value in bias.items():
-        text = isinstance(key, str) and key.isascii() and key.isdigit()
+        text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= _DIGITS
         if not (text or (hasattr(key, "__index__") and not isinstance(key, bool) and int(key) >= 0)):
             raise ConfigError(f"logit_bias names {brief(key)}, which is not a token id")
         if value != -float("inf") and not _finite(value):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -113,7 +114,7 @@ def _add_inputs(flags: parser.Parser) -> None:
         type=parser.path,
         metavar="FILE",
         help="a prompt a line; in a .jsonl file a JSON value a line: a string, a list of token ids, or an object with "
-        '"prompt" and options of its own such as "temperature"; - reads lines from standard input',
+        '"prompt", an "id" that --json prints again, and its own "seed", "temperature" and so on; - is standard input',
     )
     add("--ask", action="append", metavar="TEXT", help="question to answer; repeat it for several, each a dialog")
     add("--chat", action="store_true", help="talk to the model; /help lists the commands of a chat")
@@ -164,6 +165,8 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
         flags.error("--capacity goes with --plan")
     if options.json and options.chat:
         flags.error("--json does not go with --chat; use --messages FILE --json")
+    if options.chat and _collected(options):
+        flags.error("--num_samples and --best_of do not go with --chat, which prints one answer as it comes")
     if options.system is not None and not (options.chat or options.ask):
         flags.error("--system goes with --ask and --chat; put a system message into the file of --messages")
     if options.tools is not None and not (options.chat or options.ask or options.messages):
@@ -248,10 +251,12 @@ def _continue_prompts(
     if len(prompts) == 1 and not _collected(options) and not overrides[0]:
         return _print_stream(llama.stream(prompts[0], **settings))
     start = time.perf_counter()
+    labels = [own["id"] if "id" in own else None for own in overrides]
+    overrides = [{name: value for name, value in own.items() if name != "id"} for own in overrides]
     found = llama.generate(prompts, overrides=overrides, **settings, **_of_call(options))
     names = [f"{chr(10) if i else ''}=== prompt {i}" for i in range(len(prompts))]
     ids = llama.tokenizer is None
-    return _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=ids)
+    return _print_results(found, names, time.perf_counter() - start, as_json=options.json, ids=ids, labels=labels)
 
 
 def _collected(options: argparse.Namespace) -> bool:
@@ -301,7 +306,7 @@ def _text(file: str) -> str:
     try:
         if file == "-":
             return sys.stdin.read()
-        with naming(file), open(file, encoding="utf-8", newline="\n") as opened:
+        with naming(file), open(file, encoding="utf-8-sig", newline="\n") as opened:  # Windows writes a mark first
             text = opened.read(_MOST_BYTES)
             if opened.read(1):
                 raise ConfigError(f"{file} is longer than {_MOST_BYTES:,} characters: split it")
@@ -346,17 +351,26 @@ def _dialogs(system: str | None, questions: Sequence[str]) -> list[list[dict[str
 
 
 def _print_results(
-    found: Sequence[Result | list[Result]], names: Sequence[str], seconds: float, *, as_json: bool, ids: bool
+    found: Sequence[Result | list[Result]],
+    names: Sequence[str],
+    seconds: float,
+    *,
+    as_json: bool,
+    ids: bool,
+    labels: Sequence[Any] = (),
 ) -> int:
-    """Print results, and return 1 if one failed. The speed is that of the whole call, compilation included."""
+    """Print results, and return 1 if one failed. The speed is that of the whole call, compilation included. `labels`
+    are the values of "id" in the lines of the prompts, or None.
+    """
     groups = [group if isinstance(group, list) else [group] for group in found]
     speed = round(sum(len(result.tokens) for group in groups for result in group) / seconds, 2)
-    for group, name in zip(groups, names, strict=True):
+    for group, name, label in itertools.zip_longest(groups, names, labels):
         if not as_json and len(groups) > 1:
             print(name, flush=True)
         for result in group:
             if as_json:
-                print(json.dumps(_row(result, speed), ensure_ascii=False), flush=True)
+                row = _row(result, speed) if label is None else {"id": label, **_row(result, speed)}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
             else:
                 shown = " ".join(map(str, result.tokens)) if ids else result.text
                 print(f"--- {shown}" if len(group) > 1 else shown, flush=True)

@@ -201,14 +201,18 @@ class Matcher:
         self._words = -(-vocab_size // 32)
 
     def mask(self) -> np.ndarray:
-        """uint32 (W,): the tokens that may come next, one bit a token. RuntimeError if the grammar has failed."""
+        """uint32 (W,): the tokens that may come next, one bit a token. ValueError if the grammar has failed."""
         mask = np.zeros(self._words, np.uint32)
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._inner.is_error():  # such as a limit of its parser; the mask then allows the end only
-            raise RuntimeError(f"a grammar failed: {one_line(self._inner.get_error())[:300]}")
+            raise ValueError(f"a grammar failed: {self._failure()}")
         return mask
 
     def consume(self, tokens: Sequence[int]) -> None:
-        """Reads tokens of the output, without the stop token. RuntimeError if one was not allowed."""
+        """Reads tokens of the output, without the stop token. ValueError if one was not allowed."""
         if tokens and not self._inner.consume_tokens(list(tokens)):
-            raise RuntimeError(f"a token does not match its grammar: {one_line(self._inner.get_error())[:300]}")
+            raise ValueError(f"a token does not match its grammar: {self._failure()}")
+
+    def _failure(self) -> str:
+        """The reason that llguidance gives for a failure, without the state of its parser."""
+        return one_line(self._inner.get_error().partition("<state>")[0]).strip()[:300]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import parallel
+from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.ops.cpu import ready
+from llama_jax.params import Params
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 from llama_jax.text.tokenizer import Tokenizer
@@ -41,6 +44,17 @@ def as_list(prompts: Any) -> tuple[bool, list[Any]]:
     return single, [prompts] if single else list(prompts)
 
 
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """A context that puts a prompt's name in front of a ConfigError that does not begin with it."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith(name):
+            raise
+        raise ConfigError(f"{name}: {error}") from None
+
+
 def encoded(
     tokenizer: Tokenizer | None, prompts: Sequence[Any], names: Sequence[str], parse_special: bool | None
 ) -> list[list[int]]:
@@ -55,6 +69,8 @@ def encoded(
     Raises:
         ConfigError: a prompt is a text and there is no tokenizer, or it is neither a text nor a list of ids.
     """
+    if parse_special not in (None, True, False):
+        raise ConfigError(f"parse_special must be True, False or None, got {brief(parse_special)}")
     warned = parse_special is not None
     ids = []
     for prompt, name in zip(prompts, names, strict=True):
@@ -125,6 +141,13 @@ def as_sampling(options: Mapping[str, Any], default: SamplingParams) -> Sampling
     return dataclasses.replace(default, **{name: value for name, value in options.items() if value is not None})
 
 
+def as_defaults(sampling: Any) -> SamplingParams:
+    """Default sampling settings. A ConfigError for anything but a SamplingParams."""
+    if not isinstance(sampling, SamplingParams):
+        raise ConfigError(f"sampling must be a SamplingParams, as SamplingParams(temperature=0), got {brief(sampling)}")
+    return sampling
+
+
 def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Stop token ids without repetitions, all within the vocabulary."""
     if isinstance(stop_tokens, str):
@@ -136,14 +159,29 @@ def as_stops(stop_tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return stops
 
 
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A tokenizer. A ConfigError for anything else, such as a path."""
+    if not hasattr(tokenizer, "for_model"):
+        raise ConfigError(f"tokenizer must be a llama_jax.Tokenizer, as Tokenizer(PATH), got {brief(tokenizer)}")
+    return tokenizer
+
+
+def as_draft(draft: Any) -> tuple[ModelConfig, Params]:
+    """The config and the weights of a draft model."""
+    pair = isinstance(draft, Sequence) and len(draft) == 2
+    if not pair or not isinstance(draft[0], ModelConfig) or not isinstance(draft[1], dict):
+        raise ConfigError(f"draft must be a ModelConfig and its weights; load(..., draft=SOURCE), got {brief(draft)}")
+    return draft[0], draft[1]
+
+
 def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
     """The compute dtype that an argument names, either as a string or as a dtype of numpy or jax."""
     try:
         name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
+    except (TypeError, ValueError):
+        name = dtype if isinstance(dtype, str) else brief(dtype)
     if name not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {_DTYPES}, got {name!r}{nearest(name, _DTYPES)}")
+        raise ConfigError(f"dtype must be one of {_DTYPES}, got {brief(name)}{nearest(name, _DTYPES)}")
     return jnp.dtype(name)
 
 

@@ -100,7 +100,7 @@ class Llama:
         config: ModelConfig,
         params: Params,
         tokenizer: Tokenizer | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | Mapping[str, int] | None = None,
         stop_tokens: Sequence[int] | None = None,
         *,
         dtype: str | jnp.dtype | None = None,
@@ -116,7 +116,7 @@ class Llama:
             config: shape of the model.
             params: weights, stacked or unrolled, on any devices.
             tokenizer: tokenizer of the same vocabulary.
-            mesh: mesh that the weights are placed on; None is the first device.
+            mesh: mesh that the weights are placed on, or sizes by axis; None is the first device.
             stop_tokens: ids that end a generation; those of the tokenizer by default.
             dtype: dtype of weights, activations and KV cache; the embedding's by default. Quantized weights are kept.
             sampling: default sampling settings; SamplingParams() if None.
@@ -129,26 +129,29 @@ class Llama:
             ConfigError: weights, tokenizer, mesh, dtype, draft or kv do not match the config or are not known.
         """
         check_params(config, params)
-        tokenizer = None if tokenizer is None else tokenizer.for_model(config.vocab_size)
+        mesh = inputs.as_mesh(mesh)
+        tokenizer = None if tokenizer is None else inputs.as_tokenizer(tokenizer).for_model(config.vocab_size)
         if stop_tokens is None:
             stop_tokens = () if tokenizer is None else tokenizer.stop_tokens
+        self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
         dtype = params["embed"].dtype if dtype is None else inputs.as_dtype(dtype)
         self.config = config
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.sampling = sampling or SamplingParams()
+        self.sampling = SamplingParams() if sampling is None else inputs.as_defaults(sampling)
         self.chat_format = None if tokenizer is None else choose(tokenizer, chat_template, chat_format)
         bos = None if tokenizer is None else tokenizer.bos_id
         if isinstance(chat_template, str):
             chat_template = ChatTemplate({DEFAULT: chat_template})
         template = self.chat_format.template if self.chat_format else chat_template
         self.metadata = Metadata(tokenizer, bos, tuple(stop_tokens), sampling, template)
-        self.stop_tokens = inputs.as_stops(stop_tokens, config.vocab_size)
+        draft = None if draft is None else inputs.as_draft(draft)
         program = Program.make(config, mesh=mesh, dtype=dtype, kv=kv, draft=draft[0] if draft else None)
         self.params = placed(config, unstack(params), mesh=mesh, dtype=dtype)
         self.adapters: dict[str, adapters.AdapterWeights] = {}
         self._base: Llama | None = None  # for a view that `use` returned: the model without an adapter
-        guesser = None if draft is None else placed(draft[0], unstack(draft[1]), mesh=mesh, dtype=dtype)
+        with inputs.naming("the draft model"):
+            guesser = None if draft is None else placed(draft[0], unstack(draft[1]), mesh=mesh, dtype=dtype)
         self._set_engine(Engine(program, self.params, draft=guesser))
 
     def _set_engine(self, engine: Engine) -> None:
@@ -304,7 +307,7 @@ class Llama:
                 and the prompts then take steps of best_of.
             n: number of results for each prompt. With more than one, each prompt gives a list.
             best_of: number of samples of each prompt, whose n of the highest mean log-probability are returned.
-            overrides: for each prompt a dict of options that differ from those of the call.
+            overrides: for each prompt a dict of options that differ from those of the call; "seed" is allowed too.
             batch_size: most rows that run together, rounded up to a power of two. A row that ends is used for the next
                 prompt at once. More rows are faster and take more memory.
             progress: True shows a progress bar on standard error. The default shows it for many prompts.
@@ -326,14 +329,13 @@ class Llama:
         count, samples = as_counts(n, best_of)
         batch_size = inputs.as_whole(batch_size, "batch_size")
         names = ["the prompt"] if single else [f"prompt {i}" for i in range(len(listed))]
-        seeds = inputs.as_seeds(seed, len(listed), step=samples)
-        own = [self.sampler.options({**options, **each}, _NEW) for each in as_overrides(overrides, len(listed))]
+        different, seeds = as_overrides(overrides, inputs.as_seeds(seed, len(listed), step=samples))
         ids = inputs.encoded(self.tokenizer, listed, names, parse_special)
-        requests = [
-            self.sampler.request(prompt, name, option, first + j)
-            for prompt, name, option, first in zip(ids, names, own, seeds, strict=True)
-            for j in range(samples)
-        ]
+        own, requests = [], []
+        for prompt, name, differ, first in zip(ids, names, different, seeds, strict=True):
+            with inputs.naming(name if differ else ""):
+                own.append(self.sampler.options({**options, **differ}, _NEW))
+                requests += [self.sampler.request(prompt, name, own[-1], first + j) for j in range(samples)]
         results = self.sampler.run(requests, batch_size, progress)
         for i, result in enumerate(results):
             if result.error:
@@ -428,7 +430,7 @@ class Llama:
     def _of_chat(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `generate` with the defaults of `chat` filled in."""
         own = {name: value for name, value in options.items() if value is not None}
-        if not own.get("ignore_eos"):
+        if own.get("ignore_eos") is not True:
             own.setdefault("stop_tokens", self.chat_stop_tokens)
         own.setdefault("max_new_tokens", _NEW_ANSWER)
         return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -13,6 +14,7 @@ from llama_jax.infer.request import MAX_STOPS, SPECULATE
 from llama_jax.sampling_params import SamplingParams
 
 _MOST_TOP = 1000
+_MOST_SAMPLES = 10_000  # of one prompt
 _SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -110,29 +112,20 @@ def resolve(
     """
     for name in options:
         if name not in _KNOWN:
-            raise ConfigError(f"unknown option {name!r}{nearest(name, _KNOWN) or '.'} Allowed: {', '.join(_KNOWN)}")
+            near = nearest(name, _KNOWN) or "."
+            raise ConfigError(f"unknown option {brief(name)}{near} Allowed: {', '.join(_KNOWN)}")
     given = {name: value for name, value in options.items() if value is not None}
     sampling = inputs.as_sampling({k: v for k, v in given.items() if k in _SETTINGS}, default)
     for token in sampling.token_ids:
         if not 0 <= token < vocab_size:
             raise ConfigError(f"the sampling settings name token {token}, but the ids are 0 to {vocab_size - 1}")
-    if given.get("ignore_eos"):
-        if "stop_tokens" in given:
-            raise ConfigError("ignore_eos ignores every stop token: give ignore_eos or stop_tokens")
-        stops: tuple[int, ...] = ()
-    else:
-        stops = inputs.as_stops(given["stop_tokens"], vocab_size) if "stop_tokens" in given else stop_tokens
-    if len(stops) > MAX_STOPS:
-        where = "the option stop_tokens" if "stop_tokens" in given else "eos_token_id of the model's own files"
-        raise ConfigError(
-            f"{where} names {len(stops)} stop tokens, and at most {MAX_STOPS} are allowed: name fewer with the option "
-            "stop_tokens, or set ignore_eos"
-        )
+    stops = _stops(given, stop_tokens, vocab_size)
+    _check_some_token_is_left(sampling, stops, vocab_size)
     forms = [name for name in KINDS if name in given]
     if len(forms) > 1:
         raise ConfigError(f"give one of {', '.join(KINDS)}, got {' and '.join(forms)}")
     speculate = given.get("speculate", "")
-    if speculate and speculate not in SPECULATE:
+    if speculate != "" and speculate not in SPECULATE:
         raise ConfigError(f"speculate must be one of {', '.join(SPECULATE)}, got {brief(speculate)}")
     if speculate == "draft" and not has_draft:
         raise ConfigError('speculate="draft" needs a draft model: load(..., draft=SOURCE), or --draft SOURCE')
@@ -147,6 +140,37 @@ def resolve(
         constraint=Constraint.make(forms[0], given[forms[0]]) if forms else None,
         speculate=speculate,
     )
+
+
+def _stops(given: Mapping[str, Any], default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """The stop tokens that the options choose."""
+    ignore = given.get("ignore_eos", False)
+    if not isinstance(ignore, bool):
+        raise ConfigError(f"ignore_eos must be true or false, got {brief(ignore)}")
+    if ignore and "stop_tokens" in given:
+        raise ConfigError("ignore_eos ignores every stop token: give ignore_eos or stop_tokens")
+    if ignore:
+        return ()
+    stops = inputs.as_stops(given["stop_tokens"], vocab_size) if "stop_tokens" in given else default
+    if len(stops) > MAX_STOPS:
+        where = "the option stop_tokens" if "stop_tokens" in given else "eos_token_id of the model's own files"
+        raise ConfigError(
+            f"{where} names {len(stops)} stop tokens, and at most {MAX_STOPS} are allowed: name fewer with the option "
+            "stop_tokens, or set ignore_eos"
+        )
+    return stops
+
+
+def _check_some_token_is_left(sampling: SamplingParams, stops: tuple[int, ...], vocab_size: int) -> None:
+    """Refuses settings that no token of the vocabulary passes."""
+    banned = {*sampling.banned_tokens, *(i for i, bias in sampling.logit_bias.items() if bias == -float("inf"))}
+    if sampling.min_tokens:
+        banned.update(stops)
+    allowed = range(vocab_size) if sampling.allowed_tokens is None else sampling.allowed_tokens
+    if all(token in banned for token in allowed):
+        raise ConfigError(
+            "allowed_tokens, banned_tokens, logit_bias and min_tokens together leave no token that could be sampled"
+        )
 
 
 def check_keywords(function: str, options: Mapping[str, Any], more: Sequence[str] = ()) -> None:
@@ -169,9 +193,9 @@ def as_stop(stop: Any) -> tuple[str, ...]:
 
 def _top(value: Any, name: str, vocab_size: int) -> int:
     most = min(_MOST_TOP, vocab_size)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) <= most:
         raise ConfigError(f"{name} must be a whole number from 0 to {most}, got {brief(value)}")
-    return value
+    return int(value)
 
 
 def as_counts(n: Any, best_of: Any) -> tuple[int, int]:
@@ -182,16 +206,22 @@ def as_counts(n: Any, best_of: Any) -> tuple[int, int]:
         raise ConfigError(
             f"best_of={samples} is smaller than n={n}: it is the number of samples that the best n are of"
         )
+    if samples > _MOST_SAMPLES:
+        raise ConfigError(f"n and best_of must be at most {_MOST_SAMPLES:,}, got {brief(samples)}")
     return n, samples
 
 
-def as_overrides(overrides: Any, count: int) -> list[Mapping[str, Any]]:
-    """The options of each prompt that differ from those of the call."""
+def as_overrides(overrides: Any, seeds: Sequence[int]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The options of each prompt that differ from those of the call, and the seed of each prompt."""
     if overrides is None:
-        return [{}] * count
+        return [{} for _ in seeds], list(seeds)
     listed = isinstance(overrides, Sequence) and all(isinstance(item, Mapping) for item in overrides)
-    if not listed or len(overrides) != count:
+    if not listed or len(overrides) != len(seeds):
         raise ConfigError(
-            f"overrides must be a list of {count} dicts of options, one for each prompt, got {brief(overrides)}"
+            f"overrides must be a list of {len(seeds)} dicts of options, one for each prompt, got {brief(overrides)}"
         )
-    return list(overrides)
+    own = [dict(item) for item in overrides]
+    found = [item.pop("seed", None) for item in own]
+    return own, [
+        seed if other is None else inputs.as_seeds(other, 1)[0] for other, seed in zip(found, seeds, strict=True)
+    ]

@@ -32,7 +32,7 @@ from llama_jax import cache as caches
 from llama_jax import model, parallel
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, brief
 from llama_jax.infer import decoding, whole_texts
 from llama_jax.infer.request import MAX_STOPS
 from llama_jax.infer.state import ProgramSpec, State, pin_shardings, without_caches
@@ -58,8 +58,8 @@ class Program(ProgramSpec):
         Raises:
             ConfigError: the model cannot be split over the mesh, or `kv` is not one of cache.KV_TYPES.
         """
-        if kv not in caches.KV_TYPES:
-            raise ConfigError(f"kv must be one of {', '.join(caches.KV_TYPES)}, got {kv!r}")
+        if not isinstance(kv, str) or kv not in caches.KV_TYPES:
+            raise ConfigError(f"kv must be one of {', '.join(caches.KV_TYPES)}, got {brief(kv)}")
         if draft is not None and draft.vocab_size != config.vocab_size:
             raise ConfigError(
                 f"the draft model has {draft.vocab_size:,} tokens and the model {config.vocab_size:,}: a draft needs "

@@ -82,17 +82,15 @@ def _draft(
     The first step feeds the last two tokens. If all guesses of the last round were correct, the last of them is not in
     the draft's cache yet. Otherwise its slot is written again with the same values.
     """
-    config, cache, at_B = program.draft, state.draft, state.positions_B
-    assert config is not None and params is not None
-    before_B = jnp.take_along_axis(state.ids_BS, jnp.maximum(at_B - 1, 0)[:, None], axis=1)
-    tokens_BT = jnp.concatenate([before_B, state.tokens_B[:, None]], axis=1)
-    positions_BT = jnp.stack([at_B - 1, at_B], axis=1)
-    settings = state.sampling
-    guessed = []
-    for step in range(guesses):
-        assert cache is not None
+    config, at_B = program.draft, state.positions_B
+    assert config is not None and params is not None and state.draft is not None
+    Carry = tuple[KVCache, sampling.SamplingState, jax.Array]
+
+    def feed(carry: Carry, tokens_BT: jax.Array, positions_BT: jax.Array) -> Carry:
+        """Feeds tokens and samples the one after them. The carry is the cache, the settings and that token."""
+        cache, settings, _ = carry
         real_BT = live_B[:, None] & (positions_BT >= 0) & (positions_BT < cache.capacity)
-        hidden_BTD, cache = model.forward(
+        hidden_BTD, fed = model.forward(
             config,
             params,
             tokens_BT,
@@ -102,9 +100,18 @@ def _draft(
             bound=bound,
             dtype=program.dtype,
         )
+        assert fed is not None
         logits_BV = model.unembed(config, params, hidden_BTD[:, -1])
-        token_B, _ = sampling.sample(logits_BV, settings, at_B + step + 1)
-        settings = sampling.record(settings, token_B, live_B)
-        guessed.append(token_B)
-        tokens_BT, positions_BT = token_B[:, None], (at_B + step + 1)[:, None]
-    return jnp.stack(guessed, axis=1), cache
+        token_B, _ = sampling.sample(logits_BV, settings, positions_BT[:, -1] + 1)
+        return fed, sampling.record(settings, token_B, live_B), token_B
+
+    def step(carry: Carry, position_B: jax.Array) -> tuple[Carry, jax.Array]:
+        carry = feed(carry, carry[2][:, None], position_B[:, None])
+        return carry, carry[2]
+
+    before_B = jnp.take_along_axis(state.ids_BS, jnp.maximum(at_B - 1, 0)[:, None], axis=1)[:, 0]
+    carry = (state.draft, state.sampling, state.tokens_B)
+    carry = feed(carry, jnp.stack([before_B, state.tokens_B], axis=1), jnp.stack([at_B - 1, at_B], axis=1))
+    # A scan, so that the draft model is compiled twice and not once for each guess.
+    (cache, _, _), rest_GB = jax.lax.scan(step, carry, at_B + jnp.arange(1, guesses)[:, None])
+    return jnp.concatenate([carry[2][:, None], rest_GB.T], axis=1), cache

@@ -84,7 +84,16 @@ def test_each_line_of_json_may_have_options_of_its_own(run, small, tmp_path):
     expected = small.generate(["x"] * 3, overrides=own, max_new_tokens=5)
     assert [row["tokens"] for row in rows] == [result.tokens for result in expected]
     lines.write_text('{"prompt": "x", "temprature": 1}')
-    assert "unknown option 'temprature'; did you mean 'temperature'" in run("--prompt_file", str(lines))[2]
+    error = "prompt 0: unknown option 'temprature'; did you mean 'temperature'"
+    assert error in run("--prompt_file", str(lines))[2]
+
+
+def test_a_line_of_json_may_have_a_seed_and_an_id_that_comes_back(run, small, tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('\ufeff{"prompt": "x", "seed": 9, "id": "q7"}\n"x"\n', encoding="utf-8")
+    rows = [json.loads(line) for line in run("--prompt_file", str(lines), "--json", "-n", "5")[1].splitlines()]
+    assert rows[0]["id"] == "q7" and "id" not in rows[1]
+    assert [row["tokens"] for row in rows] == [small.generate("x", max_new_tokens=5, seed=n).tokens for n in (9, 1)]
 
 
 def test_flags_of_a_continuation_are_the_options_of_generate(run, small, tmp_path):
@@ -203,6 +212,7 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--ask", "a", "--prompt", "b"], "got --prompt and --ask"),
         (["--prompt", "a", "--system", "b"], "--system goes with --ask and --chat"),
         (["--prompt", "a", "--capacity", "64"], "--capacity goes with --plan"),
+        (["--chat", "--num_samples", "2"], "--num_samples and --best_of do not go with --chat"),
         (["--chat", "--json"], "--json does not go with --chat"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature: must be a number of at least 0, got 'hot'"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature: must be a number"),

@@ -109,7 +109,7 @@ def test_a_mask_has_a_bit_for_each_token_that_may_come_next():
     matcher.consume([ord("a")])
     assert set(allowed()) >= {ord("b")} and set(allowed()) - {ord("b")} <= set(tokenizer.stop_tokens)
     assert set(allowed()) & set(tokenizer.stop_tokens)
-    with pytest.raises(RuntimeError, match="does not match its grammar"):
+    with pytest.raises(ValueError, match="does not match its grammar"):
         matcher.consume([ord("z")])
 
 

@@ -15,12 +15,22 @@ from helpers.numbers import gap
 from llama_jax import cache, parallel
 from llama_jax.ops import cpu, linear, norm, quant
 from llama_jax.ops.attention import Call, native, xla
-from llama_jax.ops.cpu import build, calls
+from llama_jax.ops.cpu import build, calls, check
 
-pytestmark = pytest.mark.skipif(not cpu.ready(), reason="no CPU kernels on this machine")
+# Where they could be built, kernels that cannot be used are a failure of these tests.
+OFF = os.environ.get(cpu.ENV, "").lower() in ("off", "0", "false")
+pytestmark = pytest.mark.skipif(
+    OFF or build._compiler() is None or jax.default_backend() != "cpu", reason="no compiler, or the kernels are off"
+)
 KINDS = ("float32", "bfloat16", 8, 4)
 SHAPES = [(96, 7), (1056, 300)]
 ODD = (101, 33)
+
+
+def test_the_kernels_are_built_and_pass_their_check_where_there_is_a_compiler():
+    build.register(build.library())  # raises the reason for which they cannot be built
+    assert cpu.ready()
+    check.against_xla()
 
 
 def weight(kind, out, size, seed=0):

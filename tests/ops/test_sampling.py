@@ -212,6 +212,11 @@ def test_a_grammar_masks_all_but_its_tokens():
     assert np.flatnonzero(np.isfinite(out)).tolist() == [0, 31, 32, 69]
 
 
+def test_numbers_of_numpy_are_settings():
+    given = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), logit_bias={np.int32(2): np.float32(1)})
+    assert repr(given) == repr(SamplingParams(temperature=0.5, top_k=3, logit_bias={2: 1.0}))
+
+
 def test_no_stop_token_comes_before_min_tokens():
     logits = jnp.asarray([[0.0, 5.0, 4.0, 3.0]])
     now = state([SamplingParams(temperature=0.0, min_tokens=2)], [0], 4, stops=(1, 2))
