@@ -27,7 +27,6 @@ from llama_jax.infer.program import Program, layout_of
 from llama_jax.infer.request import DISPATCH, MAX_STOPS, Fill, Piece, Request
 from llama_jax.infer.state import State, without_caches
 from llama_jax.ops import sampling
-from llama_jax.ops.linear import Weight
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, logical_axes

@@ -147,7 +147,7 @@ def test_a_dialog_is_a_list_of_messages(llama, messages):
 def test_a_model_without_a_tokenizer_keeps_its_template_and_says_what_chat_needs(llama, tmp_path):
     template = "{{ messages[0].content }}"
     bare = Llama(llama.config, llama.params, None, stop_tokens=(), chat_template=template)
-    bare.save(tmp_path / "out")
+    bare.save(tmp_path / "out", "hf")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
     for call in (lambda: bare.chat([{"role": "user", "content": "x"}]), lambda: bare.answer(bare.generate([[1]])[0])):
         with pytest.raises(ConfigError, match="chat needs a tokenizer"):
