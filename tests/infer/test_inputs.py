@@ -9,6 +9,7 @@ from llama_jax import config as configs
 from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
+from llama_jax.text.chat_template import read_folder
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_a_model_without_a_tokenizer_keeps_its_template_and_says_what_chat_needs
     template = "{{ messages[0].content }}"
     bare = Llama(llama.config, llama.params, None, stop_tokens=(), chat_template=template)
     bare.save(tmp_path / "out", "hf")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    assert read_folder(tmp_path / "out").sources == {"default": template}
     for call in (lambda: bare.chat([{"role": "user", "content": "x"}]), lambda: bare.answer(bare.generate([[1]])[0])):
         with pytest.raises(ConfigError, match="chat needs a tokenizer"):
             call()
