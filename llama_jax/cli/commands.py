@@ -6,10 +6,9 @@ It imports jax only where a command needs it.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 
-from llama_jax.cli import exits, parser
+from llama_jax.cli import parser
 from llama_jax.errors import ConfigError, brief, nearest
 
 # Each command is a module with main(argv) -> exit status. train.py and infer.py at the top of the repository are the
@@ -68,8 +67,3 @@ def choose(command: str, argv: Sequence[str], choices: Mapping[str, str], descri
         near = f"; did you mean {meant!r}?" if meant else nearest(argv[0], list(choices), cutoff=0.6)
         raise ConfigError(f"{program} has no command {brief(argv[0])}{near or ';'} commands: {', '.join(choices)}")
     return argv[0]
-
-
-def entry() -> None:
-    """Run the program with the arguments of this process, and exit."""
-    exits.leave(main, sys.argv[1:])

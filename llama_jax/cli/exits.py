@@ -222,15 +222,19 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _usable_streams() -> None:
-    """Standard output and error that exist and never fail on a character that their encoding lacks."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # the file descriptor was closed before the program started
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        else:
-            stream.reconfigure(errors="replace")
-            if name == "stdout":
-                sys.stdout = sys.__stdout__ = _named(stream)  # type: ignore[misc]
+    """Standard streams that exist, of which the output never fails on a character that its encoding lacks.
+
+    A stream whose file descriptor was closed before the program started is opened again, so that no other file gets its
+    number: the input is empty, and writing to the output fails as it would on a closed descriptor.
+    """
+    for name, mode, flags in (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            stream = open(os.open(os.devnull, flags), mode, encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.stdout = sys.__stdout__ = _named(sys.stdout)  # type: ignore[misc]
 
 
 def _named(stream: Any) -> Any:

@@ -72,6 +72,10 @@ class Parser(argparse.ArgumentParser):
         self.aliases: dict[str, str] = {}
         self.refused: dict[str, str] = {}
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print --help. argparse would ignore an error of writing, such as a full disk."""
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError in place of argparse's usage and exit."""
         raise ConfigError(f"{message} ({self.prog} --help lists the flags)")

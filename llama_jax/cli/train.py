@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or the status of the signal that stopped the run (130 for Ctrl-C). A stopped run can be resumed.
     """
-    with StopSignal(owns_process=True) as stop, exits.unfailing_streams():
+    with StopSignal(owns_process=True) as stop:
         supervised = supervise.is_child()
         run, options = parse_run_flags(argv, command="train")
         if options.plan:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
         from llama_jax.parallel import processes
 
-        with processes.connected(run.distributed):
+        with exits.unfailing_streams(), processes.connected(run.distributed):
             return _train(run, argv, options.resume, stop)
 
 

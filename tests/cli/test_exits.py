@@ -87,9 +87,30 @@ def test_a_full_or_closed_output_ends_without_a_traceback():
             with open("/dev/full", "w") as full, process(body, stdout=full) as running:
                 assert running.stderr.read() == "error: standard output: No space left on device\n"
             assert running.returncode == 2
-    with process("print('x')", preexec_fn=lambda: os.close(1)) as running:
-        assert running.stderr.read() == ""
-    assert running.returncode == 0
+    for body, error in (("print('x')", "error: standard output: Bad file descriptor\n"), ("pass", "")):
+        with process(body, preexec_fn=lambda: os.close(1)) as running:
+            assert running.stderr.read() == error
+        assert running.returncode == (2 if error else 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", ["infer --help", "train --help", "train --keys", "eval perplexity --help", "--help"]
+)
+def test_help_that_cannot_be_written_is_no_success(arguments):
+    body = f"from llama_jax.cli import commands; commands.main({arguments.split()})"
+    with open("/dev/full", "w") as full, process(body, stdout=full) as running:
+        assert running.stderr.read() == "error: standard output: No space left on device\n"
+    assert running.returncode == 2
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
+    """What a library writes to the standard streams would otherwise end up in a checkpoint."""
+    body = f"print(open({str(tmp_path / 'file')!r}, 'w').fileno() > 2, repr(sys.stdin.read()), file=sys.stderr)"
+    for closed in ((0, 1), (0,), (1,)):
+        with process(body, preexec_fn=lambda closed=closed: [os.close(n) for n in closed]) as running:
+            assert running.stderr.read() == "True ''\n"
+        assert running.returncode == 0
 
 
 def test_characters_that_the_terminal_lacks_are_replaced():
