@@ -254,6 +254,7 @@ same in flags.
 |---|---|
 | 0 | the command did its work |
 | 2 | an error, which is one line on standard error |
+| 75 | another process of the run was lost or late; the same commands continue the run |
 | 129, 130, 143 | stopped by SIGHUP, by Ctrl-C, by SIGTERM |
 | 141 | the reader of standard output has gone |
 """

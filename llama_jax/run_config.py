@@ -291,21 +291,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     return {k: (a.get(k), b.get(k)) for k in keys if plain(a.get(k)) != plain(b.get(k))}
 
 
-# Names of keys in other trainers: transformers, TRL, peft, torchtitan, and common short forms.
-_ALIASES = {
+# Names of keys in other trainers (transformers, TRL, peft, torchtitan) and short forms, whose values mean the same.
+_SAME = {
     "init_from": "model_name_or_path base_model initial_load_path hf_assets_path",
-    "model.name": "flavor",
     "output": "output_dir dump_folder",
-    "data.train": "dataset dataset_name dataset_path train_file train_dataset",
-    "data.validation": "validation_file eval_dataset",
+    "data.train": "train_file",
+    "data.validation": "validation_file",
     "data.tokenizer": "tokenizer_name tokenizer_path",
-    "data.loss_on": "assistant_only_loss completion_only_loss train_on_inputs",
     "data.sequence_length": "seq_len seq_length max_length max_seq_length sequence_len block_size",
-    "data.batch_size": "bs per_device_train_batch_size train_batch_size local_batch_size global_batch_size",
-    "optimizer.name": "optim",
+    "data.batch_size": "global_batch_size",
     "optimizer.learning_rate": "lr",
     "optimizer.weight_decay": "wd",
-    "optimizer.schedule": "lr_scheduler lr_scheduler_type",
     "optimizer.clip_norm": "max_grad_norm max_norm grad_clip gradient_clipping",
     "optimizer.b1": "beta1 adam_beta1",
     "optimizer.b2": "beta2 adam_beta2",
@@ -313,29 +309,57 @@ _ALIASES = {
     "train.epochs": "num_train_epochs num_epochs",
     "train.steps": "num_steps max_steps",
     "train.patience": "early_stopping_patience",
-    "train.accumulate": "grad_accum gradient_accumulation_steps",
-    "train.compute_dtype": "dtype bf16 torch_dtype mixed_precision_param",
-    "train.products": "fp8 float8 enable_fp8",
-    "train.remat": "gradient_checkpointing activation_checkpoint",
-    "lora.rank": "r lora_r use_peft",
-    "lora.base": "load_in_4bit load_in_8bit quantization_config",
+    "lora.rank": "r lora_r lora_rank",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
     "lora.targets": "target_modules lora_target_modules lora_target",
     "dpo.beta": "pref_beta",
     "mesh.tensor": "tensor_parallel_degree tensor_parallel_size tp",
-    "mesh.fsdp": "data_parallel_shard_degree deepspeed fsdp_config",
+    "mesh.fsdp": "data_parallel_shard_degree",
     "mesh.data": "data_parallel_replicate_degree",
     "mesh.context": "context_parallel_degree",
+    "mesh.stage": "pipeline_parallel_degree",
     "log.every": "logging_steps log_freq",
     "log.eval_every": "eval_steps eval_interval",
-    "log.to": "report_to tensorboard wandb enable_tensorboard enable_wandb",
-    "log.profile": "enable_profiling profile_freq",
+    "log.to": "report_to",
     "checkpoint.every": "save_steps interval",
     "checkpoint.keep": "save_total_limit keep_latest_k",
+}
+# Names whose values do not mean the same: they are suggested only.
+_SIMILAR = {
+    "model.name": "flavor",
+    "data.train": "dataset dataset_name dataset_path train_dataset",
+    "data.validation": "eval_dataset",
+    "data.loss_on": "assistant_only_loss completion_only_loss train_on_inputs",
+    "data.batch_size": "bs per_device_train_batch_size train_batch_size local_batch_size",
+    "optimizer.name": "optim",
+    "optimizer.schedule": "lr_scheduler lr_scheduler_type",
+    "train.accumulate": "grad_accum gradient_accumulation_steps",
+    "train.compute_dtype": "dtype bf16 torch_dtype mixed_precision_param",
+    "train.products": "fp8 float8 enable_fp8",
+    "train.remat": "gradient_checkpointing activation_checkpoint",
+    "lora.rank": "use_peft",
+    "lora.base": "load_in_4bit load_in_8bit quantization_config",
+    "mesh.fsdp": "deepspeed fsdp_config",
+    "log.to": "tensorboard wandb enable_tensorboard enable_wandb",
+    "log.profile": "enable_profiling profile_freq",
     "checkpoint.keep_best": "load_best_model_at_end",
 }
-_BY_ALIAS = {alias: key for key, aliases in _ALIASES.items() for alias in aliases.split()}
+_BY_SAME, _BY_SIMILAR = (
+    {alias: key for key, aliases in table.items() for alias in aliases.split()} for table in (_SAME, _SIMILAR)
+)
+
+
+def key_of_flag(name: str) -> str | None:
+    """The key that a flag sets, by its own name, by its last part alone, or by its name in another trainer.
+
+    The last part, such as `learning_rate`, must be that of one key only. None if there is no such key.
+    """
+    known = known_keys()
+    if name in known:
+        return name
+    ends = [key for key in known if key.rpartition(".")[2] == name]
+    return ends[0] if len(ends) == 1 else _BY_SAME.get(name.rpartition(".")[2])
 
 
 def unknown_key(name: str) -> ConfigError:
@@ -358,9 +382,10 @@ def _near_key(name: str, known: Sequence[str], siblings: Sequence[str], sections
     The right name in another section is the nearest; then come those of its own section, and then those of any.
     """
     *others, last = name.replace("-", "_").split(".")
+    by_alias = _BY_SAME | _BY_SIMILAR
     for part in (last, *others):
-        if part in _BY_ALIAS and part not in sections:
-            return _BY_ALIAS[part]
+        if part in by_alias and part not in sections:
+            return by_alias[part]
     by_last = {k.rpartition(".")[2]: k for k in (*known, *sections, *siblings)}
     own = {k.rpartition(".")[2]: k for k in siblings}
     for candidates, cutoff in ((by_last, 1.0), (own, 0.6), (by_last, 0.65)):

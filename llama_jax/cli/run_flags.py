@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from llama_jax.cli import recipes
 from llama_jax.cli.parser import Parser
 from llama_jax.errors import ConfigError, brief
-from llama_jax.run_config import RunConfig, describe, differences, kind_of, known_keys, unknown_key
+from llama_jax.run_config import RunConfig, describe, differences, key_of_flag, kind_of, known_keys, unknown_key
 
 _EXAMPLES = """\
 examples:
@@ -26,6 +26,7 @@ examples:
   PROGRAM --config configs/llama31_8b_lora.py --config.optimizer.learning_rate=1e-4 --config.data.train='chats/*.jsonl'
   PROGRAM --keys
 """
+_MODEL = "--init_from MODEL names a model to start from, and --config.model=SIZE the shape of a new one"
 _PURPOSES = {
     "train": "Train a Llama as a config file says.",
     "plan": "Print what a training run needs on devices that need not be here: memory, communication, projected time.",
@@ -82,12 +83,15 @@ def parse_run_flags(
         "--config.KEY",
         metavar="VALUE",
         dest="key",
-        help="change a key of the config, e.g. --config.optimizer.learning_rate=1e-4; --keys lists the keys",
+        help="change a key of the config, e.g. --config.optimizer.learning_rate=1e-4; --keys lists the keys. The last "
+        "part alone is enough where one key has it (--learning_rate 1e-4), and names of other trainers are taken where "
+        "their values mean the same (--num_train_epochs 3)",
     )
     if add is not None:
         add(parser)
     else:
         (_add_train_flags if command == "train" else _add_data_flags)(parser)
+    parser.refused |= dict.fromkeys(("--model", "-m"), _MODEL)
     flag("--keys", action="store_true", help="print every key with its value, type, allowed values and meaning")
     options = parser.parse(rest)
     changes = [_override(arg) for arg in changes]
@@ -136,15 +140,15 @@ def _recipes() -> str:
 def _split_changes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that set keys, each joined with its value, and the others.
 
-    `--config.KEY VALUE` and `--KEY=VALUE` are taken too, with hyphens or underscores.
+    `--config.KEY VALUE` and `--KEY=VALUE` are taken too, with hyphens or underscores, and names of `key_of_flag`.
     """
-    keys = {"model", *known_keys()}
     changes, rest, left = [], [], list(argv)
     while left:
         arg = left.pop(0)
         name, equals, value = arg.partition("=")
-        key = name.lstrip("-").replace("-", "_")
-        if not name.startswith("-") or not (key.startswith("config.") or (key in keys and "." in key)):
+        word = name.lstrip("-").replace("-", "_")
+        key = word if word.startswith("config.") else key_of_flag(word) if name.startswith("--") else None
+        if key is None or not name.startswith("-"):
             rest.append(arg)
             continue
         if not equals and left and not left[0].startswith("--"):

@@ -48,6 +48,18 @@ def test_of_a_key_that_is_given_twice_the_last_counts(tmp_path):
     assert run.data.train == ("b.txt",) and run.train.steps == 6
 
 
+def test_keys_have_short_names_and_those_of_other_trainers(tmp_path):
+    config = f"--config={write_config(tmp_path)}"
+    short = (
+        "--learning_rate 1e-4 --weight-decay=0.1 --epochs=2 --output x --rank 4 --batch_size 8 --init_from y".split()
+    )
+    theirs = "--lr 1e-4 --wd 0.1 --num_train_epochs 2 --output_dir x --lora_r=4 --training.global_batch_size 8".split()
+    theirs += ["--model-name-or-path", "y"]
+    keys = ("optimizer.learning_rate=1e-4", "optimizer.weight_decay=0.1", "train.epochs=2", "output=x", "lora.rank=4")
+    expected = parse(config, *(f"--config.{key}" for key in (*keys, "data.batch_size=8", "init_from=y")))
+    assert parse(config, *short) == parse(config, *theirs) == expected
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_printed_without_a_config(flag, capsys):
     with pytest.raises(SystemExit) as left:
@@ -90,7 +102,11 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.optimizer.schedule=triangle"], "optimizer.schedule must be one of"),
         (["--config.model.num_kv_heads=3"], "model.num_kv_heads=3 must divide num_heads=8: one of [1, 2, 4, 8]"),
         (["--config.data.sequence_length=999999"], "is more than model.max_seq_len"),
-        (["--steps=5"], "steps"),
+        (["--every=5"], "unknown key 'every'"),  # two sections have it
+        (["--per_device_train_batch_size", "8"], "did you mean 'data.batch_size'?"),
+        (["--config.num_train_epochs=3"], "did you mean 'train.epochs'?"),
+        (["-m", "x"], "-m is not a flag of"),
+        (["--model", "x/y"], "--init_from MODEL names a model to start from"),
         (["--resum"], "resum"),
         (["more"], "unexpected argument 'more': keys are set with --config.KEY=VALUE"),
     ],
