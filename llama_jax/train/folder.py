@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from llama_jax import manifest
-from llama_jax.checkpoint import Checkpoints
+from llama_jax.checkpoint import Checkpoints, SaveError
 from llama_jax.data.loader import Loader, position_of
 from llama_jax.errors import ConfigError, one_line
 from llama_jax.files import write_json
@@ -244,11 +244,21 @@ class RunFolder:
             write_json(self.path / CONFIG_FILE, manifest.sealed(values))
 
     def write_results(self, program: Program, state: TrainState) -> None:
-        """Write the picture of the loss, and LoRA's adapter unless it is already that of this step."""
-        step = int(state.step)
+        """Write the picture of the loss, and LoRA's adapter unless it is already that of this step.
+
+        Raises:
+            SaveError: the adapter could not be written; or the store cannot be written to.
+        """
+        step, failure = int(state.step), None
         if program.run.lora.rank and not processes.agreed(self._adapter_step() == step):
             self.read_base(program.run)
-            self.write_adapter(program.run, state.best, step)
+            try:
+                self.write_adapter(program.run, state.best, step)
+            except OSError as error:
+                failure = SaveError(
+                    f"the adapter of step {step} could not be written ({one_line(error)}), its checkpoint is intact: "
+                    "make room, or repair the folder, and start again, which writes it"
+                )
         if jax.process_index() == 0:
             try:
                 draw_loss(self.path, program.run.train.objective)
@@ -256,6 +266,8 @@ class RunFolder:
                 say(f"warning: the picture of the loss is not written: {one_line(error)}")
         if self.mirror is not None:
             self.mirror.close()
+        if failure is not None:
+            raise failure
 
     def _adapter_step(self) -> int | None:
         """The step of the adapter in the folder, or None if there is none or it is damaged."""

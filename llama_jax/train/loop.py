@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import parallel
+from llama_jax.checkpoint import SaveError
 from llama_jax.data.loader import evaluation_batches
+from llama_jax.errors import one_line
 from llama_jax.parallel import processes
 from llama_jax.params import Params
 from llama_jax.phases import phase
@@ -120,8 +122,11 @@ class Loop:
                 self._do_steps()
                 if self.step != self.saved:
                     self._save(None)
-        except TrainingError:
-            self.checkpoints.close()  # a pending save is of an earlier, finite step
+        except Exception as error:
+            # A pending save is of an earlier step, and sound. Several processes can wait for it only if all are here.
+            if isinstance(error, TrainingError) or jax.process_count() == 1:
+                with contextlib.suppress(SaveError):
+                    self.checkpoints.close()
             raise
         self.profile.close()
         self.checkpoints.close()
@@ -289,8 +294,15 @@ class Loop:
         with jax.transfer_guard("allow"):
             self.checkpoints.save(self.step, params=self.state.best, rest=rest_of(self.state), meta=meta, loss=loss)
             if self.run.lora.rank:
-                self.folder.write_adapter(self.run, self.state.best, self.step)
+                self._write_adapter()
         self.saved = self.step
+
+    def _write_adapter(self) -> None:
+        """Write LoRA's adapter. A failure ends no run, since the checkpoint has the same weights."""
+        try:
+            self.folder.write_adapter(self.run, self.state.best, self.step)
+        except OSError as error:
+            self.progress.say(f"warning: the adapter of step {self.step} is not written: {one_line(error)}")
 
     def _new_progress(self) -> Progress:
         run = self.run

@@ -108,7 +108,7 @@ class Mirror:
         try:
             self._push()
         except ConfigError as error:
-            say(f"warning: {error}; the next checkpoint tries again")
+            print(f"warning: {error}; the next checkpoint tries again", file=sys.stderr, flush=True)
 
     def _push(self) -> None:
         """Copy new steps and then the small files, and delete steps that are no longer in the folder."""
@@ -258,10 +258,7 @@ class PartMirror(Mirror):
 
     def push_soon(self) -> None:
         """Copy the newest step and changed files. The background thread of the checkpoints calls it."""
-        try:
-            self._push()
-        except ConfigError as error:
-            print(f"warning: {error}; the next checkpoint tries again", file=sys.stderr, flush=True)
+        self._try_push()
 
     def _push(self) -> None:
         """Copy the newest step unless the store has it; the first process then writes its manifest."""

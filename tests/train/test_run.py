@@ -13,6 +13,7 @@ from helpers.errors import refusal
 from helpers.runs import dialog_run, metrics_of, parse, text_run, write_config
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import manifest, model, parallel, phases
+from llama_jax.checkpoint import SaveError
 from llama_jax.config import SIZES
 from llama_jax.data.loader import evaluation_batches
 from llama_jax.errors import ConfigError
@@ -319,6 +320,26 @@ def test_the_adapter_is_that_of_each_checkpoint_while_the_run_goes_on(tmp_path, 
     train(run, on_metrics=read)
     assert found == {3: 2, 4: 2}
     assert manifest.check_present(tmp_path / "run" / "adapter").step == 4
+
+
+def test_an_adapter_that_cannot_be_written_costs_no_step(tmp_path, base, monkeypatch, capsys):
+    """The checkpoints have the same weights, and the next start writes the adapter."""
+    run = unnamed(dialog_run(tmp_path, "run", init_from=str(base), train__steps=2, lora__rank=4, checkpoint__every=1))
+    write = manifest.write
+
+    def full(folder, **of):
+        if folder.name == "adapter.new":
+            raise OSError(28, "No space left on device", str(folder))
+        write(folder, **of)
+
+    monkeypatch.setattr(manifest, "write", full)
+    with pytest.raises(SaveError, match="the adapter of step 2 could not be written .*: No space left on device"):
+        train(run)
+    assert capsys.readouterr().out.count("warning: the adapter of step ") == 2
+    monkeypatch.undo()
+    train(run)
+    assert "step 2 of 2 is already done" in capsys.readouterr().out
+    assert manifest.check_present(tmp_path / "run" / "adapter").step == 2
 
 
 def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_fetched(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ in halves, as in params here.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -95,22 +95,21 @@ def open_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     """
     if hub_models.is_hub_id(str(folder)):
         folder = hub_models.download_adapter(str(folder), CONFIG, (WEIGHTS, WEIGHTS_BIN))
-    if is_url(str(folder)):
-        folder = download_folder(str(folder))
-    folder = expanded(folder)
-    if not (folder / manifest.FILE).is_file():
-        return _open(folder, config)
-    for wait in _WAITS:
-        with contextlib.suppress(manifest.DamagedError):
-            return _open_validated(folder, config)
-        time.sleep(wait)
-    try:
-        return _open_validated(folder, config)
-    except manifest.DamagedError as error:
-        raise ConfigError(
-            f"{folder}: {error}: restore it from a backup, or repeat the command that trained the run, which writes "
-            f"its adapter again; after a change of your own, delete {manifest.FILE} there"
-        ) from None
+    waits = iter(_WAITS)
+    while True:
+        path = expanded(download_folder(str(folder)) if is_url(str(folder)) else folder)
+        if not (path / manifest.FILE).is_file():
+            return _open(path, config)
+        try:
+            return _open_validated(path, config)
+        except manifest.DamagedError as error:
+            wait = next(waits, None)
+            if wait is None:
+                raise ConfigError(
+                    f"{folder}: {error}: restore it from a backup, or repeat the command that trained the run, which "
+                    f"writes its adapter again; after a change of your own, delete {manifest.FILE} there"
+                ) from None
+            time.sleep(wait)
 
 
 def _open_validated(folder: Path, config: ModelConfig) -> Adapter:
@@ -425,10 +424,10 @@ def write_adapter(
         turned = transposed if path == EMBED else lambda tensor: tensor
         tensors |= {_full_name(names[path], _A): turned(lazy.a), _full_name(names[path], _B): turned(lazy.b)}
     tensors |= {_full_name(names[path], _ROWS): lazy.rows for path, lazy in adapter.rows.items()}
-    if jax.process_index() > 0:  # the first process writes; the others take part in its all-gathers, in the same order
-        for tensor in tensors.values():
-            for _ in tensor.blocks():
-                pass
+    if jax.process_count() > 1:  # all-gathers, which all processes do before the first one writes, and perhaps fails
+        arrays = {name: tensor.read() for name, tensor in tensors.items()}
+        tensors = {name: of_array(functools.partial(np.asarray, a), a.dtype, a.shape) for name, a in arrays.items()}
+    if jax.process_index() > 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(folder / WEIGHTS, tensors, {"format": "pt"})
