@@ -122,6 +122,7 @@ def download(url: str, files: Sequence[Stored], folder: Path) -> dict[str, Path]
 
 def download_folder(url: str) -> Path:
     """Downloads all files of an address, and returns their folder in the cache. Raises as `find` and `download`."""
+    open_store(url)[0].invalidate_cache()  # a run may have replaced files since
     files = find(url)
     folder = cache_folder(url, files)
     download(url, files, folder)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from llama_jax import manifest, remote_files, storage, stored_run
+from llama_jax.errors import ConfigError
 from llama_jax.hub import Repo
 from llama_jax.storage import Stored
 from llama_jax.weights import hub_models
@@ -26,14 +28,14 @@ def download(url: str) -> Path:
     """
     files = storage.find(url)
     by_name = {file.name: file for file in files}
-    if step := max(stored_run.steps(by_name), default=None) if "config.json" in by_name else None:
-        folder = storage.cache_folder(url, files)
-        storage.download(url, [file for name, file in by_name.items() if stored_run.is_of_model(name)], folder)
-        if remote_files.in_parts() and not (folder / stored_run.CHECKPOINTS / str(step) / manifest.FILE).is_file():
-            _log.warning("warning: %s is a run folder, which is not read in place: step %d is downloaded", url, step)
-        weights = lambda name: not name.startswith("rest/")  # noqa: E731
-        stored_run.fetch_step(url, step, by_name, folder, wanted=weights, hash_again=False)
-        return folder
+    while "config.json" in by_name and (step := max(stored_run.steps(by_name), default=None)):
+        try:
+            return _download_run(url, step, by_name)
+        except ConfigError:
+            by_name = storage.Store(url).files()
+            if step in stored_run.steps(by_name):
+                raise
+            # The run has deleted the step meanwhile, and has a newer one.
     folder = storage.cache_folder(url, files, in_place=remote_files.in_parts())
     if len(files) == 1 and files[0].name == url.rpartition("/")[2]:
         _bring(url, files, folder)
@@ -43,6 +45,17 @@ def download(url: str) -> Path:
     choice = hub_models.choose(name, folder, list(by_name))
     _bring(url, [by_name[file] for file in choice.files], folder)
     return folder / choice.opened
+
+
+def _download_run(url: str, step: int, files: Mapping[str, Stored]) -> Path:
+    """Download the parts of a run folder that a model needs, with the weights of one step."""
+    folder = storage.cache_folder(url, list(files.values()))
+    storage.download(url, [file for name, file in files.items() if stored_run.is_of_model(name)], folder)
+    if remote_files.in_parts() and not (folder / stored_run.CHECKPOINTS / str(step) / manifest.FILE).is_file():
+        _log.warning("warning: %s is a run folder, which is not read in place: step %d is downloaded", url, step)
+    weights = lambda name: not name.startswith("rest/")  # noqa: E731
+    stored_run.fetch_step(url, step, files, folder, wanted=weights, hash_again=False)
+    return folder
 
 
 def _bring(url: str, files: list[Stored], folder: Path) -> None:

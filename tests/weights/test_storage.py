@@ -14,7 +14,7 @@ from helpers import sound
 from helpers.errors import refusal
 from helpers.runs import text_run
 from helpers.tokenizers import byte_tokenizer
-from llama_jax import hub, storage
+from llama_jax import hub, storage, stored_run
 from llama_jax.config import SIZES
 from llama_jax.data import prepare
 from llama_jax.data.sources import documents_from, fingerprint_of
@@ -179,6 +179,24 @@ def test_a_run_starts_from_a_stored_run_and_only_its_newest_checkpoint_is_downlo
     by_url = text_run(tmp_path, output=str(tmp_path / "by_url"), init_from=f"{bucket}/run", **settings)
     by_path = text_run(tmp_path, output=str(tmp_path / "by_path"), init_from=str(tmp_path / "run"), **settings)
     assert train(by_url).losses == train(by_path).losses
+
+
+def test_a_step_that_the_run_deletes_during_its_download_is_not_called_damaged(bucket, tmp_path, monkeypatch):
+    """A reader beside a run in the store takes the newest step that is there then."""
+    train(text_run(tmp_path, train__steps=2, checkpoint__every=1, checkpoint__keep=2))
+    upload(tmp_path / "run", f"{bucket}/run")
+    fetch, fs = stored_run.fetch_step, fsspec.filesystem("memory")
+    asked = []
+
+    def beside_a_run(url, step, *of, **how):
+        asked.append(step)
+        if step == 2:
+            fs.rm("/bucket/run/checkpoints/2", recursive=True)
+        fetch(url, step, *of, **how)
+
+    monkeypatch.setattr(stored_run, "fetch_step", beside_a_run)
+    path = locate(f"{bucket}/run")
+    assert asked == [2, 1] and [step.name for step in (path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_stored_adapter_and_a_stored_tokenizer_are_those_of_the_same_files(bucket, tmp_path):
