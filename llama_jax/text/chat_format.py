@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from llama_jax.text import alignment, chat, chat_template, control_tokens, llama3_template, rendering, tool_calls
 from llama_jax.text.chat_template import ChatTemplate
@@ -47,7 +47,9 @@ class ChatFormat(Protocol):
     """
 
     name: str
-    template: ChatTemplate | None
+
+    @property
+    def template(self) -> ChatTemplate | None: ...  # noqa: D102
 
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
@@ -308,7 +310,10 @@ class TemplateFormat:
             raise ValueError(
                 f"the chat template has no built-in tools: give {builtin[0]!r} as the schema of a function"
             )
-        inputs = {"messages": dialog, "tools": [tool for tool in tools if not isinstance(tool, str)] or None}
+        inputs: dict[str, Any] = {
+            "messages": dialog,
+            "tools": [tool for tool in tools if not isinstance(tool, str)] or None,
+        }
         inputs |= {"builtin_tools": builtin} if builtin else {}
         if marked is None:
             marked = any(self._names.search(text) for text in control_tokens.strings(inputs))
@@ -330,8 +335,9 @@ class TemplateFormat:
                 raise
         # The template takes only strings as contents.
         joined = [with_text(message) for message in dialog]
-        options = {"add_generation_prompt": add_generation_prompt, "cuts": cuts, "mark": mark, "marked": marked}
-        return self._render(joined, tools, **options)
+        return self._render(
+            joined, tools, add_generation_prompt=add_generation_prompt, cuts=cuts, mark=mark, marked=marked
+        )
 
     def _tagged(
         self, messages: Messages, tools: Sequence[Any] | None, count: int
@@ -467,13 +473,12 @@ def _generated(
     kept = {}
     for i, message in enumerate(messages if _have_tokens(messages) else ()):
         tokens = message.get("tokens") if isinstance(message, Mapping) and message.get("role") == "assistant" else None
-        whole = _are_ids(tokens, vocab_size) and tokens[-1] in stops
-        if whole and tool_calls.same(parse(tokens), message):
+        if _are_ids(tokens, vocab_size) and tokens[-1] in stops and tool_calls.same(parse(tokens), message):
             kept[i] = list(tokens)
     return kept
 
 
-def _are_ids(value: Any, vocab_size: int) -> bool:
+def _are_ids(value: Any, vocab_size: int) -> TypeGuard[list[int]]:
     """True if a value is a list of at least one token id of the vocabulary."""
     is_list = isinstance(value, list) and bool(value)
     return is_list and all(type(i) is int and 0 <= i < vocab_size for i in value)

@@ -138,11 +138,12 @@ def quantize_placed(config: ModelConfig, params: Params, quantize: str | None, l
 
 
 def merge_updates(params: Params) -> Params:
-    """Merges LoRA updates into params on devices. The shardings and dtypes of the weights stay the same."""
+    """Merges LoRA updates into params on devices, whose bases are not quantized. Shardings and dtypes stay the same."""
 
     def leaf(weight: jax.Array | LoraTensor) -> jax.Array:
         if not isinstance(weight, LoraTensor):
             return weight
+        assert not isinstance(weight.base, QTensor)
         return jax.jit(lambda w: w.merged(w.dtype), out_shardings=weight.base.sharding)(weight)
 
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, LoraTensor))
@@ -170,8 +171,9 @@ def place(
     else:
         sharding = layout.sharding(names, entry.shape)
     bounds = functools.partial(_bounds, entry.shape)
-    parts = _parts(entry, set(map(bounds, sharding.addressable_devices_indices_map(entry.shape).values())), to)
-    return jax.make_array_from_callback(entry.shape, sharding, lambda index: parts[bounds(index)])
+    indices = sharding.addressable_devices_indices_map(entry.shape).values()
+    parts = _parts(entry, {bounds(index) for index in indices if index is not None}, to)
+    return jax.make_array_from_callback(entry.shape, sharding, lambda index: parts[bounds(index or ())])
 
 
 def _spread(array: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -145,7 +145,7 @@ class RunSource:
         """Reads the weights as unrolled params; see `Source.load`."""
         layout = layout or _one_device()
         if self.lora is not None:
-            adapter = self._adapter(layout, jnp.dtype(dtype or self.dtype))
+            adapter = self._adapter(self.lora, layout, jnp.dtype(dtype or self.dtype))
             return adapters.with_adapter(self.config, self.base.load_merged(layout, dtype, quantize), adapter)
         # Orbax casts while it reads, so that the float32 master weights are never in memory next to the cast ones.
         shapes = abstract_params(self.config, stacked=True, dtype=dtype or jnp.float32)
@@ -163,7 +163,7 @@ class RunSource:
         """The tensors by path for saving; those of a LoRA run have the dtypes of its base."""
         if self.lora is None:
             return export.leaves_of(self.config, self.load(None, None, "none"))
-        trained, leaves = self._trained(_one_device()), self.base.merged_leaves()
+        trained, leaves = self._trained(self.lora, _one_device()), self.base.merged_leaves()
         lora = export.lazy_lora(lora_params.lora_by_path(self.lora, trained))
         rows = lora_params.token_rows(self.lora, trained, lora_params.base_rows(self.lora, leaves))
         return adapters.merge_adapter(leaves, adapters.Adapter(self.config, lora, rows=rows))
@@ -183,23 +183,23 @@ class RunSource:
         read = functools.partial(tokenizer_in, self.path)
         return checked_tokenizer(read, self.path, self.config, fingerprint=fingerprint)
 
-    def _trained(self, layout: parallel.Layout) -> lora_params.Updates:
+    def _trained(self, settings: LoraConfig, layout: parallel.Layout) -> lora_params.Updates:
         """Reads the trained LoRA arrays in float32."""
-        shapes = jax.eval_shape(lambda: lora_params.initial(self._base_config, self.lora, jax.random.key(0)))
-        return self._restore(shapes, lora_params.axes(self._base_config, self.lora), layout)
+        shapes = jax.eval_shape(lambda: lora_params.initial(self._base_config, settings, jax.random.key(0)))
+        return self._restore(shapes, lora_params.axes(self._base_config, settings), layout)
 
-    def _adapter(self, layout: parallel.Layout, dtype: jnp.dtype) -> adapters.AdapterWeights:
+    def _adapter(self, settings: LoraConfig, layout: parallel.Layout, dtype: jnp.dtype) -> adapters.AdapterWeights:
         """The trained LoRA arrays and token rows in `dtype`, by path."""
-        trained = self._trained(layout)
-        lora = lora_params.lora_by_path(self.lora, trained)
+        trained = self._trained(settings, layout)
+        lora = lora_params.lora_by_path(settings, trained)
         lora = {path: LoraWeights(w.a.astype(dtype), w.b.astype(dtype), w.scale) for path, w in lora.items()}
         rows = {}
-        if self.lora.trained_tokens:
-            base_rows = lora_params.base_rows(self.lora, self.base.merged_leaves())
-            rows = lora_params.token_rows(self.lora, trained, base_rows)
-        return adapters.AdapterWeights(
-            self.config, lora, rows={path: (lazy.ids, lazy.rows.read(dtype=dtype)) for path, lazy in rows.items()}
-        )
+        if settings.trained_tokens:
+            lazy_rows = lora_params.token_rows(
+                settings, trained, lora_params.base_rows(settings, self.base.merged_leaves())
+            )
+            rows = {path: (lazy.ids, jnp.asarray(lazy.rows.read(dtype=dtype))) for path, lazy in lazy_rows.items()}
+        return adapters.AdapterWeights(self.config, lora, rows=rows)
 
     def _restore(self, shapes: Any, axes: Any, layout: parallel.Layout) -> Any:
         """Reads the trained weights of the checkpoint, or of the newest one if a run deletes it during the read."""
@@ -260,7 +260,8 @@ def _lora(values: Mapping[str, Any]) -> LoraConfig | None:
     section = values.get("lora") or {}
     if not section.get("rank"):
         return None
-    return LoraConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
+    settings: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in section.items()}
+    return LoraConfig(**settings)
 
 
 def _one_device() -> parallel.Layout:

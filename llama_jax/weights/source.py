@@ -37,12 +37,23 @@ class Source(Protocol):
         quantized: True if some of the weights are stored in groups of 8 or 4 bits.
     """
 
-    path: Path
-    description: str
-    config: ModelConfig
-    metadata: Metadata
-    dtype: np.dtype
-    quantized: bool
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+
+    @property
+    def description(self) -> str: ...  # noqa: D102
+
+    @property
+    def config(self) -> ModelConfig: ...  # noqa: D102
+
+    @property
+    def metadata(self) -> Metadata: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> np.dtype: ...  # noqa: D102
+
+    @property
+    def quantized(self) -> bool: ...  # noqa: D102
 
     def load(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:
         """Reads the weights as unrolled params. The weights of a LoRA run are LoraTensors around those of its base.

@@ -118,13 +118,15 @@ def _completed(data: Mapping[str, Any], config: TokenizerConfig) -> Mapping[str,
     token.
     """
     model, listed = data.get("model"), data.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict | list) or not isinstance(listed, list) or not all(map(_has_id, listed)):
+    if not isinstance(model, dict) or not isinstance(vocab := model.get("vocab"), dict | list):
         return data  # damaged, which is reported where it is read
+    if not isinstance(listed, list) or not all(map(_has_id, listed)):
+        return data
     own = {token["content"]: token for token in listed}
     control = {token.content for token in config.roles} | {name for name in own if own[name].get("special") is True}
     taken = {token["id"] for token in listed} if config.added_yields else ()
-    wanted = [token_of(own[token.content], "") for token in config.roles if token.content in own]
+    entries = [token_of(own[token.content], "") for token in config.roles if token.content in own]
+    wanted = [token for token in entries if token is not None]
     wanted += [token for i, token in sorted(config.added.items()) if i not in taken]
     names = {*own, *(token.content for token in wanted)}
     wanted += [token for token in (*config.roles, *config.more) if token.content not in names]
@@ -144,15 +146,15 @@ def _completed(data: Mapping[str, Any], config: TokenizerConfig) -> Mapping[str,
         if name not in known:
             known[name] = ids.get(name, max(last + 1, len(vocab)))
             last = max(last, known[name])
-    entries = own | {name: {"id": known[name], **token._asdict()} for name, token in new.items()}
-    return {**data, "added_tokens": sorted(entries.values(), key=operator.itemgetter("id"))}
+    merged = own | {name: {"id": known[name], **token._asdict()} for name, token in new.items()}
+    return {**data, "added_tokens": sorted(merged.values(), key=operator.itemgetter("id"))}
 
 
 def _ids(vocab: Mapping[str, Any] | Sequence[Any]) -> dict[str, int]:
     """The ids of a model's tokens, without damaged entries."""
-    if isinstance(vocab, list):
-        vocab = {p[0]: i for i, p in enumerate(vocab) if isinstance(p, list) and p and isinstance(p[0], str)}
-    return {token: i for token, i in vocab.items() if type(i) is int}
+    if isinstance(vocab, Mapping):
+        return {token: i for token, i in vocab.items() if type(i) is int}
+    return {p[0]: i for i, p in enumerate(vocab) if isinstance(p, list) and p and isinstance(p[0], str)}
 
 
 def _words(model: Mapping[str, Any]) -> set[str]:
@@ -299,7 +301,7 @@ def _before_text(processor: Mapping[str, Any], ids: Mapping[str, int]) -> list[s
         return []
     name = _object(parts[0]["SpecialToken"], "a part of the template").get("id")
     given = _object(processor.get("special_tokens"), "special_tokens").get(name) if isinstance(name, str) else None
-    if name not in ids or _object(given, "a special token").get("ids") != [ids[name]]:
+    if not isinstance(name, str) or name not in ids or _object(given, "a special token").get("ids") != [ids[name]]:
         raise ConfigError(f"post_processor puts {brief(name)} in front of a text, which is not one token of it")
     return [name]
 
@@ -321,7 +323,7 @@ def _kind(value: Any) -> str:
 
 def _contents(vocabulary: BytePairs) -> dict[str, Any]:
     """The contents of a tokenizer.json for a vocabulary."""
-    plain = {spelled(token): i for token, i in (vocabulary.tokens | vocabulary.silent).items()}
+    plain = {spelled(token): i for token, i in {**vocabulary.tokens, **vocabulary.silent}.items()}
     # `tokenizers` looks first for added tokens that are not normalized. Control tokens in no round come before any.
     flags = {name: (False, True) for name in vocabulary.specials}
     ids = dict(vocabulary.specials)

@@ -105,7 +105,7 @@ def read(path: Path) -> ModelFiles:
         ConfigError: a setting is not implemented.
         ValueError: the file is damaged.
     """
-    path = path if path.is_file() else _only_model(path)
+    path = path if path.is_file() else _only_model(path) or path
     gguf = gguf_file.open_file(path)
     config, fields = read_config(gguf), vocabulary(gguf)
     metadata = Metadata(
@@ -238,7 +238,7 @@ def chat_template(gguf: GGUF) -> ChatTemplate | None:
     sources = {}
     for key in gguf.metadata:
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
-            sources[key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT] = _typed(gguf, key, str)
+            sources[key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT] = _typed(gguf, key, str) or ""
     if not sources:
         return None
     tokens = _typed(gguf, "tokenizer.ggml.tokens", list) or []
@@ -345,7 +345,7 @@ class _Fields:
     def number(self, key: str) -> float:
         """Reads a llama.* key whose value must be a finite number above 0."""
         value = self._value(key)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigError(f"{self.path}: llama.{key} must be a finite number above 0, got {shown(value)}")
         return float(value)
 
@@ -407,8 +407,7 @@ def _tokenizer(
     tokens = vocabulary["tokens"] if vocabulary is not None else []
     if len(tokens) > config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokens):,} ids, but the model {config.vocab_size:,}")
-    ids = {"bos": bos_token, "eos": eos_token}
-    ids = {name: token for name, token in ids.items() if token is not None}
+    ids = {name: token for name, token in (("bos", bos_token), ("eos", eos_token)) if token is not None}
     spelled = {"<|eot_id|>": "eot", "<|eom_id|>": "eom"}
     for token in stop_tokens:  # each under the key of its spelling, else under the first free key
         key = spelled.get(tokens[token]) if token < len(tokens) else None

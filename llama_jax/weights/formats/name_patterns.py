@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from re import _constants as codes
-from re import _parser as parser
+from re import _constants as codes  # type: ignore[attr-defined]  # mypy's stubs lack both
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from llama_jax.errors import ConfigError, brief
@@ -115,7 +115,8 @@ class _Matcher:
         if kind is codes.BRANCH:
             return frozenset().union(*(self._sequence(branch, frozenset({start})) for branch in value[1]))
         if kind in (codes.MAX_REPEAT, codes.MIN_REPEAT):
-            return self._repeat(*value, start)
+            low, high, inner = value
+            return self._repeat(low, high, inner, start)
         if kind not in _SINGLE:
             raise _UnsupportedError(f"has a {_kind(kind)}")
         matched = start < len(self._name) and _accepts(kind, value, self._name[start])
@@ -125,7 +126,7 @@ class _Matcher:
         """End positions of `inner` repeated `low` to `high` times; they stop changing after len(name) + 1 rounds."""
         (node,) = inner if len(inner) == 1 else (None,)
         step = (lambda at: self._from_all(node, at)) if node else (lambda at: self._sequence(inner, at))
-        here, ends, count = frozenset({start}), frozenset(), 0
+        here, count = frozenset({start}), 0
         while count < low:
             after = step(here)
             if after == here or not after:  # further rounds give the same
@@ -166,7 +167,7 @@ def _accepts(kind: Any, value: Any, character: str) -> bool:
         return _CATEGORIES[value](character)
     if kind is codes.IN:
         negated = value[0][0] is codes.NEGATE
-        return any(_accepts(*item, character) for item in value[negated:]) != negated
+        return any(_accepts(item, its, character) for item, its in value[negated:]) != negated
     raise ValueError(f"the regular expression node {kind} does not match a single character")
 
 
