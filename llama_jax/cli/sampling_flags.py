@@ -232,6 +232,8 @@ def _bias(values: list[str]) -> dict[str, float]:
 
 def _schema(value: str) -> str:
     """The JSON text of --json_schema, from a file or as it is."""
-    if value.lstrip().startswith(("{", "true", "false")) and not os.path.exists(value):
+    if not value.strip():
+        raise ConfigError("--json_schema is empty: give a file, or the schema itself")
+    if value.lstrip().startswith(("{", "[", "true", "false")) and not os.path.exists(value):
         return value
     return read_small(expanded(value), max_bytes=_MOST_BYTES).decode("utf-8", "replace")

@@ -198,6 +198,8 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--regex", "("], "constrained decoding needs a stop token"),
         (["--prompt", "a", "--json_schema", "{"], "json_schema is not JSON"),
         (["--prompt", "a", "--json_schema", "missing.json"], "missing.json: no such file"),
+        (["--prompt", "a", "--json_schema", ""], "--json_schema is empty"),
+        (["--prompt", "a", "--json_schema", "[]"], "json_schema must be a JSON schema"),
         (["--prompt", "a", "--speculate", "draft"], "needs a draft model"),
         (["--prompt", "a", "--best_of", "2", "--num_samples", "3"], "best_of=2 is smaller than n=3"),
         (["--prompt", "a", "--model", ""], "--model: must be the name of a file, a folder or a hub id, got ''"),

@@ -87,10 +87,9 @@ def check_every_path(llama, prompts, sampling):
 
     paths = {
         "in chunks of 16, between steps of others": (Scheduler(engine(max_chunk=16), rows=4, interleave=2), requests),
-        "refilled": (Scheduler(engine(), rows=2), requests),
-        "beginnings shared": (Scheduler(engine(), rows=4), [*requests, *requests]),
+        "refilled, with beginnings that are shared": (Scheduler(engine(), rows=4), [*requests, *requests]),
         "look-up": (Scheduler(engine(), rows=4), with_all(speculate="lookup")),
-        "draft": (Scheduler(engine(), rows=2), with_all(speculate="draft")),
+        "draft": (Scheduler(engine(), rows=4), with_all(speculate="draft")),
         "a grammar of any text": (
             Scheduler(engine(), rows=4),
             [dataclasses.replace(r, matcher=anything.matcher(Constraint.make("regex", "(?s:.*)"))) for r in requests],
