@@ -37,12 +37,21 @@ _MODULES = {
     "ConfigError": "llama_jax.errors",
 }
 __all__ = list(_MODULES)
+# Names of transformers, peft, TRL and vLLM, and what to write here.
+_LOAD, _TRAIN = "llama_jax.load(model)", "from llama_jax.train.run import train"
+_PEERS = {
+    **dict.fromkeys(("from_pretrained", "AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel", "LLM"), _LOAD),
+    **dict.fromkeys(("pipeline", "PeftModel", "AutoPeftModelForCausalLM"), f"{_LOAD}, with adapters=... for LoRA"),
+    **dict.fromkeys(("AutoTokenizer", "PreTrainedTokenizerFast"), f"Tokenizer(path), or {_LOAD}.tokenizer"),
+    **dict.fromkeys(("Trainer", "SFTTrainer", "DPOTrainer", "TrainingArguments", "train", "LoraConfig"), _TRAIN),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module 'llama_jax' has no attribute {name!r}; it has {', '.join(_MODULES)}")
+    near = f"; here it is {_PEERS[name]}" if name in _PEERS else f"; it has {', '.join(_MODULES)}"
+    raise AttributeError(f"module 'llama_jax' has no attribute {name!r}{near}")
 
 
 def __dir__() -> list[str]:

@@ -23,6 +23,9 @@ _LONGEST_PATH = 300
 _REPR = reprlib.Repr()
 # Arguments of functions, with the names that they have in transformers, peft, TRL, vLLM and llama.cpp.
 _ALIASES = {
+    "source": "pretrained_model_name_or_path model model_id model_name model_path",
+    "prompts": "input_ids inputs prompt text",
+    "messages": "conversation dialog",
     "max_new_tokens": "max_length max_tokens n_predict",
     "temperature": "do_sample temp",
     "n": "num_return_sequences num_samples",
@@ -130,6 +133,9 @@ def checked_keywords(function: Function) -> Function:
             try:
                 signature.bind(*args, **keywords)
             except TypeError as error:
+                for name in keywords:
+                    if _BY_ALIAS.get(name) in known and name not in known:
+                        raise unknown_argument(title, name, known) from None
                 more = ", ..." if len(known) < len(kinds) else ""
                 reason = str(error).replace(" keyword-only", "")  # a word of Python 3.12 and later
                 raise TypeError(f"{title}(): {reason}; its arguments are {', '.join(known)}{more}") from None

@@ -62,6 +62,9 @@ def choose(command: str, argv: Sequence[str], choices: Mapping[str, str], descri
     if argv[0] in ("--version", "-V"):
         print(parser.version())
         return None
+    if argv[0].startswith("-"):
+        first = next(iter(choices))
+        raise ConfigError(f"{program} takes a command before flags, e.g. {program} {first}: {', '.join(choices)}")
     if argv[0] not in choices:
         meant = "" if command else _BY_ALIAS.get(argv[0])
         near = f"; did you mean {meant!r}?" if meant else nearest(argv[0], list(choices), cutoff=0.6)

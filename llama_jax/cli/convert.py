@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = flags.add_argument
     add("source", type=parser.path, metavar="SOURCE", help=parser.MODEL)
     add("dest", type=parser.path, metavar="DEST", help="folder to make; for gguf the file")
-    add("--to", type=parser.one_of(FORMATS), required=True, metavar="FORMAT", help="format to write")
+    add("--to", type=parser.one_of(FORMATS), metavar="FORMAT", help="format to write (default: gguf for DEST.gguf)")
     add(
         "--adapter",
         action=parser.OneAdapter,
@@ -65,7 +65,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "them, so that it must fit into memory",
     )
     flags.aliases |= {"--lora": "--adapter", "--outtype": "--dtype", "--max_shard_size": "--shard_size"}
-    return flags.parse(argv)
+    options = flags.parse(argv)
+    if options.to is None and not options.dest.endswith(".gguf"):
+        flags.error(f"give the format: --to {', --to '.join(FORMATS)}")
+    options.to = options.to or "gguf"
+    return options
 
 
 def main(argv: Sequence[str]) -> int:

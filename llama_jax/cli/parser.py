@@ -28,6 +28,7 @@ _DTYPES = {
     "fp32": "float32",
     "f32": "float32",
 }
+_ONE_MODEL = ("model", "source")  # arguments without a flag
 QUANTIZE = ("none", "int8", "int4")
 KV_TYPES = ("compute", "int8")
 MODEL = (
@@ -101,33 +102,43 @@ class Parser(argparse.ArgumentParser):
 
     def _canonical(self, argv: Sequence[str]) -> list[str]:
         """The arguments with each flag under its first name, and joined with its value by an equals sign."""
+        model: list[str] = []
         result: list[str] = []
         rest = list(argv)
         while rest:
             arg = rest.pop(0)
             if arg == "--":
-                return [*result, arg, *rest]
+                return [*model, *result, arg, *rest]
             name, equals, value = arg.partition("=")
             flag = self._flag(name)
             if flag is None:
                 result.append(arg)
                 continue
-            takes_one = self._option_string_actions[flag].nargs is None
+            named = flag not in self._option_string_actions  # --model, where the model has no flag
+            takes_one = named or self._option_string_actions[flag].nargs is None
             if not equals and takes_one and rest and self._flag(rest[0].partition("=")[0]) is None:
                 equals, value = "=", rest.pop(0)
-            result.append(f"{flag}{equals}{value}")
-        return result
+            if named and not equals:
+                self.error(f"argument {name}: expected one argument")
+            (model if named else result).append(value if named else f"{flag}{equals}{value}")
+        return [*model, *result]
 
     def _flag(self, name: str) -> str | None:
-        """The flag of that name or alias, with underscores; ConfigError for a refused one, None for anything else."""
+        """The flag of that name or alias, with underscores; ConfigError for a refused one, None for anything else.
+
+        `--model` is a flag of every command that takes one model.
+        """
         if not name.startswith("-") or name.strip("-") == "":
             return None
         plain = name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
         if plain in self.refused:
             raise ConfigError(f"{name} is not a flag of {self.prog}: {self.refused[plain]}")
         flag = self.aliases.get(plain, plain)
-        if (flag == "--model" or plain == "-m") and flag not in self._option_string_actions:
-            raise ConfigError(f"{name} is not a flag of {self.prog}: give the model without a flag")
+        if flag == "--model" or plain == "-m":
+            flag = "--model"
+            if flag in self._option_string_actions or any(action.dest in _ONE_MODEL for action in self._actions):
+                return flag
+            raise ConfigError(f"{name} is not a flag of {self.prog}: give the models without a flag")
         return flag if flag in self._option_string_actions else None
 
     def _unknown(self, arg: str) -> NoReturn:

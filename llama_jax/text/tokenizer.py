@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from llama_jax.errors import ConfigError, brief, checked_keywords, no_attribute
 from llama_jax.files import expanded, write_whole
@@ -58,6 +58,10 @@ class Tokenizer:
 
         def __getattr__(self, name: str) -> Any:
             raise no_attribute(self, name, _PEERS)
+
+    def __call__(self, *args: object, **options: object) -> NoReturn:
+        """Raises a TypeError that names `encode`: other libraries call a tokenizer."""
+        raise TypeError("a Tokenizer is not a function: encode(text) gives ids, and models here take texts as they are")
 
     @checked_keywords
     def __init__(self, path: str | os.PathLike[str], *, expected_vocab_size: int | None = None) -> None:

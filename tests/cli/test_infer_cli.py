@@ -12,7 +12,8 @@ import pytest
 from helpers.paths import ROOT
 from helpers.tokenizers import byte_tokenizer
 from llama_jax import config as configs
-from llama_jax.cli import chat, commands, exits, infer
+from llama_jax.cli import chat, commands, convert, exits, infer
+from llama_jax.cli import eval as eval_command
 from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.infer.result import Result
@@ -240,16 +241,21 @@ def test_a_mistake_is_one_line_and_status_2(run, argv, message):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
+def test_the_model_of_a_command_may_be_a_flag():
+    converted = convert.parse(["b.gguf", "-m", "a"])
+    assert (converted.source, converted.dest, converted.to) == ("a", "b.gguf", "gguf")
+    measured = eval_command._perplexity_flags(["-f", "text", "--model=a"])
+    assert (measured.model, measured.text) == ("a", ["text"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["perplexity"], "did you mean 'eval perplexity'?"),
         (["quantize", "a", "b"], "did you mean 'convert'?"),
-        (
-            ["eval", "perplexity", "-m", "x"],
-            "-m is not a flag of llama-jax eval perplexity: give the model",
-        ),
-        (["inspect", "--model", "x"], "--model is not a flag of llama-jax inspect: give the model without a flag"),
+        (["eval", "compare", "-m", "x"], "-m is not a flag of llama-jax eval compare: give the models without a flag"),
+        (["inspect", "--model"], "argument --model: expected one argument"),
+        (["-m", "x", "-p", "y"], "llama-jax takes a command before flags, e.g. llama-jax train: train, infer"),
         (["train", "quickstart"], "unexpected argument 'quickstart'; did you mean --config quickstart?"),
     ],
 )

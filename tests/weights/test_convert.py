@@ -296,14 +296,14 @@ def test_nothing_that_is_there_is_written_over(tmp_path, folder, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "required: --to"),
+        ([], "give the format: --to hf, --to meta"),
         (["--to", "gguff"], "did you mean 'gguf'"),
         (["--to", "hf", "--dtype", "q8_0"], "'hf' is not written in 'q8_0'; allowed: float32, float16, bfloat16"),
         (["--to", "hf", "--shard_size", "5X"], "--shard_size: must be a size such as 500M"),
         (["--to", "hf", "--shard_size", "0"], "--shard_size: must be a size such as 500M"),
         (["--to", "hf", "--shard_size", "9" * 5000], "--shard_size: must be a size such as 500M or 5G, got '999"),
         (["--to", "hf", "--adapter", ""], "--adapter: must be the name of a file"),
-        (["--too", "hf"], "required: --to"),
+        (["--too", "hf"], "unknown argument '--too'; did you mean '--to'?"),
     ],
 )
 def test_a_mistyped_command_is_one_line_and_makes_nothing(tmp_path, folder, capsys, options, words):
