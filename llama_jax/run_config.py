@@ -345,6 +345,17 @@ _SIMILAR = {
     "log.profile": "enable_profiling profile_freq",
     "checkpoint.keep_best": "load_best_model_at_end",
 }
+# The sections of torchtitan, whose names are in _SAME or end as a key here.
+_TORCHTITAN = {
+    "training": "seq_len global_batch_size max_norm steps",
+    "optimizer": "lr beta1 beta2",
+    "lr_scheduler": "warmup_steps",
+    "parallelism": "data_parallel_shard_degree data_parallel_replicate_degree tensor_parallel_degree "
+    "context_parallel_degree pipeline_parallel_degree",
+    "checkpoint": "interval keep_latest_k initial_load_path",
+    "metrics": "log_freq",
+    "job": "dump_folder",
+}
 _BY_SAME, _BY_SIMILAR = (
     {alias: key for key, aliases in table.items() for alias in aliases.split()} for table in (_SAME, _SIMILAR)
 )
@@ -358,8 +369,11 @@ def key_of_flag(name: str) -> str | None:
     known = known_keys()
     if name in known:
         return name
-    ends = [key for key in known if key.rpartition(".")[2] == name]
-    return ends[0] if len(ends) == 1 else _BY_SAME.get(name.rpartition(".")[2])
+    section, _, last = name.rpartition(".")
+    if section and last not in _TORCHTITAN.get(section, "").split():
+        return None
+    ends = [key for key in known if key.rpartition(".")[2] == last]
+    return ends[0] if len(ends) == 1 else _BY_SAME.get(last)
 
 
 def unknown_key(name: str) -> ConfigError:

@@ -103,6 +103,7 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--config.model.num_kv_heads=3"], "model.num_kv_heads=3 must divide num_heads=8: one of [1, 2, 4, 8]"),
         (["--config.data.sequence_length=999999"], "is more than model.max_seq_len"),
         (["--every=5"], "unknown key 'every'"),  # two sections have it
+        (["--validation.steps=5"], "unknown key 'validation.steps'"),  # not those of training
         (["--per_device_train_batch_size", "8"], "did you mean 'data.batch_size'?"),
         (["--config.num_train_epochs=3"], "did you mean 'train.epochs'?"),
         (["-m", "x"], "-m is not a flag of"),
