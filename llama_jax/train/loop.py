@@ -214,7 +214,11 @@ class Loop:
             )
         if self.log is None:
             return
-        speed = self.progress.speed(step)
+        speed: dict[str, float] = {}
+        if self.profile.covers(step):
+            self.progress.pause()
+        else:
+            speed = self.progress.speed(step)
         self._log(step, {**values, **speed})
         self.progress.show(step, values=values, speed=speed)
         if values["skipped"]:

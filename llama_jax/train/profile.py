@@ -21,6 +21,10 @@ class Profile:
     def __init__(self, steps: tuple[int, ...], folder: Path) -> None:
         self._steps, self._folder, self._open = steps, folder, False
 
+    def covers(self, step: int) -> bool:
+        """True for a step that is traced: the host waits for it, so that its time is not that of a usual step."""
+        return bool(self._steps) and self._steps[0] <= step <= self._steps[1]
+
     def before(self, step: int, state: Any) -> None:
         """Start the trace if `step` is the first of it. `state` is waited for, so that no earlier step is traced."""
         if self._steps and step == self._steps[0]:
@@ -39,4 +43,5 @@ class Profile:
         if self._open:
             self._open = False
             jax.profiler.stop_trace()
-            say(f"profile of steps {self._steps[0]} to {self._steps[1]}: {self._folder} (see docs/guides/finetune.md)")
+            first, last = self._steps
+            say(f"profile of steps {first} to {last}: {self._folder} (perfetto_trace.json.gz opens at ui.perfetto.dev)")
