@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.cli import exits
 from llama_jax.errors import nearest, one_line
 from llama_jax.files import expanded, read_small, write_json
 from llama_jax.text.tokenizer import require_tokenizer
@@ -38,7 +39,8 @@ _MOST_BYTES = 100_000_000  # of a file of /load
 def run(llama: Llama, system: str | None, settings: Mapping[str, Any], *, verbose: bool = False) -> int:
     """Talk until /quit or the end of the input, and return the exit status."""
     require_tokenizer(llama.tokenizer, "--chat")
-    return Chat(llama, system, settings, speed=verbose).run(_reader())
+    with exits.surviving_ctrl_c():
+        return Chat(llama, system, settings, speed=verbose).run(_reader())
 
 
 class Chat:

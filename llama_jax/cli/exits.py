@@ -14,19 +14,24 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
+import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 from llama_jax.errors import one_line
+from llama_jax.train.stop import leave as leave_process
 
 _log = logging.getLogger(__name__)
 _STDOUT = "standard output"
+_PATIENCE = 5.0  # seconds from a signal to the end, for deleting partial files
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,14 +74,16 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             print(end.code, file=sys.stderr)
         return _flushed(end.code if isinstance(end.code, int) else int(end.code is not None))
     except Exception as error:
-        line = _line(error)
+        line, number = _line(error), _number_of(error)  # a library may turn a signal's exception into one of its own
+        if line is None and number:
+            return _stopped(number)
         if line is None:
             raise
         _log.debug("the error's traceback", exc_info=True)
         print(f"error: {one_line(line)}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename == _STDOUT:
             _discard_output()  # it would fail again
-        return _flushed(error.status if isinstance(error, CommandError) else 2)
+        return _flushed(128 + number if number else error.status if isinstance(error, CommandError) else 2)
 
 
 def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
@@ -194,24 +201,43 @@ def _discard_output() -> None:
 
 def _stopped(number: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    print(f"\nstopped by {name}", file=sys.stderr)
+    print(_words(number), end="", file=sys.stderr)
     return _flushed(128 + number)
 
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped` in the main thread, so that files and locks are released."""
+    """A signal raises an exception in the main thread, so that files and locks are released.
+
+    Libraries lose such an exception in places. While an extension of C++ is imported it may become another error or a
+    segmentation fault: the process then ends at once, since nothing is written yet. In callbacks of the garbage
+    collector Python ignores it: the signal is sent again. After an `except` of a library, `_watch` ends the process,
+    and so does a second signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # whose `put` a signal handler may call
+    raised: set[int] = set()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        if _imports(frame) or number in raised:
+            leave_process(number, _words(number))
+        raised.add(number)
+        arrived.put(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in CAUGHT if number != signal.SIGINT}
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        if not (number := _number_of(unraisable.exc_value)):
+            return hook(unraisable)
+        raised.discard(number)
+        arrived.put(-number)
+
+    hook, before = sys.unraisablehook, {number: signal.getsignal(number) for number in CAUGHT}
+    threading.Thread(target=_watch, args=(arrived,), name="signals", daemon=True).start()
+    sys.unraisablehook = ignored
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and a shell SIGINT of what runs in the background
             signal.signal(number, stop)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
@@ -219,6 +245,67 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        sys.unraisablehook = hook
+        arrived.put(0)
+
+
+@contextlib.contextmanager
+def surviving_ctrl_c() -> Iterator[None]:
+    """A context in which Ctrl-C raises KeyboardInterrupt, and the process may go on afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watch(arrived: queue.SimpleQueue[int]) -> None:
+    """Ends the process if it still runs some seconds after a signal. Each item is a signal, or 0 at the end.
+
+    A negative one is a signal whose exception Python has ignored: it is sent again, a little later.
+    """
+    first, deadline = 0, math.inf
+    while True:
+        try:
+            item = arrived.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            leave_process(first, _words(first))
+        if item == 0:
+            return
+        if item < 0:
+            time.sleep(0.02)
+            os.kill(os.getpid(), -item)
+        elif not first:
+            first, deadline = item, time.monotonic() + _PATIENCE
+
+
+def _number_of(error: BaseException | None) -> int:
+    """The number of the signal that an exception, or one that it follows from, was raised for; 0 for any other."""
+    while error is not None:
+        if isinstance(error, Stopped):
+            return error.number
+        if isinstance(error, KeyboardInterrupt):
+            return signal.SIGINT
+        error = error.__cause__ or error.__context__
+    return 0
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """True if an import is under way."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _words(number: int) -> str:
+    """The line of a command that a signal stops."""
+    return f"\nstopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}\n"
 
 
 def _usable_streams() -> None:

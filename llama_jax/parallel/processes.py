@@ -16,7 +16,9 @@ from typing import Any
 from llama_jax.errors import TRY_AGAIN
 from llama_jax.run_keys import DistributedConfig
 
-_HEARTBEAT_S = 12  # a process that is silent for this long is lost: its host has crashed, or the network
+# A process that is silent for this long is lost: its host has crashed, or the network. jax sends two in this time, so
+# that a machine that is busy at the start may delay one by half of it.
+_HEARTBEAT_S = 16
 _MEETING_S = 24 * 3600  # processes may compile for hours, and a lost one ends the others anyway
 _meetings = itertools.count()
 # Words in the errors of collectives whose other side is gone.

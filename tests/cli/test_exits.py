@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -66,6 +67,50 @@ def test_a_signal_ends_the_process_with_one_line(number, status):
         running.send_signal(number)
         assert running.wait(timeout=20) == status
         assert running.stderr.read().strip().startswith("stopped by ")
+
+
+LOST = {
+    "ignored in a callback of the garbage collector": "gc.callbacks.append(lambda *_: time.sleep(0.3))\n"
+    "    print('ready', flush=True)\n    while True: gc.collect(); time.sleep(0.3)",
+    "caught by a library": "exits._PATIENCE = 0.5\n    print('ready', flush=True)\n    while True:\n"
+    "        try: time.sleep(60)\n        except BaseException: pass",
+    "made another error": "print('ready', flush=True)\n    try: time.sleep(60)\n"
+    "    except BaseException: raise ImportError('of an extension')",
+}
+
+
+@pytest.mark.parametrize("body", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_whose_exception_is_lost_ends_the_process_all_the_same(body, number):
+    with process(f"import gc\n    {body}", stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        running.send_signal(number)
+        assert running.wait(timeout=20) == 128 + number
+        assert running.stderr.read().strip() == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}"
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    with process(
+        f"import gc\n    {LOST['caught by a library']}".replace("0.5", "60"), stdout=subprocess.PIPE
+    ) as running:
+        assert running.stdout.readline() == "ready\n"
+        for wait in (0.1, 0.3):
+            time.sleep(wait)
+            running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=20) == 130
+
+
+def test_a_signal_during_an_import_ends_the_process_at_once(tmp_path):
+    """An exception there may become a segmentation fault, in the initialization of an extension of C++."""
+    lines = ("import time", "print('ready', flush=True)", "try: time.sleep(60)", "except BaseException: 1 // 0")
+    (tmp_path / "slow.py").write_text("\n".join(lines))
+    body = f"sys.path.insert(0, {str(tmp_path)!r}); import slow"
+    with process(body, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=20) == 143
+        assert running.stderr.read() == "\nstopped by SIGTERM\n"
 
 
 def test_the_errors_of_the_runtime_are_held_back_and_nothing_else(monkeypatch):
