@@ -118,7 +118,7 @@ def _scaling(plans: dict[str, dict[str, Any]]) -> list[str]:
     for few, many in _SCALING:
         if few in plans and many in plans:
             pair = (plans[few], plans[many])
-            work = [plan["flops"]["hardware"] / plan["chips"] / 1e12 for plan in pair]
+            work = [plan["compiled_flops"] / 1e12 for plan in pair]
             sent = [sum(one["exposed"] for one in plan["collectives"]) / 1e9 for plan in pair]
             chips = " to ".join(f"{plan['chips']:,}" for plan in pair)
             cells = [f"{few} to {many}", chips]
@@ -128,7 +128,8 @@ def _scaling(plans: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "## Weak scaling",
         "",
-        "One row of a device on few devices and on many: what a device computes, and the bytes that it waits for.",
+        "One row of a device on few devices and on many: operations of the compiled products of a device, and the",
+        "bytes that it waits for.",
         "",
         "| plans | chips | TFLOP of a chip | GB exposed |",
         "|---|---|---|---|",

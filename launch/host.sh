@@ -7,7 +7,8 @@
 #   ACCELERATOR  tpu (default), cuda, cuda12 or cpu: the extra of the installation
 #   INSTALL      0 uses the environment as it is (default 1: a virtual environment in $VENV)
 #   VENV         folder of the virtual environment (default ~/.venvs/llama_jax)
-#   BUCKET       gs://NAME[/FOLDER] or s3://NAME[/FOLDER], mounted at $MOUNT (default: nothing is mounted)
+#   BUCKET       gs://NAME[/FOLDER] or s3://NAME[/FOLDER], mounted at $MOUNT (default: nothing is mounted). Flags may
+#                name addresses of a store instead, such as --config.output=gs://NAME/runs/8b
 #   MOUNT        where the bucket is mounted (default /mnt/bucket)
 #   COORDINATOR  auto (default: TPU pods, Slurm and GKE know it), HOST:PORT, or empty for one host
 #   PROCESSES    number of hosts, PROCESS number of this host from 0, where COORDINATOR is HOST:PORT
@@ -30,9 +31,12 @@ python=python3
 if [ "${INSTALL:-1}" = 1 ]; then
   venv=${VENV:-$HOME/.venvs/llama_jax}
   [ -x "$venv/bin/python" ] || run python3 -m venv "$venv"
+  extras=data # and the package that reads and writes the store of each address in the flags
+  case " $*" in *[=,]gs://* | *[=,]gcs://*) extras+=,gcs ;; esac
+  case " $*" in *[=,]s3://* | *[=,]s3a://*) extras+=,s3 ;; esac
   case $accelerator in
-    tpu | cuda | cuda12) run "$venv/bin/pip" install --quiet ".[$accelerator,data]" ;;
-    cpu) run "$venv/bin/pip" install --quiet ".[data]" ;;
+    tpu | cuda | cuda12) run "$venv/bin/pip" install --quiet ".[$accelerator,$extras]" ;;
+    cpu) run "$venv/bin/pip" install --quiet ".[$extras]" ;;
     *) echo "ACCELERATOR=$accelerator must be tpu, cuda, cuda12 or cpu" >&2; exit 2 ;;
   esac
   python=$venv/bin/python

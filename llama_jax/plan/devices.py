@@ -96,16 +96,21 @@ class Devices:
 
 
 def parse(text: str, *, slices: int = 1) -> Devices:
-    """The devices that a text describes: KIND:SHAPE, KIND:COUNT, or the name of a Cloud TPU such as v5p-128.
+    """The devices that a text describes: KIND:SHAPE, KIND:COUNT, KIND for one chip, or a Cloud TPU such as v5p-128.
 
     A count of TPU chips becomes the most compact grid of powers of two. The number in v5p-128 counts cores, of which a
-    v5p chip has two; in v5e-16 and v6e-8 it counts chips.
+    v5p chip has two; in v5e-16 and v6e-8 it counts chips. "2 x v5p:4x4x4" is the same as two `slices`.
 
     Raises:
         ConfigError: an unknown kind, a shape that the kind does not have, or slices of GPUs.
     """
-    match = re.fullmatch(r"([a-z]\w*?)([:-])(\d+(?:x\d+)*)", text.strip().lower().replace("v5litepod", "v5e"))
-    kind = match[1] if match else re.split(r"[:-]", text.strip().lower())[0]
+    plain = text.strip().lower().replace("v5litepod", "v5e")
+    several = re.fullmatch(r"(\d{1,9}) ?x ?([a-z].*)", plain)
+    if several and slices == 1:
+        slices, plain = int(several[1]), several[2]
+    plain = f"{plain}:1" if plain in CHIPS else plain
+    match = re.fullmatch(r"([a-z]\w*?)([:-])(\d{1,9}(?:x\d{1,9})*)", plain)
+    kind = match[1] if match else re.split(r"[:-]", plain)[0]
     if kind not in CHIPS:
         near = nearest(kind, list(CHIPS)) or "."
         raise ConfigError(f"device {brief(text)} is not known{near} Kinds: {', '.join(CHIPS)}; e.g. {_EXAMPLES}")
@@ -126,7 +131,7 @@ def parse(text: str, *, slices: int = 1) -> Devices:
 def _gpus(text: str, kind: str, numbers: tuple[int, ...], slices: int) -> Devices:
     """GPUs by count, in hosts of eight, or as HOSTSxGPUS."""
     if slices > 1:
-        raise ConfigError(f"--slices={slices} applies to TPUs only: give the number of all GPUs, e.g. {kind}:64")
+        raise ConfigError(f"{slices} slices: only TPUs have them. Give the number of all GPUs, e.g. {kind}:64")
     if len(numbers) == 2:
         return Devices(kind, numbers)
     count = numbers[0]

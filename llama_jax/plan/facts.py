@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from typing import Any
 
@@ -14,19 +13,18 @@ from llama_jax.plan.devices import GIB, Devices
 
 
 def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
-    """Compiles a lowered program. Returns its memory, collectives, kernels and seconds of one core as a JSON-able dict.
+    """Compiles a lowered program. Returns its memory, collectives, kernels and products as a JSON-able dict.
 
     `fits` is False if the compiler refuses the program for its memory, or if the peak is more than the memory of a
     device. `loop_bytes` are those that a turn of a loop, such as a decode step, moves to and from a TPU's memory.
     """
-    started = _processor_seconds()
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = bytes_needed(str(error))
         if needed is None:
             raise
-        return {"fits": False, "peak_bytes": needed, "seconds": round(_processor_seconds() - started, 1)}
+        return {"fits": False, "peak_bytes": needed}
     memory: Any = executable.memory_analysis()
     text = executable.as_text() or ""
     return {
@@ -36,13 +34,8 @@ def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
         "collectives": [vars(one) for one in hlo.collectives(text)],
         "kernels": hlo.kernels(text),
         "loop_bytes": traffic.bytes_of_step(text) if devices.chip.platform == "tpu" else None,
-        "seconds": round(_processor_seconds() - started, 1),
+        "operations": hlo.operations(text),
     }
-
-
-def _processor_seconds() -> float:
-    """Seconds of one core that this process and its children have computed."""
-    return sum(os.times()[:4])
 
 
 def bytes_needed(message: str) -> int | None:

@@ -90,6 +90,43 @@ def kernels(text: str) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def operations(text: str) -> float:
+    """Operations of all matrix products that one device computes in a step, those of hand-written kernels excepted."""
+    computations, entry = parse(text)
+    return sum(_operations(computations, entry, 1))
+
+
+def _operations(computations: Computations, name: str, times: int) -> Iterator[float]:
+    """Yields the operations of each product under a computation that runs so many times."""
+    instructions = computations.get(name, [])
+    types = {instruction.name: instruction.type for instruction in instructions}
+    for instruction in instructions:
+        if instruction.opcode in ("dot", "convolution"):
+            yield 2.0 * times * math.prod(_shape(instruction.type)) * _contracted(instruction, types)
+        runs = times * _trips(computations, instructions, instruction) if instruction.opcode == "while" else times
+        for called in instruction.called:
+            yield from _operations(computations, called, runs)
+
+
+def _contracted(product: Instruction, types: dict[str, str]) -> int:
+    """The number of products that are summed for each element of a result."""
+    left, right = (_shape(types.get(name, "")) for name in product.operands[:2])
+    axes = re.search(r"lhs_contracting_dims={([\d,]*)}", product.rest)
+    if axes:
+        return math.prod(left[int(axis)] for axis in axes[1].split(",") if axis)
+    labels = re.search(r"dim_labels=\w+_(\w+)->", product.rest)
+    # A TPU writes the batch axes of a product as axes of a dilated window: one of its places is not zero.
+    batched = "lhs_dilate" in product.rest
+    sizes = zip(labels[1] if labels else "", right, strict=False)
+    return math.prod(size for label, size in sizes if label == "i" or (label.isdigit() and not batched))
+
+
+def _shape(type_: str) -> list[int]:
+    """The sizes of the first array of a type."""
+    match = re.search(r"\[([\d,]*)\]", type_)
+    return [int(n) for n in match[1].split(",") if n] if match else []
+
+
 def parse(text: str) -> tuple[Computations, str]:
     """The instructions of each computation in their scheduled order, and the name of the entry."""
     computations: Computations = {}

@@ -114,6 +114,7 @@ def make(
         "prefill_tokens_per_second": devices.count * projection.EFFICIENCY * devices.chip.flops * tokens / operations,
         "assumed_efficiency": projection.EFFICIENCY,
         "programs": {} if facts is None else facts["programs"],
+        "compile_seconds": None if facts is None else facts["seconds"],
         "proof": planner.proof_of(devices) if environment is None else "",
     }
 
@@ -226,4 +227,6 @@ def table(plan: Mapping[str, Any]) -> str:
             lines.append(f"    {one['kind']:<19} {one['count']:>6} a call, {sent:,.2f} MB sent by each device")
     if plan["proof"]:
         lines.append(f"  proof        no compiler for this device is installed. For a compiled plan: {plan['proof']}")
+    elif plan["compile_seconds"] is not None:
+        lines.append(f"  compiled     in {plan['compile_seconds']:.0f} s of one core")
     return "\n".join(lines)

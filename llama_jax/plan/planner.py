@@ -111,6 +111,8 @@ class Plan:
             "kernels": {} if self.compiled is None else self.compiled.get("kernels", {}),
             "attention": {"kernel": kernel, "why": why},
             "flops": dataclasses.asdict(work),
+            # of the matrix products that one device computes, without those of kernels
+            "compiled_flops": None if self.compiled is None else self.compiled.get("operations"),
             "projection": dataclasses.asdict(self.projection) | {"assumed_efficiency": projection.EFFICIENCY},
             "instead": list(self.instead),
             "compiler_options": {} if self.compiled is None else self.compiled.get("compiler_options", {}),

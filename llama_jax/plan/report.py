@@ -37,6 +37,8 @@ def table(plan: dict[str, Any]) -> str:
         f"{step['tokens_per_second']:,.0f} tokens/s a chip. Not measured: it assumes products at "
         f"{100 * step['assumed_efficiency']:.0f} % of the peak",
     ]
+    if plan["compiled_flops"]:
+        lines.append(f"               {plan['compiled_flops'] / 1e12:,.1f} TFLOP in the compiled products of a device")
     if plan["instead"]:
         lines += ["  instead      by the closed model, these fit:", *(f"    {flags}" for flags in plan["instead"])]
     elif not plan["fits"]:

@@ -57,6 +57,17 @@ def test_a_host_installs_mounts_the_bucket_and_trains(monkeypatch):
     assert (run.distributed.coordinator, run.distributed.process_id) == ("10.0.0.1:99", 3)
 
 
+def test_a_host_without_a_mount_installs_what_reads_the_stores_that_flags_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--config.data.train=s3://mine/text,more/text", "--config.output=gs://mine/runs/8b"]
+    commands = dry("host.sh", "llama31_8b", *flags, VENV="/v")
+    assert [command.split()[0] for command in commands] == ["python3", "/v/bin/pip", "/v/bin/python"]
+    assert ".[tpu,data,gcs,s3]" in commands[1]
+    run, _ = parse_run(commands[-1].split()[2:])
+    assert run.output == "gs://mine/runs/8b" and run.data.train == ("s3://mine/text", "more/text")
+    assert ".[tpu,data]" in dry("host.sh", "llama31_8b", "--config.output=/disk/gs/8b", VENV="/v")[1]
+
+
 def test_slices_are_made_and_started_together():
     names = {"NAME": "llama", "ZONE": "z", "SLICES": "2", "REPOSITORY": "https://x/y"}
     (made,) = dry("tpu_vm.sh", "create", TYPE="v5p-128", **names)

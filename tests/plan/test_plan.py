@@ -51,6 +51,11 @@ def run_8b(model="llama3.1-8b", *, rows=16, length=8192, **changes):
         ("h100:4", (1, 4), 4),
         ("H200:64", (8, 8), 64),
         ("h100:16384", (2048, 8), 16384),
+        ("h100", (1, 1), 1),
+        ("v5e", (1, 1), 1),
+        ("tpu7x", (1, 1, 1), 2),
+        ("2 x v5p:4x4x4", (4, 4, 4), 128),
+        ("2xv5e-16", (4, 4), 32),
     ],
 )
 def test_devices_are_named_by_shape_by_count_or_as_the_cloud_names_them(text, shape, count):
@@ -70,13 +75,18 @@ def test_devices_are_named_by_shape_by_count_or_as_the_cloud_names_them(text, sh
         ("h100:12", "hosts of 8"),
         ("h100-8", "a shape that cannot be read"),
         ("v5e:0", "at least 1"),
-        ("v5e", "a shape that cannot be read"),
+        ("v5e:", "a shape that cannot be read"),
+        ("8xh100", "only TPUs have them"),
+        ("0xv5e:4", "at least 1"),
+        ("v5e:" + "9" * 5000, "a shape that cannot be read"),
+        ("", "is not known"),
+        ("gb200:8", "is not known"),
     ],
 )
 def test_devices_that_do_not_exist_are_refused(text, words):
     with pytest.raises(ConfigError, match=words):
         parse(text)
-    with pytest.raises(ConfigError, match="applies to TPUs only"):
+    with pytest.raises(ConfigError, match="only TPUs have them"):
         parse("h100:8", slices=2)
 
 
@@ -228,6 +238,42 @@ def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is
     assert (found["collective-permute"].count, found["collective-permute"].exposed) == (1, 8)
     assert found["all-reduce"].exposed == 2 * 32 * 3 / 4
     assert hlo.kernels(PROGRAM) == {"pallas": 1}
+
+
+def test_products_are_counted_with_their_loops():
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.einsum("abi,aoi->abo", x, w), None), x, w)[0]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 64, 32), (5, 2, 32, 32))]
+    text = jax.jit(layers).lower(*shapes).compile().as_text()
+    assert hlo.operations(text) == 5 * 2 * (2 * 64 * 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("types", "window", "contracted"),
+    [
+        (("f32[64,8]", "f32[64,16]", "f32[8,16]"), "dim_labels=bf_oi->bf", 16),
+        (("f32[16,8]", "f32[64,16]", "f32[64,8]"), "dim_labels=fb_io->bf", 64),
+        (
+            ("f32[2,64,8]", "f32[2,64,16]", "f32[2,8,16]"),
+            "window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0oi->0bf",
+            16,
+        ),
+        (("f32[64,8]", "f32[2,64,16]", "f32[2,8,16]"), "window={size=2}, dim_labels=0bf_0oi->bf", 32),
+    ],
+    ids=["weight", "gradient", "batched", "two axes are summed"],
+)
+def test_products_of_a_tpu_are_counted(types, window, contracted):
+    result, left, right = types
+    text = f"""\
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %a = {left}{{1,0:T(8,128)}} parameter(0)
+  %b = {right}{{1,0:T(8,128)}} parameter(1)
+  ROOT %c = {result}{{1,0:T(8,128)}} convolution(%a, %b), {window}, metadata={{op_name="x"}}
+}}
+"""
+    elements = np.prod([int(n) for n in result[4:-1].split(",")])
+    assert hlo.operations(text) == 2 * elements * contracted
 
 
 @pytest.mark.parametrize(("stride", "runs"), [(1, 10), (2, 5)])
