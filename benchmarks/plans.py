@@ -28,6 +28,8 @@ PLANS: dict[str, tuple[str, int, str]] = {
     "160m-v5e-4": ("v5e:4", 1, "model=160m data.sequence_length=2048 data.batch_size=4"),  # cheap enough for every CI
     "8b-v5e-16": ("v5e:16", 1, "data.batch_size=16"),
     "8b-v5e-8-int8": ("v5e:8", 1, "data.batch_size=8 optimizer.moments=int8"),
+    "8b-v5e-8-offload": ("v5e:8", 1, "data.batch_size=8 optimizer.offload=True"),
+    "8b-lora-v5e-1-offload": ("v5e:1", 1, "data.batch_size=1 lora.rank=16 lora.offload=True"),
     "8b-v5p-16": ("v5p:16", 1, "data.batch_size=16"),
     "8b-v5p-256": ("v5p:256", 1, "data.batch_size=256"),
     "8b-v6e-8": ("v6e:8", 1, "data.batch_size=8"),
@@ -39,8 +41,14 @@ PLANS: dict[str, tuple[str, int, str]] = {
     "405b-v5p-512": ("v5p:512", 1, "model=llama3.1-405b data.batch_size=64 mesh.tensor=8"),
     "405b-v6e-256": ("v6e:256", 1, "model=llama3.1-405b data.batch_size=16 mesh.tensor=16"),
     "405b-v5p-4096": ("v5p:4096", 1, "model=llama3.1-405b data.batch_size=512 mesh.data=8 mesh.tensor=8"),
+    "405b-v5p-8960": (
+        "v5p:16x20x28",
+        1,
+        "model=llama3.1-405b data.batch_size=1120 mesh.data=35 mesh.fsdp=32 mesh.tensor=8",
+    ),
     "405b-2-v5p-512": ("v5p:512", 2, "model=llama3.1-405b data.batch_size=128 mesh.data=2 mesh.tensor=8"),
     "405b-h100-512": ("h100:512", 1, "model=llama3.1-405b data.batch_size=64 mesh.tensor=8"),
+    "405b-h100-16384": ("h100:16384", 1, "model=llama3.1-405b data.batch_size=2048 mesh.data=32 mesh.tensor=8"),
 }
 
 

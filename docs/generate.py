@@ -116,7 +116,7 @@ def _scaling(plans: dict[str, dict[str, Any]]) -> list[str]:
     """The table of weak scaling: growth of what one device computes and sends, by the compiled programs."""
     rows = []
     for few, many in _SCALING:
-        if few in plans and many in plans:
+        if all(plans.get(name, {}).get("compiled_flops") for name in (few, many)):
             pair = (plans[few], plans[many])
             work = [plan["compiled_flops"] / 1e12 for plan in pair]
             sent = [sum(one["exposed"] for one in plan["collectives"]) / 1e9 for plan in pair]

@@ -178,7 +178,7 @@ def _scan(config: ModelConfig, layers: Params, x_BTD: jax.Array, pos: Positions,
 
     def run(layers: Params, x_BTD: jax.Array, pos: Positions) -> jax.Array:
         def body(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-            return Block(config, layer)(x_BTD, pos, None)[0], None
+            return Block(config, parallel.on_device(layer))(x_BTD, pos, None)[0], None
 
         return jax.lax.scan(with_remat(body, remat), x_BTD, layers)[0]
 

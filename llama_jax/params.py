@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
+from llama_jax.parallel import on_device
 
 Params = dict[str, Any]
 Axes = tuple[str, ...]
@@ -216,7 +217,7 @@ def _unstack(leaf: Any) -> tuple[Any, ...]:
     placement = _placement(leaf)
     if placement is None:
         return tuple(leaf[i] for i in range(leaf.shape[0]))
-    mesh, spec = placement  # layers that pipeline stages share come together
+    mesh, spec = placement.mesh, placement.spec  # layers that pipeline stages share come together
     return _split_layers(leaf.shape[0], NamedSharding(mesh, PartitionSpec(*spec[1:])))(leaf)
 
 
@@ -224,26 +225,23 @@ def _stack(leaves: tuple[Any, ...]) -> Any:
     placement = _placement(leaves[0])
     if placement is None:
         return jnp.stack(leaves)
-    mesh, spec = placement
-    return _join_layers(NamedSharding(mesh, PartitionSpec(None, *spec)))(*leaves)
+    spec = PartitionSpec(None, *placement.spec)
+    return _join_layers(NamedSharding(placement.mesh, spec, memory_kind=placement.memory_kind))(*leaves)
 
 
-def _placement(leaf: Any) -> tuple[Any, PartitionSpec] | None:
-    """The mesh and PartitionSpec of an array with a NamedSharding; None for any other array and while tracing."""
+def _placement(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array with a NamedSharding; None for any other array and while tracing."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return None
-    sharding = leaf.sharding
-    if not isinstance(sharding, NamedSharding):
-        return None
-    return sharding.mesh, sharding.spec
+    return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
 
 
 # Both are compiled once for each sharding and shape, so that a model of many layers costs a handful of compilations.
 @functools.lru_cache(maxsize=64)
 def _split_layers(layers: int, sharding: NamedSharding) -> Any:
-    return jax.jit(lambda a: tuple(a[i] for i in range(layers)), out_shardings=(sharding,) * layers)
+    return jax.jit(lambda a: on_device(tuple(a[i] for i in range(layers))), out_shardings=(sharding,) * layers)
 
 
 @functools.lru_cache(maxsize=64)
 def _join_layers(sharding: NamedSharding) -> Any:
-    return jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=sharding)
+    return jax.jit(lambda *leaves: jnp.stack(on_device(leaves)), out_shardings=sharding)

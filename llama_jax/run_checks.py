@@ -90,7 +90,7 @@ def check_lora(lora: LoraConfig, optimizer: OptimizerConfig, init_from: str) -> 
         raise ConfigError(f"optimizer.rates: {untrained[0]} is not trained in this run: {remedy}")
     if lora.rank and not init_from:
         raise ConfigError("lora.rank needs init_from: name the model to start from")
-    keys = ("dropout", "rslora", "base", "trained_tokens")
+    keys = ("dropout", "rslora", "base", "offload", "trained_tokens")
     unused = [key for key in keys if getattr(lora, key) not in (0.0, False, "auto", ())]
     unused += ["targets"] if lora.targets != LORA_TARGETS else []
     if unused and not lora.rank:
@@ -119,7 +119,11 @@ def check_mesh(sizes: Mapping[str, int], model: ModelConfig, data: DataConfig, t
         stages = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
         raise ConfigError(f"mesh.stage={stage} must divide model.num_layers={model.num_layers}: one of {stages}")
     if model.embed_dim % sizes["fsdp"]:
-        raise ConfigError(f"mesh.fsdp={sizes['fsdp']} must divide model.embed_dim={model.embed_dim}")
+        allowed = [n for n in range(1, model.embed_dim + 1) if model.embed_dim % n == 0]
+        raise ConfigError(
+            f"mesh.fsdp={sizes['fsdp']} must divide model.embed_dim={model.embed_dim}: one of {allowed}, and the other "
+            "devices along mesh.data or mesh.tensor"
+        )
     if data.sequence_length % sizes["context"]:
         raise ConfigError(f"mesh.context={sizes['context']} must divide data.sequence_length={data.sequence_length}")
     rows, parts = data.batch_size // train.accumulate, sizes["data"] * sizes["fsdp"]
@@ -135,6 +139,16 @@ def check_mesh(sizes: Mapping[str, int], model: ModelConfig, data: DataConfig, t
             f"train.microbatches={micro} must divide the {rows // parts} rows that each part of the mesh has: set "
             f"data.batch_size to a multiple of {parts * micro * train.accumulate}, or train.microbatches"
         )
+
+
+def check_offload(sizes: Mapping[str, int], optimizer: OptimizerConfig, lora: LoraConfig) -> None:
+    """Check that no layers are in the host's memory if pipeline stages share them."""
+    for key, offload in (("optimizer", optimizer.offload), ("lora", lora.offload)):
+        if offload and sizes["stage"] > 1:
+            raise ConfigError(
+                f"{key}.offload needs a mesh without stages, but mesh.stage={sizes['stage']}: set {key}.offload=False, "
+                "or mesh.stage=1"
+            )
 
 
 def _takes_tensor(model: ModelConfig, n: int) -> bool:

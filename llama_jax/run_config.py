@@ -105,6 +105,7 @@ class RunConfig:
             ConfigError: the mesh does not fit. The message names the axis and its allowed values.
         """
         run_checks.check_mesh(sizes, self.shape, self.data, self.train)
+        run_checks.check_offload(sizes, self.optimizer, self.lora)
 
     def steps_for(self, rows: int, *, step: int = 0, position: int = 0) -> int:
         """The optimizer steps of this run on so many training rows; ConfigError if its warmup is longer.

@@ -122,6 +122,8 @@ class OptimizerConfig:
             (arXiv:2302.06675), or `muon` (Muon for matrices, AdamW for the embedding, the unembedding and norms).
         moments: Dtype of the optimizer's moments: `float32`; `bfloat16`, except with Adafactor; or `int8`, with AdamW
             only (arXiv:2110.02861).
+        offload: Keep the moments of the layers' matrices in the host's memory, and copy them to the devices and back
+            one layer at a time in each step. It needs name='adamw', and a mesh without stages.
         rates: Learning-rate multipliers of parameter groups, each written GROUP=FACTOR. The groups are embed, unembed,
             norm, attention, ffn, lora_a and lora_b; the factor is from 0 to 10,000. Groups without a multiplier have 1.
         ema_decay: Decay of an exponential moving average of the weights. If it is set, the average is what is
@@ -141,6 +143,7 @@ class OptimizerConfig:
 
     name: str = bounded("adamw", choices=tuple(MOMENTS))
     moments: str = bounded("float32", choices=MOMENTS["adamw"])
+    offload: bool = bounded(False)
     rates: tuple[str, ...] = bounded(())
     ema_decay: float = bounded(0.0, low=0.0, high=0.999999)
     learning_rate: float = bounded(3e-4, low=0.0, high=10.0)
@@ -161,6 +164,8 @@ class OptimizerConfig:
                 f"optimizer.moments={self.moments!r} is not available for optimizer.name={self.name!r}: "
                 f"set {' or '.join(allowed)}"
             )
+        if self.offload and self.name != "adamw":
+            raise ConfigError(f"optimizer.offload is not available for optimizer.name={self.name!r}: set it to adamw")
 
     @property
     def group_rates(self) -> dict[str, float]:
@@ -270,6 +275,8 @@ class LoraConfig:
         rslora: Scale the update by alpha / sqrt(rank) instead (arXiv:2312.03732).
         base: Dtype of the frozen base. `auto` is train.compute_dtype. `int8` and `int4` quantize its layers in groups
             of 32 (QLoRA, arXiv:2305.14314) and leave the embedding and the unembedding in train.compute_dtype.
+        offload: Keep the layers of the frozen base in the host's memory, and copy them to the devices one layer at a
+            time, in the forward and in the backward pass. It needs a mesh without stages.
     """
 
     rank: int = bounded(0, low=0, high=4096)
@@ -279,6 +286,7 @@ class LoraConfig:
     trained_tokens: tuple[int, ...] = bounded((), low=0)
     rslora: bool = bounded(False)
     base: str = bounded("auto", choices=("auto", "float32", "bfloat16", "int8", "int4"))
+    offload: bool = bounded(False)
 
     def __post_init__(self) -> None:
         targets = [name for given in self.targets for name in _PEFT_TARGETS.get(given, (given,))]

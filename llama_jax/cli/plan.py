@@ -81,13 +81,16 @@ def show(run: RunConfig, devices: Devices, options: argparse.Namespace) -> int:
 
 def _record(one: Any) -> dict[str, Any]:
     """A proposal as a JSON-able dict."""
+    from llama_jax.plan.memory import PARTS
+
     return {
         "mesh": one.sizes,
         "batch_size": one.run.data.batch_size,
         "accumulate": one.run.train.accumulate,
         "remat": one.run.train.remat,
         "peak_bytes": one.memory.peak,
-        "parts": dataclasses.asdict(one.memory),
+        "parts": {name: getattr(one.memory, name) for name in PARTS},
+        "host_bytes": one.memory.host,
         "projection": dataclasses.asdict(one.projection),
         "flags": one.flags,
     }

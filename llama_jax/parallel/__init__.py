@@ -6,6 +6,7 @@ from llama_jax.parallel.mesh import AXES, abstract_mesh, make_mesh, resolve, sin
 from llama_jax.parallel.pipeline import pipeline
 from llama_jax.parallel.platform import check_fp8, compute_dtype, has_bfloat16, named_dtype
 from llama_jax.parallel.rules import (
+    HOST,
     RULES,
     Layout,
     abstract,
@@ -17,8 +18,11 @@ from llama_jax.parallel.rules import (
     constrain_first,
     device,
     device_platform,
+    has_host_memory,
     length_order,
+    on_device,
     on_each_part,
+    on_host,
     reordered,
     replicated,
     shardings,
@@ -31,6 +35,7 @@ from llama_jax.parallel.rules import (
 
 __all__ = [
     "AXES",
+    "HOST",
     "RULES",
     "Layout",
     "abstract",
@@ -47,10 +52,13 @@ __all__ = [
     "device",
     "device_platform",
     "has_bfloat16",
+    "has_host_memory",
     "length_order",
     "make_mesh",
     "named_dtype",
+    "on_device",
     "on_each_part",
+    "on_host",
     "pipeline",
     "reordered",
     "replicated",

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
+HOST = "pinned_host"  # jax's name of the host's memory that devices read
 
 # Each logical axis is sharded over the mesh axes named here. Weights are sharded twice: their `embed` axis over fsdp
 # and context (all-gathered one layer at a time), the other over tensor. `layers` is sharded over stages (pipeline.py):
@@ -60,12 +61,14 @@ class Layout:
         rules: a key of RULES, "train" or "infer".
         microbatches: parts of a batch that follow one another through pipeline stages.
         balanced: True while rows are in the order of `length_order`.
+        memory: kind of memory of the arrays, such as HOST; None is that of the devices.
     """
 
     mesh: Mesh
     rules: str
     microbatches: int = 1
     balanced: bool = False
+    memory: str | None = None
 
     @property
     def stage_axis(self) -> str:
@@ -94,7 +97,7 @@ class Layout:
 
     def sharding(self, axes: Axes, shape: tuple[int, ...] | None = None) -> NamedSharding:
         """The NamedSharding of an array with these logical axes."""
-        return NamedSharding(self.mesh, self.spec(axes, shape))
+        return NamedSharding(self.mesh, self.spec(axes, shape), memory_kind=self.memory)
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("llama_jax_layout", default=None)
@@ -260,6 +263,27 @@ def shardings(layout: Layout, axes: Any, shapes: Any) -> Any:
         return jax.tree.map(lambda array: layout.sharding(names, array.shape), leaf)
 
     return jax.tree.map(leaf_shardings, shapes, axes, is_leaf=lambda x: hasattr(x, "shape"))
+
+
+def on_device(tree: Any) -> Any:
+    """A tree whose arrays in the host's memory are copied to the devices, while a function is traced."""
+    space = jax.memory.Space
+    return jax.tree.map(lambda a: jax.device_put(a, space.Device) if on_host(a) else a, tree)
+
+
+def has_host_memory(mesh: Mesh) -> bool:
+    """True if the devices of a mesh have HOST memory. jax compiles for absent GPUs as if they had none."""
+    devices = list(mesh.devices.flat)
+    own = next((one for one in devices if one.process_index == jax.process_index()), devices[0])
+    try:
+        return any(memory.kind == HOST for memory in own.addressable_memories())
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
+def on_host(a: jax.Array) -> bool:
+    """True for an array that is in the host's memory, while a function is traced."""
+    return jax.typeof(a).memory_space == jax.memory.Space.Host
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:

@@ -1,9 +1,9 @@
 """The accelerators that a plan can be made for, and the names that describe a group of them. This module does not
 import jax.
 
-Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak, bandwidth, interconnect) and NVIDIA's data sheets of
-H100 SXM and H200 SXM. Usable memory of TPUs is what their compiler allows a program
-(docs/measurements/tpu-compiler.md).
+Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak, bandwidth, interconnect), jax-ml.github.io/scaling-book
+(the link of a v6e to its host, which is assumed for all TPUs), and NVIDIA's data sheets of H100 SXM and H200 SXM.
+Usable memory of TPUs is what their compiler allows a program (docs/measurements/tpu-compiler.md).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Chip:
         bandwidth: Bytes that one device reads from its memory in a second.
         link: Bytes that one device sends in a second to the devices of its slice or host, over all links.
         network: Bytes that one device sends in a second to devices of other slices or hosts.
+        host: Bytes that one device copies in a second from or to the memory of its host.
         axes: Number of axes of the grid of chips in a slice; 0 for GPUs.
         largest: Number of chips in the largest slice, or of GPUs in a host.
         devices: jax devices of one chip.
@@ -42,6 +43,7 @@ class Chip:
     bandwidth: float
     link: float
     network: float
+    host: float
     axes: int
     largest: int
     devices: int = 1
@@ -49,13 +51,13 @@ class Chip:
 
 
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9, 6.25e9, 2, 256),
-    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 600e9, 6.25e9, 3, 8960),
-    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 448e9, 12.5e9, 2, 256),
-    "tpu7x": Chip("tpu", int(94.75 * GIB), 1153e12, 3690e9, 600e9, 6.25e9, 3, 9216, devices=2),
+    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9, 6.25e9, 15e9, 2, 256),
+    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 600e9, 6.25e9, 15e9, 3, 8960),
+    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 448e9, 12.5e9, 15e9, 2, 256),
+    "tpu7x": Chip("tpu", int(94.75 * GIB), 1153e12, 3690e9, 600e9, 6.25e9, 15e9, 3, 9216, devices=2),
     # 0.95 of the memory of a GPU, which XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives to jax.
-    "h100": Chip("cuda", int(0.95 * 84978434048), 989e12, 3350e9, 450e9, 50e9, 0, GPUS_PER_HOST, capability=90),
-    "h200": Chip("cuda", int(0.95 * 150754820096), 989e12, 4800e9, 450e9, 50e9, 0, GPUS_PER_HOST, capability=90),
+    "h100": Chip("cuda", int(0.95 * 84978434048), 989e12, 3350e9, 450e9, 50e9, 64e9, 0, GPUS_PER_HOST, capability=90),
+    "h200": Chip("cuda", int(0.95 * 150754820096), 989e12, 4800e9, 450e9, 50e9, 64e9, 0, GPUS_PER_HOST, capability=90),
 }
 
 

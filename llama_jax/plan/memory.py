@@ -43,6 +43,8 @@ class Memory:
         gradients: Gradients of the trained weights.
         activations: Values of all layers that rematerialization keeps.
         scratch: Gathered weights, values of one layer, logits, and everything else.
+        host: Bytes in the host's memory for one device, which are not part of the peak.
+        moved: Bytes that are copied in a step from that memory to the device or back.
     """
 
     weights: int
@@ -51,11 +53,13 @@ class Memory:
     gradients: int
     activations: int
     scratch: int
+    host: int = 0
+    moved: int = 0
 
     @property
     def peak(self) -> int:
-        """The sum of all parts."""
-        return sum(dataclasses.astuple(self))
+        """The sum of all parts in the memory of the device."""
+        return sum(getattr(self, part) for part in PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,11 @@ def training(
     trained = shard_bytes(state.params)
     moments = shard_bytes(state.opt_state)
     average = 0 if state.ema is None else shard_bytes(state.ema)
-    frozen = _frozen_bytes(bare, tuple(sizes.items()), jnp.dtype(dtype).name)
+    frozen, base = _frozen_bytes(bare, tuple(sizes.items()), jnp.dtype(dtype).name)
+    host = shard_bytes(state.opt_state, memory=parallel.HOST)
+    # One layer of what is in the host's memory is on the device at a time: moments before and after their update, or
+    # weights and the next layer's, which are copied meanwhile.
+    layer = 2 * max(host, base) // run.shape.num_layers
     shape = share(run, sizes, dtype)
     gradients = trained * (2 if run.train.accumulate > 1 else 1)
     return Memory(
@@ -105,7 +113,9 @@ def training(
         frozen=frozen,
         gradients=gradients,
         activations=kept(run, shape, flash=flash),
-        scratch=_scratch(run, sizes, shape, flash=flash, platform=platform),
+        scratch=_scratch(run, sizes, shape, flash=flash, platform=platform) + layer,
+        host=host + base,
+        moved=2 * (host + run.train.accumulate * base),  # read and written, or read in two passes
     )
 
 
@@ -123,9 +133,9 @@ def parts(sizes: Mapping[str, int], axis: str) -> int:
     return math.prod(sizes.get(name, 1) for name in parallel.RULES["train"][axis])
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device of a tree of ShapeDtypeStructs with their shardings."""
-    leaves = jax.tree.leaves(tree)
+def shard_bytes(tree: Any, *, memory: str | None = None) -> int:
+    """Bytes of one device of a tree of ShapeDtypeStructs with their shardings, in its own memory or in the host's."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == parallel.HOST) == bool(memory)]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _width(leaf.dtype) for leaf in leaves)
 
 
@@ -155,9 +165,10 @@ def _state(run: RunConfig, sizes: tuple[tuple[str, int], ...]) -> TrainState:
 
 
 @functools.lru_cache(maxsize=4096)
-def _frozen_bytes(run: RunConfig, sizes: tuple[tuple[str, int], ...], dtype: str) -> int:
+def _frozen_bytes(run: RunConfig, sizes: tuple[tuple[str, int], ...], dtype: str) -> tuple[int, int]:
+    """Bytes of the frozen weights of one device, in its own memory and in the host's."""
     frozen = trainable.abstract_frozen(run, _abstract(sizes), jnp.dtype(dtype))
-    return 0 if frozen is None else shard_bytes(frozen)
+    return shard_bytes(frozen), shard_bytes(frozen, memory=parallel.HOST)
 
 
 def kept(run: RunConfig, shape: Shape, *, flash: bool) -> int:

@@ -56,7 +56,7 @@ class Plan:
         peak: Peak bytes of one device: the compiler's, or the closed model's without one.
         fits: True if the peak is within the memory of a device, and the compiler accepts the program.
         compiled: The compiler's facts (`compile.compiled`), or None.
-        proof: Instruction for getting a compiled plan, or "" if this is one.
+        proof: Reason why the plan is not compiled, with instructions, or "" if this plan is.
         projection: The projected step.
         instead: Flags of proposals that fit, if this plan does not.
     """
@@ -75,7 +75,7 @@ class Plan:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes of each part of the peak. With a compiler, scratch is what its peak has beyond the other parts."""
-        parts = dataclasses.asdict(self.closed)
+        parts = {name: getattr(self.closed, name) for name in memory.PARTS}
         if self.compiled is not None:
             parts["scratch"] = max(0, self.peak - (self.closed.peak - self.closed.scratch))
         return parts
@@ -107,6 +107,7 @@ class Plan:
             "peak_bytes": self.peak,
             "closed_peak_bytes": self.closed.peak,
             "parts": self.parts,
+            "host_bytes": self.closed.host,
             "collectives": [] if self.compiled is None else self.compiled.get("collectives", []),
             "kernels": {} if self.compiled is None else self.compiled.get("kernels", {}),
             "attention": {"kernel": kernel, "why": why},
@@ -135,8 +136,10 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
     closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla", platform=devices.chip.platform)
     environment = environment_of(devices)
     facts, proof = None, ""
-    if environment is None:
-        proof = proof_of(devices)
+    if closed.host and devices.chip.platform == "cuda":
+        proof = "none: jax compiles for absent GPUs as if they could not read the host's memory"
+    elif environment is None:
+        proof = f"no compiler for this device is installed. For a compiled plan: {proof_of(devices)}"
     elif compiling:
         facts = ask({"run": run.to_dict()}, devices, sizes, environment)
     peak = closed.peak if facts is None else facts["peak_bytes"] or closed.peak
@@ -150,7 +153,7 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
         fits=fits,
         compiled=facts,
         proof=proof,
-        projection=_projection(run, devices, sizes, facts, dtype),
+        projection=_projection(run, devices, sizes, facts, closed.moved),
         instead=() if fits else tuple(one.flags for one in search.search(run, devices, keep=3)),
     )
 
@@ -171,11 +174,12 @@ def attention_kernel(run: RunConfig, sizes: dict[str, int], devices: Devices) ->
 
 
 def _projection(
-    run: RunConfig, devices: Devices, sizes: dict[str, int], facts: dict[str, Any] | None, dtype: jnp.dtype
+    run: RunConfig, devices: Devices, sizes: dict[str, int], facts: dict[str, Any] | None, host: int
 ) -> projection.Projection:
-    """The projection from the compiled collectives, or from formulas without them."""
+    """The projection from the compiled collectives, or from formulas without them; `host` as in `search.projected`."""
+    dtype = parallel.named_dtype(run.train.compute_dtype)
     if facts is None or "collectives" not in facts:
-        return search.projected(run, devices, sizes, dtype)
+        return search.projected(run, devices, sizes, dtype, host)
     exposed, overlapped = (sum(one[key] for one in facts["collectives"]) for key in ("exposed", "overlapped"))
     shape = memory.share(run, sizes, dtype)
     return projection.project(
@@ -183,6 +187,7 @@ def _projection(
         devices,
         exposed=exposed,
         overlapped=overlapped,
+        host=host,
         stages=shape.stages,
         microbatches=shape.microbatches,
     )

@@ -93,15 +93,21 @@ def project(
     *,
     exposed: float,
     overlapped: float,
+    host: float = 0.0,
     stages: int = 1,
     microbatches: int = 1,
 ) -> Projection:
-    """The projected step on devices that send so many exposed and overlapped bytes each."""
+    """The projected step on devices that send so many exposed and overlapped bytes each.
+
+    Copies from and to the host (`host` bytes) are assumed to overlap nothing.
+    """
     chip = devices.chip
     work = flops(run)
     bubble = (stages - 1) / (microbatches + stages - 1)
     compute = work.hardware / devices.count / (EFFICIENCY * chip.flops) / (1 - bubble)
-    seconds = max(compute, overlapped / chip.link) + exposed / chip.link
+    # GPUs gather weights and sum gradients over all hosts; tensor parallelism, which is exposed, stays within one.
+    wide = chip.network if chip.platform == "cuda" and devices.count > chip.largest else chip.link
+    seconds = max(compute, overlapped / wide) + exposed / chip.link + host / chip.host
     tokens = run.data.batch_size * run.data.sequence_length
     return Projection(
         seconds=seconds,

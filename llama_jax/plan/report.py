@@ -26,6 +26,8 @@ def table(plan: dict[str, Any]) -> str:
         f"  memory       {verdict}: {peak / GIB:.1f} of {limit / GIB:.1f} GiB a device, by the {plan['by']}",
     ]
     lines += [f"    {name:<12} {plan['parts'][name] / GIB:8.2f} GiB" for name in PARTS if plan["parts"][name]]
+    if plan["host_bytes"]:
+        lines.append(f"    and in the host's memory {plan['host_bytes'] / GIB:.2f} GiB a device")
     if plan["by"] == "compiler":
         lines.append(f"    closed model {plan['closed_peak_bytes'] / GIB:8.2f} GiB in all")
     lines.append(f"  attention    {'; '.join(filter(None, plan['attention'].values()))}")
@@ -44,7 +46,7 @@ def table(plan: dict[str, Any]) -> str:
     elif not plan["fits"]:
         lines.append("  instead      nothing fits by the closed model: take more devices, or LoRA")
     if plan["proof"]:
-        lines.append(f"  proof        no compiler for this device is installed. For a compiled plan: {plan['proof']}")
+        lines.append(f"  proof        {plan['proof']}")
     elif plan["compile_seconds"] is not None:
         lines.append(
             f"  compiled     in {plan['compile_seconds']:.0f} s of one core, with {_options(plan['compiler_options'])}"

@@ -45,6 +45,7 @@ class Proposal:
         train, data = self.run.train, self.run.data
         keys = [f"--config.data.batch_size={data.batch_size}", f"--config.train.remat={train.remat}"]
         keys += [f"--config.train.microbatches={train.microbatches}"] if train.microbatches else []
+        keys += ["--config.optimizer.offload=True"] if self.run.optimizer.offload else []
         return " ".join([*sizes, *keys, f"--config.train.accumulate={train.accumulate}"])
 
 
@@ -57,6 +58,19 @@ def search(run: RunConfig, devices: Devices, *, keep: int = 5, batch: int | None
         keep: Number of proposals.
         batch: Rows of a batch; None proposes one too, of at most 16 million tokens.
     """
+    found = _fitting(run, devices, batch)
+    if not found and not run.optimizer.offload and run.optimizer.name == "adamw":
+        moved = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, offload=True))
+        found = _fitting(moved, devices, batch)
+    found.sort(key=lambda one: (-one.projection.tokens_per_second, one.memory.peak))
+    best: dict[tuple[tuple[str, int], ...], Proposal] = {}
+    for one in found:
+        best.setdefault(tuple(one.sizes.items()), one)
+    return list(best.values())[:keep]
+
+
+def _fitting(run: RunConfig, devices: Devices, batch: int | None) -> list[Proposal]:
+    """All proposals that fit, as `search` describes them."""
     dtype = jnp.dtype("float32" if run.train.compute_dtype == "float32" else "bfloat16")
     found: list[Proposal] = []
     for sizes in meshes(run, devices):
@@ -67,16 +81,18 @@ def search(run: RunConfig, devices: Devices, *, keep: int = 5, batch: int | None
                 continue
             parts = memory.training(candidate, sizes, dtype=dtype, flash=True, platform=devices.chip.platform)
             if parts.peak <= HEADROOM * devices.chip.hbm:
-                found.append(Proposal(candidate, sizes, parts, projected(candidate, devices, sizes, dtype)))
-    found.sort(key=lambda one: (-one.projection.tokens_per_second, one.memory.peak))
-    best: dict[tuple[tuple[str, int], ...], Proposal] = {}
-    for one in found:
-        best.setdefault(tuple(one.sizes.items()), one)
-    return list(best.values())[:keep]
+                step = projected(candidate, devices, sizes, dtype, parts.moved)
+                found.append(Proposal(candidate, sizes, parts, step))
+    return found
 
 
-def projected(run: RunConfig, devices: Devices, sizes: dict[str, int], dtype: jnp.dtype) -> projection.Projection:
-    """The projection by formulas. Tensor parallelism is exposed, weights are gathered while a layer computes."""
+def projected(
+    run: RunConfig, devices: Devices, sizes: dict[str, int], dtype: jnp.dtype, host: float
+) -> projection.Projection:
+    """The projection by formulas, of a device that copies `host` bytes from and to its host.
+
+    Tensor parallelism is exposed, and weights are gathered while a layer computes.
+    """
     shape = memory.share(run, sizes, dtype)
     total = projection.wire_bytes(run, sizes, shape)
     alone = projection.wire_bytes(run, {**sizes, AXES[-1]: 1}, dataclasses.replace(shape, tensor=1)) / shape.tensor
@@ -86,6 +102,7 @@ def projected(run: RunConfig, devices: Devices, sizes: dict[str, int], dtype: jn
         devices,
         exposed=exposed,
         overlapped=total - exposed,
+        host=host,
         stages=shape.stages,
         microbatches=shape.microbatches,
     )

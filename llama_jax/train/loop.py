@@ -266,7 +266,7 @@ class Loop:
         if self.hooks.sampler is None:
             return
         with jax.transfer_guard("allow"):
-            params = trainable.policy(self.run, self.state.best, self.frozen.params)
+            params = trainable.policy(self.run, self.state.best, parallel.on_device(self.frozen.params))
             run = dataclasses.replace(self.run, model=trainable.policy_config(self.run))
             try:
                 with self.stop.interruptible():

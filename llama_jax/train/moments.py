@@ -32,6 +32,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from llama_jax.parallel import on_device, on_host
+
 BLOCKS = (128, 64, 32)  # sizes; the largest that divides the last axis is used. A TPU's registers have 128 lanes
 _FIRST, _SECOND = 127, 255  # largest codes
 
@@ -141,21 +143,30 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
         step = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
         return step, pack_first(m, mu), pack_second(v, nu, _random(grad.shape, seed))
 
-    def layer_by_layer(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> Any:
+    def layer_by_layer(
+        grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array, finite: jax.Array | bool
+    ) -> Any:
         """Applies `one`, the update of a single weight, to stacked matrices in place, one layer's float32 moments at a
         time.
 
         On all layers at once, the TPU compiler's temporaries take 17 bytes a weight; bfloat16 moments need none.
+        Moments in the host's memory are copied to the devices and back. They stay as they are unless `finite`.
         """
 
+        def stored(new: jax.Array, old: jax.Array, stack: jax.Array) -> jax.Array:
+            return jax.device_put(jnp.where(finite, new, old), jax.memory.Space.Host) if on_host(stack) else new
+
         def layer(i: jax.Array, stacked: Any) -> Any:
-            grad, mu, nu = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
-            new = one(grad, mu, nu, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+            old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked))
+            new = one(*old, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+            new = jax.tree.map(stored, new, old, stacked)
             return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, new)
 
         return lax.fori_loop(0, grad.shape[0], layer, (grad, mu, nu))
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(
+        grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite: jax.Array | bool = True, **_: Any
+    ) -> tuple[Any, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
         tree: Any
@@ -164,12 +175,15 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
         stored = zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
         for leaf, (grad, mu, nu) in enumerate(stored):
             seed = count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) ^ jnp.uint32(leaf * 0x85EBCA77 & 0xFFFFFFFF)
-            move = layer_by_layer if isinstance(mu, Moment) and grad.ndim > 2 else one
-            new.append(move(grad.astype(jnp.float32), mu, nu, count, seed))
+            grad = grad.astype(jnp.float32)
+            if (isinstance(mu, Moment) and grad.ndim > 2) or any(map(on_host, jax.tree.leaves(mu))):
+                new.append(layer_by_layer(grad, mu, nu, count, seed, finite))
+            else:
+                new.append(one(grad, mu, nu, count, seed))
         updates, mus, nus = (tree.unflatten(parts) for parts in zip(*new, strict=True)) if new else (grads,) * 3
         return updates, optax.ScaleByAdamState(count, mus, nus)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _first_of(codes: jax.Array) -> jax.Array:

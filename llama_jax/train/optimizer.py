@@ -8,6 +8,7 @@ authors recommend a third to a tenth of AdamW's rate), and of 0.2 with Muon.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -87,9 +88,12 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.G
         axes: The tree of the trained weights' logical axes: `logical_axes(config, stacked=True)`, or the axes of
             LoRA's a and b.
         steps: Steps of the whole run, for the schedule.
+
+    Returns:
+        A transformation whose update takes `finite` too: moments in the host's memory do not change unless it is True.
     """
     rates = config.group_rates
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _MAKERS[config.name](config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
@@ -97,6 +101,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, steps: int) -> optax.G
         _scale_each(_by_path(lambda path: rates.get(group_of(path), 1.0), axes)),
         optax.scale_by_learning_rate(make_schedule(config, steps=steps)),
     )
+    return optax.with_extra_args_support(chain)
 
 
 def _adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
@@ -105,7 +110,7 @@ def _adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     def kind(path: Any) -> str:
         return "float32" if config.moments == "int8" and group_of(path) == "norm" else config.moments
 
-    if config.moments == "float32":
+    if config.moments == "float32" and not config.offload:
         return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     return scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, kind=kind)
 
@@ -154,7 +159,7 @@ _MAKERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation
 }
 
 
-def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layout) -> Any:
+def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layout, *, host: bool = False) -> Any:
     """The NamedShardings of an optimizer's state: a moment with the shape of its weight has the weight's sharding.
 
     All other arrays are replicated: counters, and Adafactor's rows and columns (10 MB for 8B, 0.16 GB for 405B). The
@@ -166,6 +171,7 @@ def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layou
         params: Shapes of the weights.
         axes: Logical axes of the weights, as in `make_optimizer`.
         layout: The mesh and its sharding rules.
+        host: True puts the moments of stacked matrices into the host's memory (optimizer.offload).
     """
     axes_of = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes))
     shape_of = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -174,7 +180,9 @@ def opt_shardings(opt_state: Any, params: Any, axes: Any, layout: parallel.Layou
         weight = next((path[i:] for i in range(len(path)) if path[i:] in shape_of), None)
         if weight is None or leaf.shape != shape_of[weight]:
             return jax.tree.map(lambda _: parallel.replicated(layout.mesh), leaf)
-        return parallel.shardings(layout, axes_of[weight], leaf)
+        names = axes_of[weight]
+        memory = parallel.HOST if host and names[0] == "layers" and len(names) > 2 else layout.memory
+        return parallel.shardings(dataclasses.replace(layout, memory=memory), names, leaf)
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state, is_leaf=lambda leaf: hasattr(leaf, "shape"))
 

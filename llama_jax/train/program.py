@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from llama_jax import parallel
+from llama_jax.errors import ConfigError
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
 from llama_jax.train import trainable
@@ -62,6 +63,11 @@ class Program:
                 devices have no products of 8-bit numbers.
         """
         run.check_mesh(dict(mesh.shape))
+        if (run.optimizer.offload or run.lora.offload) and not parallel.has_host_memory(mesh):
+            raise ConfigError(
+                "optimizer.offload and lora.offload need devices that read their host's memory, and these do not with "
+                "this jax: set both to False"
+            )
         layout = parallel.Layout(mesh, "train", microbatches=run.train.microbatches or parallel.stages(mesh))
         dtype = parallel.compute_dtype(run.train.compute_dtype, mesh)
         if run.train.products == "fp8":

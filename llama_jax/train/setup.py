@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from llama_jax import parallel
 from llama_jax.data import prepare
 from llama_jax.data.loader import Loader
 from llama_jax.data.packing import Rows
@@ -269,19 +270,23 @@ def frozen(program: Program) -> Frozen:
     dtype = trainable.frozen_dtype(run, program.dtype)
     with phase(f"loading {run.init_from}", say):
         quantize = layers_only(trainable.frozen_quantize(run))
-        return Frozen(_loaded(source, program, dtype, quantize), source.identity())
+        layout = dataclasses.replace(program.layout, memory=parallel.HOST if run.lora.offload else None)
+        return Frozen(_loaded(source, program, dtype, quantize, layout), source.identity())
 
 
-def _loaded(source: Source, program: Program, dtype: jnp.dtype, quantize: str) -> Params:
+def _loaded(
+    source: Source, program: Program, dtype: jnp.dtype, quantize: str, layout: parallel.Layout | None = None
+) -> Params:
     """The weights of a model, stacked and sharded, with the updates of a LoRA run merged into them.
 
     Raises:
         ConfigError: a weight is not finite.
     """
-    params = restack(source.load_merged(program.layout, dtype, quantize))
+    params = restack(source.load_merged(layout or program.layout, dtype, quantize))
     processes.meet("weights are loaded")
     floats = [(k, a) for k, a in jax.tree_util.tree_leaves_with_path(params) if jnp.issubdtype(a.dtype, jnp.floating)]
-    finite = jax.device_get(jax.jit(lambda arrays: [jnp.isfinite(a).all() for a in arrays])([a for _, a in floats]))
+    check = jax.jit(lambda arrays: [jnp.isfinite(a).all() for a in parallel.on_device(arrays)])
+    finite = jax.device_get(check([a for _, a in floats]))
     bad = [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for (path, _), ok in zip(floats, finite, strict=True)

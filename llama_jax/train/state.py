@@ -70,7 +70,7 @@ def abstract_state(run: RunConfig, optimizer: optax.GradientTransformation, layo
     shardings = TrainState(
         step=replicated,
         params=sharded,
-        opt_state=opt_shardings(state.opt_state, state.params, axes, layout),
+        opt_state=opt_shardings(state.opt_state, state.params, axes, layout, host=run.optimizer.offload),
         key=replicated,
         skipped=replicated,
         ema=None if state.ema is None else sharded,

@@ -5,9 +5,8 @@ Letters: B rows, T tokens, A accumulated parts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +93,15 @@ def _updated(
 ) -> TrainState:
     """The state after one optimizer step. If not `finite`, only the counts of steps and of skipped steps change."""
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = cast(optax.GradientTransformationExtraArgs, optimizer).update(
+            grads, state.opt_state, state.params, finite=finite
+        )
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else _averaged(run.optimizer.ema_decay, state.step, state.ema, params)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+
+    def keep(new: Any, old: Any) -> Any:  # the optimizer itself keeps what is in the host's memory
+        return jax.tree.map(lambda a, b: a if parallel.on_host(a) else jnp.where(finite, a, b), new, old)
+
     return TrainState(
         step=state.step + 1,
         params=keep(params, state.params),

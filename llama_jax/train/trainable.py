@@ -73,7 +73,10 @@ def abstract_frozen(run: RunConfig, layout: parallel.Layout, dtype: jnp.dtype) -
         bits = BITS[quantize]
         rounded = lambda a: quant.quantize(a, bits) if a.ndim == 3 else a  # noqa: E731  (norms stay)
         shapes["layers"] = jax.eval_shape(lambda layers: jax.tree.map(rounded, layers), shapes["layers"])
-    return parallel.abstract(shapes, parallel.shardings(layout, logical_axes(run.shape, stacked=True), shapes))
+    shardings = parallel.shardings(layout, logical_axes(run.shape, stacked=True), shapes)
+    if run.lora.offload:
+        shardings["layers"] = jax.tree.map(lambda one: one.with_memory_kind(parallel.HOST), shardings["layers"])
+    return parallel.abstract(shapes, shardings)
 
 
 def forward_equivalents(run: RunConfig) -> int:

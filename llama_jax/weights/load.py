@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.quant import QTensor
-from llama_jax.parallel import Layout, processes, shardings
+from llama_jax.parallel import Layout, on_device, processes, shardings
 from llama_jax.params import Params, logical_axes
 from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
@@ -44,7 +45,7 @@ def load_leaves(
     Args:
         leaves: the model's tensors by path, as `validate.match_tensors` returns them.
         config: the model's shape.
-        layout: placement of the shards; None is the first device.
+        layout: placement of the shards; None is the first device. Its `memory` is that of the layers' weights.
         dtype: dtype of the params; None keeps each tensor's own.
         quantize: None keeps weights that are stored in groups of 8 or 4 bits as QTensors; "none" dequantizes them;
             "int8" and "int4" make QTensors of the matrices (`quantize.bits_of`) and round those that are stored in
@@ -57,6 +58,8 @@ def load_leaves(
     axes = logical_axes(config, stacked=False)
     check(config, quantize)
     all_bits = bits_of(config, quantize)
+    memory = None if layout is None else layout.memory
+    layout = None if layout is None else dataclasses.replace(layout, memory=None)
 
     in_rows = layout is not None and remote_files.in_parts()
 
@@ -79,6 +82,8 @@ def load_leaves(
             leaf = jax.tree.map(lambda array: _spread(array, layout.sharding(names, array.shape)), leaf)
         if bits and not isinstance(leaf, QTensor):
             leaf = _quantized(leaf, bits, names, layout)
+        if memory and path[0] == "layers":
+            leaf = jax.tree.map(lambda array: jax.device_put(array, array.sharding.with_memory_kind(memory)), leaf)
         leaf = jax.block_until_ready(leaf)
         bar.update(leaves[path].nbytes)
         return leaf
@@ -144,7 +149,7 @@ def merge_updates(params: Params) -> Params:
         if not isinstance(weight, LoraTensor):
             return weight
         assert not isinstance(weight.base, QTensor)
-        return jax.jit(lambda w: w.merged(w.dtype), out_shardings=weight.base.sharding)(weight)
+        return jax.jit(lambda w: on_device(w).merged(w.dtype), out_shardings=weight.base.sharding)(weight)
 
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, LoraTensor))
 

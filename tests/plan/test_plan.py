@@ -318,6 +318,28 @@ def test_state_is_exact_and_each_axis_of_the_mesh_splits_it():
     assert lora.frozen == 2 * run.model.num_params and lora.weights < one.weights / 100
 
 
+def test_state_in_the_hosts_memory_is_not_on_the_device_but_for_a_layer():
+    dtype, sizes = jnp.dtype("bfloat16"), {"fsdp": 8}
+    plain, moved = (
+        memory.training(run_8b(optimizer__offload=o), sizes, dtype=dtype, flash=True) for o in (False, True)
+    )
+    layers = run_8b().model.num_layers
+    assert moved.host + moved.moments == plain.moments and moved.host > 0.8 * plain.moments
+    assert plain.peak - moved.peak == moved.host - 2 * moved.host // layers and moved.moved == 2 * moved.host
+    lora = {"init_from": "x", "lora__rank": 16, "lora__base": "int8"}
+    plain, moved = (
+        memory.training(run_8b(**lora, lora__offload=o), sizes, dtype=dtype, flash=True) for o in (False, True)
+    )
+    assert moved.host + moved.frozen == plain.frozen and moved.host > 0.7 * plain.frozen
+
+
+def test_a_search_moves_moments_to_the_host_only_if_nothing_else_fits():
+    (best, *_) = search.search(run_8b(), parse("v5e:8"))
+    assert best.run.optimizer.offload and "--config.optimizer.offload=True" in best.flags
+    assert best.memory.peak < parse("v5e:8").chip.hbm and best.memory.host
+    assert not any(one.run.optimizer.offload for one in search.search(run_8b(), parse("v5e:16")))
+
+
 def test_less_rematerialization_keeps_more_and_longer_rows_need_more():
     kept = [
         memory.training(run_8b(train__remat=remat), {"fsdp": 16}, dtype=jnp.dtype("bfloat16"), flash=True).activations
@@ -325,6 +347,15 @@ def test_less_rematerialization_keeps_more_and_longer_rows_need_more():
     ]
     assert kept == sorted(kept) and kept[0] * 1.5 < kept[1]
     assert kept[0] == 32 * 8192 * 4096 * 2  # the input of each layer, of one row
+
+
+def test_copies_from_the_host_and_hosts_of_gpus_slow_a_projected_step():
+    run, sent = run_8b(), {"exposed": 0.0, "overlapped": 1e15}
+    one = projection.project(run, parse("v5e:8"), exposed=0.0, overlapped=0.0)
+    copied = projection.project(run, parse("v5e:8"), exposed=0.0, overlapped=0.0, host=30e9)
+    assert copied.seconds == pytest.approx(one.seconds + 2)
+    assert projection.project(run, parse("h100:8"), **sent).seconds == pytest.approx(1e15 / 450e9)
+    assert projection.project(run, parse("h100:16"), **sent).seconds == pytest.approx(1e15 / 50e9)
 
 
 def test_flops_are_those_of_the_formula():

@@ -132,6 +132,19 @@ def test_lora_and_qlora_train_to_the_same_numbers_on_every_mesh(base, kind):
         assert gap(losses(many), losses(one)) < ROUNDING, sizes
 
 
+@pytest.mark.parametrize("kind", ["auto", "int4"])
+def test_a_base_in_the_hosts_memory_gives_the_same_numbers_and_stays_there(base, kind):
+    sizes = {"fsdp": 2, "tensor": 2}
+    _, _, one = steps(on_mesh(lora_run(base, lora__base=kind, train__remat="full"), sizes), 3)
+    program = on_mesh(lora_run(base, lora__base=kind, lora__offload=True, train__remat="full"), sizes)
+    _, frozen, many = steps(program, 3)
+    np.testing.assert_array_equal(losses(many), losses(one))
+    for part, memory in (("layers", "pinned_host"), ("embed", "device")):
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen[part])} == {memory}
+    for leaf, expected in zip(jax.tree.leaves(frozen), jax.tree.leaves(program.frozen), strict=True):
+        assert leaf.sharding == expected.sharding.with_memory_kind(leaf.sharding.memory_kind)
+
+
 @pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_qlora_is_lora_beside_the_rounded_base(base, bits, tmp_path):
     """QLoRA equals LoRA on a folder with the dequantized values of the rounded base."""
@@ -217,7 +230,7 @@ def test_a_lora_run_resumes_to_the_bit_moves_to_another_mesh_and_speaks(tmp_path
     loop.train(file_run(tmp_path, base, "parts", **settings))
     whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
     assert [line["step"] for line in whole] == list(range(1, 7)) and whole == parts
-    moved = settings | {"mesh__fsdp": 2, "mesh__tensor": 4}
+    moved = settings | {"mesh__fsdp": 2, "mesh__tensor": 4, "lora__offload": True, "optimizer__offload": True}
     loop.train(file_run(tmp_path, base, "moved", **settings, train__steps=3))
     loop.train(file_run(tmp_path, base, "moved", **moved))
     np.testing.assert_allclose(
