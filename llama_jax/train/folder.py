@@ -55,6 +55,7 @@ _MAY_CHANGE = (
     "log.",
     "checkpoint.",
     "mesh.",
+    "lora.offload",
     "distributed.",
     "output",
     "data.cache",
