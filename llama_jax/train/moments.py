@@ -158,7 +158,8 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
 
         def layer(i: jax.Array, stacked: Any) -> Any:
             old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked))
-            new = one(*old, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+            grad, mu, nu = old
+            new = one(grad, mu, nu, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
             new = jax.tree.map(stored, new, old, stacked)
             return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, new)
 

@@ -58,8 +58,7 @@ def load_leaves(
     axes = logical_axes(config, stacked=False)
     check(config, quantize)
     all_bits = bits_of(config, quantize)
-    memory = None if layout is None else layout.memory
-    layout = None if layout is None else dataclasses.replace(layout, memory=None)
+    home, layout = layout, layout and dataclasses.replace(layout, memory=None)
 
     in_rows = layout is not None and remote_files.in_parts()
 
@@ -82,18 +81,15 @@ def load_leaves(
             leaf = jax.tree.map(lambda array: _spread(array, layout.sharding(names, array.shape)), leaf)
         if bits and not isinstance(leaf, QTensor):
             leaf = _quantized(leaf, bits, names, layout)
-        if memory and path[0] == "layers":
-            leaf = jax.tree.map(lambda array: jax.device_put(array, array.sharding.with_memory_kind(memory)), leaf)
-        leaf = jax.block_until_ready(leaf)
+        leaf = jax.block_until_ready(_moved(leaf, home) if path[0] == "layers" else leaf)
         bar.update(leaves[path].nbytes)
         return leaf
 
     def last(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
         return finish(path, leaf) if in_rows else leaf  # collectives run in one order in all processes
 
-    total = sum(entry.nbytes for entry in leaves.values())
     with (
-        progress_bar(total, "loading") as bar,
+        progress_bar(sum(entry.nbytes for entry in leaves.values()), "loading") as bar,
         concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         ahead = _AT_ONCE if in_rows else len(leaves)  # leaves that are not finished take memory of devices
@@ -179,6 +175,14 @@ def place(
     indices = sharding.addressable_devices_indices_map(entry.shape).values()
     parts = _parts(entry, {bounds(index) for index in indices if index is not None}, to)
     return jax.make_array_from_callback(entry.shape, sharding, lambda index: parts[bounds(index or ())])
+
+
+def _moved(leaf: jax.Array | QTensor, layout: Layout | None) -> jax.Array | QTensor:
+    """The leaf in the memory of a layout."""
+    memory = None if layout is None else layout.memory
+    if memory is None:
+        return leaf
+    return jax.tree.map(lambda array: jax.device_put(array, array.sharding.with_memory_kind(memory)), leaf)
 
 
 def _spread(array: jax.Array, sharding: NamedSharding) -> jax.Array:
