@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ def enable() -> Path | None:
     return path
 
 
+@functools.cache  # one line a process, where jax would print two for each program
+def _say_full(path: str, reason: str) -> None:
+    line = f"warning: {path} cannot be written ({reason}): make room, or programs are compiled again at the next start"
+    print(line, file=sys.stderr, flush=True)
+
+
 def _write_whole_entries() -> None:
     """Let jax write each entry atomically. By itself it never replaces the entry that a killed process left half.
 
@@ -69,7 +76,10 @@ def _write_whole_entries() -> None:
         def put(self: Any, key: str, value: bytes) -> None:
             if self.eviction_enabled:
                 limited(self, key, value)
-            else:
+                return
+            try:
                 write_whole(f"{self.path}/{key}{lru_cache._CACHE_SUFFIX}", value)
+            except OSError as error:
+                _say_full(str(self.path), str(error.strerror))
 
         setattr(lru_cache.LRUCache, "put", put)  # noqa: B010  (an assignment would not be typed)

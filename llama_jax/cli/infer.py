@@ -325,7 +325,8 @@ def _json(text: str, name: str) -> Any:
 
 def _messages(file: str) -> list[dict[str, Any]]:
     """The dialog in a file of --messages."""
-    messages = _json(_text(file), file)
+    text, file = _text(file), "standard input" if file == "-" else file
+    messages = _json(text, file)
     if not isinstance(messages, list) or not messages:
         example = '[{"role": "user", "content": "Hello"}]'
         raise ConfigError(f"{file} must be a JSON list of messages such as {example}, got {brief(messages)}")

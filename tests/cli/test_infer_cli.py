@@ -265,6 +265,10 @@ def test_commands_of_other_programs_are_answered(argv, message):
     assert message in str(caught.value)
 
 
+def test_messages_of_an_empty_standard_input_are_named(run):
+    assert "standard input is not JSON" in run("--messages", "-", stdin="")[2]
+
+
 def test_a_bad_line_of_a_prompt_file_is_named(run, tmp_path):
     (tmp_path / "p.jsonl").write_text('"fine"\n{"text": 3}\n')
     assert "line 2 must be a string" in run("--prompt_file", str(tmp_path / "p.jsonl"))[2]
