@@ -27,9 +27,10 @@ from llama_jax.ops.quant import GROUP, QTensor
 MAX_ROWS = 128  # more rows would not fit in the vector memory beside the blocks; XLA's products are good at them
 _ROWS = 16  # rows of activations are a multiple of a tile of bfloat16
 _LANES = 128
-_OUTPUTS = 256  # outputs of a block
+_OUTPUTS = (256, 128)  # outputs of a block: the first that fits
 _COLUMNS = 1024  # columns of a plane that are dequantized at once
 _GROUPS = 128  # groups whose scales are spread over their columns by one product
+_MEMORY = 15_000_000  # bytes of vector memory; the compiler gives a kernel 16 MiB
 _CORES = 2  # of a chip whose cores share a program, as those of v5p do
 
 
@@ -39,7 +40,13 @@ def takes(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> bool
         return False
     parts = parallel.axis_size(axes[1]) if axes and axes[1] else 1
     width, rest = divmod(w.shape[1], parts)
-    return not rest and width % (2 * _LANES) == 0
+    return not rest and width % (2 * _LANES) == 0 and _block_outputs(x.size // x.shape[-1], width, w.bits) > 0
+
+
+def _block_outputs(rows: int, width: int, bits: int) -> int:
+    """The outputs of a block so that blocks, inputs and dequantized values fit in the vector memory; 0 if none do."""
+    row = width * bits // 8 + 2 * width // GROUP + 2 * _COLUMNS
+    return next((n for n in _OUTPUTS if 2 * n * row + 2 * (rows + -rows % _ROWS) * width <= _MEMORY), 0)
 
 
 def product(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
@@ -72,7 +79,7 @@ def _product(x: jax.Array, w: QTensor) -> jax.Array:
     planes = [jnp.pad(part, [(0, rows - count), (0, 0)]) for part in quant.inputs_of_planes(w, x)]
     columns = planes[0].shape[1]  # also bytes of a row of packed values
     n = columns * GROUP // K
-    outputs = min(_OUTPUTS, every)
+    outputs = min(_block_outputs(count, K, w.bits), every)
     blocks = pl.cdiv(every, outputs)
     cores = min(_CORES, blocks)
     steps = pl.cdiv(blocks, cores)

@@ -51,6 +51,15 @@ def test_other_products_are_left_to_xla():
     assert not few_rows_tpu.takes(*operands(2, 64, 320, 8), None)
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "bits", "outputs"),
+    [(8, 14336, 8, 256), (128, 14336, 8, 256), (16, 28672, 8, 128), (128, 28672, 8, 0), (128, 28672, 4, 128)],
+)
+def test_blocks_fit_in_the_vector_memory(rows, width, bits, outputs):
+    """Of 70B's widest matrix on one chip, the compiler refuses blocks of 256 outputs in 8 bits."""
+    assert few_rows_tpu._block_outputs(rows, width, bits) == outputs
+
+
 def test_every_finite_float16_has_its_value():
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16)
