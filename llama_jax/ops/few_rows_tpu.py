@@ -26,7 +26,6 @@ from llama_jax.ops.quant import GROUP, QTensor
 
 MAX_ROWS = 128  # more rows would not fit in the vector memory beside the blocks; XLA's products are good at them
 _ROWS = 16  # rows of activations are a multiple of a tile of bfloat16
-_LANES = 128
 _OUTPUTS = (256, 128)  # outputs of a block: the first that fits
 _COLUMNS = 1024  # columns of a plane that are dequantized at once
 _GROUPS = 128  # groups whose scales are spread over their columns by one product
@@ -40,7 +39,7 @@ def takes(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> bool
         return False
     parts = parallel.axis_size(axes[1]) if axes and axes[1] else 1
     width, rest = divmod(w.shape[1], parts)
-    return not rest and width % (2 * _LANES) == 0 and _block_outputs(x.size // x.shape[-1], width, w.bits) > 0
+    return rest == width % GROUP == 0 and _block_outputs(x.size // x.shape[-1], width, w.bits) > 0
 
 
 def _block_outputs(rows: int, width: int, bits: int) -> int:

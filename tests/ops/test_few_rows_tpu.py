@@ -22,7 +22,7 @@ def operands(rows, outputs, width, bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("rows", "outputs", "width"), [(3, 300, 512), (17, 40, 256), (1, 256, 4352)], ids=["parts", "small", "long"]
+    ("rows", "outputs", "width"), [(3, 300, 832), (17, 40, 256), (1, 256, 4352)], ids=["parts", "small", "long"]
 )
 def test_products_are_those_of_dequantized_weights(rows, outputs, width, bits):
     x, w = operands(rows, outputs, width, bits)
@@ -48,7 +48,10 @@ def test_other_products_are_left_to_xla():
     assert few_rows_tpu.takes(x, w, None)
     assert not few_rows_tpu.takes(x.astype(jnp.float32), w, None)
     assert not few_rows_tpu.takes(jnp.zeros((few_rows_tpu.MAX_ROWS + 1, 512), jnp.bfloat16), w, None)
-    assert not few_rows_tpu.takes(*operands(2, 64, 320, 8), None)
+    layout = parallel.Layout(parallel.make_mesh({"tensor": 8}), "infer")
+    with parallel.use(layout):  # 64 inputs of each device are two groups of 32; 48 would be one and a half
+        assert few_rows_tpu.takes(x, w, ("embed", "heads"))
+        assert not few_rows_tpu.takes(*operands(2, 64, 384, 8), ("embed", "heads"))
 
 
 @pytest.mark.parametrize(
