@@ -242,7 +242,7 @@ def _answer_dialogs(
 
 def _continue_prompts(
     llama: Llama,
-    prompts: Sequence[str | list[int]],
+    prompts: list[str | list[int]],
     overrides: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
     options: argparse.Namespace,

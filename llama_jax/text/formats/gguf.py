@@ -7,7 +7,7 @@ for byte-level BPE, with merges and the name of a pre-tokenizer, and "llama" or 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -36,7 +36,13 @@ from llama_jax.text.vocabulary import Vocabulary, errors_of, spelled
 _ALGORITHMS = {"llama": piece_vocabulary.BPE, "t5": piece_vocabulary.UNIGRAM}
 
 
-class Fields(TypedDict):
+class _Ends(TypedDict):
+    bos: int | None
+    eos: int | None
+    add_bos: bool | None
+
+
+class Fields(_Ends):
     """The tokenizer metadata of a GGUF file. A field is None if its key is absent.
 
     Attributes:
@@ -60,17 +66,14 @@ class Fields(TypedDict):
     model: str
     pre: str | None
     tokens: list[str]
-    token_types: Sequence[int] | None
+    token_types: Sequence[int] | np.ndarray | None
     merges: list[str]
-    bos: int | None
-    eos: int | None
-    add_bos: bool | None
-    scores: Sequence[float] | None
-    unknown: int | None
-    pad: int | None
-    space_first: bool | None
-    strip_spaces: bool | None
-    character_map: bytes | None
+    scores: NotRequired[Sequence[float] | np.ndarray | None]
+    unknown: NotRequired[int | None]
+    pad: NotRequired[int | None]
+    space_first: NotRequired[bool | None]
+    strip_spaces: NotRequired[bool | None]
+    character_map: NotRequired[bytes | None]
 
 
 def fields_of(metadata: Mapping[str, Value], source: str) -> Fields | None:
@@ -149,8 +152,8 @@ def vocabulary(fields: Fields, source: str = "") -> Vocabulary:
         ValueError: keys of the metadata contradict each other.
     """
     with errors_of(source):
-        for name in ("bos", "eos", "unknown", "pad"):
-            token = fields.get(name)
+        unknown, pad = fields.get("unknown"), fields.get("pad")
+        for name, token in (("bos", fields["bos"]), ("eos", fields["eos"]), ("unknown", unknown), ("pad", pad)):
             if token is not None and not 0 <= token < len(fields["tokens"]):
                 raise ValueError(
                     f"tokenizer.ggml.{name}_token_id is {token}, but there are {len(fields['tokens']):,} tokens"
@@ -175,7 +178,7 @@ def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
     specials, found, ids = _by_type(fields)
     bos = fields["bos"] if (pre.add_bos if fields["add_bos"] is None else fields["add_bos"]) else None
     named = {"bos_id": bos, "declared_eos": fields["eos"], "declared_pad": fields.get("pad")}
-    pairs = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    pairs = [merge.split(" ") for merge in fields["merges"]]
     if wrong := [merge for merge, pair in zip(fields["merges"], pairs, strict=True) if len(pair) != 2]:
         raise ValueError(f"tokenizer.ggml.merges has {wrong[0][:60]!r}, which is not two tokens with a space between")
     pattern = one_pattern(pre.splits, pre.gpt2)
@@ -184,7 +187,7 @@ def _byte_level(fields: Fields) -> BytePairs | LibraryVocabulary:
             raise ConfigError("tiktoken cannot split text as its pre-tokenizer does")
         return from_merges(
             ids,
-            pairs,
+            [(left, right) for left, right in pairs],
             whole_words=pre.whole_words,
             pattern=pattern,
             specials=specials,
@@ -331,7 +334,7 @@ def fields(original: Vocabulary, *, rows: int | None = None) -> Fields:
     Raises:
         ConfigError: a GGUF file cannot describe such a vocabulary.
     """
-    common = {
+    common: _Ends = {
         "bos": original.bos_id,
         "eos": original.eos_id,
         "add_bos": original.bos_id is not None,
@@ -345,15 +348,18 @@ def fields(original: Vocabulary, *, rows: int | None = None) -> Fields:
     else:
         raise TypeError(f"no GGUF metadata for {type(original).__name__}")
     if rows is not None and original.plain_size <= rows < original.size:
-        for key in ("tokens", "token_types", "scores"):
-            if made.get(key) is not None:
-                made[key] = made[key][:rows]
-        for key in ("bos", "eos", "pad"):
-            made[key] = None if (made.get(key) or 0) >= rows else made.get(key)
+        made["tokens"] = made["tokens"][:rows]
+        if (types := made["token_types"]) is not None:
+            made["token_types"] = types[:rows]
+        if (scores := made.get("scores")) is not None:
+            made["scores"] = scores[:rows]
+        made["bos"], made["eos"], made["pad"] = (
+            None if token is None or token >= rows else token for token in (made["bos"], made["eos"], made.get("pad"))
+        )
     return made
 
 
-def _fields_of_byte_pairs(original: BytePairs, common: dict[str, Any]) -> Fields:
+def _fields_of_byte_pairs(original: BytePairs, common: _Ends) -> Fields:
     pre = next(name for name, pre in PRE_TOKENIZERS.items() if one_pattern(pre.splits, pre.gpt2) == original.pattern)
     whole_words = PRE_TOKENIZERS[pre].whole_words
     plain = {spelled(token): i for token, i in original.tokens.items()}
@@ -381,7 +387,7 @@ def _fields_of_byte_pairs(original: BytePairs, common: dict[str, Any]) -> Fields
     )
 
 
-def _fields_of_library(original: LibraryVocabulary, common: dict[str, Any]) -> Fields:
+def _fields_of_library(original: LibraryVocabulary, common: _Ends) -> Fields:
     data = json.loads(original.contents)
     model, cuts = data["model"], cuts_of(data.get("pre_tokenizer"))
     is_byte_level = (original.decoder or {}).get("type") == "ByteLevel" and data.get("normalizer") is None
@@ -406,7 +412,7 @@ def _fields_of_library(original: LibraryVocabulary, common: dict[str, Any]) -> F
     )
 
 
-def _fields_of_pieces(original: PieceVocabulary, common: dict[str, Any]) -> Fields:
+def _fields_of_pieces(original: PieceVocabulary, common: _Ends) -> Fields:
     model = original.model
     pieces = {i: piece for i, piece in enumerate(model.pieces)}
     pieces |= {i: Piece(name, 0.0, CONTROL) for name, i in original.specials.items()}
@@ -429,16 +435,6 @@ def _fields_of_pieces(original: PieceVocabulary, common: dict[str, Any]) -> Fiel
     )
 
 
-# Names under which a file's keys are written, beyond the tokens and the ids that a model has settings of its own for.
-_KEYS = {
-    "scores": "scores",
-    "unknown": "unknown_token_id",
-    "pad": "padding_token_id",
-    "space_first": "add_space_prefix",
-    "strip_spaces": "remove_extra_whitespaces",
-}
-
-
 def more_metadata(fields: Fields, padding: int) -> dict[str, Value]:
     """The metadata of a SentencePiece vocabulary beyond what all vocabularies have.
 
@@ -446,13 +442,13 @@ def more_metadata(fields: Fields, padding: int) -> dict[str, Value]:
         fields: metadata of the vocabulary.
         padding: number of unused tokens that follow its own.
     """
-    found: dict[str, Value] = {}
-    for key, name in _KEYS.items():
-        value = fields.get(key)
-        if value is not None:
-            found[f"tokenizer.ggml.{name}"] = value
-    if "tokenizer.ggml.scores" in found:
-        found["tokenizer.ggml.scores"] = np.pad(np.asarray(fields["scores"], np.float32), (0, padding))
-    if fields.get("character_map"):
-        found["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(fields["character_map"], np.uint8)
-    return found
+    scores, characters = fields.get("scores"), fields.get("character_map")
+    named: dict[str, Value | None] = {
+        "scores": None if scores is None else np.pad(np.asarray(scores, np.float32), (0, padding)),
+        "unknown_token_id": fields.get("unknown"),
+        "padding_token_id": fields.get("pad"),
+        "add_space_prefix": fields.get("space_first"),
+        "remove_extra_whitespaces": fields.get("strip_spaces"),
+        "precompiled_charsmap": np.frombuffer(characters, np.uint8) if characters else None,
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
