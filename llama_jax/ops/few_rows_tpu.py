@@ -12,6 +12,7 @@ Letters: R rows, O outputs, K inputs, G groups of a row of the weight, n columns
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,23 +30,31 @@ _ROWS = 16  # rows of activations are a multiple of a tile of bfloat16
 _OUTPUTS = (256, 128)  # outputs of a block: the first that fits
 _COLUMNS = 1024  # columns of a plane that are dequantized at once
 _GROUPS = 128  # groups whose scales are spread over their columns by one product
-_MEMORY = 15_000_000  # bytes of vector memory; the compiler gives a kernel 16 MiB
+_MEMORY = 15_500_000  # bytes of vector memory; the compiler gives a kernel 16 MiB
 _CORES = 2  # of a chip whose cores share a program, as those of v5p do
 
 
 def takes(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> bool:
     """True if the kernel multiplies x (..., in) and a weight (out, in) with these logical axes."""
-    if x.dtype != jnp.bfloat16 or len(w.shape) != 2 or not 0 < x.size // x.shape[-1] <= MAX_ROWS:
+    if x.dtype != jnp.bfloat16 or len(w.shape) != 2 or not x.size:
         return False
     parts = parallel.axis_size(axes[1]) if axes and axes[1] else 1
     width, rest = divmod(w.shape[1], parts)
-    return rest == width % GROUP == 0 and _block_outputs(x.size // x.shape[-1], width, w.bits) > 0
+    rows = x.size // x.shape[-1]
+    rows //= math.gcd(x.shape[0], parallel.axis_size("batch"))  # of one device
+    return rest == width % GROUP == 0 and rows <= MAX_ROWS and _block_outputs(rows, width, w.bits) > 0
 
 
 def _block_outputs(rows: int, width: int, bits: int) -> int:
     """The outputs of a block so that blocks, inputs and dequantized values fit in the vector memory; 0 if none do."""
-    row = width * bits // 8 + 2 * width // GROUP + 2 * _COLUMNS
-    return next((n for n in _OUTPUTS if 2 * n * row + 2 * (rows + -rows % _ROWS) * width <= _MEMORY), 0)
+    rows += -rows % _ROWS
+    spread = 2 * _GROUPS * _GROUPS * (GROUP if bits == 8 else GROUP // 2)
+
+    def needed(outputs: int) -> int:  # blocks are there twice: one is fetched while the other is multiplied
+        weights = 2 * outputs * (width * bits // 8 + 2 * width // GROUP)
+        return weights + 2 * rows * width + 2 * 4 * rows * outputs + 2 * 4 * outputs * _COLUMNS + spread
+
+    return next((outputs for outputs in _OUTPUTS if needed(outputs) <= _MEMORY), 0)
 
 
 def product(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> jax.Array:
