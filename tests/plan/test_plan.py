@@ -246,7 +246,7 @@ def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm.", 18.25),
         (
-            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (264.92G) exceeds available HBM (95.74G).",
+            "RESOURCE_EXHAUSTED: memory required for HLO temporaries (264.92G) exceeds available HBM (95.74G).",
             264.92,
         ),
         ("INTERNAL: no such thing", None),
