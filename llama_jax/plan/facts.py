@@ -43,6 +43,8 @@ def bytes_needed(message: str) -> int | None:
     """The bytes that a program needs, from the compiler's message that it does not fit; None for any other message."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
-    match = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) (?:of|out of)", message)
+    match = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(
+        r"([\d.]+)([KMG])\)? (?:of|out of|exceeds)", message
+    )
     scale = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
     return math.ceil(float(match[1]) * scale[match[2]]) if match else 0

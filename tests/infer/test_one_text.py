@@ -45,7 +45,7 @@ def unseen(mesh=None, *, stacked=False):
     return Llama(UNSEEN, stack(params) if stacked else params, byte_tokenizer(), mesh, draft=(UNSEEN, params))
 
 
-def smollm2(mesh=None, *, stacked=False, layers=6):
+def smollm2(mesh=None, *, stacked=False, layers=4):
     """SmolLM2's first layers: all 30 on eight devices take ten times as long and prove no more."""
     from llama_jax.infer.load import load
 

@@ -18,6 +18,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.parallel import flags, mesh
 from llama_jax.plan import hlo, memory, planner, projection, search, traffic
 from llama_jax.plan.devices import CHIPS, parse
+from llama_jax.plan.facts import bytes_needed
 from llama_jax.run_config import RunConfig
 
 RECIPE = "configs/llama31_8b.py"
@@ -238,6 +239,22 @@ def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is
     assert (found["collective-permute"].count, found["collective-permute"].exposed) == (1, 8)
     assert found["all-reduce"].exposed == 2 * 32 * 3 / 4
     assert hlo.kernels(PROGRAM) == {"pallas": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm.", 18.25),
+        (
+            "RESOURCE_EXHAUSTED: memory required for HLO temporaries (264.92G) exceeds available HBM (95.74G).",
+            264.92,
+        ),
+        ("INTERNAL: no such thing", None),
+    ],
+)
+def test_the_bytes_that_do_not_fit_are_read_from_the_compilers_message(message, gib):
+    found = bytes_needed(message)
+    assert found == gib if gib is None else found == pytest.approx(gib * 2**30)
 
 
 def test_products_are_counted_with_their_loops():
