@@ -32,8 +32,8 @@ if [ "${INSTALL:-1}" = 1 ]; then
   venv=${VENV:-$HOME/.venvs/llama_jax}
   [ -x "$venv/bin/python" ] || run python3 -m venv "$venv"
   extras=data # and the package that reads and writes the store of each address in the flags
-  case " $*" in *[=,]gs://* | *[=,]gcs://*) extras+=,gcs ;; esac
-  case " $*" in *[=,]s3://* | *[=,]s3a://*) extras+=,s3 ;; esac
+  case " $*" in *[=,\ ]gs://* | *[=,\ ]gcs://*) extras+=,gcs ;; esac
+  case " $*" in *[=,\ ]s3://* | *[=,\ ]s3a://*) extras+=,s3 ;; esac
   case $accelerator in
     tpu | cuda | cuda12) run "$venv/bin/pip" install --quiet ".[$accelerator,$extras]" ;;
     cpu) run "$venv/bin/pip" install --quiet ".[$extras]" ;;

@@ -97,6 +97,20 @@ def check_lora(lora: LoraConfig, optimizer: OptimizerConfig, init_from: str) -> 
         raise ConfigError(f"lora.{unused[0]} needs lora.rank, which is 0: set it, e.g. to 16, to train with LoRA")
 
 
+def check_offloaded_base(lora: LoraConfig, train: TrainConfig, log: LogConfig) -> None:
+    """Check that nothing copies a base that is in the host's memory to the devices whole."""
+    if lora.offload and train.remat == "none":
+        raise ConfigError(
+            "lora.offload needs the layers to be copied again in the backward pass, but train.remat='none' keeps them "
+            "on the devices: set train.remat=full"
+        )
+    if lora.offload and log.sample_every:
+        raise ConfigError(
+            f"log.sample_every={log.sample_every} copies the whole model to the devices, and lora.offload keeps its "
+            "base in the host's memory: set log.sample_every=0"
+        )
+
+
 def check_trained_tokens(lora: LoraConfig, model: ModelConfig) -> None:
     """Check that the model has rows for the trained tokens."""
     if lora.trained_tokens and max(lora.trained_tokens) >= model.vocab_size:

@@ -85,6 +85,7 @@ class RunConfig:
             run_checks.check_trained_tokens(self.lora, self.model)
         run_checks.check_batch(self.data, self.train)
         run_checks.check_lora(self.lora, self.optimizer, self.init_from)
+        run_checks.check_offloaded_base(self.lora, self.train, self.log)
         run_checks.check_objective(self.train, self.dpo, self.init_from)
         if self.train.steps:
             run_checks.check_warmup(self.optimizer, self.train, self.train.steps)

@@ -26,8 +26,11 @@ def steps(names: Iterable[str]) -> set[int]:
 
 
 def is_of_model(name: str) -> bool:
-    """True for a file of a run folder that a model needs besides a checkpoint: config, tokenizer and chat templates."""
-    return "/" not in name or name.startswith("additional_chat_templates/")
+    """True for a file of a run folder that a model needs besides a checkpoint: config, tokenizer and chat templates.
+
+    The metrics, which a running training changes all the time, are not.
+    """
+    return name.startswith("additional_chat_templates/") or ("/" not in name and not name.startswith("metrics."))
 
 
 def read_manifest(url: str, step: int) -> Manifest:

@@ -210,7 +210,7 @@ def _signals_raise() -> Iterator[None]:
     """A signal raises an exception in the main thread, so that files and locks are released.
 
     Libraries lose such an exception in places. While an extension of C++ is imported it may become another error or a
-    segmentation fault: the process then ends at once, since nothing is written yet. In callbacks of the garbage
+    segmentation fault: the process then ends at once, without deleting partial files. In callbacks of the garbage
     collector Python ignores it: the signal is sent again. After an `except` of a library, `_watch` ends the process,
     and so does a second signal.
     """

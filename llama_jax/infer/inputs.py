@@ -20,7 +20,7 @@ from llama_jax import parallel
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief, nearest
 from llama_jax.ops.cpu import ready
-from llama_jax.params import Params
+from llama_jax.params import Params, check_params
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text import control_tokens
 from llama_jax.text.tokenizer import Tokenizer
@@ -171,6 +171,7 @@ def as_draft(draft: Any) -> tuple[ModelConfig, Params]:
     pair = isinstance(draft, Sequence) and len(draft) == 2
     if not pair or not isinstance(draft[0], ModelConfig) or not isinstance(draft[1], dict):
         raise ConfigError(f"draft must be a ModelConfig and its weights; load(..., draft=SOURCE), got {brief(draft)}")
+    check_params(*draft)
     return draft[0], draft[1]
 
 

@@ -222,6 +222,10 @@ def as_overrides(overrides: Any, seeds: Sequence[int]) -> tuple[list[dict[str, A
         )
     own = [dict(item) for item in overrides]
     found = [item.pop("seed", None) for item in own]
-    return own, [
-        seed if other is None else inputs.as_seeds(other, 1)[0] for other, seed in zip(found, seeds, strict=True)
-    ]
+    seeds = list(seeds)
+    for i, other in enumerate(found):
+        if other is not None:
+            if isinstance(other, bool) or not isinstance(other, numbers.Integral):
+                raise ConfigError(f"prompt {i}: seed must be a whole number, got {brief(other)}")
+            seeds[i] = int(other)
+    return own, seeds

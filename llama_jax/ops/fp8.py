@@ -21,7 +21,7 @@ from llama_jax import parallel
 Axes = tuple[str | None, ...] | None
 
 _FORWARD, _BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
-_LEAST = 256  # inputs and outputs of a weight: LoRA's thin matrices gain nothing, and are the ones that are trained
+_LEAST = 256  # inputs and outputs of a weight: smaller products gain nothing
 _ALIGNED = 16  # cuBLAS multiplies 8-bit matrices whose sizes are multiples of this
 
 _active: contextvars.ContextVar[bool] = contextvars.ContextVar("llama_jax_fp8", default=False)
@@ -51,7 +51,8 @@ def _rounded(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """x in 8 bits, and its scale: x is about the product of both."""
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     limit = jnp.finfo(dtype).max.astype(jnp.float32)
-    scale = jnp.where(largest > 0, largest / limit, 1.0)  # NaN and infinity stay, so that the step is skipped
+    # NaN and infinity stay, so that the step is skipped. Numbers whose scale would be subnormal become zero.
+    scale = jnp.maximum(largest / limit, jnp.finfo(jnp.float32).tiny)
     return jnp.clip(x.astype(jnp.float32) / scale, -limit, limit).astype(dtype), scale
 
 

@@ -92,7 +92,9 @@ def linear(x: jax.Array, w: Weight, axes: tuple[str | None, ...] | None = None) 
     """
     _tell(x, w)
     if isinstance(w, LoraTensor):
-        return _by_rows(w, linear(x, w.base, axes) + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
+        base = linear(x, w.base, axes)
+        with fp8.products(False):
+            return _by_rows(w, base + linear(w.scaled(linear(w.dropped(x), w.a)), w.b))
     if isinstance(w, QTensor):
         return _quantized_linear(x, w, axes)
     return fp8.linear(x, w, axes) if fp8.takes(w) else _linear(x, w, axes)

@@ -15,7 +15,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _HEADER = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"\b(?:calls|body|true_computation|false_computation|branch_computations=\{)=?%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|body|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARITHMETIC = ("fusion", "dot", "convolution", "custom-call", "while")
 _INDEX = re.compile(r"index=(\d+)")
 _PARTICIPANTS = re.compile(r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[[^\]]*\] \{[^}]*\})")
@@ -63,7 +64,9 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:  # noqa: D102
-        return _CALLED.findall(self.rest)
+        branches = _BRANCHES.search(self.rest)
+        names = _CALLED.findall(self.rest) + re.findall(r"%([\w.\-]+)", branches[1] if branches else "")
+        return names + (re.findall(r"\bto_apply=%([\w.\-]+)", self.rest) if self.opcode == "call" else [])
 
     @property
     def operands(self) -> list[str]:  # noqa: D102
@@ -101,9 +104,9 @@ def _operations(computations: Computations, name: str, times: int) -> Iterator[f
     instructions = computations.get(name, [])
     types = {instruction.name: instruction.type for instruction in instructions}
     for instruction in instructions:
-        if instruction.opcode in ("dot", "convolution"):
+        if instruction.opcode in ("dot", "convolution") or "__cublas$" in instruction.rest:
             yield 2.0 * times * math.prod(_shape(instruction.type)) * _contracted(instruction, types)
-        runs = times * _trips(computations, instructions, instruction) if instruction.opcode == "while" else times
+        runs = times * trips(computations, instructions, instruction) if instruction.opcode == "while" else times
         for called in instruction.called:
             yield from _operations(computations, called, runs)
 
@@ -111,9 +114,9 @@ def _operations(computations: Computations, name: str, times: int) -> Iterator[f
 def _contracted(product: Instruction, types: dict[str, str]) -> int:
     """The number of products that are summed for each element of a result."""
     left, right = (_shape(types.get(name, "")) for name in product.operands[:2])
-    axes = re.search(r"lhs_contracting_dims={([\d,]*)}", product.rest)
+    axes = re.search(r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)", product.rest)  # of a dot, or of cuBLAS
     if axes:
-        return math.prod(left[int(axis)] for axis in axes[1].split(",") if axis)
+        return math.prod(left[int(axis)] for axis in re.findall(r"\d+", axes[1]))
     labels = re.search(r"dim_labels=\w+_(\w+)->", product.rest)
     # A TPU writes the batch axes of a product as axes of a dilated window: one of its places is not zero.
     batched = "lhs_dilate" in product.rest
@@ -162,7 +165,7 @@ def _walk(computations: Computations, name: str, times: int, hidden: bool) -> It
             yield kind, times, _sent(kind, final.type, instruction.rest), inside
         if opcode == "fusion":  # its collectives are those of _chains
             continue
-        runs = times * _trips(computations, instructions, instruction) if opcode == "while" else times
+        runs = times * trips(computations, instructions, instruction) if opcode == "while" else times
         for called in instruction.called:
             yield from _walk(computations, called, runs, inside)
     for kind, collective, fused in chains.values():
@@ -235,7 +238,7 @@ def _participants(rest: str) -> int:
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups.rpartition("{")[2]))
 
 
-def _trips(computations: Computations, instructions: list[Instruction], loop: Instruction) -> int:
+def trips(computations: Computations, instructions: list[Instruction], loop: Instruction) -> int:
     """The number of times that a loop runs: its annotation, or its condition's limit over the stride of its counter.
 
     It is 1 if neither can be read.

@@ -19,7 +19,7 @@ from llama_jax import parallel
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer.program import Program, layout_of
-from llama_jax.ops import quant
+from llama_jax.ops import few_rows_tpu, quant
 from llama_jax.plan import memory, planner, projection
 from llama_jax.plan.devices import GIB, Devices
 from llama_jax.plan.facts import facts_of
@@ -83,7 +83,7 @@ def make(
     looked_up = 0 if config.tied_embeddings else memory.shard_bytes(params["embed"])  # a step reads some of its rows
     state = program.abstract_state(rows=serving.rows, capacity=serving.capacity)
     cache = memory.shard_bytes(state.cache)
-    closed = weights + memory.shard_bytes(state) + _scratch(serving, program)
+    closed = weights + memory.shard_bytes(state) + _scratch(serving, program, devices)
     environment = planner.environment_of(devices)
     facts: dict[str, Any] | None = None
     if environment is not None and compiling:
@@ -163,15 +163,26 @@ def _chunk(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     return parallel.abstract(shapes, {name: parallel.replicated(program.layout.mesh) for name in shapes})
 
 
-def _scratch(serving: Serving, program: Program) -> int:
-    """Bytes besides weights and state: scores and the widest activations of a prefill chunk, or logits of a step."""
+def _scratch(serving: Serving, program: Program, devices: Devices) -> int:
+    """Bytes besides weights and state: scores and the widest activations of a prefill chunk, or logits of a step.
+
+    Where no kernel reads a packed unembedding, a step transposes it as int8 and dequantizes it: up to 3 bytes for each
+    value. On TPUs, XLA lays out matrices whose rows do not fill lanes the other way, and copies them for the kernel.
+    """
     assert program.layout is not None
+    rows, tpu = serving.rows, devices.chip.platform == "tpu"
+    kernel = serving.dtype == "bfloat16" and (
+        rows <= few_rows_tpu.MAX_ROWS if tpu else devices.count == 1 and rows <= 64
+    )
     m, tensor = serving.model, program.layout.parts("heads")
     width = jnp.dtype(serving.dtype).itemsize
     scores = 2 * 4 * m.num_heads // tensor * CHUNK * serving.capacity
     activations = CHUNK * (3 * m.ffn_dim // tensor * width + 4 * m.embed_dim * 4)
     logits = 2 * 4 * serving.rows * m.vocab_size
-    return min(scores, 1 << 28) + activations + logits
+    whole = 0 if kernel or serving.quantize == "none" else 3 * m.vocab_size * m.embed_dim
+    narrow = m.ffn_dim // tensor * BITS.get(serving.quantize, 0) // 8  # bytes of a row of the down projection
+    copies = m.num_layers * m.embed_dim * narrow * 17 // 16 if tpu and narrow % 128 else 0  # and the scales
+    return max(min(scores, 1 << 28) + activations, whole // program.layout.parts("vocab")) + logits + copies
 
 
 def compiled(serving: Serving, devices: Devices, mesh: Any) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Plan:
             "sequence_length": data.sequence_length,
             "accumulate": train.accumulate,
             "remat": train.remat,
+            "products": train.products,
             "moments": self.run.optimizer.moments,
             "lora_rank": self.run.lora.rank,
             "fits": self.fits,
@@ -131,6 +132,11 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
     """
     sizes = parallel.resolve(dataclasses.asdict(run.mesh), devices.count)
     run.check_mesh(sizes)
+    if run.train.products == "fp8" and devices.chip.platform != "cuda":
+        raise ConfigError(
+            f"train.products=fp8 needs NVIDIA GPUs of compute capability 8.9 or above, and this is {devices.name}: set "
+            "train.products=compute"
+        )
     dtype = parallel.named_dtype(run.train.compute_dtype)
     kernel, _ = attention_kernel(run, sizes, devices)
     closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla", platform=devices.chip.platform)

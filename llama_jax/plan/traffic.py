@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from llama_jax.plan.hlo import Computations, Instruction, bytes_of, parse
+from llama_jax.plan.hlo import Computations, Instruction, bytes_of, parse, trips
 
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "while", "conditional", "call")
 _LOOKUPS = ("gather", "dynamic-slice")
@@ -31,7 +31,8 @@ def _bytes_of(computations: Computations, name: str) -> float:
     total = 0.0
     for op in instructions:
         if op.opcode in ("while", "call"):
-            total += sum(_bytes_of(computations, called) for called in op.called)
+            runs = trips(computations, instructions, op) if op.opcode == "while" else 1
+            total += runs * sum(_bytes_of(computations, called) for called in op.called)
         elif op.opcode == "conditional":
             total += max((_bytes_of(computations, called) for called in op.called), default=0.0)
         elif op.opcode.endswith(

@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax import parallel
 from llama_jax.checkpoint import SaveError
 from llama_jax.data.loader import evaluation_batches
-from llama_jax.errors import one_line
+from llama_jax.errors import ConfigError, one_line
 from llama_jax.parallel import processes
 from llama_jax.params import Params
 from llama_jax.phases import phase
@@ -305,7 +305,7 @@ class Loop:
         """Write LoRA's adapter. A failure ends no run, since the checkpoint has the same weights."""
         try:
             self.folder.write_adapter(self.run, self.state.best, self.step)
-        except OSError as error:
+        except (OSError, ConfigError) as error:  # the second if an earlier, partial folder cannot be removed
             self.progress.say(f"warning: the adapter of step {self.step} is not written: {one_line(error)}")
 
     def _new_progress(self) -> Progress:

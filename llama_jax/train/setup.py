@@ -286,7 +286,8 @@ def _loaded(
     processes.meet("weights are loaded")
     floats = [(k, a) for k, a in jax.tree_util.tree_leaves_with_path(params) if jnp.issubdtype(a.dtype, jnp.floating)]
     check = jax.jit(lambda arrays: [jnp.isfinite(a).all() for a in parallel.on_device(arrays)])
-    finite = jax.device_get(check([a for _, a in floats]))
+    parts = [[a] for _, a in floats] if program.run.lora.offload else [[a for _, a in floats]]  # a leaf fits a device
+    finite = [ok for part in parts for ok in jax.device_get(check(part))]
     bad = [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for (path, _), ok in zip(floats, finite, strict=True)

@@ -56,7 +56,14 @@ def test_other_products_are_left_to_xla():
 
 @pytest.mark.parametrize(
     ("rows", "width", "bits", "outputs"),
-    [(8, 14336, 8, 256), (128, 14336, 8, 256), (16, 28672, 8, 128), (128, 28672, 8, 0), (128, 28672, 4, 128), (128, 16384, 8, 128)],
+    [
+        (8, 14336, 8, 256),
+        (128, 14336, 8, 256),
+        (16, 28672, 8, 128),
+        (128, 28672, 8, 0),
+        (128, 28672, 4, 128),
+        (128, 16384, 8, 128),
+    ],
 )
 def test_blocks_fit_in_the_vector_memory(rows, width, bits, outputs):
     """Of 70B's widest matrix on one chip, the compiler refuses blocks of 256 outputs in 8 bits."""

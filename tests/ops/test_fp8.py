@@ -14,6 +14,7 @@ from helpers.runs import batches, make_run
 from llama_jax import parallel
 from llama_jax.errors import ConfigError
 from llama_jax.ops import fp8, linear
+from llama_jax.ops.lora import LoraTensor
 from llama_jax.train import setup
 from llama_jax.train.program import Program
 
@@ -66,6 +67,22 @@ def test_numbers_that_are_not_finite_stay_so_and_zeros_stay_zero(operands):
     assert not fp8.linear(jnp.zeros_like(x), w, None).any()
 
 
+def test_gradients_that_almost_vanish_are_no_nan(operands):
+    x, w, g = operands
+    for size in (1e-30, 1e-34, 1e-37):
+        found = jax.vjp(lambda x, w: fp8.linear(x, w, None), x, w)[1](size * g.at[0, 0, 0].set(0))
+        assert all(jnp.isfinite(a).all() for a in found)
+
+
+def test_the_matrices_of_lora_are_not_rounded(operands):
+    x, w, _ = operands
+    rank = 256
+    a, b = (jax.random.normal(jax.random.key(i), s) for i, s in ((5, (rank, 512)), (6, (256, rank))))
+    updated = LoraTensor(jnp.zeros_like(w), a, b, jnp.ones(()))
+    with fp8.products(True):
+        assert gap(linear.linear(x, updated), x @ a.T @ b.T) < ROUNDING
+
+
 def test_thin_and_unaligned_weights_are_not_rounded(operands):
     x, w, _ = operands
     with fp8.products(True):
@@ -89,6 +106,10 @@ def test_training_rounds_and_evaluation_does_not(monkeypatch):
                 losses[f"{name} before"] = float(program.eval_step(state.params, None, batch)["loss"])
             state, metrics = program.train_step(state, None, batch)
             losses[name].append(float(metrics["loss"]))
+        losses[f"{name} after"] = float(program.eval_step(state.params, None, batch)["loss"])
+        with fp8.products(False):  # a traced step must not leave its rounding to a later one
+            again = Program.make(plain, parallel.make_mesh({}, jax.devices()[:1])).eval_step(state.params, None, batch)
+        assert losses[f"{name} after"] == float(again["loss"])
     assert losses["fp8 before"] == losses["compute before"]
     assert losses["fp8"][0] != losses["compute"][0]
     np.testing.assert_allclose(losses["fp8"], losses["compute"], rtol=0.02)

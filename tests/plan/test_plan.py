@@ -228,7 +228,22 @@ def test_the_bytes_of_a_step_are_those_of_main_memory():
     row, weight, cache, slot = 4 * 128, 2 * 256 * 128, 4 * 1024, 2 * 1024
     scalar = 4 * 2  # the index, which the two fusions read
     assert traffic.bytes_of_step(DECODE) == row + weight + cache + slot + scalar
-    assert traffic.bytes_of_step(PROGRAM.replace("while(", "call(")) == 0
+    inner = DECODE.replace("while(", "call(").replace("condition=%condition, body=%body", "to_apply=%body")
+    assert traffic.bytes_of_step(inner) == 0  # a step is a turn of a loop
+    called = DECODE.replace("%body (state", "%own (state").replace(
+        "ENTRY",
+        """%small (state: s32[]) -> s32[] {
+  ROOT %state = s32[] parameter(0)
+}
+
+%body (state: (s8[4,1024], f32[900,128], bf16[256,128], s32[])) -> (s8[4,1024]) {
+  %state = (s8[4,1024], f32[900,128], bf16[256,128], s32[]) parameter(0)
+  ROOT %x = (s8[4,1024], s32[]) conditional(%i, %state, %state), branch_computations={%small, %own}
+}
+
+ENTRY""",
+    )
+    assert traffic.bytes_of_step(called) == traffic.bytes_of_step(DECODE)  # the largest branch
 
 
 def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is_computed_meanwhile():

@@ -20,12 +20,12 @@ output seed init_from
 data.train data.weights data.validation data.tokenizer data.chat_format data.chat_date data.parse_special
 data.loss_on data.sequence_length data.too_long data.max_bad data.batch_size data.shuffle
 data.seed data.cache_dir
-optimizer.name optimizer.moments optimizer.rates optimizer.ema_decay
+optimizer.name optimizer.moments optimizer.offload optimizer.rates optimizer.ema_decay
 optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.decay_fraction optimizer.final_fraction
 optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
 train.objective train.steps train.epochs train.patience train.accumulate train.compute_dtype train.products
 train.microbatches train.remat train.vocab_chunk train.z_loss train.max_skipped
-lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora lora.base
+lora.rank lora.alpha lora.dropout lora.targets lora.trained_tokens lora.rslora lora.base lora.offload
 dpo.beta dpo.loss dpo.label_smoothing
 mesh.data mesh.fsdp mesh.stage mesh.context mesh.tensor
 log.every log.eval_every log.eval_batches log.sample_every log.sample_prompts log.sample_as log.sample_tokens
@@ -297,6 +297,8 @@ def test_the_key_of_earlier_versions_for_tensorboard_is_read():
 
 
 def test_names_of_other_trainers_are_those_of_existing_keys():
-    assert set(run_config._ALIASES) <= set(known_keys())
-    names = [name for names in run_config._ALIASES.values() for name in names.split()]
-    assert len(names) == len(set(names))
+    for table in (run_config._SAME, run_config._SIMILAR):
+        assert set(table) <= set(known_keys())
+        names = [name for names in table.values() for name in names.split()]
+        assert len(names) == len(set(names))
+    assert not set(run_config._BY_SAME) & set(run_config._BY_SIMILAR)
