@@ -35,7 +35,9 @@ def test_the_closed_model_is_within_a_tenth_of_the_compiler(name, monkeypatch):
 @pytest.mark.parametrize("name", [name for name, plan in COMMITTED.items() if "step_bytes" in plan])
 def test_a_decode_step_moves_little_more_than_weights_and_cache(name):
     plan = COMMITTED[name]
-    assert 0.9 < plan["programs"]["decode"]["loop_bytes"] / plan["step_bytes"][1] < 1.1
+    # On v5p the bits of scales, 6 % of weights of 8 bits, are written to memory and read again.
+    most = 1.15 if plan["device"].startswith("v5p") else 1.1
+    assert 0.9 < plan["programs"]["decode"]["loop_bytes"] / plan["step_bytes"][1] < most
 
 
 @pytest.mark.slow
