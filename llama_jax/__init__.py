@@ -50,7 +50,7 @@ _PEERS = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
-    near = f"; here it is {_PEERS[name]}" if name in _PEERS else f"; it has {', '.join(_MODULES)}"
+    near = f"; instead, use {_PEERS[name]}" if name in _PEERS else f"; it has {', '.join(_MODULES)}"
     raise AttributeError(f"module 'llama_jax' has no attribute {name!r}{near}")
 
 

@@ -297,7 +297,7 @@ def _prompts(options: argparse.Namespace) -> tuple[list[str | list[int]], list[d
         prompts.append(value)
         overrides.append(own)
     if not prompts:
-        raise ConfigError(f"{path} holds no prompt: write one a line")
+        raise ConfigError(f"{'standard input' if str(path) == '-' else path} holds no prompt: write one a line")
     return prompts, overrides
 
 

@@ -35,9 +35,8 @@ def _bytes_of(computations: Computations, name: str) -> float:
             total += runs * sum(_bytes_of(computations, called) for called in op.called)
         elif op.opcode == "conditional":
             total += max((_bytes_of(computations, called) for called in op.called), default=0.0)
-        elif op.opcode.endswith(
-            "-start"
-        ):  # the first two types are those of source and destination; one may be a slice
+        elif op.opcode.endswith("-start"):
+            # The first two types are those of source and destination, of which one may be a slice.
             ends = _ARRAY.findall(op.type)[:2]
             total += min(map(bytes_of, ends)) * sum(_in_main_memory(end) > 0 for end in ends)
         elif op.opcode not in _FREE and not op.opcode.endswith("-done"):

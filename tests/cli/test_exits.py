@@ -150,7 +150,7 @@ def test_help_that_cannot_be_written_is_no_success(arguments):
 
 
 def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
-    """What a library writes to the standard streams would otherwise end up in a checkpoint."""
+    """Text of a library for the standard streams would otherwise end up in a checkpoint."""
     body = f"print(open({str(tmp_path / 'file')!r}, 'w').fileno() > 2, repr(sys.stdin.read()), file=sys.stderr)"
     for closed in ((0, 1), (0,), (1,)):
         with process(body, preexec_fn=lambda closed=closed: [os.close(n) for n in closed]) as running:

@@ -233,8 +233,11 @@ def test_what_cannot_work_is_refused_with_the_mend(call, message):
         (lambda m: m.genrate("x"), "Llama has no attribute 'genrate'; did you mean 'generate'?"),
         (lambda m: m.config.hidden_size, "ModelConfig has no attribute 'hidden_size'; here it is embed_dim"),
         (lambda m: byte_tokenizer().eos_token_id, "Tokenizer has no attribute 'eos_token_id'; here it is eos_id"),
-        (lambda m: llama_jax.AutoModelForCausalLM, r"no attribute 'AutoModelForCausalLM'; here it is llama_jax.load\("),
-        (lambda m: llama_jax.SFTTrainer, "here it is from llama_jax.train.run import train"),
+        (
+            lambda m: llama_jax.AutoModelForCausalLM,
+            r"no attribute 'AutoModelForCausalLM'; instead, use llama_jax.load\(",
+        ),
+        (lambda m: llama_jax.SFTTrainer, "instead, use from llama_jax.train.run import train"),
     ],
     ids=["save", "near", "config", "tokenizer", "model", "trainer"],
 )
