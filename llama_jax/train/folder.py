@@ -50,6 +50,7 @@ _MAY_CHANGE = (
     "train.patience",
     "train.max_skipped",
     "train.accumulate",
+    "train.remat",
     "data.batch_size",  # the position in the data counts rows
     "data.train",  # the loader compares the contents
     "log.",

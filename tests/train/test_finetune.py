@@ -231,6 +231,7 @@ def test_a_lora_run_resumes_to_the_bit_moves_to_another_mesh_and_speaks(tmp_path
     whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
     assert [line["step"] for line in whole] == list(range(1, 7)) and whole == parts
     moved = settings | {"mesh__fsdp": 2, "mesh__tensor": 4, "lora__offload": True, "optimizer__offload": True}
+    moved["train__remat"] = "full"
     loop.train(file_run(tmp_path, base, "moved", **settings, train__steps=3))
     loop.train(file_run(tmp_path, base, "moved", **moved))
     np.testing.assert_allclose(

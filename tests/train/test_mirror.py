@@ -90,7 +90,7 @@ def test_a_store_that_fails_loses_nothing_and_the_next_start_copies_it(tmp_path,
             train(run)
     assert "cannot be written to or read (OSError: 'quota exceeded')" in refusal(caught)
     assert "The run is complete in" in refusal(caught)
-    assert "warning: memory://runs/mine cannot be written to" in capsys.readouterr().out
+    assert "warning: memory://runs/mine cannot be written to" in capsys.readouterr().err
     assert not [name for name in stored() if name.startswith("checkpoints/")]
     assert train(run).step == 4 and "step 4 of 4 is already done" in capsys.readouterr().out
     assert f"checkpoints/4/{manifest.FILE}" in stored()
