@@ -283,10 +283,19 @@ def _quantized_kernel(
         lax.fori_loop(0, w.turns, turn, loaded)
 
 
+def _masked(size: int, number: jax.Array) -> Any:
+    """The first `size` indices of a dimension that may have fewer, for masked loads.
+
+    The start is computed from a number of the kernel, because jax 0.12 refuses slices of which it knows that they go
+    beyond an array.
+    """
+    return pl.ds(number * 0, size)
+
+
 def _halves(ref: Any, tile: _Tile, *row: Any) -> list[jax.Array]:
     """The first and the second 16 inputs of every group, (groups, 16) each in float32."""
     mask = jnp.broadcast_to((jnp.arange(tile.groups) < tile.G)[:, None], (tile.groups, GROUP // 2))
-    indices = ((*row, pl.ds(0, tile.groups), jnp.int32(half), slice(None)) for half in range(2))
+    indices = ((*row, _masked(tile.groups, pl.program_id(0)), jnp.int32(half), slice(None)) for half in range(2))
     return [plgpu.load(ref.at[index], mask=mask, other=0).astype(jnp.float32) for index in indices]
 
 
@@ -294,7 +303,7 @@ def _loaded(w: _Work, turn: jax.Array, tile: _Tile) -> tuple[list[jax.Array], ja
     """The packed values and the scales of the block of a turn. After the last turn, nothing is read."""
     start = (w.first + turn * tile.programs) * tile.outputs
     wanted = turn < w.turns
-    rows, every = pl.ds(start, tile.outputs), pl.ds(0, tile.groups)
+    rows, every = pl.ds(start, tile.outputs), _masked(tile.groups, start)
     live = (jnp.arange(tile.groups) < tile.G) & wanted
     mask = jnp.broadcast_to(live[None, :, None], (tile.outputs, tile.groups, GROUP // 2))
     indices: list[Any] = [(rows, every, slice(None))]

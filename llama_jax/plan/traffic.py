@@ -25,7 +25,9 @@ def bytes_of_step(text: str) -> float:
 
 
 def _bytes_of(computations: Computations, name: str) -> float:
-    """Bytes that the instructions of a computation move. Of the branches of a condition, the largest is counted."""
+    """Bytes that the instructions of a computation move. Of the branches of a condition, the smallest is counted: a
+    greedy step draws no token.
+    """
     instructions = computations.get(name, [])
     types = {op.name: op.type for op in instructions}
     total = 0.0
@@ -34,7 +36,7 @@ def _bytes_of(computations: Computations, name: str) -> float:
             runs = trips(computations, instructions, op) if op.opcode == "while" else 1
             total += runs * sum(_bytes_of(computations, called) for called in op.called)
         elif op.opcode == "conditional":
-            total += max((_bytes_of(computations, called) for called in op.called), default=0.0)
+            total += min((_bytes_of(computations, called) for called in op.called), default=0.0)
         elif op.opcode.endswith("-start"):
             # The first two types are those of source and destination, of which one may be a slice.
             ends = _ARRAY.findall(op.type)[:2]

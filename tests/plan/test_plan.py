@@ -243,7 +243,9 @@ def test_the_bytes_of_a_step_are_those_of_main_memory():
 
 ENTRY""",
     )
-    assert traffic.bytes_of_step(called) == traffic.bytes_of_step(DECODE)  # the largest branch
+    assert traffic.bytes_of_step(called) == 0  # the smallest branch
+    both = called.replace("branch_computations={%small, %own}", "branch_computations={%own, %own}")
+    assert traffic.bytes_of_step(both) == traffic.bytes_of_step(DECODE)
 
 
 def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is_computed_meanwhile():
