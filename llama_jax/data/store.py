@@ -100,7 +100,10 @@ class TokenStore:
             self._check_size("targets.bin", -(-self.num_tokens // 8))
             self._targets = np.memmap(self.path / "targets.bin", dtype=np.uint8, mode="r")
         self.tokens = np.memmap(self.path / "tokens.bin", dtype=dtype, mode="r")
-        self.offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
+        try:
+            self.offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
+        except Exception as error:  # numpy parses the header as Python, whose tokenizer has errors of its own
+            raise self._damaged(f"offsets.npy: {type(error).__name__}: {error}") from error
 
     def _check_offsets(self) -> None:
         expected = (self.num_documents + 1,)

@@ -271,6 +271,22 @@ def test_reading_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
     assert build_store([str(path)], ByteTokenizer(), cache_dir=tmp_path / "cache", max_bad=1.0).num_bad == 5000
 
 
+def test_no_bit_of_the_header_of_the_offsets_is_an_error_of_numpy(built):
+    path = built.path / "offsets.npy"
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(8 * 128):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                TokenStore(built.path)
+        except DamagedStore:
+            refused += 1
+    assert refused > 500  # the others are in the padding of the header, and change nothing
+
+
 def test_a_killed_build_leaves_no_store_and_is_swept_later(tmp_path, file):
     code = f"""
 "Builds a store and kills itself at the first report of progress."
