@@ -3,7 +3,7 @@
 XLA dequantizes a weight before it multiplies: it transposes packed values in memory, and writes the whole unembedding
 in bfloat16. This kernel reads packed blocks of outputs, dequantizes them in the chip's vector memory, and multiplies
 them there, so that a decode step reads nothing but the packed weights
-(docs/measurements/tpu-compiler.md#quantized-decoding).
+(docs/measurements/tpu-compiler.md#few-rows-of-quantized-weights).
 
 Letters: R rows, O outputs, K inputs, G groups of a row of the weight, n columns of a group in a plane (32 for 8 bits,
 16 for 4 bits).

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,25 +123,27 @@ def linears(
         up: (..., in); the inputs are silu(x) * up (SwiGLU). It excludes `norm`.
         plus: (..., out), added to the product of a single weight (a residual).
     """
-    kinds = {w.bits if isinstance(w, QTensor) else str(w.dtype) for w, _ in weights if not isinstance(w, LoraTensor)}
     plain = [w for w, _ in weights if not isinstance(w, LoraTensor)]
+    kinds = {w.bits if isinstance(w, QTensor) else str(w.dtype) for w in plain}
     scale, eps = norm or (None, 0.0)
-    arguments = (x, scale, up, plus, [w for w, _ in weights], eps, tuple(axes for _, axes in weights))
+    inputs, every = _Inputs(x, scale, up, plus), tuple(axes for _, axes in weights)
     alike = len(plain) == len(weights) and len(kinds) == 1 and not _observers and not fp8.active()
     if alike and _kernels(x, plain) is not None:
-        return _native_of_several(*arguments)
-    return _several(*arguments)
+        return _native_of_several(inputs, plain, eps, every)
+    return _several(inputs, [w for w, _ in weights], eps, every)
 
 
-def _several(
-    x: jax.Array,
-    scale: jax.Array | None,
-    up: jax.Array | None,
-    plus: jax.Array | None,
-    weights: Sequence[Weight],
-    eps: float,
-    axes: tuple[Axes, ...],
-) -> list[jax.Array]:
+class _Inputs(NamedTuple):
+    """The arrays of `linears` besides the weights; `scale` is that of the norm."""
+
+    x: jax.Array
+    scale: jax.Array | None
+    up: jax.Array | None
+    plus: jax.Array | None
+
+
+def _several(inputs: _Inputs, weights: Sequence[Weight], eps: float, axes: tuple[Axes, ...]) -> list[jax.Array]:
+    x, scale, up, plus = inputs
     if scale is not None:
         x = rms_norm(x, scale, eps=eps)
     if up is not None:
@@ -150,33 +152,22 @@ def _several(
     return products if plus is None else [plus + products[0]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _native_of_several(
-    x: jax.Array,
-    scale: jax.Array | None,
-    up: jax.Array | None,
-    plus: jax.Array | None,
-    weights: Sequence[Weight],
-    eps: float,
-    axes: tuple[Axes, ...],
+    inputs: _Inputs, weights: Sequence[jax.Array | QTensor], eps: float, axes: tuple[Axes, ...]
 ) -> list[jax.Array]:
+    x, scale, *others = inputs
     norm = None if scale is None else (scale, eps)
-    up, plus = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (up, plus))
-    plain = [w for w in weights if not isinstance(w, LoraTensor)]
-    products = _kernels(x, plain).linears(x.reshape(-1, x.shape[-1]), plain, dtype=x.dtype, norm=norm, up=up, plus=plus)
+    up, plus = (None if a is None else a.reshape(-1, a.shape[-1]) for a in others)
+    flat = x.reshape(-1, x.shape[-1])
+    products = _kernels(x, weights).linears(flat, weights, dtype=x.dtype, norm=norm, up=up, plus=plus)
     return [a.reshape(*x.shape[:-1], -1) for a in products]
 
 
 def _native_of_several_forward(
-    x: jax.Array,
-    scale: jax.Array | None,
-    up: jax.Array | None,
-    plus: jax.Array | None,
-    weights: Sequence[Weight],
-    eps: float,
-    axes: tuple[Axes, ...],
+    inputs: _Inputs, weights: Sequence[jax.Array | QTensor], eps: float, axes: tuple[Axes, ...]
 ) -> tuple[list[jax.Array], Callable[..., Any]]:  # kernels have no gradient
-    return jax.vjp(functools.partial(_several, eps=eps, axes=axes), x, scale, up, plus, weights)
+    return jax.vjp(functools.partial(_several, eps=eps, axes=axes), inputs, weights)
 
 
 _native_of_several.defvjp(_native_of_several_forward, lambda eps, axes, pullback, g: pullback(g))

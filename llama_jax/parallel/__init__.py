@@ -4,7 +4,7 @@ from llama_jax.parallel.flags import compiler_options
 from llama_jax.parallel.gradients import ring_gradient, ring_takes
 from llama_jax.parallel.mesh import AXES, abstract_mesh, make_mesh, resolve, single_device_mesh
 from llama_jax.parallel.pipeline import pipeline
-from llama_jax.parallel.platform import check_fp8, compute_dtype, has_bfloat16, named_dtype
+from llama_jax.parallel.platform import check_fp8, compute_dtype, has_bfloat16, named_dtype, no_fp8
 from llama_jax.parallel.rules import (
     HOST,
     RULES,
@@ -56,6 +56,7 @@ __all__ = [
     "length_order",
     "make_mesh",
     "named_dtype",
+    "no_fp8",
     "on_device",
     "on_each_part",
     "on_host",

@@ -40,10 +40,15 @@ def check_fp8(mesh: Mesh) -> None:
     except (AttributeError, ValueError):  # another maker's chip
         able = False
     if not able:
-        raise ConfigError(
-            f"train.products=fp8 needs NVIDIA GPUs of compute capability 8.9 or above, and this is "
-            f"{device.device_kind}: set train.products=compute"
-        )
+        raise no_fp8(device.device_kind)
+
+
+def no_fp8(device: str) -> ConfigError:
+    """The error of a run with 8-bit products for a device that has none."""
+    return ConfigError(
+        f"train.products=fp8 needs NVIDIA GPUs of compute capability 8.9 or above, and this is {device}: set "
+        "train.products=compute"
+    )
 
 
 def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:

@@ -19,7 +19,7 @@ from llama_jax import parallel
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer.program import Program, layout_of
-from llama_jax.ops import few_rows_tpu, quant
+from llama_jax.ops import few_rows_gpu, few_rows_tpu, quant
 from llama_jax.plan import memory, planner, projection
 from llama_jax.plan.devices import GIB, Devices
 from llama_jax.plan.facts import facts_of
@@ -172,7 +172,7 @@ def _scratch(serving: Serving, program: Program, devices: Devices) -> int:
     assert program.layout is not None
     rows, tpu = serving.rows, devices.chip.platform == "tpu"
     kernel = serving.dtype == "bfloat16" and (
-        rows <= few_rows_tpu.MAX_ROWS if tpu else devices.count == 1 and rows <= 64
+        rows <= few_rows_tpu.MAX_ROWS if tpu else devices.count == 1 and rows <= few_rows_gpu.MAX_ROWS
     )
     m, tensor = serving.model, program.layout.parts("heads")
     width = jnp.dtype(serving.dtype).itemsize

@@ -133,10 +133,7 @@ def make(run: RunConfig, devices: Devices, *, compiling: bool = True) -> Plan:
     sizes = parallel.resolve(dataclasses.asdict(run.mesh), devices.count)
     run.check_mesh(sizes)
     if run.train.products == "fp8" and devices.chip.platform != "cuda":
-        raise ConfigError(
-            f"train.products=fp8 needs NVIDIA GPUs of compute capability 8.9 or above, and this is {devices.name}: set "
-            "train.products=compute"
-        )
+        raise parallel.no_fp8(devices.name)
     dtype = parallel.named_dtype(run.train.compute_dtype)
     kernel, _ = attention_kernel(run, sizes, devices)
     closed = memory.training(run, sizes, dtype=dtype, flash=kernel != "xla", platform=devices.chip.platform)
