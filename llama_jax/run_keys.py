@@ -206,8 +206,8 @@ class TrainConfig:
             ends it early. It needs data.validation and log.eval_every.
         accumulate: Parts that a batch is split into and computed one after the other, which lowers memory. It must
             divide data.batch_size.
-        compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16, and
-            float32 on a CPU.
+        compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16 on
+            devices that multiply it (CPUs with avx512_bf16 or AMX among them), and float32 on others.
         products: Operands of the matrix products of layers in training steps. `compute` is train.compute_dtype. `fp8`
             rounds them to 8 bits with a scale for each (arXiv:2209.05433), for NVIDIA GPUs of compute capability 8.9
             and above, such as H100; it changes the losses. Frozen quantized weights, LoRA's own matrices, the

@@ -198,20 +198,12 @@ def default_dtype(stored: np.dtype, *, quantized: bool) -> jnp.dtype:
         stored: dtype of the stored weights.
         quantized: True if the stored weights are quantized.
     """
-    cpu = jax.default_backend() == "cpu"
-    if cpu and (not _has_bfloat16() or (quantized and not ready())):
+    device = jax.local_devices()[0]
+    able = parallel.has_bfloat16(device)
+    if device.platform == "cpu" and (not able or (quantized and not ready())):
         return jnp.dtype(jnp.float32)
-    half = jnp.dtype(jnp.bfloat16 if parallel.has_bfloat16(jax.local_devices()[0]) else jnp.float16)
+    half = jnp.dtype(jnp.bfloat16 if able else jnp.float16)
     return half if quantized or stored in (np.float16, jnp.bfloat16) else jnp.dtype(stored)
-
-
-def _has_bfloat16() -> bool:
-    """True if this machine's CPU has instructions for bfloat16, as far as Linux says."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return bool({"amx_bf16", "avx512_bf16"} & set(flags))
 
 
 def as_folders(adapters: Any) -> dict[str, str | os.PathLike[str]]:

@@ -4,7 +4,7 @@ from llama_jax.parallel.flags import compiler_options
 from llama_jax.parallel.gradients import ring_gradient, ring_takes
 from llama_jax.parallel.mesh import AXES, abstract_mesh, make_mesh, resolve, single_device_mesh
 from llama_jax.parallel.pipeline import pipeline
-from llama_jax.parallel.platform import check_fp8, compute_dtype, has_bfloat16, named_dtype, no_fp8
+from llama_jax.parallel.platform import check_fp8, compute_dtype, cpu_features, has_bfloat16, named_dtype, no_fp8
 from llama_jax.parallel.rules import (
     HOST,
     RULES,
@@ -47,6 +47,7 @@ __all__ = [
     "compiler_options",
     "compute_capability",
     "compute_dtype",
+    "cpu_features",
     "constrain",
     "constrain_first",
     "device",

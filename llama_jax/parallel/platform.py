@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,25 @@ from llama_jax.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 
-def has_bfloat16(device: jax.Device) -> bool:
-    """True if a device multiplies bfloat16: TPUs, and NVIDIA GPUs of compute capability 8.0 (Ampere) and above.
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Names of this machine's processor features as Linux spells them, such as avx512_bf16; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(word for line in named for word in line.split())
 
-    CPUs count too; their instructions differ, and `infer` looks at them.
+
+def has_bfloat16(device: jax.Device) -> bool:
+    """True if a device multiplies bfloat16.
+
+    These are TPUs, NVIDIA GPUs of compute capability 8.0 (Ampere) and above, and processors with avx512_bf16 or AMX, as
+    far as Linux names them. On other processors bfloat16 is slower than float32.
     """
+    if device.platform == "cpu":
+        return not cpu_features().isdisjoint({"avx512_bf16", "amx_bf16"})
     try:
         return float(getattr(device, "compute_capability", "") or 8) >= 8
     except ValueError:  # the name of another maker's chip
@@ -54,9 +69,9 @@ def no_fp8(device: str) -> ConfigError:
 def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
     """The dtype for a config value of `float32`, `bfloat16` or `auto`.
 
-    `auto` is bfloat16 on accelerators and float32 on CPUs. In float32 a run gives the same losses on any mesh and any
-    CPU. bfloat16 trains 1.6 times as fast on a CPU with avx512_bf16 (benchmarks/training.py). On a GPU that has no
-    bfloat16, `auto` is float32: gradients in float16 would need a scaled loss.
+    `auto` is bfloat16 on devices that multiply it, and float32 on others: gradients in float16 would need a scaled
+    loss. In float32 a run gives the same losses on any mesh and any device, to about 1e-5. bfloat16 trains 1.5 times
+    as fast on a CPU with avx512_bf16 (docs/measurements/quickstart.md).
 
     Args:
         name: the config value.
@@ -64,7 +79,7 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if name == "auto":
-        name = "float32" if device.platform == "cpu" or not has_bfloat16(device) else "bfloat16"
+        name = "bfloat16" if has_bfloat16(device) else "float32"
         if name == "float32" and device.platform != "cpu":
             _say_once(
                 f"{device.device_kind} has no bfloat16, so that training runs in float32, at about an eighth of the "

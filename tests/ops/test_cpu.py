@@ -1,6 +1,7 @@
 """The native CPU kernels beside plain float64 products, and every way of having none."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -251,6 +252,20 @@ def test_training_and_sharded_arrays_keep_to_xla():
     assert ("llama_linear" in many) == cpu.multiplies(17)
 
 
+@pytest.mark.parametrize(("gain", "many"), [(1.4, True), (0.7, False), (None, False)])
+def test_many_rows_use_the_kernels_where_they_were_faster_when_they_were_built(tmp_path, monkeypatch, gain, many):
+    library = tmp_path / "cpu.so"
+    if gain is not None:
+        library.with_suffix(".json").write_text(json.dumps({"gain_of_many_rows": gain}))
+    monkeypatch.setattr(cpu, "_loaded", lambda: library)
+    monkeypatch.setattr(cpu, "_gain_of_many_rows", cpu._gain_of_many_rows.__wrapped__)
+    assert cpu.multiplies(16) and cpu.multiplies(17) is many and not cpu.multiplies(0)
+
+
+def test_a_library_says_how_fast_it_was():
+    assert 0.1 < build.gain_of_many_rows(build.library()) < 100
+
+
 SCRIPT = """
 import logging; logging.basicConfig(format="%(message)s")
 import jax.numpy as jnp
@@ -299,12 +314,12 @@ def test_two_processes_may_build_at_once(tmp_path):
     for process in both:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0 and out.split()[-1] == "True", error
-    (library,) = (tmp_path / "native").iterdir()
-    assert library.suffix == ".so"
+    (library,) = (tmp_path / "native").glob("*.so")
+    assert {path.suffix for path in library.parent.iterdir()} == {".so", ".json"}
 
 
 @pytest.mark.slow  # two runs of the compiler, 10 seconds each
-@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64", "-march=skylake-avx512"])
+@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64", "-march=skylake-avx512", "-DEMULATE_AMX"])
 def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
     monkeypatch.setenv("LLAMA_JAX_CXXFLAGS", flags)
     subprocess.run([sys.executable, "-m", "llama_jax.ops.cpu.build", str(tmp_path / "cpu.so")], check=True, timeout=300)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from pathlib import Path
 
 import jax
 
@@ -39,30 +40,35 @@ def ready() -> bool:
     if layout is not None and layout.mesh.size > 1:
         _say_once(f"the arrays are sharded over {layout.mesh.size} devices")
         return False
-    return _loaded()
+    return _loaded() is not None
 
 
 def multiplies(rows: int) -> bool:
     """True if products of this number of rows with weights should use the kernels.
 
-    More than 16 rows use them on processors that multiply bfloat16 in vectors. Others were not measured, and AMX is
-    used by XLA alone.
+    Those of more than 16 rows do where they were faster than XLA when the library was built.
     """
-    features = build.features()
-    faster = rows <= _FEW_ROWS or ("avx512_bf16" in features and "amx_bf16" not in features)
-    return rows > 0 and faster and ready()
+    return rows > 0 and ready() and (rows <= _FEW_ROWS or _gain_of_many_rows() > 1)
 
 
 @functools.cache
-def _loaded() -> bool:
+def _loaded() -> Path | None:
+    """The library, once it is registered. None if it cannot be used, which is logged."""
     if os.environ.get(ENV, "").lower() in ("off", "0", "false"):
-        return False
+        return None
     try:
-        build.register(build.library())
+        library = build.library()
+        build.register(library)
     except (Unavailable, OSError, AttributeError) as error:
         _say_once(str(error))
-        return False
-    return True
+        return None
+    return library
+
+
+@functools.cache
+def _gain_of_many_rows() -> float:
+    library = _loaded()
+    return 0.0 if library is None else build.gain_of_many_rows(library)
 
 
 @functools.cache

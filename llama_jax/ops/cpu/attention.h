@@ -66,13 +66,14 @@ template <class M> static void weigh(float* scores, int count, int from, int to,
 // Queries first..last of row b and key/value head k.
 template <class M> static void attend_many(const Queries& in, const Keys& keys, int b, int k, int first, int last) {
   const int G = in.N / in.K, H = in.H, rows = (last - first) * G, padded = rounded_up(H, ALIGN), wide = rounded_up(H, PANEL);
-  const int room = rows + MOST_ROWS; const int64_t base = ((int64_t)b * in.K + k) * in.S;
+  const int room = rows + MOST_ROWS<M>; const int64_t base = ((int64_t)b * in.K + k) * in.S;
   const float scale = 1.44269504f / sqrtf((float)H);
   static thread_local Scratch scratch;
-  char* memory = scratch.get<char>((int64_t)room * (padded * sizeof(M) + wide * 4 + 8) + MOST_ROWS * KEYS * 8 + KEYS * (padded + wide) * sizeof(M) + PANEL * (padded + wide) * sizeof(M) + 1024);
+  const Amx amx;
+  char* memory = scratch.get<char>((int64_t)room * (padded * sizeof(M) + wide * 4 + 8) + MOST_ROWS<M> * KEYS * 8 + KEYS * (padded + wide) * sizeof(M) + PANEL * (padded + wide) * sizeof(M) + 1024);
   auto take = [&](auto* like, int64_t count) { auto* p = (decltype(like))memory; memory += (count * sizeof(*like) + 63) & ~63ll; return p; };
-  M *q = take((M*)0, (int64_t)room * padded), *weights = take((M*)0, MOST_ROWS * KEYS), *few = take((M*)0, PANEL * std::max(padded, wide));
-  float *out = take((float*)0, (int64_t)room * wide), *top = take((float*)0, room), *total = take((float*)0, room), *scores = take((float*)0, MOST_ROWS * KEYS);
+  M *q = take((M*)0, (int64_t)room * padded), *weights = take((M*)0, MOST_ROWS<M> * KEYS), *few = take((M*)0, PANEL * std::max(padded, wide));
+  float *out = take((float*)0, (int64_t)room * wide), *top = take((float*)0, room), *total = take((float*)0, room), *scores = take((float*)0, MOST_ROWS<M> * KEYS);
   uint32_t *k_panels = take((uint32_t*)0, KEYS * padded / UNIT<M>), *v_panels = take((uint32_t*)0, KEYS * wide / UNIT<M>);
   const int32_t *low = in.low + (int64_t)b * in.T, *high = in.high + (int64_t)b * in.T;
   auto end_of = [&](int t) { return std::min(high[t], in.S); };
@@ -102,19 +103,19 @@ template <class M> static void attend_many(const Queries& in, const Keys& keys, 
       for (int h = 0; h < wide; h += PANEL) pack_rows(few + h, wide, v_panels + (int64_t)h * (KEYS / UNIT<M>) + s / UNIT<M> * PANEL);
     }
     if (wide != padded || H % ALIGN) std::fill(few, few + PANEL * std::max(padded, wide), M(0));
-    for (int r = 0; r < rows; r += MOST_ROWS) {
-      const int n = std::min(MOST_ROWS, rows - r);
+    for (int r = 0; r < rows; r += MOST_ROWS<M>) {
+      const int n = std::min(MOST_ROWS<M>, rows - r);
       int from = end, to = 0;
       for (int t = first + r / G; t <= first + (r + n - 1) / G; t++) if (start_of(t) < end_of(t)) from = std::min(from, start_of(t)), to = std::max(to, end_of(t));
       if (to <= s0 || from >= s0 + count) continue;
       const int seen = rounded_up(std::min(count, to - s0), PANEL);
-      for (int s = 0; s < seen; s += PANEL) tile_of(n, q + (int64_t)r * padded, padded, k_panels + (int64_t)s * units, units, scores + s, KEYS, false);
+      for (int s = 0; s < seen; s += PANEL) multiply(n, q + (int64_t)r * padded, padded, k_panels + (int64_t)s * units, units, scores + s, KEYS, false);
       for (int i = 0; i < n; i++) {
         const int t = first + (r + i) / G;
         const int begin = std::min(std::max(start_of(t) - s0, 0), seen), stop = std::min(std::max(end_of(t) - s0, begin), seen);
         weigh(scores + i * KEYS, seen, begin, stop, scale, top[r + i], total[r + i], out + (int64_t)(r + i) * wide, wide, weights + i * KEYS);
       }
-      for (int h = 0; h < wide; h += PANEL) tile_of(n, weights, KEYS, v_panels + (int64_t)h * (KEYS / UNIT<M>), seen / UNIT<M>, out + (int64_t)r * wide + h, wide, true);
+      for (int h = 0; h < wide; h += PANEL) multiply(n, weights, KEYS, v_panels + (int64_t)h * (KEYS / UNIT<M>), seen / UNIT<M>, out + (int64_t)r * wide + h, wide, true);
     }
   }
   for (int r = 0; r < rows; r++) {

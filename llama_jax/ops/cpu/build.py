@@ -5,14 +5,16 @@ of the processor. A library is compiled and checked in a process of its own unde
 has passed, so that two processes may build at once and a crash harms nothing. A failure is recorded under the same
 name, and is not tried again.
 
-    python -m llama_jax.ops.cpu.build FILE    # compiles, checks and writes FILE
+Products of many rows are timed once beside XLA's, and the ratio is kept in a file beside the library.
+
+    python -m llama_jax.ops.cpu.build FILE    # compiles, checks, times and writes FILE
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -22,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 from llama_jax import compilation_cache
-from llama_jax.files import expanded
+from llama_jax.files import expanded, write_json
 
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
@@ -75,6 +77,14 @@ def library() -> Path:
     return target
 
 
+def gain_of_many_rows(library: Path) -> float:
+    """How many times as fast as XLA a library multiplied many rows when it was built; 0 if that is not known."""
+    try:
+        return float(json.loads(library.with_suffix(".json").read_text())["gain_of_many_rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def _compiler() -> str | None:
     chosen = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, (chosen,) if chosen else _COMPILERS)), None)
@@ -99,12 +109,6 @@ def _features() -> str:
         return platform.processor()
     wanted = ("flags", "Features", "model name", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-@functools.cache
-def features() -> frozenset[str]:
-    """Names of the processor's features as Linux spells them, such as avx512_bf16; empty on other systems."""
-    return frozenset(_features().split())
 
 
 def _is_ours(path: Path) -> bool:
@@ -162,7 +166,7 @@ def register(path: Path) -> None:
 
 
 def main(target: Path) -> None:
-    """Compiles, checks and writes a library."""
+    """Compiles, checks, times and writes a library."""
     from llama_jax.ops.cpu import check
 
     descriptor, name = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=target.parent)
@@ -172,6 +176,7 @@ def main(target: Path) -> None:
         compile_to(building)
         register(building)
         check.against_xla()
+        write_json(target.with_suffix(".json"), {"gain_of_many_rows": round(check.gain_of_many_rows(), 2)})
         building.chmod(0o700)
         os.replace(building, target)
     finally:

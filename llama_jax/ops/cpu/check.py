@@ -1,13 +1,15 @@
-"""The check of a new library: every kernel is compared with the same computation in XLA before the library is used."""
+"""The check of a new library, before it is used: every kernel gives what XLA gives, and which of both is faster."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax import parallel
 from llama_jax.ops import quant
 from llama_jax.ops.cpu import calls
 from llama_jax.ops.quant import QTensor
@@ -40,6 +42,26 @@ def against_xla() -> None:
     table, ids = normal(9, 40).astype(jnp.bfloat16), jnp.array([[8, 0], [3, 3]])
     if not jnp.array_equal(jax.jit(calls.rows)(table, ids), table[ids]):
         raise RuntimeError("rows: the kernel differs from XLA")
+
+
+def gain_of_many_rows() -> float:
+    """How many times as fast as XLA the kernel multiplies many rows here, in the dtype that sampling has here.
+
+    Of runs in turn, the fastest of each count, so that other work on the machine matters little.
+    """
+    dtype = jnp.bfloat16 if parallel.has_bfloat16(jax.local_devices()[0]) else jnp.float32
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((512, 1024)), dtype)
+    w = jnp.asarray(rng.standard_normal((2048, 1024)), dtype)
+    kernel = jax.jit(lambda x, w: calls.linears(x, [w], dtype=dtype)[0])
+    xla = jax.jit(lambda x, w: jnp.dot(x, w.T, preferred_element_type=jnp.float32).astype(dtype))
+    seconds: dict[Callable[..., jax.Array], list[float]] = {kernel: [], xla: []}
+    for _ in range(8):
+        for product, times in seconds.items():
+            start = time.perf_counter()
+            jax.block_until_ready(product(x, w))
+            times.append(time.perf_counter() - start)
+    return min(seconds[xla]) / min(seconds[kernel])
 
 
 def _check_attention(normal: Callable[..., jax.Array]) -> None:

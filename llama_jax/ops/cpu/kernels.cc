@@ -237,10 +237,11 @@ template <class M> static void panel(const Inputs& in, const M* x, const Weight&
     std::fill(few + (int64_t)n * in.pad + live, few + (int64_t)(n + 1) * in.pad, M(0));
   }
   pack_columns(few, in.pad, columns);
-  float t[MOST_ROWS * PANEL];
-  for (int b0 = 0; b0 < in.B; b0 += MOST_ROWS) {
-    const int count = std::min(MOST_ROWS, in.B - b0);
-    tile_of(count, x + (int64_t)b0 * in.pad, in.pad, columns, in.pad / UNIT<M>, t, PANEL, false);
+  float t[MOST_ROWS<M> * PANEL];
+  const Amx amx;
+  for (int b0 = 0; b0 < in.B; b0 += MOST_ROWS<M>) {
+    const int count = std::min(MOST_ROWS<M>, in.B - b0);
+    multiply(count, x + (int64_t)b0 * in.pad, in.pad, columns, in.pad / UNIT<M>, t, PANEL, false);
     for (int b = 0; b < count; b++) {
       const int64_t to = (int64_t)(in.first + b0 + b) * w.N + lo;
       if (out_bf16) narrow(t + b * PANEL, hi - lo, (uint16_t*)w.out + to); else narrow(t + b * PANEL, hi - lo, (float*)w.out + to);
@@ -253,7 +254,7 @@ INLINE int halves_order(int k) { return (k & ~63) + (k & 15) + ((k & 32) >> 1) +
 // Inputs of in.B rows, of a call with more than FEW rows if many. The last rows of such a call may be few.
 static void prepare(Inputs& in, Math math, bool grouped, bool many, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
-  const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS : 0);  // rows beyond B may be multiplied too, and their results are dropped
+  const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS<uint16_t> : 0);  // rows beyond B may be multiplied too, and their results are dropped
   in.pad = rounded_up(in.K, 64);
   in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
   if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);

@@ -3,13 +3,19 @@
 // A is row-major. A panel holds PANEL columns of B, one unit of every column after the other. A unit is what one lane
 // multiplies at a time: one float, or two bfloat16 values (M is float or uint16_t).
 #pragma once
+#include <algorithm>
+#include "amx.h"
 #include "simd.h"
 
 #if LANES == 16 && defined(__AVX512BF16__)
 #define HAS_BF16 1
 #endif
 constexpr int PANEL = 2 * LANES;
-constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // of a tile: as many as leave registers for a panel
+constexpr int IN_REGISTERS = LANES == 16 ? 12 : 6;  // rows of a tile: as many as leave registers for a panel
+template <class M> constexpr int MOST_ROWS = IN_REGISTERS;
+#ifdef HAS_AMX
+template <> constexpr int MOST_ROWS<uint16_t> = 32;  // two tiles of AMX
+#endif
 constexpr int ALIGN = 32;                        // values of a row of A, and of a column of a panel, are a multiple of it
 template <class M> constexpr int UNIT = 4 / sizeof(M);
 
@@ -76,13 +82,23 @@ template <class M, int R> static void tile_of(const M* a, int64_t stride, const 
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(c + r * ld + j * LANES, sums[r][j]);
 }
-// The same for up to MOST_ROWS rows. A and c have room for MOST_ROWS; rows beyond `rows` may be computed too.
-template <class M> static void tile_of(int rows, const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
+template <class M> static void in_registers(int rows, const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
   if (rows > 6) {
-    if (MOST_ROWS == 12 && rows > 8) tile_of<M, MOST_ROWS>(a, stride, panel, units, c, ld, add);
-    else tile_of<M, (MOST_ROWS > 8 ? 8 : MOST_ROWS)>(a, stride, panel, units, c, ld, add);
+    if (IN_REGISTERS == 12 && rows > 8) tile_of<M, IN_REGISTERS>(a, stride, panel, units, c, ld, add);
+    else tile_of<M, (IN_REGISTERS > 8 ? 8 : IN_REGISTERS)>(a, stride, panel, units, c, ld, add);
   } else if (rows > 4) tile_of<M, 6>(a, stride, panel, units, c, ld, add);
   else if (rows > 2) tile_of<M, 4>(a, stride, panel, units, c, ld, add);
   else if (rows > 1) tile_of<M, 2>(a, stride, panel, units, c, ld, add);
   else tile_of<M, 1>(a, stride, panel, units, c, ld, add);
+}
+// The same for up to MOST_ROWS rows, by the fastest instructions. A and c have room for MOST_ROWS, and rows beyond `rows`
+// may be computed too. The caller has an Amx.
+template <class M> static void multiply(int rows, const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
+#ifdef HAS_AMX
+  if constexpr (sizeof(M) == 2) if (amx_allowed()) {
+    if (rows > 16) amx_tile<true>(a, stride, panel, units, c, ld, add); else amx_tile<false>(a, stride, panel, units, c, ld, add);
+    return;
+  }
+#endif
+  for (int r = 0; r < rows; r += IN_REGISTERS) in_registers(std::min(IN_REGISTERS, rows - r), a + r * stride, stride, panel, units, c + r * ld, ld, add);
 }
