@@ -8,12 +8,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llama_jax.cli import parser
 from llama_jax.errors import ConfigError, brief, nearest
+
+if TYPE_CHECKING:
+    from llama_jax.weights import name_table
 
 _EXAMPLES = """\
 examples:
@@ -61,8 +64,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="texts of the kind that the model will see; they weight the errors of int4 and q4_0. The model runs over "
-        "them, so that it must fit into memory",
+        help="texts of the kind that the model will see; GPTQ rounds to int4 and q4_0 for the activations that they "
+        "give. The model runs over them, so that it must fit into memory",
     )
     flags.aliases |= {"--lora": "--adapter", "--outtype": "--dtype", "--max_shard_size": "--shard_size"}
     options = flags.parse(argv)
@@ -96,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
     if adapter is not None:
         metadata = peft.adapted_metadata(metadata, adapter, source.config)
     dtype = options.dtype or export.default_dtype(leaves, options.to)
-    importance = _importance(options, dtype) if options.calibrate else None
+    if options.calibrate:
+        leaves = _calibrated(options, dtype)
     path = export.save(
         options.dest,
         config,
@@ -105,7 +109,6 @@ def main(argv: Sequence[str]) -> int:
         format=options.to,
         dtype=options.dtype,
         shard_bytes=options.shard_size,
-        importance=importance,
     )
     seconds = time.perf_counter() - start
     print(f"{path}: {options.to} in {dtype}, {parser.human_bytes(size_of(path))} in {seconds:.1f} s")
@@ -114,18 +117,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _importance(options: argparse.Namespace, dtype: str) -> Mapping[tuple[str | int, ...], Any]:
-    """The mean square of each input of every weight matrix, measured on the texts of --calibrate."""
+def _calibrated(options: argparse.Namespace, dtype: str) -> name_table.Leaves:
+    """The tensors of the source, rounded to 4 bits by the texts of --calibrate."""
     if dtype not in ("int4", "q4_0"):
         raise ConfigError(f"--calibrate goes with --dtype int4 or q4_0, not with {dtype}")
+    if options.adapter is not None:
+        raise ConfigError("--calibrate takes a model without --adapter: merge the adapter first")
     from llama_jax.cli.eval import samples
     from llama_jax.eval import calibration
     from llama_jax.infer.load import load
+    from llama_jax.weights import export
 
-    if options.adapter is not None:
-        raise ConfigError("--calibrate takes a model without --adapter: merge the adapter first")
     llama = load(options.source, quantize="none")
-    return calibration.importance(llama, samples(options.calibrate))
+    return export.leaves_of(llama.config, calibration.quantized(llama, samples(options.calibrate)))
 
 
 def size_of(path: Path) -> int:

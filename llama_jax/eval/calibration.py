@@ -1,45 +1,48 @@
-"""Calibration: measures the mean square of each input of every weight matrix, which weights the errors of quantization.
+"""Calibration: weights are rounded to 4 bits so that products with the inputs that a text gives change little.
 
-An error in a weight changes the output in proportion to the input that it multiplies. The squared error of a row,
-weighted by the mean squares of its inputs, is the expected squared error of the product if the inputs are uncorrelated.
-llama.cpp calls these mean squares an importance matrix.
+The layers are rounded one after the other (ops/gptq.py). Each sees the inputs that the rounded layers before it
+compute, so that it makes up for their errors too, and only one layer's moments of inputs are in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from llama_jax import model
+from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.eval.sliding_window import Sample, counted_ids
-from llama_jax.ops import linear
+from llama_jax.model import Block, Positions
+from llama_jax.ops import gptq, linear, rope
 from llama_jax.ops.lora import LoraTensor
-from llama_jax.ops.quant import QTensor
+from llama_jax.ops.norm import rms_norm
+from llama_jax.ops.quant import GROUP, QTensor
+from llama_jax.progress import progress_bar
 from llama_jax.text.tokenizer import require_tokenizer
-from llama_jax.weights import name_table
 from llama_jax.weights.quantize import bits_of, rounder
 
 if TYPE_CHECKING:
     from llama_jax.infer.llama import Llama
     from llama_jax.params import Params
 
-Importance = dict[name_table.Path, np.ndarray]
 _LENGTH = 512
 _TOKENS = 16_384
+_Windows = list[tuple[jax.Array, Positions]]  # hidden states (1, T, D), and their positions
 
 
-def importance(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS) -> Importance:
-    """The mean square of each input of every matrix, as float32 (in,) by path. An untied embedding has none.
+def quantized(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS, progress: bool = True) -> Params:
+    """The weights of a model in "int4", rounded by GPTQ for the inputs that the texts give.
+
+    Matrices that int4 keeps in 8 bits, and an embedding, are rounded as without calibration.
 
     Args:
         llama: the model before quantization, on one device.
         texts: texts, dialogs and completions of the kind that the model will see.
         tokens: most tokens that are read, in windows of at most 512.
+        progress: True shows a bar on standard error, if it takes some seconds.
 
     Raises:
         ConfigError: the model has no tokenizer, is on several devices or is quantized already, or the texts have no
@@ -49,46 +52,84 @@ def importance(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS) 
     if llama.mesh is not None or any(isinstance(leaf, (QTensor, LoraTensor)) for leaf in leaves):
         raise ConfigError("calibration needs the plain weights on one device: load them with quantize='none'")
     require_tokenizer(llama.tokenizer, "calibration")
-    paths = {
-        id(name_table.get(llama.params, weight.path)): weight.path
-        for weight in name_table.weights(llama.config, "huggingface")
-    }
-    sums: dict[name_table.Path, jax.Array] = {}
+    config, params, windows = llama.config, llama.params, _windows(llama, texts, tokens)
+    layers = []
+    with progress_bar(config.num_layers, "calibrating", unit="layer", shown=progress) as bar:
+        for layer in params["layers"]:
+            layers.append(_rounded(layer, _moments(config, layer, windows)))
+            windows = [(_compiled_block(config, layers[-1], x, pos), pos) for x, pos in windows]
+            bar.update(1)
+    result = {**params, "layers": tuple(layers)}
+    bits = {path[0]: bits for path, bits in bits_of(config, "int4").items() if path[0] != "layers"}
+    for name in bits:
+        result[name] = rounder(bits[name])(params[name])
+    if bits.get("unembed") == 4:
+        norm, eps = params["norm"]["scale"], config.norm_eps
+        moments = sum(_second_moments(rms_norm(x, norm, eps=eps)) for x, _ in windows)
+        result["unembed"] = gptq.fit(params["unembed"], moments / _count(windows))
+    return result
 
-    def observe(x: jax.Array, w: linear.Weight) -> None:
-        path = paths[id(w)]
-        sums[path] = sums.get(path, 0) + jnp.sum(jnp.square(x.astype(jnp.float32)).reshape(-1, x.shape[-1]), axis=0)
 
-    count = 0
-    for ids in _windows(llama, texts, min(_LENGTH, llama.config.max_seq_len)):
-        with linear.observed(observe):
-            positions = jnp.arange(len(ids))[None]
-            hidden, _ = model.forward(
-                llama.config, llama.params, jnp.asarray([ids]), positions, None, dtype=llama.engine.dtype
-            )
-            observe(hidden, model.unembedding(llama.config, llama.params))
-        count += len(ids)
-        if count >= tokens:
+def _windows(llama: Llama, texts: Sequence[Sample], tokens: int) -> _Windows:
+    """The embedded tokens of the texts, in windows."""
+    length, dtype = min(_LENGTH, llama.config.max_seq_len), llama.engine.dtype
+    windows: _Windows = []
+    for ids in _ids(llama, texts, length):
+        positions = jnp.arange(len(ids))[None]
+        pos = Positions(positions, None, None, *rope.rotations(llama.config, positions))
+        windows.append((linear.embed(llama.params["embed"], jnp.asarray([ids]), dtype), pos))
+        if _count(windows) >= tokens:
             break
-    if not count:
+    if not windows:
         raise ConfigError("the texts for calibration hold no token: give at least one of a few words")
-    return {path: np.asarray(total) / count for path, total in sums.items()}
+    return windows
 
 
-def _windows(llama: Llama, texts: Sequence[Sample], length: int) -> Iterator[list[int]]:
+def _ids(llama: Llama, texts: Sequence[Sample], length: int) -> Iterator[list[int]]:
     for sample in texts:
         ids, _ = counted_ids(llama, sample)
         for start in range(0, len(ids), length):
             yield ids[start : start + length]
 
 
-def rounded(llama: Llama, quantize: str, by: Mapping[name_table.Path, np.ndarray]) -> Params:
-    """The weights of a model quantized to "int8" or "int4", with the rounding errors weighted by `importance`."""
-    bits = bits_of(llama.config, quantize)
+def _count(windows: _Windows) -> int:
+    return sum(x.shape[1] for x, _ in windows)
 
-    def leaf(path: name_table.Path) -> jax.Array | QTensor:
-        weight = name_table.get(llama.params, path)
-        return rounder(bits[path])(weight, by.get(path)) if path in bits else weight
 
-    weights = name_table.weights(llama.config, "huggingface")
-    return name_table.build(llama.config, ((weight.path, leaf(weight.path)) for weight in weights))
+def _block(config: ModelConfig, layer: Params, x: jax.Array, pos: Positions) -> jax.Array:
+    return Block(config, layer)(x, pos, None)[0]
+
+
+_compiled_block = jax.jit(_block, static_argnums=0)
+
+
+def _moments(config: ModelConfig, layer: Params, windows: _Windows) -> dict[int, jax.Array]:
+    """mean(x x^T) of the inputs x of each matrix of a layer, float32 (in, in) by the id of the matrix."""
+    sums: dict[int, jax.Array] = {}
+    latest: list[jax.Array] = []  # q, k and v have the same inputs, and so have gate and up
+
+    def observe(x: jax.Array, w: linear.Weight) -> None:
+        if not latest or latest[0] is not x:
+            latest[:] = x, _second_moments(x)
+        sums[id(w)] = sums[id(w)] + latest[1] if id(w) in sums else latest[1]
+
+    with linear.observed(observe):
+        for x, pos in windows:
+            _block(config, layer, x, pos)
+    return {weight: total / _count(windows) for weight, total in sums.items()}
+
+
+@jax.jit
+def _second_moments(x: jax.Array) -> jax.Array:
+    """The sum of x x^T over all rows of x (..., in), in float32."""
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return jnp.dot(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+def _rounded(layer: Params, moments: dict[int, jax.Array]) -> Params:
+    """A layer with its matrices in 4 bits. Those whose rows are no multiple of 32 values stay as they are."""
+
+    def rounded(leaf: jax.Array) -> jax.Array | QTensor:
+        return gptq.fit(leaf, moments[id(leaf)]) if id(leaf) in moments and leaf.shape[-1] % GROUP == 0 else leaf
+
+    return jax.tree.map(rounded, layer)

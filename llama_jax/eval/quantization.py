@@ -22,7 +22,7 @@ import numpy as np
 
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring
-from llama_jax.eval.calibration import importance, rounded
+from llama_jax.eval.calibration import quantized
 from llama_jax.eval.sliding_window import Sample, counted_ids
 from llama_jax.infer.llama import Llama
 from llama_jax.infer.load import load
@@ -86,8 +86,7 @@ def measure(
         texts: the texts, dialogs and completions that both models predict; see `sliding_window.perplexity`.
         quantizations: values of `quantize` of `llama_jax.load`.
         others: more quantized files or folders of the same model, as `llama_jax.load` takes them.
-        calibration: texts whose activations weight the errors of rounding; they give another result for each
-            quantization of 4 bits.
+        calibration: texts by whose activations 4 bits are rounded (`calibration.quantized`), for one more result.
         context: tokens in a window. The windows of a text do not overlap.
         opened: other arguments of `llama_jax.load`, for all models.
         progress: True shows a bar on standard error. The default shows it for many windows.
@@ -113,9 +112,8 @@ def measure(
         del candidate
         gc.collect()  # compiled functions hold the weights in reference cycles
     if calibration and "int4" in quantizations:
-        by = importance(reference, calibration)
         settings = {"tokenizer": reference.tokenizer, "dtype": opened.get("dtype") or reference.engine.dtype}
-        candidate = Llama(reference.config, rounded(reference, "int4", by), **settings)
+        candidate = Llama(reference.config, quantized(reference, calibration), **settings)
         yield _compared("int4, calibrated", reference, candidate, windows, progress)
 
 

@@ -115,9 +115,14 @@ def fit(w: jax.Array, bits: int, importance: jax.Array | None = None) -> QTensor
     square = (cost * integers * integers).sum(axis=-1)
     scales = jnp.where(square > 0, (cost * groups * integers).sum(axis=-1) / square, 0)
     scales = jnp.clip(scales, -_LARGEST, _LARGEST).astype(jnp.float16)
-    nibbles = (integers + 8).astype(jnp.uint8)
+    return packed(integers, scales)
+
+
+def packed(integers: jax.Array, scales: jax.Array) -> QTensor:
+    """The weight of 4 bits with these integers -8 to 7 (any shape of (..., in) values) and float16 scales (..., G)."""
+    nibbles = (integers + 8).astype(jnp.uint8).reshape(*scales.shape, GROUP)
     values = nibbles[..., : GROUP // 2] | nibbles[..., GROUP // 2 :] << 4
-    return QTensor(values.reshape(*w.shape[:-1], -1), scales)
+    return QTensor(values.reshape(*scales.shape[:-1], -1), scales)
 
 
 def _inverse(step: jax.Array, largest: jax.Array) -> jax.Array:

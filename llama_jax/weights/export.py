@@ -83,7 +83,6 @@ def save(
     format: str,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    importance: Mapping[name_table.Path, np.ndarray] | None = None,
 ) -> Path:
     """Saves a model. Only one block of one tensor is in memory at a time. Every process of a run must call it.
 
@@ -95,7 +94,6 @@ def save(
         format: one of FORMATS.
         dtype: one of FORMATS[format]. The default is `default_dtype`, except for tensors that would lose precision.
         shard_bytes: largest size in bytes of one file of format "hf".
-        importance: mean squares of the inputs of each matrix, for the rounding of quantized dtypes (`quant.fit`).
 
     Returns:
         The folder or file that was written.
@@ -108,7 +106,7 @@ def save(
     if format == "meta":
         meta.export_params(config)  # raises in every process if the format cannot represent the model
     main = dtype or default_dtype(leaves, format)
-    leaves = _prepared(config, leaves, format, dtype, main, importance or {})
+    leaves = _prepared(config, leaves, format, dtype, main)
     path = _free(expanded(path), format)
     if jax.process_index() > 0:  # the first process writes; the others take part in its all-gathers, in the same order
         for weight in name_table.weights(config, _COLUMNS[format]):
@@ -145,7 +143,6 @@ def _prepared(
     format: str,
     dtype: str | None,
     main: str,
-    importance: Mapping[name_table.Path, np.ndarray],
 ) -> name_table.Leaves:
     """The tensors in the form that a format's writer expects: cast, or with the quantized parts to write."""
     if main in _NAMES:
@@ -155,10 +152,7 @@ def _prepared(
         if format == "hf" and dtype is None:
             return leaves  # exactly what the model has: quantized parts, and other tensors in their own dtype
         bits = quantize.bits_of(config, name)
-        return {
-            key: quantize.rounded(leaf, bits[key], importance.get(key)) if key in bits else leaf
-            for key, leaf in leaves.items()
-        }
+        return {key: quantize.rounded(leaf, bits[key]) if key in bits else leaf for key, leaf in leaves.items()}
     if format == "gguf":  # gguf.save_file casts by itself
         return leaves
     return {

@@ -71,16 +71,15 @@ def nbytes(config: ModelConfig, quantize: str) -> int:
     )
 
 
-def rounded(leaf: LazyTensor, bits: int, importance: np.ndarray | None = None) -> LazyTensor:
+def rounded(leaf: LazyTensor, bits: int) -> LazyTensor:
     """Adds quantized parts to a lazy matrix: those that it is stored in, if they have `bits` bits, or else rounded by
     `quant.fit`.
 
-    `importance` is the argument of `quant.fit`. The values and the scales are computed together when either is first
-    read, and cached until the next matrix is read.
+    The values and the scales are computed together when either is first read, and cached until the next matrix is read.
     """
     if leaf.quantized is not None and leaf.quantized.bits == bits:
         return leaf
-    parts = functools.partial(_fitted, leaf, bits, importance)
+    parts = functools.partial(_fitted, leaf, bits)
     out, size = leaf.shape
     width, dtype = (size // 2, np.dtype(np.uint8)) if bits == 4 else (size, np.dtype(np.int8))
     values = of_array(lambda: parts()[0], dtype, (out, width))
@@ -91,7 +90,7 @@ def rounded(leaf: LazyTensor, bits: int, importance: np.ndarray | None = None) -
 _latest: dict[int, tuple[LazyTensor, tuple[np.ndarray, np.ndarray]]] = {}
 
 
-def _fitted(leaf: LazyTensor, bits: int, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _fitted(leaf: LazyTensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Reads a matrix and quantizes it. Returns values and scales as numpy arrays; the last result is cached.
 
     Raises:
@@ -103,7 +102,7 @@ def _fitted(leaf: LazyTensor, bits: int, importance: np.ndarray | None) -> tuple
         fit = rounder(bits)
         parts = []
         for low in range(0, leaf.shape[0], rows):
-            block = fit(leaf.read((slice(low, low + rows),), np.dtype(np.float32)), importance)
+            block = fit(leaf.read((slice(low, low + rows),), np.dtype(np.float32)))
             parts.append(jax.tree.map(np.asarray, (block.values, block.scales)))
         values, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         if not np.isfinite(scales).all():
@@ -116,19 +115,17 @@ def _fitted(leaf: LazyTensor, bits: int, importance: np.ndarray | None) -> tuple
 def rounder(bits: int, places: QTensor | None = None) -> Callable[..., QTensor]:
     """The compiled function `quant.fit` for 8 or 4 bits. On one device it works on blocks of rows, to save memory.
 
-    Its arguments are the weight and optionally the importance.
-
     Args:
         bits: 8 or 4.
         places: shardings of the result; None for one device.
     """
 
-    def fit(w: jax.Array, importance: jax.Array | None = None) -> QTensor:
+    def fit(w: jax.Array) -> QTensor:
         out, size = w.shape
         blocks = next(n for n in range(1, out + 1) if out % n == 0 and (n == out or out // n * size <= _AT_ONCE))
         if places is not None or blocks == 1:
-            return quant.fit(w, bits, importance)
-        parts = jax.lax.map(lambda block: quant.fit(block, bits, importance), w.reshape(blocks, -1, size))
+            return quant.fit(w, bits)
+        parts = jax.lax.map(lambda block: quant.fit(block, bits), w.reshape(blocks, -1, size))
         return jax.tree.map(lambda a: jnp.reshape(a, (out, -1)), parts)
 
     return jax.jit(fit, out_shardings=places)

@@ -10,12 +10,13 @@ import pytest
 import llama_jax
 from helpers.quantized import CONFIG
 from helpers.tokenizers import byte_tokenizer
+from llama_jax import model as model_of
 from llama_jax.cli import convert
 from llama_jax.cli import eval as command
 from llama_jax.errors import ConfigError
 from llama_jax.eval import calibration, quantization
 from llama_jax.infer.llama import Llama
-from llama_jax.ops import linear, quant
+from llama_jax.ops import gptq, linear, quant
 from llama_jax.params import init_params
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a cat and a dog", "on and on and on the dog sat" * 6]
@@ -80,39 +81,93 @@ def test_what_cannot_be_measured_is_refused(model, tmp_path):
         list(quantization.measure(str(model), []))
 
 
-def test_calibration_is_the_mean_square_of_the_inputs_and_lowers_the_error_of_products(tmp_path, capsys):
+def by_definition(w, moments, scales):
+    """GPTQ as its paper derives it: after each column, H^-1 of the columns that remain, by Gaussian elimination."""
+    order = np.argsort(-np.diagonal(moments), kind="stable")
+    damped = moments + 0.01 * np.diagonal(moments).mean() * np.eye(len(moments))
+    w, inverse = w[:, order].astype(np.float64), np.linalg.inv(damped[np.ix_(order, order)])
+    integers = np.zeros_like(w)
+    for i, column in enumerate(order):
+        scale = scales[:, column // 32].astype(np.float64)
+        integers[:, i] = np.clip(np.round(w[:, i] / scale), -8, 7)
+        error = (w[:, i] - integers[:, i] * scale) / inverse[i, i]
+        w[:, i:] -= error[:, None] * inverse[i, i:]
+        inverse = inverse - np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    result = np.zeros_like(integers)
+    result[:, order] = integers
+    return result
+
+
+@pytest.mark.parametrize("size", [96, 256])  # blocks of 32 and of 128 columns
+def test_gptq_is_its_definition_and_lowers_the_error_of_products(size):
+    rng = np.random.default_rng(0)
+    uneven = np.exp(rng.standard_normal(size))
+    x = (rng.standard_normal((500, size // 4)) @ rng.standard_normal((size // 4, size)) + 0.3) * uneven
+    moments = (x.T @ x / len(x)).astype(np.float32)
+    w = rng.standard_normal((40, size)).astype(np.float32)
+    fitted = gptq.fit(jnp.asarray(w), jnp.asarray(moments))
+    integers = np.concatenate([np.asarray(p) for p in quant.planes(fitted)], axis=-1).reshape(w.shape)
+    expected = by_definition(w, moments.astype(np.float64), np.asarray(fitted.scales))
+    assert (integers != expected).mean() < 0.003  # ties of float32 against float64
+    plain = quant.fit(jnp.asarray(w), 4, jnp.asarray(np.diagonal(moments)))
+    errors = [((x @ (np.asarray(quant.dequantize(q, jnp.float32)) - w).T) ** 2).sum() for q in (fitted, plain)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_gptq_takes_inputs_that_never_occur_and_few_samples():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    x[:, 5:40] = 0
+    w = rng.standard_normal((8, 64)).astype(np.float32)
+    for moments in (x.T @ x, np.zeros((64, 64), np.float32)):
+        fitted = gptq.fit(jnp.asarray(w), jnp.asarray(moments))
+        error = np.asarray(quant.dequantize(fitted, jnp.float32)) - w
+        assert np.abs(error).max() < 1 and np.isfinite(error).all()
+    assert (quant.dequantize(gptq.fit(jnp.zeros((2, 64)), jnp.asarray(x.T @ x)), jnp.float32) == 0).all()
+
+
+def test_calibrated_weights_are_those_of_gptq_on_the_inputs_of_rounded_layers(tmp_path, capsys):
     params = jax.tree.map(lambda a: a * 6, init_params(CONFIG, jax.random.key(1)))
-    uneven = np.exp(2 * np.random.default_rng(0).standard_normal(CONFIG.embed_dim)).astype(np.float32)
-    for name in ("attention_norm", "ffn_norm"):
-        params["layers"][name]["scale"] = params["layers"][name]["scale"] * uneven
     llama = Llama(CONFIG, params, byte_tokenizer(), dtype="float32")
-    means = calibration.importance(llama, TEXTS)
-    ids = [i for text in TEXTS for i in [llama.tokenizer.bos_id, *text.encode()]]
+    result = calibration.quantized(llama, TEXTS[2:], progress=False)
+    assert not linear._observers
+    ids = [i for text in TEXTS[2:] for i in [llama.tokenizer.bos_id, *text.encode()]]
     x = np.asarray(llama.params["embed"], np.float64)[ids]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
-    scale = np.asarray(llama.params["layers"][0]["attention_norm"]["scale"], np.float64)
-    np.testing.assert_allclose(means["layers", 0, "attention", "q"], ((x * scale) ** 2).mean(0), rtol=1e-4)
-    assert len(means) == 7 * CONFIG.num_layers + 1 and not linear._observers
-    folder = llama.save(tmp_path / "m", "hf")
-    plain, weighted = quantization.measure(str(folder), TEXTS, quantizations=["int4"], calibration=TEXTS)
-    assert weighted.name == "int4, calibrated" and weighted.nbytes == plain.nbytes
-    for at in (("attention", "q"), ("ffn", "gate")):
-        w, importance = llama.params["layers"][0][at[0]][at[1]], jnp.asarray(means["layers", 0, *at])
-        errors = [
-            (importance * (quant.dequantize(quant.fit(w, 4, m), jnp.float32) - w) ** 2).sum()
-            for m in (importance, None)
-        ]
-        assert errors[0] < 0.8 * errors[1], at
-    assert 0 < weighted.mean != plain.mean > 0  # the calibrated weights are others
+    first = llama.params["layers"][0]
+    x = x * np.asarray(first["attention_norm"]["scale"], np.float64)
+    expected = gptq.fit(first["attention"]["q"], jnp.asarray(x.T @ x / len(x), jnp.float32))
+    got = result["layers"][0]["attention"]["q"]
+    assert (np.asarray(got.values) != np.asarray(expected.values)).mean() < 0.01
+    # The last layer's inputs come from layers that are rounded already.
+    before = {**llama.params, "layers": (*result["layers"][:-1], llama.params["layers"][-1])}
+    seen = []
+    with linear.observed(lambda x, w: seen.append((x, w))):
+        for text in TEXTS[2:]:
+            tokens = jnp.asarray([[llama.tokenizer.bos_id, *text.encode()]])
+            model_of.forward(CONFIG, before, tokens, jnp.arange(tokens.shape[1])[None], None, dtype=jnp.float32)
+    down = llama.params["layers"][-1]["ffn"]["down"]
+    rows = np.concatenate([np.asarray(x[0], np.float64) for x, w in seen if w is down])
+    expected = gptq.fit(down, jnp.asarray(rows.T @ rows / len(rows), jnp.float32))
+    assert (np.asarray(result["layers"][-1]["ffn"]["down"].values) != np.asarray(expected.values)).mean() < 0.02
+
+
+def test_calibration_lowers_the_divergence_and_is_written_by_convert(model, tmp_path):
+    plain, calibrated = quantization.measure(str(model), TEXTS[2:], quantizations=["int4"], calibration=TEXTS[2:])
+    assert calibrated.name == "int4, calibrated" and calibrated.nbytes == plain.nbytes
+    assert 0 < calibrated.mean < 0.8 * plain.mean
     text = tmp_path / "texts.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
-    command_line = [str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--dtype", "q4_0", "--calibrate", str(text)]
-    assert convert.main(command_line) == 0
-    (saved,) = quantization.measure(
-        str(folder), TEXTS, quantizations=[], others=[str(tmp_path / "m.gguf")], opened={"dtype": "float32"}
-    )
-    np.testing.assert_allclose(saved.mean, weighted.mean, rtol=1e-2)
+    text.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS[2:]))
+    for name, form in (("m.gguf", ["gguf", "--dtype", "q4_0"]), ("folder", ["hf", "--dtype", "int4"])):
+        arguments = [str(model), str(tmp_path / name), "--to", *form, "--calibrate", str(text)]
+        assert convert.main(arguments) == 0
+        (saved,) = quantization.measure(
+            str(model), TEXTS[2:], quantizations=[], others=[str(tmp_path / name)], opened={"dtype": "float32"}
+        )
+        np.testing.assert_allclose(saved.mean, calibrated.mean, rtol=2e-2)
     with pytest.raises(ConfigError, match="no token"):
-        calibration.importance(llama, [])
+        calibration.quantized(llama_jax.load(model), [])
+    with pytest.raises(ConfigError, match="plain weights on one device"):
+        calibration.quantized(llama_jax.load(model, quantize="int4"), TEXTS)
     with pytest.raises(ConfigError, match="int4 or q4_0, not with bfloat16"):
-        convert.main([str(folder), str(tmp_path / "b"), "--to", "hf", "--dtype", "bfloat16", "--calibrate", str(text)])
+        convert.main([str(model), str(tmp_path / "b"), "--to", "hf", "--dtype", "bfloat16", "--calibrate", str(text)])
