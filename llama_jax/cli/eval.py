@@ -131,9 +131,20 @@ def _quantization_flags(argv: Sequence[str]) -> argparse.Namespace:
     add = flags.add_argument
     add("model", type=parser.path, metavar="MODEL", help=parser.MODEL)
     add("--text", nargs="+", required=True, metavar="FILE", help="as in eval perplexity")
-    add("--quantizations", default="int8,int4", metavar="NAME,...", help="int8, int4 or both; an empty text for none")
+    add(
+        "--quantizations",
+        default="int8,int4,kv_int8",
+        metavar="NAME,...",
+        help="int8 and int4 weights, and a KV cache in int8; an empty text for none",
+    )
     add("--others", nargs="+", type=parser.path, default=[], metavar="MODEL", help="quantized files of the same model")
-    add("--calibrate", nargs="+", default=[], metavar="FILE", help="texts that weight the errors of another int4")
+    add(
+        "--calibrate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts by whose activations another int4 is rounded (GPTQ)",
+    )
     add("--context", type=parser.whole(1), default=512, metavar="N", help="tokens of a window")
     add("--json", action="store_true", help="print one JSON object a line")
     parser.add_model_flags(flags, adapter=False, quantize=False)
@@ -274,9 +285,9 @@ def _compare(argv: Sequence[str]) -> int:
 def _quantization(argv: Sequence[str]) -> int:
     options = _quantization_flags(argv)
     names = [name.strip() for name in options.quantizations.split(",") if name.strip()]
-    wrong = [name for name in names if name not in ("int8", "int4")]
+    wrong = [name for name in names if name not in ("int8", "int4", "kv_int8")]
     if wrong:
-        raise ConfigError(f"--quantizations takes int8 and int4, got {wrong[0]!r}")
+        raise ConfigError(f"--quantizations takes int8, int4 and kv_int8, got {wrong[0]!r}")
     if not names and not options.others:
         raise ConfigError("--quantizations and --others name nothing to measure: leave --quantizations out")
     texts, calibration = samples(options.text), samples(options.calibrate) if options.calibrate else []

@@ -60,10 +60,11 @@ def quantized(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS, p
             windows = [(_compiled_block(config, layers[-1], x, pos), pos) for x, pos in windows]
             bar.update(1)
     result = {**params, "layers": tuple(layers)}
-    bits = {path[0]: bits for path, bits in bits_of(config, "int4").items() if path[0] != "layers"}
-    for name in bits:
-        result[name] = rounder(bits[name])(params[name])
-    if bits.get("unembed") == 4:
+    bits = bits_of(config, "int4")
+    for name in ("embed", "unembed"):
+        if (name,) in bits:
+            result[name] = rounder(bits[name,])(params[name])
+    if bits.get(("unembed",)) == 4:
         norm, eps = params["norm"]["scale"], config.norm_eps
         moments = sum(_second_moments(rms_norm(x, norm, eps=eps)) for x, _ in windows)
         result["unembed"] = gptq.fit(params["unembed"], moments / _count(windows))

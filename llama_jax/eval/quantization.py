@@ -10,6 +10,7 @@ Letters: B batch, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax import model, parallel
+from llama_jax.cache import init_cache
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring
 from llama_jax.eval.calibration import quantized
 from llama_jax.eval.sliding_window import Sample, counted_ids
 from llama_jax.infer.llama import Llama
 from llama_jax.infer.load import load
+from llama_jax.infer.program import Program
+from llama_jax.params import Params
 from llama_jax.progress import progress_bar
 from llama_jax.text.tokenizer import require_tokenizer
 
 _CONTEXT = 512
+QUANTIZATIONS = ("int8", "int4", "kv_int8")
 _LOGITS = 1 << 26  # most float32 logits of one model in memory at a time (256 MiB)
 
 
@@ -72,7 +78,7 @@ def measure(
     source: str,
     texts: Sequence[Sample],
     *,
-    quantizations: Sequence[str] = ("int8", "int4"),
+    quantizations: Sequence[str] = QUANTIZATIONS,
     others: Sequence[str] = (),
     calibration: Sequence[Sample] = (),
     context: int = _CONTEXT,
@@ -84,7 +90,7 @@ def measure(
     Args:
         source: the model, as `llama_jax.load` takes it. Weights that it stores quantized are dequantized.
         texts: the texts, dialogs and completions that both models predict; see `sliding_window.perplexity`.
-        quantizations: values of `quantize` of `llama_jax.load`.
+        quantizations: values of `quantize` of `llama_jax.load`, and "kv_int8" for a KV cache of 8 bits.
         others: more quantized files or folders of the same model, as `llama_jax.load` takes them.
         calibration: texts by whose activations 4 bits are rounded (`calibration.quantized`), for one more result.
         context: tokens in a window. The windows of a text do not overlap.
@@ -102,7 +108,10 @@ def measure(
     candidates = [(name, source, {**opened, "quantize": name}) for name in quantizations]
     candidates += [(str(path), path, {**opened, "quantize": None}) for path in others]
     for name, place, settings in candidates:
-        candidate = load(place, **settings)
+        if name == "kv_int8":
+            candidate = _like(reference, reference.params, opened, kv="int8")
+        else:
+            candidate = load(place, **settings)
         if candidate.config.vocab_size != reference.config.vocab_size:
             sizes = candidate.config.vocab_size, reference.config.vocab_size
             raise ConfigError(f"{name} has a vocabulary of {sizes[0]:,} tokens, and the reference one of {sizes[1]:,}")
@@ -112,9 +121,14 @@ def measure(
         del candidate
         gc.collect()  # compiled functions hold the weights in reference cycles
     if calibration and "int4" in quantizations:
-        settings = {"tokenizer": reference.tokenizer, "dtype": opened.get("dtype") or reference.engine.dtype}
-        candidate = Llama(reference.config, quantized(reference, calibration), **settings)
+        candidate = _like(reference, quantized(reference, calibration), opened)
         yield _compared("int4, calibrated", reference, candidate, windows, progress)
+
+
+def _like(reference: Llama, params: Params, opened: Mapping[str, Any], **settings: Any) -> Llama:
+    """The reference with other weights or settings."""
+    dtype = opened.get("dtype") or reference.engine.dtype
+    return Llama(reference.config, params, reference.tokenizer, mesh=reference.mesh, dtype=dtype, **settings)
 
 
 def _windows(llama: Llama, texts: Sequence[Sample], context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +159,7 @@ def _compared(
     with progress_bar(len(rows), name, unit="window", shown=shown, delay=0) as bar:
         for start in starts:
             tokens = rows[start : start + step]
-            logits = [llama.logits(tokens[:, :-1]) for llama in (reference, candidate)]
+            logits = [_logits(llama, tokens[:, :-1]) for llama in (reference, candidate)]
             results = jax.device_get(_at_each_token(*logits, jnp.asarray(tokens[:, 1:])))
             kept.append([result[masks[start : start + step, 1:]] for result in results])
             bar.update(len(tokens))
@@ -164,6 +178,23 @@ def _compared(
         reference_perplexity=math.exp(reference_nats.mean()),
         tokens=len(nats),
     )
+
+
+def _logits(llama: Llama, tokens_BT: np.ndarray) -> jax.Array:
+    """Logits (B, T, V) in float32. With a KV cache of 8 bits, attention reads the keys and values from it."""
+    if llama.engine.program.kv == "compute":
+        return llama.logits(tokens_BT)
+    return _by_cache(llama.engine.program, llama.params, jnp.asarray(tokens_BT))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_cache(program: Program, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    config, (B, T) = program.config, tokens_BT.shape
+    with parallel.use(program.layout):
+        cache = init_cache(config, batch=B, capacity=T, dtype=program.dtype, kv=program.kv)
+        positions_BT, live_BT = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)
+        hidden, _ = model.forward(config, params, tokens_BT, positions_BT, live_BT, cache, dtype=program.dtype)
+        return model.unembed(config, params, hidden)
 
 
 @jax.jit

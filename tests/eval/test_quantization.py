@@ -43,7 +43,7 @@ def test_the_report_is_that_of_the_definitions(model, tmp_path, capsys):
     arguments = ["quantization", str(model), "--text", str(text), "--context", "16", "--others", str(gguf)]
     assert command.main([*arguments, "--json", "--dtype", "float32"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["name"] for row in rows] == ["int8", "int4", str(gguf)]
+    assert [row["name"] for row in rows] == ["int8", "int4", "kv_int8", str(gguf)]
     reference = llama_jax.load(model, dtype="float32")
     for row, name in zip(rows[:2], ("int8", "int4"), strict=True):
         llama = llama_jax.load(model, quantize=name, dtype="float32")
@@ -63,9 +63,21 @@ def test_the_report_is_that_of_the_definitions(model, tmp_path, capsys):
         np.testing.assert_allclose(row["perplexity"], np.exp(np.mean(nats)), rtol=1e-4)
         assert row["nbytes"] == sum(a.nbytes for a in jax.tree.leaves(llama.params)) < row["reference_nbytes"] / 3
     assert 0 < rows[0]["mean"] < rows[1]["mean"] / 20
-    np.testing.assert_allclose(rows[2]["mean"], rows[1]["mean"], rtol=1e-3)  # the same numbers in another file
+    np.testing.assert_allclose(rows[3]["mean"], rows[1]["mean"], rtol=1e-3)  # the same numbers in another file
+    assert 0 < rows[2]["mean"] < rows[1]["mean"] / 20 and rows[2]["nbytes"] == rows[2]["reference_nbytes"]
     fields = {key: value for key, value in rows[0].items() if key != "perplexity_change"}
     assert "same top" in quantization.table([quantization.Divergence(**fields)])
+
+
+def test_a_cache_of_8_bits_gives_the_predictions_of_generation_with_it(model):
+    llama, plain = (llama_jax.load(model, dtype="float32", kv=kv) for kv in ("int8", "compute"))
+    ids = llama.tokenizer.encode(TEXTS[0], bos=True)
+    p = log_softmax(quantization._logits(llama, np.array([ids]))[0])
+    assert np.abs(p - log_softmax(plain.logits([ids])[0])).max() > 1e-3
+    for length in (3, len(ids)):
+        result = llama.generate([ids[:length]], max_new_tokens=1, top_logprobs=5, temperature=0)[0]
+        for token, logprob in result.top_logprobs[0]:
+            np.testing.assert_allclose(p[length - 1, token], logprob, atol=1e-4)
 
 
 def test_what_cannot_be_measured_is_refused(model, tmp_path):

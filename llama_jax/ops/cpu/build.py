@@ -78,7 +78,7 @@ def library() -> Path:
 
 
 def gain_of_many_rows(library: Path) -> float:
-    """How many times as fast as XLA a library multiplied many rows when it was built; 0 if that is not known."""
+    """The speed of products of many rows, as a multiple of XLA's, when a library was built; 0 if it is not known."""
     try:
         return float(json.loads(library.with_suffix(".json").read_text())["gain_of_many_rows"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -45,7 +45,7 @@ def against_xla() -> None:
 
 
 def gain_of_many_rows() -> float:
-    """How many times as fast as XLA the kernel multiplies many rows here, in the dtype that sampling has here.
+    """The speed of the kernel for many rows, as a multiple of that of XLA, in the dtype that sampling has here.
 
     Of runs in turn, the fastest of each count, so that other work on the machine matters little.
     """
