@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import ConfigError, brief, checked_fields, nearest, no_attribute
+from llama_jax.errors import Answering, ConfigError, brief, checked_fields, nearest, no_attribute
 
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _MOST_LAYERS = 4096
@@ -60,12 +60,13 @@ _PEERS = {
     "max_position_embeddings": "max_seq_len",
     "tie_word_embeddings": "tied_embeddings",
     "num_parameters": "num_params",
+    "from_pretrained": "llama_jax.load(name).config",
 }
 
 
 @checked_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(metaclass=Answering):
     """The shape of a Llama decoder. Every field changes the output, or raises when it is exceeded.
 
     Attributes:
@@ -96,6 +97,7 @@ class ModelConfig:
     max_seq_len: int
     tied_embeddings: bool
 
+    _peers = _PEERS
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:

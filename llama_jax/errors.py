@@ -11,7 +11,7 @@ import inspect
 import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class")
@@ -108,7 +108,19 @@ def no_attribute(owner: object, name: str, peers: Mapping[str, str]) -> Attribut
     """
     known = [other for other in dir(owner) if not other.startswith("_")]
     near = f"; here it is {peers[name]}" if name in peers else nearest(name, known, cutoff=0.7)
-    return AttributeError(f"{type(owner).__name__} has no attribute {name!r}{near}")
+    owner_name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
+    return AttributeError(f"{owner_name} has no attribute {name!r}{near}")
+
+
+class Answering(type):
+    """A metaclass of public classes: their attributes that do not exist, such as Llama.from_pretrained, are answered by
+    `no_attribute` with the names in `_peers`.
+    """
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name: str) -> Any:
+            raise no_attribute(cls, name, cls.__dict__.get("_peers", {}))
 
 
 def checked_keywords(function: Function) -> Function:

@@ -177,7 +177,7 @@ def _is_leaf(value: Any) -> bool:
 
 def is_stacked(params: Params) -> bool:
     """True for the stacked layout, False for the unrolled one."""
-    return isinstance(params["layers"], dict)
+    return isinstance(params.get("layers"), dict)
 
 
 def unstack(params: Params) -> Params:

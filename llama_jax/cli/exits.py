@@ -16,8 +16,8 @@ import io
 import logging
 import math
 import os
-import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _STDOUT = "standard output"
 _PATIENCE = 5.0  # seconds from a signal to the end, for deleting partial files
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_RAISED, _IGNORED = 64, 128  # added to the number of a signal (`_watch`)
 
 
 class CommandError(Exception):
@@ -211,30 +212,36 @@ def _signals_raise() -> Iterator[None]:
 
     Libraries lose such an exception in places. While an extension of C++ is imported it may become another error or a
     segmentation fault: the process then ends at once, without deleting partial files. In callbacks of the garbage
-    collector Python ignores it: the signal is sent again. After an `except` of a library, `_watch` ends the process,
-    and so does a second signal.
+    collector Python ignores it: the signal is sent again. After an `except` of a library, and while the main thread is
+    in a library's code, where Python's handlers have to wait, `_watch` ends the process. So does a second signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # whose `put` a signal handler may call
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
     raised: set[int] = set()
+
+    def tell(byte: int) -> None:
+        with contextlib.suppress(OSError):
+            writer.send(bytes([byte]))
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _imports(frame) or number in raised:
             leave_process(number, _words(number))
         raised.add(number)
-        arrived.put(number)
+        tell(_RAISED + number)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     def ignored(unraisable: sys.UnraisableHookArgs) -> None:
         if not (number := _number_of(unraisable.exc_value)):
             return hook(unraisable)
         raised.discard(number)
-        arrived.put(-number)
+        tell(_IGNORED + number)
 
     hook, before = sys.unraisablehook, {number: signal.getsignal(number) for number in CAUGHT}
-    threading.Thread(target=_watch, args=(arrived,), name="signals", daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, raised), name="signals", daemon=True).start()
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     sys.unraisablehook = ignored
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and a shell SIGINT of what runs in the background
@@ -246,7 +253,8 @@ def _signals_raise() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         sys.unraisablehook = hook
-        arrived.put(0)
+        signal.set_wakeup_fd(wakeup)
+        writer.close()
 
 
 @contextlib.contextmanager
@@ -256,31 +264,49 @@ def surviving_ctrl_c() -> Iterator[None]:
     if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return
+    wakeup = signal.set_wakeup_fd(-1)  # `_watch` would end the process
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
 
 
-def _watch(arrived: queue.SimpleQueue[int]) -> None:
-    """Ends the process if it still runs some seconds after a signal. Each item is a signal, or 0 at the end.
+def _watch(reader: socket.socket, raised: set[int]) -> None:
+    """Ends the process if it still runs some seconds after a signal, or at the second one that Python has not handled.
 
-    A negative one is a signal whose exception Python has ignored: it is sent again, a little later.
+    Args:
+        reader: Yields a byte for each signal that arrives (its number, from `signal.set_wakeup_fd`), for each whose
+            exception was raised (_RAISED and its number), and for each whose exception Python has ignored (_IGNORED and
+            its number), which is sent again a little later.
+        raised: The signals whose exceptions were raised.
     """
     first, deadline = 0, math.inf
+    counts: dict[int, int] = {number: 0 for number in CAUGHT}
     while True:
+        reader.settimeout(None if deadline == math.inf else max(0.001, deadline - time.monotonic()))
         try:
-            item = arrived.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
+            data = reader.recv(64)
+        except TimeoutError:
             leave_process(first, _words(first))
-        if item == 0:
+        if not data:
+            reader.close()
             return
-        if item < 0:
-            time.sleep(0.02)
-            os.kill(os.getpid(), -item)
-        elif not first:
-            first, deadline = item, time.monotonic() + _PATIENCE
+        for byte in data:
+            number = byte % _RAISED
+            if number not in counts:  # another signal that a library handles
+                continue
+            if byte >= _IGNORED:
+                counts[number] = 0
+                time.sleep(0.02)
+                os.kill(os.getpid(), number)
+                continue
+            counts[number] += byte < _RAISED
+            if counts[number] > 1 and number not in raised:
+                leave_process(number, _words(number))
+            if not first:
+                first, deadline = number, time.monotonic() + _PATIENCE
 
 
 def _number_of(error: BaseException | None) -> int:

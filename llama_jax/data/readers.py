@@ -1,8 +1,8 @@
-"""Readers of data files: text, JSON lines, JSON lists and Parquet, with bounds on memory and time for each file.
+"""Readers of data files: text, JSON lines and JSON lists, with bounds on memory and time for each file.
 
-Files come from outside and are not trusted. A document (a line, an item of a list, or a row of a table) may have
-MAX_DOCUMENT bytes. A larger one becomes a BadLine, and is never held in memory as a whole. A text file that is larger
-is read as several documents. A file that is compressed more than MAX_RATIO times is refused once it has yielded
+Files come from outside and are not trusted. A document (a line or an item of a list) may have MAX_DOCUMENT bytes.
+A larger one becomes a BadLine, and is never held in memory as a whole. A text file that is larger is read as several
+documents. A file that is compressed more than MAX_RATIO times is refused once it has yielded
 MAX_UNCHECKED bytes, because real data do not compress so well. Memory grows with these bounds and not with the file.
 """
 
@@ -27,12 +27,23 @@ MAX_UNCHECKED = 64 << 20  # bytes that a file may yield whatever its ratio
 _MAX_SKIPPED = 8  # times MAX_DOCUMENT that are read to find the end of a line that is too long
 _CHUNK = 1 << 20
 _BOM = codecs.BOM_UTF8
+# First bytes of formats that are not text in UTF-8.
+_COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"\x04\x22\x4d\x18", b"\x1f\x9d", b"]\0\0")
+_SIGNATURES = {
+    b"\x1f\x8b": "gzip: end its name in .gz, or decompress it",
+    **dict.fromkeys(_COMPRESSED, "compressed: decompress it, or compress it with gzip"),
+    b"7z\xbc\xaf": "an archive: extract its files",
+    b"Rar!": "an archive: extract its files",
+    b"PK\x03\x04": "a zip archive, or a document in one: extract its text",
+    b"%PDF-": "a PDF document: extract its text",
+    b"PAR1": "Parquet: end its name in .parquet",
+    b"ARROW1": "Arrow: write it as Parquet",
+    codecs.BOM_UTF16_LE: "in UTF-16: convert it to UTF-8",
+    codecs.BOM_UTF16_BE: "in UTF-16: convert it to UTF-8",
+}
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _HINT = "fetch or compress it again"
-_NOT_DATA = (
-    "which is implausible for training data; to train on it, write the file again without compression and dictionaries"
-)
 
 
 def text_file(path: Path) -> Iterator[Document]:
@@ -62,7 +73,7 @@ def json_lines(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
             name = f"{path.as_posix()}:{number}"
             if len(line) > MAX_DOCUMENT:
                 _skip_line(file, line, name)
-                yield BadLine.of(name, _too_large("line"))
+                yield BadLine.of(name, too_large("line"))
             elif line.strip():
                 yield _parse_line(line.removeprefix(_BOM) if number == 1 else line, name, pairs=pairs)
 
@@ -81,40 +92,7 @@ def json_list(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
     with _Reader(path) as file:
         items = _Items(file, path)
         for number, record in enumerate(items, start=1):
-            yield _parse_record(record, f"{path.as_posix()}:{number}", pairs)
-
-
-def table(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
-    """The rows of a Parquet file. Columns that no record has a use for are not read.
-
-    Raises:
-        ValueError: the file is damaged, or compressed more than MAX_RATIO times.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in names if name in records.KEYS]
-            others = dict.fromkeys(name for name in names if name not in columns)
-            if not columns:
-                raise ValueError(f"{path}: {records.why_unknown(others)}")
-            allowed = max(MAX_UNCHECKED, MAX_RATIO * path.stat().st_size)
-            for number, row in enumerate(_table_rows(file, columns, path), start=1):
-                name = f"{path.as_posix()}:{number}"
-                allowed -= _characters(row)
-                if allowed < 0:  # a dictionary may repeat one text a million times, in pages that are small
-                    raise ValueError(
-                        f"{path}: its rows are more than {MAX_RATIO} times as large as the file, {_NOT_DATA}"
-                    )
-                if isinstance(row, str):
-                    yield BadLine.of(name, row)
-                else:
-                    yield _parse_record(others | _without_nulls(row), name, pairs)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
+            yield parse_record(record, f"{path.as_posix()}:{number}", pairs)
 
 
 # ---- files --------------------------------------------------------------------------------------------------
@@ -135,10 +113,26 @@ class _Reader:
             while self.read(_CHUNK):  # the trailer may be wrong: decompress up to the bound, before anything is encoded
                 pass
             self._file.seek(0)
+        self._check_head(self.read(64))
+        self._file.seek(0)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _check_head(self, head: bytes) -> None:
+        """Raises ValueError for first bytes that show the format of the file to be another than text in UTF-8."""
+        words = next((words for signature, words in _SIGNATURES.items() if head.startswith(signature)), None)
+        zeros = b"\0" in head  # a text may begin with a signature that is text, such as BZh
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+            words = words if zeros else None
+        except UnicodeDecodeError:  # a line that is not UTF-8 has an error of its own
+            pass
+        if zeros:
+            words = words or "binary, or a text in another encoding: convert it to UTF-8"
+        if words:
+            raise ValueError(f"{self._path}: {'after decompression, it' if self._compressed else 'it'} is {words}")
 
     def read(self, size: int) -> bytes:
         return self._checked(self._file.read, size)
@@ -193,7 +187,8 @@ def _decode(data: bytes, path: Path, start: int) -> str:
         ) from error
 
 
-def _too_large(part: str) -> str:
+def too_large(part: str) -> str:
+    """The reason why a document that is larger than MAX_DOCUMENT is not read."""
     return f"the {part} is larger than {MAX_DOCUMENT >> 20:,} MiB, the most that one document may have: split it"
 
 
@@ -227,7 +222,7 @@ def _parse_line(data: bytes, name: str, *, pairs: bool) -> Sample | BadLine:
         return BadLine.of(name, "nested too deeply")
     except ValueError as error:
         return BadLine.of(name, json_fault(error))
-    return _parse_record(record, name, pairs)
+    return parse_record(record, name, pairs)
 
 
 def _has_many_values(data: bytes | str) -> bool:
@@ -244,7 +239,8 @@ def _too_many_values() -> str:
     return f"more than {MAX_VALUES:,} values, the most that one record may have: split it"
 
 
-def _parse_record(record: object, name: str, pairs: bool) -> Sample | BadLine:
+def parse_record(record: object, name: str, pairs: bool) -> Sample | BadLine:
+    """The sample of a record (`records.parse`), or the reason why it cannot be used."""
     try:
         return records.parse(record, name, pairs=pairs)
     except RecursionError:
@@ -290,7 +286,7 @@ class _Items:
             while not self._ended and len(self._text) - self._next < 2 * size:
                 self._read_more()
             if size > MAX_DOCUMENT or _has_many_values(self._text[self._next : self._next + size]):
-                raise self._error(_too_large("item") if size > MAX_DOCUMENT else _too_many_values(), self._next)
+                raise self._error(too_large("item") if size > MAX_DOCUMENT else _too_many_values(), self._next)
             size = len(self._text) - self._next
             try:
                 record, end = json.JSONDecoder().raw_decode(self._text, self._next)
@@ -302,6 +298,8 @@ class _Items:
                 continue
             except ValueError as error:
                 raise self._error(json_fault(error), self._next) from None
+            if end - self._next > MAX_DOCUMENT:
+                raise self._error(too_large("item"), self._next)
             if end < len(self._text) or self._ended:  # otherwise a number may go on
                 self._advance(end)
                 return record
@@ -349,84 +347,3 @@ class _Items:
             f"{self._path}: not a whole JSON list: item {self._number}: {reason} at {self._place(at)}; fetch or write "
             "it again"
         )
-
-
-# ---- tables -------------------------------------------------------------------------------------------------
-
-
-def _table_rows(file: Any, columns: list[str], path: Path) -> Iterator[dict[str, Any] | str]:
-    """The rows of an open Parquet file as dicts, or as the reason why one cannot be read."""
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        size = _group_size(file, group, columns, path)
-        if size > MAX_DOCUMENT * rows:  # then some row is too large, perhaps by much: none is read
-            reason = f"its row group has {size >> 20:,} MiB in {rows:,} rows, and one document may have "
-            yield from [f"{reason}{MAX_DOCUMENT >> 20:,} MiB: split the large ones"] * rows
-            continue
-        batch_size = max(1, min(256, MAX_DOCUMENT // (1 + size // max(rows, 1))))
-        for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=columns):
-            yield from _rows(batch)
-
-
-def _group_size(file: Any, group: int, columns: list[str], path: Path) -> int:
-    """The uncompressed bytes of the columns that are read of a row group.
-
-    Raises:
-        ValueError: a column is compressed more than MAX_RATIO times.
-    """
-    meta = file.metadata.row_group(group)
-    total = 0
-    for i in range(meta.num_columns):
-        column = meta.column(i)
-        if column.path_in_schema.split(".")[0] not in columns:
-            continue
-        size, stored = column.total_uncompressed_size, column.total_compressed_size
-        if size > max(MAX_UNCHECKED, MAX_RATIO * stored):
-            raise ValueError(
-                f"{path}: column {column.path_in_schema!r} is compressed more than {MAX_RATIO} times, {_NOT_DATA}"
-            )
-        total += size
-    return total
-
-
-def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch as dicts, or as the reason why one cannot be read."""
-    if batch.nbytes <= MAX_DOCUMENT:
-        try:
-            yield from batch.to_pylist()
-            return
-        except (ValueError, OverflowError, RecursionError):  # of some row: they are tried one by one
-            pass
-    for i in range(batch.num_rows):
-        row = batch.slice(i, 1)
-        if row.nbytes > MAX_DOCUMENT:
-            yield _too_large("row")
-            continue
-        try:
-            (record,) = row.to_pylist()
-            yield record
-        except UnicodeDecodeError as error:
-            yield f"not UTF-8 at byte {error.start} of a string (0x{error.object[error.start]:02x})"
-        except (ValueError, OverflowError) as error:
-            yield " ".join(str(error).split())
-        except RecursionError:
-            yield "nested too deeply"
-
-
-def _characters(value: Any) -> int:
-    """The characters of all strings in a cell, and one for each other value."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, (dict, list)):
-        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
-    return 1
-
-
-def _without_nulls(value: Any) -> Any:
-    """A cell of a table without keys that hold null.
-
-    Parquet gives every struct of a column the keys of all the others.
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

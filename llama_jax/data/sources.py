@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llama_jax import storage
-from llama_jax.data import corpus, hub_datasets, questions, readers
+from llama_jax.data import corpus, hub_datasets, questions, readers, tables
 from llama_jax.data.corpus import Document
 from llama_jax.data.records import BadLine, Dialog, Sample
 
@@ -25,7 +25,10 @@ _JSON = (".jsonl", ".json-lines", ".ndjson")
 _TABLE = (".parquet",)
 _LIST = (".json",)
 # Formats that are not read. Taken for texts, they would be learned with their markup.
-_NOT_TEXT = (".csv", ".tsv", ".jl", ".json5", ".arrow", ".orc", ".avro", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
+_NOT_TEXT = (
+    *(".csv", ".tsv", ".jl", ".json5", ".arrow", ".orc", ".avro", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst"),
+    *(".lz4", ".lzma", ".br", ".z", ".7z", ".rar", ".pdf", ".docx", ".xlsx", ".epub"),
+)
 
 # Sources by path, or by the name of a part of the corpus. The value of a file of the hub is its name with the commit
 # and its size, which are the same on any machine.
@@ -126,6 +129,9 @@ def _check_readable(paths: Sequence[Path]) -> None:
                 f"{path}: files ending in {path.suffix} are not supported; write records as lines of a .jsonl file, or "
                 "texts as .txt or .md (each perhaps with .gz)"
             )
+        inner = [suffix for suffix in path.suffixes if suffix.lower() in (*_JSON, *_TABLE, *_LIST)]
+        if inner and not _kind(path):  # taken for a text, it would be learned with its markup
+            raise ValueError(f"{path}: its name has {inner[-1]} before another ending: end it in {inner[-1]}")
     hub_datasets.check_readable(map(str, paths))
 
 
@@ -147,7 +153,7 @@ def _kind(path: Path) -> str:
     """ "text", "json", "list", "table" or "" by the file's ending; the first three may have a .gz after it."""
     if path.suffix.lower() in _TABLE:
         return "table"
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return "text" if suffix in _TEXT else "json" if suffix in _JSON else "list" if suffix in _LIST else ""
 
 
@@ -186,4 +192,4 @@ def _documents_of(source: Path | str, pairs: bool) -> Iterator[Sample | BadLine]
         return readers.json_lines(source, pairs=pairs)
     if kind == "list":
         return readers.json_list(source, pairs=pairs)
-    return readers.table(source, pairs=pairs) if kind == "table" else readers.text_file(source)
+    return tables.table(source, pairs=pairs) if kind == "table" else readers.text_file(source)

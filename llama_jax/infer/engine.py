@@ -72,6 +72,8 @@ class Engine:
 
     @property
     def _weights(self) -> Any:
+        if not self.params:
+            raise ConfigError("the model has no weights since set_params(None): give it others with set_params")
         return self.params if self.program.draft is None else (self.params, self.draft)
 
     @property

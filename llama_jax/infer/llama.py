@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, brief, checked_keywords, nearest, no_attribute
+from llama_jax.errors import Answering, ConfigError, brief, checked_keywords, nearest, no_attribute
 from llama_jax.infer import inputs
 from llama_jax.infer.engine import Engine, placed
 from llama_jax.infer.grammar import call_schema
@@ -58,7 +58,7 @@ POOLS = (None, "mean", "last")
 _PEERS = {
     "save_pretrained": "save(path)",
     "push_to_hub": "save(path), and `hf upload`",
-    "from_pretrained": "llama_jax.load(name)",
+    **dict.fromkeys(("from_pretrained", "load", "from_checkpoint"), "llama_jax.load(name)"),
     "to": "mesh=... of llama_jax.load; JAX_PLATFORMS=cpu chooses the CPU",
     "cuda": "mesh=... of llama_jax.load; JAX_PLATFORMS=cpu chooses the CPU",
     "device": "mesh",
@@ -74,7 +74,7 @@ _PEERS = {
 }
 
 
-class Llama:
+class Llama(metaclass=Answering):
     """A model ready to be sampled.
 
     Attributes:
@@ -90,6 +90,7 @@ class Llama:
         sampler: the queue of requests and the compiled programs behind it.
     """
 
+    _peers = _PEERS
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from llama_jax.errors import ConfigError, brief, checked_keywords, no_attribute
+from llama_jax.errors import Answering, ConfigError, brief, checked_keywords, no_attribute
 from llama_jax.files import expanded, write_whole
 from llama_jax.text import vocabulary_files
 from llama_jax.text.byte_pairs import NUM_SPECIAL, BytePairs, llama3, ranks_file
@@ -31,10 +31,12 @@ _PEERS = {
     "convert_tokens_to_ids": "special_tokens[name] for control tokens, and encode(text)",
     "all_special_tokens": "special_tokens",
     "save_pretrained": "save(path)",
+    "from_pretrained": "Tokenizer(path), or llama_jax.load(name).tokenizer",
+    "from_file": "Tokenizer(path)",
 }
 
 
-class Tokenizer:
+class Tokenizer(metaclass=Answering):
     """Text to token ids and back.
 
     Instances are immutable, safe to share between threads, and picklable (a copy is rebuilt from the vocabulary).
@@ -54,6 +56,7 @@ class Tokenizer:
         fingerprint: sha256 (hex) of everything that ids depend on; in Meta's layout, that of Meta's `tokenizer.model`.
     """
 
+    _peers = _PEERS
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:

@@ -9,9 +9,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,12 +200,12 @@ def lora_of(config: ModelConfig, params: Params) -> dict[name_table.Path, LazyLo
     Raises:
         ConfigError: a weight has DoRA. Its leaf keeps only factors, from which the magnitudes are not recovered.
     """
-    found = {path: leaf for path, leaf in _stored(config, params).items() if isinstance(leaf, LoraTensor)}
+    found = {path: leaf for path, leaf in _stored(config, params).items() if isinstance(leaf, _Adapted)}
     if any(leaf.factor is not None for leaf in found.values()):
         raise ConfigError(
             "an applied DoRA adapter cannot be saved as an adapter: copy the folder that it was read from"
         )
-    return {path: LazyLora(leaf.a, leaf.b, leaf.scale) for path, leaf in found.items()}
+    return {path: leaf.lora for path, leaf in found.items()}
 
 
 def lazy_lora(lora: Mapping[name_table.Path, LoraWeights]) -> dict[name_table.Path, LazyLora]:
@@ -219,8 +218,23 @@ def lazy_array(array: jax.Array) -> LazyTensor:
     return of_array(functools.partial(_on_host, array), np.dtype(array.dtype), array.shape)
 
 
-def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, Any]:
-    """The unrolled leaves of params by path. Each array inside a leaf is replaced by a lazy tensor."""
+@dataclasses.dataclass(frozen=True)
+class _Adapted:
+    """A LoraTensor of lazy tensors.
+
+    Attributes:
+        base: the base weight.
+        lora: its matrix pair.
+        factor: DoRA's factors, (out, 1) or (1, in), or None.
+    """
+
+    base: LazyTensor
+    lora: LazyLora
+    factor: LazyTensor | None
+
+
+def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, LazyTensor | _Adapted]:
+    """The unrolled leaves of params by path, with lazy tensors in place of arrays."""
     check_params(config, params)
     stacked = is_stacked(params)
     latest: dict[name_table.Path, tuple[np.ndarray, ...]] = {}
@@ -236,20 +250,36 @@ def _stored(config: ModelConfig, params: Params) -> dict[name_table.Path, Any]:
             latest[path] = tuple(map(_on_host, jax.tree.leaves(leaf(path))))
         return latest[path]
 
-    def entries(path: name_table.Path) -> Any:
-        shapes, tree = jax.tree.flatten(jax.eval_shape(lambda: leaf(path)))
-        return tree.unflatten(
-            of_array(lambda i=i: arrays(path)[i], np.dtype(a.dtype), a.shape) for i, a in enumerate(shapes)
-        )
+    def entries(path: name_table.Path) -> LazyTensor | _Adapted:
+        shape = jax.eval_shape(functools.partial(leaf, path))
+        lazy = [
+            of_array(lambda i=i: arrays(path)[i], np.dtype(a.dtype), a.shape)  # type: ignore[misc]
+            for i, a in enumerate(jax.tree.leaves(shape))
+        ]
+        return _lazy(shape, iter(lazy))
 
     return {weight.path: entries(weight.path) for weight in name_table.weights(config, "huggingface")}
 
 
-def _entry(leaf: LazyTensor | QTensor | LoraTensor) -> LazyTensor:
-    if isinstance(leaf, LoraTensor):
-        return _with_factor(merge_lora(_entry(leaf.base), LazyLora(leaf.a, leaf.b, leaf.scale)), leaf.factor)
+def _lazy(leaf: jax.Array | QTensor | LoraTensor, arrays: Iterator[LazyTensor]) -> LazyTensor | _Adapted:
+    """A leaf with lazy tensors in place of its arrays, which come in the order of `jax.tree.leaves`."""
+    if not isinstance(leaf, LoraTensor):
+        return _lazy_base(leaf, arrays)
+    base, lora = _lazy_base(leaf.base, arrays), LazyLora(next(arrays), next(arrays), next(arrays))
+    for _ in jax.tree.leaves(leaf.dropout):
+        next(arrays)
+    return _Adapted(base, lora, None if leaf.factor is None else next(arrays))
+
+
+def _lazy_base(leaf: jax.Array | QTensor, arrays: Iterator[LazyTensor]) -> LazyTensor:
     if isinstance(leaf, QTensor):
-        return _quantized(QuantizedParts(8 if leaf.values.dtype == np.int8 else 4, leaf.values, leaf.scales))
+        return _quantized(QuantizedParts(leaf.bits, next(arrays), next(arrays)))
+    return next(arrays)
+
+
+def _entry(leaf: LazyTensor | _Adapted) -> LazyTensor:
+    if isinstance(leaf, _Adapted):
+        return _with_factor(merge_lora(leaf.base, leaf.lora), leaf.factor)
     return leaf
 
 
@@ -269,7 +299,7 @@ def _with_factor(tensor: LazyTensor, factor: LazyTensor | None) -> LazyTensor:
 
 def _quantized(pieces: QuantizedParts) -> LazyTensor:
     def fill(out: np.ndarray, index: Index) -> None:
-        part = quant.QTensor(pieces.values.read(index[:1]), pieces.scales.read(index[:1]))
+        part = QTensor(*(jnp.asarray(array.read(index[:1])) for array in (pieces.values, pieces.scales)))
         np.copyto(out, quant.dequantize(part, jnp.float32)[:, index[1]], casting="unsafe")
 
     out, groups = pieces.scales.shape

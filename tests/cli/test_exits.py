@@ -69,7 +69,12 @@ def test_a_signal_ends_the_process_with_one_line(number, status):
         assert running.stderr.read().strip().startswith("stopped by ")
 
 
+# The library's lock is taken twice, so that the main thread never runs a handler of Python again.
+_STUCK = (
+    "lock = ctypes.create_string_buffer(64); take = ctypes.CDLL(None).pthread_mutex_lock\n    take(lock); take(lock)"
+)
 LOST = {
+    "while a library's code runs": f"exits._PATIENCE = 0.5\n    print('ready', flush=True)\n    {_STUCK}",
     "ignored in a callback of the garbage collector": "gc.callbacks.append(lambda *_: time.sleep(0.3))\n"
     "    print('ready', flush=True)\n    while True: gc.collect(); time.sleep(0.3)",
     "caught by a library": "exits._PATIENCE = 0.5\n    print('ready', flush=True)\n    while True:\n"
@@ -82,7 +87,7 @@ LOST = {
 @pytest.mark.parametrize("body", LOST.values(), ids=LOST)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_a_signal_whose_exception_is_lost_ends_the_process_all_the_same(body, number):
-    with process(f"import gc\n    {body}", stdout=subprocess.PIPE) as running:
+    with process(f"import ctypes, gc\n    {body}", stdout=subprocess.PIPE) as running:
         assert running.stdout.readline() == "ready\n"
         time.sleep(0.1)
         running.send_signal(number)
@@ -90,15 +95,16 @@ def test_a_signal_whose_exception_is_lost_ends_the_process_all_the_same(body, nu
         assert running.stderr.read().strip() == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}"
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    with process(
-        f"import gc\n    {LOST['caught by a library']}".replace("0.5", "60"), stdout=subprocess.PIPE
-    ) as running:
+@pytest.mark.parametrize("name", ["caught by a library", "while a library's code runs"])
+def test_a_second_signal_ends_the_process_at_once(name):
+    body = f"import ctypes, gc\n    {LOST[name]}".replace("0.5", "60")
+    with process(body, stdout=subprocess.PIPE) as running:
         assert running.stdout.readline() == "ready\n"
         for wait in (0.1, 0.3):
             time.sleep(wait)
             running.send_signal(signal.SIGINT)
         assert running.wait(timeout=20) == 130
+        assert running.stderr.read().strip() == "stopped by Ctrl-C"
 
 
 def test_a_signal_during_an_import_ends_the_process_at_once(tmp_path):

@@ -1,7 +1,9 @@
 """Claims about the readers of data files: places in errors, bounds on what one file may do, and tables that are odd."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import subprocess
 import sys
@@ -99,6 +101,33 @@ def test_a_large_item_of_a_list_stops_the_file(tmp_path, small):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "x" * 9000}]))
     with pytest.raises(ValueError, match="item 2: the item is larger than .* at line 1 column 17"):
         read(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 1500}]))  # it ends within a buffer of the next size
+    with pytest.raises(ValueError, match="item 1: the item is larger than"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "words"),
+    [
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "it is gzip: end its name in .gz"),
+        ("a.txt", bz2.compress(b"a text"), "it is compressed: decompress it"),
+        ("a.txt.gz", gzip.compress(lzma.compress(b"a text")), "after decompression, it is compressed"),
+        ("a.txt", "A text.".encode("utf-16"), "it is in UTF-16: convert it"),
+        ("a.txt", "A text.".encode("utf-16-le"), "it is binary, or a text in another encoding"),
+        ("a.jsonl.old", b'{"text": "a"}', "its name has .jsonl before another ending: end it in .jsonl"),
+        ("a.jsonl.lz4", b"", "files ending in .lz4 are not supported"),
+    ],
+)
+def test_a_file_of_another_format_is_named_as_such(tmp_path, name, head, words):
+    (tmp_path / name).write_bytes(head)
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        read(tmp_path / name)
+
+
+def test_a_text_may_begin_like_another_format_and_endings_may_be_in_capitals(tmp_path):
+    (tmp_path / "a.txt").write_text("PAR1 BZh ORC")
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "BZh"}'))
+    assert [document.text for document in documents_from([str(tmp_path)])] == ["BZh", "PAR1 BZh ORC"]
 
 
 def test_a_large_text_is_read_in_parts_that_lose_nothing(tmp_path, small):
@@ -128,23 +157,30 @@ def test_a_file_that_is_compressed_too_well_is_refused(tmp_path, small, name):
 
 
 def test_a_bomb_takes_little_memory(tmp_path):
-    """With the bounds as they are: 300 MB from 0.3 MB, as a text and as one line."""
+    """With the bounds as they are: 300 MB from 0.3 MB as a text and as one line, and 4 GB from 0.5 MB as a table."""
     code = (
         "import resource, sys\nfrom llama_jax.data.sources import documents_from\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try:\n    print([type(d).__name__ for d in documents_from(sys.argv[1:])])\n"
+        "try:\n    print(list(documents_from(sys.argv[1:])))\n"
         "except ValueError as error:\n    print(error)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
     bomb = gzip.compress(b"x" * 300_000_000, compresslevel=1)
     for name in ("a.txt.gz", "a.jsonl.gz"):
         (tmp_path / name).write_bytes(bomb)
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["y" * 10_000_000]))
+    messages = pa.StructArray.from_arrays([pa.array(["user", "assistant"] * 200), words], ["role", "content"])
+    column = pa.ListArray.from_arrays(pa.array([0, 400], pa.int32()), messages)
+    table_of(tmp_path / "a.parquet", {"messages": column}, store_schema=False)
+    said = {}
+    for name in ("a.txt.gz", "a.jsonl.gz", "a.parquet"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        said, grown = done.stdout.splitlines()
-        assert "compressed more than 100 times" in said
-        assert float(grown) < 250  # MiB; the file's contents are 286
+        said[name], grown = done.stdout.splitlines()
+        assert float(grown) < 250, name  # MiB
+    assert all("compressed more than 100 times" in said[name] for name in ("a.txt.gz", "a.jsonl.gz"))
+    assert "the row is larger than 32 MiB" in said["a.parquet"]
 
 
 # ---- tables --------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def test_a_wrong_call_names_the_arguments(llama, call, words):
         (lambda llama: llama.save(None, "hf"), "path must be the name of a folder"),
         (lambda llama: llama.save("x", "hf", shard_bytes="1"), "shard_bytes must be a whole number"),
         (lambda llama: llama.set_params(3), "params must be the weights of a model"),
+        (lambda llama: llama.set_params({"embeds": 3}), "missing weight ['embed']: the weights are not those"),
     ],
 )
 def test_a_method_says_what_its_arguments_may_be(llama, call, words):
@@ -153,3 +154,16 @@ def test_a_model_without_a_tokenizer_keeps_its_template_and_says_what_chat_needs
     for call in (lambda: bare.chat([{"role": "user", "content": "x"}]), lambda: bare.answer(bare.generate([[1]])[0])):
         with pytest.raises(ConfigError, match="chat needs a tokenizer"):
             call()
+
+
+def test_a_model_without_weights_says_so_and_takes_others(llama):
+    params = llama.params
+    text = llama.generate([1, 2, 3], max_new_tokens=2).tokens
+    llama.set_params(None)
+    for call in (lambda: llama.generate([1, 2, 3]), lambda: llama.logits([[1, 2]]), lambda: list(llama.stream([1, 2]))):
+        with pytest.raises(ConfigError, match=r"no weights since set_params\(None\): give it others"):
+            call()
+    with pytest.raises(ConfigError, match="missing weight"):
+        llama.save("x", "hf")
+    llama.set_params(params)
+    assert llama.generate([1, 2, 3], max_new_tokens=2).tokens == text

@@ -231,6 +231,7 @@ def test_what_cannot_work_is_refused_with_the_mend(call, message):
     [
         (lambda m: m.save_pretrained("x"), r"Llama has no attribute 'save_pretrained'; here it is save\(path\)"),
         (lambda m: m.genrate("x"), "Llama has no attribute 'genrate'; did you mean 'generate'?"),
+        (lambda m: Llama.from_pretrained, r"Llama has no attribute 'from_pretrained'; here it is llama_jax.load\("),
         (lambda m: m.config.hidden_size, "ModelConfig has no attribute 'hidden_size'; here it is embed_dim"),
         (lambda m: byte_tokenizer().eos_token_id, "Tokenizer has no attribute 'eos_token_id'; here it is eos_id"),
         (
@@ -239,7 +240,7 @@ def test_what_cannot_work_is_refused_with_the_mend(call, message):
         ),
         (lambda m: llama_jax.SFTTrainer, "instead, use from llama_jax.train.run import train"),
     ],
-    ids=["save", "near", "config", "tokenizer", "model", "trainer"],
+    ids=["save", "near", "class", "config", "tokenizer", "model", "trainer"],
 )
 def test_an_attribute_of_another_library_is_answered_with_the_one_here(read, words):
     with pytest.raises(AttributeError, match=words):
