@@ -29,6 +29,7 @@ from jax.experimental.pallas import triton as plgpu
 from llama_jax import parallel
 from llama_jax.ops import quant
 from llama_jax.ops.norm import rms_norm
+from llama_jax.ops.pallas import interpreted, masked
 from llama_jax.ops.quant import GROUP, QTensor
 
 Norm = tuple[jax.Array, float]
@@ -169,7 +170,7 @@ def _launch(
         out_specs=[pl.BlockSpec(s.shape, lambda p: (0, 0)) for s in shapes],
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
-        interpret=_interpreted(),
+        interpret=interpreted(),
         name="few_rows",
     )(*operands)
 
@@ -283,19 +284,10 @@ def _quantized_kernel(
         lax.fori_loop(0, w.turns, turn, loaded)
 
 
-def _masked(size: int, number: jax.Array) -> Any:
-    """The first `size` indices of a dimension that may have fewer, for masked loads.
-
-    The start is computed from a number of the kernel, because jax 0.12 refuses slices of which it knows that they go
-    beyond an array.
-    """
-    return pl.ds(number * 0, size)
-
-
 def _halves(ref: Any, tile: _Tile, *row: Any) -> list[jax.Array]:
     """The first and the second 16 inputs of every group, (groups, 16) each in float32."""
     mask = jnp.broadcast_to((jnp.arange(tile.groups) < tile.G)[:, None], (tile.groups, GROUP // 2))
-    indices = ((*row, _masked(tile.groups, pl.program_id(0)), jnp.int32(half), slice(None)) for half in range(2))
+    indices = ((*row, masked(tile.groups, pl.program_id(0)), jnp.int32(half), slice(None)) for half in range(2))
     return [plgpu.load(ref.at[index], mask=mask, other=0).astype(jnp.float32) for index in indices]
 
 
@@ -303,7 +295,7 @@ def _loaded(w: _Work, turn: jax.Array, tile: _Tile) -> tuple[list[jax.Array], ja
     """The packed values and the scales of the block of a turn. After the last turn, nothing is read."""
     start = (w.first + turn * tile.programs) * tile.outputs
     wanted = turn < w.turns
-    rows, every = pl.ds(start, tile.outputs), _masked(tile.groups, start)
+    rows, every = pl.ds(start, tile.outputs), masked(tile.groups, start)
     live = (jnp.arange(tile.groups) < tile.G) & wanted
     mask = jnp.broadcast_to(live[None, :, None], (tile.outputs, tile.groups, GROUP // 2))
     indices: list[Any] = [(rows, every, slice(None))]
@@ -353,7 +345,7 @@ def _pair_products(packed: Sequence[jax.Array], first: jax.Array, second: jax.Ar
     shape = packed[0].shape
     first, second = (jnp.broadcast_to(a[None], shape) for a in (first, second))
     bits = 4 if len(packed) == 1 else 8
-    if _interpreted():
+    if interpreted():
         if bits == 4:
             p = packed[0].astype(jnp.int32)
             return ((p & 15) + 128).astype(jnp.float32) * first + ((p >> 4) + 128).astype(jnp.float32) * second
@@ -393,7 +385,7 @@ def _blocks(x: jax.Array, w: QTensor) -> jax.Array:
         out_specs=pl.BlockSpec((None, rows, _BLOCK_OUT), lambda o, p: (p, 0, o)),
         out_shape=jax.ShapeDtypeStruct((parts, rows, out), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
-        interpret=_interpreted(),
+        interpret=interpreted(),
         name="quantized_product",
     )(*planes, w.values, w.scales)
     return jnp.sum(partial_PRO, axis=0)[:count]
@@ -425,7 +417,3 @@ def _blocks_kernel(*refs: Any, bits: int, blocks: int, parts: int) -> None:
         return total
 
     out_ref[...] = lax.fori_loop(low, high, body, jnp.zeros(out_ref.shape[::-1], jnp.float32)).T
-
-
-def _interpreted() -> bool:
-    return parallel.device_platform() == "cpu"

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax import parallel
 from llama_jax.ops import quant
+from llama_jax.ops.pallas import interpreted
 from llama_jax.ops.quant import GROUP, QTensor
 
 MAX_ROWS = 128  # more rows would not fit in the vector memory beside the blocks; XLA's products are good at them
@@ -111,7 +112,7 @@ def _product(x: jax.Array, w: QTensor) -> jax.Array:
             transcendentals=0,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*operands, *planes)) + 4 * rows * every,
         ),
-        interpret=parallel.device_platform() == "cpu",
+        interpret=interpreted(),
         name="few_rows",
     )(*planes, *operands)
     return out[:count]

@@ -85,11 +85,6 @@ def active_target() -> Target:
     )
 
 
-def interpreted() -> bool:
-    """True if Pallas kernels run as XLA operations, slowly: on CPUs, where nothing but a test calls them."""
-    return parallel.device_platform() == "cpu"
-
-
 def refuses_mesh(call: Call, target: Target) -> str:
     """The reason why a call cannot be split as the devices of the target are; "" if it can."""
     N, K = call.q_BTNH.shape[2], call.k.shape[1]

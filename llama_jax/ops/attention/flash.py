@@ -15,8 +15,9 @@ from jax import lax
 
 from llama_jax import parallel
 from llama_jax.cache import QCache, read
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
+from llama_jax.ops.attention.call import Call, Target, refuses_mesh
 from llama_jax.ops.attention.flash_kernels import Blocks, attention
+from llama_jax.ops.pallas import interpreted
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _WORKSTATIONS = (86, 87, 89, 120, 121)  # RTX 30, Jetson, RTX 40 and L4, RTX 50

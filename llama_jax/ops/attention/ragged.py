@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax import parallel
 from llama_jax.ops import quant
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
+from llama_jax.ops.attention.call import Call, Target, refuses_mesh
+from llama_jax.ops.pallas import interpreted
 
 _LANES = 128
 _HEAD = 128  # XLA would copy a cache of smaller heads to give its slots lanes of their own

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec
 
 from llama_jax import parallel
 from llama_jax.cache import QCache
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
+from llama_jax.ops.attention.call import Call, Target, refuses_mesh
+from llama_jax.ops.pallas import interpreted
 
 _LANES = 128  # lanes of a TPU's vector registers; the length must be a multiple
 _HEAD_DIMS = (64, 128)

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax import parallel
-from llama_jax.ops.attention.call import Call, Target, interpreted, refuses_mesh
+from llama_jax.ops.attention.call import Call, Target, refuses_mesh
+from llama_jax.ops.pallas import interpreted, masked
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _STEP = 32  # slots that are multiplied at once
@@ -116,8 +117,7 @@ def _part_kernel(q_ref: Any, length_ref: Any, *refs: Any, scale: float, parts: i
     (G, H), length = q_ref.shape, length_ref[0]
     # A product has at least 16 rows. Those beyond the heads of the group are zeros, and are not stored.
     rows = max(_ROWS, pl.next_power_of_2(G))
-    # jax 0.12 refuses slices of which it knows that they go beyond an array, masked or not.
-    every, ours = pl.ds(pl.program_id(0) * 0, rows), jnp.arange(rows) < G
+    every, ours = masked(rows, pl.program_id(0)), jnp.arange(rows) < G
     of_head = jnp.broadcast_to(ours[:, None], (rows, H))
     q = plgpu.load(q_ref.at[every, :], mask=of_head, other=0)
     blocks = lax.div(length + (_STEP - 1), jnp.int32(_STEP))
