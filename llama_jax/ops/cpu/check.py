@@ -32,16 +32,20 @@ def against_xla() -> None:
                 w = quant.quantize(plain, kind) if isinstance(kind, int) else plain.astype(kind)
                 x = normal(rows, 608).astype(dtype)
                 result = jax.jit(lambda x, w: calls.linears(x, [w], dtype=jnp.float32)[0])(x, w)
-                # Many rows round dequantized weights to their own dtype.
-                to = jnp.float32 if exact or rows < 40 else dtype
-                numbers = quant.dequantize(w, to) if isinstance(w, QTensor) else w
-                numbers = numbers.astype(jnp.float32)
-                expected = jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
-                _compare(result, expected, _FLOAT, f"linear, {rows} rows, {kind}, {dtype.__name__}")
+                # Where the processor multiplies bfloat16, many rows round dequantized weights to it.
+                roundings = [jnp.float32] if exact or rows < 40 else [jnp.float32, dtype]
+                expected = [_product(x, w, to) for to in roundings]
+                _compare(result, expected, f"linear, {rows} rows, {kind}, {dtype.__name__}")
     _check_attention(normal)
     table, ids = normal(9, 40).astype(jnp.bfloat16), jnp.array([[8, 0], [3, 3]])
     if not jnp.array_equal(jax.jit(calls.rows)(table, ids), table[ids]):
         raise RuntimeError("rows: the kernel differs from XLA")
+
+
+def _product(x: jax.Array, w: jax.Array | QTensor, to: jnp.dtype) -> jax.Array:
+    """x w^T in float32, with a quantized weight dequantized to dtype `to`."""
+    numbers = (quant.dequantize(w, to) if isinstance(w, QTensor) else w).astype(jnp.float32)
+    return jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
 
 
 def gain_of_many_rows() -> float:
@@ -74,15 +78,16 @@ def _check_attention(normal: Callable[..., jax.Array]) -> None:
         live = jnp.arange(40) < lengths[:, None, None, None]
         weights = jax.nn.softmax(jnp.where(live, scores / 8, -jnp.inf), axis=-1)
         expected = jnp.einsum("bkgs,bksh->bkgh", weights, values.astype(jnp.float32), precision="highest")
-        _compare(result, expected.reshape(2, 6, 64), _FLOAT, f"attention, {dtype.__name__}")
+        _compare(result, [expected.reshape(2, 6, 64)], f"attention, {dtype.__name__}")
         many = jnp.broadcast_to(q[:, None], (2, 5, 6, 64))
         zeros = jnp.zeros((2, 5), jnp.int32)
         result = jax.jit(calls.attend_many)(many, keys, values, zeros, lengths[:, None] + zeros)
         expected = jnp.broadcast_to(expected.reshape(2, 1, 6, 64), result.shape)
-        _compare(result, expected, _FLOAT, f"attention of many queries, {dtype.__name__}")
+        _compare(result, [expected], f"attention of many queries, {dtype.__name__}")
 
 
-def _compare(result: jax.Array, expected: jax.Array, tolerance: float, name: str) -> None:
-    gap = float(jnp.abs(result - expected).max() / jnp.abs(expected).max())
-    if not gap <= tolerance:
+def _compare(result: jax.Array, expected: list[jax.Array], name: str) -> None:
+    """Raises RuntimeError if a result is near none of those that it may be."""
+    gap = min(float(jnp.abs(result - each).max() / jnp.abs(each).max()) for each in expected)
+    if not gap <= _FLOAT:
         raise RuntimeError(f"{name}: the kernel differs from XLA by {gap:.1e} of the largest result")
