@@ -19,7 +19,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax import run_checks, run_shape
+from llama_jax import peer_keys, run_checks, run_shape
 from llama_jax.config import SIZES, ModelConfig
 from llama_jax.errors import ConfigError, brief, checked_fields, nearest
 from llama_jax.run_keys import (
@@ -293,76 +293,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     return {k: (a.get(k), b.get(k)) for k in keys if plain(a.get(k)) != plain(b.get(k))}
 
 
-# Names of keys in other trainers (transformers, TRL, peft, torchtitan) and short forms, whose values mean the same.
-_SAME = {
-    "init_from": "model_name_or_path base_model initial_load_path hf_assets_path",
-    "output": "output_dir dump_folder",
-    "data.train": "train_file",
-    "data.validation": "validation_file",
-    "data.tokenizer": "tokenizer_name tokenizer_path",
-    "data.sequence_length": "seq_len seq_length max_length max_seq_length sequence_len block_size",
-    "data.batch_size": "global_batch_size",
-    "optimizer.learning_rate": "lr",
-    "optimizer.weight_decay": "wd",
-    "optimizer.clip_norm": "max_grad_norm max_norm grad_clip gradient_clipping",
-    "optimizer.b1": "beta1 adam_beta1",
-    "optimizer.b2": "beta2 adam_beta2",
-    "optimizer.eps": "adam_epsilon",
-    "train.epochs": "num_train_epochs num_epochs",
-    "train.steps": "num_steps max_steps",
-    "train.patience": "early_stopping_patience",
-    "lora.rank": "r lora_r lora_rank",
-    "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout",
-    "lora.targets": "target_modules lora_target_modules lora_target",
-    "dpo.beta": "pref_beta",
-    "mesh.tensor": "tensor_parallel_degree tensor_parallel_size tp",
-    "mesh.fsdp": "data_parallel_shard_degree",
-    "mesh.data": "data_parallel_replicate_degree",
-    "mesh.context": "context_parallel_degree",
-    "mesh.stage": "pipeline_parallel_degree",
-    "log.every": "logging_steps log_freq",
-    "log.eval_every": "eval_steps eval_interval",
-    "log.to": "report_to",
-    "checkpoint.every": "save_steps interval",
-    "checkpoint.keep": "save_total_limit keep_latest_k",
-}
-# Names whose values do not mean the same: they are suggested only.
-_SIMILAR = {
-    "model.name": "flavor",
-    "data.train": "dataset dataset_name dataset_path train_dataset",
-    "data.validation": "eval_dataset",
-    "data.loss_on": "assistant_only_loss completion_only_loss train_on_inputs",
-    "data.batch_size": "bs per_device_train_batch_size train_batch_size local_batch_size",
-    "optimizer.name": "optim",
-    "optimizer.schedule": "lr_scheduler lr_scheduler_type",
-    "train.accumulate": "grad_accum gradient_accumulation_steps",
-    "train.compute_dtype": "dtype bf16 torch_dtype mixed_precision_param",
-    "train.products": "fp8 float8 enable_fp8",
-    "train.remat": "gradient_checkpointing activation_checkpoint",
-    "lora.rank": "use_peft",
-    "lora.base": "load_in_4bit load_in_8bit quantization_config",
-    "mesh.fsdp": "deepspeed fsdp_config",
-    "log.to": "tensorboard wandb enable_tensorboard enable_wandb",
-    "log.profile": "enable_profiling profile_freq",
-    "checkpoint.keep_best": "load_best_model_at_end",
-}
-# The sections of torchtitan, whose names are in _SAME or end as a key here.
-_TORCHTITAN = {
-    "training": "seq_len global_batch_size max_norm steps",
-    "optimizer": "lr beta1 beta2",
-    "lr_scheduler": "warmup_steps",
-    "parallelism": "data_parallel_shard_degree data_parallel_replicate_degree tensor_parallel_degree "
-    "context_parallel_degree pipeline_parallel_degree",
-    "checkpoint": "interval keep_latest_k initial_load_path",
-    "metrics": "log_freq",
-    "job": "dump_folder",
-}
-_BY_SAME, _BY_SIMILAR = (
-    {alias: key for key, aliases in table.items() for alias in aliases.split()} for table in (_SAME, _SIMILAR)
-)
-
-
 def key_of_flag(name: str) -> str | None:
     """The key that a flag sets, by its own name, by its last part alone, or by its name in another trainer.
 
@@ -372,10 +302,13 @@ def key_of_flag(name: str) -> str | None:
     if name in known:
         return name
     section, _, last = name.rpartition(".")
-    if section and last not in _TORCHTITAN.get(section, "").split():
+    meant = peer_keys.SAME.get(name, peer_keys.SAME.get(last))
+    if name in peer_keys.SAME or (section and meant is not None and meant.rpartition(".")[0] == section):
+        return meant
+    if section and last not in peer_keys.TORCHTITAN.get(section, "").split():
         return None
     ends = [key for key in known if key.rpartition(".")[2] == last]
-    return ends[0] if len(ends) == 1 else _BY_SAME.get(last)
+    return ends[0] if len(ends) == 1 else meant
 
 
 def unknown_key(name: str) -> ConfigError:
@@ -386,7 +319,11 @@ def unknown_key(name: str) -> ConfigError:
     sections = sorted({k.split(".")[0] for k in known})
     if name in sections:
         return ConfigError(f"{name} is a section: set one of {', '.join(k for k in known if k.startswith(name + '.'))}")
+    plain = name.replace("-", "_")
+    note = peer_keys.NOTES.get(plain, peer_keys.NOTES.get(plain.rpartition(".")[2]))
     near = _near_key(name, known, siblings, [] if section else sections)
+    if note is not None:
+        return ConfigError(f"unknown key {name!r}: {note}")
     suggestion = f"did you mean {near!r}?" if near else "no known name is near."
     allowed = siblings if section and siblings else sections
     return ConfigError(f"unknown key {name!r}: {suggestion} Allowed here: {', '.join(allowed)}")
@@ -398,7 +335,7 @@ def _near_key(name: str, known: Sequence[str], siblings: Sequence[str], sections
     The right name in another section is the nearest; then come those of its own section, and then those of any.
     """
     *others, last = name.replace("-", "_").split(".")
-    by_alias = _BY_SAME | _BY_SIMILAR
+    by_alias = peer_keys.SAME | peer_keys.SIMILAR
     for part in (last, *others):
         if part in by_alias and part not in sections:
             return by_alias[part]

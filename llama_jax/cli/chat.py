@@ -70,6 +70,8 @@ class Chat:
             "/save": self._save,
             "/load": self._load,
             "/speed": lambda _: self._toggle_speed(),
+            "/?": lambda _: _say(HELP),  # as in ollama
+            "/clear": lambda _: self._reset(),
         }
 
     def run(self, read: Callable[[str], str]) -> int:

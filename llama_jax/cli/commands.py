@@ -26,9 +26,26 @@ _ALIASES = {
     "train": "finetune fine-tune sft dpo pretrain",
     "infer": "chat generate run cli sample complete",
     "convert": "quantize export merge save",
-    "eval perplexity": "perplexity",
+    "eval perplexity": "perplexity ppl",
     "eval harness": "lm-eval lm_eval",
     "eval compare": "compare",
+}
+_ANSWERS = {
+    **dict.fromkeys(
+        ("serve", "server"),
+        "there is no server: `infer --chat` talks at a terminal, and `infer "
+        "--prompt_file FILE --json` answers many prompts",
+    ),
+    **dict.fromkeys(
+        ("bench", "benchmark"),
+        "`infer --verbose` prints the time of an answer, and benchmarks/ of the repository has programs that measure",
+    ),
+    **dict.fromkeys(("embedding", "embeddings"), "llama_jax.load(MODEL).hidden(texts) gives them in Python"),
+    **dict.fromkeys(("tokenize", "tokenizer"), "llama_jax.load(MODEL).tokenizer.encode(text) gives ids in Python"),
+    **dict.fromkeys(
+        ("download", "pull", "login"),
+        "models are downloaded when they are first used; `hf auth login` and `hf download` come with huggingface_hub",
+    ),
 }
 _BY_ALIAS = {alias: command for command, aliases in _ALIASES.items() for alias in aliases.split()}
 
@@ -66,6 +83,8 @@ def choose(command: str, argv: Sequence[str], choices: Mapping[str, str], descri
         first = next(iter(choices))
         raise ConfigError(f"{program} takes a command before flags, e.g. {program} {first}: {', '.join(choices)}")
     if argv[0] not in choices:
+        if not command and argv[0] in _ANSWERS:
+            raise ConfigError(f"{program} has no command {argv[0]!r}: {_ANSWERS[argv[0]]}")
         meant = "" if command else _BY_ALIAS.get(argv[0])
         near = f"; did you mean {meant!r}?" if meant else nearest(argv[0], list(choices), cutoff=0.6)
         raise ConfigError(f"{program} has no command {brief(argv[0])}{near or ';'} commands: {', '.join(choices)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import parser
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.errors import DTYPE_ALIASES, ConfigError, brief, nearest
 
 if TYPE_CHECKING:
     from llama_jax.weights import name_table
@@ -47,10 +47,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--dtype",
-        type=parser.one_of(DTYPES),
+        type=_dtype,
         metavar="NAME",
-        help="dtype to write; int8 and int4 are for hf alone, q8_0 and q4_0 for gguf (default: as stored; a type that "
-        "cannot be written is unpacked to float32, which is exact)",
+        help="dtype to write; int8 and int4 are q8_0 and q4_0 in gguf, and meta has neither (default: as stored; a "
+        "type that cannot be written is unpacked to float32, which is exact)",
     )
     add(
         "--shard_size",
@@ -68,11 +68,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "give. The model runs over them, so that it must fit into memory",
     )
     flags.aliases |= {"--lora": "--adapter", "--outtype": "--dtype", "--max_shard_size": "--shard_size"}
+    flags.positional = "convert takes two, SOURCE and DEST; flags set the rest, such as --dtype q8_0"
     options = flags.parse(argv)
     if options.to is None and not options.dest.endswith(".gguf"):
         flags.error(f"give the format: --to {', --to '.join(FORMATS)}")
     options.to = options.to or "gguf"
     return options
+
+
+def _dtype(text: str) -> str:
+    """The value of --dtype, with a reason for llama.cpp's types that are read and not written."""
+    if re.fullmatch(r"i?q\d_(k(_[a-z]+)?|[a-z]+|1)", text.lower()):
+        raise argparse.ArgumentTypeError(f"{brief(text)} is read and not written: q8_0 and q4_0 are written")
+    return parser.one_of(DTYPES, {**DTYPE_ALIASES, "q8": "q8_0", "q4": "q4_0"})(text)
+
+
+_dtype.allowed = ", ".join(DTYPES)  # type: ignore[attr-defined]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     from llama_jax.weights.open import open_source
     from llama_jax.weights.source import UnknownTokenizer
 
-    export.check(options.to, options.dtype)
+    options.dtype = export.written_dtype(options.to, options.dtype)
     source = open_source(options.source)
     start = time.perf_counter()
     leaves, config, adapter = source.merged_leaves(), source.config, None

@@ -41,7 +41,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _batch_size(flags: parser.Parser) -> None:
     flags.add_argument("--batch_size", type=parser.whole(1), default=8, metavar="N", help="rows that run together")
-    flags.aliases["-b"] = "--batch_size"
 
 
 def _perplexity_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -57,7 +56,7 @@ def _perplexity_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="files (.txt, .md, .jsonl, .parquet, .gz), folders, patterns, hf://datasets/..., or stdlib:validation. Of "
         "texts every token counts; of dialogs and completions the answers, as in training",
     )
-    flags.aliases |= {"-f": "--text", "--file": "--text"}
+    flags.aliases |= {"-f": "--text", "--file": "--text", "-c": "--context", "--ctx_size": "--context"}
     add("--context", type=parser.whole(1), metavar="N", help="tokens of a window (default: 2048, or the model's own)")
     add("--stride", type=parser.whole(1), metavar="N", help="tokens between windows (default: half of --context)")
     add("--json", action="store_true", help="print one JSON object")
@@ -82,6 +81,7 @@ def _harness_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=parser.whole(0), default=0, metavar="N", help="seed of tasks that draw their texts")
     add("--out", type=parser.path, default="results.json", metavar="FILE", help="file of the results")
     _batch_size(flags)
+    flags.aliases["-b"] = "--batch_size"
     parser.add_model_flags(flags)
     return flags.parse(argv)
 
@@ -185,14 +185,20 @@ def _perplexity(argv: Sequence[str]) -> int:
 def _report(result: Perplexity) -> str:
     sign = "\N{PLUS-MINUS SIGN}"
     over = f"{result.documents:,} documents" if result.documents > 1 else f"{result.windows:,} windows of one document"
+    one = math.isnan(result.standard_error)  # a single window
+    error, last = (
+        ("", "one window has no standard error")
+        if one
+        else (f" {sign} {result.standard_error:.4f}", f"{sign} is the standard error over {over}")
+    )
     return "\n".join(
         [
-            f"nats per token   {result.nats_per_token:.4f} {sign} {result.standard_error:.4f}",
+            f"nats per token   {result.nats_per_token:.4f}{error}",
             f"perplexity       {result.perplexity:.4g}",
             f"bits per byte    {result.bits_per_byte:.4f}",
             f"tokens           {result.tokens:,} of {result.bytes:,} bytes",
             f"windows          {result.windows:,} of {result.context:,} tokens, {result.stride:,} apart",
-            f"{sign} is the standard error over {over}",
+            last,
         ]
     )
 

@@ -13,11 +13,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli import chat, parser, plan, sampling_flags
+from llama_jax.cli import chat, parser, peer_flags, plan, sampling_flags
 from llama_jax.errors import ConfigError, brief, json_fault
 from llama_jax.files import naming
 
@@ -33,45 +33,9 @@ examples:
   PROGRAM --model llama3.1-70b --plan v5p:2x2x2 --batch_size 32 --capacity 32768
 
 Flags of llama.cpp, vLLM and transformers work where they mean the same: -m, -p, -f, -n, -s, --temp, --n_predict,
---max_tokens, --lora, --repeat_penalty, -sys. Hyphens and underscores are the same.
+--max_tokens, --lora, --repeat_penalty, -sys. Those that change no text, such as -ngl, -c and -t, are ignored with a
+line that says so. Hyphens and underscores are the same.
 """
-_ALIASES = {
-    "-p": "--prompt",
-    "-f": "--prompt_file",
-    "--file": "--prompt_file",
-    "-sys": "--system",
-    "--system_prompt": "--system",
-    "-cnv": "--chat",
-    "--conversation": "--chat",
-    "--interactive": "--chat",
-    "-b": "--batch_size",
-}
-_SERVER = "there is no server; --chat is a dialog at a terminal, and --prompt_file with --json answers many prompts"
-_SAMPLERS = "sampling is by --temperature, --top_k, --top_p, --min_p, --typical_p and the penalties"
-_REFUSED = {
-    "-no-cnv": "--prompt continues a text without a dialog; leave it out",
-    "--no_conversation": "--prompt continues a text without a dialog; leave it out",
-    "-i": "write --chat",
-    "-e": "the shell writes line breaks: --prompt $'a\\nb'",
-    "--color": "there are no colors; leave it out",
-    "--log_disable": "write --quiet",
-    "--no_display_prompt": "the prompt is not printed; leave it out",
-    "--simple_io": "output to a pipe or a file is always plain; leave it out",
-    "-st": "write --ask",
-    "--single_turn": "write --ask",
-    "-ub": "prompts are read in chunks of sizes that are compiled; leave it out",
-    "--ubatch_size": "prompts are read in chunks of sizes that are compiled; leave it out",
-    "--host": _SERVER,
-    "--port": _SERVER,
-    "--server": _SERVER,
-    "--api_key": _SERVER,
-    "--mirostat": _SAMPLERS,
-    "--samplers": _SAMPLERS,
-    "--repeat_last_n": "--repetition_penalty counts the whole prompt and text; leave it out",
-    "--num_beams": _SAMPLERS,
-    "--do_sample": "--temperature 0 is greedy, and a higher one samples; leave it out",
-    "--grammar_file": "write --grammar, whose syntax is that of Lark and not GBNF, or --json_schema",
-}
 _DRAFT = "small model of the same vocabulary, for --speculate draft: as --model"
 _MOST_BYTES = 1 << 30  # of a file of prompts or messages
 
@@ -94,8 +58,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--capacity", type=parser.whole(1), metavar="N", help="positions of a row for --plan (default: 8192)"
     )
-    flags.aliases |= _ALIASES
-    flags.refused |= _REFUSED
+    flags.aliases |= peer_flags.INFER_ALIASES
+    flags.ignored |= peer_flags.INFER_IGNORED
+    flags.refused |= peer_flags.INFER_REFUSED
+    flags.positional = "write --model MODEL, and --prompt TEXT or --ask TEXT"
     options = flags.parse(argv)
     if options.model is None:
         flags.error(f"no model: give --model PATH, {parser.MODEL}")
@@ -106,9 +72,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_inputs(flags: parser.Parser) -> None:
     """Add the flags of the prompts and of the output."""
-    group = flags.add_argument_group("what to answer (one of the first five)")
+    group = flags.add_argument_group("what to answer (one of the first six)")
     add = group.add_argument
     add("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for several")
+    add("--file", type=parser.path, metavar="FILE", help="the text of this file is the prompt; - is standard input")
     add(
         "--prompt_file",
         type=parser.path,
@@ -145,6 +112,11 @@ def _add_inputs(flags: parser.Parser) -> None:
         "rendered with a chat template (default: plain text, with a warning)",
     )
     add("--no_parse_special", dest="parse_special", action="store_false", help="keep them as text without a warning")
+    _add_outputs(add)
+
+
+def _add_outputs(add: Callable[..., Any]) -> None:
+    """Add the flags of the number of answers, and of their form, to the group of `_add_inputs`."""
     add("--batch_size", type=parser.whole(1), default=8, metavar="N", help="prompts that run together")
     add("--num_samples", type=parser.whole(1), default=1, metavar="N", help="answers to each prompt (default: 1)")
     add(
@@ -157,10 +129,10 @@ def _add_inputs(flags: parser.Parser) -> None:
 
 
 def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
-    modes = [name for name in ("prompt", "prompt_file", "ask", "chat", "messages") if getattr(options, name)]
+    modes = [name for name in ("prompt", "file", "prompt_file", "ask", "chat", "messages") if getattr(options, name)]
     if len(modes) != 1:
         named = " and ".join(f"--{name}" for name in modes) or "none of them"
-        flags.error(f"give one of --prompt, --prompt_file, --ask, --chat and --messages; got {named}")
+        flags.error(f"give one of --prompt, --file, --prompt_file, --ask, --chat and --messages; got {named}")
     if options.capacity is not None:
         flags.error("--capacity goes with --plan")
     if options.json and options.chat:
@@ -175,8 +147,8 @@ def _check_inputs(flags: parser.Parser, options: argparse.Namespace) -> None:
         flags.error("--tool_choice goes with --tools")
     if options.tool_choice is not None and options.chat:
         flags.error("--tool_choice goes with --ask and --messages")
-    if options.parse_special is not None and not (options.prompt or options.prompt_file):
-        flags.error("--parse_special goes with --prompt and --prompt_file; messages of dialogs are always plain text")
+    if options.parse_special is not None and not (options.prompt or options.file or options.prompt_file):
+        flags.error("--parse_special goes with prompts and their files; messages of dialogs are always plain text")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -275,7 +247,9 @@ def _of_call(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prompts(options: argparse.Namespace) -> tuple[list[str | list[int]], list[dict[str, Any]]]:
-    """The prompts of --prompt or of the file of --prompt_file, and the options that each has of its own."""
+    """The prompts of --prompt, --file or --prompt_file, and the options that each has of its own."""
+    if options.file is not None:
+        return [_text(options.file).removesuffix("\n").removesuffix("\r")], [{}]
     if options.prompt_file is None:
         prompts = options.prompt or []
         return prompts, [{}] * len(prompts)

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         examples=_EXAMPLES,
     )
     flags.add_argument("source", type=parser.path, metavar="SOURCE", help=f"{parser.MODEL}; or data")
+    flags.positional = "inspect takes one, a model; `inspect data --config FILE` shows the data of a run"
     return _inspect(flags.parse(argv).source)
 
 

@@ -17,17 +17,10 @@ from typing import Any, NoReturn
 
 import llama_jax
 from llama_jax import progress
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.cli import peer_flags
+from llama_jax.errors import DTYPE_ALIASES, ConfigError, brief, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
-_DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "f16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "f32": "float32",
-}
 _ONE_MODEL = ("model", "source")  # arguments without a flag
 QUANTIZE = ("none", "int8", "int4")
 KV_TYPES = ("compute", "int8")
@@ -52,7 +45,14 @@ def program(command: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, aliases, and flags that are refused with a reason."""
+    """argparse with errors of one line, aliases, and flags of other programs that are ignored or refused with a reason.
+
+    Attributes:
+        aliases: flag here by the name that another program has for it.
+        ignored: flags of other programs that change no result, which are left out with a line that says why.
+        refused: what to write instead, by the flag of another program.
+        positional: what an argument without a flag should have been, for the error about it.
+    """
 
     def __init__(self, command: str, description: str, *, examples: str = ""):
         """A parser with --help, --version, --quiet and --verbose.
@@ -71,7 +71,9 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.aliases: dict[str, str] = {}
+        self.ignored: dict[str, peer_flags.Ignored] = {}
         self.refused: dict[str, str] = {}
+        self.positional = ""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print --help. argparse would ignore an error of writing, such as a full disk."""
@@ -94,11 +96,40 @@ class Parser(argparse.ArgumentParser):
             "--quiet", action="store_true", help="no progress bars, and no messages except warnings and errors"
         )
         group.add_argument("--verbose", action="store_true", help="more messages, and the traceback of an error")
-        options, unknown = super().parse_known_args(self._canonical(argv))
+        left, ignored = self._without_ignored(argv)
+        options, unknown = super().parse_known_args(self._canonical(left))
         if unknown:
             self._unknown(unknown[0])
         set_verbosity(quiet=options.quiet, verbose=options.verbose)
+        if ignored and not options.quiet:
+            parts = [f"{', '.join(names)} ({reason})" for reason, names in ignored.items()]
+            print(f"ignored: {'; '.join(parts)}", file=sys.stderr)
         return options
+
+    def _without_ignored(self, argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+        """The arguments without ignored flags and their values, and the ignored flags by their reason."""
+        left: list[str] = []
+        ignored: dict[str, list[str]] = {}
+        rest = list(argv)
+        while rest and rest[0] != "--":
+            arg = rest.pop(0)
+            name, equals, _ = arg.partition("=")
+            flag = self.ignored.get(_plain(name))
+            if flag is None or _plain(name) in self.aliases or name in self._option_string_actions:
+                left.append(arg)
+                # The value of a flag may look like another one: `--prompt -c`.
+                if not equals and rest and self._takes_one(self._flag(name)) and self._flag(rest[0]) is None:
+                    left.append(rest.pop(0))
+                continue
+            ignored.setdefault(flag.reason, []).append(name)
+            if not equals and rest and flag.takes(rest[0]):
+                rest.pop(0)
+        return [*left, *rest], ignored
+
+    def _takes_one(self, flag: str | None) -> bool:
+        """True for a flag that takes one value. --model takes one, also where the model has no flag."""
+        action = self._option_string_actions.get(flag or "")
+        return flag is not None and (action is None or action.nargs is None)
 
     def _canonical(self, argv: Sequence[str]) -> list[str]:
         """The arguments with each flag under its first name, and joined with its value by an equals sign."""
@@ -115,8 +146,7 @@ class Parser(argparse.ArgumentParser):
                 result.append(arg)
                 continue
             named = flag not in self._option_string_actions  # --model, where the model has no flag
-            takes_one = named or self._option_string_actions[flag].nargs is None
-            if not equals and takes_one and rest and self._flag(rest[0].partition("=")[0]) is None:
+            if not equals and self._takes_one(flag) and rest and self._flag(rest[0].partition("=")[0]) is None:
                 equals, value = "=", rest.pop(0)
             if named and not equals:
                 self.error(f"argument {name}: expected one argument")
@@ -130,7 +160,7 @@ class Parser(argparse.ArgumentParser):
         """
         if not name.startswith("-") or name.strip("-") == "":
             return None
-        plain = name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
+        plain = _plain(name)
         if plain in self.refused:
             raise ConfigError(f"{name} is not a flag of {self.prog}: {self.refused[plain]}")
         flag = self.aliases.get(plain, plain)
@@ -143,13 +173,18 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arg: str) -> NoReturn:
         if not arg.startswith("-"):
-            self.error(f"unexpected argument {brief(arg)}")
+            self.error(f"unexpected argument {brief(arg)}{self.positional and f': {self.positional}'}")
         word = arg.partition("=")[0]
         flags = {flag.lstrip("-"): flag for flag in [*self._option_string_actions, *self.aliases]}
         near = nearest(word.lstrip("-").replace("-", "_"), list(flags), cutoff=0.7)
         for plain, flag in flags.items():
             near = near.replace(f"{plain!r}", f"{self.aliases.get(flag, flag)!r}")
         self.error(f"unknown argument {brief(word)}{near}")
+
+
+def _plain(name: str) -> str:
+    """The flag with underscores in place of hyphens: --top-k is --top_k."""
+    return name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -248,7 +283,8 @@ def one_of(choices: Sequence[str], others: Mapping[str, str] | None = None) -> C
     """
 
     def convert(text: str) -> str:
-        text = (others or {}).get(text, text)
+        lower = text.lower()
+        text = lower if lower in choices else (others or {}).get(lower, text)
         if text not in choices:
             raise ConfigError(f"must be one of {', '.join(choices)}, got {brief(text)}{nearest(text, choices)}")
         return text
@@ -295,63 +331,6 @@ mesh = _typed(_mesh, "AXIS=N,...", shown="such as data=1,tensor=2")
 
 # Flags that commands share.
 
-_MODEL_ALIASES = {
-    "-m": "--model",
-    "-hf": "--model",
-    "--hf_repo": "--model",
-    "--lora": "--adapter",
-    "--chat_template": "--chat_format",
-}
-_ONE_CACHE = "the KV cache is as long as the prompt and --max_new_tokens need"
-_ALL_LAYERS = "all layers run on the accelerator if there is one; --mesh chooses devices, JAX_PLATFORMS=cpu the CPU"
-_THREADS = "XLA takes all cores; taskset limits them"
-_MEMORY = "weights are read into memory, and never mapped from the file"
-_ATTENTION = "the fastest attention of the device is chosen; leave it out"
-_ALWAYS = "it is always on; leave it out"
-_KV = "write --kv int8, or leave it out"
-_SPLIT = "write --mesh tensor=N"
-_CONFIG = "the model's own config says it; leave it out"
-_REFUSED = {
-    "-ngl": _ALL_LAYERS,
-    "--gpu_layers": _ALL_LAYERS,
-    "--n_gpu_layers": _ALL_LAYERS,
-    "--device": _ALL_LAYERS,
-    "--device_map": _ALL_LAYERS,
-    "-c": _ONE_CACHE,
-    "--ctx_size": _ONE_CACHE,
-    "--max_model_len": _ONE_CACHE,
-    "-t": _THREADS,
-    "--threads": _THREADS,
-    "--mlock": _MEMORY,
-    "--no_mmap": _MEMORY,
-    "-fa": _ATTENTION,
-    "--flash_attn": _ATTENTION,
-    "--attn_implementation": _ATTENTION,
-    "--jinja": f"the chat template is used: {_ALWAYS}",
-    "--trust_remote_code": "no code of a model is run; leave it out",
-    "--tensor_parallel_size": _SPLIT,
-    "-tp": _SPLIT,
-    "-sm": _SPLIT,
-    "--split_mode": _SPLIT,
-    "-ts": _SPLIT,
-    "--tensor_split": _SPLIT,
-    "--main_gpu": _SPLIT,
-    "-mg": _SPLIT,
-    "--max_seq_len": _ONE_CACHE,
-    "--gpu_memory_utilization": _ONE_CACHE,
-    "-ctk": _KV,
-    "-ctv": _KV,
-    "--cache_type_k": _KV,
-    "--cache_type_v": _KV,
-    "--kv_cache_dtype": _KV,
-    "--rope_scaling": _CONFIG,
-    "--rope_freq_base": _CONFIG,
-    "--rope_theta": _CONFIG,
-    "--load_in_8bit": "write --quantize int8",
-    "--load_in_4bit": "write --quantize int4",
-    "--torch_dtype": "write --dtype float32 or --dtype bfloat16",
-}
-
 
 def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = True) -> None:
     """Add the flags that `llama_jax.load` takes, except the model itself."""
@@ -366,7 +345,7 @@ def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = Tr
         )
     group.add_argument(
         "--dtype",
-        type=one_of(DTYPES, _DTYPES),
+        type=one_of(DTYPES, DTYPE_ALIASES),
         metavar="NAME",
         help="dtype of weights, activations and KV cache (default: the checkpoint's own; float32 on a CPU without "
         "bfloat16 instructions, float16 on a GPU without them)",
@@ -396,8 +375,9 @@ def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = Tr
         help="type of the KV cache: compute is that of the activations, int8 takes about half of bfloat16 "
         "(default: compute)",
     )
-    parser.aliases |= _MODEL_ALIASES
-    parser.refused |= _REFUSED
+    parser.aliases |= peer_flags.MODEL_ALIASES
+    parser.ignored |= peer_flags.MODEL_IGNORED
+    parser.refused |= peer_flags.MODEL_REFUSED
 
 
 def human_bytes(size: float) -> str:

@@ -6,6 +6,7 @@ jax is imported only after the arguments are checked.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import re
@@ -17,6 +18,7 @@ from llama_jax.cli import parser
 from llama_jax.cli.run_flags import parse_run_flags
 from llama_jax.config import SIZES, ModelConfig
 from llama_jax.errors import ConfigError
+from llama_jax.files import expanded
 from llama_jax.plan.devices import Devices, parse
 from llama_jax.run_config import RunConfig
 
@@ -112,6 +114,19 @@ def shape_of(model: str) -> ModelConfig:
     return open_source(model).config
 
 
+def _stays_packed(model: str) -> str | None:
+    """The quantization in which most tensors of a local model stay in memory: "int8" or "int4", or None."""
+    if not expanded(model).exists():
+        return None
+    from llama_jax.weights.open import open_source
+    from llama_jax.weights.source import FileSource
+
+    source = open_source(model)
+    kinds = collections.Counter(leaf.kind for leaf in source.leaves.values()) if isinstance(source, FileSource) else {}
+    most = max(kinds, key=lambda kind: kinds[kind], default="")
+    return {"Q8_0": "int8", "Q8": "int8", "Q4_0": "int4", "Q4": "int4"}.get(most)
+
+
 def of_inference(model: str, device: str, mesh: dict[str, int] | None, *, as_json: bool, **serving: Any) -> int:
     """`infer --plan DEVICE`: prints the plan of prefill and decoding; 1 if they do not fit.
 
@@ -126,6 +141,7 @@ def of_inference(model: str, device: str, mesh: dict[str, int] | None, *, as_jso
 
     from llama_jax.plan import inference
 
+    serving["quantize"] = serving.get("quantize") or _stays_packed(model)
     serving = {"capacity": min(8192, shape.max_seq_len)} | {k: v for k, v in serving.items() if v is not None}
     found = inference.make(inference.Serving(shape, **serving), devices, mesh)
     print(json.dumps(found, indent=2) if as_json else inference.table(found))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama_jax.cli import recipes
+from llama_jax.cli import key_files, recipes
 from llama_jax.cli.parser import Parser
 from llama_jax.errors import ConfigError, brief
 from llama_jax.run_config import RunConfig, describe, differences, key_of_flag, kind_of, known_keys, unknown_key
@@ -77,7 +77,10 @@ def parse_run_flags(
     parser = _RunParser(command, _PURPOSES.get(command, _PURPOSES["train"]), examples=examples)
     flag = parser.add_argument
     flag(
-        "--config", metavar="FILE", help=f"name of a recipe, or a Python file with get_config(). Recipes: {_recipes()}"
+        "--config",
+        metavar="FILE",
+        help="name of a recipe, a Python file with get_config(), or a .toml, .json or .yaml file of keys. Recipes: "
+        f"{_recipes()}",
     )
     flag(
         "--config.KEY",
@@ -92,6 +95,7 @@ def parse_run_flags(
     else:
         (_add_train_flags if command == "train" else _add_data_flags)(parser)
     parser.refused |= dict.fromkeys(("--model", "-m"), _MODEL)
+    parser.aliases |= {"--job.config_file": "--config", "--config_file": "--config"}
     flag("--keys", action="store_true", help="print every key with its value, type, allowed values and meaning")
     options = parser.parse(rest)
     changes = [_override(arg) for arg in changes]
@@ -143,17 +147,20 @@ def _split_changes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     `--config.KEY VALUE` and `--KEY=VALUE` are taken too, with hyphens or underscores, and names of `key_of_flag`.
     """
     changes, rest, left = [], [], list(argv)
+    sections = {key.partition(".")[0] for key in known_keys() if "." in key}
     while left:
         arg = left.pop(0)
         name, equals, value = arg.partition("=")
         word = name.lstrip("-").replace("-", "_")
-        key = word if word.startswith("config.") else key_of_flag(word) if name.startswith("--") else None
+        full = word.removeprefix("config.") if word.startswith("config.") else None
+        key = key_of_flag(full or word) if name.startswith("--") and full not in sections else None
+        key = key or full
         if key is None or not name.startswith("-"):
             rest.append(arg)
             continue
         if not equals and left and not left[0].startswith("--"):
             equals, value = "=", left.pop(0)
-        changes.append(f"--config.{key.removeprefix('config.')}{equals}{value}")
+        changes.append(f"--config.{key}{equals}{value}")
     return changes, rest
 
 
@@ -162,10 +169,13 @@ def _run(path: Path, changes: Sequence[str]) -> RunConfig:
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    argv = ["train", f"--config={path}", *_one_length(_last_of_each(changes))]
-    argv, shape = _split_shape(argv)
+    argv, shape = _split_shape(["train", *_one_length(_last_of_each(changes))])
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    if path.suffix != ".py":
+        config_flags.DEFINE_config_dict("config", ConfigDict(key_files.read(path)), flag_values=values, sys_argv=argv)
+    else:
+        argv.insert(1, f"--config={path}")
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
         config = values.config

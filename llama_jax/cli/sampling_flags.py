@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llama_jax.cli.parser import Parser, number, one_of, path, whole
+from llama_jax.cli.parser import Parser, number, one_of, whole
 from llama_jax.errors import ConfigError, brief
 from llama_jax.files import expanded, read_small
 
@@ -28,6 +29,9 @@ _ALIASES = {
     "--min_new_tokens": "--min_tokens",
     "--logprobs": "--top_logprobs",
     "-j": "--json_schema",
+    "-jf": "--json_schema",
+    "--json_schema_file": "--json_schema",
+    "--grammar_file": "--grammar",
     "--model_draft": "--draft",
     "-md": "--draft",
 }
@@ -66,9 +70,9 @@ def add(parser: Parser) -> None:
     add("--choice", action="append", metavar="TEXT", help="the text is this one; repeat it for several")
     add(
         "--grammar",
-        type=path,
         metavar="FILE",
-        help="the text matches this grammar (Lark's syntax, as llguidance reads it)",
+        help="the text matches this grammar (Lark's syntax, as llguidance reads it, or llama.cpp's GBNF): a file, or "
+        "the grammar itself",
     )
     add(
         "--speculate",
@@ -207,7 +211,7 @@ def options_of(options: argparse.Namespace) -> dict[str, Any]:
     if options.choice:
         given["choices"] = options.choice
     if options.grammar is not None:
-        given["grammar"] = read_small(expanded(options.grammar), max_bytes=_MOST_BYTES).decode("utf-8", "replace")
+        given["grammar"] = _grammar(options.grammar)
     known = SamplingParams.__dataclass_fields__
     SamplingParams(**{name: value for name, value in given.items() if name in known})
     if "" in given.get("stop", ()):
@@ -220,6 +224,8 @@ def _bias(values: list[str]) -> dict[str, float]:
     bias: dict[str, float] = {}
     for value in values:
         token, separator, number = value.partition("=")
+        if signed := re.fullmatch(r"(\d{1,18})([+-][\d.]{1,18})", value):  # llama.cpp's form, 15043-1
+            token, separator, number = signed[1], "=", signed[2]
         try:
             found = json.loads(value) if value.startswith("{") else {token: float(number)} if separator else None
         except (ValueError, RecursionError):
@@ -228,6 +234,15 @@ def _bias(values: list[str]) -> dict[str, float]:
             raise ConfigError(f"--logit_bias must be ID=X or a JSON object, such as 128009=-5, got {brief(value)}")
         bias |= found
     return bias
+
+
+def _grammar(value: str) -> str:
+    """The text of --grammar, from a file or as it is. A grammar has rules, `start: ...` or `root ::= ...`."""
+    if not value.strip():
+        raise ConfigError("--grammar is empty: give a file, or the grammar itself")
+    if re.search(r"^\s*(start\s*:|[\w-]+\s*::=)", value, re.MULTILINE) and not os.path.exists(value):
+        return value
+    return read_small(expanded(value), max_bytes=_MOST_BYTES).decode("utf-8", "replace")
 
 
 def _schema(value: str) -> str:

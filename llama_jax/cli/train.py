@@ -15,7 +15,7 @@ from llama_jax.cli import exits, plan, recipes, supervise
 from llama_jax.cli.exits import CommandError
 from llama_jax.cli.parser import program
 from llama_jax.cli.run_flags import parse_run_flags
-from llama_jax.errors import TRY_AGAIN, ConfigError
+from llama_jax.errors import TRY_AGAIN, ConfigError, brief
 from llama_jax.run_config import RunConfig
 from llama_jax.train.stop import StopSignal
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
         if options.plan:
             return plan.of_training(run, options.plan)
         _check_base(run)
+        _check_torchrun(run)
         if run.distributed.coordinator and not supervised:
             return supervise.run(stop)
 
@@ -75,6 +76,16 @@ def _check_base(run: RunConfig) -> None:
     if base.parent == Path("runs") and not base.exists() and base.name in recipes.names():
         raise ConfigError(
             f"init_from={run.init_from!r} does not exist: train it first with {program('train')} --config {base.name}"
+        )
+
+
+def _check_torchrun(run: RunConfig) -> None:
+    """Raises ConfigError under torchrun, whose processes would each be a run of their own in one folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes != "1" and not run.distributed.coordinator:
+        raise ConfigError(
+            f"torchrun has started {brief(processes)} processes: start one on each host, without torchrun, which uses "
+            "all its devices; on several hosts set distributed.coordinator=HOST:PORT, num_processes and process_id"
         )
 
 

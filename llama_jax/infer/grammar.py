@@ -32,7 +32,7 @@ class Constraint:
     Attributes:
         kind: one of KINDS.
         text: the JSON schema as JSON, the regular expression (Rust's syntax), or the grammar (Lark's syntax, in the
-            dialect of llguidance). Choices are written as a regular expression.
+            dialect of llguidance, or llama.cpp's GBNF). Choices are written as a regular expression.
     """
 
     kind: str
@@ -151,7 +151,7 @@ class Grammars:
         make: dict[str, Any] = {
             "json_schema": library.grammar_from_json_schema,
             "regex": library.grammar_from_regex,
-            "grammar": library.grammar_from_lark,
+            "grammar": lambda text: library.grammar_from_lark(_lark(text)),
         }
         try:
             inner = library(self._tokenizer, make[constraint.kind](constraint.text), log_level=0)
@@ -160,6 +160,20 @@ class Grammars:
         if inner.is_error():
             raise ConfigError(f"{constraint.kind} cannot be used: {_reason(inner.get_error())}")
         return Matcher(inner, self.vocab_size)
+
+
+def _lark(text: str) -> str:
+    """A grammar in Lark's syntax, into which llama.cpp's GBNF is translated; ValueError if that is not possible."""
+    if not re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
+        return text
+    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(text)
+    except GbnfToLarkError as error:
+        raise ValueError(f"as GBNF: {error}") from None
+    except RecursionError:
+        raise ValueError("as GBNF: it is nested too deeply") from None
 
 
 def _reason(message: str) -> str:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, brief, nearest
+from llama_jax.errors import DTYPE_ALIASES, ConfigError, brief, nearest
 from llama_jax.ops.cpu import ready
 from llama_jax.params import Params, check_params
 from llama_jax.sampling_params import SamplingParams
@@ -180,9 +180,9 @@ def as_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
     try:
         name = jnp.dtype(dtype).name
     except (TypeError, ValueError):
-        name = dtype if isinstance(dtype, str) else brief(dtype)
+        name = DTYPE_ALIASES.get(dtype.lower(), dtype) if isinstance(dtype, str) else brief(dtype)
     if name not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {_DTYPES}, got {brief(name)}{nearest(name, _DTYPES)}")
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {brief(name)}{nearest(name, _DTYPES)}")
     return jnp.dtype(name)
 
 

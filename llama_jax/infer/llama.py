@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import Answering, ConfigError, brief, checked_keywords, nearest, no_attribute
-from llama_jax.infer import inputs
+from llama_jax.infer import inputs, peer_names
 from llama_jax.infer.engine import Engine, placed
 from llama_jax.infer.grammar import call_schema
 from llama_jax.infer.options import GenerateOptions, SamplingOptions, as_counts, as_overrides, check_keywords
@@ -54,26 +54,6 @@ _OF_CALL = ("seed", "n", "best_of", "overrides", "batch_size", "progress", "pars
 POOLS = (None, "mean", "last")
 
 
-# The names of transformers and vLLM.
-_PEERS = {
-    "save_pretrained": "save(path)",
-    "push_to_hub": "save(path), and `hf upload`",
-    **dict.fromkeys(("from_pretrained", "load", "from_checkpoint"), "llama_jax.load(name)"),
-    "to": "mesh=... of llama_jax.load; JAX_PLATFORMS=cpu chooses the CPU",
-    "cuda": "mesh=... of llama_jax.load; JAX_PLATFORMS=cpu chooses the CPU",
-    "device": "mesh",
-    "dtype": "engine.dtype",
-    "eval": "always so: leave it out",
-    "forward": "logits(tokens)",
-    "generation_config": "sampling",
-    "num_parameters": "config.num_params",
-    "merge_and_unload": "load(..., adapters=...) and save(path), which merges",
-    "load_adapter": "add_adapter(name, folder) and use(name)",
-    "set_adapter": "use(name)",
-    "streamer": "stream(prompt)",
-}
-
-
 class Llama(metaclass=Answering):
     """A model ready to be sampled.
 
@@ -90,12 +70,17 @@ class Llama(metaclass=Answering):
         sampler: the queue of requests and the compiled programs behind it.
     """
 
-    _peers = _PEERS
+    _peers = peer_names.LLAMA
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise no_attribute(self, name, _PEERS)
+            raise no_attribute(self, name, peer_names.LLAMA)
 
+    def __call__(self, *args: object, **options: object) -> NoReturn:
+        """Raises a TypeError that names `generate`: other libraries call a model."""
+        raise TypeError("a Llama is not a function: generate(text), chat(messages) and logits([ids]) are its methods")
+
+    @checked_keywords
     def __init__(
         self,
         config: ModelConfig,
@@ -230,7 +215,10 @@ class Llama(metaclass=Answering):
         except ValueError:  # rows of different lengths
             tokens_BT = np.zeros(0)
         if tokens_BT.ndim != 2 or not tokens_BT.size or tokens_BT.dtype.kind not in "iu":
-            raise ConfigError("logits takes token ids of shape (B, T): rows of whole numbers of one length")
+            raise ConfigError(
+                "logits takes token ids of shape (B, T), rows of whole numbers of one length, such as "
+                f"[tokenizer.encode(text, bos=True)]; got {brief(tokens)}"
+            )
         B, T = tokens_BT.shape
         self._check_length(T)
         self.sampler.check_ids(tokens_BT.ravel(), "tokens")
@@ -447,7 +435,7 @@ class Llama(metaclass=Answering):
     def save(
         self,
         path: str | os.PathLike[str],
-        format: str,
+        format: str | None = None,
         *,
         dtype: str | None = None,
         shard_bytes: int = export.SHARD_BYTES,
@@ -456,9 +444,10 @@ class Llama(metaclass=Answering):
 
         Args:
             path: the folder to create, or for "gguf" the file.
-            format: "hf" (transformers), "meta" (Meta's own code) or "gguf" (llama.cpp).
-            dtype: dtype of the weights in the file: "float32", "float16", "bfloat16", and for "gguf" also "q8_0" and
-                "q4_0". The default is the dtype of this model's weights.
+            format: "hf" (transformers), "meta" (Meta's own code) or "gguf" (llama.cpp). None is "gguf" for a path that
+                ends in .gguf, and otherwise "hf".
+            dtype: dtype of the weights in the file: "float32", "float16" or "bfloat16", for "hf" also "int8" and
+                "int4", and for "gguf" "q8_0" and "q4_0". The default is the dtype of this model's weights.
             shard_bytes: largest size in bytes of one file of format "hf".
 
         Returns:
@@ -470,6 +459,7 @@ class Llama(metaclass=Answering):
         """
         path = inputs.as_path(path)
         shard_bytes = inputs.as_whole(shard_bytes, "shard_bytes")
+        format = format or ("gguf" if path.suffix == ".gguf" else "hf")
         leaves = export.leaves_of(self.config, self.params)
         return export.save(
             path, self.config, leaves, self.metadata, format=format, dtype=dtype, shard_bytes=shard_bytes

@@ -212,7 +212,7 @@ def table(plan: Mapping[str, Any]) -> str:
     limit, peak = plan["limit_bytes"], plan["peak_bytes"]
     least, most = plan["decode_ms"]
     lines = [
-        f"{plan['device']}: {plan['chips']} chips, mesh {mesh}",
+        f"{plan['device']}: {plan['chips']} chip{'' if plan['chips'] == 1 else 's'}, mesh {mesh}",
         f"  batch        {plan['rows']} rows of {plan['capacity']:,} positions, {plan['dtype']}, cache {plan['kv']}, "
         f"weights {plan['quantize'] if plan['quantize'] != 'none' else plan['dtype']}",
         f"  memory       {'fits' if plan['fits'] else 'does not fit'}: {peak / GIB:.2f} of {limit / GIB:.2f} GiB a "

@@ -19,10 +19,10 @@ def table(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "one device"
     limit, peak = plan["limit_bytes"], plan["peak_bytes"]
     verdict = "fits" if plan["fits"] else "does not fit"
+    parts = f", in {plan['accumulate']} parts" if plan["accumulate"] > 1 else ""
     lines = [
-        f"{plan['device']}: {plan['chips']} chips, mesh {mesh}",
-        f"  batch        {plan['batch_size']} rows of {plan['sequence_length']:,} tokens"
-        f", in {plan['accumulate']} parts, remat {plan['remat']}",
+        f"{plan['device']}: {plan['chips']} chip{'' if plan['chips'] == 1 else 's'}, mesh {mesh}",
+        f"  batch        {plan['batch_size']} rows of {plan['sequence_length']:,} tokens{parts}, remat {plan['remat']}",
         f"  memory       {verdict}: {peak / GIB:.1f} of {limit / GIB:.1f} GiB a device, by the {plan['by']}",
     ]
     lines += [f"    {name:<12} {plan['parts'][name] / GIB:8.2f} GiB" for name in PARTS if plan["parts"][name]]

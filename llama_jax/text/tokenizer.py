@@ -22,10 +22,17 @@ from llama_jax.text.vocabulary import Vocabulary
 
 # The names of transformers.
 _PEERS = {
-    "apply_chat_template": "Llama.encode_dialog(messages), or chat(messages) for the answer",
-    "bos_token_id": "bos_id",
-    "eos_token_id": "eos_id",
-    "pad_token_id": "pad_id",
+    "apply_chat_template": "Llama.encode_dialog(messages), whose ids decode shows as text; chat(messages) answers",
+    "chat_template": "Llama.chat_format",
+    **dict.fromkeys(("bos_token_id", "bos_token"), "bos_id, and decode([bos_id]) for its text"),
+    **dict.fromkeys(("eos_token_id", "eos_token"), "eos_id, and decode([eos_id]) for its text"),
+    **dict.fromkeys(("pad_token_id", "pad_token"), "pad_id; prompts of a list need no padding"),
+    "padding_side": "not needed: prompts of a list may have any lengths",
+    "convert_ids_to_tokens": "decode([id]), or decode_bytes([id])",
+    **dict.fromkeys(("batch_encode_plus", "encode_plus", "encode_batch"), "encode(text), for one text at a time"),
+    "get_vocab": "vocabulary",
+    "add_special_tokens": "special_tokens; new ones come with an adapter or the model's own files",
+    "add_tokens": "special_tokens; new ones come with an adapter or the model's own files",
     "batch_decode": "decode(ids), for one text at a time",
     "tokenize": "encode(text)",
     "convert_tokens_to_ids": "special_tokens[name] for control tokens, and encode(text)",
@@ -65,6 +72,10 @@ class Tokenizer(metaclass=Answering):
     def __call__(self, *args: object, **options: object) -> NoReturn:
         """Raises a TypeError that names `encode`: other libraries call a tokenizer."""
         raise TypeError("a Tokenizer is not a function: encode(text) gives ids, and models here take texts as they are")
+
+    def __len__(self) -> int:
+        """The number of ids, special tokens included."""
+        return self.vocab_size
 
     @checked_keywords
     def __init__(self, path: str | os.PathLike[str], *, expected_vocab_size: int | None = None) -> None:

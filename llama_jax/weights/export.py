@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import ConfigError, checked_keywords, nearest
+from llama_jax.errors import DTYPE_ALIASES, ConfigError, checked_keywords, nearest
 from llama_jax.files import expanded
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
@@ -91,7 +91,8 @@ def save(
         leaves: the tensors by path, from `leaves_of` or `Source.merged_leaves`.
         metadata: tokenizer, token ids, sampling settings and chat template.
         format: one of FORMATS.
-        dtype: one of FORMATS[format]. The default is `default_dtype`, except for tensors that would lose precision.
+        dtype: a name that `written_dtype` knows. The default is `default_dtype`, except for tensors that would lose
+            precision.
         shard_bytes: largest size in bytes of one file of format "hf".
 
     Returns:
@@ -101,7 +102,7 @@ def save(
         ConfigError: an unknown format or dtype, a model that the format cannot represent, a path that already has
             weights, or a disk that is too small.
     """
-    check(format, dtype)
+    dtype = written_dtype(format, dtype)
     if format == "meta":
         meta.export_params(config)  # raises in every process if the format cannot represent the model
     main = dtype or default_dtype(leaves, format)
@@ -124,16 +125,29 @@ def save(
     return path
 
 
-def check(format: str, dtype: str | None) -> None:
-    """Raises ConfigError for a format or dtype that is not in FORMATS. A dtype of None is allowed."""
+def written_dtype(format: str, dtype: str | None) -> str | None:
+    """The name that a format has for a dtype: int8 in "hf" is q8_0 in "gguf". None stays None.
+
+    Raises:
+        ConfigError: the format or the dtype is not in FORMATS.
+    """
     if format not in FORMATS:
+        if format in ("peft", "lora", "adapter"):
+            raise ConfigError("adapters are saved by training, in the folder adapter/ of the run; save merges them")
         raise ConfigError(
             f"unknown format {format!r}{nearest(format, list(FORMATS)) or '.'} Allowed: {', '.join(FORMATS)}"
         )
-    if dtype is not None and dtype not in FORMATS[format]:
+    if dtype is None:
+        return None
+    dtype = str(dtype)
+    name = DTYPE_ALIASES.get(dtype.lower(), dtype.lower())
+    equal = {other for other, quantization in _NAMES.items() if quantization == _NAMES.get(name)}
+    found = next((other for other in FORMATS[format] if other == name or other in equal), None)
+    if found is None:
         near = nearest(dtype, list(FORMATS[format]))
         allowed = ", ".join(FORMATS[format])
         raise ConfigError(f"format {format!r} is not written in {dtype!r}{near}; allowed: {allowed}")
+    return found
 
 
 def _prepared(

@@ -77,6 +77,19 @@ def test_prompts_come_from_lines_from_json_lines_and_from_standard_input(run, tm
     assert run("--prompt_file", str(plain), *options[1:])[1].count("=== prompt") == 2
 
 
+def test_a_command_line_of_llama_cpp_runs(run, small, tmp_path):
+    (tmp_path / "p.txt").write_text("two\nlines\n")
+    hardware = ["-ngl", "99", "-c", "4096", "-t", "8", "-b", "512", "-fa", "on", "--no-mmap", "--flash-attn"]
+    argv = [*hardware, "-f", str(tmp_path / "p.txt"), "-n", "4", "--temp", "0", "--logit-bias", "65+2"]
+    status, out, err = run(*argv)
+    expected = small.generate("two\nlines", max_new_tokens=4, temperature=0, logit_bias={65: 2})
+    assert (status, out) == (0, expected.text + "\n")
+    assert err.startswith("ignored: -ngl (all layers run on the accelerator") and err.count("\n") == 1
+    assert "-fa, --flash-attn (the fastest attention of the device is chosen)" in err
+    assert run(*argv, "--quiet")[2] == ""
+    assert infer.parse(["-m", "m", "-p", "-c"]).prompt == ["-c"]  # a value may look like an ignored flag
+
+
 def test_each_line_of_json_may_have_options_of_its_own(run, small, tmp_path):
     lines = tmp_path / "prompts.jsonl"
     own = [{"temperature": 0}, {"max_new_tokens": 2}, {"banned_tokens": [1, 2]}]
@@ -189,10 +202,9 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--temprature", "1"], "unknown argument '--temprature'; did you mean '--temperature'?"),
         (["--prompt", "a", "--max_new_token=3"], "did you mean '--max_new_tokens'?"),
         (["--prompt", "a", "--server"], "--server is not a flag of llama-jax infer: there is no server"),
-        (["--prompt", "a", "-no-cnv"], "-no-cnv is not a flag of llama-jax infer: --prompt continues a text without a"),
-        (["--prompt", "a", "--flash-attn"], "--flash-attn is not a flag of llama-jax infer: the fastest attention"),
-        (["--prompt", "a", "-ngl", "99"], "-ngl is not a flag of llama-jax infer: all layers run on the accelerator"),
-        (["--prompt", "a", "--n-gpu-layers=99"], "all layers run on the accelerator"),
+        (["--prompt", "a", "-dev", "none"], "-dev is not a flag of llama-jax infer: --mesh chooses devices"),
+        (["--prompt", "a", "--in-prefix", "b"], "dialogs are written by the model's chat template"),
+        (["--prompt", "a", "b.gguf"], "unexpected argument 'b.gguf': write --model MODEL"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
         (["--prompt", "a", "--logit_bias", "x"], "--logit_bias must be ID=X or a JSON object"),
         (["--prompt", "a", "--logit_bias", "900=1"], "the sampling settings name token 900"),
@@ -239,6 +251,14 @@ def test_a_mistake_is_one_line_and_status_2(run, argv, message):
     status, out, err = run(*argv)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_names_of_dtypes_are_those_of_llama_cpp_too():
+    assert [convert.parse(["a", "b", "--to", "hf", "--dtype", name]).dtype for name in ("BF16", "f16", "q8")] == [
+        "bfloat16", "float16", "q8_0",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="'Q4_K_M' is read and not written: q8_0 and q4_0 are written"):
+        convert.parse(["a", "b.gguf", "--outtype", "Q4_K_M"])
 
 
 def test_the_model_of_a_command_may_be_a_flag():

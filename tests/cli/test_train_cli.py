@@ -1,5 +1,6 @@
 """train.py from outside: one line on standard error that says how to fix the mistake, exit status 2, no traceback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from helpers.paths import ROOT
 from helpers.runs import parse, write_config
 from llama_jax import parallel
 from llama_jax.cli import exits
+from llama_jax.cli import train as train_command
 from llama_jax.errors import ConfigError
-from llama_jax.run_config import describe
+from llama_jax.run_config import RunConfig, describe
 from llama_jax.train import setup
 from llama_jax.train.run import train
 
@@ -79,8 +81,7 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--config.optimizer.lerning_rate=1"], "unknown key 'optimizer.lerning_rate': did you mean 'optimizer.lear"),
-        (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
-        (["--config.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.optimizer.lrr=1"], "unknown key 'optimizer.lrr': "),
         (["--activation_checkpoint.mode=full"], "did you mean 'train.remat'?"),
         (["--float8.enable=1"], "did you mean 'train.products'?"),
         (["--fault_tolerance.enable=1"], "no known name is near."),
@@ -105,17 +106,93 @@ def test_keys_are_listed_with_their_values(tmp_path, capsys):
         (["--every=5"], "unknown key 'every'"),  # two sections have it
         (["--validation.steps=5"], "unknown key 'validation.steps'"),  # not those of training
         (["--per_device_train_batch_size", "8"], "did you mean 'data.batch_size'?"),
-        (["--config.num_train_epochs=3"], "did you mean 'train.epochs'?"),
+        (["--training.compile"], "unknown key 'training.compile': every step is compiled: leave it out"),
+        (["--config.warmup_ratio=0.1"], "did you mean 'optimizer.warmup_steps'? It counts steps"),
+        (["--config=run.txt"], "'run.txt' must end in .py, .toml, .json, .yaml or .yml"),
+        (["--config=debugmodel"], "--config quickstart --config.model=tiny trains a small model"),
         (["-m", "x"], "-m is not a flag of"),
         (["--model", "x/y"], "--init_from MODEL names a model to start from"),
         (["--resum"], "resum"),
         (["more"], "unexpected argument 'more': keys are set with --config.KEY=VALUE"),
     ],
 )
-def test_a_wrong_flag_is_named(tmp_path, arguments, words):
+def test_a_wrong_flag_is_named(tmp_path, monkeypatch, arguments, words):
+    (tmp_path / "run.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         parse(f"--config={write_config(tmp_path)}", *arguments)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+TOML = """
+output = "runs/a"
+[model]
+name = "tiny"
+num_layers = 2
+[data]
+train = "a.txt"
+[optimizer]
+lr = 1
+weight-decay = 0
+warmup_steps = 2
+[training]
+steps = 5
+seq_len = 64
+[parallelism]
+tensor_parallel_degree = 2
+[lora]
+target_modules = ["q_proj"]
+"""
+YAML = """
+output: runs/a
+model: {name: tiny, num_layers: 2}
+data: {train: [a.txt], sequence_length: 64}
+optimizer: {learning_rate: 1e0, weight_decay: 0, warmup_steps: 2}
+train: {steps: 5}
+mesh: {tp: 2}
+lora: {targets: [q]}
+"""
+
+
+def test_a_config_may_be_toml_yaml_or_the_json_of_a_run(tmp_path):
+    start = ["--init_from", "m", "--lora.r", "4"]
+    for name, text in (("a.toml", TOML), ("a.yaml", YAML)):
+        (tmp_path / name).write_text(text)
+    run, _ = parse(f"--config={tmp_path / 'a.toml'}", *start)
+    assert run == parse(f"--config={tmp_path / 'a.yaml'}", *start)[0]
+    expected = RunConfig.from_dict(
+        {
+            "output": "runs/a", "init_from": "m", "model": {"name": "tiny", "num_layers": 2},
+            "data": {"train": ["a.txt"], "sequence_length": 64}, "train": {"steps": 5}, "mesh": {"tensor": 2},
+            "optimizer": {"learning_rate": 1.0, "weight_decay": 0.0, "warmup_steps": 2},
+            "lora": {"rank": 4, "targets": ["q"]},
+        }
+    )  # fmt: skip
+    assert run == expected
+    (tmp_path / "config.json").write_text(json.dumps(run.to_dict() | {"files": {"a": "b"}, "sha256": "c"}))
+    assert parse(f"--config={tmp_path / 'config.json'}")[0] == run
+    assert parse(f"--config={tmp_path / 'config.json'}", "--epochs=2")[0].train.steps == 0
+
+
+def test_every_wrong_key_of_a_config_file_is_named(tmp_path):
+    (tmp_path / "a.toml").write_text("[training]\nlocal_batch_size = 3\nfoo = 1\n")
+    (tmp_path / "b.toml").write_text("[training\n")
+    (tmp_path / "c.yml").write_text("- 1\n")
+    with pytest.raises(
+        ConfigError, match=r"local_batch_size': did you mean 'data.batch_size'.*; unknown key 'training.foo'"
+    ):
+        parse(f"--config={tmp_path / 'a.toml'}")
+    with pytest.raises(ConfigError, match="b.toml is not TOML: "):
+        parse(f"--config={tmp_path / 'b.toml'}")
+    with pytest.raises(ConfigError, match="must hold keys and values by section"):
+        parse(f"--config={tmp_path / 'c.yml'}")
+
+
+def test_the_processes_of_torchrun_are_not_runs_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun has started '2' processes: start one on each host"):
+        train_command.main([f"--config={write_config(tmp_path)}"])
 
 
 @pytest.mark.parametrize(
@@ -238,7 +315,7 @@ def program(*arguments, devices=1):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.optimizer.lrate=1"], "did you mean 'optimizer.learning_rate'?"),
         (["--config.data.train=missing.txt"], "data.train: "),
         (["--config.mesh.stage=8", "--config.mesh.fsdp=1"], "must divide model.num_layers=3: one of [1, 3]"),
     ],

@@ -56,13 +56,39 @@ def test_a_mesh_is_sizes_by_axis():
         (lambda llama: llama.stream("x", n=2), "stream() has no argument 'n'"),
         (lambda llama: llama.save("x", "hf", shard=3), "save() has no argument 'shard'"),
         (lambda llama: llama.generate("x", num_return_sequences=2), "did you mean 'n'? allowed: "),
-        (lambda llama: llama_jax.load("x", device_map="auto"), "did you mean 'mesh'? allowed: source, dtype"),
+        (lambda llama: llama_jax.load("x", adapter="y"), "did you mean 'adapters'? allowed: source, dtype"),
     ],
 )
 def test_an_unknown_argument_is_named_with_the_nearest(llama, call, words):
     with pytest.raises(TypeError) as caught:
         call(llama)
     assert words in str(caught.value) and "allowed: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda llama: llama_jax.load("x", device_map="auto"),
+            "load() has no argument 'device_map': mesh={\"tensor\": N}",
+        ),
+        (lambda llama: llama_jax.load("x", load_in_4bit=True), 'write quantize="int4"'),
+        (lambda llama: llama_jax.load("x", revision="main"), "write owner/name@REVISION"),
+        (lambda llama: llama.generate(input_ids=[[1]], attention_mask=[[1]]), "the first argument is the prompt"),
+        (lambda llama: llama.generate("x", max_length=9), "write max_new_tokens, which does not count the prompt"),
+        (lambda llama: llama.generate("x", do_sample=True), "temperature=0 is greedy"),
+        (
+            lambda llama: llama_jax.Llama(model_path="x.gguf", n_ctx=9),
+            "the model is the first argument of llama_jax.load",
+        ),
+        (lambda llama: llama("x"), "a Llama is not a function: generate(text)"),
+        (lambda llama: llama.generate("x", streamer=1), "stream(prompt) and stream_chat(messages) yield the text"),
+    ],
+)
+def test_an_argument_of_another_library_is_answered(llama, call, words):
+    with pytest.raises(TypeError) as caught:
+        call(llama)
+    assert words in str(caught.value) and "allowed: " not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.runs import run_dict
-from llama_jax import run_config
+from llama_jax import peer_keys
 from llama_jax.config import SIZES
 from llama_jax.errors import ConfigError
 from llama_jax.run_config import RunConfig, describe, differences, known_keys
@@ -297,8 +297,8 @@ def test_the_key_of_earlier_versions_for_tensorboard_is_read():
 
 
 def test_names_of_other_trainers_are_those_of_existing_keys():
-    for table in (run_config._SAME, run_config._SIMILAR):
+    for table in (peer_keys._SAME, peer_keys._SIMILAR):
         assert set(table) <= set(known_keys())
         names = [name for names in table.values() for name in names.split()]
         assert len(names) == len(set(names))
-    assert not set(run_config._BY_SAME) & set(run_config._BY_SIMILAR)
+    assert not set(peer_keys.SAME) & set(peer_keys.SIMILAR)

@@ -131,6 +131,10 @@ def _open(folder: Path, config: ModelConfig) -> Adapter:
     if not (folder / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
         fault = f"has no {absent}" if folder.exists() else "does not exist"
+        if (folder / "adapter" / CONFIG).is_file():
+            raise ConfigError(
+                f"adapter {str(folder)!r} {fault}: it is a run; its adapter is {str(folder / 'adapter')!r}"
+            )
         raise ConfigError(
             f"adapter {str(folder)!r} {fault}: give a folder that peft saved, with {CONFIG} and {WEIGHTS}, "
             "or its id on the Hugging Face hub (owner/name)"
