@@ -315,7 +315,7 @@ def program(*arguments, devices=1):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.optimizer.lrate=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'?"),
         (["--config.data.train=missing.txt"], "data.train: "),
         (["--config.mesh.stage=8", "--config.mesh.fsdp=1"], "must divide model.num_layers=3: one of [1, 3]"),
     ],

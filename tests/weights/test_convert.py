@@ -299,7 +299,7 @@ def test_nothing_that_is_there_is_written_over(tmp_path, folder, capsys):
     [
         ([], "give the format: --to hf, --to meta"),
         (["--to", "gguff"], "did you mean 'gguf'"),
-        (["--to", "hf", "--dtype", "q8_0"], "'hf' is not written in 'q8_0'; allowed: float32, float16, bfloat16"),
+        (["--to", "meta", "--dtype", "q8_0"], "'meta' is not written in 'q8_0'; allowed: float32, float16, bfloat16"),
         (["--to", "hf", "--shard_size", "5X"], "--shard_size: must be a size such as 500M"),
         (["--to", "hf", "--shard_size", "0"], "--shard_size: must be a size such as 500M"),
         (["--to", "hf", "--shard_size", "9" * 5000], "--shard_size: must be a size such as 500M or 5G, got '999"),
