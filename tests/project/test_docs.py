@@ -96,6 +96,10 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_an_anchor_in_it():
     assert wrong == []
 
 
+def test_no_page_has_an_address_to_fill_in():
+    assert [page.name for page in PAGES if re.search(r"//\w+\.\w+/(OWNER|your-name)", page.read_text())] == []
+
+
 def test_every_page_that_is_cited_in_code_or_text_exists_with_its_anchor():
     wrong = []
     for path in [*SOURCES, *PAGES]:
