@@ -26,6 +26,8 @@ FOLDER = ROOT / "docs" / "plans"
 # Name: device, slices, and the flags beyond the recipe for all weights of 8B in rows of 8,192 tokens.
 PLANS: dict[str, tuple[str, int, str]] = {
     "160m-v5e-4": ("v5e:4", 1, "model=160m data.sequence_length=2048 data.batch_size=4"),  # cheap enough for every CI
+    "160m-v5e-1": ("v5e:1", 1, "model=160m data.sequence_length=2048 data.batch_size=16"),
+    "160m-h100-1": ("h100:1", 1, "model=160m data.sequence_length=2048 data.batch_size=16"),
     "8b-v5e-16": ("v5e:16", 1, "data.batch_size=16"),
     "8b-v5e-8-int8": ("v5e:8", 1, "data.batch_size=8 optimizer.moments=int8"),
     "8b-v5e-8-offload": ("v5e:8", 1, "data.batch_size=8 optimizer.offload=True"),
@@ -36,7 +38,9 @@ PLANS: dict[str, tuple[str, int, str]] = {
     "8b-tpu7x-8": ("tpu7x:8", 1, "data.batch_size=16"),
     "8b-128k-v5p-32": ("v5p:4x4x2", 1, "data.batch_size=4 data.sequence_length=131072 mesh.context=8"),
     "8b-h100-8": ("h100:8", 1, "data.batch_size=8"),
+    "8b-128k-h200-8": ("h200:8", 1, "data.batch_size=1 data.sequence_length=131072 mesh.context=8"),
     "70b-v5p-64": ("v5p:64", 1, "model=llama3.1-70b data.batch_size=64"),
+    "70b-h200-8-int8": ("h200:8", 1, "model=llama3.1-70b data.batch_size=8 optimizer.moments=int8"),
     "70b-h200-64": ("h200:64", 1, "model=llama3.1-70b data.batch_size=64"),
     "405b-v5p-512": ("v5p:512", 1, "model=llama3.1-405b data.batch_size=64 mesh.tensor=8"),
     "405b-v6e-256": ("v6e:256", 1, "model=llama3.1-405b data.batch_size=16 mesh.tensor=16"),

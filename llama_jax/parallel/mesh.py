@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -81,6 +83,8 @@ def _on_split_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mes
     """A Mesh in which several mesh axes share one axis of the grid of chips, and therefore its links."""
     try:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except TypeError:  # jax's search ends without a result for some grids, such as 16 x 20 x 28 for data=35, fsdp=32
+        grid = by_factors(shape, devices)
     except (NotImplementedError, ValueError):
         named = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n > 1)
         raise ConfigError(
@@ -88,6 +92,37 @@ def _on_split_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mes
             "products of them (for 4 x 4 chips fsdp=4, tensor=4 or fsdp=16)"
         ) from None
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def by_factors(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a grid of chips in the shape of a mesh. Each mesh axis consists of prime factors of grid axes.
+
+    The last mesh axes, which communicate most, choose first. An axis takes factors of as few grid axes as it can.
+    """
+    places = [(*device.coords, device.core_on_chip) for device in devices]
+    sizes = [1 + max(place[axis] for place in places) for axis in range(len(places[0]))]
+    grid = np.empty(sizes, dtype=object)
+    for place, device in zip(places, devices, strict=True):
+        grid[place] = device
+    factors = [(axis, prime) for axis, size in enumerate(sizes) for prime in _primes(size)]
+    left, order = list(range(len(factors))), []
+    for size in reversed(shape):
+        taken: list[int] = []
+        for prime in _primes(size):
+            fitting = [i for i in left if factors[i][1] == prime]
+            used = {factors[i][0] for i in taken}
+            taken.append(
+                max(fitting, key=lambda i: (factors[i][0] in used, sum(factors[j] == factors[i] for j in left)))
+            )
+            left.remove(taken[-1])
+        order = [*sorted(taken), *order]
+    return grid.reshape([prime for _, prime in factors]).transpose(order).reshape(shape)
+
+
+def _primes(n: int) -> list[int]:
+    """The prime factors of a number in ascending order."""
+    prime = next((p for p in range(2, math.isqrt(n) + 1) if n % p == 0), n)
+    return [] if n == 1 else [prime, *_primes(n // prime)]
 
 
 def _across_slices(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:

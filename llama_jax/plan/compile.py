@@ -54,7 +54,12 @@ def compiled(run: RunConfig, devices: Devices, sizes: dict[str, int]) -> dict[st
     with _for_kernels(mesh, devices):
         lowered = program.train_step.lower(program.state, program.frozen, program.batch)
     facts = {"compiler_options": program.compiler_options, "libraries": _libraries(devices)}
-    return facts | facts_of(lowered, devices)
+    return facts | facts_of(lowered, devices, _islands(mesh))
+
+
+def _islands(mesh: jax.sharding.Mesh) -> list[int]:
+    """The host of each GPU, or the slice of each TPU, in the order of the mesh: a slower network connects these."""
+    return [getattr(one, "slice_index", 0) if one.platform == "tpu" else one.process_index for one in mesh.devices.flat]
 
 
 def _for_kernels(mesh: jax.sharding.Mesh, devices: Devices) -> contextlib.AbstractContextManager[Any]:

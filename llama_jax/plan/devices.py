@@ -1,9 +1,11 @@
 """The accelerators that a plan can be made for, and the names that describe a group of them. This module does not
 import jax.
 
-Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak, bandwidth, interconnect), jax-ml.github.io/scaling-book
-(the link of a v6e to its host, which is assumed for all TPUs), and NVIDIA's data sheets of H100 SXM and H200 SXM.
-Usable memory of TPUs is what their compiler allows a program (docs/measurements/tpu-compiler.md).
+Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak, bandwidth, interconnect, and the network of a host,
+divided by its chips), jax-ml.github.io/scaling-book/tpus (the link to the host: 15 GB/s a chip, and 32 GB/s for v6e;
+that of a tpu7x is assumed to be that of a v5p), and NVIDIA's data sheets of H100 SXM and H200 SXM (450 GB/s of NVLink
+and 64 GB/s of PCIe in each direction) and of DGX H100 (one port of 400 Gb/s for each GPU). Usable memory of TPUs is
+what their compiler allows a program (docs/measurements/tpu-compiler.md).
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ class Chip:
 
 
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9, 6.25e9, 15e9, 2, 256),
+    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9, 15e9, 2, 256),
     "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 600e9, 6.25e9, 15e9, 3, 8960),
-    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 448e9, 12.5e9, 15e9, 2, 256),
+    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 448e9, 12.5e9, 32e9, 2, 256),
     "tpu7x": Chip("tpu", int(94.75 * GIB), 1153e12, 3690e9, 600e9, 6.25e9, 15e9, 3, 9216, devices=2),
     # 0.95 of the memory of a GPU, which XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives to jax.
     "h100": Chip("cuda", int(0.95 * 84978434048), 989e12, 3350e9, 450e9, 50e9, 64e9, 0, GPUS_PER_HOST, capability=90),
@@ -89,6 +91,18 @@ class Devices:
     def count(self) -> int:
         """Number of jax devices in all slices."""
         return self.chips * self.chip.devices
+
+    @property
+    def island(self) -> int:
+        """Number of jax devices in one host of GPUs or one slice of TPUs, which a slower network connects to others."""
+        return self.shape[-1] if self.chip.platform == "cuda" else self.count // self.slices
+
+    @property
+    def speeds(self) -> dict[str, float]:
+        """Bytes that one device is assumed to move in a second over each kind of link that these devices have."""
+        speeds = {"link": self.chip.link, "network": self.chip.network, "host": self.chip.host}
+        unused = {name for name, used in (("link", self.island > 1), ("network", self.island < self.count)) if not used}
+        return {name: speed for name, speed in speeds.items() if name not in unused}
 
     @property
     def name(self) -> str:

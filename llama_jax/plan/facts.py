@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from llama_jax.plan import hlo, traffic
 from llama_jax.plan.devices import GIB, Devices
 
 
-def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
+def facts_of(lowered: jax.stages.Lowered, devices: Devices, islands: Sequence[int] = ()) -> dict[str, Any]:
     """Compiles a lowered program. Returns its memory, collectives, kernels and products as a JSON-able dict.
+
+    `islands` has the host or slice of each device (`hlo.collectives`).
 
     `fits` is False if the compiler refuses the program for its memory, or if the peak is more than the memory of a
     device. `loop_bytes` are those that a turn of a loop, such as a decode step, moves to and from a TPU's memory.
@@ -32,7 +35,7 @@ def facts_of(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
         "fits": peak <= devices.chip.hbm,
         "peak_bytes": peak,
         "host_bytes": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
-        "collectives": [vars(one) for one in hlo.collectives(text)],
+        "collectives": [vars(one) for one in hlo.collectives(text, islands)],
         "kernels": hlo.kernels(text),
         "loop_bytes": traffic.bytes_of_step(text) if devices.chip.platform == "tpu" else None,
         "operations": hlo.operations(text),

@@ -7,9 +7,12 @@ arithmetic between its start and its end. All other collectives are exposed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
@@ -19,7 +22,9 @@ _CALLED = re.compile(r"\b(?:calls|body|true_computation|false_computation)=%([\w
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARITHMETIC = ("fusion", "dot", "convolution", "custom-call", "while")
 _INDEX = re.compile(r"index=(\d+)")
-_PARTICIPANTS = re.compile(r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[[^\]]*\] \{[^}]*\})")
+_GROUPS = re.compile(
+    r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\](?:<=\[[\d,]+\](?:T\([\d,]+\))?)?|mesh\[[^\]]*\] \{[^}]*\})"
+)
 _KERNELS = {
     "splash attention": r"%splash_[\w.]+ = ",
     "pallas": r'custom_call_target="tpu_custom_call"',
@@ -35,16 +40,18 @@ _KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind in a program.
+    """All collectives of one kind in a program that go over the same links.
 
     Attributes:
         kind: One of KINDS.
+        ports: Devices of one host or slice among those that communicate, if these are in several; else 0.
         count: How often they run in a step.
         overlapped: Bytes that a device sends in a step while it computes.
         exposed: Bytes that a device sends in a step while it waits.
     """
 
     kind: str
+    ports: int
     count: int
     overlapped: float
     exposed: float
@@ -76,15 +83,21 @@ class Instruction:
 Computations = dict[str, list[Instruction]]
 
 
-def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program by kind; bytes are those that leave one device, by ring algorithms."""
+def collectives(text: str, islands: Sequence[int] = ()) -> list[Collective]:
+    """The collectives of a compiled program by kind; bytes are those that leave one device, by ring algorithms.
+
+    Args:
+        text: The scheduled HLO text.
+        islands: Number of the host or slice of each device of the program. By default all are in the same.
+    """
     computations, entry = parse(text)
-    counts = dict.fromkeys(KINDS, 0)
-    overlapped, exposed = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
-    for kind, times, sent, hidden in _walk(computations, entry, 1, False):
-        counts[kind] += times
-        (overlapped if hidden else exposed)[kind] += times * sent
-    return [Collective(kind, counts[kind], overlapped[kind], exposed[kind]) for kind in KINDS if counts[kind]]
+    found: dict[tuple[int, int], Collective] = {}
+    for kind, times, sent, hidden, rest in _walk(computations, entry, 1, False):
+        key = (KINDS.index(kind), _ports(kind, rest, islands))
+        known = found.get(key, Collective(kind, key[1], 0, 0.0, 0.0))
+        overlapped, exposed = (known.overlapped + times * sent * hidden, known.exposed + times * sent * (not hidden))
+        found[key] = Collective(kind, key[1], known.count + times, overlapped, exposed)
+    return [found[key] for key in sorted(found)]
 
 
 def kernels(text: str) -> dict[str, int]:
@@ -148,8 +161,12 @@ def parse(text: str) -> tuple[Computations, str]:
     return computations, entry
 
 
-def _walk(computations: Computations, name: str, times: int, hidden: bool) -> Iterator[tuple[str, int, float, bool]]:
-    """Yields (kind, runs in a step, bytes sent in one run, overlapped) of each collective under a computation."""
+def _walk(
+    computations: Computations, name: str, times: int, hidden: bool
+) -> Iterator[tuple[str, int, float, bool, str]]:
+    """Yields (kind, runs in a step, bytes sent in one run, overlapped, attributes) of each collective of a computation
+    and of those that it calls.
+    """
     instructions = computations.get(name, [])
     ends = {op: i for i, done in enumerate(instructions) if _is_done(done) for op in done.operands[:1]}
     chains = _chains(computations, instructions)
@@ -162,19 +179,15 @@ def _walk(computations: Computations, name: str, times: int, hidden: bool) -> It
         kind = opcode.removesuffix("-start")
         if kind in KINDS and not opcode.endswith("-done"):
             final = instructions[done] if done is not None and opcode.endswith("-start") else instruction
-            yield kind, times, _sent(kind, final.type, instruction.rest), inside
+            yield kind, times, _sent(kind, final.type, instruction.rest), inside, instruction.rest
         if opcode == "fusion":  # its collectives are those of _chains
             continue
         runs = times * trips(computations, instructions, instruction) if opcode == "while" else times
         for called in instruction.called:
             yield from _walk(computations, called, runs, inside)
     for kind, collective, fused in chains.values():
-        yield (
-            kind,
-            times,
-            _sent(kind, collective.type, collective.rest, scattered=collective.opcode == kind),
-            hidden or fused,
-        )
+        sent = _sent(kind, collective.type, collective.rest, scattered=collective.opcode == kind)
+        yield kind, times, sent, hidden or fused, collective.rest
 
 
 def _chains(computations: Computations, instructions: list[Instruction]) -> dict[str, tuple[str, Instruction, bool]]:
@@ -206,7 +219,7 @@ def _sent(kind: str, type_: str, rest: str, *, scattered: bool = True) -> float:
     `scattered` is False if the type of a reduce-scatter is that of its input.
     """
     size = bytes_of(type_)
-    n = _participants(rest)
+    n = len(_group(rest))
     if kind == "collective-permute":
         return size
     if kind == "all-reduce":
@@ -224,18 +237,35 @@ def bytes_of(type_: str) -> float:
     return total
 
 
-def _participants(rest: str) -> int:
-    """The number of devices in a group of a collective."""
-    match = _PARTICIPANTS.search(rest)
-    if match is None:
-        return 2
-    groups = match[1]
+def _ports(kind: str, rest: str, islands: Sequence[int]) -> int:
+    """Devices of one island that communicate with each other and with other islands; 0 if none leaves its island."""
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
+        ends = [int(n) for n in re.findall(r"\d+", pairs[1])] if pairs and islands else []
+        return int(any(islands[a] != islands[b] for a, b in zip(ends[::2], ends[1::2], strict=True)))
+    members = [islands[device] for device in _group(rest)] if islands else []
+    return members.count(members[0]) if len(set(members)) > 1 else 0
+
+
+def _group(rest: str) -> tuple[int, ...]:
+    """The first group of devices of a collective."""
+    match = _GROUPS.search(rest)
+    return (0, 1) if match is None else _first_group(match[1])
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_group(groups: str) -> tuple[int, ...]:
+    """The first group of a list of groups, which XLA writes in full, as a reshaped range, or as axes of a mesh."""
     if groups.startswith("{{"):
-        return groups.count(",") + 1
+        return tuple(int(n) for n in groups[2:-1].split(","))
     if groups.startswith("["):
-        return int(groups[1:-1].split(",")[1])
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups.rpartition("{")[2]))
+        shape, *rest = ([int(n) for n in part.split(",")] for part in re.findall(r"[\[(]([\d,]+)[\])]", groups))
+        dims, order = (rest[0] if rest else shape), (rest[1] if len(rest) > 1 else None)
+        return tuple(np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)[0].tolist())
+    sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", groups)}
+    axes = re.findall(r"'(\w+)'", groups.rpartition("{")[2])
+    devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    return tuple(devices[tuple(slice(None) if axis in axes else 0 for axis in sizes)].flatten().tolist())
 
 
 def trips(computations: Computations, instructions: list[Instruction], loop: Instruction) -> int:

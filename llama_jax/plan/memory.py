@@ -113,7 +113,7 @@ def training(
         frozen=frozen,
         gradients=gradients,
         activations=kept(run, shape, flash=flash),
-        scratch=_scratch(run, sizes, shape, flash=flash, platform=platform) + layer,
+        scratch=_scratch(run, sizes, shape, gradients=trained, flash=flash, platform=platform) + layer,
         host=host + base,
         moved=2 * (host + run.train.accumulate * base),  # read and written, or read in two passes
     )
@@ -199,17 +199,23 @@ def _products(m: ModelConfig, t: int, s: int) -> int:
     return (2 * m.num_heads * m.head_dim // t + 2 * kv + m.embed_dim // t + 3 * m.ffn_dim // t) * s
 
 
-def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: bool, platform: str) -> int:
-    """Bytes of all other live values: the larger of the needs of a layer's backward pass and of the loss."""
+def _scratch(
+    run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, gradients: int, flash: bool, platform: str
+) -> int:
+    """Bytes of all other live values: the larger of the needs of a layer's backward pass and of the loss.
+
+    `gradients` are the bytes of the gradients of one part of a batch.
+    """
     m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim
-    # The stacked weights in the compute dtype, which XLA makes before the scan but for several TPUs (parallel.flags).
-    # On several GPUs it copies a frozen base too, since the side that is gathered must be the outer one in memory.
+    # The stacked weights in the compute dtype, which XLA makes before the scan on several GPUs. It copies a frozen base
+    # too if that is gathered, since the gathered side must be the outer one in memory.
     shards = parts(sizes, "embed") * t * shape.stages
     gathers = parts(sizes, "embed") > 1
-    casts = not run.lora.rank and (platform != "tpu" or math.prod(sizes.values()) == 1)
-    copies = s * m.num_layers * layer // shards if casts or (platform == "cuda" and gathers) else 0
+    alone = math.prod(sizes.values()) == 1
+    copied = platform == "cuda" and (gathers or not (alone or run.lora.rank))
+    copies = s * m.num_layers * layer // shards if copied else 0
     # The gathered weights of a layer, and the gradient of one matrix, of which a ring holds blocks only.
     gathered = s * layer // t + (0 if platform == "tpu" and gathers else 4 * m.embed_dim * m.ffn_dim // t)
     wide = 3 * m.ffn_dim // t * s + 2 * m.ffn_dim // t * 4
@@ -219,4 +225,10 @@ def _scratch(run: RunConfig, sizes: Mapping[str, int], shape: Shape, *, flash: b
     chunk = min(chunk, math.ceil(m.vocab_size / parts(sizes, "vocab")))
     # Logits in float32 and their gradient in the compute dtype; hidden states gathered over tensor, and their gradient.
     loss = tokens * ((4 + s) * chunk + s * m.embed_dim + 4 * m.embed_dim // t) + chunk * m.embed_dim * (s + 4)
-    return copies + max(backward, loss)
+    if alone and not run.lora.rank:
+        # The only gradient during the loss is that of the unembedding, and that of the embedding comes after those of
+        # the layers. On several devices, buffers of collectives take the place of what is not there yet.
+        table = 4 * m.vocab_size * m.embed_dim
+        loss -= gradients - table
+        backward -= 0 if m.tied_embeddings else table
+    return copies + max(backward, loss, 0)

@@ -116,6 +116,7 @@ class Plan:
             # of the matrix products that one device computes, without those of kernels
             "compiled_flops": None if self.compiled is None else self.compiled.get("operations"),
             "projection": dataclasses.asdict(self.projection) | {"assumed_efficiency": projection.EFFICIENCY},
+            "assumed_speeds": self.devices.speeds,
             "instead": list(self.instead),
             "compiler_options": {} if self.compiled is None else self.compiled.get("compiler_options", {}),
             "compile_seconds": None if self.compiled is None else self.compiled["seconds"],
@@ -183,8 +184,11 @@ def _projection(
     dtype = parallel.named_dtype(run.train.compute_dtype)
     if facts is None or "collectives" not in facts:
         return search.projected(run, devices, sizes, dtype, host)
-    exposed, overlapped = (sum(one[key] for one in facts["collectives"]) for key in ("exposed", "overlapped"))
-    shape = memory.share(run, sizes, dtype)
+    shape, moved = memory.share(run, sizes, dtype), facts["collectives"]
+    exposed, overlapped = (
+        {ports: sum(one[key] for one in moved if one["ports"] == ports) for ports in {one["ports"] for one in moved}}
+        for key in ("exposed", "overlapped")
+    )
     return projection.project(
         run,
         devices,

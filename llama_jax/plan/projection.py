@@ -1,7 +1,8 @@
 """FLOPs of a training step, bytes on the wire, and a projection of its time. No time here is measured.
 
 The projection assumes that products reach EFFICIENCY of a device's peak, that overlapped collectives are hidden behind
-them, and that exposed collectives use all links at full speed.
+them, and that collectives use their links at full speed: those within a host of GPUs or a slice of TPUs all links of a
+device, and others the network (`speed`).
 
 Letters as in `memory`.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from llama_jax.plan.devices import Devices
+from llama_jax import parallel
+from llama_jax.plan.devices import Chip, Devices
 from llama_jax.plan.memory import Shape, parts
 from llama_jax.run_config import RunConfig
 
@@ -68,8 +70,10 @@ def flops(run: RunConfig) -> Flops:
     return Flops(model, model + again[run.train.remat])
 
 
-def wire_bytes(run: RunConfig, sizes: Mapping[str, int], shape: Shape) -> float:
-    """Bytes that one device sends in a step, by formulas: weights gathered, gradients and activations reduced."""
+def wire_bytes(run: RunConfig, sizes: Mapping[str, int], shape: Shape) -> dict[str, float]:
+    """Bytes that one device sends in a step by logical axis, by formulas: weights are gathered and gradients reduced
+    along `embed`, activations along `heads`, gradients along `gathered_batch`, and keys and values along `length`.
+    """
     m = run.shape
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim
     weights = m.num_layers * layer / shape.tensor / shape.stages
@@ -84,20 +88,41 @@ def wire_bytes(run: RunConfig, sizes: Mapping[str, int], shape: Shape) -> float:
     c = parts(sizes, "length")
     kv = 2 * m.num_kv_heads * m.head_dim / min(t, m.num_kv_heads) * shape.width
     context = 4 * (c - 1) * tokens * kv * m.num_layers / shape.stages
-    return fsdp + activations + data + context
+    return {"embed": fsdp, "heads": activations, "gathered_batch": data, "length": context}
+
+
+def speed(chip: Chip, ports: int) -> float:
+    """Bytes that a device sends in a second of a collective, whose `ports` are those of `hlo.Collective`.
+
+    A collective of several hosts passes a host's border once in each of as many rings as it has devices there, since
+    each device has its own port to the network.
+    """
+    return min(chip.link, ports * chip.network) if ports else chip.link
+
+
+def ports(devices: Devices, sizes: Mapping[str, int], axis: str) -> int:
+    """The ports (`hlo.Collective`) of a collective along a logical axis of a mesh whose last axis changes fastest."""
+    members, inside, stride = 1, 1, 1
+    for name in reversed(parallel.AXES):
+        n = sizes.get(name, 1)
+        if name in parallel.RULES["train"][axis]:
+            members *= n
+            inside *= max(1, min(n, devices.island // stride))
+        stride *= n
+    return inside if inside < members else 0
 
 
 def project(
     run: RunConfig,
     devices: Devices,
     *,
-    exposed: float,
-    overlapped: float,
+    exposed: Mapping[int, float],
+    overlapped: Mapping[int, float],
     host: float = 0.0,
     stages: int = 1,
     microbatches: int = 1,
 ) -> Projection:
-    """The projected step on devices that send so many exposed and overlapped bytes each.
+    """The projected step on devices that send so many exposed and overlapped bytes each, by ports (`hlo.Collective`).
 
     Copies from and to the host (`host` bytes) are assumed to overlap nothing.
     """
@@ -105,9 +130,10 @@ def project(
     work = flops(run)
     bubble = (stages - 1) / (microbatches + stages - 1)
     compute = work.hardware / devices.count / (EFFICIENCY * chip.flops) / (1 - bubble)
-    # GPUs gather weights and sum gradients over all hosts; tensor parallelism, which is exposed, stays within one.
-    wide = chip.network if chip.platform == "cuda" and devices.count > chip.largest else chip.link
-    seconds = max(compute, overlapped / wide) + exposed / chip.link + host / chip.host
+    waiting, hidden = (
+        sum(sent / speed(chip, number) for number, sent in sends.items()) for sends in (exposed, overlapped)
+    )
+    seconds = max(compute, hidden) + waiting + host / chip.host
     tokens = run.data.batch_size * run.data.sequence_length
     return Projection(
         seconds=seconds,

@@ -37,7 +37,7 @@ def table(plan: dict[str, Any]) -> str:
         f"  operations   {work['model'] / 1e15:,.1f} PFLOP a step, {work['hardware'] / 1e15:,.1f} with recomputation",
         f"  projection   {step['seconds']:.2f} s a step, MFU {100 * step['mfu']:.0f} %, "
         f"{step['tokens_per_second']:,.0f} tokens/s a chip. Not measured: it assumes products at "
-        f"{100 * step['assumed_efficiency']:.0f} % of the peak",
+        f"{100 * step['assumed_efficiency']:.0f} % of the peak{_speeds(plan)}",
     ]
     if plan["compiled_flops"]:
         lines.append(f"               {plan['compiled_flops'] / 1e12:,.1f} TFLOP in the compiled products of a device")
@@ -58,10 +58,18 @@ def _collectives(plan: dict[str, Any]) -> list[str]:
     """Lines of the collectives; none without a compiled program."""
     rows = [
         f"    {one['kind']:<19} {one['count']:>6} a step, {one['overlapped'] / 1e9:8.1f} GB overlapped, "
-        f"{one['exposed'] / 1e9:8.1f} GB exposed"
+        f"{one['exposed'] / 1e9:8.1f} GB exposed{', over the network' if one['ports'] else ''}"
         for one in plan["collectives"]
     ]
     return ["  on the wire  sent by each device:", *rows] if rows else []
+
+
+def _speeds(plan: dict[str, Any]) -> str:
+    """The assumed speeds of the links that a step uses."""
+    island = "slice" if plan["device"].lstrip("0123456789 x").startswith(("v", "tpu")) else "host"
+    words = {"link": f"within a {island}", "network": f"between {island}s", "host": "to the host's memory"}
+    speeds = {name: speed for name, speed in plan["assumed_speeds"].items() if name != "host" or plan["host_bytes"]}
+    return "".join(f", {speed / 1e9:g} GB/s a device {words[name]}" for name, speed in speeds.items())
 
 
 def _options(options: dict[str, Any]) -> str:

@@ -94,14 +94,16 @@ def projected(
     Tensor parallelism is exposed, and weights are gathered while a layer computes.
     """
     shape = memory.share(run, sizes, dtype)
-    total = projection.wire_bytes(run, sizes, shape)
-    alone = projection.wire_bytes(run, {**sizes, AXES[-1]: 1}, dataclasses.replace(shape, tensor=1)) / shape.tensor
-    exposed = max(0.0, total - alone)
+    exposed: dict[int, float] = {}
+    overlapped: dict[int, float] = {}
+    for axis, sent in projection.wire_bytes(run, sizes, shape).items():
+        sends, ports = exposed if axis == "heads" else overlapped, projection.ports(devices, sizes, axis)
+        sends[ports] = sends.get(ports, 0.0) + sent
     return projection.project(
         run,
         devices,
         exposed=exposed,
-        overlapped=total - exposed,
+        overlapped=overlapped,
         host=host,
         stages=shape.stages,
         microbatches=shape.microbatches,

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from llama_jax.parallel import on_device, on_host
+from llama_jax.parallel import axis_size, constrain_first, on_device, on_host
 
 BLOCKS = (128, 64, 32)  # sizes; the largest that divides the last axis is used. A TPU's registers have 128 lanes
 _FIRST, _SECOND = 127, 255  # largest codes
@@ -151,19 +151,29 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
 
         On all layers at once, the TPU compiler's temporaries take 17 bytes a weight; bfloat16 moments need none.
         Moments in the host's memory are copied to the devices and back. They stay as they are unless `finite`.
+        Pipeline stages update one of their own layers each at a time: an index into the layers of all of them would
+        gather them.
         """
+        L, S = grad.shape[0], axis_size("layers")
 
         def stored(new: jax.Array, old: jax.Array, stack: jax.Array) -> jax.Array:
             return jax.device_put(jnp.where(finite, new, old), jax.memory.Space.Host) if on_host(stack) else new
 
-        def layer(i: jax.Array, stacked: Any) -> Any:
-            old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked))
-            grad, mu, nu = old
-            new = one(grad, mu, nu, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
-            new = jax.tree.map(stored, new, old, stacked)
-            return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, new)
+        def numbered(grad: jax.Array, mu: Stored, nu: Stored, i: jax.Array) -> tuple[Any, Stored, Stored]:
+            return one(grad, mu, nu, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
 
-        return lax.fori_loop(0, grad.shape[0], layer, (grad, mu, nu))
+        def layer(i: jax.Array, stacked: Any) -> Any:
+            old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis, keepdims=False), stacked))
+            new = numbered(*old, i) if S == 1 else jax.vmap(numbered)(*old, i + jnp.arange(0, L, L // S))
+            new = jax.tree.map(stored, new, old, stacked)
+            return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, axis), stacked, new)
+
+        axis = 0 if S == 1 else 1
+        if S == 1:
+            return lax.fori_loop(0, L, layer, (grad, mu, nu))
+        by_stage = lambda a: constrain_first(a.reshape(S, L // S, *a.shape[1:]), "layers")  # noqa: E731
+        new = lax.fori_loop(0, L // S, layer, jax.tree.map(by_stage, (grad, mu, nu)))
+        return jax.tree.map(lambda a: a.reshape(L, *a.shape[2:]), new)
 
     def update(
         grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite: jax.Array | bool = True, **_: Any

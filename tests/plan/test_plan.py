@@ -1,6 +1,8 @@
 """Plans without a compiler: devices, the text of a compiled program, the closed memory model, and the command."""
 
+import collections
 import dataclasses
+import itertools
 import json
 import time
 
@@ -252,10 +254,35 @@ def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is
     found = {one.kind: one for one in hlo.collectives(PROGRAM)}
     gather, scatter = found["all-gather"], found["reduce-scatter"]
     assert (gather.count, gather.overlapped, gather.exposed) == (10, 10 * 32 * 4 * 3 / 4, 0)
+    assert {one.ports for one in found.values()} == {0}
     assert (scatter.count, scatter.overlapped, scatter.exposed) == (10, 0, 10 * 8 * 4 * 3)
     assert (found["collective-permute"].count, found["collective-permute"].exposed) == (1, 8)
     assert found["all-reduce"].exposed == 2 * 32 * 3 / 4
     assert hlo.kernels(PROGRAM) == {"pallas": 1}
+
+
+@pytest.mark.parametrize(
+    ("groups", "ports"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 0),  # four devices a host
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 1),
+        ("replica_groups={{0,1,4,5},{2,3,6,7}}", 2),
+        ("replica_groups=[2,4]<=[8]", 0),
+        ("replica_groups=[1,8]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 1),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", 2),
+        ("replica_groups=mesh['x'=2,'y'=4] {'y'}", 0),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x'}", 1),
+        ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", 2),
+    ],
+)
+def test_a_collective_uses_the_ports_of_a_hosts_devices_in_its_group(groups, ports):
+    text = PROGRAM.replace("replica_groups=mesh['x'=2,'y'=4] {'y'}", groups)
+    found = {one.kind: one for one in hlo.collectives(text, islands=[0] * 4 + [1] * 4)}
+    assert found["all-reduce"].ports == ports
+    assert found["collective-permute"].ports == 0
+    crossing = PROGRAM.replace("source_target_pairs={{0,1},{1,0}}", "source_target_pairs={{3,4},{4,3}}")
+    assert {one.kind: one.ports for one in hlo.collectives(crossing, [0] * 4 + [1] * 4)}["collective-permute"] == 1
 
 
 @pytest.mark.parametrize(
@@ -325,6 +352,20 @@ def test_slices_are_crossed_by_copies_of_the_model_or_stages_only():
         mesh._across_slices(sizes, 2, [])
 
 
+@pytest.mark.parametrize(
+    ("grid", "shape"),
+    [((4, 10, 14, 1), (35, 2, 1, 1, 8)), ((2, 2, 3, 2), (3, 2, 1, 1, 4)), ((4, 4, 1, 1), (2, 8, 1, 1, 1))],
+)
+def test_a_grid_of_chips_is_split_into_factors_for_any_mesh(grid, shape):
+    Chip = collections.namedtuple("Chip", ("coords", "core_on_chip"))
+    chips = [Chip(place[:3], place[3]) for place in itertools.product(*map(range, grid))]
+    found = mesh.by_factors(shape, chips)
+    assert found.shape == shape and set(found.ravel()) == set(chips)
+    rows = found.reshape(-1, shape[-1])  # the last axis is along as few axes of the grid as can be
+    moved = {axis for row in rows for axis in range(3) if len({chip.coords[axis] for chip in row}) > 1}
+    assert len(moved) <= 2
+
+
 def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     devices = parallel.make_mesh({"fsdp": 2}, jax.devices()[:2])
     assert parallel.compiler_options(devices) == {}
@@ -384,12 +425,34 @@ def test_less_rematerialization_keeps_more_and_longer_rows_need_more():
 
 
 def test_copies_from_the_host_and_hosts_of_gpus_slow_a_projected_step():
-    run, sent = run_8b(), {"exposed": 0.0, "overlapped": 1e15}
-    one = projection.project(run, parse("v5e:8"), exposed=0.0, overlapped=0.0)
-    copied = projection.project(run, parse("v5e:8"), exposed=0.0, overlapped=0.0, host=30e9)
+    run = run_8b()
+    one = projection.project(run, parse("v5e:8"), exposed={}, overlapped={})
+    copied = projection.project(run, parse("v5e:8"), exposed={}, overlapped={}, host=30e9)
     assert copied.seconds == pytest.approx(one.seconds + 2)
-    assert projection.project(run, parse("h100:8"), **sent).seconds == pytest.approx(1e15 / 450e9)
-    assert projection.project(run, parse("h100:16"), **sent).seconds == pytest.approx(1e15 / 50e9)
+    many = parse("h100:16")
+    for ports, bandwidth in ((0, 450e9), (1, 50e9), (8, 400e9)):
+        hidden = projection.project(run, many, exposed={}, overlapped={ports: 1e15})
+        assert hidden.seconds == pytest.approx(1e15 / bandwidth)
+        waiting = projection.project(run, many, exposed={ports: 1e15}, overlapped={})
+        assert waiting.seconds == pytest.approx(1e15 / bandwidth + one.seconds * 197 * 8 / (989 * 16))
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "ports"),
+    [
+        ("h100:8", {"fsdp": 8}, {"embed": 0}),
+        ("h100:64", {"fsdp": 64}, {"embed": 8}),
+        ("h100:64", {"fsdp": 8, "tensor": 8}, {"embed": 1, "heads": 0}),
+        ("h100:64", {"data": 4, "fsdp": 4, "tensor": 4}, {"gathered_batch": 1, "embed": 2, "heads": 0}),
+        ("h100:16", {"tensor": 16}, {"heads": 8}),
+        ("v5e:64", {"data": 4, "fsdp": 16}, {"gathered_batch": 0, "embed": 0}),
+        ("2 x v5e:16", {"data": 2, "fsdp": 16}, {"gathered_batch": 1, "embed": 0}),
+        ("2 x v5e:16", {"data": 4, "fsdp": 8}, {"gathered_batch": 2, "embed": 0}),
+    ],
+)
+def test_a_mesh_axis_crosses_hosts_or_slices_through_the_ports_of_its_devices(device, sizes, ports):
+    found = {axis: projection.ports(parse(device), sizes, axis) for axis in ports}
+    assert found == ports
 
 
 def test_flops_are_those_of_the_formula():

@@ -1,6 +1,7 @@
 """Moments in few bits: their codes against numpy, Adam with them against optax's, and what rounding must not do."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from llama_jax import parallel
 from llama_jax.train import moments
 from llama_jax.train.moments import Moment, pack_first, pack_second, scale_by_adam, unpack, zeros
 
@@ -225,6 +227,28 @@ def test_stacked_layers_move_as_they_would_alone():
         assert np.abs(state.nu.values[i].astype(int) - single.nu.values.astype(int)).max() <= 2
         assert np.sqrt(np.mean((together[i] - alone) ** 2) / np.mean(alone**2)) < 0.03
     assert len({np.asarray(v).tobytes() for v in state.nu.values}) == 3
+
+
+def test_stages_update_their_own_layers_without_gathering_those_of_others():
+    layout = parallel.Layout(parallel.make_mesh({"fsdp": 2, "stage": 4}), "train")
+    adam = scale_by_adam(b1=0.9, b2=0.95, eps=1e-8, kind=lambda path: "int8")
+    grads = gradients((8, 16, 256), 3)
+    (_, plain), expected = run_adam(adam, grads[:2])
+
+    def update(grad, state):
+        with parallel.use(layout):
+            return adam.update(grad, state)
+
+    sharding = layout.sharding(("layers", "heads", "embed"))
+    state = adam.init(grads[0])
+    shardings = jax.tree.map(lambda a: sharding if a.ndim else parallel.replicated(layout.mesh), state)
+    step = jax.jit(update, in_shardings=(sharding, shardings), out_shardings=(sharding, shardings))
+    assert not re.search(r"all-(gather|reduce|to-all)", step.lower(grads[0], state).compile().as_text())
+    for grad in grads[:2]:
+        found, state = step(grad, state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)  # the codes are equal
+    np.testing.assert_allclose(found, plain, rtol=1e-5)
 
 
 def test_random_numbers_are_even_and_others_for_each_seed():

@@ -5,7 +5,6 @@ Differences are the largest one, relative to the largest number compared.
 
 import dataclasses
 import functools
-import itertools
 import json
 
 import jax
@@ -32,6 +31,7 @@ class Trained:
     norms: np.ndarray
     state: object
     metrics: list
+    gradients: list | None  # of the first step, times a tenth: Adam's first moments after it
 
 
 @functools.cache
@@ -44,12 +44,13 @@ def prepared(run: RunConfig, sizes: tuple[tuple[str, int], ...]):
 def train(run: RunConfig, steps: int, *, mesh=None, given=None) -> Trained:
     program = prepared(run, tuple((mesh or {}).items()))
     state = setup.first_state(program)
-    metrics = []
+    metrics, gradients = [], None
     for batch in given or batches(steps):
         state, numbers = program.train_step(state, None, jax.device_put(batch, program.batch_sharding))
         metrics.append(jax.device_get(numbers))
+        gradients = gradients or jax.device_get(jax.tree.leaves(state.opt_state[1].mu))
     pick = lambda name: np.array([m[name] for m in metrics])  # noqa: E731
-    return Trained(pick("loss"), pick("grad_norm"), state, metrics)
+    return Trained(pick("loss"), pick("grad_norm"), state, metrics, gradients)
 
 
 @functools.cache
@@ -61,7 +62,9 @@ def reference() -> Trained:
 def same(trained: Trained, expected: Trained | None = None, tolerance: float = ROUNDING) -> None:
     expected = expected or reference()
     assert gap(trained.losses, expected.losses) < tolerance
-    assert gap(trained.norms, expected.norms) < 10 * tolerance
+    assert gap(trained.norms, expected.norms) < tolerance
+    for a, b in zip(trained.gradients, expected.gradients, strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)  # on meshes, test_meshes measures below 1e-6
     # Adam divides by the root of the second moment: gradients near zero turn rounding into up to whole steps.
     for a, b in zip(jax.tree.leaves(trained.state.params), jax.tree.leaves(expected.state.params), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).mean() < 2e-6
@@ -211,18 +214,6 @@ SLOW = [{"data": 2}, {"fsdp": 8}, {"context": 4}, {"data": 2, "fsdp": 2, "tensor
 @pytest.mark.parametrize("mesh", [*QUICK, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)], ids=str)
 def test_every_mesh_trains_to_the_same_numbers(mesh):
     same(train(make_run(), 10, mesh=mesh))
-
-
-# All ways to put two, four or eight devices along the five axes.
-COMBINATIONS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if np.prod(sizes) in (2, 4, 8)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", COMBINATIONS, ids=lambda sizes: "x".join(map(str, sizes)))
-def test_every_combination_of_axes_gives_the_losses_and_gradients_of_one_device(sizes):
-    run = make_run(model__num_layers=8, train__remat="full")
-    mesh = {axis: n for axis, n in zip(parallel.AXES, sizes, strict=True) if n > 1}
-    same(train(run, 3, mesh=mesh), train(run, 3), tolerance=1e-5)
 
 
 @pytest.mark.slow
