@@ -24,6 +24,7 @@ Letters: G blocks of a row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -137,43 +138,11 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
 
         return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=moments(False), nu=moments(True))
 
-    def one(grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array) -> tuple[Any, Stored, Stored]:
+    def one(count: jax.Array, grad: jax.Array, mu: Stored, nu: Stored, seed: jax.Array) -> tuple[Any, Stored, Stored]:
         m = b1 * unpack(mu) + (1 - b1) * grad
         v = b2 * unpack(nu) + (1 - b2) * jnp.square(grad)
         step = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
         return step, pack_first(m, mu), pack_second(v, nu, _random(grad.shape, seed))
-
-    def layer_by_layer(
-        grad: jax.Array, mu: Stored, nu: Stored, count: jax.Array, seed: jax.Array, finite: jax.Array | bool
-    ) -> Any:
-        """Applies `one`, the update of a single weight, to stacked matrices in place, one layer's float32 moments at a
-        time.
-
-        On all layers at once, the TPU compiler's temporaries take 17 bytes a weight; bfloat16 moments need none.
-        Moments in the host's memory are copied to the devices and back. They stay as they are unless `finite`.
-        Pipeline stages update one of their own layers each at a time: an index into the layers of all of them would
-        gather them.
-        """
-        L, S = grad.shape[0], axis_size("layers")
-
-        def stored(new: jax.Array, old: jax.Array, stack: jax.Array) -> jax.Array:
-            return jax.device_put(jnp.where(finite, new, old), jax.memory.Space.Host) if on_host(stack) else new
-
-        def numbered(grad: jax.Array, mu: Stored, nu: Stored, i: jax.Array) -> tuple[Any, Stored, Stored]:
-            return one(grad, mu, nu, count, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
-
-        def layer(i: jax.Array, stacked: Any) -> Any:
-            old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis, keepdims=False), stacked))
-            new = numbered(*old, i) if S == 1 else jax.vmap(numbered)(*old, i + jnp.arange(0, L, L // S))
-            new = jax.tree.map(stored, new, old, stacked)
-            return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, axis), stacked, new)
-
-        axis = 0 if S == 1 else 1
-        if S == 1:
-            return lax.fori_loop(0, L, layer, (grad, mu, nu))
-        by_stage = lambda a: constrain_first(a.reshape(S, L // S, *a.shape[1:]), "layers")  # noqa: E731
-        new = lax.fori_loop(0, L // S, layer, jax.tree.map(by_stage, (grad, mu, nu)))
-        return jax.tree.map(lambda a: a.reshape(L, *a.shape[2:]), new)
 
     def update(
         grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite: jax.Array | bool = True, **_: Any
@@ -188,13 +157,44 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, kind: Callable[[Any], str
             seed = count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) ^ jnp.uint32(leaf * 0x85EBCA77 & 0xFFFFFFFF)
             grad = grad.astype(jnp.float32)
             if (isinstance(mu, Moment) and grad.ndim > 2) or any(map(on_host, jax.tree.leaves(mu))):
-                new.append(layer_by_layer(grad, mu, nu, count, seed, finite))
+                new.append(_layer_by_layer(functools.partial(one, count), (grad, mu, nu), seed, finite))
             else:
-                new.append(one(grad, mu, nu, count, seed))
+                new.append(one(count, grad, mu, nu, seed))
         updates, mus, nus = (tree.unflatten(parts) for parts in zip(*new, strict=True)) if new else (grads,) * 3
         return updates, optax.ScaleByAdamState(count, mus, nus)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _layer_by_layer(
+    one: Callable[..., tuple[Any, Stored, Stored]], stacks: tuple[Any, Stored, Stored], seed: jax.Array, finite: Any
+) -> Any:
+    """Applies `one`, the update of a weight from its gradient, moments and seed, to stacked matrices in place.
+
+    One layer has its moments in float32 at a time. On all layers at once, the TPU compiler's temporaries take 17 bytes
+    a weight; bfloat16 moments need none. Moments in the host's memory are copied to the devices and back. They stay as
+    they are unless `finite`. Each pipeline stage updates one of its own layers at a time: an index into the layers of
+    all stages would gather them.
+    """
+    L, S = stacks[0].shape[0], axis_size("layers")
+    axis = 0 if S == 1 else 1
+
+    def stored(new: jax.Array, old: jax.Array, stack: jax.Array) -> jax.Array:
+        return jax.device_put(jnp.where(finite, new, old), jax.memory.Space.Host) if on_host(stack) else new
+
+    def numbered(grad: jax.Array, mu: Stored, nu: Stored, i: jax.Array) -> tuple[Any, Stored, Stored]:
+        return one(grad, mu, nu, seed + i.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D))
+
+    def layer(i: jax.Array, stacked: Any) -> Any:
+        old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis, keepdims=False), stacked))
+        new = numbered(*old, i) if S == 1 else jax.vmap(numbered)(*old, i + jnp.arange(0, L, L // S))
+        new = jax.tree.map(stored, new, old, stacked)
+        return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, axis), stacked, new)
+
+    if S == 1:
+        return lax.fori_loop(0, L, layer, stacks)
+    by_stage = jax.tree.map(lambda a: constrain_first(a.reshape(S, L // S, *a.shape[1:]), "layers"), stacks)
+    return jax.tree.map(lambda a: a.reshape(L, *a.shape[2:]), lax.fori_loop(0, L // S, layer, by_stage))
 
 
 def _first_of(codes: jax.Array) -> jax.Array:
