@@ -60,6 +60,35 @@ def test_two_processes_train_to_the_metrics_of_one(tmp_path, compiled):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=10 * ROUNDING)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"fsdp": 8},
+        {"data": 2, "stage": 2, "tensor": 2},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"data": 2, "context": 4},
+    ],
+    ids=str,
+)
+def test_two_and_four_processes_have_the_losses_and_gradients_of_one_device(tmp_path, compiled, mesh):
+    """The norms of the gradients are logged for each group of weights."""
+    shared = ["--config.model.num_layers=2", "--config.train.steps=3", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    shared += [f"--config.data.{part}={tmp_path / 'text.txt'}" for part in ("train", "validation")]
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    sizes = [f"--config.mesh.{axis}={n}" for axis, n in ({"fsdp": 1} | mesh).items()]
+    runs = {}
+    for count, devices, layout in ((1, 1, []), (2, 8, sizes), (4, 8, sizes)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        runs[count] = metrics_of(Processes(folder, compiled, count, *shared, *layout, devices=devices).wait().run)
+    assert [line["step"] for line in runs[1]] == [0, 1, 2, 3, 3] and "grad_norm/attention" in runs[1][1]
+    for count in (2, 4):
+        for found, expected in zip(runs[count], runs[1], strict=True):
+            assert found.keys() == expected.keys()
+            np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
 LOAD_AND_SAVE = """
 "One of two processes that load a model together and save it in three formats; prints the bytes that it read."
 import sys
