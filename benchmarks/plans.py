@@ -28,6 +28,8 @@ PLANS: dict[str, tuple[str, int, str]] = {
     "160m-v5e-4": ("v5e:4", 1, "model=160m data.sequence_length=2048 data.batch_size=4"),  # cheap enough for every CI
     "160m-v5e-1": ("v5e:1", 1, "model=160m data.sequence_length=2048 data.batch_size=16"),
     "160m-h100-1": ("h100:1", 1, "model=160m data.sequence_length=2048 data.batch_size=16"),
+    "1b-v6e-1": ("v6e:1", 1, "model=llama3.2-1b data.batch_size=1"),
+    "1b-h100-1": ("h100:1", 1, "model=llama3.2-1b data.batch_size=2"),
     "8b-v5e-16": ("v5e:16", 1, "data.batch_size=16"),
     "8b-v5e-8-int8": ("v5e:8", 1, "data.batch_size=8 optimizer.moments=int8"),
     "8b-v5e-8-offload": ("v5e:8", 1, "data.batch_size=8 optimizer.offload=True"),

@@ -105,7 +105,8 @@ def by_factors(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     for place, device in zip(places, devices, strict=True):
         grid[place] = device
     factors = [(axis, prime) for axis, size in enumerate(sizes) for prime in _primes(size)]
-    left, order = list(range(len(factors))), []
+    left = list(range(len(factors)))
+    order: list[int] = []
     for size in reversed(shape):
         taken: list[int] = []
         for prime in _primes(size):

@@ -209,12 +209,12 @@ def _scratch(
     m, t, s = run.shape, shape.tensor, shape.width
     tokens = shape.rows * shape.tokens
     layer = m.embed_dim * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads) + 3 * m.embed_dim * m.ffn_dim
-    # The stacked weights in the compute dtype, which XLA makes before the scan on several GPUs. It copies a frozen base
-    # too if that is gathered, since the gathered side must be the outer one in memory.
+    # The stacked weights in the compute dtype, which XLA makes before the scan on several GPUs and on one TPU. GPUs
+    # that gather a frozen base copy it too, since the gathered side must be the outer one in memory.
     shards = parts(sizes, "embed") * t * shape.stages
     gathers = parts(sizes, "embed") > 1
     alone = math.prod(sizes.values()) == 1
-    copied = platform == "cuda" and (gathers or not (alone or run.lora.rank))
+    copied = (platform == "cuda" and gathers) or (not run.lora.rank and alone == (platform == "tpu"))
     copies = s * m.num_layers * layer // shards if copied else 0
     # The gathered weights of a layer, and the gradient of one matrix, of which a ring holds blocks only.
     gathered = s * layer // t + (0 if platform == "tpu" and gathers else 4 * m.embed_dim * m.ffn_dim // t)
@@ -228,7 +228,8 @@ def _scratch(
     if alone and not run.lora.rank:
         # The only gradient during the loss is that of the unembedding, and that of the embedding comes after those of
         # the layers. On several devices, buffers of collectives take the place of what is not there yet.
+        # One TPU holds the gradient of logits in their place.
         table = 4 * m.vocab_size * m.embed_dim
-        loss -= gradients - table
+        loss -= gradients - table + (tokens * s * chunk if platform == "tpu" else 0)
         backward -= 0 if m.tied_embeddings else table
     return copies + max(backward, loss, 0)

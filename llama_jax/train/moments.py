@@ -187,7 +187,8 @@ def _layer_by_layer(
 
     def layer(i: jax.Array, stacked: Any) -> Any:
         old = on_device(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis, keepdims=False), stacked))
-        new = numbered(*old, i) if S == 1 else jax.vmap(numbered)(*old, i + jnp.arange(0, L, L // S))
+        of_stages: Callable[..., Any] = numbered if S == 1 else jax.vmap(numbered)
+        new = of_stages(*old, i if S == 1 else i + jnp.arange(0, L, L // S))
         new = jax.tree.map(stored, new, old, stacked)
         return jax.tree.map(lambda a, part: lax.dynamic_update_index_in_dim(a, part, i, axis), stacked, new)
 

@@ -69,7 +69,7 @@ def test_two_processes_train_to_the_metrics_of_one(tmp_path, compiled):
         {"fsdp": 2, "context": 2, "tensor": 2},
         {"data": 2, "context": 4},
     ],
-    ids=str,
+    ids=["fsdp", "stages", "rows split", "long rows"],
 )
 def test_two_and_four_processes_have_the_losses_and_gradients_of_one_device(tmp_path, compiled, mesh):
     """The norms of the gradients are logged for each group of weights."""
