@@ -109,7 +109,7 @@ _GOALS = {
 _EXPOSED = {"70b-v5p-64": 150}
 
 # Plans of the same work a device, on few devices and on many.
-_SCALING = (("8b-v5p-16", "8b-v5p-256"), ("405b-v5p-512", "405b-v5p-4096"))
+_SCALING = (("8b-v5p-16", "8b-v5p-256"), ("405b-v5p-512", "405b-v5p-4096"), ("405b-v5p-512", "405b-v5p-8960"))
 
 
 def _scaling(plans: dict[str, dict[str, Any]]) -> list[str]:
