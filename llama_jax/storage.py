@@ -216,13 +216,13 @@ def check_room(name: str, size: int, folder: Path, *, count: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free - _MARGIN:
         raise ConfigError(
-            f"{name}: the download needs {_gigabytes(size)}, but {folder} has {_gigabytes(free)} free: make room, or "
+            f"{name}: the download needs {size_text(size)}, but {folder} has {size_text(free)} free: make room, or "
             "move the cache to a larger disk (HF_HOME for the hub, LLAMA_JAX_CACHE or XDG_CACHE_HOME for other stores)"
         )
     if size > _MARGIN and progress.enabled:
         files = "1 file" if count == 1 else f"{count} files"
         print(
-            f"downloading {files} of {name}: {_gigabytes(size)} to {folder}, which has {_gigabytes(free)} free",
+            f"downloading {files} of {name}: {size_text(size)} to {folder}, which has {size_text(free)} free",
             file=sys.stderr,
         )
 
@@ -309,5 +309,6 @@ def refused(url: str, error: Exception, word: str = "read") -> ConfigError:
     return ConfigError(f"{url} cannot be {word} ({type(error).__name__}: {brief(text, 300)}): check access and network")
 
 
-def _gigabytes(size: int) -> str:
+def size_text(size: int) -> str:
+    """A number of bytes in words, such as 1.5 GB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -25,6 +25,7 @@ from llama_jax.ops.lora import LoraTensor, LoraWeights
 from llama_jax.ops.quant import QTensor
 from llama_jax.params import Params, check_params, is_stacked
 from llama_jax.progress import progress_bar
+from llama_jax.storage import size_text
 from llama_jax.text import chat_format, chat_template, vocabulary_files
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.formats import gguf as gguf_vocabulary
@@ -114,9 +115,11 @@ def save(
                 pass
         return path
     total = int(sum(math.prod(entry.shape) for entry in leaves.values()) * FORMATS[format][main])
-    free = shutil.disk_usage(path.parent).free
-    if total + _SPARE > free:
-        raise ConfigError(f"{path} needs {total / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if total + _SPARE > (free := shutil.disk_usage(existing).free):
+        needed, left = size_text(total + _SPARE), size_text(free)
+        raise ConfigError(f"{path} needs up to {needed}, but the disk has {left} free: make room, or give another path")
+    (path.parent if path.suffix == ".gguf" else path).mkdir(parents=True, exist_ok=True)
     with progress_bar(total, f"writing {path.name}") as bar:
         try:
             _WRITERS[format](path, _Export(config, leaves, metadata, main, shard_bytes, bar.update))
@@ -335,15 +338,14 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 def _free(path: Path, format: str) -> Path:
-    """The path to write: a new .gguf file, or a folder without weights, which is created."""
+    """The path to write: a new .gguf file, or a folder without weights."""
     if format == "gguf" and path.suffix == ".gguf":
-        path.parent.mkdir(parents=True, exist_ok=True)
         folder, taken = path.parent, [path] if path.exists() else []
     else:
         if path.is_file() or path.suffix == ".gguf":
             raise ConfigError(f"{path} is the name of a file: give a folder to write to (or --to gguf)")
-        path.mkdir(parents=True, exist_ok=True)
-        taken = sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))
+        present = path.iterdir() if path.is_dir() else ()
+        taken = sorted(p for p in present if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))
         folder, path = path, path / "model.gguf" if format == "gguf" else path
     if taken:
         raise ConfigError(f"{folder} already has {taken[0].name}: give another folder, or remove it")

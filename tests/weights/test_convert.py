@@ -327,9 +327,11 @@ def test_a_full_disk_is_told_before_and_leaves_no_model(tmp_path, folder, monkey
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     source = open_source(folder)
-    metadata = Metadata()
-    with pytest.raises(ConfigError, match="GB free"):
-        export.save(tmp_path / "out", source.config, source.leaves, metadata, format="hf", dtype="bfloat16")
+    metadata, before = Metadata(), set(tmp_path.iterdir())
+    for name, format in (("out", "hf"), ("a/b/out", "meta"), ("a/out.gguf", "gguf")):
+        with pytest.raises(ConfigError, match=r"needs up to 67\.\d MB, but the disk has 0\.0 MB free: make room"):
+            export.save(tmp_path / name, source.config, source.leaves, metadata, format=format, dtype="bfloat16")
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_inspect_prints_what_a_model_is(folder, capsys):
