@@ -290,12 +290,16 @@ def test_without_kernels_it_works_and_says_why_once(tmp_path):
     failing = tmp_path / "failing-c++"
     failing.write_text("#!/bin/sh\necho 'kernels.cc:1: error: no such thing' >&2; exit 1\n")
     failing.chmod(0o755)
+    interrupted = tmp_path / "interrupted-c++"
+    interrupted.write_text("#!/bin/sh\nkill -TERM $PPID; sleep 1\n")
+    interrupted.chmod(0o755)
     cases = {
         "off": ({cpu.ENV: "off"}, None),
         "no compiler": ({"CXX": str(tmp_path / "none"), "LLAMA_JAX_CACHE": str(tmp_path / "a")}, "no C++ compiler"),
         "no folder": ({"LLAMA_JAX_CACHE": str(blocked)}, str(blocked)),
         "no cache": ({"LLAMA_JAX_CACHE": "off"}, "LLAMA_JAX_CACHE is off"),
         "broken": ({"CXX": str(failing), "LLAMA_JAX_CACHE": str(tmp_path / "b")}, "no such thing"),
+        "a signal": ({"CXX": str(interrupted), "LLAMA_JAX_CACHE": str(tmp_path / "c")}, "build was ended by SIGTERM"),
     }
     started = {name: (run(**environment), said) for name, (environment, said) in cases.items()}
     for name, (process, said) in started.items():
@@ -306,6 +310,7 @@ def test_without_kernels_it_works_and_says_why_once(tmp_path):
         assert len(lines) == (0 if said is None else 1) and (said or "") in error, (name, error)
     (failed,) = (tmp_path / "b" / "native").glob("*.failed")
     assert "no such thing" in failed.read_text()
+    assert not any((tmp_path / "c" / "native").glob("*.failed"))  # the next start builds them
 
 
 @pytest.mark.slow  # two runs of the compiler, 10 seconds each

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,7 +122,11 @@ def _is_ours(path: Path) -> bool:
 
 
 def _build_apart(target: Path) -> str:
-    """Builds and checks the library in another process, which may crash. Returns the reason of a failure, or ""."""
+    """Builds and checks the library in another process, which may crash. Returns the reason of a failure, or "".
+
+    Raises:
+        Unavailable: the process could not run, or a signal ended it, such as Ctrl-C: the next start tries again.
+    """
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -130,8 +135,12 @@ def _build_apart(target: Path) -> str:
     command = [sys.executable, "-m", "llama_jax.ops.cpu.build", str(target)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
+        raise Unavailable(f"their build did not run: {error}") from None
+    except subprocess.TimeoutExpired as error:
         return f"their build failed: {error}"
+    if done.returncode in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL):
+        raise Unavailable(f"their build was ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         return f"their build failed: {lines[-1].strip()[:300]}"
