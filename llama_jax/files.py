@@ -34,11 +34,13 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: the home folder of that user is not known.
-        ConfigError: the path is longer than the operating system allows.
+        ConfigError: the path is longer than the operating system allows, or has a zero byte.
     """
     data = str(path).encode("utf-8", "surrogatepass")
     if len(data) > _LONGEST_PATH or max(map(len, data.split(b"/"))) > _LONGEST_NAME:
         raise ConfigError(f"{brief(str(path))} cannot be the path of a file: it has {len(data):,} bytes, too many")
+    if b"\0" in data:
+        raise ConfigError(f"{brief(str(path))} cannot be the path of a file: it has a zero byte")
     try:
         return Path(path).expanduser()
     except RuntimeError:

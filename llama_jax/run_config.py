@@ -323,10 +323,10 @@ def unknown_key(name: str) -> ConfigError:
     note = peer_keys.NOTES.get(plain, peer_keys.NOTES.get(plain.rpartition(".")[2]))
     near = _near_key(name, known, siblings, [] if section else sections)
     if note is not None:
-        return ConfigError(f"unknown key {name!r}: {note}")
+        return ConfigError(f"unknown key {brief(name)}: {note}")
     suggestion = f"did you mean {near!r}?" if near else "no known name is near."
     allowed = siblings if section and siblings else sections
-    return ConfigError(f"unknown key {name!r}: {suggestion} Allowed here: {', '.join(allowed)}")
+    return ConfigError(f"unknown key {brief(name)}: {suggestion} Allowed here: {', '.join(allowed)}")
 
 
 def _near_key(name: str, known: Sequence[str], siblings: Sequence[str], sections: Sequence[str]) -> str | None:
@@ -360,7 +360,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, **given: Any) -> A
             raise unknown_key(prefix + str(name))
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix}{name} is a section, and cannot be set to {value!r}")
+                raise ConfigError(f"{prefix}{name} is a section, and cannot be set to {brief(value)}")
             given[name] = _build(hints[name], value, f"{prefix}{name}.")
         else:
             given[name] = _check(prefix + name, value, hints[name], fields[name].metadata)
@@ -369,7 +369,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, **given: Any) -> A
 
 def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
     """`value` as the type that the key has, within its bounds."""
-    wrong = ConfigError(f"{name} must be {_word(kind)}, got {value!r}")
+    wrong = ConfigError(f"{name} must be {_word(kind)}, got {brief(value)}")
     if isinstance(kind, types.GenericAlias):  # tuple[str, ...] or tuple[float, ...]
         item = typing.get_args(kind)[0]
         value = value if isinstance(value, (tuple, list)) else (value,)
@@ -386,12 +386,12 @@ def _check(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{name} must be a finite number, got {value}")
     if bounds["choices"] and value not in bounds["choices"]:
         raise ConfigError(
-            f"{name} must be {_allowed(bounds)}, got {value!r}"
+            f"{name} must be {_allowed(bounds)}, got {brief(value)}"
             + nearest(str(value), [str(c) for c in bounds["choices"]])
         )
     low, high = bounds["low"], bounds["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ConfigError(f"{name} must be {_allowed(bounds)}, got {value}")
+        raise ConfigError(f"{name} must be {_allowed(bounds)}, got {brief(value)}")
     return value
 
 

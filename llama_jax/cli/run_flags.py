@@ -184,12 +184,12 @@ def _run(path: Path, changes: Sequence[str]) -> RunConfig:
     except flags.Error as error:
         wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         if wrong and wrong[1] in known_keys():
-            raise ConfigError(f"{wrong[1]} must be {kind_of(wrong[1])}, got {wrong[2]!r}") from None
+            raise ConfigError(f"{wrong[1]} must be {kind_of(wrong[1])}, got {brief(wrong[2])}") from None
         raise ConfigError(str(error).replace("\n", " ")) from None
     except Exception as error:  # a config file is a program and may raise anything
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, got {config!r}")
+        raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, got {brief(config)}")
     return RunConfig.from_dict(_with_shape(config.to_dict(), shape))
 
 

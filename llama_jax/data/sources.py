@@ -162,6 +162,8 @@ def _nothing_matched(pattern: str) -> str:
         return f"{pattern!r} is not a part of the quickstart corpus; its parts are {', '.join(_NAMED)}"
     if os.path.isdir(pattern):
         return f"the folder {pattern!r} holds no file ending in {', '.join(_TEXT + _JSON + _TABLE)}, or in .gz after it"
+    if os.path.exists(pattern):
+        return f"{pattern!r} is a pipe or a device, and data are read more than once: copy them to a file"
     folder = Path(pattern).parent
     while not folder.is_dir():  # "." and "/" always are
         folder = folder.parent

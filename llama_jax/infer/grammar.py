@@ -219,7 +219,10 @@ class Matcher:
         mask = np.zeros(self._words, np.uint32)
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._inner.is_error():  # such as a limit of its parser; the mask then allows the end only
-            raise ValueError(f"a grammar failed: {self._failure()}")
+            raise ValueError(
+                f"the schema or grammar allows no further text, refers to itself without an end, or is too large "
+                f"(llguidance: {self._failure()})"
+            )
         return mask
 
     def consume(self, tokens: Sequence[int]) -> None:

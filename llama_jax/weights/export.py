@@ -342,7 +342,7 @@ def _free(path: Path, format: str) -> Path:
     if format == "gguf" and path.suffix == ".gguf":
         folder, taken = path.parent, [path] if path.exists() else []
     else:
-        if path.is_file() or path.suffix == ".gguf":
+        if path.suffix == ".gguf" or (path.exists() and not path.is_dir()):
             raise ConfigError(f"{path} is the name of a file: give a folder to write to (or --to gguf)")
         present = path.iterdir() if path.is_dir() else ()
         taken = sorted(p for p in present if p.suffix in _WEIGHTS or p.name in ("config.json", "params.json"))

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
@@ -122,6 +123,12 @@ def test_a_file_of_another_format_is_named_as_such(tmp_path, name, head, words):
     (tmp_path / name).write_bytes(head)
     with pytest.raises(ValueError, match=f"{name}: {words}"):
         read(tmp_path / name)
+
+
+def test_a_pipe_is_no_file_of_data(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"a\.txt' is a pipe or a device, and data are read more than once"):
+        documents_from([str(tmp_path / "a.txt")])
 
 
 def test_a_text_may_begin_like_another_format_and_endings_may_be_in_capitals(tmp_path):
