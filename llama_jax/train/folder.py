@@ -272,11 +272,13 @@ class RunFolder:
             raise failure
 
     def _adapter_step(self) -> int | None:
-        """The step of the adapter in the folder, or None if there is none or it is damaged."""
+        """The step of the adapter in the folder, or None if there is none, or it is damaged or lacks a file."""
+        folder = self.path / "adapter"
         try:
-            return manifest.check_present(self.path / "adapter").step
+            found = manifest.check_present(folder)
         except manifest.DamagedError:
             return None
+        return found.step if all((folder / name).is_file() for name in found.files) else None
 
     def read_base(self, run: RunConfig) -> None:
         """Read the parts of LoRA's base that adapters take, once, so that no save needs the base's store."""

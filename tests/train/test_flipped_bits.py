@@ -66,6 +66,15 @@ def test_a_changed_file_is_named_by_readers_and_written_again_by_training(drill,
         (run / name).write_text(whole)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json"])
+def test_a_finished_run_writes_a_missing_file_of_its_adapter_again(drill, name):
+    path = drill.folder / "run" / "adapter" / name
+    whole = path.read_bytes()
+    path.unlink()
+    train(bits.with_steps(drill.run, 2))
+    assert path.read_bytes() == whole
+
+
 def test_runs_and_adapters_without_hashes_are_used(drill):
     """Those of earlier versions, and adapters whose owner deleted the manifest after a change."""
     run = drill.folder / "run"
