@@ -7,6 +7,7 @@ MAX_UNCHECKED bytes, because real data do not compress so well. Memory grows wit
 """
 
 import codecs
+import contextlib
 import gzip
 import json
 import re
@@ -109,12 +110,15 @@ class _Reader:
     def __enter__(self) -> "_Reader":
         opened: Any = gzip.open(self._path, "rb") if self._compressed else open(self._path, "rb")
         self._file: IO[bytes] = opened
-        if self._compressed and _size_in_trailer(self._path) > self._allowed:
-            while self.read(_CHUNK):  # the trailer may be wrong: decompress up to the bound, before anything is encoded
-                pass
+        with contextlib.ExitStack() as if_refused:
+            if_refused.callback(self._file.close)
+            if self._compressed and _size_in_trailer(self._path) > self._allowed:
+                while self.read(_CHUNK):  # the trailer may be wrong: decompress to the bound, before any is encoded
+                    pass
+                self._file.seek(0)
+            self._check_head(self.read(64))
             self._file.seek(0)
-        self._check_head(self.read(64))
-        self._file.seek(0)
+            if_refused.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

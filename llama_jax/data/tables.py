@@ -1,7 +1,8 @@
 """The reader of Parquet files, with bounds on the memory and the time that a file takes.
 
 Parquet stores a text that occurs often once, in a dictionary, so that a small file may stand for any number of bytes.
-Texts stay in that form until the size of their rows is known.
+The file's own metadata need not say so. Rows are therefore read one at a time, and texts in lists, of which a row may
+have any number, stay in dictionaries until the size of their rows is known.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def table(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
 
     try:
         opened = functools.partial(pyarrow.parquet.ParquetFile, path, buffer_size=1 << 20, pre_buffer=False)
-        with opened() as file, opened(read_dictionary=_texts(file.schema)) as encoded:
+        with opened() as file, opened(read_dictionary=_listed_texts(file.schema)) as encoded:
             names = file.schema_arrow.names
             columns = [name for name in names if name in records.KEYS]
             others = dict.fromkeys(name for name in names if name not in columns)
@@ -54,18 +55,19 @@ def table(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
         raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
 
 
-def _texts(schema: Any) -> list[str]:
-    """The paths of the columns of strings and bytes that are read."""
-    columns = map(schema.column, range(len(schema)))
-    return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.path.split(".")[0] in records.KEYS]
+def _listed_texts(schema: Any) -> list[str]:
+    """The paths of the columns of strings and bytes in lists that are read."""
+    columns = [schema.column(i) for i in range(len(schema)) if schema.column(i).path.split(".")[0] in records.KEYS]
+    return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.max_repetition_level]
 
 
 def _table_rows(file: Any, encoded: Any, columns: list[str], path: Path) -> Iterator[dict[str, Any] | str]:
     """The rows of an open Parquet file as dicts, or as the reason why one cannot be read.
 
-    Row groups with dictionaries are read from `encoded`, the same file, which keeps texts in that form.
+    Files with texts in lists are read from `encoded`, the same file, which keeps these in dictionaries.
     """
     limit = readers.MAX_DOCUMENT
+    listed = bool(_listed_texts(file.schema))
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         size = _group_size(file, group, columns, path)
@@ -75,21 +77,10 @@ def _table_rows(file: Any, encoded: Any, columns: list[str], path: Path) -> Iter
                     f"{limit >> 20:,} MiB: split the large ones"
                 )
             continue
-        batch_size = max(1, min(256, limit // (1 + size // max(rows, 1))))
-        if _has_dictionary(file.metadata.row_group(group), columns):
-            batches = encoded.iter_batches(batch_size=batch_size, row_groups=[group], columns=columns)
-        else:
-            if size > 4 * limit:  # a few rows may have most of it
-                batch_size = 1
-            batches = file.iter_batches(batch_size=batch_size, row_groups=[group], columns=columns)
+        batch_size = max(1, min(256, limit // (1 + size // max(rows, 1)))) if listed else 1
+        batches = (encoded if listed else file).iter_batches(batch_size=batch_size, row_groups=[group], columns=columns)
         for batch in batches:
             yield from _rows(batch)
-
-
-def _has_dictionary(meta: Any, columns: list[str]) -> bool:
-    """True if one of the columns has a dictionary in this row group."""
-    chunks = map(meta.column, range(meta.num_columns))
-    return any(c.has_dictionary_page for c in chunks if c.path_in_schema.split(".")[0] in columns)
 
 
 def _group_size(file: Any, group: int, columns: list[str], path: Path) -> int:

@@ -6,8 +6,10 @@ import json
 import lzma
 import os
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -125,6 +127,13 @@ def test_a_file_of_another_format_is_named_as_such(tmp_path, name, head, words):
         read(tmp_path / name)
 
 
+def test_a_file_that_is_refused_is_closed(tmp_path):
+    reader = readers._Reader(Path(write(tmp_path / "a.txt", ["A text.".encode("utf-16")])))
+    with pytest.raises(ValueError, match=r"a\.txt: it is in UTF-16"), reader:
+        pass
+    assert reader._file.closed
+
+
 def test_a_pipe_is_no_file_of_data(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(FileNotFoundError, match=r"a\.txt' is a pipe or a device, and data are read more than once"):
@@ -231,6 +240,53 @@ def test_a_dictionary_that_repeats_one_text_is_refused(tmp_path, small):
     path = table_of(tmp_path / "a.parquet", {"text": column})
     with pytest.raises(ValueError, match=r"a\.parquet: its rows are more than 100 times as large as the file"):
         read(path)
+
+
+def without_dictionary_offsets(path: str) -> None:
+    """Patches a file of one row group so that its metadata name no dictionary, which its pages still have.
+
+    Each data_page_offset becomes that of the dictionary, in as many bytes, and dictionary_page_offset (field 11 of
+    parquet.thrift's ColumnMetaData) becomes index_page_offset (field 10), so that the next field is one further.
+    """
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    data = Path(path).read_bytes()
+    for i in range(group.num_columns):
+        page, dictionary = group.column(i).data_page_offset, group.column(i).dictionary_page_offset
+        width = len(varint(page))
+        found = re.search(re.escape(b"\x26" + varint(page) + b"\x26" + varint(dictionary)) + b"([\x10-\xe0])", data)
+        end = bytes([0x16]) + varint(dictionary) + bytes([found[1][0] + 0x10])
+        data = data[: found.start()] + b"\x26" + varint(dictionary, width) + end + data[found.end() :]
+    Path(path).write_bytes(data)
+
+
+def varint(number: int, width: int = 1) -> bytes:
+    """A positive integer in Thrift's compact form, zigzag and 7 bits in a byte, in `width` bytes or more."""
+    number, parts = 2 * number, []
+    while number or len(parts) < width:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts[:-1], parts[-1] & 127])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_repeated_text_takes_its_memory_once_whatever_the_metadata_say(tmp_path, hidden, listed):
+    text = "x" * (1 << 20)
+    rows = {"messages": [[{"role": "user", "content": text}]] * 256} if listed else {"text": [text] * 256}
+    path = table_of(tmp_path / "a.parquet", rows)
+    if hidden:
+        without_dictionary_offsets(path)
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    assert all(group.column(i).has_dictionary_page != hidden for i in range(group.num_columns))
+    pool, usual = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(ValueError, match="its rows are more than 100 times as large as the file"):
+            for _ in documents_from([path]):
+                pass
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < 64 << 20
 
 
 def test_columns_without_a_meaning_are_not_read(tmp_path):
