@@ -240,7 +240,7 @@ def _grammar(value: str) -> str:
     """The text of --grammar, from a file or as it is. A grammar has rules, `start: ...` or `root ::= ...`."""
     if not value.strip():
         raise ConfigError("--grammar is empty: give a file, or the grammar itself")
-    if re.search(r"^\s*(start\s*:|[\w-]+\s*::=)", value, re.MULTILINE) and not os.path.exists(value):
+    if re.search(r"^[ \t]*(start[ \t]*:|[\w-]+[ \t]*::=)", value, re.MULTILINE) and not os.path.exists(value):
         return value
     return read_small(expanded(value), max_bytes=_MOST_BYTES).decode("utf-8", "replace")
 

@@ -164,7 +164,7 @@ class Grammars:
 
 def _lark(text: str) -> str:
     """A grammar in Lark's syntax, into which llama.cpp's GBNF is translated; ValueError if that is not possible."""
-    if not re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
+    if not re.search(r"^[ \t]*[\w-]+[ \t]*::=", text, re.MULTILINE):
         return text
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 

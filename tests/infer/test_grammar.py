@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import time
 
 import jax
 import jsonschema
@@ -11,8 +12,9 @@ import pytest
 
 from helpers.inference import CONFIG
 from helpers.tokenizers import byte_tokenizer
+from llama_jax.cli import sampling_flags
 from llama_jax.errors import ConfigError
-from llama_jax.infer.grammar import Constraint, Grammars
+from llama_jax.infer.grammar import Constraint, Grammars, _lark
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
 
@@ -56,6 +58,16 @@ def test_every_output_of_a_schema_validates_or_says_that_it_was_cut():
         else:
             assert len(result.tokens) == 60
     assert whole >= 9
+
+
+@pytest.mark.parametrize("text", ["\n" * 10**6, " " * 10**6, "a\n" * 500_000, "a" * 10**6])
+def test_a_long_text_is_looked_through_once_for_rules(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = time.perf_counter()
+    assert _lark(text) == text
+    with pytest.raises((ConfigError, OSError)):
+        sampling_flags._grammar(text + ".")  # no rule: the name of a file
+    assert time.perf_counter() - start < 5
 
 
 def test_expressions_choices_and_grammars_hold_beside_free_rows():
