@@ -77,9 +77,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _dtype(text: str) -> str:
-    """The value of --dtype, with a reason for llama.cpp's types that are read and not written."""
-    if re.fullmatch(r"i?q\d_(k(_[a-z]+)?|[a-z]+|1)", text.lower()):
-        raise argparse.ArgumentTypeError(f"{brief(text)} is read and not written: q8_0 and q4_0 are written")
+    """The value of --dtype, with a reason for llama.cpp's types that are not written."""
+    if text.lower() not in DTYPES and re.fullmatch(r"[it]?q\d_\w+|mxfp4|nvfp4", text.lower()):
+        raise argparse.ArgumentTypeError(f"{brief(text)} is a type of GGUF that is not written: q8_0 and q4_0 are")
     return parser.one_of(DTYPES, {**DTYPE_ALIASES, "q8": "q8_0", "q4": "q4_0"})(text)
 
 

@@ -437,7 +437,7 @@ class Llama(metaclass=Answering):
         path: str | os.PathLike[str],
         format: str | None = None,
         *,
-        dtype: str | None = None,
+        dtype: str | jnp.dtype | None = None,
         shard_bytes: int = export.SHARD_BYTES,
     ) -> Path:
         """Saves the model in another program's format: weights, config, tokenizer and settings. An adapter is merged.

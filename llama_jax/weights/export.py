@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import DTYPE_ALIASES, ConfigError, checked_keywords, nearest
+from llama_jax.errors import DTYPE_ALIASES, ConfigError, brief, checked_keywords, nearest
 from llama_jax.files import expanded
 from llama_jax.ops import quant
 from llama_jax.ops.lora import LoraTensor, LoraWeights
@@ -81,7 +81,7 @@ def save(
     metadata: Metadata,
     *,
     format: str,
-    dtype: str | None = None,
+    dtype: str | np.dtype | type | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Saves a model. Only one block of one tensor is in memory at a time. Every process of a run must call it.
@@ -115,7 +115,7 @@ def save(
                 pass
         return path
     total = int(sum(math.prod(entry.shape) for entry in leaves.values()) * FORMATS[format][main])
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     if total + _SPARE > (free := shutil.disk_usage(existing).free):
         needed, left = size_text(total + _SPARE), size_text(free)
         raise ConfigError(f"{path} needs up to {needed}, but the disk has {left} free: make room, or give another path")
@@ -128,8 +128,10 @@ def save(
     return path
 
 
-def written_dtype(format: str, dtype: str | None) -> str | None:
+def written_dtype(format: str, dtype: str | np.dtype | type | None) -> str | None:
     """The name that a format has for a dtype: int8 in "hf" is q8_0 in "gguf". None stays None.
+
+    A dtype is a name, or a dtype of numpy or jax.
 
     Raises:
         ConfigError: the format or the dtype is not in FORMATS.
@@ -142,14 +144,17 @@ def written_dtype(format: str, dtype: str | None) -> str | None:
         )
     if dtype is None:
         return None
-    dtype = str(dtype)
+    try:
+        dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except (TypeError, ValueError):
+        dtype = str(dtype)  # such as torch.bfloat16, which DTYPE_ALIASES has
     name = DTYPE_ALIASES.get(dtype.lower(), dtype.lower())
     equal = {other for other, quantization in _NAMES.items() if quantization == _NAMES.get(name)}
     found = next((other for other in FORMATS[format] if other == name or other in equal), None)
     if found is None:
         near = nearest(dtype, list(FORMATS[format]))
         allowed = ", ".join(FORMATS[format])
-        raise ConfigError(f"format {format!r} is not written in {dtype!r}{near}; allowed: {allowed}")
+        raise ConfigError(f"format {format!r} is not written in {brief(dtype)}{near}; allowed: {allowed}")
     return found
 
 

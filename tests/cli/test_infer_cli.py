@@ -257,8 +257,11 @@ def test_names_of_dtypes_are_those_of_llama_cpp_too():
     assert [convert.parse(["a", "b", "--to", "hf", "--dtype", name]).dtype for name in ("BF16", "f16", "q8")] == [
         "bfloat16", "float16", "q8_0",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="'Q4_K_M' is read and not written: q8_0 and q4_0 are written"):
+    with pytest.raises(ConfigError, match="'Q4_K_M' is a type of GGUF that is not written: q8_0 and q4_0 are"):
         convert.parse(["a", "b.gguf", "--outtype", "Q4_K_M"])
+    for name in ("q5_0", "TQ1_0", "mxfp4", "iq2_xxs", "q4_1"):
+        with pytest.raises(ConfigError, match=f"'{name}' is a type of GGUF that is not written"):
+            convert.parse(["a", "b.gguf", "--dtype", name])
 
 
 def test_the_model_of_a_command_may_be_a_flag():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -332,6 +333,30 @@ def test_a_full_disk_is_told_before_and_leaves_no_model(tmp_path, folder, monkey
         with pytest.raises(ConfigError, match=r"needs up to 67\.\d MB, but the disk has 0\.0 MB free: make room"):
             export.save(tmp_path / name, source.config, source.leaves, metadata, format=format, dtype="bfloat16")
     assert set(tmp_path.iterdir()) == before
+
+
+def test_the_disk_of_an_existing_folder_is_its_own(tmp_path, folder, monkeypatch):
+    """An empty folder may be the mount of another disk than that of its parent."""
+    import shutil
+
+    (tmp_path / "mount").mkdir()
+    free = {tmp_path / "mount": 1000}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free.get(path, 10**9)))
+    source = open_source(folder)
+    for name in ("mount", "mount/out", "mount/a.gguf"):
+        format = "gguf" if name.endswith(".gguf") else "hf"
+        with pytest.raises(ConfigError, match=r"the disk has 0\.0 MB free: make room"):
+            export.save(tmp_path / name, source.config, source.leaves, Metadata(), format=format)
+    assert list((tmp_path / "mount").iterdir()) == []
+
+
+def test_a_dtype_to_write_may_be_one_of_numpy_or_jax():
+    for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), "bf16"):
+        assert export.written_dtype("hf", dtype) == "bfloat16"
+    assert export.written_dtype("meta", np.float16) == "float16" and export.written_dtype("gguf", np.int8) == "q8_0"
+    for dtype, words in ((np.int64, "not written in 'int64'"), (object(), "not written in '<object object at")):
+        with pytest.raises(ConfigError, match=words):
+            export.written_dtype("hf", dtype)
 
 
 def test_inspect_prints_what_a_model_is(folder, capsys):
