@@ -25,6 +25,7 @@ _INDEX = re.compile(r"index=(\d+)")
 _GROUPS = re.compile(
     r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\](?:<=\[[\d,]+\](?:T\([\d,]+\))?)?|mesh\[[^\]]*\] \{[^}]*\})"
 )
+_DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")  # in a program's first line; each is 1 by default
 _KERNELS = {
     "splash attention": r"%splash_[\w.]+ = ",
     "pallas": r'custom_call_target="tpu_custom_call"',
@@ -90,7 +91,8 @@ def collectives(text: str, islands: Sequence[int] = ()) -> list[Collective]:
         text: The scheduled HLO text.
         islands: Number of the host or slice of each device of the program. By default all are in the same.
     """
-    computations, entry = parse(text)
+    devices = len(islands) or math.prod(map(int, _DEVICES.findall(text.partition("\n")[0])))
+    computations, entry = parse(text.replace("replica_groups={}", f"replica_groups=[1,{devices}]<=[{devices}]"))
     found: dict[tuple[int, int], Collective] = {}
     for kind, times, sent, hidden, rest in _walk(computations, entry, 1, False):
         key = (KINDS.index(kind), _ports(kind, rest, islands))

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import re
 import time
 
 import jax
@@ -274,6 +275,7 @@ def test_collectives_are_counted_with_their_loops_and_overlap_where_something_is
         ("replica_groups=mesh['x'=2,'y'=4] {'y'}", 0),
         ("replica_groups=mesh['x'=2,'y'=4] {'x'}", 1),
         ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", 2),
+        ("replica_groups={}", 4),  # all devices
     ],
 )
 def test_a_collective_uses_the_ports_of_a_hosts_devices_in_its_group(groups, ports):
@@ -283,6 +285,21 @@ def test_a_collective_uses_the_ports_of_a_hosts_devices_in_its_group(groups, por
     assert found["collective-permute"].ports == 0
     crossing = PROGRAM.replace("source_target_pairs={{0,1},{1,0}}", "source_target_pairs={{3,4},{4,3}}")
     assert {one.kind: one.ports for one in hlo.collectives(crossing, [0] * 4 + [1] * 4)}["collective-permute"] == 1
+
+
+def test_a_collective_without_groups_is_one_of_all_devices():
+    """XLA leaves out the groups of a sum over a mesh of one axis; the bytes are those of the ring algorithm."""
+    from jax.sharding import PartitionSpec as P
+
+    mesh = jax.sharding.Mesh(jax.devices()[:4], ("x",))
+    total = jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P())
+    text = jax.jit(total).lower(jax.ShapeDtypeStruct((4, 32), "float32")).compile().as_text()
+    text = re.sub(r"replica_groups=\S+\]|replica_groups=\{\{[\d,]+\}\}", "replica_groups={}", text)
+    (found,) = hlo.collectives(text)
+    assert "replica_groups={}" in text and found.kind == "all-reduce"
+    assert found.exposed + found.overlapped == 2 * 32 * 4 * 3 / 4
+    (found,) = hlo.collectives(text, [0, 0, 1, 1])
+    assert found.ports == 2
 
 
 @pytest.mark.parametrize(
