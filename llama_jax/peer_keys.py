@@ -6,7 +6,7 @@ Floor 0: this module imports nothing.
 # Names whose values mean the same, by the key here. A name with a section means the key only there.
 _SAME = {
     "seed": "training.seed debug.seed",
-    "init_from": "model_name_or_path base_model initial_load_path hf_assets_path",
+    "init_from": "model_name_or_path base_model initial_load_path",
     "output": "output_dir dump_folder",
     "data.train": "train_file",
     "data.validation": "validation_file",
@@ -101,6 +101,8 @@ NOTES = {
     **dict.fromkeys(("last_save_in_hf", "last_save_model_only", "export_dtype"), _CONVERT),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy"), _INTERVAL),
     **dict.fromkeys(("fsdp_reshard_after_forward", "enable_async_tensor_parallel"), _SCHEDULED),
+    "hf_assets_path": "the tokenizer is that of init_from, or of the file data.tokenizer, and the shape that of "
+    "init_from or of model=SIZE",
     "load_step": "a run resumes from its newest checkpoint; init_from=RUN/checkpoints/STEP starts from another one",
     "create_seed_checkpoint": "the first weights are a function of seed, the same on every mesh: leave it out",
     "enable_cpu_offload": "did you mean 'optimizer.offload'? It keeps the moments in the host's memory; lora.offload "

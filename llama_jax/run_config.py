@@ -160,8 +160,19 @@ class RunConfig:
         log = values.get("log")
         if isinstance(log, Mapping) and isinstance(log.get("tensorboard"), bool):  # a key of earlier versions
             log = {"to": ("tensorboard",) if log["tensorboard"] else (), **log}
-            values["log"] = {key: value for key, value in log.items() if key != "tensorboard"}
+            log = {key: value for key, value in log.items() if key != "tensorboard"}
+        if isinstance(log, Mapping) and "to" in log:
+            values["log"] = {**log, "to": _trackers(log["to"])}
         return _build(cls, values, "", model=model)
+
+
+def _trackers(value: Any) -> Any:
+    """The trackers of log.to one by one: a text may name several, separated by commas, or "none"."""
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(part, str) for part in parts):
+        return value
+    names = tuple(name.strip() for part in parts for name in part.split(","))
+    return () if [name.lower() for name in names] == ["none"] else names
 
 
 def _check_known(cls: type, values: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from llama_jax import peer_keys
 from llama_jax.config import SIZES, ModelConfig, RopeScaling
 from llama_jax.errors import ConfigError, brief, nearest
 
@@ -91,6 +92,8 @@ def _known(name: object) -> ModelConfig:
 
 def _check_names(keys: Mapping[str, Any], known: tuple[str, ...], section: str) -> None:
     for key in keys:
+        if key in peer_keys.NOTES:
+            raise ConfigError(f"unknown key {section}.{key}: {peer_keys.NOTES[key]}")
         if key not in known:
             raise ConfigError(
                 f"unknown key {section}.{key}{nearest(str(key), known) or '.'} Allowed: {', '.join(known)}"

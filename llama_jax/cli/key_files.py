@@ -5,17 +5,25 @@ No code in them runs.
 
 from __future__ import annotations
 
-import json
+import functools
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.errors import ConfigError, one_line
-from llama_jax.files import read_small
+from llama_jax.errors import ConfigError, brief, one_line
+from llama_jax.files import parse_json, read_small
 from llama_jax.run_config import default_dict, flat, key_of_flag, known_keys, unknown_key
 
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 18
+_MOST_VALUES = 1 << 17  # a file of so many bytes has no more, unless names of YAML repeat them
+_DEEPEST = 20  # levels of sections and lists
+_MOST_NAMED = 20  # wrong keys in one error
+# A key of TOML that is nested too deeply. tomllib needs memory by the square of the parts of a dotted key.
+_DEEP_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]{1,200}|"(?:[^"\\\n]|\\.){0,200}"|'[^'\n]{0,200}')[ \t]*\.[ \t]*){20}"""
+)
 _OF_A_RUN = ("tokenizer_fingerprint", "frozen", "files", "sha256")  # what config.json of a run folder has besides keys
 
 
@@ -25,51 +33,119 @@ def read(path: Path) -> dict[str, Any]:
     Names of other trainers are taken where their values mean the same, as on the command line.
 
     Raises:
-        ConfigError: the file cannot be read, or has keys that no run has; all of them are named.
+        ConfigError: the file cannot be read, sets a key under two names, or has keys that no run has, which are named.
     """
     given = _parsed(path)
+    _check_bounds(path, given)
     model = given.pop("model", None)
-    for name in _OF_A_RUN:
-        given.pop(name, None)
+    if path.name == "config.json":
+        given = {name: value for name, value in given.items() if name not in _OF_A_RUN}
+    found = _by_key(path, given)
+    for key, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+        if found.get(key) and other not in found:
+            found[other] = 0
     values = default_dict()
     defaults = flat(values)
-    wrong = []
+    for key, value in found.items():
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[last] = _as(value, defaults[key])
+    if model is not None:
+        model = model if isinstance(model, Mapping) else {"name": model}
+        twice = found.keys() & flat(model, "model.").keys()
+        if twice:
+            raise ConfigError(
+                f"{path}: {min(twice)} is set in the section model and outside of it: leave one of them out"
+            )
+        values["model"] = {**values["model"], **model}
+    return values
+
+
+def _by_key(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file by the keys that their names mean."""
+    known = set(known_keys())
+    found: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    wrong: list[str] = []
     for name, value in flat(given).items():
-        key = name if name in known_keys() else key_of_flag(name.replace("-", "_"))
+        key = name if name in known else key_of_flag(name.replace("-", "_"))
+        if key is None and len(wrong) == _MOST_NAMED:
+            wrong.append("and more")
+            break
         if key is None:
             wrong.append(str(unknown_key(name)).partition(" Allowed here: ")[0].removesuffix("."))
-            continue
-        section, _, last = key.rpartition(".")
-        (values[section] if section else values)[last] = _as(value, defaults[key])
-        if key in ("train.steps", "train.epochs") and value:
-            other = "epochs" if last == "steps" else "steps"
-            if f"train.{other}" not in flat(given):
-                values["train"][other] = type(defaults[f"train.{other}"])()
+        elif key in found:
+            raise ConfigError(f"{path}: {brief(names[key])} and {brief(name)} are both {key}: leave one of them out")
+        else:
+            found[key], names[key] = value, name
     if wrong:
         raise ConfigError(f"{path}: {'; '.join(wrong)}")
-    if model is not None:
-        values["model"] = {**values["model"], **(model if isinstance(model, Mapping) else {"name": model})}
-    return values
+    return found
 
 
 def _parsed(path: Path) -> dict[str, Any]:
     """The top-level mapping of a file."""
     try:
-        text = read_small(path, max_bytes=_MOST_BYTES).decode()
-        if path.suffix == ".toml":
-            found = tomllib.loads(text)
-        elif path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            import yaml
-
-            found = yaml.safe_load(text)
+        data = read_small(path, max_bytes=_MOST_BYTES)
+        if path.suffix == ".json":
+            return parse_json(data, str(path))
+        text = data.decode()
+        if path.suffix == ".toml" and _DEEP_KEY.search(text):
+            raise RecursionError
+        found = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
     except (Exception, RecursionError) as error:  # each parser has errors of its own
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ConfigError(f"{path} is not {path.suffix[1:].upper()}: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold keys and values by section, such as [train] and steps = 100 in TOML")
     return found
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML file, in which a name may not appear twice in one mapping, as the other formats demand."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        merged = 0
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for name, _ in node.value:
+                if isinstance(name, yaml.ScalarNode) and name.value in seen:
+                    raise ValueError(f"the name {brief(name.value)} appears twice")
+                seen.add(str(name.value))
+            return node
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Merges `<<: *name`, which may repeat a mapping without end."""
+            super().flatten_mapping(node)
+            self.merged += len(node.value)
+            if self.merged > _MOST_VALUES:
+                raise ValueError(f"its merged mappings have more than {_MOST_VALUES:,} values")
+
+    return yaml.load(text, Loader)
+
+
+def _check_bounds(path: Path, given: Mapping[Any, Any]) -> None:
+    """Raise ConfigError for a name that is no text, and for more values or levels than a run has."""
+    left: list[tuple[Any, int]] = [(given, 1)]
+    count = 0
+    while left:
+        value, depth = left.pop()
+        inner: Any = ()
+        if isinstance(value, Mapping):
+            wrong = next((name for name in value if not isinstance(name, str)), None)
+            if wrong is not None or None in value:
+                raise ConfigError(f"{path}: the name {brief(wrong)} must be a text: put it in quotes, such as 'on'")
+            inner = value.values()
+        elif isinstance(value, (list, tuple)):
+            inner = value
+        count += len(inner)
+        if depth > _DEEPEST or count > _MOST_VALUES:
+            raise ConfigError(
+                f"{path} has more than {_DEEPEST} levels of sections or {_MOST_VALUES:,} values: keys have 3 levels"
+            )
+        left += [(part, depth + 1) for part in inner]
 
 
 def _as(value: Any, default: Any) -> Any:
@@ -79,6 +155,6 @@ def _as(value: Any, default: Any) -> Any:
     if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
     return value

@@ -83,9 +83,10 @@ def _check_torchrun(run: RunConfig) -> None:
     """Raises ConfigError under torchrun, whose processes would each be a run of their own in one folder."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ and processes != "1" and not run.distributed.coordinator:
+        count = processes if processes.isdecimal() else brief(processes)
         raise ConfigError(
-            f"torchrun has started {brief(processes)} processes: start one on each host, without torchrun, which uses "
-            "all its devices; on several hosts set distributed.coordinator=HOST:PORT, num_processes and process_id"
+            f"torchrun has started {count} processes. One process uses all devices of its host: start it without "
+            "torchrun, on several hosts once on each with distributed.coordinator=HOST:PORT, num_processes, process_id"
         )
 
 

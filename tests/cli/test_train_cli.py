@@ -188,10 +188,70 @@ def test_every_wrong_key_of_a_config_file_is_named(tmp_path):
         parse(f"--config={tmp_path / 'c.yml'}")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.yaml", "optimizer: {learning_rate: 0.1}\nlr: 0.5\n", "'optimizer.learning_rate' and 'lr' are both"),
+        ("a.yaml", "max_steps: 100\nnum_train_epochs: 3\n", "train.steps=100 and train.epochs=3 are both set"),
+        ("a.yaml", "num_train_epochs: 3\nmax_steps: 100\n", "train.steps=100 and train.epochs=3 are both set"),
+        ("a.toml", "max_steps = 100\n[train]\nepochs = 2\n", "train.steps=100 and train.epochs=2 are both set"),
+        ("a.yaml", "lr: 0.5\nlr: 0.1\n", "the name 'lr' appears twice"),
+        ("a.json", '{"lr": 0.5, "lr": 0.1}', "the name 'lr' appears twice"),
+        ("a.yaml", "num_layers: 3\nmodel: {name: tiny, num_layers: 2}\n", "model.num_layers is set in the section mo"),
+        ("a.yaml", "train: &t {x: *t}\n", "more than 20 levels"),
+        ("a.yaml", "lr: &t [*t]\n", "more than 20 levels"),
+        ("a.yaml", "log: {on: 3}\n", "the name True must be a text: put it in quotes"),
+        ("a.yaml", "null: 3\n", "the name None must be a text"),
+        ("a.toml", ".".join("a" * 120_000) + " = 1\n", "a.toml is not TOML: it is nested too deeply"),
+        ("a.toml", "x = {" + " . ".join(["'a='"] * 9999) + " = 1}\n", "a.toml is not TOML: it is nested too deeply"),
+        (
+            "a.yaml",
+            "a: &a0 [1]\n" + "".join(f"b{i}: &a{i + 1} {[*'x' * 10]}\n".replace("'x'", f"*a{i}") for i in range(9)),
+            "values",
+        ),
+        (
+            "a.yaml",
+            f"a: &a {dict.fromkeys(range(500), 1)}\n" + "".join(f"b{i}: {{<<: *a}}\n" for i in range(300)),
+            "its merged mappings have more than 131,072 values",
+        ),
+        ("a.yaml", "".join(f"wrong{i}: 1\n" for i in range(30)), "wrong19': no known name is near; and more"),
+        ("a.yaml", "files: [a.txt]\nfrozen: true\n", "unknown key 'files'"),
+        (
+            "a.yaml",
+            "model: {hf_assets_path: a}\n",
+            "unknown key model.hf_assets_path: the tokenizer is that of init_from",
+        ),
+        ("a.yaml", "hf_assets_path: a\n", "unknown key 'hf_assets_path': the tokenizer is that of init_from"),
+    ],
+    ids=lambda value: value[:40].strip(),
+)
+def test_a_config_file_says_each_key_once_and_within_bounds(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--config={tmp_path / name}", "--init_from", "m", "--train_file", "a.txt", "--output", "o")
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 3000
+
+
+def test_names_of_yaml_may_repeat_a_section(tmp_path):
+    text = "output: o\ntrain_file: &x a.txt\nvalidation_file: *x\nmodel: tiny\nmesh: &m {tp: 2}\nreport_to: none\n"
+    (tmp_path / "a.yaml").write_text(text)
+    run, _ = parse(f"--config={tmp_path / 'a.yaml'}")
+    assert (run.data.validation, run.mesh.tensor, run.log.to) == (("a.txt",), 2, ())
+
+
+@pytest.mark.parametrize("value", ["tensorboard,wandb", ["tensorboard", "wandb"], ["tensorboard, wandb"]])
+def test_trackers_may_be_one_text(tmp_path, value):
+    (tmp_path / "a.json").write_text(
+        json.dumps({"output": "o", "train_file": "a", "model": "tiny", "log": {"to": value}})
+    )
+    assert parse(f"--config={tmp_path / 'a.json'}")[0].log.to == ("tensorboard", "wandb")
+    assert parse(f"--config={tmp_path / 'a.json'}", "--report_to", "none")[0].log.to == ()
+
+
 def test_the_processes_of_torchrun_are_not_runs_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun has started '2' processes: start one on each host"):
+    with pytest.raises(ConfigError, match="torchrun has started 2 processes. One process uses all devices of its host"):
         train_command.main([f"--config={write_config(tmp_path)}"])
 
 
