@@ -207,7 +207,8 @@ class TrainConfig:
         accumulate: Parts that a batch is split into and computed one after the other, which lowers memory. It must
             divide data.batch_size.
         compute_dtype: Dtype of activations and matrix products; master weights are float32. `auto` is bfloat16 on
-            devices that multiply it (CPUs with avx512_bf16 or AMX among them), and float32 on others.
+            devices that multiply it, and float32 on others. CPUs with avx512_bf16 or AMX multiply it; those of several
+            processes may differ, and have float32.
         products: Operands of the matrix products of layers in training steps. `compute` is train.compute_dtype. `fp8`
             rounds them to 8 bits with a scale for each (arXiv:2209.05433), for NVIDIA GPUs of compute capability 8.9
             and above, such as H100; it changes the losses. Frozen quantized weights, LoRA's own matrices, the

@@ -296,6 +296,8 @@ def _quantization(argv: Sequence[str]) -> int:
         raise ConfigError(f"--quantizations takes int8, int4 and kv_int8, got {wrong[0]!r}")
     if not names and not options.others:
         raise ConfigError("--quantizations and --others name nothing to measure: leave --quantizations out")
+    if options.kv not in (None, "compute"):
+        raise ConfigError("--kv would round the cache of the reference too: --quantizations kv_int8 measures it")
     texts, calibration = samples(options.text), samples(options.calibrate) if options.calibrate else []
     from llama_jax import compilation_cache
     from llama_jax.eval import quantization

@@ -6,7 +6,7 @@ compute, so that it makes up for their errors too, and only one layer's moments 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -41,7 +41,7 @@ def quantized(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS, p
     Args:
         llama: the model before quantization, on one device.
         texts: texts, dialogs and completions of the kind that the model will see.
-        tokens: most tokens that are read, in windows of at most 512.
+        tokens: most tokens that are read, in windows of 512.
         progress: True shows a bar on standard error, if it takes some seconds.
 
     Raises:
@@ -61,10 +61,9 @@ def quantized(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS, p
             bar.update(1)
     result = {**params, "layers": tuple(layers)}
     bits = bits_of(config, "int4")
-    for name in ("embed", "unembed"):
-        if (name,) in bits:
-            result[name] = rounder(bits[name,])(params[name])
-    if bits.get(("unembed",)) == 4:
+    if ("embed",) in bits:
+        result["embed"] = rounder(bits["embed",])(params["embed"])
+    if ("unembed",) in bits:
         norm, eps = params["norm"]["scale"], config.norm_eps
         moments = sum(_second_moments(rms_norm(x, norm, eps=eps)) for x, _ in windows)
         result["unembed"] = gptq.fit(params["unembed"], moments / _count(windows))
@@ -72,25 +71,22 @@ def quantized(llama: Llama, texts: Sequence[Sample], *, tokens: int = _TOKENS, p
 
 
 def _windows(llama: Llama, texts: Sequence[Sample], tokens: int) -> _Windows:
-    """The embedded tokens of the texts, in windows."""
+    """The embedded tokens of the texts, one after the other, in windows of one length but for the last."""
     length, dtype = min(_LENGTH, llama.config.max_seq_len), llama.engine.dtype
-    windows: _Windows = []
-    for ids in _ids(llama, texts, length):
-        positions = jnp.arange(len(ids))[None]
-        pos = Positions(positions, None, None, *rope.rotations(llama.config, positions))
-        windows.append((linear.embed(llama.params["embed"], jnp.asarray([ids]), dtype), pos))
-        if _count(windows) >= tokens:
-            break
-    if not windows:
-        raise ConfigError("the texts for calibration hold no token: give at least one of a few words")
-    return windows
-
-
-def _ids(llama: Llama, texts: Sequence[Sample], length: int) -> Iterator[list[int]]:
+    ids: list[int] = []
     for sample in texts:
-        ids, _ = counted_ids(llama, sample)
-        for start in range(0, len(ids), length):
-            yield ids[start : start + length]
+        ids += counted_ids(llama, sample)[0]
+        if len(ids) >= tokens:
+            break
+    if not ids:
+        raise ConfigError("the texts for calibration hold no token: give at least one of a few words")
+    windows: _Windows = []
+    for start in range(0, min(len(ids), tokens), length):
+        window = jnp.asarray([ids[start : start + length]])
+        positions = jnp.arange(window.shape[1])[None]
+        pos = Positions(positions, None, None, *rope.rotations(llama.config, positions))
+        windows.append((linear.embed(llama.params["embed"], window, dtype), pos))
+    return windows
 
 
 def _count(windows: _Windows) -> int:

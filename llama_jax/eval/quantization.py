@@ -98,9 +98,11 @@ def measure(
         progress: True shows a bar on standard error. The default shows it for many windows.
 
     Raises:
-        ConfigError: there is no token to predict, or a model has another vocabulary.
+        ConfigError: there is no token to predict, a model has another vocabulary, or `opened` rounds the reference.
     """
     opened = dict(opened or {})
+    if opened.get("kv", "compute") != "compute":
+        raise ConfigError(f"kv={opened['kv']!r} would round the reference's cache too: name 'kv_int8' in quantizations")
     reference = load(source, **{**opened, "quantize": "none"})
     require_tokenizer(reference.tokenizer, "measuring quantization")
     context = scoring.check_length(reference, min(context, reference.config.max_seq_len))

@@ -70,8 +70,9 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
     """The dtype for a config value of `float32`, `bfloat16` or `auto`.
 
     `auto` is bfloat16 on devices that multiply it, and float32 on others: gradients in float16 would need a scaled
-    loss. In float32 a run gives the same losses on any mesh and any device, to about 1e-5. bfloat16 trains 1.5 times
-    as fast on a CPU with avx512_bf16 (docs/measurements/quickstart.md).
+    loss. CPUs of several processes may differ, and have float32. In float32 a run gives the same losses on any mesh and
+    any device, to about 1e-5. bfloat16 trains 1.5 times as fast on a CPU with avx512_bf16
+    (docs/measurements/finetuning-speed.md).
 
     Args:
         name: the config value.
@@ -79,7 +80,8 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> jnp.dtype:
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if name == "auto":
-        name = "bfloat16" if has_bfloat16(device) else "float32"
+        alike = device.platform != "cpu" or jax.process_count() == 1
+        name = "bfloat16" if alike and has_bfloat16(device) else "float32"
         if name == "float32" and device.platform != "cpu":
             _say_once(
                 f"{device.device_kind} has no bfloat16, so that training runs in float32, at about an eighth of the "

@@ -86,11 +86,14 @@ def test_what_cannot_be_measured_is_refused(model, tmp_path):
     for arguments, match in (
         (["--quantizations", "int5"], "int5"),
         (["--quantizations", ""], "nothing to measure"),
+        (["--kv", "int8"], "--quantizations kv_int8 measures it"),
     ):
         with pytest.raises(ConfigError, match=match):
             command.main(["quantization", str(model), "--text", str(text), *arguments])
     with pytest.raises(ConfigError, match="no token to predict"):
         list(quantization.measure(str(model), []))
+    with pytest.raises(ConfigError, match="kv='int8' would round the reference's cache"):
+        list(quantization.measure(str(model), TEXTS, opened={"kv": "int8"}))
 
 
 def by_definition(w, moments, scales):

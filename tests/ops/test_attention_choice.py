@@ -116,6 +116,24 @@ def test_a_gpu_without_bfloat16_samples_in_float16_and_trains_in_float32(
     assert inputs.default_dtype(np.dtype(np.float32), quantized=False) == np.float32
 
 
+@pytest.mark.parametrize(
+    ("features", "processes", "training"),
+    [
+        ("avx2", 1, "float32"),
+        ("avx512_bf16", 1, "bfloat16"),
+        ("amx_bf16", 1, "bfloat16"),
+        ("avx512_bf16", 2, "float32"),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it_and_all_processes_are_alike(
+    features, processes, training, monkeypatch
+):
+    monkeypatch.setattr("llama_jax.parallel.platform.cpu_features", lambda: frozenset([features]))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert parallel.compute_dtype("auto") == training
+    assert parallel.compute_dtype("bfloat16") == "bfloat16"
+
+
 def test_in_float16_logits_are_near_those_in_float32():
     config = dataclasses.replace(SIZES["tiny"], num_layers=2)
     params = init_params(config, jax.random.key(0))

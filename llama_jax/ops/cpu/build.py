@@ -5,7 +5,7 @@ of the processor. A library is compiled and checked in a process of its own unde
 has passed, so that two processes may build at once and a crash harms nothing. A failure is recorded under the same
 name, and is not tried again.
 
-Products of many rows are timed once beside XLA's, and the ratio is kept in a file beside the library.
+Products of many rows are timed once, in turns with XLA's, and the ratio is kept in a file next to the library.
 
     python -m llama_jax.ops.cpu.build FILE    # compiles, checks, times and writes FILE
 """
@@ -139,7 +139,7 @@ def _build_apart(target: Path) -> str:
         raise Unavailable(f"their build did not run: {error}") from None
     except subprocess.TimeoutExpired as error:
         return f"their build failed: {error}"
-    if done.returncode in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL):
+    if done.returncode in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP):
         raise Unavailable(f"their build was ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]

@@ -14,6 +14,7 @@ constexpr int PANEL = 2 * LANES;
 constexpr int IN_REGISTERS = LANES == 16 ? 12 : 6;  // rows of a tile: as many as leave registers for a panel
 template <class M> constexpr int MOST_ROWS = IN_REGISTERS;
 #ifdef HAS_AMX
+static_assert(PANEL == 32, "AMX takes two tiles of 16 columns, as AVX-512's panels have");
 template <> constexpr int MOST_ROWS<uint16_t> = 32;  // two tiles of AMX
 #endif
 constexpr int ALIGN = 32;                        // values of a row of A, and of a column of a panel, are a multiple of it
