@@ -125,9 +125,7 @@ def test_a_gpu_without_bfloat16_samples_in_float16_and_trains_in_float32(
         ("avx512_bf16", 2, "float32"),
     ],
 )
-def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it_and_all_processes_are_alike(
-    features, processes, training, monkeypatch
-):
+def test_a_single_process_on_a_cpu_with_bfloat16_trains_in_it(features, processes, training, monkeypatch):
     monkeypatch.setattr("llama_jax.parallel.platform.cpu_features", lambda: frozenset([features]))
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     assert parallel.compute_dtype("auto") == training
