@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import progress
-from llama_jax.cli import commands, parser
+from llama_jax.cli import commands, parser, peer_flags
 from llama_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _perplexity_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="files (.txt, .md, .jsonl, .parquet, .gz), folders, patterns, hf://datasets/..., or stdlib:validation. Of "
         "texts every token counts; of dialogs and completions the answers, as in training",
     )
-    flags.aliases |= {"-f": "--text", "--file": "--text", "-c": "--context", "--ctx_size": "--context"}
+    flags.aliases |= {"-f": "--text", "--file": "--text", **dict.fromkeys(peer_flags.CONTEXT, "--context")}
     add("--context", type=parser.whole(1), metavar="N", help="tokens of a window (default: 2048, or the model's own)")
     add("--stride", type=parser.whole(1), metavar="N", help="tokens between windows (default: half of --context)")
     add("--json", action="store_true", help="print one JSON object")
@@ -81,7 +81,7 @@ def _harness_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=parser.whole(0), default=0, metavar="N", help="seed of tasks that draw their texts")
     add("--out", type=parser.path, default="results.json", metavar="FILE", help="file of the results")
     _batch_size(flags)
-    flags.aliases["-b"] = "--batch_size"
+    flags.aliases |= {"-b": "--batch_size", **dict.fromkeys(peer_flags.CONTEXT, "--max_length")}
     parser.add_model_flags(flags)
     return flags.parse(argv)
 
@@ -146,6 +146,7 @@ def _quantization_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="texts by whose activations another int4 is rounded (GPTQ)",
     )
     add("--context", type=parser.whole(1), default=512, metavar="N", help="tokens of a window")
+    flags.aliases |= {"-f": "--text", "--file": "--text", **dict.fromkeys(peer_flags.CONTEXT, "--context")}
     add("--json", action="store_true", help="print one JSON object a line")
     parser.add_model_flags(flags, adapter=False, quantize=False)
     return flags.parse(argv)

@@ -113,18 +113,32 @@ class Parser(argparse.ArgumentParser):
         rest = list(argv)
         while rest and rest[0] != "--":
             arg = rest.pop(0)
-            name, equals, _ = arg.partition("=")
+            name, equals, value = arg.partition("=")
             flag = self.ignored.get(_plain(name))
-            if flag is None or _plain(name) in self.aliases or name in self._option_string_actions:
+            if flag is None or self._is_own(name):
                 left.append(arg)
-                # The value of a flag may look like another one: `--prompt -c`.
-                if not equals and rest and self._takes_one(self._flag(name)) and self._flag(rest[0]) is None:
+                # The value of a flag may look like a flag of another program: `--prompt -c`.
+                if not equals and rest and self._takes_one(self._flag(name)) and not self._is_own(rest[0]):
                     left.append(rest.pop(0))
                 continue
+            if not equals and rest and flag.takes(rest[0]) and not self._is_own(rest[0]):
+                equals, value = "=", rest.pop(0)
+            if flag.takes_value and not equals:
+                self.error(f"argument {name}: expected one argument")
+            if refusal := flag.refusal(value):
+                raise ConfigError(f"{name} {value} cannot be ignored: {refusal}")
             ignored.setdefault(flag.reason, []).append(name)
-            if not equals and rest and flag.takes(rest[0]):
-                rest.pop(0)
         return [*left, *rest], ignored
+
+    def _is_own(self, word: str) -> bool:
+        """True for a flag of this command and for an alias of one, with or without its value."""
+        name = _plain(word.partition("=")[0])
+        flag = self.aliases.get(name, name)
+        return flag in self._option_string_actions or (flag in ("-m", "--model") and self._has_model())
+
+    def _has_model(self) -> bool:
+        """True for a command that takes one model, where --model is a flag even if the model needs none."""
+        return "--model" in self._option_string_actions or any(action.dest in _ONE_MODEL for action in self._actions)
 
     def _takes_one(self, flag: str | None) -> bool:
         """True for a flag that takes one value. --model takes one, also where the model has no flag."""
@@ -146,7 +160,7 @@ class Parser(argparse.ArgumentParser):
                 result.append(arg)
                 continue
             named = flag not in self._option_string_actions  # --model, where the model has no flag
-            if not equals and self._takes_one(flag) and rest and self._flag(rest[0].partition("=")[0]) is None:
+            if not equals and self._takes_one(flag) and rest and not self._is_own(rest[0]):
                 equals, value = "=", rest.pop(0)
             if named and not equals:
                 self.error(f"argument {name}: expected one argument")
@@ -166,7 +180,7 @@ class Parser(argparse.ArgumentParser):
         flag = self.aliases.get(plain, plain)
         if flag == "--model" or plain == "-m":
             flag = "--model"
-            if flag in self._option_string_actions or any(action.dest in _ONE_MODEL for action in self._actions):
+            if self._has_model():
                 return flag
             raise ConfigError(f"{name} is not a flag of {self.prog}: give the models without a flag")
         return flag if flag in self._option_string_actions else None
@@ -175,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         if not arg.startswith("-"):
             self.error(f"unexpected argument {brief(arg)}{self.positional and f': {self.positional}'}")
         word = arg.partition("=")[0]
-        flags = {flag.lstrip("-"): flag for flag in [*self._option_string_actions, *self.aliases]}
+        flags = {flag.lstrip("-"): flag for flag in [*self._option_string_actions, *self.aliases] if self._is_own(flag)}
         near = nearest(word.lstrip("-").replace("-", "_"), list(flags), cutoff=0.7)
         for plain, flag in flags.items():
             near = near.replace(f"{plain!r}", f"{self.aliases.get(flag, flag)!r}")

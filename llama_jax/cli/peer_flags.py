@@ -8,8 +8,9 @@ Names are written with underscores; hyphens are the same.
 from __future__ import annotations
 
 import dataclasses
+import os
 
-_SWITCH = ("on", "off", "auto", "true", "false", "0", "1")
+_SWITCH = ("on", "off", "auto", "true", "false", "yes", "no", "0", "1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,22 +19,30 @@ class Ignored:
 
     Attributes:
         reason: why it does nothing here.
-        values: "none" for a switch, "one" for a flag with a value, "switch" for a value of on, off or auto that may be
-            left out.
+        takes_value: True if the flag needs a value. The others are switches, and may have a value such as on or False.
+        chooses_cpu: True if the value 0 chooses the CPU.
     """
 
     reason: str
-    values: str = "none"
+    takes_value: bool = False
+    chooses_cpu: bool = False
 
     def takes(self, word: str) -> bool:
         """True if the next argument is this flag's value."""
-        return self.values == "one" or (self.values == "switch" and word in _SWITCH)
+        return self.takes_value or word.lower() in _SWITCH
+
+    def refusal(self, value: str) -> str:
+        """The answer to a value that cannot be ignored, or an empty text."""
+        if self.chooses_cpu and value.strip() == "0" and os.environ.get("JAX_PLATFORMS") != "cpu":
+            return "set the environment variable JAX_PLATFORMS=cpu to run on the CPU"
+        return ""
 
 
-def _ignored(reason: str, *, none: str = "", one: str = "", switch: str = "") -> dict[str, Ignored]:
-    """The ignored flags of one reason, by the values that they take."""
-    kinds = {"none": none, "one": one, "switch": switch}
-    return {flag: Ignored(reason, values) for values, flags in kinds.items() for flag in flags.split()}
+def _ignored(reason: str, *, switch: str = "", one: str = "", chooses_cpu: bool = False) -> dict[str, Ignored]:
+    """The ignored flags of one reason, switches and flags with one value."""
+    return dict.fromkeys(switch.split(), Ignored(reason)) | dict.fromkeys(
+        one.split(), Ignored(reason, takes_value=True, chooses_cpu=chooses_cpu)
+    )
 
 
 MODEL_ALIASES = {
@@ -48,27 +57,27 @@ MODEL_ALIASES = {
 MODEL_IGNORED = (
     _ignored(
         "all layers run on the accelerator if there is one; JAX_PLATFORMS=cpu chooses the CPU",
-        none="-nkvo --no_kv_offload -kvo --kv_offload --no_op_offload",
+        switch="-nkvo --no_kv_offload -kvo --kv_offload --no_op_offload",
         one="-ngl --gpu_layers --n_gpu_layers",
+        chooses_cpu=True,
     )
-    | _ignored(
-        "the KV cache is as long as the prompt and --max_new_tokens need",
-        none="--swa_full",
-        one="-c --ctx_size --max_model_len --max_seq_len --gpu_memory_utilization",
-    )
+    | _ignored("the KV cache is as long as it must be", switch="--swa_full", one="--gpu_memory_utilization")
+    | _ignored("a Llama has no experts", switch="-cmoe --cpu_moe", one="-ncmoe --n_cpu_moe")
     | _ignored(
         "XLA takes all cores; taskset limits them",
         one="-t --threads -tb --threads_batch --numa --prio --poll -C --cpu_mask --cpu_range",
     )
     | _ignored(
         "weights are read into memory, and never mapped from the file",
-        none="--mlock --no_mmap --mmap --low_cpu_mem_usage",
+        switch="--mlock --no_mmap --mmap --low_cpu_mem_usage",
     )
-    | _ignored("the fastest attention of the device is chosen", one="--attn_implementation", switch="-fa --flash_attn")
+    | _ignored("the fastest attention of the device is chosen", switch="-fa --flash_attn", one="--attn_implementation")
     | _ignored("prompts are read in chunks of sizes that are compiled", one="-b -ub --ubatch_size")
     | _ignored("no code of a model is run", switch="--trust_remote_code")
-    | _ignored("nothing is computed before the first prompt", none="--warmup --no_warmup --enforce_eager")
+    | _ignored("nothing is computed before the first prompt", switch="--warmup --no_warmup --enforce_eager")
 )
+# Names of the tokens that a model reads at once, which a measurement takes as the length of its windows.
+CONTEXT = ("-c", "--ctx_size", "--n_ctx", "--max_seq_len", "--max_seq_length", "--max_model_len")
 _KV = "write --kv int8, or leave it out"
 _SPLIT = "write --mesh tensor=N"
 _CONFIG = "the model's own config says it; leave it out"
@@ -99,13 +108,17 @@ INFER_ALIASES = {
     "--conversation": "--chat",
     "--interactive": "--chat",
     "-i": "--chat",
+    "-l": "--logit_bias",
     "-v": "--verbose",
 }
 INFER_IGNORED = (
-    _ignored("--prompt continues a text without a dialog", none="-no-cnv --no_conversation")
-    | _ignored("output is plain text without colors", none="--color --simple_io -co --no_perf --no_display_prompt")
-    | _ignored("the chat template is always used", none="--jinja")
-    | _ignored("pasted text may have several lines, and Alt-Enter starts one", none="-mli --multiline_input")
+    _ignored("--prompt continues a text without a dialog", switch="-no-cnv --no_conversation")
+    | _ignored("the KV cache is as long as the prompt and --max_new_tokens need", one=" ".join(CONTEXT))
+    | _ignored("output is plain text without colors", switch="--color --simple_io -co")
+    | _ignored("times are printed with --verbose only", switch="--no_perf")
+    | _ignored("one answer is printed without its prompt", switch="--no_display_prompt")
+    | _ignored("--ask and --chat use the chat template", switch="--jinja")
+    | _ignored("pasted text may have several lines, and Alt-Enter starts one", switch="-mli --multiline_input")
 )
 _SERVER = "there is no server; --chat is a dialog at a terminal, and --prompt_file with --json answers many prompts"
 _SAMPLERS = "sampling is by --temperature, --top_k, --top_p, --min_p, --typical_p and the penalties"
@@ -120,7 +133,17 @@ INFER_REFUSED = {
     **dict.fromkeys(("--host", "--port", "--server", "--api_key"), _SERVER),
     **dict.fromkeys(("--mirostat", "--mirostat_lr", "--mirostat_ent", "--samplers", "--sampler_seq"), _SAMPLERS),
     **dict.fromkeys(("--xtc_probability", "--xtc_threshold", "--dry_multiplier", "--dry_base", "--tfs"), _SAMPLERS),
-    **dict.fromkeys(("--top_nsigma", "--dynatemp_range", "--dynatemp_exp", "--num_beams"), _SAMPLERS),
+    **dict.fromkeys(
+        (
+            "--top_nsigma",
+            "--top_n_sigma",
+            "--no_repeat_ngram_size",
+            "--dynatemp_range",
+            "--dynatemp_exp",
+            "--num_beams",
+        ),
+        _SAMPLERS,
+    ),
     **dict.fromkeys(("--in_prefix", "--in_suffix", "--in_prefix_bos"), _TEMPLATE),
     **dict.fromkeys(("--prompt_cache", "--prompt_cache_all", "--prompt_cache_ro", "--keep"), _CACHE),
     **dict.fromkeys(("--draft_max", "--draft_min", "--draft_n", "--draft_p_min"), _LOOKUP),
@@ -131,6 +154,7 @@ INFER_REFUSED = {
     **dict.fromkeys(("-st", "--single_turn"), "write --ask"),
     **dict.fromkeys(("-np", "--parallel"), "write --batch_size N, the prompts that run together"),
     **dict.fromkeys(("-e", "--escape"), "the shell writes line breaks: --prompt $'a\\nb'"),
+    "--max_length": "write --max_new_tokens, which does not count the prompt",
     "--log_disable": "write --quiet",
     "--verbose_prompt": "--json has the ids of the prompt as prompt_tokens",
     "--repeat_last_n": "--repetition_penalty counts the whole prompt and text; leave it out",

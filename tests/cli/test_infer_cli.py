@@ -87,7 +87,7 @@ def test_a_command_line_of_llama_cpp_runs(run, small, tmp_path):
     assert err.startswith("ignored: -ngl (all layers run on the accelerator") and err.count("\n") == 1
     assert "-fa, --flash-attn (the fastest attention of the device is chosen)" in err
     assert run(*argv, "--quiet")[2] == ""
-    assert infer.parse(["-m", "m", "-p", "-c"]).prompt == ["-c"]  # a value may look like an ignored flag
+    assert infer.parse(["-m", "m", "-p", "b", "-l", "65+2"]).logit_bias == ["65+2"]
 
 
 def test_each_line_of_json_may_have_options_of_its_own(run, small, tmp_path):
@@ -204,6 +204,12 @@ def test_control_c_stops_an_answer_and_keeps_the_dialog(run, small, monkeypatch)
         (["--prompt", "a", "--server"], "--server is not a flag of llama-jax infer: there is no server"),
         (["--prompt", "a", "-dev", "none"], "-dev is not a flag of llama-jax infer: --mesh chooses devices"),
         (["--prompt", "a", "--in-prefix", "b"], "dialogs are written by the model's chat template"),
+        (["--prompt", "a", "-c"], "argument -c: expected one argument"),
+        (["--prompt", "a", "-c", "-n", "3"], "argument -c: expected one argument"),
+        (["--prompt", "--temp", "0"], "argument --prompt: expected one argument"),
+        (["--prompt", "a", "--max-length", "9"], "write --max_new_tokens, which does not count the prompt"),
+        (["--prompt", "a", "--no-repeat-ngram-size", "2"], "sampling is by --temperature"),
+        (["--prompt", "a", "--top-n-sigma", "2"], "sampling is by --temperature"),
         (["--prompt", "a", "b.gguf"], "unexpected argument 'b.gguf': write --model MODEL"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
         (["--prompt", "a", "--logit_bias", "x"], "--logit_bias must be ID=X or a JSON object"),
@@ -352,6 +358,54 @@ def test_flags_of_other_programs_mean_the_same(run, small, argv):
 def test_a_value_may_begin_with_a_hyphen(run, small):
     expected = small.generate("--x", max_new_tokens=3, temperature=0)
     assert run("-p", "--x", "-n", "3", "--temp", "0")[:2] == (0, expected.text + "\n")
+
+
+@pytest.mark.parametrize("value", ["-e", "--host", "-c", "--in-prefix"])
+def test_a_value_may_look_like_a_flag_of_another_program(value):
+    assert infer.parse(["-m", "a", "-p", value, "-n", "3"]).prompt == [value]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--trust-remote-code", "True"], "no code of a model is run"),
+        (["--color", "on"], "without colors"),
+        (["--mlock", "FALSE"], "never mapped"),
+        (["--no_perf"], "times are printed with --verbose only"),
+        (["--no-display-prompt"], "one answer is printed without its prompt"),
+        (["--jinja"], "--ask and --chat use the chat template"),
+        (["-c", "4096"], "the KV cache is as long as"),
+        (["--cpu-moe", "-ncmoe", "4"], "a Llama has no experts"),
+        (["-ngl", "99"], "all layers run on the accelerator"),
+    ],
+)
+def test_flags_that_change_no_text_are_ignored_with_their_reason(argv, reason, capsys):
+    assert infer.parse(["-m", "a", "-p", "b", *argv, "-n", "3"]).max_new_tokens == 3
+    err = capsys.readouterr().err
+    assert err.startswith(f"ignored: {argv[0]}") and reason in err
+
+
+@pytest.mark.parametrize("argv", [["-ngl", "0"], ["--n-gpu-layers=0"]])
+def test_no_layers_on_a_gpu_are_a_wish_for_the_cpu(argv, monkeypatch, capsys):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(ConfigError, match="0 cannot be ignored: set the environment variable JAX_PLATFORMS=cpu"):
+        infer.parse(["-m", "a", "-p", "b", *argv])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert infer.parse(["-m", "a", "-p", "b", *argv]).prompt == ["b"]
+
+
+@pytest.mark.parametrize("flag", ["-c", "--ctx-size", "--max_seq_len", "--max-model-len", "--context"])
+def test_the_context_of_other_programs_is_that_of_a_measurement(flag):
+    for parse in (eval_command._perplexity_flags, eval_command._quantization_flags):
+        assert parse(["a", "-f", "text", flag, "64"]).context == 64
+    if flag != "--context":
+        assert eval_command._harness_flags(["a", "--tasks", "t", flag, "64"]).max_length == 64
+
+
+def test_flags_that_a_command_does_not_have_are_not_suggested():
+    with pytest.raises(ConfigError) as caught:
+        eval_command._quantization_flags(["a", "--text", "b", "--lore", "c"])
+    assert "unknown argument '--lore'" in str(caught.value) and "adapter" not in str(caught.value)
 
 
 def test_json_that_is_nested_deeply_is_refused_in_one_line(run, tmp_path):
