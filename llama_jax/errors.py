@@ -13,6 +13,8 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from llama_jax import peer_arguments
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class")
 
@@ -28,85 +30,6 @@ DTYPE_ALIASES = {
 _LONGEST_NAME, _MOST_NAMES = 100, 1500
 _LONGEST_PATH = 300
 _REPR = reprlib.Repr()
-# Arguments of functions, with the names that they have in transformers, peft, TRL, vLLM and llama.cpp.
-_ALIASES = {
-    "source": "pretrained_model_name_or_path model_id model_name",
-    "prompts": "prompt text",
-    "messages": "conversation dialog",
-    "max_new_tokens": "max_tokens n_predict",
-    "temperature": "temp",
-    "n": "num_return_sequences num_samples",
-    "stop": "stop_strings stop_sequences",
-    "stop_tokens": "eos_token_id stop_token_ids",
-    "min_tokens": "min_new_tokens",
-    "repetition_penalty": "repeat_penalty",
-    "banned_tokens": "bad_words_ids suppress_tokens",
-    "dtype": "torch_dtype",
-    "quantize": "quantization quantization_config",
-    "adapters": "adapter lora lora_path",
-    "records": "train_dataset dataset",
-    "validation_records": "eval_dataset",
-    "on_metrics": "callbacks callback",
-    "resume": "resume_from_checkpoint",
-    "loss": "compute_loss_func loss_fn",
-    "skip_special": "skip_special_tokens",
-}
-# What to do instead, by names of arguments that have no equal here.
-_SAMPLERS = "sampling is by temperature, top_k, top_p, min_p, typical_p and the penalties"
-_LEAVE = "leave it out"
-_ANSWERS = {
-    **dict.fromkeys(
-        ("input_ids", "inputs"), "the first argument is the prompt, a text or token ids, or a list of them"
-    ),
-    "attention_mask": f"the prompts of a list may have any lengths: {_LEAVE}",
-    "pad_token_id": f"nothing is padded with a token: {_LEAVE}",
-    "max_length": "write max_new_tokens, which does not count the prompt",
-    "do_sample": "temperature=0 is greedy, and a higher temperature samples",
-    **dict.fromkeys(("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size"), _SAMPLERS),
-    **dict.fromkeys(("penalty_alpha", "diversity_penalty", "logits_processor"), _SAMPLERS),
-    **dict.fromkeys(("stopping_criteria", "max_time"), "a loop over stream(prompt) can stop at any piece"),
-    **dict.fromkeys(
-        ("streamer", "stream"), "stream(prompt) and stream_chat(messages) yield the text in pieces as it is generated"
-    ),
-    "add_special_tokens": "bos=True and eos=True add the tokens at the start and at the end",
-    "model_path": "the model is the first argument of llama_jax.load",
-    **dict.fromkeys(
-        ("return_dict_in_generate", "output_scores", "output_logits"),
-        "a result has the logprobs of its tokens; top_logprobs=K adds the likeliest K at each position",
-    ),
-    "use_cache": f"it is always on: {_LEAVE}",
-    "generation_config": "give its settings as arguments; the model's own apply by themselves",
-    "add_generation_prompt": f"a dialog always ends with the header of the answer: {_LEAVE}",
-    **dict.fromkeys(("token", "use_auth_token"), "set the environment variable HF_TOKEN, or run hf auth login"),
-    "revision": "write owner/name@REVISION as the model",
-    "cache_dir": "the environment variable HF_HOME names the folder of downloads",
-    "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
-    "trust_remote_code": f"no code of a model is run: {_LEAVE}",
-    "attn_implementation": f"the fastest attention of the device is chosen: {_LEAVE}",
-    **dict.fromkeys(("low_cpu_mem_usage", "use_safetensors", "use_mmap", "use_mlock"), f"it is always so: {_LEAVE}"),
-    **dict.fromkeys(
-        ("n_ctx", "max_model_len", "max_seq_length", "gpu_memory_utilization"),
-        f"the KV cache is as long as the prompt and max_new_tokens need: {_LEAVE}",
-    ),
-    "load_in_8bit": 'write quantize="int8"',
-    "load_in_4bit": 'write quantize="int4"',
-    **dict.fromkeys(
-        ("device", "device_map", "n_gpu_layers"),
-        'mesh={"tensor": N} chooses devices, the first one is the default, and JAX_PLATFORMS=cpu chooses the CPU',
-    ),
-    "tensor_parallel_size": 'write mesh={"tensor": N}',
-    "n_threads": "XLA takes all cores; taskset limits them",
-    "model": "a model is named in the run (init_from), and is the first argument of load",
-    "args": "the first argument is the run, a dict of its keys (docs/reference/config.md)",
-    "peft_config": 'write the keys into the run: {"lora": {"rank": 16, "alpha": 32, "targets": ["q_proj"]}}',
-    **dict.fromkeys(
-        ("tokenizer", "processing_class"), "the tokenizer is that of the run's init_from, or the file data.tokenizer"
-    ),
-    **dict.fromkeys(
-        ("formatting_func", "data_collator"), "give records in one of the forms of docs/reference/records.md"
-    ),
-}
-_BY_ALIAS = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 
 
 class ConfigError(ValueError):
@@ -156,9 +79,10 @@ def json_fault(error: Exception) -> str:
 
 def unknown_argument(function: str, name: str, known: Sequence[str]) -> TypeError:
     """The error for a keyword argument that does not exist, with what a name of other libraries means here."""
-    if name in _ANSWERS:
-        return TypeError(f"{function}() has no argument {name!r}: {_ANSWERS[name]}")
-    meant = _BY_ALIAS.get(name)
+    meant = peer_arguments.BY_ALIAS.get(name)
+    answer = peer_arguments.answer(function, name)
+    if answer is not None and meant not in known:
+        return TypeError(f"{function}() has no argument {name!r}: {answer}")
     near = f"; did you mean {meant!r}?" if meant in known else nearest(name, known)
     return TypeError(f"{function}() has no argument {name!r}{near or ';'} allowed: {', '.join(known)}")
 
@@ -169,7 +93,7 @@ def no_attribute(owner: object, name: str, peers: Mapping[str, str]) -> Attribut
     Args:
         owner: The object.
         name: The attribute.
-        peers: What to write here, by the names that other libraries have for it.
+        peers: What to write here, by the names that other libraries have for it. The message says "here it is" before.
     """
     known = [other for other in dir(owner) if not other.startswith("_")]
     near = f"; here it is {peers[name]}" if name in peers else nearest(name, known, cutoff=0.7)
@@ -185,7 +109,8 @@ class Answering(type):
     if not TYPE_CHECKING:
 
         def __getattr__(cls, name: str) -> Any:
-            raise no_attribute(cls, name, cls.__dict__.get("_peers", {}))
+            tables = (vars(base)["_peers"] for base in cls.__mro__ if "_peers" in vars(base))
+            raise no_attribute(cls, name, next(tables, {}))
 
 
 def checked_keywords(function: Function) -> Function:
@@ -211,7 +136,8 @@ def checked_keywords(function: Function) -> Function:
                 signature.bind(*args, **keywords)
             except TypeError as error:
                 for name in keywords:
-                    if name not in known and (name in _ANSWERS or _BY_ALIAS.get(name) in known):
+                    answered = peer_arguments.answer(title, name) is not None
+                    if name not in known and (answered or peer_arguments.BY_ALIAS.get(name) in known):
                         raise unknown_argument(title, name, known) from None
                 more = ", ..." if len(known) < len(kinds) else ""
                 reason = str(error).replace(" keyword-only", "")  # a word of Python 3.12 and later

@@ -87,7 +87,7 @@ _ANY_FORMAT = "init_from reads every format, and an adapter or a run besides: le
 _CONVERT = "after the run, `llama-jax convert OUTPUT FOLDER --to hf --dtype bfloat16` writes the files"
 _INTERVAL = "set the interval itself, log.eval_every or checkpoint.every; 0 evaluates never"
 _SCHEDULED = "XLA schedules collectives and products: leave it out"
-# What to do instead, by the name of a key with or without its section.
+# Notes on keys that have no equal here, by the name of a key with or without its section.
 NOTES = {
     **dict.fromkeys(("per_device_train_batch_size", "local_batch_size", "micro_batch_size"), _ROWS),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), _PARTS),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+from llama_jax import peer_arguments
+
 _SWITCH = ("on", "off", "auto", "true", "false", "yes", "no", "0", "1")
 
 
@@ -56,7 +58,7 @@ MODEL_ALIASES = {
 }
 MODEL_IGNORED = (
     _ignored(
-        "all layers run on the accelerator if there is one; JAX_PLATFORMS=cpu chooses the CPU",
+        f"all layers run on the accelerator if there is one; {peer_arguments.CPU}",
         switch="-nkvo --no_kv_offload -kvo --kv_offload --no_op_offload",
         one="-ngl --gpu_layers --n_gpu_layers",
         chooses_cpu=True,
@@ -64,16 +66,16 @@ MODEL_IGNORED = (
     | _ignored("the KV cache is as long as it must be", switch="--swa_full", one="--gpu_memory_utilization")
     | _ignored("a Llama has no experts", switch="-cmoe --cpu_moe", one="-ncmoe --n_cpu_moe")
     | _ignored(
-        "XLA takes all cores; taskset limits them",
+        peer_arguments.CORES,
         one="-t --threads -tb --threads_batch --numa --prio --poll -C --cpu_mask --cpu_range",
     )
     | _ignored(
         "weights are read into memory, and never mapped from the file",
         switch="--mlock --no_mmap --mmap --low_cpu_mem_usage",
     )
-    | _ignored("the fastest attention of the device is chosen", switch="-fa --flash_attn", one="--attn_implementation")
+    | _ignored(peer_arguments.ATTENTION, switch="-fa --flash_attn", one="--attn_implementation")
     | _ignored("prompts are read in chunks of sizes that are compiled", one="-b -ub --ubatch_size")
-    | _ignored("no code of a model is run", switch="--trust_remote_code")
+    | _ignored(peer_arguments.NO_CODE, switch="--trust_remote_code")
     | _ignored("nothing is computed before the first prompt", switch="--warmup --no_warmup --enforce_eager")
 )
 # Names of the tokens that a model reads at once, which a measurement takes as the length of its windows.
@@ -94,8 +96,8 @@ MODEL_REFUSED = {
     "--load_in_4bit": "write --quantize int4",
     "--torch_dtype": "write --dtype float32 or --dtype bfloat16",
     "--lora_scaled": "--adapter applies an adapter at the scale that it was trained with",
-    "--hf_token": "set the environment variable HF_TOKEN, or run hf auth login",
-    "--offline": "set the environment variable HF_HUB_OFFLINE=1",
+    "--hf_token": peer_arguments.TOKEN,
+    "--offline": peer_arguments.OFFLINE,
     "--revision": "write --model owner/name@REVISION",
 }
 

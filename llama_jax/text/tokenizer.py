@@ -31,8 +31,9 @@ _PEERS = {
     "convert_ids_to_tokens": "decode([id]), or decode_bytes([id])",
     **dict.fromkeys(("batch_encode_plus", "encode_plus", "encode_batch"), "encode(text), for one text at a time"),
     "get_vocab": "vocabulary",
-    "add_special_tokens": "special_tokens; new ones come with an adapter or the model's own files",
-    "add_tokens": "special_tokens; new ones come with an adapter or the model's own files",
+    **dict.fromkeys(
+        ("add_special_tokens", "add_tokens"), "special_tokens, to which only the files of a model or an adapter add"
+    ),
     "batch_decode": "decode(ids), for one text at a time",
     "tokenize": "encode(text)",
     "convert_tokens_to_ids": "special_tokens[name] for control tokens, and encode(text)",

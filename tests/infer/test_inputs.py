@@ -10,6 +10,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.infer.llama import Llama
 from llama_jax.params import init_params
 from llama_jax.text.chat_template import read_folder
+from llama_jax.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,17 @@ def test_an_unknown_argument_is_named_with_the_nearest(llama, call, words):
         ),
         (lambda llama: llama("x"), "a Llama is not a function: generate(text)"),
         (lambda llama: llama.generate("x", streamer=1), "stream(prompt) and stream_chat(messages) yield the text"),
+        (
+            lambda llama: llama.generate("x", tokenizer=1),
+            "'tokenizer': the tokenizer is that of the model: leave it out",
+        ),
+        (lambda llama: llama.save("x", token="hf_x"), "set the environment variable HF_TOKEN"),
+        (lambda llama: llama_jax.load(model="x"), "'model': the model is the first argument of llama_jax.load"),
+        (lambda llama: train({}, tokenizer=1), "'tokenizer': the tokenizer is that of the run's init_from"),
+        (lambda llama: train({}, max_seq_length=1), "write the key data.sequence_length into the run"),
+        (lambda llama: train({}, load_in_4bit=1), "did you mean the run's key 'lora.base'?"),
+        (lambda llama: train({}, bf16=1), "did you mean 'train.compute_dtype'?"),
+        (lambda llama: byte_tokenizer().encode("x", max_length=1), "encode gives all ids of a text"),
     ],
 )
 def test_an_argument_of_another_library_is_answered(llama, call, words):

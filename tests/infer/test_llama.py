@@ -230,6 +230,8 @@ def test_what_cannot_work_is_refused_with_the_mend(call, message):
     ("read", "words"),
     [
         (lambda m: m.save_pretrained("x"), r"Llama has no attribute 'save_pretrained'; here it is save\(path\)"),
+        (lambda m: m.eval(), "Llama has no attribute 'eval'; here it is the only mode: leave it out"),
+        (lambda m: type("Own", (Llama,), {}).from_pretrained, r"Own has no .*; here it is llama_jax.load\("),
         (lambda m: m.genrate("x"), "Llama has no attribute 'genrate'; did you mean 'generate'?"),
         (lambda m: Llama.from_pretrained, r"Llama has no attribute 'from_pretrained'; here it is llama_jax.load\("),
         (lambda m: m.config.hidden_size, "ModelConfig has no attribute 'hidden_size'; here it is embed_dim"),
@@ -240,7 +242,7 @@ def test_what_cannot_work_is_refused_with_the_mend(call, message):
         ),
         (lambda m: llama_jax.SFTTrainer, "instead, use from llama_jax.train.run import train"),
     ],
-    ids=["save", "near", "class", "config", "tokenizer", "model", "trainer"],
+    ids=["save", "mode", "subclass", "near", "class", "config", "tokenizer", "model", "trainer"],
 )
 def test_an_attribute_of_another_library_is_answered_with_the_one_here(read, words):
     with pytest.raises(AttributeError, match=words):

@@ -28,6 +28,7 @@ FLOORS = {
     "llama_jax.storage": 0,
     "llama_jax.stored_run": 0,
     "llama_jax.peer_keys": 0,
+    "llama_jax.peer_arguments": 0,
     "llama_jax.remote_files": 0,
     "llama_jax.sampling_params": 0,
     "llama_jax.config": 0,
