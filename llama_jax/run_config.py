@@ -162,17 +162,20 @@ class RunConfig:
             log = {"to": ("tensorboard",) if log["tensorboard"] else (), **log}
             log = {key: value for key, value in log.items() if key != "tensorboard"}
         if isinstance(log, Mapping) and "to" in log:
-            values["log"] = {**log, "to": _trackers(log["to"])}
+            names = _names(log["to"])
+            values["log"] = {**log, "to": () if names in (("none",), ("None",)) else names}
+        lora = values.get("lora")
+        if isinstance(lora, Mapping) and "targets" in lora:
+            values["lora"] = {**lora, "targets": _names(lora["targets"])}
         return _build(cls, values, "", model=model)
 
 
-def _trackers(value: Any) -> Any:
-    """The trackers of log.to one by one: a text may name several, separated by commas, or "none"."""
+def _names(value: Any) -> Any:
+    """The names of a list one by one: a text may hold several, separated by commas."""
     parts = value if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(part, str) for part in parts):
         return value
-    names = tuple(name.strip() for part in parts for name in part.split(","))
-    return () if [name.lower() for name in names] == ["none"] else names
+    return tuple(name.strip() for part in parts for name in part.split(","))
 
 
 def _check_known(cls: type, values: Mapping[str, Any]) -> None:

@@ -232,6 +232,12 @@ def test_a_config_file_says_each_key_once_and_within_bounds(tmp_path, name, text
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 3000
 
 
+def test_targets_may_be_one_text(tmp_path):
+    text = "output: o\ntrain_file: a\ninit_from: m\nlora: {r: 4, target_modules: 'q_proj, v_proj'}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert parse(f"--config={tmp_path / 'a.yaml'}")[0].lora.targets == ("q", "v")
+
+
 def test_names_of_yaml_may_repeat_a_section(tmp_path):
     text = "output: o\ntrain_file: &x a.txt\nvalidation_file: *x\nmodel: tiny\nmesh: &m {tp: 2}\nreport_to: none\n"
     (tmp_path / "a.yaml").write_text(text)
