@@ -27,6 +27,8 @@ _COMMANDS = {
     "compare": "two models on the same prompts: win, tie, loss",
     "quantization": "what rounding a model's weights costs",
 }
+_QUANTIZATIONS = ("int8", "int4", "kv_int8")  # of eval.quantization, which imports jax
+_TEXT_ALIASES = {"-f": "--text", "--file": "--text", **dict.fromkeys(peer_flags.CONTEXT, "--context")}
 _JUDGES = ("exact", "function", "model", "person")
 
 
@@ -56,7 +58,7 @@ def _perplexity_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="files (.txt, .md, .jsonl, .parquet, .gz), folders, patterns, hf://datasets/..., or stdlib:validation. Of "
         "texts every token counts; of dialogs and completions the answers, as in training",
     )
-    flags.aliases |= {"-f": "--text", "--file": "--text", **dict.fromkeys(peer_flags.CONTEXT, "--context")}
+    flags.aliases |= _TEXT_ALIASES
     add("--context", type=parser.whole(1), metavar="N", help="tokens of a window (default: 2048, or the model's own)")
     add("--stride", type=parser.whole(1), metavar="N", help="tokens between windows (default: half of --context)")
     add("--json", action="store_true", help="print one JSON object")
@@ -133,7 +135,7 @@ def _quantization_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--text", nargs="+", required=True, metavar="FILE", help="as in eval perplexity")
     add(
         "--quantizations",
-        default="int8,int4,kv_int8",
+        default=",".join(_QUANTIZATIONS),
         metavar="NAME,...",
         help="int8 and int4 weights, and a KV cache in int8; an empty text for none",
     )
@@ -146,7 +148,7 @@ def _quantization_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="texts by whose activations another int4 is rounded (GPTQ)",
     )
     add("--context", type=parser.whole(1), default=512, metavar="N", help="tokens of a window")
-    flags.aliases |= {"-f": "--text", "--file": "--text", **dict.fromkeys(peer_flags.CONTEXT, "--context")}
+    flags.aliases |= _TEXT_ALIASES
     add("--json", action="store_true", help="print one JSON object a line")
     parser.add_model_flags(flags, adapter=False, quantize=False)
     return flags.parse(argv)
@@ -292,7 +294,7 @@ def _compare(argv: Sequence[str]) -> int:
 def _quantization(argv: Sequence[str]) -> int:
     options = _quantization_flags(argv)
     names = [name.strip() for name in options.quantizations.split(",") if name.strip()]
-    wrong = [name for name in names if name not in ("int8", "int4", "kv_int8")]
+    wrong = [name for name in names if name not in _QUANTIZATIONS]
     if wrong:
         raise ConfigError(f"--quantizations takes int8, int4 and kv_int8, got {wrong[0]!r}")
     if not names and not options.others:

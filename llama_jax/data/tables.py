@@ -1,13 +1,11 @@
 """The reader of Parquet files, with bounds on the memory and the time that a file takes.
 
 Parquet stores a text that occurs often once, in a dictionary, so that a small file may stand for any number of bytes.
-The file's own metadata need not say so. Rows are therefore read one at a time, and texts in lists, of which a row may
-have any number, stay in dictionaries until the size of their rows is known.
+The file's own metadata need not say so. Texts therefore stay in dictionaries until the size of their rows is known.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,15 @@ def table(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
     import pyarrow.parquet
 
     try:
-        opened = functools.partial(pyarrow.parquet.ParquetFile, path, buffer_size=1 << 20, pre_buffer=False)
-        with opened() as file, opened(read_dictionary=_listed_texts(file.schema)) as encoded:
+        texts = _texts(pyarrow.parquet.read_metadata(path).schema)
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=texts) as file:
             names = file.schema_arrow.names
             columns = [name for name in names if name in records.KEYS]
             others = dict.fromkeys(name for name in names if name not in columns)
             if not columns:
                 raise ValueError(f"{path}: {records.why_unknown(others)}")
             allowed = max(readers.MAX_UNCHECKED, readers.MAX_RATIO * path.stat().st_size)
-            for number, row in enumerate(_table_rows(file, encoded, columns, path), start=1):
+            for number, row in enumerate(_table_rows(file, columns, path), start=1):
                 name = f"{path.as_posix()}:{number}"
                 allowed -= _characters(row)
                 if allowed < 0:
@@ -55,19 +53,15 @@ def table(path: Path, *, pairs: bool) -> Iterator[Sample | BadLine]:
         raise ValueError(f"{path}: not a whole Parquet file ({reason}); fetch or write it again") from error
 
 
-def _listed_texts(schema: Any) -> list[str]:
-    """The paths of the columns of strings and bytes in lists that are read."""
+def _texts(schema: Any) -> list[str]:
+    """The paths of the columns of strings and bytes that are read."""
     columns = [schema.column(i) for i in range(len(schema)) if schema.column(i).path.split(".")[0] in records.KEYS]
-    return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.max_repetition_level]
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
-def _table_rows(file: Any, encoded: Any, columns: list[str], path: Path) -> Iterator[dict[str, Any] | str]:
-    """The rows of an open Parquet file as dicts, or as the reason why one cannot be read.
-
-    Files with texts in lists are read from `encoded`, the same file, which keeps these in dictionaries.
-    """
+def _table_rows(file: Any, columns: list[str], path: Path) -> Iterator[dict[str, Any] | str]:
+    """The rows of an open Parquet file as dicts, or as the reason why one cannot be read."""
     limit = readers.MAX_DOCUMENT
-    listed = bool(_listed_texts(file.schema))
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         size = _group_size(file, group, columns, path)
@@ -77,9 +71,8 @@ def _table_rows(file: Any, encoded: Any, columns: list[str], path: Path) -> Iter
                     f"{limit >> 20:,} MiB: split the large ones"
                 )
             continue
-        batch_size = max(1, min(256, limit // (1 + size // max(rows, 1)))) if listed else 1
-        batches = (encoded if listed else file).iter_batches(batch_size=batch_size, row_groups=[group], columns=columns)
-        for batch in batches:
+        batch_size = max(1, min(256, limit // (1 + size // max(rows, 1))))
+        for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=columns):
             yield from _rows(batch)
 
 

@@ -111,7 +111,7 @@ def measure(
     candidates += [(str(path), path, {**opened, "quantize": None}) for path in others]
     for name, place, settings in candidates:
         if name == "kv_int8":
-            candidate = _like(reference, reference.params, opened, kv="int8")
+            candidate = _like(reference, reference.params, kv="int8")
         else:
             candidate = load(place, **settings)
         if candidate.config.vocab_size != reference.config.vocab_size:
@@ -123,14 +123,14 @@ def measure(
         del candidate
         gc.collect()  # compiled functions hold the weights in reference cycles
     if calibration and "int4" in quantizations:
-        candidate = _like(reference, quantized(reference, calibration), opened)
+        candidate = _like(reference, quantized(reference, calibration))
         yield _compared("int4, calibrated", reference, candidate, windows, progress)
 
 
-def _like(reference: Llama, params: Params, opened: Mapping[str, Any], **settings: Any) -> Llama:
+def _like(reference: Llama, params: Params, **settings: Any) -> Llama:
     """The reference with other weights or settings."""
-    dtype = opened.get("dtype") or reference.engine.dtype
-    return Llama(reference.config, params, reference.tokenizer, mesh=reference.mesh, dtype=dtype, **settings)
+    mesh, dtype = reference.mesh, reference.engine.dtype
+    return Llama(reference.config, params, reference.tokenizer, mesh=mesh, dtype=dtype, **settings)
 
 
 def _windows(llama: Llama, texts: Sequence[Sample], context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -67,14 +67,12 @@ def quantize(w: jax.Array, bits: int) -> QTensor:
         scales = size.max(axis=-1, keepdims=True) / 127
     else:
         scales = jnp.take_along_axis(groups, size.argmax(axis=-1, keepdims=True), axis=-1) / -8
-    inverse = jnp.where(jnp.isfinite(1 / scales), 1 / scales, 0)  # a group whose scale underflows becomes zeros
-    if bits == 8:
-        scaled = groups * inverse
-        values = (jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)).astype(jnp.int8)
-    else:
-        nibbles = jnp.minimum((groups * inverse + 8.5).astype(jnp.uint8), 15)
-        values = nibbles[..., : GROUP // 2] | nibbles[..., GROUP // 2 :] << 4
-    return QTensor(values.reshape(*w.shape[:-1], -1), scales[..., 0].astype(jnp.float16))
+    scaled = groups * jnp.where(jnp.isfinite(1 / scales), 1 / scales, 0)  # a group whose scale underflows becomes zeros
+    halves = scales[..., 0].astype(jnp.float16)
+    if bits == 4:
+        return packed(jnp.minimum((scaled + 8.5).astype(jnp.uint8), 15).astype(jnp.int8) - 8, halves)
+    values = (jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)).astype(jnp.int8)
+    return QTensor(values.reshape(*w.shape[:-1], -1), halves)
 
 
 def fit(w: jax.Array, bits: int, importance: jax.Array | None = None) -> QTensor:
