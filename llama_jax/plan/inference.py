@@ -20,7 +20,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.infer.program import Program, layout_of
 from llama_jax.ops import few_rows_gpu, few_rows_tpu, quant
-from llama_jax.plan import memory, planner, projection
+from llama_jax.plan import memory, planner, projection, report
 from llama_jax.plan.devices import GIB, Devices
 from llama_jax.plan.facts import facts_of
 from llama_jax.weights.quantize import BITS, check
@@ -208,11 +208,10 @@ def compiled(serving: Serving, devices: Devices, mesh: Any) -> dict[str, Any]:
 
 def table(plan: Mapping[str, Any]) -> str:
     """A plan as lines of text."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "one device"
     limit, peak = plan["limit_bytes"], plan["peak_bytes"]
     least, most = plan["decode_ms"]
     lines = [
-        f"{plan['device']}: {plan['chips']} chip{'' if plan['chips'] == 1 else 's'}, mesh {mesh}",
+        report.heading(plan),
         f"  batch        {plan['rows']} rows of {plan['capacity']:,} positions, {plan['dtype']}, cache {plan['kv']}, "
         f"weights {plan['quantize'] if plan['quantize'] != 'none' else plan['dtype']}",
         f"  memory       {'fits' if plan['fits'] else 'does not fit'}: {peak / GIB:.2f} of {limit / GIB:.2f} GiB a "

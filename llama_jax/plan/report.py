@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,19 @@ from llama_jax.plan.search import Proposal
 _COLORS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#BBBBBB")
 
 
+def heading(plan: Mapping[str, Any]) -> str:
+    """The first line of a plan: its devices and its mesh."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "one device"
+    return f"{plan['device']}: {plan['chips']} chip{'' if plan['chips'] == 1 else 's'}, mesh {mesh}"
+
+
 def table(plan: dict[str, Any]) -> str:
     """A plan (`planner.Plan.to_dict`) as lines of text."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "one device"
     limit, peak = plan["limit_bytes"], plan["peak_bytes"]
     verdict = "fits" if plan["fits"] else "does not fit"
     parts = f", in {plan['accumulate']} parts" if plan["accumulate"] > 1 else ""
     lines = [
-        f"{plan['device']}: {plan['chips']} chip{'' if plan['chips'] == 1 else 's'}, mesh {mesh}",
+        heading(plan),
         f"  batch        {plan['batch_size']} rows of {plan['sequence_length']:,} tokens{parts}, remat {plan['remat']}",
         f"  memory       {verdict}: {peak / GIB:.1f} of {limit / GIB:.1f} GiB a device, by the {plan['by']}",
     ]
