@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax import parallel
-from llama_jax.cache import KVCache, Leaf, Window, window, write
+from llama_jax.cache import KVCache, Leaf, Window, window
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops import norm, rope
-from llama_jax.ops.attention import Call, attention
+from llama_jax.ops.attention import Call, attention, over_cache
 from llama_jax.ops.remat import REMAT, with_remat
 from llama_jax.params import BY_PATH, Params, check_params, unstack
 
@@ -100,15 +100,16 @@ class Attention(nnx.Module):
             q_BTNH = parallel.constrain(q.reshape(B, T, N, H), "batch", "length", "heads", None)
             k_BTKH = parallel.constrain(k.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
             v_BTKH = parallel.constrain(v.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
-        with jax.named_scope("rope"):
-            q_BTNH = rope.rotate(q_BTNH, pos.cos_BTR, pos.sin_BTR)
-            k_BTKH = rope.rotate(k_BTKH, pos.cos_BTR, pos.sin_BTR)
         if cache is not None and pos.window is not None:
-            with jax.named_scope("cache"):
-                cache = (write(cache[0], k_BTKH, pos.window), write(cache[1], v_BTKH, pos.window))
-        keys, values = cache or (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
-        with jax.named_scope("attend"):
-            out_BTNH = attention(Call(q_BTNH, keys, values, pos.positions_BT, pos.segments_BT, pos.window))
+            rotations = (pos.cos_BTR, pos.sin_BTR)
+            out_BTNH, cache = over_cache(q_BTNH, k_BTKH, v_BTKH, rotations, pos.positions_BT, pos.window, cache)
+        else:
+            with jax.named_scope("rope"):
+                q_BTNH = rope.rotate(q_BTNH, pos.cos_BTR, pos.sin_BTR)
+                k_BTKH = rope.rotate(k_BTKH, pos.cos_BTR, pos.sin_BTR)
+            with jax.named_scope("attend"):
+                keys, values = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+                out_BTNH = attention(Call(q_BTNH, keys, values, pos.positions_BT, pos.segments_BT))
         with jax.named_scope("out"):
             return _linears(out_BTNH.reshape(B, T, -1), self.o, plus=x_BTD)[0], cache
 

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax import parallel
-from llama_jax.ops import cpu, fp8, quant
+from llama_jax.ops import cpu, fp8, gpu, quant
 from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.quant import QTensor
@@ -189,6 +189,8 @@ def _kernels(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> Any:
     """The module whose `linears` multiplies x (..., in) faster than XLA on the active devices, or None."""
     platform = parallel.device_platform()
     if platform == "cuda":
+        if gpu.takes(x, weights):
+            return gpu
         from llama_jax.ops import few_rows_gpu  # importing Pallas takes 0.2 s
 
         return few_rows_gpu if few_rows_gpu.takes(x, weights) else None

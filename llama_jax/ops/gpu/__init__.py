@@ -1,0 +1,54 @@
+"""Kernels for NVIDIA GPUs in CUDA C++, which XLA launches: products of few rows, and attention of a decode step.
+
+A decode step is as fast as its weights are read. One launch multiplies up to three weights of the same inputs, such as
+q, k and v, normalizes the inputs or applies SwiGLU to them, and adds the residual. Another does all of attention. A
+layer of one row has five launches. Tensor cores multiply the integers of quantized weights, which takes few enough
+instructions to read packed weights at the speed of memory.
+
+The kernels are compared with XLA, and timed beside the kernels that take their place, once for each machine (check.py).
+Those that are not faster there are not used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from llama_jax import parallel
+from llama_jax.ops.gpu import build, decode, products, verdict
+from llama_jax.ops.gpu.products import linears
+from llama_jax.ops.quant import QTensor
+
+__all__ = ["decode", "faster", "linears", "products", "takes"]
+
+_log = logging.getLogger(__name__)
+
+
+def takes(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
+    """True if the kernel multiplies x (..., in) and weights (out, in) of one kind faster than other kernels."""
+    if products.refuses(x, weights):
+        return False
+    return faster(products.kind(weights[0], x.size // x.shape[-1]))
+
+
+def faster(kind: str) -> bool:
+    """True if kernels of this kind can be used on the devices in use, and were the faster ones in the check.
+
+    The first call may run the check.
+    """
+    layout = parallel.active()
+    if (layout is not None and (layout.mesh.size > 1 or layout.rules == "train")) or parallel.compute_capability() < 80:
+        return False
+    return _gains(getattr(parallel.device(), "device_kind", "")).get(kind, 0.0) > 1
+
+
+@functools.cache
+def _gains(device_kind: str) -> Mapping[str, float]:
+    try:
+        return verdict.gains(device_kind)
+    except build.Unavailable as error:
+        _log.warning("decoding is slower than it could be on this GPU: %s", error)
+        return {}

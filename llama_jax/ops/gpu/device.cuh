@@ -1,0 +1,101 @@
+// The instructions of a GPU that CUDA C++ has no name for, in small functions (PTX ISA, compute capability 8.0 and above).
+// tests/ops/emulated.h has the same functions for a CPU.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_METHOD __device__ __forceinline__
+
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// Starts a copy of 16, 8 or 4 bytes of global memory to shared memory. Without `wanted` it writes zeros and reads nothing.
+template <int BYTES>
+DEVICE void copy(void* to, const void* from, bool wanted) {
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(wanted ? 16 : 0));
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+                 "r"(wanted ? BYTES : 0));
+  }
+}
+
+// Ends a group of copies of this thread.
+DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;"); }
+
+// Waits until at most N groups of copies of this thread are on their way.
+template <int N>
+DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// d = a b + c for a tile (16, 16) times (16, 8). Thread 4 g + t of a warp holds rows g and g + 8 of a, c and d, column g of
+// b, and columns 2 t and 2 t + 1 of c and d. Of the inputs it holds those with the numbers 2 t, 2 t + 1 (a[0], a[1]; b0)
+// and 2 t + 8, 2 t + 9 (a[2], a[3]; b1), two in each word. d may be c.
+DEVICE void multiply_tile(float d[4], const u32 a[4], u32 b0, u32 b1, const float c[4]) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+#endif
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// a - b for two 16-bit floats in each word.
+DEVICE u32 minus(u32 a, u32 b) {
+  u32 c;
+#if HALF
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+#else
+  asm("fma.rn.bf16x2 %0, %2, %3, %1;" : "=r"(c) : "r"(a), "r"(b), "r"(0xbf80bf80));  // a + b * -1
+#endif
+  return c;
+}
+
+// Four matrices of 8 rows of 8 values of 16 bits; thread i gives the address of row i % 8 of matrix i / 8. Thread 4 g + t
+// gets rows 2 t and 2 t + 1 of column g of each.
+DEVICE void load_transposed(u32 matrices[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// A number that another block has written in this launch.
+DEVICE float load_fresh(const float* from) {
+  float f;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
+  return f;
+}
+
+DEVICE float power_of_2(float f) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(f));
+  return power;
+}
+
+DEVICE float float_of_half(u16 bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+
+DEVICE u16 half_of_float(float f) {
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  return bits;
+}
+
+DEVICE float float_of_bfloat16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+DEVICE u16 bfloat16_of_float(float f) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  return bits;
+}
+
+DEVICE float exponential(float f) { return __expf(f); }

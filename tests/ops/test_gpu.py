@@ -1,0 +1,250 @@
+"""The CUDA kernels, emulated on a CPU, against XLA; and where they are used."""
+
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.cuda import emulated
+from helpers.numbers import gap
+from llama_jax import cache as caches
+from llama_jax.config import SIZES
+from llama_jax.ops import attention, gpu, quant, rope
+from llama_jax.ops.gpu import build, check, decode, products, verdict
+from llama_jax.ops.norm import rms_norm
+
+EPS = 1e-5
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate the kernels with")
+ROUNDING = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10}  # the last place of the largest result
+
+
+def draw(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def weights(bits, dtype, *shapes):
+    """Weights of one kind, and the same in float32."""
+    if bits == 16:
+        ours = [draw(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+        return ours, [w.astype(jnp.float32) for w in ours]
+    ours = [quant.quantize(draw(i, *shape), bits) for i, shape in enumerate(shapes)]
+    return ours, [quant.dequantize(w, jnp.float32) for w in ours]
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "rows", "width", "outputs", "tiling", "eager"),
+    [
+        (16, jnp.bfloat16, 1, 576, (48, 16, 20), (4, 1, 4, 1, 1), False),
+        (8, jnp.bfloat16, 11, 320, (40, 8), (3, 2, 4, 1, 1), True),
+        (8, jnp.float16, 1, 576, (48,), (8, 1, 3, 1, 2), False),
+        (4, jnp.bfloat16, 1, 576, (33, 16), (2, 1, 4, 1, 1), True),
+        (4, jnp.float16, 20, 1024, (72,), (2, 2, 3, 2, 1), False),
+    ],
+    ids=str,
+)
+def test_products_are_those_of_float32(bits, dtype, rows, width, outputs, tiling, eager, monkeypatch):
+    monkeypatch.setattr(build, "call", emulated(eager))
+    monkeypatch.setattr(products, "tiling", lambda *_: products.Tiling(*tiling))
+    monkeypatch.setattr(products, "_PROCESSORS", 2)  # so that a block has several tiles
+    x = draw(9, rows, width, dtype=dtype)
+    ours, exact = weights(bits, dtype, *((out, width) for out in outputs))
+    for product, w in zip(gpu.linears(x, ours, dtype=jnp.float32), exact, strict=True):
+        assert (
+            gap(product, np.asarray(x, np.float32) @ np.asarray(w).T) < 2e-5
+        )  # one row of 4 bits subtracts 136 times the inputs at the end
+
+
+@pytest.mark.parametrize(("bits", "rows", "parts"), [(16, 3, 1), (8, 1, 2), (4, 2, 1)], ids=str)
+def test_norm_swiglu_and_residual_are_those_of_xla(bits, rows, parts, monkeypatch):
+    dtype, width = jnp.bfloat16, 512
+    monkeypatch.setattr(build, "call", emulated())
+    monkeypatch.setattr(products, "tiling", lambda *_: products.Tiling(2, 1, 4, parts, 1))
+    x, up, scale = (draw(i, rows, width, dtype=dtype) for i in (1, 2, 3))
+    plus, scale = draw(4, rows, 24, dtype=dtype), scale[0]
+    (w,), (exact,) = weights(bits, dtype, (24, width))
+    (after_norm,) = gpu.linears(x, [w], dtype=dtype, norm=(scale, EPS), plus=plus)
+    expected = rms_norm(x, scale, eps=EPS).astype(jnp.float32) @ exact.T + plus
+    assert gap(after_norm.astype(jnp.float32), expected) < ROUNDING[dtype]
+    (after_swiglu,) = gpu.linears(x, [w], dtype=dtype, up=up, plus=plus)
+    expected = (jax.nn.silu(x) * up).astype(jnp.float32) @ exact.T + plus
+    assert gap(after_swiglu.astype(jnp.float32), expected) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 33, 64])
+def test_blocks_fit_in_the_shared_memory_of_an_h100(bits, rows):
+    for width in (576, 4096, 14336, 53248):
+        chosen = products.tiling(bits, rows, width)
+        assert chosen.blocks * (products.shared_bytes(bits, rows, width, chosen) + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(
+    ("kv", "dtype", "rows", "heads", "group", "dim", "bound"),
+    [
+        ("compute", jnp.bfloat16, 2, 2, 4, 128, 256),
+        ("compute", jnp.float16, 1, 3, 1, 32, 64),
+        ("int8", jnp.bfloat16, 2, 1, 16, 64, 96),
+        ("int8", jnp.float16, 1, 2, 3, 96, 512),
+    ],
+    ids=str,
+)
+def test_a_decode_step_rotates_stores_and_attends_as_xla(kv, dtype, rows, heads, group, dim, bound, monkeypatch):
+    monkeypatch.setattr(build, "call", emulated())
+    # A GPU's cache holds floats where that of a CPU holds their bits.
+    monkeypatch.setattr(caches, "_stored", lambda dtype: jnp.dtype(dtype))
+    config = dataclasses.replace(
+        SIZES["tiny"], num_layers=1, num_heads=heads * group, num_kv_heads=heads, head_dim=dim, max_seq_len=512
+    )
+    S = 512
+    empty = caches.init_cache(config, batch=rows, capacity=S, dtype=dtype, kv=kv)
+    every = caches.window(empty, jnp.broadcast_to(jnp.arange(S), (rows, S)), None)
+    cache = tuple(
+        caches.write(leaf[0], draw(i, rows, S, heads, dim, dtype=dtype), every)
+        for i, leaf in enumerate((empty.k, empty.v))
+    )
+    # The first row has reached its bound; the second is padding, which is not stored.
+    positions = jnp.array([[bound - 1], [37]][:rows], jnp.int32)
+    window = caches.window(empty, positions, jnp.array([[True], [False]][:rows]), bound=bound)
+    q = draw(5, rows, 1, heads * group, dim, dtype=dtype)
+    k, v = (draw(i, rows, 1, heads, dim, dtype=dtype) for i in (6, 7))
+    arguments = (q, k, v, rope.rotations(config, positions), positions, window, cache)
+    assert not gpu.decode.refuses(q, k, cache[0])
+    out, new = gpu.decode.attend(*arguments)
+    expected, expected_new = attention.over_cache(*arguments)
+    assert gap(out[0].astype(jnp.float32), expected[0].astype(jnp.float32)) < ROUNDING[dtype]
+    for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(expected_new), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+
+@pytest.fixture
+def small_check(monkeypatch):
+    """The check of the kernels with small arrays, on emulated kernels."""
+    monkeypatch.setattr(build, "call", emulated())
+    monkeypatch.setattr(caches, "_stored", lambda dtype: jnp.dtype(dtype))
+    for name, value in {
+        "_SHAPE": (64, 64),
+        "_COPIES": 1,
+        "_HEADS": (2, 1, 32),
+        "_SLOTS": 64,
+        "_CALLS": 1,
+        "_TURNS": 1,
+    }.items():
+        monkeypatch.setattr(check, name, value)
+
+
+def test_the_check_compares_and_times_each_kind(small_check, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_BITS", (4,))
+    monkeypatch.setattr(check, "_ROWS", (1,))
+    check.main(tmp_path / "record.json")
+    found = verdict.read(tmp_path / "record.json")
+    assert sorted(found) == ["4 bits, one row", *(decode.kind(kv) for kv in caches.KV_TYPES)]
+    assert all(gain < 1 for gain in found.values())  # emulated, they are slower than XLA
+
+
+def test_a_wrong_kernel_fails_the_check(small_check, tmp_path, monkeypatch):
+    right = products.linears
+    monkeypatch.setattr(products, "linears", lambda *a, **k: [1.1 * product for product in right(*a, **k)])
+    check.main(tmp_path / "record.json")
+    with pytest.raises(build.Unavailable, match=r"products of 1 rows: the kernel differs from XLA.*remove"):
+        verdict.read(tmp_path / "record.json")
+
+
+class Gpu:
+    device_kind = "NVIDIA H100"
+    client = dataclasses.make_dataclass("Client", ["platform_version"])("CUDA 13")
+
+
+@pytest.fixture
+def one_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(verdict, "_local_gpus", lambda: [Gpu()])
+    monkeypatch.setattr(build, "compiler", lambda: "NVRTC")
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    gpu._gains.cache_clear()
+    yield monkeypatch
+    gpu._gains.cache_clear()
+
+
+def checked(record, text, status=0):
+    """A stand-in for the process of the check."""
+
+    def run(command, **_):
+        if text:
+            record(command[-1], text)
+        return dataclasses.make_dataclass("Done", ["returncode", "stderr"])(status, "warning\nno room on the GPU\n")
+
+    return run
+
+
+def test_the_check_runs_once_and_its_gains_decide(one_gpu, capsys):
+    write = lambda path, text: open(path, "w").write(text)  # noqa: E731
+    text = '{"gains": {"16 bits, one row": 1.2, "8 bits, one row": 0.9}}'
+    one_gpu.setattr(verdict.subprocess, "run", checked(write, text))
+    one_gpu.setattr(gpu.parallel, "compute_capability", lambda: 90)
+    one_gpu.setattr(gpu.parallel, "device", Gpu)
+    x = jax.ShapeDtypeStruct((1, 1, 64), jnp.bfloat16)
+    assert gpu.takes(x, [jax.ShapeDtypeStruct((48, 64), jnp.bfloat16)])
+    assert not gpu.takes(x, [jax.eval_shape(lambda: quant.quantize(jnp.zeros((48, 64)), 8))])  # slower
+    assert not gpu.takes(x, [jax.eval_shape(lambda: quant.quantize(jnp.zeros((48, 64)), 4))])  # not known
+    assert not gpu.takes(jax.ShapeDtypeStruct((9, 64), jnp.bfloat16), [jax.ShapeDtypeStruct((48, 64), jnp.bfloat16)])
+    assert "once for this machine" in capsys.readouterr().err
+    gpu._gains.cache_clear()
+    one_gpu.setattr(verdict.subprocess, "run", None)  # it is not run again
+    assert gpu.faster("16 bits, one row")
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "message"),
+    [(1, "", "no room on the GPU"), (-11, "", "signal 11"), (0, "", "left no result")],
+)
+def test_a_check_that_does_not_end_is_one_warning(one_gpu, caplog, status, text, message):
+    one_gpu.setattr(verdict.subprocess, "run", checked(None, text, status))
+    one_gpu.setattr(gpu.parallel, "compute_capability", lambda: 90)
+    one_gpu.setattr(gpu.parallel, "device", Gpu)
+    assert not gpu.faster("16 bits, one row") and not gpu.faster("8 bits, one row")
+    assert [message in record.message for record in caplog.records] == [True]
+
+
+def test_without_nvrtc_or_a_gpu_other_kernels_run(one_gpu, caplog):
+    one_gpu.setattr(build, "compiler", lambda: None)
+    with pytest.raises(build.Unavailable, match="pip install nvidia-cuda-nvrtc"):
+        verdict.gains(Gpu.device_kind)
+    assert verdict.gains("another GPU, for which a program is compiled here") == {}
+    one_gpu.setenv(verdict.ENV, "off")
+    assert verdict.gains(Gpu.device_kind) == {}
+
+
+def ptxas():
+    """The assembler that comes with NVRTC in the packages of CUDA, which judges the PTX; None without it."""
+    paths = [Path(path).parents[1] / "bin" / "ptxas" for path in build.candidates() if "/" in path]
+    return next((str(path) for path in paths if path.is_file()), shutil.which("ptxas"))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("dtype", [0, 1], ids=["bfloat16", "float16"])
+def test_nvrtc_and_ptxas_compile_the_kernels(capability, dtype, tmp_path):
+    if build.compiler() is None or ptxas() is None:
+        pytest.skip("NVRTC and ptxas are not installed (pip install nvidia-cuda-nvrtc nvidia-cuda-nvcc)")
+    constants = {"HALF": dtype, "ROWS": 3, "PARTS": 2, "WARPS": 4}
+    decoding = {"HEADS": 2, "GROUP": 4, "DIM": 128, "SLOTS": 64, "BOUND": 64, "SCALE": "0.1f"}
+    multiplying = {"INPUTS": 576, "OUTPUTS_0": 48, "OUTPUTS_1": 0, "OUTPUTS_2": 0, "TILES": 1, "STAGES": 4}
+    multiplying |= {"BEFORE": 1, "EPS": "1e-5f", "RESIDUAL": 0, "OUT_FLOAT": 1}
+    cases = [("products", constants | multiplying | {"BITS": bits}) for bits in (16, 8, 4)]
+    cases += [("decode", constants | decoding | {"KV_BITS": bits}) for bits in (16, 8)]
+    for name, given in cases:
+        (tmp_path / "kernel.ptx").write_text(build.ptx(name, capability, tuple(given.items())))
+        command = [
+            ptxas(),
+            "-v",
+            f"-arch=sm_{capability}",
+            str(tmp_path / "kernel.ptx"),
+            "-o",
+            str(tmp_path / "kernel"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "0 bytes spill stores" in done.stderr
