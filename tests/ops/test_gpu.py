@@ -1,6 +1,7 @@
 """The CUDA kernels, emulated on a CPU, against XLA; and where they are used."""
 
 import dataclasses
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from helpers.cuda import emulated
 from helpers.numbers import gap
 from llama_jax import cache as caches
+from llama_jax import parallel
 from llama_jax.config import SIZES
 from llama_jax.ops import attention, gpu, quant, rope
 from llama_jax.ops.gpu import build, check, decode, products, verdict
@@ -50,7 +52,7 @@ def weights(bits, dtype, *shapes):
 def test_products_are_those_of_float32(bits, dtype, rows, width, outputs, tiling, eager, monkeypatch):
     monkeypatch.setattr(build, "call", emulated(eager))
     monkeypatch.setattr(products, "tiling", lambda *_: products.Tiling(*tiling))
-    monkeypatch.setattr(products, "_PROCESSORS", 2)  # so that a block has several tiles
+    monkeypatch.setattr(build, "chip", lambda: build.Chip(2, 0))  # few processors, so that a block has several tiles
     x = draw(9, rows, width, dtype=dtype)
     ours, exact = weights(bits, dtype, *((out, width) for out in outputs))
     for product, w in zip(gpu.linears(x, ours, dtype=jnp.float32), exact, strict=True):
@@ -75,12 +77,14 @@ def test_norm_swiglu_and_residual_are_those_of_xla(bits, rows, parts, monkeypatc
     assert gap(after_swiglu.astype(jnp.float32), expected) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 33, 64])
-def test_blocks_fit_in_the_shared_memory_of_an_h100(bits, rows):
-    for width in (576, 4096, 14336, 53248):
-        chosen = products.tiling(bits, rows, width)
-        assert chosen.blocks * (products.shared_bytes(bits, rows, width, chosen) + 1024) <= 228 * 1024
+@pytest.mark.parametrize(("capability", "shared"), [(80, 164), (89, 100), (90, 228), (121, 100), (75, 100)])
+def test_blocks_fit_in_the_shared_memory_of_a_processor(capability, shared, monkeypatch):
+    monkeypatch.setattr(parallel, "compute_capability", lambda: capability)
+    chip = build.chip()
+    assert chip.shared == 1024 * shared
+    for bits, rows, width in itertools.product((16, 8, 4), (1, 2, 5, 8, 9, 33, 64), (576, 4096, 14336, 53248)):
+        chosen = products.tiling(bits, rows, width, chip)
+        assert chosen.blocks * (products.shared_bytes(bits, rows, width, chosen) + 1024) <= chip.shared
 
 
 @pytest.mark.parametrize(

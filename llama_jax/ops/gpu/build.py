@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +25,28 @@ _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 _CAPABILITIES = (80, 90)  # that the source is compiled for; later GPUs run the last
 # The version of PTX that CUDA 12.0 reads. NVRTC writes its own, which an older driver refuses.
 _PTX = "8.0"
+
+
+class Chip(NamedTuple):
+    """The resources of a GPU that the blocks of a launch share.
+
+    Attributes:
+        processors: streaming multiprocessors.
+        shared: bytes of shared memory that the blocks of a processor can have, with 1 KiB for each block's own use.
+    """
+
+    processors: int
+    shared: int
+
+
+_SHARED = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}  # KiB
+
+
+def chip() -> Chip:
+    """The GPU of the program that is being traced."""
+    known = [capability for capability in _SHARED if capability <= parallel.compute_capability()]
+    shared = _SHARED[max(known)] if known else 100
+    return Chip(int(getattr(parallel.device(), "core_count", 132)), 1024 * shared)
 
 
 class Unavailable(Exception):

@@ -19,7 +19,7 @@ from llama_jax.ops.gpu import build
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _TILE = 16  # slots that a warp multiplies at once
 _WARPS = 4
-_BLOCKS = 396  # to aim for: three for each of the 132 processors of an H100
+_BLOCKS = 3  # of a processor, to aim for
 _MAX_GROUP, _MAX_DIM = 16, 128
 
 
@@ -64,7 +64,7 @@ def attend(
     """
     (B, _, N, H), (K, S) = q_BTNH.shape, cache[0].shape[1:3]
     tiles = math.ceil(window.bound / _TILE)
-    parts = max(1, min(_BLOCKS // (B * K), tiles // _WARPS))
+    parts = max(1, min(_BLOCKS * build.chip().processors // (B * K), tiles // _WARPS))
     leaves = [jax.tree.leaves(leaf) for leaf in cache]
     stored = [array for arrays in leaves for array in arrays]
     vectors = [positions_BT[:, 0].astype(jnp.int32), window.slots_BT[:, 0].astype(jnp.int32)]

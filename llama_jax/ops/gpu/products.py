@@ -5,6 +5,7 @@ Letters: R rows, O outputs, K inputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,8 +23,6 @@ MAX_ROWS = 64  # of quantized weights; for more, dequantizing once costs less
 _MAX_ROWS_OF_ARRAYS = 8  # for more, XLA's products are as fast
 _MAX_WEIGHTS = 3
 _NORM_ROWS, _SWIGLU_ROWS = 8, 2  # each block prepares all inputs, which costs too much for more rows
-_PROCESSORS = 132  # of an H100
-_SHARED = 227 * 1024  # bytes of shared memory that the blocks of a processor can have
 _UNIT = 128  # bytes of a row that a warp multiplies at once
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -64,14 +63,15 @@ class Tiling(NamedTuple):
     blocks: int
 
 
-def tiling(bits: int, rows: int, width: int) -> Tiling:
-    """The tiling for rows of inputs (R, K)."""
-    wide = rows > 8
-    for parts in range(1, math.ceil(width * bits / 8 / _UNIT) + 1):
-        for blocks in (1,) if wide else (2, 1):
-            chosen = Tiling(2 if wide else 8, 4 if wide else 1, 4, parts, blocks)
-            if (shared_bytes(bits, rows, width, chosen) + 1024) * blocks <= _SHARED:
-                return chosen
+def tiling(bits: int, rows: int, width: int, chip: build.Chip) -> Tiling:
+    """The tiling for rows of inputs (R, K) on a GPU."""
+    shapes = [(2, 4, 4, 1), (1, 2, 3, 1)] if rows > 8 else [(8, 1, 4, 2), (8, 1, 4, 1)]
+    most = math.ceil(width * bits / 8 / _UNIT)
+    # As few parts as possible, since each adds a result; then the first shape.
+    for parts, (warps, tiles, stages, blocks) in itertools.product(range(1, most + 1), shapes):
+        chosen = Tiling(warps, tiles, stages, parts, blocks)
+        if (shared_bytes(bits, rows, width, chosen) + 1024) * blocks <= chip.shared:
+            return chosen
     raise AssertionError("one unit of the inputs fits")
 
 
@@ -109,7 +109,7 @@ def linears(
     """
     first = weights[0]
     bits = first.bits if isinstance(first, QTensor) else 16
-    chosen = tiling(bits, *x.shape)
+    chosen = tiling(bits, x.shape[0], x.shape[1], build.chip())
     if norm is not None and x.shape[0] > _NORM_ROWS:
         x, norm = rms_norm(x, norm[0], eps=norm[1]), None
     if up is not None and x.shape[0] > _SWIGLU_ROWS:
@@ -165,7 +165,7 @@ def _launch(
         "STAGES": tiling.stages,
     }
     tiles = math.ceil(sum(math.ceil(count / 16) for count in outputs) / tiling.tiles)
-    blocks = min(tiles, max(1, _PROCESSORS * tiling.blocks // tiling.parts))
+    blocks = min(tiles, max(1, build.chip().processors * tiling.blocks // tiling.parts))
     leading = (R,) if tiling.parts == 1 else (tiling.parts, R)
     return build.call(
         "products",
