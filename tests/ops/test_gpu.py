@@ -14,7 +14,7 @@ import pytest
 from helpers.cuda import emulated
 from helpers.numbers import gap
 from llama_jax import cache as caches
-from llama_jax import parallel
+from llama_jax import model, parallel, params
 from llama_jax.config import SIZES
 from llama_jax.ops import attention, gpu, quant, rope
 from llama_jax.ops.gpu import build, check, decode, products, verdict
@@ -252,3 +252,30 @@ def test_nvrtc_and_ptxas_compile_the_kernels(capability, dtype, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "0 bytes spill stores" in done.stderr
+
+
+def test_a_decode_step_of_the_model_has_five_launches_a_layer(monkeypatch):
+    config = dataclasses.replace(
+        SIZES["tiny"], vocab_size=96, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=128
+    )
+    weights = params.unstack(params.init_params(config, jax.random.key(0)))
+    weights = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
+    monkeypatch.setattr(caches, "_stored", lambda dtype: jnp.dtype(dtype))
+    cache = caches.init_cache(config, batch=1, capacity=32, dtype=jnp.bfloat16)
+    cache = jax.tree.map(lambda a: draw(3, *a.shape, dtype=a.dtype), cache)
+
+    def step():
+        token, positions = jnp.array([[7]]), jnp.array([[20]])
+        hidden, _ = model.forward(config, weights, token, positions, None, cache, dtype=jnp.bfloat16)
+        return model.unembed(config, weights, hidden)
+
+    expected = step()
+    launches, call = [], emulated()
+    monkeypatch.setattr(build, "call", lambda name, *a, **k: [launches.append(name), *call(name, *a, **k)][1:])
+    monkeypatch.setattr(gpu, "faster", lambda kind: True)
+    monkeypatch.setattr(parallel, "device_platform", lambda: "cuda")
+    jax.clear_caches()
+    assert gap(step(), expected) < 2**-6
+    jax.clear_caches()
+    # All layers share one trace.
+    assert launches == ["products", "decode", "products", "products", "products", "products"]
