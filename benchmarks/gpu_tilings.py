@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import jax
 import jax.numpy as jnp
-from accelerator import Size, peaks, seconds
+from accelerator_sections import Size, peaks, seconds
 
 from llama_jax.ops import few_rows_gpu, gpu, quant
 from llama_jax.ops.gpu import build, products

@@ -22,7 +22,7 @@ from llama_jax.ops.gpu import build, decode, products, verdict
 from llama_jax.ops.gpu.products import linears
 from llama_jax.ops.quant import QTensor
 
-__all__ = ["decode", "faster", "linears", "products", "takes"]
+__all__ = ["decode", "faster", "gains", "linears", "products", "takes"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,15 @@ def faster(kind: str) -> bool:
     layout = parallel.active()
     if (layout is not None and (layout.mesh.size > 1 or layout.rules == "train")) or parallel.compute_capability() < 80:
         return False
-    return _gains(getattr(parallel.device(), "device_kind", "")).get(kind, 0.0) > 1
+    return gains().get(kind, 0.0) > 1
+
+
+def gains() -> Mapping[str, float]:
+    """The speed of each kind of kernel on the GPU in use, as a multiple of that of the kernels that it replaces.
+
+    It is empty where they cannot be used, which is logged once.
+    """
+    return _gains(getattr(parallel.device(), "device_kind", ""))
 
 
 @functools.cache
