@@ -124,6 +124,7 @@ def attention_calls(size: Size, T: int) -> Iterator[tuple[str, Any]]:
     import numpy as np
 
     from llama_jax import cache
+    from llama_jax.choices import KV_TYPES
     from llama_jax.ops.attention import Call
 
     shape = model_shape(size, 1)
@@ -137,7 +138,7 @@ def attention_calls(size: Size, T: int) -> Iterator[tuple[str, Any]]:
     order = np.arange(T, dtype=np.int32)[None]
     yield "documents", Call(draw(1, T, N, H), draw(1, K, T, H), draw(1, K, T, H), positions, segments)
     yield "one document", Call(draw(1, T, N, H), draw(1, K, T, H), draw(1, K, T, H), order)
-    for kv in cache.KV_TYPES:
+    for kv in KV_TYPES:
         store = cache.init_cache(shape, batch=8, capacity=T, dtype=jnp.bfloat16, kv=kv)
         if jax.default_backend() == "cpu":  # which stores the bits of 16-bit floats, and kernels of other chips do not
             floats = jnp.float16 if kv == "int8" else jnp.bfloat16

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from llama_jax import parallel
 from llama_jax.config import ModelConfig
 
-KV_TYPES = ("compute", "int8")
 _AXES = ("batch", "kv_heads", "slots", None)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -310,5 +311,6 @@ def refused(url: str, error: Exception, word: str = "read") -> ConfigError:
 
 
 def size_text(size: int) -> str:
-    """A number of bytes in words, such as 1.5 GB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    """A number of bytes with three digits and a decimal prefix, such as 1.23 GB."""
+    power = min(4, int(math.log10(max(1, size)) // 3))
+    return f"{size / 10 ** (3 * power):.3g} {['', 'k', 'M', 'G', 'T'][power]}B"

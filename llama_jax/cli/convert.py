@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax.cli import parser
 from llama_jax.errors import DTYPE_ALIASES, ConfigError, brief, nearest
+from llama_jax.storage import size_text
 
 if TYPE_CHECKING:
     from llama_jax.weights import name_table
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         shard_bytes=options.shard_size,
     )
     seconds = time.perf_counter() - start
-    print(f"{path}: {options.to} in {dtype}, {parser.human_bytes(size_of(path))} in {seconds:.1f} s")
+    print(f"{path}: {options.to} in {dtype}, {size_text(size_of(path))} in {seconds:.1f} s")
     if metadata.tokenizer is None and not (metadata.tokenizer_files and options.to == "hf"):
         print(f"warning: written without a tokenizer: {without}", file=sys.stderr)
     return 0

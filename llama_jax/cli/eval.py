@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import progress
+from llama_jax.choices import QUANTIZATIONS
 from llama_jax.cli import commands, parser, peer_flags
 from llama_jax.errors import ConfigError
 
@@ -27,7 +28,6 @@ _COMMANDS = {
     "compare": "two models on the same prompts: win, tie, loss",
     "quantization": "what rounding a model's weights costs",
 }
-_QUANTIZATIONS = ("int8", "int4", "kv_int8")  # of eval.quantization, which imports jax
 _TEXT_ALIASES = {"-f": "--text", "--file": "--text", **dict.fromkeys(peer_flags.CONTEXT, "--context")}
 _JUDGES = ("exact", "function", "model", "person")
 
@@ -135,7 +135,7 @@ def _quantization_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--text", nargs="+", required=True, metavar="FILE", help="as in eval perplexity")
     add(
         "--quantizations",
-        default=",".join(_QUANTIZATIONS),
+        default=",".join(QUANTIZATIONS),
         metavar="NAME,...",
         help="int8 and int4 weights, and a KV cache in int8; an empty text for none",
     )
@@ -294,7 +294,7 @@ def _compare(argv: Sequence[str]) -> int:
 def _quantization(argv: Sequence[str]) -> int:
     options = _quantization_flags(argv)
     names = [name.strip() for name in options.quantizations.split(",") if name.strip()]
-    wrong = [name for name in names if name not in _QUANTIZATIONS]
+    wrong = [name for name in names if name not in QUANTIZATIONS]
     if wrong:
         raise ConfigError(f"--quantizations takes int8, int4 and kv_int8, got {wrong[0]!r}")
     if not names and not options.others:

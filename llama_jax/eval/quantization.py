@@ -23,6 +23,7 @@ import numpy as np
 
 from llama_jax import model, parallel
 from llama_jax.cache import init_cache
+from llama_jax.choices import QUANTIZATIONS
 from llama_jax.errors import ConfigError
 from llama_jax.eval import scoring
 from llama_jax.eval.calibration import quantized
@@ -35,7 +36,6 @@ from llama_jax.progress import progress_bar
 from llama_jax.text.tokenizer import require_tokenizer
 
 _CONTEXT = 512
-QUANTIZATIONS = ("int8", "int4", "kv_int8")
 _LOGITS = 1 << 26  # most float32 logits of one model in memory at a time (256 MiB)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama_jax.choices import QUANTIZE
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, checked_keywords, nearest
 from llama_jax.infer import inputs
@@ -20,7 +21,6 @@ from llama_jax.infer.program import layout_of
 from llama_jax.params import Params
 from llama_jax.text.chat_format import AUTO
 from llama_jax.weights.formats import peft
-from llama_jax.weights.load import QUANTIZE
 from llama_jax.weights.open import open_source
 from llama_jax.weights.source import Source, UnknownTokenizer
 

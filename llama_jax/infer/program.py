@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 from llama_jax import cache as caches
 from llama_jax import model, parallel
 from llama_jax.cache import KVCache
+from llama_jax.choices import KV_TYPES
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError, brief
 from llama_jax.infer import decoding, whole_texts
@@ -56,10 +57,10 @@ class Program(ProgramSpec):
         """The programs of a model on a mesh.
 
         Raises:
-            ConfigError: the model cannot be split over the mesh, or `kv` is not one of cache.KV_TYPES.
+            ConfigError: the model cannot be split over the mesh, or `kv` is not one of KV_TYPES.
         """
-        if not isinstance(kv, str) or kv not in caches.KV_TYPES:
-            raise ConfigError(f"kv must be one of {', '.join(caches.KV_TYPES)}, got {brief(kv)}")
+        if not isinstance(kv, str) or kv not in KV_TYPES:
+            raise ConfigError(f"kv must be one of {', '.join(KV_TYPES)}, got {brief(kv)}")
         if draft is not None and draft.vocab_size != config.vocab_size:
             raise ConfigError(
                 f"the draft model has {draft.vocab_size:,} tokens and the model {config.vocab_size:,}: a draft needs "

@@ -27,7 +27,7 @@ class ProgramSpec:
         config: shape of the model.
         layout: mesh and sharding rules, or None for one device.
         dtype: dtype of activations and, for kv="compute", of the KV cache.
-        kv: one of cache.KV_TYPES.
+        kv: one of choices.KV_TYPES.
         draft: shape of the draft model, or None.
     """
 

@@ -37,7 +37,7 @@ class Serving:
         rows: rows of the batch.
         capacity: positions that each row can hold.
         dtype: dtype of weights and activations.
-        kv: type of the KV cache, one of cache.KV_TYPES.
+        kv: type of the KV cache, one of choices.KV_TYPES.
         quantize: quantization of the matrices, "int8" or "int4", or "none".
     """
 

@@ -23,10 +23,9 @@ from llama_jax.parallel import Layout, on_device, processes, shardings
 from llama_jax.params import Params, logical_axes
 from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
-from llama_jax.weights.quantize import BITS, bits_of, check, rounder
+from llama_jax.weights.quantize import bits_of, check, rounder
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
-QUANTIZE = ("none", *BITS)  # names that `load_leaves` accepts for `quantize`
 _AT_ONCE = 2  # tensors in flight; the host holds these besides what is on its devices
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension

@@ -61,7 +61,7 @@ class Source(Protocol):
         Args:
             layout: placement on the mesh; None is the first device.
             dtype: dtype of the params; None keeps the stored one.
-            quantize: one of load.QUANTIZE, or None to keep quantized weights as they are; see load.load_leaves.
+            quantize: one of choices.QUANTIZE, or None to keep quantized weights as they are; see load.load_leaves.
         """
 
     def load_merged(self, layout: Layout | None, dtype: jnp.dtype | None, quantize: str | None) -> Params:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KV_TYPES = ("compute",)
 PAGE = 32
 Leaf = jax.Array
 

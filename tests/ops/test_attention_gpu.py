@@ -11,7 +11,7 @@ import pytest
 from helpers.attention import described_h100, draw, filled, packed, plain, with_gradients
 from helpers.numbers import gap
 from llama_jax import model, parallel
-from llama_jax.cache import KV_TYPES
+from llama_jax.choices import KV_TYPES
 from llama_jax.config import SIZES
 from llama_jax.ops.attention import Call, flash, flash_kernels, split, xla
 from llama_jax.params import abstract_params

@@ -7,7 +7,7 @@ import pytest
 from helpers.attention import filled
 from helpers.numbers import gap
 from llama_jax import parallel
-from llama_jax.cache import KV_TYPES
+from llama_jax.choices import KV_TYPES
 from llama_jax.ops.attention import ragged, xla
 
 # Tolerance for float32 sums in another order, relative to the largest value of the result; the largest seen is 4e-7.

@@ -15,6 +15,7 @@ from helpers.cuda import emulated
 from helpers.numbers import gap
 from llama_jax import cache as caches
 from llama_jax import model, parallel, params
+from llama_jax.choices import KV_TYPES
 from llama_jax.config import SIZES
 from llama_jax.ops import attention, gpu, quant, rope
 from llama_jax.ops.gpu import build, check, decode, products, verdict
@@ -146,7 +147,7 @@ def test_the_check_compares_and_times_each_kind(small_check, tmp_path, monkeypat
     monkeypatch.setattr(check, "_ROWS", (1,))
     check.main(tmp_path / "record.json")
     found = verdict.read(tmp_path / "record.json")
-    assert sorted(found) == ["4 bits, one row", *(decode.kind(kv) for kv in caches.KV_TYPES)]
+    assert sorted(found) == ["4 bits, one row", *(decode.kind(kv) for kv in KV_TYPES)]
     assert all(gain < 1 for gain in found.values())  # emulated, they are slower than XLA
 
 

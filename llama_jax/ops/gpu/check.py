@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import cache as caches
+from llama_jax.choices import KV_TYPES
 from llama_jax.config import SIZES
 from llama_jax.files import write_json
 from llama_jax.ops import attention, linear, quant, rope
@@ -41,7 +42,7 @@ def gains() -> dict[str, float]:
             if products.refuses(jnp.zeros((rows, _SHAPE[1]), jnp.bfloat16), weights[:1]):
                 continue
             found[products.kind(weights[0], rows)] = _gain_of_products(weights, rows)
-    for kv in caches.KV_TYPES:
+    for kv in KV_TYPES:
         found[decode.kind(kv)] = _gain_of_decoding(kv)
     return found
 
