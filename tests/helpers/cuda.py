@@ -1,6 +1,7 @@
 """The CUDA kernels on a CPU: their source is compiled as C++ with tests/ops/emulated.h, whose threads are fibers."""
 
 import ctypes
+import functools
 import subprocess
 import tempfile
 from pathlib import Path
@@ -42,6 +43,7 @@ def emulated(eager=False):
     return call
 
 
+@functools.cache
 def _compiled(name, constants, count, threads, shared, eager):
     arguments = ", ".join(f"given[{i}]" for i in range(count))
     includes = [EMULATED, build.HERE / "numbers.cuh", build.HERE / f"{name}.cu"]

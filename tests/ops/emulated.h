@@ -31,7 +31,9 @@ using std::min;
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct Index { int x, y, z; };
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 
@@ -107,11 +109,15 @@ static float rsqrtf(float f) { return 1 / std::sqrt(f); }
 static float exponential(float f) { return std::exp(f); }
 static float float_of_half(u16 bits) { _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
 static u16 half_of_float(float f) { const _Float16 h = (_Float16)f; u16 bits; memcpy(&bits, &h, 2); return bits; }
+static u32 halves(float low, float high) { return half_of_float(low) | (u32)half_of_float(high) << 16; }
 static float float_of_bfloat16(u16 bits) { return __uint_as_float((u32)bits << 16); }
 static u16 bfloat16_of_float(float f) {
   const u32 bits = __float_as_uint(f);
   return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+static u32 bfloat16s(float low, float high) { return bfloat16_of_float(low) | (u32)bfloat16_of_float(high) << 16; }
+static float quotient(float a, float b) { return a / b; }
 
 #if HALF
 static float float_of(u16 bits) { return float_of_half(bits); }
@@ -155,9 +161,9 @@ static void load_transposed(u32 matrices[4], const void* row) {
 }
 
 static float load_fresh(const float* from) { return *from; }
+static float4 load_fresh_4(const float* from) { return *(const float4*)from; }
+static u32 arrive(u32* counter) { return (*counter)++; }
 static float power_of_2(float f) { return std::exp2(f); }
-static void __threadfence() {}
-static u32 atomicAdd(u32* number, u32 more) { const u32 before = *number; *number += more; return before; }
 
 static void (*body)();
 static void start() {

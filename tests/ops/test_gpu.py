@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +17,6 @@ from helpers.cuda import emulated
 from helpers.numbers import gap
 from llama_jax import cache as caches
 from llama_jax import model, parallel, params
-from llama_jax.choices import KV_TYPES
 from llama_jax.config import SIZES
 from llama_jax.ops import attention, gpu, quant, rope
 from llama_jax.ops.gpu import build, check, decode, products, verdict
@@ -99,7 +100,7 @@ def test_blocks_fit_in_the_shared_memory_of_a_processor(capability, shared, monk
     ids=str,
 )
 def test_a_decode_step_rotates_stores_and_attends_as_xla(kv, dtype, rows, heads, group, dim, bound, monkeypatch):
-    monkeypatch.setattr(build, "call", emulated())
+    monkeypatch.setattr(build, "call", emulated(eager=rows == 1))
     # A GPU's cache holds floats where that of a CPU holds their bits.
     monkeypatch.setattr(caches, "_stored", lambda dtype: jnp.dtype(dtype))
     config = dataclasses.replace(
@@ -131,32 +132,38 @@ def small_check(monkeypatch):
     """The check of the kernels with small arrays, on emulated kernels."""
     monkeypatch.setattr(build, "call", emulated())
     monkeypatch.setattr(caches, "_stored", lambda dtype: jnp.dtype(dtype))
-    for name, value in {
-        "_SHAPE": (64, 64),
-        "_COPIES": 1,
-        "_HEADS": (2, 1, 32),
-        "_SLOTS": 64,
-        "_CALLS": 1,
-        "_TURNS": 1,
-    }.items():
+    sizes = {"_LAYER": (64, 64, 64), "_HEADS": (2, 1, 32), "_SLOTS": 64, "_REPEATS": 1, "_TURNS": 1}
+    for name, value in (sizes | {"_BITS": (4,), "_ROWS": (1,), "_ODD": (), "_ODD_HEADS": ()}).items():
         monkeypatch.setattr(check, name, value)
 
 
 def test_the_check_compares_and_times_each_kind(small_check, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "_BITS", (4,))
-    monkeypatch.setattr(check, "_ROWS", (1,))
-    check.main(tmp_path / "record.json")
-    found = verdict.read(tmp_path / "record.json")
-    assert sorted(found) == ["4 bits, one row", *(decode.kind(kv) for kv in KV_TYPES)]
-    assert all(gain < 1 for gain in found.values())  # emulated, they are slower than XLA
+    monkeypatch.setattr(check, "KV_TYPES", ("int8",))
+    check.run(tmp_path / "record.json")
+    found = verdict._read(tmp_path / "record.json")
+    assert sorted(found.gains) == ["4 bits, one row", decode.kind("int8")]
+    assert all(gain < 1 for gain in found.gains.values())  # emulated, they are slower than XLA
+    assert found.failed == {}
 
 
-def test_a_wrong_kernel_fails_the_check(small_check, tmp_path, monkeypatch):
+def test_a_wrong_kernel_fails_the_check_of_its_kind(small_check, tmp_path, monkeypatch):
     right = products.linears
-    monkeypatch.setattr(products, "linears", lambda *a, **k: [1.1 * product for product in right(*a, **k)])
-    check.main(tmp_path / "record.json")
-    with pytest.raises(build.Unavailable, match=r"products of 1 rows: the kernel differs from XLA.*remove"):
-        verdict.read(tmp_path / "record.json")
+    monkeypatch.setattr(products, "linears", lambda *a, **k: [p.at[0, 3].add(9) for p in right(*a, **k)])
+    monkeypatch.setattr(check, "KV_TYPES", ())
+    check.run(tmp_path / "record.json")
+    found = verdict._read(tmp_path / "record.json")
+    assert found.gains == {}
+    assert re.search(r"products of 1 rows with 4 bits: the kernel differs.*remove", found.failed["4 bits, one row"])
+
+
+def test_a_check_without_memory_leaves_no_record(small_check, tmp_path, monkeypatch):
+    def linears(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: no room")
+
+    monkeypatch.setattr(products, "linears", linears)
+    with pytest.raises(RuntimeError, match="no room"):
+        check.run(tmp_path / "record.json")
+    assert not (tmp_path / "record.json").exists()
 
 
 class Gpu:
@@ -166,61 +173,78 @@ class Gpu:
 
 @pytest.fixture
 def one_gpu(monkeypatch, tmp_path):
+    """A machine with one GPU, whose check is a function of the record and of the environment."""
     monkeypatch.setattr(verdict, "_local_gpus", lambda: [Gpu()])
     monkeypatch.setattr(build, "compiler", lambda: "NVRTC")
+    monkeypatch.setattr(build, "version", lambda: "13.0")
+    monkeypatch.setattr(parallel, "compute_capability", lambda: 90)
+    monkeypatch.setattr(parallel, "device", Gpu)
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     gpu._gains.cache_clear()
     yield monkeypatch
     gpu._gains.cache_clear()
 
 
-def checked(record, text, status=0):
-    """A stand-in for the process of the check."""
+def done(status, text=""):
+    """A stand-in for the process of the check, which writes a record and ends with a status."""
 
     def run(command, **_):
         if text:
-            record(command[-1], text)
-        return dataclasses.make_dataclass("Done", ["returncode", "stderr"])(status, "warning\nno room on the GPU\n")
+            Path(command[-1]).write_text(text)
+        return subprocess.CompletedProcess(command, status, "", "warning\nno room on the GPU\n")
 
     return run
 
 
-def test_the_check_runs_once_and_its_gains_decide(one_gpu, capsys):
-    write = lambda path, text: open(path, "w").write(text)  # noqa: E731
-    text = '{"gains": {"16 bits, one row": 1.2, "8 bits, one row": 0.9}}'
-    one_gpu.setattr(verdict.subprocess, "run", checked(write, text))
-    one_gpu.setattr(gpu.parallel, "compute_capability", lambda: 90)
-    one_gpu.setattr(gpu.parallel, "device", Gpu)
+def test_the_check_runs_once_and_its_gains_decide(one_gpu, capsys, caplog):
+    gains = {"16 bits, one row": 1.2, "8 bits, one row": 0.9}
+    text = json.dumps({"gains": gains, "failed": {"4 bits, one row": "wrong"}})
+    one_gpu.setattr(verdict.subprocess, "run", done(0, text))
     x = jax.ShapeDtypeStruct((1, 1, 64), jnp.bfloat16)
     assert gpu.takes(x, [jax.ShapeDtypeStruct((48, 64), jnp.bfloat16)])
-    assert not gpu.takes(x, [jax.eval_shape(lambda: quant.quantize(jnp.zeros((48, 64)), 8))])  # slower
-    assert not gpu.takes(x, [jax.eval_shape(lambda: quant.quantize(jnp.zeros((48, 64)), 4))])  # not known
+    for bits in (8, 4):  # slower, and wrong
+        assert not gpu.takes(x, [jax.eval_shape(lambda bits=bits: quant.quantize(jnp.zeros((48, 64)), bits))])
     assert not gpu.takes(jax.ShapeDtypeStruct((9, 64), jnp.bfloat16), [jax.ShapeDtypeStruct((48, 64), jnp.bfloat16)])
     assert "once for this machine" in capsys.readouterr().err
+    (warning,) = caplog.messages
+    assert "(4 bits, one row): wrong" in warning and "remove" in warning
     gpu._gains.cache_clear()
     one_gpu.setattr(verdict.subprocess, "run", None)  # it is not run again
     assert gpu.faster("16 bits, one row")
 
 
-@pytest.mark.parametrize(
-    ("status", "text", "message"),
-    [(1, "", "no room on the GPU"), (-11, "", "signal 11"), (0, "", "left no result")],
-)
-def test_a_check_that_does_not_end_is_one_warning(one_gpu, caplog, status, text, message):
-    one_gpu.setattr(verdict.subprocess, "run", checked(None, text, status))
-    one_gpu.setattr(gpu.parallel, "compute_capability", lambda: 90)
-    one_gpu.setattr(gpu.parallel, "device", Gpu)
-    assert not gpu.faster("16 bits, one row") and not gpu.faster("8 bits, one row")
-    assert [message in record.message for record in caplog.records] == [True]
+def test_a_check_that_hangs_or_dies_is_recorded_and_one_that_has_no_memory_is_not(one_gpu, caplog):
+    def hangs(command, **_):
+        raise subprocess.TimeoutExpired(command, 240)
+
+    for run, message, again in (
+        (done(1), "no room on the GPU", True),
+        (done(-11), "signal 11", False),
+        (hangs, "did not end in 240 seconds", False),
+        (done(0), "left no result", True),
+    ):
+        one_gpu.setattr(verdict.subprocess, "run", run)
+        caplog.clear()
+        gpu._gains.cache_clear()
+        assert not gpu.faster("16 bits, one row") and not gpu.faster("8 bits, one row")
+        assert [message in text for text in caplog.messages] == [True]
+        (record,) = verdict._folder().glob("*.json") if not again else (None,)
+        if record:
+            record.unlink()
 
 
-def test_without_nvrtc_or_a_gpu_other_kernels_run(one_gpu, caplog):
+def test_without_nvrtc_or_a_gpu_or_a_folder_other_kernels_run(one_gpu, caplog):
+    nothing = ({}, {})
+    assert verdict.gains("another GPU, for which a program is compiled here") == nothing
     one_gpu.setattr(build, "compiler", lambda: None)
     with pytest.raises(build.Unavailable, match="pip install nvidia-cuda-nvrtc"):
         verdict.gains(Gpu.device_kind)
-    assert verdict.gains("another GPU, for which a program is compiled here") == {}
+    one_gpu.setattr(build, "compiler", lambda: "NVRTC")
+    one_gpu.setenv("LLAMA_JAX_CACHE", "/proc/no")
+    with pytest.raises(build.Unavailable, match="LLAMA_JAX_CACHE may name another folder"):
+        verdict.gains(Gpu.device_kind)
     one_gpu.setenv(verdict.ENV, "off")
-    assert verdict.gains(Gpu.device_kind) == {}
+    assert verdict.gains(Gpu.device_kind) == nothing
 
 
 def ptxas():

@@ -31,7 +31,8 @@ def takes(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
     """True if the kernel multiplies x (..., in) and weights (out, in) of one kind faster than other kernels."""
     if products.refuses(x, weights):
         return False
-    return faster(products.kind(weights[0], x.size // x.shape[-1]))
+    bits = weights[0].bits if isinstance(weights[0], QTensor) else 16
+    return faster(products.kind(bits, x.size // x.shape[-1]))
 
 
 def faster(kind: str) -> bool:
@@ -56,7 +57,10 @@ def gains() -> Mapping[str, float]:
 @functools.cache
 def _gains(device_kind: str) -> Mapping[str, float]:
     try:
-        return verdict.gains(device_kind)
+        found = verdict.gains(device_kind)
     except build.Unavailable as error:
         _log.warning("decoding is slower than it could be on this GPU: %s", error)
         return {}
+    for kind, reason in found.failed.items():
+        _log.warning("decoding is slower than it could be on this GPU (%s): %s", kind, reason)
+    return found.gains

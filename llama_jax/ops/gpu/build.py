@@ -64,6 +64,14 @@ def compiler() -> ctypes.CDLL | None:
     return None
 
 
+def version() -> str:
+    """The version of NVRTC."""
+    nvrtc, major, minor = compiler(), ctypes.c_int(), ctypes.c_int()
+    if nvrtc is not None:
+        nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
 def candidates() -> Iterator[str]:
     """Paths of NVRTC in the packages of jax, then its names for the system's search."""
     spec = importlib.util.find_spec("nvidia")

@@ -1,6 +1,9 @@
 """The check of the CUDA kernels before they are used: each must give the results of XLA, and is timed.
 
-python -m llama_jax.ops.gpu.check RECORD.json    # writes the gains, or what failed
+    python -m llama_jax.ops.gpu.check DEVICE RECORD.json    # writes the gains, and the reason of each failure
+
+A kind of kernel is timed as it is used: the products of a layer of 8B, or a decode step over a cache, many times in one
+program, so that the times are those of the GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,110 +25,172 @@ from llama_jax.config import SIZES
 from llama_jax.files import write_json
 from llama_jax.ops import attention, linear, quant, rope
 from llama_jax.ops.gpu import decode, products
-from llama_jax.ops.quant import QTensor
 
 _ERROR = 0.01  # of the norm of the result, as bfloat16 gives
-_SHAPE = (4096, 4096)
-_COPIES = 6  # of a weight, so that the cache of a GPU does not hold them
-_BITS, _ROWS = (16, 8, 4), (1, 8, 64)
+_LARGEST_ERROR = 0.02  # of an element, as a share of the largest element
+_LAYER = (4096, 1024, 14336)  # values of a token, of its keys, and of the feed-forward layer
 _HEADS = (32, 8, 128)  # query heads, key/value heads, and values of a head
 _SLOTS = 2048
-_CALLS, _TURNS = 10, 8  # of a timing
+_REPEATS, _TURNS = 20, 4  # layers of a program, and calls of each program
+_BITS, _ROWS = (16, 8, 4), (1, 8, 64)
+# Products that a layer of 8B does not have: dtype, rows, inputs and outputs.
+_ODD = ((jnp.bfloat16, 3, 576, (40, 16, 33)), (jnp.float16, 2, 1536, (48,)), (jnp.float16, 20, 320, (16, 8)))
+
+_ODD_HEADS = ((6, 2, 64), (16, 1, 32), (3, 3, 96))
+_EPS = 1e-5
+_Kernels = Callable[..., Any]
 
 
-def gains() -> dict[str, float]:
-    """The gain of each kind of kernel. Raises RuntimeError if a result differs from XLA's."""
-    found = {}
+def kinds() -> Iterator[tuple[str, Callable[[], float]]]:
+    """Each kind of kernel, with the function that checks it and returns its gain."""
     for bits in _BITS:
-        weights = [_draw(bits, seed) for seed in range(_COPIES)]
         for rows in _ROWS:
-            if products.refuses(jnp.zeros((rows, _SHAPE[1]), jnp.bfloat16), weights[:1]):
-                continue
-            found[products.kind(weights[0], rows)] = _gain_of_products(weights, rows)
+            if bits < 16 or rows <= 8:
+                yield products.kind(bits, rows), functools.partial(_gain_of_products, bits, rows)
     for kv in KV_TYPES:
-        found[decode.kind(kv)] = _gain_of_decoding(kv)
-    return found
+        yield decode.kind(kv), functools.partial(_gain_of_decoding, kv)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _draw(bits: int, seed: int) -> jax.Array | QTensor:
-    weight = 0.02 * jax.random.normal(jax.random.key(seed), _SHAPE, jnp.bfloat16)
+def _draw(*shape: int, seed: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _weight(shape: tuple[int, int], bits: int, dtype: Any, seed: int) -> Any:
+    weight = shape[1] ** -0.5 * jax.random.normal(jax.random.key(seed), shape, dtype)
     return weight if bits == 16 else quant.quantize(weight, bits)
 
 
-def _gain_of_products(weights: Sequence[jax.Array | QTensor], rows: int) -> float:
-    x = jax.random.normal(jax.random.key(rows), (rows, _SHAPE[1]), jnp.bfloat16)
-    scale = 1 + 0.1 * jax.random.normal(jax.random.key(1), (_SHAPE[1],), jnp.bfloat16)
-    norm = (scale, 1e-5)
+def _others(x: jax.Array, weights: Any, *, dtype: Any, **around: Any) -> list[jax.Array]:
+    """The products by the kernels that ours replace."""
+    return linear.linears(x, [(w, None) for w in weights], **around)
 
-    def ours(x: jax.Array, weights: Any) -> list[jax.Array]:
-        return [products.linears(x, [w], dtype=x.dtype, norm=norm, plus=x)[0] for w in weights]
 
-    def others(x: jax.Array, weights: Any) -> list[jax.Array]:
-        return [linear.linears(x, [(w, None)], norm=norm, plus=x)[0] for w in weights]
+def _by_float32(x: jax.Array, weights: Any) -> Iterator[jax.Array]:
+    """The products in float32."""
+    for w in weights:
+        whole = quant.dequantize(w, jnp.float32) if isinstance(w, quant.QTensor) else w.astype(jnp.float32)
+        yield jnp.dot(x.astype(jnp.float32), whole.T, precision="highest")
 
-    return _gain(ours, others, (x, weights), f"products of {rows} rows")
+
+def _gain_of_products(bits: int, rows: int) -> float:
+    for dtype, count, width, outputs in _ODD if rows == _ROWS[0] else ():
+        x, plus = _draw(count, width, seed=0, dtype=dtype), _draw(count, outputs[0], seed=1, dtype=dtype)
+        several = [_weight((out, width), bits, dtype, out) for out in outputs]
+        name = f"products of {count} rows of {width} inputs"
+        _compare(products.linears(x, several, dtype=dtype), _by_float32(x, several), name)
+        product = products.linears(x, several[:1], dtype=dtype, up=x, plus=plus)
+        _compare(product, (a + plus for a in _by_float32(jax.nn.silu(x) * x, several[:1])), f"{name} after SwiGLU")
+    D, K, F = _LAYER
+    shapes = {"qkv": [(D, D), (K, D), (K, D)], "o": [(D, D)], "ffn": [(F, D), (F, D)], "down": [(D, F)]}
+    weights = {
+        name: [_weight(shape, bits, jnp.bfloat16, i) for i, shape in enumerate(each)] for name, each in shapes.items()
+    }
+    norm = (1 + 0.1 * _draw(D, seed=1), _EPS)
+
+    def layer(kernels: _Kernels, x: jax.Array, weights: Any) -> jax.Array:
+        q, k, v = kernels(x, weights["qkv"], dtype=x.dtype, norm=norm)
+        q = q.at[:, :K].add(k + v)
+        (x,) = kernels(q, weights["o"], dtype=x.dtype, plus=x)
+        gate, up = kernels(x, weights["ffn"], dtype=x.dtype, norm=norm)
+        (x,) = kernels(gate, weights["down"], dtype=x.dtype, up=up, plus=x)
+        return x
+
+    x = _draw(rows, D, seed=2)
+    ours, others = functools.partial(layer, products.linears), functools.partial(layer, _others)
+    return _gain(ours, others, x, weights, f"products of {rows} rows with {bits} bits")
 
 
 def _gain_of_decoding(kv: str) -> float:
-    N, K, H = _HEADS
+    for heads, keys, dim in _ODD_HEADS:
+        ours, others, q, cache = _steps(kv, heads, keys, dim)
+        _compare(ours(q, cache), others(q, cache), f"decoding with {heads} heads of {dim} and a cache in {kv}")
+    return _gain(*_steps(kv, *_HEADS), f"decoding with a cache in {kv}")
+
+
+def _steps(kv: str, N: int, K: int, H: int) -> tuple[Callable[..., Any], Callable[..., Any], jax.Array, Any]:
+    """A decode step by our kernel and by others, its query, and a cache of which half the slots are live."""
     config = dataclasses.replace(SIZES["tiny"], num_layers=1, num_heads=N, num_kv_heads=K, head_dim=H)
     live = jnp.array([[_SLOTS // 2 + 13]], jnp.int32)
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-
-    def draw(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape, jnp.bfloat16)
-
     empty = caches.init_cache(config, batch=1, capacity=_SLOTS, dtype=jnp.bfloat16, kv=kv)
     every = caches.window(empty, jnp.arange(_SLOTS)[None], None)
-    cache = tuple(caches.write(leaf[0], draw(1, _SLOTS, K, H), every) for leaf in (empty.k, empty.v))
-    q, k, v = draw(1, 1, N, H), draw(1, 1, K, H), draw(1, 1, K, H)
-    rotations = rope.rotations(config, live)
+    cache = tuple(
+        caches.write(leaf[0], _draw(1, _SLOTS, K, H, seed=i), every) for i, leaf in enumerate((empty.k, empty.v))
+    )
+    k, v = (_draw(1, 1, K, H, seed=i) for i in (3, 4))
     window = caches.window(empty, live, None)
 
-    def ours(q: jax.Array, cache: Any) -> list[jax.Array]:
-        out, new = decode.attend(q, k, v, rotations, live, window, cache)
-        return [out, *_floats(new)]
+    def step(attend: Callable[..., Any], q: jax.Array, cache: Any) -> Any:
+        return attend(q, k, v, rope.rotations(config, live), live, window, cache)
 
-    def others(q: jax.Array, cache: Any) -> list[jax.Array]:
-        out, new = attention.over_cache(q, k, v, rotations, live, window, cache)
-        return [out, *_floats(new)]
-
-    return _gain(ours, others, (q, cache), f"decoding with a cache in {kv}")
+    ours, others = functools.partial(step, decode.attend), functools.partial(step, attention.over_cache)
+    return ours, others, _draw(1, 1, N, H, seed=5), cache
 
 
-def _floats(cache: Any) -> list[jax.Array]:
-    """The new slot of keys and values. Of a cache in 8 bits, the scales."""
-    return [(leaf.scales_BKS if isinstance(leaf, caches.QCache) else leaf)[:, :, _SLOTS // 2 + 13] for leaf in cache]
+def _gain(ours: Callable[..., Any], others: Callable[..., Any], x: jax.Array, held: Any, name: str) -> float:
+    """The time of the others over ours, the least of calls in turn.
 
+    A function takes x and what is held, and returns the next x, or the next of both.
 
-def _gain(ours: Callable[..., Any], others: Callable[..., Any], arguments: Any, name: str) -> float:
-    """The time of the others over ours, the least of runs in turn. Raises RuntimeError if results differ."""
-    run, other = jax.jit(ours), jax.jit(others)
-    for result, expected in zip(run(*arguments), other(*arguments), strict=True):
-        result, expected = result.astype(jnp.float32), expected.astype(jnp.float32)
-        error = float(jnp.linalg.norm(result - expected) / jnp.linalg.norm(expected))
-        if not error <= _ERROR:
-            raise RuntimeError(f"{name}: the kernel differs from XLA by {error:.1e} of the result")
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for _ in range(_TURNS):
-        for number, function in enumerate((run, other)):
+    Raises:
+        RuntimeError: their results differ.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def many(function: Callable[..., Any], x: jax.Array, held: Any) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            found = function(*carry)
+            return found if isinstance(found, tuple) else (found, carry[1])
+
+        return jax.lax.fori_loop(0, _REPEATS, body, (x, held))[0]
+
+    _compare(jax.jit(ours)(x, held), jax.jit(others)(x, held), name)
+    times: dict[Any, list[float]] = {ours: [], others: []}
+    for turn in range(1 + _TURNS):
+        for function, seconds in times.items():
             start = time.perf_counter()
-            jax.block_until_ready([function(*arguments) for _ in range(_CALLS)])
-            times[number].append(time.perf_counter() - start)
-    return round(min(times[1]) / min(times[0]), 2)
+            jax.block_until_ready(many(function, x, held))
+            seconds.append(time.perf_counter() - start) if turn else None  # the first call compiles
+    return round(min(times[others]) / min(times[ours]), 2)
 
 
-def main(record: Path) -> None:
-    """Runs the check and writes its result."""
-    try:
-        result: dict[str, Any] = {"gains": gains()}
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # the next start may have more memory
-            raise
-        result = {"failed": f"the check of the GPU kernels failed: {str(error).splitlines()[0][:300]}"}
-    write_json(record, result)
+def _compare(results: Any, expected: Any, name: str) -> None:
+    """Raises RuntimeError if an array of the results is not near the one that is expected."""
+    results, expected = (jax.tree.leaves(list(a) if isinstance(a, Iterator) else a) for a in (results, expected))
+    for result, exact in zip(results, expected, strict=True):
+        result, exact = result.astype(jnp.float32), exact.astype(jnp.float32)
+        error = float(jnp.linalg.norm(result - exact) / jnp.linalg.norm(exact))
+        largest = float(jnp.max(jnp.abs(result - exact)) / jnp.max(jnp.abs(exact)))
+        if not (error <= _ERROR and largest <= _LARGEST_ERROR):
+            raise RuntimeError(
+                f"{name}: the kernel differs from XLA by {error:.1e} of the result, at most {largest:.1e}"
+            )
+
+
+def run(record: Path) -> None:
+    """Checks each kind, and writes the gains and the reasons of failures.
+
+    Raises:
+        RuntimeError: the GPU has no memory left for the check, which the next start may have.
+    """
+    gains, failed = {}, {}
+    for kind, check in kinds():
+        try:
+            gains[kind] = check()
+        except RuntimeError as error:
+            text = str(error).splitlines()[0][:300]
+            if "RESOURCE_EXHAUSTED" in text or "OUT_OF_MEMORY" in text:
+                raise
+            failed[kind] = text
+    write_json(record, {"gains": gains, "failed": failed})
+
+
+def main(device: int, record: Path) -> None:
+    """Checks the kernels on the device with this number."""
+    jax.config.update("jax_default_device", jax.local_devices(backend="cuda")[device])
+    jax.block_until_ready(jnp.zeros(8) + 1)  # without a GPU to use, this process fails and records nothing
+    run(record)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -64,7 +64,8 @@ def attend(
     """
     (B, _, N, H), (K, S) = q_BTNH.shape, cache[0].shape[1:3]
     tiles = math.ceil(window.bound / _TILE)
-    parts = max(1, min(_BLOCKS * build.chip().processors // (B * K), tiles // _WARPS))
+    # The parts' shares of a head must fit into the shared memory of their results.
+    parts = max(1, min(_WARPS * H, _BLOCKS * build.chip().processors // (B * K), tiles // _WARPS))
     leaves = [jax.tree.leaves(leaf) for leaf in cache]
     stored = [array for arrays in leaves for array in arrays]
     vectors = [positions_BT[:, 0].astype(jnp.int32), window.slots_BT[:, 0].astype(jnp.int32)]

@@ -37,9 +37,9 @@ DEVICE void wait_for_copies() {
 // and 2 t + 8, 2 t + 9 (a[2], a[3]; b1), two in each word. d may be c.
 DEVICE void multiply_tile(float d[4], const u32 a[4], u32 b0, u32 b1, const float c[4]) {
 #if HALF
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
 #endif
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
@@ -65,11 +65,28 @@ DEVICE void load_transposed(u32 matrices[4], const void* row) {
                : "memory");
 }
 
-// A number that another block has written in this launch.
+// Numbers that another block has written in this launch.
 DEVICE float load_fresh(const float* from) {
   float f;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
   return f;
+}
+
+DEVICE float4 load_fresh_4(const float* from) {
+  float4 f;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
+               : "l"(from)
+               : "memory");
+  return f;
+}
+
+// Counts an arrival: all that the block wrote before its last barrier is visible to those that arrive later. Returns the
+// number of arrivals before.
+DEVICE u32 arrive(u32* counter) {
+  u32 before;
+  asm volatile("fence.acq_rel.gpu; atom.global.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 DEVICE float power_of_2(float f) {
@@ -84,18 +101,20 @@ DEVICE float float_of_half(u16 bits) {
   return f;
 }
 
-DEVICE u16 half_of_float(float f) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  return bits;
-}
-
 DEVICE float float_of_bfloat16(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
-DEVICE u16 bfloat16_of_float(float f) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+// Two floats, rounded to 16 bits.
+DEVICE u32 halves(float low, float high) {
+  u32 bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 
+DEVICE u32 bfloat16s(float low, float high) {
+  u32 bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 DEVICE float exponential(float f) { return __expf(f); }

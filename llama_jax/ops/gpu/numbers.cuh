@@ -1,8 +1,8 @@
 // 16-bit floats in the words of a kernel: float16 if HALF, else bfloat16.
 
 DEVICE float value_of(u16 bits) { return HALF ? float_of_half(bits) : float_of_bfloat16(bits); }
-DEVICE u16 rounded(float f) { return HALF ? half_of_float(f) : bfloat16_of_float(f); }
-DEVICE u32 pair(float a, float b) { return rounded(a) | (u32)rounded(b) << 16; }
+DEVICE u32 pair(float low, float high) { return HALF ? halves(low, high) : bfloat16s(low, high); }
+DEVICE u16 rounded(float f) { return (u16)pair(f, 0); }
 DEVICE u32 low_halves(u32 a, u32 b) { return (a & 0xffff) | b << 16; }
 DEVICE u32 high_halves(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000); }
 

@@ -86,71 +86,76 @@ DEVICE void load_values(const u8* unit, int row, int group, int t, u32 first[2],
 #endif
 }
 
-// Stores eight inputs of a row of x, from input k of the part on, in the order in which products read them.
-DEVICE void place(u8* row, int k, const u16 x[8]) {
+// Stores eight inputs of a row of x, two in each word, from input k of the part on, in the order in which products read
+// them.
+DEVICE void place(u8* row, int k, const u32 x[4]) {
 #if BITS == 16
-  for (int i = 0; i < 4; i++) ((u32*)(row + 2 * k))[i] = x[2 * i] | (u32)x[2 * i + 1] << 16;
-#elif BITS == 8
-  u32* to = (u32*)(row + 2 * k);
-  for (int i = 0; i < 8; i += 4) to[i / 2] = x[i] | (u32)x[i + 2] << 16, to[i / 2 + 1] = x[i + 1] | (u32)x[i + 3] << 16;
+  *(uint4*)(row + 2 * k) = make_uint4(x[0], x[1], x[2], x[3]);
+#else
+  const u32 a = low_halves(x[0], x[1]), b = high_halves(x[0], x[1]);  // inputs 0 and 2, 1 and 3
+  const u32 c = low_halves(x[2], x[3]), d = high_halves(x[2], x[3]);
+#if BITS == 8
+  *(uint4*)(row + 2 * k) = make_uint4(a, b, c, d);
 #else
   const int eighth = k / 8 % 4;
-  u32* to = (u32*)(row + 2 * (k / GROUP * GROUP) + eighth % 2 * 32 + eighth / 2 * 8);
-  for (int i = 0; i < 8; i += 4) to[i] = x[i] | (u32)x[i + 2] << 16, to[i + 1] = x[i + 1] | (u32)x[i + 3] << 16;
+  u8* to = row + 2 * (k / GROUP * GROUP) + eighth % 2 * 32 + eighth / 2 * 8;
+  *(uint2*)to = make_uint2(a, b);
+  *(uint2*)(to + 16) = make_uint2(c, d);
+#endif
 #endif
 }
 
-DEVICE float sum_of_block(float value, float* shared) {
+// The sum over the threads that prepare a row: a warp, or for a single row all.
+DEVICE float sum_of_row(float value, float* scratch) {
   for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+#if ROWS == 1
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
-  float total = 0;
-  for (int i = 0; i < THREADS / 32; i++) total += shared[i];
-  __syncthreads();
-  return total;
+  value = 0;
+  for (int i = 0; i < THREADS / 32; i++) value += scratch[i];
+#endif
+  return value;
 }
 
-// Eight inputs of a row of x from input k on, in float32. `before` is applied as far as it needs no other inputs.
-DEVICE void load_inputs(const u16* x, const u16* other, int k, float inputs[8]) {
-  const uint4 words = k < INPUTS ? *(const uint4*)(x + k) : make_uint4(0, 0, 0, 0);
+// Eight 16-bit floats of a row from input k on; zeros beyond the last.
+DEVICE void load_floats(const u16* row, int k, float floats[8]) {
+  const uint4 words = k < INPUTS ? *(const uint4*)(row + k) : make_uint4(0, 0, 0, 0);
   const u32 word[4] = {words.x, words.y, words.z, words.w};
-  for (int i = 0; i < 8; i++) inputs[i] = value_of((u16)(word[i / 2] >> (i % 2 * 16)));
-#if BEFORE == 2
-  const uint4 others = k < INPUTS ? *(const uint4*)(other + k) : make_uint4(0, 0, 0, 0);
-  const u32 up[4] = {others.x, others.y, others.z, others.w};
-  for (int i = 0; i < 8; i++) {
-    const float silu = inputs[i] / (1 + exponential(-inputs[i]));
-    inputs[i] = value_of(rounded(silu)) * value_of((u16)(up[i / 2] >> (i % 2 * 16)));
-  }
-#endif
+  for (int i = 0; i < 8; i++) floats[i] = value_of((u16)(word[i / 2] >> (i % 2 * 16)));
 }
 
 // Stores the inputs f(x) of this part in shared memory. `excess` gets what the products of 4 bits are too large by.
 DEVICE void prepare(const u16* x, const u16* other, u8* inputs, float* excess, float* scratch) {
-  const int start = blockIdx.y * PART_INPUTS;
-  for (int r = 0; r < ROWS; r++, x += INPUTS, other += BEFORE == 2 ? INPUTS : 0) {
+  const int start = blockIdx.y * PART_INPUTS, team = ROWS == 1 ? THREADS : 32;
+  for (int r = threadIdx.x / team; r < ROWS; r += THREADS / team) {
+    const u16 *row = x + r * INPUTS, *beside = BEFORE == 2 ? other + r * INPUTS : other;
+    const int first = 8 * (threadIdx.x % team);
     float factor = 1;
 #if BEFORE == 1
     float squares = 0;
-    for (int k = 8 * threadIdx.x; k < INPUTS; k += 8 * THREADS) {
+    for (int k = first; k < INPUTS; k += 8 * team) {
       float values[8];
-      load_inputs(x, other, k, values);
+      load_floats(row, k, values);
       for (int i = 0; i < 8; i++) squares += values[i] * values[i];
     }
-    factor = rsqrtf(sum_of_block(squares, scratch) / INPUTS + EPS);
+    factor = rsqrtf(sum_of_row(squares, scratch) / INPUTS + EPS);
 #endif
-    for (int k = 8 * threadIdx.x; k < PART_INPUTS; k += 8 * THREADS) {  // whole warps, as PART_INPUTS are units
-      float values[8], sum = 0;
-      u16 bits[8];
-      load_inputs(x, other, start + k, values);
-      for (int i = 0; i < 8; i++) {
-#if BEFORE == 1
-        values[i] = value_of(rounded(values[i] * factor)) * (start + k < INPUTS ? value_of(other[start + k + i]) : 0);
-#endif
-        bits[i] = rounded(values[i]);
-        sum += value_of(bits[i]);
+    for (int k = first; k < PART_INPUTS; k += 8 * team) {  // whole warps for 4 bits, whose units are 256 inputs
+      float values[8], others[8], sum = 0;
+      u32 words[4];
+      load_floats(row, start + k, values);
+      if (BEFORE) load_floats(beside, start + k, others);
+      for (int i = 0; i < 8; i += 2) {
+        float a = values[i], b = values[i + 1];
+        if (BEFORE) {
+          const u32 between = BEFORE == 1 ? pair(a * factor, b * factor)
+                                          : pair(quotient(a, 1 + exponential(-a)), quotient(b, 1 + exponential(-b)));
+          a = value_of((u16)between) * others[i], b = value_of((u16)(between >> 16)) * others[i + 1];
+        }
+        words[i / 2] = pair(a, b);
+        sum += value_of((u16)words[i / 2]) + value_of((u16)(words[i / 2] >> 16));
       }
-      place(inputs + r * X_STRIDE, k, bits);
+      place(inputs + r * X_STRIDE, k, words);
 #if EXCESS
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);

@@ -39,10 +39,9 @@ def refuses(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
     return not (fit and kinds) or len(weights) > _MAX_WEIGHTS
 
 
-def kind(weight: jax.Array | QTensor, rows: int) -> str:
+def kind(bits: int, rows: int) -> str:
     """The kind of a product, as the check of the kernels names it."""
-    bits = weight.bits if isinstance(weight, QTensor) else 16
-    return f"{bits} bits, {'one row' if rows == 1 else 'a few rows' if rows <= 8 else 'many rows'}"
+    return f"{bits} bits, {'one row' if rows == 1 else 'up to 8 rows' if rows <= 8 else 'up to 64 rows'}"
 
 
 class Tiling(NamedTuple):
@@ -65,12 +64,13 @@ class Tiling(NamedTuple):
 
 def tiling(bits: int, rows: int, width: int, chip: build.Chip) -> Tiling:
     """The tiling for rows of inputs (R, K) on a GPU."""
-    shapes = [(2, 4, 4, 1), (1, 2, 3, 1)] if rows > 8 else [(8, 1, 4, 2), (8, 1, 4, 1)]
-    most = math.ceil(width * bits / 8 / _UNIT)
-    # As few parts as possible, since each adds a result; then the first shape.
-    for parts, (warps, tiles, stages, blocks) in itertools.product(range(1, most + 1), shapes):
-        chosen = Tiling(warps, tiles, stages, parts, blocks)
-        if (shared_bytes(bits, rows, width, chosen) + 1024) * blocks <= chip.shared:
+    parts = range(1, math.ceil(width * bits / 8 / _UNIT) + 1)
+    if rows <= 8:  # few parts matter most, since each adds a result, and then two blocks
+        tried = [(8, 1, 4, p, blocks) for p in parts for blocks in (2, 1)]
+    else:  # enough warps matter most
+        tried = [(w, t, s, p, 1) for w, t, s in ((2, 4, 4), (2, 4, 3), (2, 4, 2), (1, 2, 2)) for p in parts]
+    for chosen in itertools.starmap(Tiling, tried):
+        if (shared_bytes(bits, rows, width, chosen) + 1024) * chosen.blocks <= chip.shared:
             return chosen
     raise AssertionError("one unit of the inputs fits")
 

@@ -1,20 +1,23 @@
 """The result of check.py, which runs once for each machine: the CUDA kernels that can be used there.
 
-The result is in the cache folder, under a name with a hash of the sources, the versions of jaxlib and the driver, and
-the GPU. The check runs in a process of its own, because a wrong kernel can end the process that launches it.
+The result is in the cache folder, under a name with a hash of the sources, the versions of jaxlib, NVRTC and the
+driver, and the GPU. The check runs in a process of its own, because a wrong kernel ends the process that launches it.
 $LLAMA_JAX_GPU_KERNELS=off turns the kernels off.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -23,37 +26,47 @@ from llama_jax.files import write_json
 from llama_jax.ops.gpu import build
 
 ENV = "LLAMA_JAX_GPU_KERNELS"
-_SECONDS = 300
+_SECONDS = 240
 _ENDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by a user: the next start tries again
 
 
-def gains(device_kind: str) -> Mapping[str, float]:
-    """The speed of each kind of CUDA kernel on this machine, as a multiple of that of the kernels that it replaces.
+class Verdict(NamedTuple):
+    """The result of a check.
+
+    Attributes:
+        gains: speed of each kind of kernel, as a multiple of that of the kernels that it replaces.
+        failed: the reason for each kind that failed.
+    """
+
+    gains: Mapping[str, float]
+    failed: Mapping[str, str]
+
+
+def gains(device_kind: str) -> Verdict:
+    """The result of the check for a GPU of this kind; the first call on a machine runs the check.
 
     Raises:
-        Unavailable: there is no compiler or no GPU, or the check failed.
+        Unavailable: there is no compiler or no folder to write to, or the check did not end.
     """
+    none = Verdict({}, {})
     if os.environ.get(ENV, "").lower() in ("off", "0", "false"):
-        return {}
-    present = [d for d in _local_gpus() if d.device_kind == device_kind]
-    if not present:
-        return {}  # a program is compiled for a GPU of another machine
+        return none
+    number = next((i for i, gpu in enumerate(_local_gpus()) if gpu.device_kind == device_kind), None)
+    if number is None:
+        return none  # a program is compiled for a GPU of another machine
     if build.compiler() is None:
         raise build.Unavailable("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
-    folder = compilation_cache.folder()
-    if folder is None:
-        raise build.Unavailable(f"{compilation_cache.ENV} is off, and kernels are checked into that folder")
-    record = folder.parent / "native" / f"gpu-{_key(present[0])}.json"
-    try:
-        return read(record)
-    except (OSError, ValueError):
-        pass
-    print("checking the GPU kernels, once for this machine (about 20 seconds)", file=sys.stderr, flush=True)
-    _check_apart(record)
-    try:
-        return read(record)
-    except (OSError, ValueError) as error:
-        raise build.Unavailable(f"the check left no result: {error}") from None
+    record = _folder() / f"gpu-{_key(_local_gpus()[number])}.json"
+    if (found := _read(record)) is not None:
+        return found
+    with _alone(record):
+        if (found := _read(record)) is None:  # not checked by another process in the meantime
+            print("checking the GPU kernels, once for this machine (about a minute)", file=sys.stderr, flush=True)
+            _check_apart(number, record)
+            found = _read(record)
+    if found is None:
+        raise build.Unavailable("their check left no result")
+    return found
 
 
 def _local_gpus() -> list[jax.Device]:
@@ -63,15 +76,39 @@ def _local_gpus() -> list[jax.Device]:
         return []
 
 
-def read(record: Path) -> Mapping[str, float]:
-    """The gains in a record. Raises Unavailable if it says that the check failed, ValueError if it is damaged."""
-    found = json.loads(record.read_text())
-    if "failed" in found:
-        raise build.Unavailable(f"{found['failed']} (remove {record} to try again)")
+def _folder() -> Path:
+    cache = compilation_cache.folder()
+    if cache is None:
+        raise build.Unavailable(f"{compilation_cache.ENV} is off, and the result of their check is kept in that folder")
+    folder = cache.parent / "native"
     try:
-        return {str(kind): float(gain) for kind, gain in found["gains"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{record} is damaged") from None
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except OSError as error:
+        raise build.Unavailable(f"{error}; {compilation_cache.ENV} may name another folder") from None
+    return folder
+
+
+@contextlib.contextmanager
+def _alone(record: Path) -> Iterator[None]:
+    """Keeps other processes from checking the same GPU at the same time, which would disturb the times."""
+    with open(record.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(record: Path) -> Verdict | None:
+    """The verdict in a record; None if there is none, or it is damaged."""
+    try:
+        found = json.loads(record.read_text())
+        advice = f" (remove {record} to try again)"
+        return Verdict(
+            {str(kind): float(gain) for kind, gain in found["gains"].items()},
+            {str(kind): str(reason) + advice for kind, reason in found["failed"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _key(device: jax.Device) -> str:
@@ -80,33 +117,41 @@ def _key(device: jax.Device) -> str:
     digest = hashlib.sha256()
     for path in sorted([*build.HERE.glob("*.cu*"), *build.HERE.glob("*.py")]):
         digest.update(path.read_bytes())
-    digest.update(f"\0{jaxlib.__version__}\0{device.client.platform_version}\0{device.device_kind}".encode())
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        driver = ""
+    for part in (jaxlib.__version__, device.client.platform_version, device.device_kind, build.version(), driver):
+        digest.update(f"\0{part}".encode())
     return digest.hexdigest()[:16]
 
 
-def _check_apart(record: Path) -> None:
-    """Runs the check in a process that writes the record. It needs little of the GPU's memory.
+def _check_apart(number: int, record: Path) -> None:
+    """Runs the check in a process that writes the record. It needs about 1.5 GB of the GPU's memory.
 
     Raises:
-        Unavailable: it could not run, or failed for a reason that the next start may not have.
+        Unavailable: it failed for a reason that the next start may not have.
     """
-    try:
-        record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise build.Unavailable(f"{error}; {compilation_cache.ENV} may name another folder") from None
     environment = {
         **os.environ,
         ENV: "off",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "PYTHONPATH": os.pathsep.join([str(build.HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-m", "llama_jax.ops.gpu.check", str(record)]
+    command = [sys.executable, "-m", "llama_jax.ops.gpu.check", str(number), str(record)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise build.Unavailable(f"their check did not end: {error}") from None
+    except OSError as error:
+        raise build.Unavailable(f"their check did not run: {error}") from None
+    except subprocess.TimeoutExpired:
+        _fail(record, f"their check did not end in {_SECONDS} seconds")
+        return
     if done.returncode < 0 and -done.returncode not in _ENDED:
-        write_json(record, {"failed": f"the check of the GPU kernels died of signal {-done.returncode}"})
+        _fail(record, f"their check died of signal {-done.returncode}")
     elif done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         raise build.Unavailable(f"their check did not end: {lines[-1].strip()[:300]}")
+
+
+def _fail(record: Path, reason: str) -> None:
+    write_json(record, {"gains": {}, "failed": {"all kinds": reason}})
