@@ -51,6 +51,8 @@ def enable() -> Path | None:
         print(f"no compilation cache ({error}): set {ENV} to a folder, or to off", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
+    # The CUDA driver compiles the kernels of llama_jax/ops/gpu when a program is loaded, and keeps them here.
+    os.environ.setdefault("CUDA_CACHE_PATH", str(path.parent / "cuda"))
     _write_whole_entries()
     return path
 
