@@ -342,16 +342,12 @@ def _in_float32(weight: Any) -> Any:
     return quant.dequantize(weight, jnp.float32) if isinstance(weight, quant.QTensor) else weight.astype(jnp.float32)
 
 
-def decoding(size: Size) -> Iterator[Item]:
-    """Steps of greedy decoding with `live` live slots a row: bfloat16, int8 and int4 weights at each batch size."""
+def decode_loop(size: Size, shape: Any) -> Callable[..., Any]:
+    """A program of `steps` greedy decode steps: (params, cache, tokens (B, 1)) -> (tokens, cache), in the same memory."""
     import jax
     import jax.numpy as jnp
 
-    from llama_jax import cache as caches
     from llama_jax import model
-
-    shape = model_shape(size, size.decoder_layers)
-    capacity = 2 * size.live
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Any, cache: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
@@ -363,11 +359,23 @@ def decoding(size: Size) -> Iterator[Item]:
 
         return jax.lax.fori_loop(0, size.steps, step, (tokens, cache))
 
+    return run
+
+
+def decoding(size: Size) -> Iterator[Item]:
+    """Steps of greedy decoding with `live` live slots a row: bfloat16, int8 and int4 weights at each batch size."""
+    import jax
+    import jax.numpy as jnp
+
+    from llama_jax import cache as caches
+
+    shape = model_shape(size, size.decoder_layers)
+    run = decode_loop(size, shape)
     for bits in (0, 8, 4):
         params = random_weights(shape, bits)
         weights = sum(a.nbytes for a in jax.tree.leaves({**params, "embed": None}))
         for rows in size.batches:
-            cache = caches.init_cache(shape, batch=rows, capacity=capacity, dtype=jnp.bfloat16)
+            cache = caches.init_cache(shape, batch=rows, capacity=2 * size.live, dtype=jnp.bfloat16)
             tokens = jnp.ones((rows, 1), jnp.int32)
             times = []
             for _ in range(1 + size.repeats):
