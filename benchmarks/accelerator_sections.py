@@ -343,7 +343,7 @@ def _in_float32(weight: Any) -> Any:
 
 
 def decode_loop(size: Size, shape: Any) -> Callable[..., Any]:
-    """A program of `steps` greedy decode steps: (params, cache, tokens (B, 1)) -> (tokens, cache), in the same memory."""
+    """A program of `steps` greedy decode steps: (params, cache, tokens (B, 1)) -> (tokens, cache), in place."""
     import jax
     import jax.numpy as jnp
 
