@@ -13,12 +13,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from helpers.aot_compile import tpu_mesh
 from llama_jax import cache, parallel
 from llama_jax.config import size
 from llama_jax.infer.program import Program
-from llama_jax.ops import linear, quant
+from llama_jax.ops import gpu, linear, quant
 from llama_jax.ops.attention import Call, attention
 from llama_jax.ops.remat import with_remat
 from llama_jax.plan.compile import topology
@@ -118,6 +119,14 @@ def engine(mesh, bits, kv):
     return program.decode.lower(params, state, steer, bound=BOUND, top=0, guesses=0, drafter="")
 
 
+def with_cuda_kernels(lowered, *arguments):
+    """A program with the kernels of ops/gpu, which otherwise are used on the machine that has checked them only."""
+    jax.clear_caches()  # of a layer that was traced with other kernels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "faster", lambda kind: True)
+        return lowered(*arguments)
+
+
 CASES = {
     "documents": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, True),
     "one document": lambda mesh: whole_rows(parallel.Layout(mesh, "train"), 8192, False),
@@ -128,6 +137,7 @@ CASES = {
     "product int8": lambda mesh: product(mesh, 8),
     "product int4": lambda mesh: product(mesh, 4),
     "engine": lambda mesh: engine(mesh, 4, "int8"),
+    "engine, CUDA kernels": lambda mesh: with_cuda_kernels(engine, mesh, 4, "int8"),
     "kept, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "attention"),
     "kept, one document": lambda mesh: kept(parallel.Layout(mesh, "train"), False, "attention"),
     "offloaded, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "offload"),
@@ -140,7 +150,7 @@ RECIPES = [
     ("llama31_8b_sft", 8, 21.7),
     ("llama31_70b_lora", 8, 45.7),
 ]
-QUANTIZED = ("product int8", "product int4", "engine")
+QUANTIZED = ("product int8", "product int4", "engine", "engine, CUDA kernels")
 
 
 def main():
@@ -154,10 +164,11 @@ def main():
         memory = compiled.memory_analysis()
         found[name] = {
             "kernels": sorted(
-                set(re.findall(r'name = "((?:flash|split|quantized|few)_\w+)"', text))
+                set(re.findall(r'name = "((?:flash|split|quantized|few)_\w+|products|decode)"', text))
                 | set(re.findall(r"%(ragged_attention|splash_\w+?)[.\d]* = ", text))
                 | set(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
             ),
+            "launches": text.count('custom_call_target="__gpu$xla.gpu.'),
             "forward_calls": len(
                 re.findall(r'name = "flash_forward"|="__cudnn\$fmhaSoftmax"|%splash_mha_fwd[\w.]* = ', text)
             ),

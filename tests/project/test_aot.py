@@ -79,9 +79,13 @@ def _cuda_environment() -> dict[str, str]:
 def test_quantized_products_on_an_h100_write_no_dequantized_weight():
     found = _attention("h100", _cuda_environment(), *aot_attention.QUANTIZED)
     for name, one in found.items():
-        engine = ["quantized_product", "split_decode", "split_decode_join"]
-        assert one["kernels"] == (engine if name == "engine" else ["few_rows"]), (name, one)
+        expected = {
+            "engine": ["quantized_product", "split_decode", "split_decode_join"],
+            "engine, CUDA kernels": ["decode", "products"],
+        }
+        assert one["kernels"] == expected.get(name, ["few_rows"]), (name, one)
         assert one["temporary_bytes"] < 32 << 20, (name, one)  # the smallest dequantized weight would be 117 MB
+    assert found["engine, CUDA kernels"]["launches"] == 5 + 1  # of the layer, and the unembedding
 
 
 @pytest.mark.slow
