@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ _DEEP_KEY = re.compile(
 _OF_A_RUN = ("tokenizer_fingerprint", "frozen", "files", "sha256")  # what config.json of a run folder has besides keys
 
 
+def cleared(given: Collection[str], found: Collection[str] = ()) -> dict[str, int]:
+    """The key that a run's length clears: train.epochs for train.steps, and train.steps for train.epochs.
+
+    Args:
+        given: keys that have a value.
+        found: keys that are named, with a value or without, which are not cleared.
+    """
+    lengths = ("train.steps", "train.epochs")
+    return {other: 0 for key, other in (lengths, lengths[::-1]) if key in given and other not in {*given, *found}}
+
+
 def read(path: Path) -> dict[str, Any]:
     """Every key of a run by its section: the values of the file, and defaults for the others.
 
@@ -41,9 +52,7 @@ def read(path: Path) -> dict[str, Any]:
     if path.name == "config.json":
         given = {name: value for name, value in given.items() if name not in _OF_A_RUN}
     found = _by_key(path, given)
-    for key, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
-        if found.get(key) and other not in found:
-            found[other] = 0
+    found |= cleared({key for key, value in found.items() if value}, found)
     values = default_dict()
     defaults = flat(values)
     for key, value in found.items():

@@ -228,12 +228,8 @@ def _override(arg: str) -> str:
 
 def _one_length(argv: list[str]) -> list[str]:
     """The arguments, in which setting train.epochs or train.steps clears the recipe's value of the other."""
-    steps, epochs = (
-        any(arg.lstrip("-").startswith(f"config.train.{key}=") for arg in argv) for key in ("steps", "epochs")
-    )
-    if steps == epochs:
-        return argv
-    return [*argv, "--config.train.epochs=0" if steps else "--config.train.steps=0"]
+    given = {arg.lstrip("-").partition("=")[0].removeprefix("config.") for arg in argv if "=" in arg}
+    return [*argv, *(f"--config.{key}={value}" for key, value in key_files.cleared(given).items())]
 
 
 def _split_shape(argv: list[str]) -> tuple[list[str], dict[str, str]]:
