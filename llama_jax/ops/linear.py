@@ -24,6 +24,7 @@ from llama_jax.ops.lora import LoraTensor
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.quant import QTensor
 from llama_jax.ops.remat import product
+from llama_jax.ops.swiglu import swiglu
 
 Weight = jax.Array | QTensor | LoraTensor
 Axes = tuple[str | None, ...] | None
@@ -147,7 +148,7 @@ def _several(inputs: _Inputs, weights: Sequence[Weight], eps: float, axes: tuple
     if scale is not None:
         x = rms_norm(x, scale, eps=eps)
     if up is not None:
-        x = jax.nn.silu(x) * up
+        x = swiglu(x, up)
     products = [product(linear(x, w, its)) for w, its in zip(weights, axes, strict=True)]
     return products if plus is None else [plus + products[0]]
 

@@ -49,11 +49,16 @@ def cross_entropy(
 
 
 def _chunks(table_VD: jax.Array, num_shards: int, num_chunks: int, dtype: jnp.dtype) -> jax.Array:
-    """The table in chunks (C, P, n, D). Each device cuts its own shard, so that no chunk is communicated."""
+    """The table in chunks (C, P, n, D). Each device cuts its own shard, so that no chunk is communicated.
+
+    On a CPU they have the dtype of the table, and `_gathered` casts them: XLA would widen bfloat16 chunks to float32
+    before it cuts them.
+    """
     V, D = table_VD.shape
     shard = V // num_shards
     n = -(-shard // num_chunks)
-    table = jnp.pad(table_VD.astype(dtype).reshape(num_shards, shard, D), ((0, 0), (0, num_chunks * n - shard), (0, 0)))
+    table = table_VD if parallel.device_platform() == "cpu" else table_VD.astype(dtype)
+    table = jnp.pad(table.reshape(num_shards, shard, D), ((0, 0), (0, num_chunks * n - shard), (0, 0)))
     return table.reshape(num_shards, num_chunks, n, D).swapaxes(0, 1)
 
 
@@ -65,9 +70,9 @@ def _chunk_ids(V: int, num_shards: int, num_chunks: int) -> jax.Array:
     return ids.reshape(num_shards, num_chunks, -1).swapaxes(0, 1)
 
 
-def _gathered(tables: Arrays) -> Arrays:
-    """The chunks of one step (P, n, D), all-gathered over the mesh axes of `embed`."""
-    return tuple(parallel.constrain(table, "vocab", None, None) for table in tables)
+def _gathered(tables: Arrays, dtype: jnp.dtype) -> Arrays:
+    """The chunks of one step (P, n, D) in `dtype`, all-gathered over the mesh axes of `embed`."""
+    return tuple(parallel.constrain(table.astype(dtype), "vocab", None, None) for table in tables)
 
 
 def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
@@ -93,7 +98,7 @@ def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: in
     def scan_chunk(carry: Any, chunk: Any) -> Any:
         peak, total, score = carry
         rows, ids = chunk
-        rows = _gathered(rows)
+        rows = _gathered(rows, hiddens[0].dtype)
         logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
@@ -120,7 +125,7 @@ def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tupl
 
     def scan_chunk(dxs: Arrays, chunk: Any) -> tuple[Arrays, Arrays]:
         rows, row_ids, logits = chunk
-        rows = _gathered(rows)
+        rows = _gathered(rows, dtype)
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits
         probability = jnp.exp(logits - lse[..., None, None])
         hit = row_ids == targets[..., None, None]

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import parallel
 from llama_jax.cache import QCache, read
 from llama_jax.ops.attention.call import Call, Target
+from llama_jax.ops.remat import ATTENTION
 
 # Query rows of a causal chunk, and the most chunks. Short chunks skip more keys and long ones multiply faster; the
 # values were measured on a CPU (docs/measurements/cpu-products.md#attention-in-chunks).
@@ -45,6 +47,17 @@ class _Keys(NamedTuple):
     segments_BS: jax.Array | None
 
 
+class _Residuals(NamedTuple):
+    """The arrays that the backward pass reads; lse_BKGT1 is the log-sum-exp of the scores of each query."""
+
+    q_BKGTH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    mask_BTS: jax.Array
+    out_BKGTH: jax.Array
+    lse_BKGT1: jax.Array
+
+
 def refuses(call: Call, target: Target) -> str:
     """Nothing is refused: the result is ""."""
     return ""
@@ -61,7 +74,9 @@ def attend(call: Call) -> jax.Array:
         out_BKGTH = _all_keys(queries, _Keys(k_BKSH, v_BKSH, call.window.key_positions_BS, None))
     else:
         assert not isinstance(call.k, QCache) and not isinstance(call.v, QCache)
-        keys = _Keys(call.k, call.v, call.positions_BT, call.segments_BT)
+        # The barrier makes XLA on a CPU transpose them in memory. It has no bfloat16 product with transposed operands.
+        k_BKSH, v_BKSH = lax.optimization_barrier((call.k, call.v))
+        keys = _Keys(k_BKSH, v_BKSH, call.positions_BT, call.segments_BT)
         if parallel.axis_size("length") > 1:
             out_BKGTH = _split_length(queries, keys)
         elif T > _CAUSAL_CHUNK:
@@ -157,29 +172,78 @@ def _masked(queries: _Queries, keys: _Keys) -> jax.Array:
 
 def _attend(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Softmax of the masked scores, times the values."""
-    B, K, G, T, H = q_BKGTH.shape
-    S = k_BKSH.shape[2]
-    if T == 1 and q_BKGTH.dtype == jnp.float32:
+    if q_BKGTH.shape[3] == 1 and q_BKGTH.dtype == jnp.float32:
         return _one_query(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)
-    precision = lax.Precision.HIGHEST if q_BKGTH.dtype == jnp.float32 else None
-    batch = ((0, 1), (0, 1))
-    scores = lax.dot_general(
-        q_BKGTH.reshape(B, K, G * T, H),
-        k_BKSH.astype(q_BKGTH.dtype),
-        (((3,), (3,)), batch),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    ).reshape(B, K, G, T, S)
-    scores = jnp.where(mask_BTS[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BKGTH.dtype)
-    out = lax.dot_general(
-        weights.reshape(B, K, G * T, S),
-        v_BKSH.astype(q_BKGTH.dtype),
-        (((3,), (2,)), batch),
-        precision=precision,
+    return _attention(q_BKGTH, k_BKSH.astype(q_BKGTH.dtype), v_BKSH.astype(q_BKGTH.dtype), mask_BTS)
+
+
+@jax.custom_vjp
+def _attention(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
+
+
+def _attention_forward(
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+) -> tuple[jax.Array, _Residuals]:
+    scores = _masked_scores(q_BKGTH, k_BKSH, mask_BTS)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = (_products(weights.astype(q_BKGTH.dtype), v_BKSH, 2) / total).astype(q_BKGTH.dtype)
+    out, lse = (checkpoint_name(a, ATTENTION) for a in (out, peak + jnp.log(total)))
+    return out, _Residuals(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, out, lse)
+
+
+def _attention_backward(saved: _Residuals, g_BKGTH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """The gradient from weights that are computed again (Dao, arXiv:2307.08691, algorithm 2)."""
+    q, k, v, mask, out, lse = saved
+    weights = jnp.exp(_masked_scores(q, k, mask) - lse)
+    mean = jnp.sum(g_BKGTH.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = (weights * (_products(g_BKGTH, v, 3) - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return (
+        _products(d_scores, k, 2).astype(q.dtype),
+        _summed_over_queries(d_scores, q).astype(k.dtype),
+        _summed_over_queries(weights.astype(q.dtype), g_BKGTH).astype(v.dtype),
+        None,
+    )
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _masked_scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """The scores in float32, (B, K, G, T, S)."""
+    scores = _products(q_BKGTH, k_BKSH, 3) * q_BKGTH.shape[-1] ** -0.5
+    return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _products(a_BKGTx: jax.Array, b_BKSH: jax.Array, axis: int) -> jax.Array:
+    """The products of each query's vector with the keys or values, summed over `axis` of these, in float32."""
+    B, K, G, T, _ = a_BKGTx.shape
+    product = lax.dot_general(
+        a_BKGTx.reshape(B, K, G * T, -1),
+        b_BKSH,
+        (((3,), (axis,)), ((0, 1), (0, 1))),
+        precision=_precision(a_BKGTx.dtype),
         preferred_element_type=jnp.float32,
     )
-    return out.reshape(B, K, G, T, H).astype(q_BKGTH.dtype)
+    return product.reshape(B, K, G, T, -1)
+
+
+def _summed_over_queries(a_BKGTS: jax.Array, b_BKGTH: jax.Array) -> jax.Array:
+    """The products of numbers (T, S) with vectors (T, H), summed over all queries: (B, K, S, H) in float32.
+
+    XLA on a CPU has no bfloat16 product whose first operand is transposed. It transposes the first operand in memory
+    if two axes are summed, so the narrow one goes first, and the barrier keeps it there.
+    """
+    precision = _precision(b_BKGTH.dtype)
+    axes = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
+    sums_BKHS = lax.dot_general(b_BKGTH, a_BKGTS, axes, precision=precision, preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(sums_BKHS).swapaxes(2, 3)
+
+
+def _precision(dtype: jnp.dtype) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _one_query(q_BKG1H: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array) -> jax.Array:
