@@ -48,10 +48,11 @@ def main(argv: Sequence[str]) -> int:
 def _train(run: RunConfig, argv: Sequence[str], resume: bool, stop: StopSignal) -> int:
     import jax
 
-    from llama_jax import compilation_cache
+    from llama_jax import compilation_cache, parallel
     from llama_jax.parallel import processes
     from llama_jax.train.run import TrainingError, train
 
+    parallel.keep_freed_memory()
     compilation_cache.enable()
     try:
         with open(os.devnull, "w") as nowhere:

@@ -384,12 +384,15 @@ def test_a_grid_of_chips_is_split_into_factors_for_any_mesh(grid, shape):
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(flags, "cpu_features", lambda: frozenset({"avx2"}))
     devices = parallel.make_mesh({"fsdp": 2}, jax.devices()[:2])
     assert parallel.compiler_options(devices) == {}
     known = {"xla_cpu_enable_fast_math": False, "xla_no_such_option": True}
     monkeypatch.setitem(flags.OPTIONS, "cpu", known)
     assert parallel.compiler_options(devices) == {"xla_cpu_enable_fast_math": False}
     assert parallel.compiler_options(parallel.single_device_mesh()) == {}
+    monkeypatch.setattr(flags, "cpu_features", lambda: frozenset({"avx512_bf16"}))
+    assert parallel.compiler_options(parallel.single_device_mesh()) == {"xla_cpu_prefer_vector_width": 512}
 
 
 # The closed model
