@@ -21,25 +21,29 @@ enum Math { FLOAT, BF16 };  // how inputs are multiplied: in float32, or as bflo
 constexpr int ROWS = 8;            // rows of x at a time, if they are few
 constexpr int FEW = 16;            // most rows that are few
 constexpr int MANY = 512;          // rows of x at a time, if they are many
-constexpr int TILE = 256;          // most outputs of a tile, whose results wait in float32
-constexpr int AHEAD = 8192;        // bytes between the prefetched and the multiplied weights
+constexpr int TILE = 252;          // most outputs of a tile, whose results wait in float32
+constexpr int AHEAD = 8192;        // least bytes between the prefetched and the multiplied weights
 constexpr int GROUP = 32;          // values that share a scale
 
 // ------------------------------------------------------------------------------------------------ inputs
 struct Inputs {
-  const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64
+  const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
   float* f;      // (B, pad), zero beyond K; not for bfloat16 inputs of many rows
-  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, 64 at a time in the order of halves_order
+  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, in the order of in_order
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
-INLINE float rounded(float x, bool bf16) { return bf16 ? from_bf16(to_bf16(x)) : x; }
 
 template <class T> static void widen(const T* x, int K, float* f) {
   int k = 0;
   for (; k + LANES <= K; k += LANES) store(f + k, load(x + k));
   for (; k < K; k++) f[k] = at(x, sizeof(T) == 2, k);
+}
+static void round_to_bf16(float* f, int K) {
+  int k = 0;
+  for (; k + LANES <= K; k += LANES) { uint16_t h[LANES]; narrow(f + k, LANES, h); store(f + k, load(h)); }
+  for (; k < K; k++) f[k] = from_bf16(to_bf16(f[k]));
 }
 // Row b of x as floats, after the norm or the activation, with the roundings of the same operations in x's type.
 static void read_row(const Inputs& in, int b, float* f) {
@@ -53,14 +57,19 @@ static void read_row(const Inputs& in, int b, float* f) {
     vf squares[4] = {};
     for (int k = 0; k < in.pad; k += 4 * LANES) UNROLL for (int j = 0; j < 4; j++) { vf v = load(f + k + j * LANES); squares[j] += v * v; }
     const float r = 1.f / sqrtf(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / K + in.eps);
-    if (in.bf16) for (int k = 0; k < K; k++) f[k] = rounded(rounded(f[k] * r, true) * rounded(at(in.with, in.with_bf16, k), true), true);
-    else for (int k = 0; k < K; k++) f[k] = f[k] * r * at(in.with, in.with_bf16, k);
+    static thread_local Scratch scratch;
+    float* scale = scratch.get<float>(in.pad);
+    if (in.with_bf16) widen((const uint16_t*)in.with, K, scale); else widen((const float*)in.with, K, scale);
+    for (int k = 0; k < K; k++) f[k] *= r;
+    if (in.bf16) round_to_bf16(f, K), round_to_bf16(scale, K);
+    for (int k = 0; k < K; k++) f[k] *= scale[k];
+    if (in.bf16) round_to_bf16(f, K);
   } else if (in.before == 2) {
     static thread_local Scratch scratch;
     float* up = scratch.get<float>(in.pad);
     row(in.with, up);
     for (int k = 0; k < in.pad; k += LANES) { vf g = load(f + k); store(f + k, g / (1.f + exp(-g)) * load(up + k)); }
-    if (in.bf16) for (int k = 0; k < K; k++) f[k] = rounded(f[k], true);
+    if (in.bf16) round_to_bf16(f, K);
   }
 }
 
@@ -79,12 +88,16 @@ template <int B, int R> INLINE void finish(vf (&a)[R][B], float* t, int64_t ld) 
   } else UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) t[b * ld + r] = sum(a[r][b]);
 }
 
+// The distance of prefetched weights: whole blocks of outputs that are computed together, so that no row is left out.
+INLINE int64_t ahead(int64_t bytes) { return (AHEAD + bytes - 1) / bytes * bytes; }
+
 // Dense weights times float32 inputs.
 template <class T, int B, int R> static void dense(const T* w, const float* x, int K, int64_t pad, float* t, int64_t ld) {
   vf a[R][B] = {};
+  const int64_t later = ahead(R * K * (int64_t)sizeof(T));
   int k = 0;
   for (; k + LANES <= K; k += LANES) {
-    vf v[R]; UNROLL for (int r = 0; r < R; r++) { const T* p = w + (int64_t)r * K + k; v[r] = load(p); prefetch((const char*)p + AHEAD); }
+    vf v[R]; UNROLL for (int r = 0; r < R; r++) { const T* p = w + (int64_t)r * K + k; v[r] = load(p); prefetch((const char*)p + later); }
     UNROLL for (int b = 0; b < B; b++) { vf xv = load(x + b * pad + k); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
   }
   if (k < K) {  // the last inputs, as one vector with zeros behind
@@ -98,13 +111,13 @@ template <class T, int B, int R> static void dense(const T* w, const float* x, i
 // Grouped weights, dequantized to float32, times float32 inputs.
 template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
   vf a[R][B] = {};
-  const int G = K / GROUP; const int64_t bytes = FOUR ? K / 2 : K;
+  const int G = K / GROUP; const int64_t bytes = FOUR ? K / 2 : K, later = ahead(R * bytes);
   for (int g = 0; g < G; g++) {
     alignas(64) int8_t n[R][GROUP]; float s[R];
     UNROLL for (int r = 0; r < R; r++) {
       const uint8_t* p = w + r * bytes + (int64_t)g * (FOUR ? 16 : 32);
       if (FOUR) nibbles(p, n[r], n[r] + 16); else memcpy(n[r], p, GROUP);
-      s[r] = from_half(scales[(int64_t)r * G + g]); prefetch(p + AHEAD);
+      s[r] = from_half(scales[(int64_t)r * G + g]); prefetch(p + later);
     }
     UNROLL for (int j = 0; j < GROUP; j += LANES) {
       vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = load(n[r] + j) * s[r];
@@ -117,9 +130,10 @@ template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const u
 #ifdef HAS_BF16
 // bfloat16 weights times bfloat16 inputs, in pairs with float32 sums.
 template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
+  const int64_t later = ahead(R * K * 2ll);
   __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
   auto step = [&](int k, __mmask32 mask) __attribute__((always_inline)) {
-    __m512bh v[R]; UNROLL for (int r = 0; r < R; r++) { const uint16_t* p = w + (int64_t)r * K + k; v[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, p); prefetch((const char*)p + AHEAD); }
+    __m512bh v[R]; UNROLL for (int r = 0; r < R; r++) { const uint16_t* p = w + (int64_t)r * K + k; v[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, p); prefetch((const char*)p + later); }
     UNROLL for (int b = 0; b < B; b++) { __m512bh xv = (__m512bh)_mm512_loadu_si512(x + b * pad + k); UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_dpbf16_ps(a[r][b], v[r], xv); }
   };
   int k = 0;
@@ -128,47 +142,74 @@ template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, 
   vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
   finish<B, R>(out, t, ld);
 }
-// Two groups of weights as bfloat16, which holds integers up to 256 exactly: the first halves of both groups, and the
-// second halves. Inputs are in the same order, so that the low lanes of a sum belong to one group and the high lanes to
-// the other, and one multiplication by both scales serves 64 weights.
-INLINE void two_groups(const int8_t* p, __m512bh& first, __m512bh& second) {
-  auto at = [&](int i) __attribute__((always_inline)) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i)))); };
-  first = _mm512_cvtne2ps_pbh(at(32), at(0)), second = _mm512_cvtne2ps_pbh(at(48), at(16));
-}
-INLINE void two_groups(const uint8_t* p, __m512bh& first, __m512bh& second) {
-  // bfloat16 of -8 to 7, twice, so that the fifth bit of an index, which belongs to the other half of the byte, is ignored
+// Four groups of weights as bfloat16, which holds integers up to 256 exactly. Every lane of the four vectors belongs to
+// one group, so that one multiplication by scales serves 128 weights. Inputs are in the same order (input_order).
+template <int B> INLINE void four_groups(const uint8_t* p, int live, __m512bh (&v)[4]) {  // beyond `live` groups, weights are read as zeros
+  // bfloat16 of -8 to 7, twice, so that the fifth bit of an index, which belongs to another weight, is ignored
   const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
-  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-  first = (__m512bh)_mm512_permutexvar_epi16(bytes, table), second = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+  const __m512i bytes = _mm512_maskz_loadu_epi32(0xffff >> (16 - 4 * live), p);
+  UNROLL for (int i = 0; i < 4; i++) v[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * i), table);
 }
+// The two bytes of bfloat16 for 0 to 127.
+struct Bytes { alignas(64) uint8_t low[128], high[128]; };
+static const Bytes BYTES = [] {
+  Bytes t;
+  for (int i = 0; i < 128; i++) { const uint16_t h = to_bf16((float)i); t.low[i] = (uint8_t)h, t.high[i] = (uint8_t)(h >> 8); }
+  return t;
+}();
+template <int B> INLINE void four_groups(const int8_t* p, int live, __m512bh (&v)[4]) {
+  const __m512i a = _mm512_maskz_loadu_epi32(live > 1 ? 0xffff : 0xff, p), sign = _mm512_set1_epi8(-128);
+  const __m512i b = _mm512_maskz_loadu_epi32(live > 3 ? 0xffff : live > 2 ? 0xff : 0, p + 64);
+  if (B == 8) {  // through float, whose instructions do not compete with the products for the same ports
+    UNROLL for (int i = 0; i < 4; i++) {
+      const __m512i x = i & 2 ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b);
+      auto number = [&](int left) __attribute__((always_inline)) { return (__m512i)_mm512_cvtepi32_ps(_mm512_srai_epi32(left ? _mm512_slli_epi32(x, left) : x, 24)); };
+      const __m512i first = number(i & 1 ? 8 : 24), second = number(i & 1 ? 0 : 16);
+      v[i] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, _mm512_set1_epi32(0xffff0000), 0xf8);  // first >> 16 | (second & mask)
+    }
+    return;
+  }
+  UNROLL for (int i = 0; i < 2; i++) {  // by tables of both bytes: the fewest instructions
+    const __m512i from = _mm512_add_epi16(_mm512_broadcast_i32x4(_mm_setr_epi16(0, 32, 2, 34, 1, 33, 3, 35)), _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(4 * i), _mm_set1_epi16(4 * i + 8))), _mm256_setr_m128i(_mm_set1_epi16(4 * i + 16), _mm_set1_epi16(4 * i + 24)), 1));
+    const __m512i x = _mm512_permutex2var_epi16(a, from, b), size = _mm512_abs_epi8(x);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(BYTES.low), size, _mm512_load_si512(BYTES.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(BYTES.high), size, _mm512_load_si512(BYTES.high + 64));
+    high = _mm512_ternarylogic_epi32(high, x, sign, 0xf8);                                      // high | (x & sign)
+    high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(x, sign), _mm512_set1_epi8(-61));  // -128
+    v[2 * i] = (__m512bh)_mm512_unpacklo_epi8(low, high), v[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
+  }
+}
+template <class T> constexpr bool FOUR_BITS = T(-1) > 0;
 // Grouped weights (T: int8_t, or uint8_t for 4 bits) times bfloat16 inputs, with float32 sums: exact products.
 template <class T, int B, int R> static void scaled_pairs(const T* w, const uint16_t* scales, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
-  constexpr int BLOCK = 16, BYTES = sizeof(T) == 1 && T(-1) > 0 ? 32 : 64;  // scales at a time, and bytes of 64 weights
-  const int G = K / GROUP; const int64_t stride = (int64_t)G * BYTES / 2;
+  constexpr int BLOCK = 16, STEP = FOUR_BITS<T> ? 64 : 128;  // scales at a time, and bytes of four groups
+  const int G = K / GROUP; const int64_t stride = (int64_t)G * STEP / 4, later = ahead(R * stride);
   __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
   for (int start = 0; start < G; start += BLOCK) {
     const int count = std::min(BLOCK, G - start); __m512 block[R];
     UNROLL for (int r = 0; r < R; r++) block[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, scales + (int64_t)r * G + start));
-    __m512i index = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
-    auto step = [&](int g, const T* p, int64_t next) __attribute__((always_inline)) {
-      __m512bh first[R], second[R]; __m512 scale[R];
+    __m512i index = FOUR_BITS<T> ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3) : _mm512_setr_epi32(0, 2, 0, 2, 0, 2, 0, 2, 1, 3, 1, 3, 1, 3, 1, 3);
+    auto step = [&](int g, const T* p, int live) __attribute__((always_inline)) {
+      __m512bh v[R][4]; __m512 scale[R];
       UNROLL for (int r = 0; r < R; r++) {
-        two_groups(p + r * next, first[r], second[r]); prefetch(p + r * next + AHEAD);
+        four_groups<B>(p + r * stride, live, v[r]);
+        UNROLL for (int i = 0; i < STEP; i += 64) prefetch(p + r * stride + later + i);
         scale[r] = _mm512_permutexvar_ps(index, block[r]);
       }
-      index = _mm512_add_epi32(index, _mm512_set1_epi32(2));
+      index = _mm512_add_epi32(index, _mm512_set1_epi32(4));
       UNROLL for (int b = 0; b < B; b++) {
         const uint16_t* from = x + b * pad + (int64_t)(start + g) * GROUP;
-        const __m512bh x0 = (__m512bh)_mm512_loadu_si512(from), x1 = (__m512bh)_mm512_loadu_si512(from + 32);
-        UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), first[r], x0), second[r], x1), scale[r], a[r][b]);
+        __m512 sums[R]; UNROLL for (int r = 0; r < R; r++) sums[r] = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < 4; i++) {
+          const __m512bh xv = (__m512bh)_mm512_loadu_si512(from + 32 * i);
+          UNROLL for (int r = 0; r < R; r++) sums[r] = _mm512_dpbf16_ps(sums[r], v[r][i], xv);
+        }
+        UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_fmadd_ps(sums[r], scale[r], a[r][b]);
       }
     };
-    const T* p = w + (int64_t)start * BYTES / 2; int g = 0;
-    for (; g + 2 <= count; g += 2, p += BYTES) step(g, p, stride);
-    if (g < count) {  // the last group of an odd number
-      T last[R * BYTES] = {}; for (int r = 0; r < R; r++) memcpy(last + r * BYTES, p + r * stride, BYTES / 2);
-      step(g, last, BYTES);
-    }
+    const T* p = w + (int64_t)start * STEP / 4; int g = 0;
+    for (; g + 4 <= count; g += 4, p += STEP) step(g, p, 4);
+    if (g < count) step(g, p, count - g);
   }
   vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
   finish<B, R>(out, t, ld);
@@ -249,13 +290,29 @@ template <class M> static void panel(const Inputs& in, const M* x, const Weight&
   }
 }
 
-// Inputs of two groups of weights: values 0-15 of both, then values 16-31 of both (see two_groups).
-INLINE int halves_order(int k) { return (k & ~63) + (k & 15) + ((k & 32) >> 1) + ((k & 16) << 1); }
+#ifdef HAS_BF16
+// Inputs in the order of the weights of four_groups, 128 at a time.
+static void in_order(const float* f, int count, bool four_bits, uint16_t* h) {
+  alignas(64) uint16_t evens_and_odds[GROUP];  // even values of the first 16 and of the last, then odd ones
+  for (int i = 0; i < GROUP; i++) evens_and_odds[i] = 16 * (i >> 3 & 1) + 2 * (i & 7) + (i >> 4);
+  for (int k = 0; k < count; k += GROUP) {
+    uint16_t from[GROUP], *to = h + (k & ~127); const int g = k / GROUP & 3;
+    narrow(f + k, GROUP, from);
+    if (four_bits) {
+      uint16_t lanes[GROUP];
+      _mm512_storeu_si512(lanes, _mm512_permutexvar_epi16(_mm512_load_si512(evens_and_odds), _mm512_loadu_si512(from)));
+      UNROLL for (int i = 0; i < 4; i++) memcpy(to + 32 * i + 8 * g, lanes + 8 * i, 16);
+    }
+    else UNROLL for (int i = 0; i < 16; i++) memcpy(to + 64 * (i >> 2 & 1) + 32 * (i & 1) + 16 * (g & 1) + 8 * (i >> 3) + 4 * (i >> 1 & 1) + 2 * (g >> 1), from + 2 * i, 4);
+  }
+}
+#endif
 // Inputs of in.B rows, of a call with more than FEW rows if many. The last rows of such a call may be few.
-static void prepare(Inputs& in, Math math, bool grouped, bool many, ffi::ThreadPool& pool) {
+static void prepare(Inputs& in, Math math, Type type, bool many, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
   const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS<uint16_t> : 0);  // rows beyond B may be multiplied too, and their results are dropped
-  in.pad = rounded_up(in.K, 64);
+  const bool grouped = !many && (type == Type::S8 || type == Type::U8);
+  in.pad = rounded_up(in.K, grouped ? 128 : 64);
   in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
   if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
   auto one = [&](int b) {
@@ -264,8 +321,10 @@ static void prepare(Inputs& in, Math math, bool grouped, bool many, ffi::ThreadP
     read_row(in, b, f);
     if (math != BF16) return;
     uint16_t* h = in.h + (int64_t)b * in.pad;
-    if (many || !grouped) narrow(f, in.pad, h);
-    else for (int k = 0; k < in.pad; k += 16) narrow(f + k, 16, h + halves_order(k));
+#ifdef HAS_BF16
+    if (grouped) return in_order(f, in.pad, type == Type::U8, h);
+#endif
+    narrow(f, in.pad, h);
   };
   if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
 }
@@ -282,7 +341,7 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   in.K = (int)x.dimensions()[1], in.before = before, in.eps = eps;
   if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
   constexpr int MOST = 4;
-  Weight weights[MOST]; int count = 0, tiles = 0, of[MOST + 1] = {0}, size[MOST]; bool out_bf16[MOST];
+  Weight weights[MOST]; int count = 0, of[MOST + 1] = {0}; int64_t outputs = 0; bool out_bf16[MOST];
   if (rets.size() > MOST) return bad("llama_linear takes at most 4 weights");
   const int threads = (int)std::max<int64_t>(1, pool.num_threads());
   while (next < args.size()) {
@@ -290,22 +349,25 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
     weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0];
     weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
     Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), out_bf16[count] = out.element_type() == Type::BF16;
-    const int64_t most = std::max<int64_t>(16, 16384 / std::max<int64_t>(1, row_bytes(weight.type, in.K)));  // 16 KiB at least
-    if (B > FEW) size[count] = PANEL;
-    else size[count] = (int)std::min<int64_t>(TILE, std::max<int64_t>(most, weight.N / (8 * threads)) + 15) & ~15;
-    tiles += (weight.N + size[count] - 1) / size[count]; of[++count] = tiles;
+    outputs += weight.N;
+    count++;
   }
   const Type type = weights[0].type;
+  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs.
+  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
+  const int size = B > FEW ? PANEL : (int)std::min<int64_t>(TILE, least / 12 * 12 + 12);
+  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
+  const int tiles = of[count];
   Math math = FLOAT;
 #ifdef HAS_BF16
   if (in.bf16 && type != Type::F32) math = BF16;
 #endif
   for (in.first = 0; in.first < B; in.first += in.B) {
     in.B = B > FEW ? std::min(MANY, B - in.first) : B;
-    prepare(in, math, type == Type::S8 || type == Type::U8, B > FEW, pool);
+    prepare(in, math, type, B > FEW, pool);
     parallel(pool, tiles, [&](int i) {
       int j = 0; while (i >= of[j + 1]) j++;
-      const int lo = (i - of[j]) * size[j], hi = std::min(lo + size[j], weights[j].N);
+      const int lo = (i - of[j]) * size, hi = std::min(lo + size, weights[j].N);
       if (B <= FEW) tile(in, math, weights[j], out_bf16[j], lo, hi);
 #ifdef HAS_BF16
       else if (math == BF16) panel(in, in.h, weights[j], out_bf16[j], lo, hi);

@@ -1,5 +1,6 @@
 // A parallel loop on XLA's own thread pool, and scratch memory.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -7,19 +8,27 @@
 #include "xla/ffi/api/ffi.h"
 namespace ffi = xla::ffi;
 
-// Runs body(0) ... body(n - 1). The caller takes items too, so that the loop ends even if no other thread is free:
-// helpers that start late find no item left. They keep only the shared counter alive, never the caller's stack.
+// Runs body(0) ... body(n - 1). Each thread takes the items of a range of its own in order, which lets it prefetch what
+// follows, and then those that are left in the ranges of others. The caller takes items too, so that the loop ends even
+// if no other thread is free: helpers that start late find no item left. They keep only the shared counters alive, never
+// the caller's stack.
 template <class Body> static void parallel(ffi::ThreadPool& pool, int n, const Body& body) {
-  struct Shared { std::atomic<int> next{0}, done{0}; };
-  const int threads = (int)std::min<int64_t>(pool.num_threads(), n);
+  constexpr int MOST = 64;
+  struct Shared { struct alignas(64) { std::atomic<int> next{0}; } of[MOST]; std::atomic<int> done{0}; };
+  const int threads = std::min({(int)pool.num_threads(), n, MOST});
   if (threads < 2) { for (int i = 0; i < n; i++) body(i); return; }
   auto shared = std::make_shared<Shared>();
+  auto start = [n, threads](int t) { return (int)((int64_t)n * t / threads); };
+  for (int t = 0; t < threads; t++) shared->of[t].next = start(t);
   const Body* task = &body;
-  auto drain = [n, task](Shared& s) {
-    for (int i; (i = s.next.fetch_add(1)) < n; s.done.fetch_add(1, std::memory_order_release)) (*task)(i);
+  auto drain = [=](Shared& s, int first) {
+    for (int j = 0; j < threads; j++) {
+      const int t = (first + j) % threads, end = start(t + 1);
+      for (int i; (i = s.of[t].next.fetch_add(1)) < end; s.done.fetch_add(1, std::memory_order_release)) (*task)(i);
+    }
   };
-  for (int t = 1; t < threads; t++) pool.Schedule([shared, drain] { drain(*shared); });
-  drain(*shared);
+  for (int t = 1; t < threads; t++) pool.Schedule([shared, drain, t] { drain(*shared, t); });
+  drain(*shared, 0);
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < n; spins++)
     if (spins > 1000) std::this_thread::yield();  // another process has the processor of a helper
 }
