@@ -4,15 +4,7 @@ from llama_jax.parallel.flags import compiler_options
 from llama_jax.parallel.gradients import ring_gradient, ring_takes
 from llama_jax.parallel.mesh import AXES, abstract_mesh, make_mesh, resolve, single_device_mesh
 from llama_jax.parallel.pipeline import pipeline
-from llama_jax.parallel.platform import (
-    check_fp8,
-    compute_dtype,
-    cpu_features,
-    has_bfloat16,
-    keep_freed_memory,
-    named_dtype,
-    no_fp8,
-)
+from llama_jax.parallel.platform import check_fp8, compute_dtype, cpu_features, has_bfloat16, named_dtype, no_fp8
 from llama_jax.parallel.rules import (
     HOST,
     RULES,
@@ -62,7 +54,6 @@ __all__ = [
     "device_platform",
     "has_bfloat16",
     "has_host_memory",
-    "keep_freed_memory",
     "length_order",
     "make_mesh",
     "named_dtype",

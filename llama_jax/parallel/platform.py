@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.metadata
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -16,33 +13,6 @@ from jax.sharding import Mesh
 from llama_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-
-# Parameters of glibc's mallopt (malloc.h) and their values, which keep all memory in one growing arena: M_ARENA_MAX,
-# M_MMAP_MAX and M_TRIM_THRESHOLD.
-_KEEP_FREED = ((-8, 1), (-4, 0), (-1, -1))
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory, in a process that has no accelerator. Call it before jax starts its devices.
-
-    XLA on a CPU allocates the temporaries of a step as one block and frees it after the step. By default glibc returns
-    such a block to the kernel, which clears every page of it again at the next step
-    (docs/measurements/finetuning-speed.md#memory-between-steps). The arenas of threads have no blocks above 64 MB, so
-    that there is one arena for all threads.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no other C library has it
-    if mallopt is not None and _only_cpus():
-        for parameter, value in _KEEP_FREED:
-            mallopt(parameter, value)
-
-
-def _only_cpus() -> bool:
-    """True if jax will find no accelerator, as far as that can be known before it looks."""
-    chosen: str | None = getattr(jax.config, "jax_platforms", None)
-    if chosen:
-        return chosen == "cpu"
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return not plugins and not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
 
 
 @functools.cache

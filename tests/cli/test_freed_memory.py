@@ -11,14 +11,14 @@ from helpers.paths import ROOT
 MEASURE = """
 import resource
 import numpy as np
-from llama_jax import parallel
+from llama_jax.cli import freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(1 << 23)  # 64 MB, which are freed again
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-parallel.keep_freed_memory()
+freed_memory.keep()
 faults()
 print(faults())
 """
