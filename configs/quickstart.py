@@ -22,8 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 4  # small batches learn most from little text
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.2  # lower rates at the end learn less in so few steps
     config.train.steps = 1800
-    config.train.vocab_chunk = 1024
+    config.train.remat = "none"  # a small model has memory for all activations
     config.log.every = 50
     config.log.eval_every = 300
     config.log.eval_batches = 28

@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
     config.train.steps = 1000
-    config.train.vocab_chunk = 1024
+    config.train.remat = "none"
     config.log.every = 50
     config.log.eval_every = 250
     config.log.sample_every = 500

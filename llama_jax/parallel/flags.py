@@ -47,7 +47,7 @@ OPTIONS: dict[str, Options] = {
 }
 
 
-# XLA's own choice for all CPUs is 256 bits. Processors before avx512_bf16 lower their clock for wider vectors.
+# XLA's own choice for all CPUs is 256 bits (docs/measurements/finetuning-speed.md#steps-of-a-small-model-on-a-cpu).
 _WIDE: Options = {"xla_cpu_prefer_vector_width": 512}
 
 
