@@ -6,7 +6,8 @@ import sys
 # Signals wait until `leave` has handlers for them.
 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
-from llama_jax.cli import exits, train  # noqa: E402
+from llama_jax.cli import exits, freed_memory, train  # noqa: E402
 
 if __name__ == "__main__":
+    freed_memory.keep()
     exits.leave(train.main, sys.argv[1:])

@@ -9,8 +9,10 @@ def entry() -> None:
     # Signals wait until `leave` has handlers for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
-    from llama_jax.cli import commands, exits
+    from llama_jax.cli import commands, exits, freed_memory
 
+    if sys.argv[1:2] == ["train"]:
+        freed_memory.keep()
     exits.leave(commands.main, sys.argv[1:])
 
 

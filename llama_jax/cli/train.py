@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import progress
-from llama_jax.cli import exits, freed_memory, plan, recipes, supervise
+from llama_jax.cli import exits, plan, recipes, supervise
 from llama_jax.cli.exits import CommandError
 from llama_jax.cli.parser import program
 from llama_jax.cli.run_flags import parse_run_flags
@@ -29,7 +29,6 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or the status of the signal that stopped the run (130 for Ctrl-C). A stopped run can be resumed.
     """
-    freed_memory.keep()
     with StopSignal(owns_process=True) as stop:
         supervised = supervise.is_child()
         run, options = parse_run_flags(argv, command="train")

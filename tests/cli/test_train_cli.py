@@ -257,7 +257,6 @@ def test_trackers_may_be_one_text(tmp_path, value):
 def test_the_processes_of_torchrun_are_not_runs_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train_command.freed_memory, "keep", lambda: None)  # it is for a process that only trains
     with pytest.raises(ConfigError, match="torchrun has started 2 processes. One process uses all devices of its host"):
         train_command.main([f"--config={write_config(tmp_path)}"])
 
