@@ -329,3 +329,15 @@ def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
     monkeypatch.setenv("LLAMA_JAX_CXXFLAGS", flags)
     subprocess.run([sys.executable, "-m", "llama_jax.ops.cpu.build", str(tmp_path / "cpu.so")], check=True, timeout=300)
     assert build._is_ours(tmp_path / "cpu.so")
+
+
+def test_nothing_is_built_in_a_context_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv(cpu.ENV, str(tmp_path))
+    monkeypatch.setattr(cpu, "_loaded", lambda: pytest.fail("it would build the library"))
+    with cpu.not_built():
+        assert not cpu.ready()
+    monkeypatch.setattr(build, "built", lambda: True)
+    monkeypatch.setattr(cpu, "_loaded", lambda: tmp_path)
+    with cpu.not_built():
+        assert cpu.ready()
+    assert cpu.ready()

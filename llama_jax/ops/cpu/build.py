@@ -47,17 +47,8 @@ def library() -> Path:
     Raises:
         Unavailable: no compiler, no folder to write to, or a build or check that failed.
     """
-    chosen, cache = os.environ.get(ENV), compilation_cache.folder()
-    if (chosen or "").lower() in ("on", "1", "true"):
-        chosen = None
-    if chosen:
-        folder = expanded(chosen)
-    elif cache is not None:
-        folder = cache.parent / "native"
-    else:
-        raise Unavailable(f"{compilation_cache.ENV} is off, and they are built into that folder")
     compiler = _compiler()
-    target = folder / f"cpu-{_key(compiler)}.so"
+    target = _target(compiler)
     failed = target.with_suffix(".failed")
     if _is_ours(target):
         return target
@@ -76,6 +67,28 @@ def library() -> Path:
         failed.write_text(reason + "\n")
         raise Unavailable(reason)
     return target
+
+
+def built() -> bool:
+    """True if there is a checked library for this machine, so that nothing would be compiled."""
+    try:
+        return _is_ours(_target(_compiler()))
+    except Unavailable:
+        return False
+
+
+def _target(compiler: str | None) -> Path:
+    """The path of the library for this machine."""
+    chosen, cache = os.environ.get(ENV), compilation_cache.folder()
+    if (chosen or "").lower() in ("on", "1", "true"):
+        chosen = None
+    if chosen:
+        folder = expanded(chosen)
+    elif cache is not None:
+        folder = cache.parent / "native"
+    else:
+        raise Unavailable(f"{compilation_cache.ENV} is off, and they are built into that folder")
+    return folder / f"cpu-{_key(compiler)}.so"
 
 
 def gain_of_many_rows(library: Path) -> float:
