@@ -9,5 +9,5 @@ signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.
 from llama_jax.cli import exits, freed_memory, train  # noqa: E402
 
 if __name__ == "__main__":
-    freed_memory.keep()
+    freed_memory.one_arena()
     exits.leave(train.main, sys.argv[1:])

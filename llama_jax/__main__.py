@@ -12,7 +12,7 @@ def entry() -> None:
     from llama_jax.cli import commands, exits, freed_memory
 
     if sys.argv[1:2] == ["train"]:
-        freed_memory.keep()
+        freed_memory.one_arena()
     exits.leave(commands.main, sys.argv[1:])
 
 

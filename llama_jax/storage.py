@@ -12,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
-import math
 import os
 import shutil
 import sys
@@ -312,5 +311,8 @@ def refused(url: str, error: Exception, word: str = "read") -> ConfigError:
 
 def size_text(size: int) -> str:
     """A number of bytes with three digits and a decimal prefix, such as 1.23 GB."""
-    power = min(4, int(math.log10(max(1, size)) // 3))
-    return f"{size / 10 ** (3 * power):.3g} {['', 'k', 'M', 'G', 'T'][power]}B"
+    number, prefixes = float(size), ["", "k", "M", "G", "T"]
+    while number >= 999.5 and len(prefixes) > 1:
+        number /= 1000
+        del prefixes[0]
+    return f"{number:{',.0f' if number >= 99.5 else '.3g'}} {prefixes[0]}B"

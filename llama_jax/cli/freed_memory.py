@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
+import resource
 
-# Parameters of glibc's mallopt (malloc.h) and their values, which keep all memory in one growing arena: M_ARENA_MAX,
-# M_MMAP_MAX and M_TRIM_THRESHOLD.
-_SETTINGS = ((-8, 1), (-4, 0), (-1, -1))
+# Parameters of glibc's mallopt (malloc.h)
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_MOST = 1 << 30  # bytes that a process may have taken before
 
 
+def one_arena() -> None:
+    """Lets all threads of a process that has no accelerator share one arena of glibc. Call it before they exist.
+
+    An arena that belongs to a thread has no blocks above 64 MB, which `keep` could keep.
+    """
+    _set((_ARENA_MAX, 1))
+
+
+@functools.cache
 def keep() -> None:
-    """Lets glibc keep freed memory, in a process that has no accelerator. Call it before other threads exist.
+    """Lets glibc keep freed memory from now on, in a small process without an accelerator. Call it after a step.
 
     XLA on a CPU allocates the temporaries of a step as one block and frees it after the step. By default glibc returns
     such a block to the kernel, which clears every page of it again at the next step
-    (docs/measurements/finetuning-speed.md#memory-between-steps). An arena that belongs to a thread has no blocks above
-    64 MB, so that all threads share the first one.
+    (docs/measurements/finetuning-speed.md#memory-between-steps). Blocks of other sizes leave gaps, which more than
+    doubled the memory of a larger model, so that a process that has taken 1 GiB before is left as it is.
     """
+    if 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < _MOST:
+        _set((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+
+
+def _set(*parameters: tuple[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no other C library has it
     if mallopt is not None and _only_cpus():
-        for parameter, value in _SETTINGS:
+        for parameter, value in parameters:
             mallopt(parameter, value)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import progress
-from llama_jax.cli import exits, plan, recipes, supervise
+from llama_jax.cli import exits, freed_memory, plan, recipes, supervise
 from llama_jax.cli.exits import CommandError
 from llama_jax.cli.parser import program
 from llama_jax.cli.run_flags import parse_run_flags
@@ -56,7 +56,7 @@ def _train(run: RunConfig, argv: Sequence[str], resume: bool, stop: StopSignal) 
     try:
         with open(os.devnull, "w") as nowhere:
             with contextlib.nullcontext() if progress.enabled else contextlib.redirect_stdout(nowhere):
-                result = train(run, resume=resume, stop=stop)
+                result = train(run, resume=resume, stop=stop, on_metrics=lambda step, metrics: freed_memory.keep())
     except TrainingError as error:
         raise CommandError(error) from error
     except Exception as error:

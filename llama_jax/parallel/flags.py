@@ -1,5 +1,5 @@
 """Compiler options of a mesh: asynchronous collectives, so that all-gathers and reduce-scatters overlap products, and
-vectors of 512 bits on the CPUs that compute them at full speed.
+vectors of 512 bits on CPUs with avx512_bf16.
 
 They apply to single programs, and not to the whole process. A compiler that does not know an option refuses the
 program, so that each option is first compiled with an empty program.
@@ -58,7 +58,7 @@ def compiler_options(mesh: Mesh) -> Options:
     device = (own or list(mesh.devices.flat))[0]
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
     options = OPTIONS.get(platform, {}) if mesh.size > 1 else {}
-    if platform == "cpu" and "avx512_bf16" in cpu_features():
+    if platform == "cpu" and "avx512_bf16" in cpu_features() and jax.process_count() == 1:
         options = options | _WIDE
     return {name: value for name, value in options.items() if _known(device, name, value)}
 

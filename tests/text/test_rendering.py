@@ -1,6 +1,5 @@
 """Claims about rendering chat templates: what hostile ones may not do. `test_chat_format` has what sound ones write."""
 
-import resource
 import time
 
 import pytest
@@ -47,8 +46,6 @@ def test_a_template_reads_no_files(source):
 
 
 def test_no_process_of_a_template_was_larger_than_its_limit():
-    rendering._worker.stop()  # the measure is of processes that have ended
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 16 * MOST_MEMORY  # other tests have children
     with pytest.raises(ConfigError):
         rendering.render("{{ 'a' * 10**9 }}", MESSAGES)
     with open(f"/proc/{rendering._worker.process.pid}/status") as file:

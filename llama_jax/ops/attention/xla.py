@@ -11,7 +11,7 @@ Letters: B batch, T query length, S key length, N query heads, K key/value heads
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,8 @@ class _Keys(NamedTuple):
 class _Residuals(NamedTuple):
     """The arrays that the backward pass reads; lse_BKGT1 is the log-sum-exp of the scores of each query."""
 
-    q_BKGTH: jax.Array
-    k_BKSH: jax.Array
-    v_BKSH: jax.Array
-    mask_BTS: jax.Array
+    queries: _Queries
+    keys: _Keys
     out_BKGTH: jax.Array
     lse_BKGT1: jax.Array
 
@@ -74,8 +72,7 @@ def attend(call: Call) -> jax.Array:
         out_BKGTH = _all_keys(queries, _Keys(k_BKSH, v_BKSH, call.window.key_positions_BS, None))
     else:
         assert not isinstance(call.k, QCache) and not isinstance(call.v, QCache)
-        # The barrier makes XLA on a CPU transpose them in memory. It has no bfloat16 product with transposed operands.
-        k_BKSH, v_BKSH = lax.optimization_barrier((call.k, call.v))
+        k_BKSH, v_BKSH = _in_memory((call.k, call.v))
         keys = _Keys(k_BKSH, v_BKSH, call.positions_BT, call.segments_BT)
         if parallel.axis_size("length") > 1:
             out_BKGTH = _split_length(queries, keys)
@@ -120,8 +117,6 @@ def _causal_prefixes(queries: _Queries, keys: _Keys) -> jax.Array:
     """Attention of whole rows in chunks of queries, each with the keys up to its end: (B, K, G, T, H)."""
     T = queries.positions_BT.shape[1]
     size = max(_CAUSAL_CHUNK, -(-T // _MAX_CAUSAL_CHUNKS))
-    # With many chunks, keeping all their scores for the backward pass would take too much memory: recompute them.
-    attend = jax.checkpoint(_masked) if T > _CAUSAL_CHUNK * _MAX_CAUSAL_CHUNKS else _masked
     outputs = []
     for start in range(0, T, size):
         end = min(start + size, T)
@@ -136,7 +131,7 @@ def _causal_prefixes(queries: _Queries, keys: _Keys) -> jax.Array:
             keys.positions_BS[:, :end],
             None if keys.segments_BS is None else keys.segments_BS[:, :end],
         )
-        outputs.append(attend(chunk, prefix))
+        outputs.append(_attend(chunk, prefix))
     return jnp.concatenate(outputs, axis=3)
 
 
@@ -151,70 +146,70 @@ def _all_keys(queries: _Queries, keys: _Keys) -> jax.Array:
     while T % (2 * chunks) == 0 and B * K * G * (T // chunks) * S * 4 > _MAX_SCORE_BYTES:
         chunks *= 2
     if chunks == 1:
-        return _masked(queries, keys)
+        return _attend(queries, keys)
 
     def split(a: jax.Array, axis: int) -> jax.Array:
         return jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, T // chunks, *a.shape[axis + 1 :]), axis, 0)
 
     segments = None if queries.segments_BT is None else split(queries.segments_BT, 1)
     stacked = _Queries(split(queries.q_BKGTH, 3), split(queries.positions_BT, 1), segments)
-    out = lax.map(jax.checkpoint(lambda chunk: _masked(chunk, keys)), stacked)
+    out = lax.map(lambda chunk: _attend(chunk, keys), stacked)
     return jnp.moveaxis(out, 0, 3).reshape(B, K, G, T, H)
 
 
-def _masked(queries: _Queries, keys: _Keys) -> jax.Array:
-    """Attention of one chunk of queries under the mask of positions and segments."""
+def _mask(queries: _Queries, keys: _Keys) -> jax.Array:
+    """True for the keys that a query attends to, (B, T, S): those of its segment up to its position."""
     mask_BTS = keys.positions_BS[:, None, :] <= queries.positions_BT[:, :, None]
     if keys.segments_BS is not None and queries.segments_BT is not None:
         mask_BTS &= keys.segments_BS[:, None, :] == queries.segments_BT[:, :, None]
-    return _attend(queries.q_BKGTH, keys.k_BKSH, keys.v_BKSH, mask_BTS)
+    return mask_BTS
 
 
-def _attend(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax of the masked scores, times the values."""
-    if q_BKGTH.shape[3] == 1 and q_BKGTH.dtype == jnp.float32:
-        return _one_query(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)
-    return _attention(q_BKGTH, k_BKSH.astype(q_BKGTH.dtype), v_BKSH.astype(q_BKGTH.dtype), mask_BTS)
+def _attend(queries: _Queries, keys: _Keys) -> jax.Array:
+    """Softmax of the masked scores, times the values, for one chunk of queries."""
+    q = queries.q_BKGTH
+    if q.shape[3] == 1 and q.dtype == jnp.float32:
+        return _one_query(q, keys.k_BKSH, keys.v_BKSH, _mask(queries, keys))
+    return _attention(queries, keys._replace(k_BKSH=keys.k_BKSH.astype(q.dtype), v_BKSH=keys.v_BKSH.astype(q.dtype)))
 
 
 @jax.custom_vjp
-def _attention(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
+def _attention(queries: _Queries, keys: _Keys) -> jax.Array:
+    """The attention of queries that each have a key. The gradient would be wrong for a query without one."""
+    return _attention_forward(queries, keys)[0]
 
 
-def _attention_forward(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
-) -> tuple[jax.Array, _Residuals]:
-    scores = _masked_scores(q_BKGTH, k_BKSH, mask_BTS)
+def _attention_forward(queries: _Queries, keys: _Keys) -> tuple[jax.Array, _Residuals]:
+    scores = _masked_scores(queries, keys)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
-    out = (_products(weights.astype(q_BKGTH.dtype), v_BKSH, 2) / total).astype(q_BKGTH.dtype)
+    dtype = queries.q_BKGTH.dtype
+    out = (_products(weights.astype(dtype), keys.v_BKSH, 2) / total).astype(dtype)
     out, lse = (checkpoint_name(a, ATTENTION) for a in (out, peak + jnp.log(total)))
-    return out, _Residuals(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, out, lse)
+    return out, _Residuals(queries, keys, out, lse)
 
 
-def _attention_backward(saved: _Residuals, g_BKGTH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _attention_backward(saved: _Residuals, g_BKGTH: jax.Array) -> tuple[_Queries, _Keys]:
     """The gradient from weights that are computed again (Dao, arXiv:2307.08691, algorithm 2)."""
-    q, k, v, mask, out, lse = saved
-    weights = jnp.exp(_masked_scores(q, k, mask) - lse)
+    (q, *_), (k, v, *_), out, lse = saved
+    weights = jnp.exp(_masked_scores(saved.queries, saved.keys) - lse)
     mean = jnp.sum(g_BKGTH.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_scores = (weights * (_products(g_BKGTH, v, 3) - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
-    return (
-        _products(d_scores, k, 2).astype(q.dtype),
-        _summed_over_queries(d_scores, q).astype(k.dtype),
-        _summed_over_queries(weights.astype(q.dtype), g_BKGTH).astype(v.dtype),
-        None,
-    )
+    d_q = _products(d_scores, k, 2).astype(q.dtype)
+    d_k = _summed_over_queries(d_scores, q).astype(k.dtype)
+    d_v = _summed_over_queries(weights.astype(q.dtype), g_BKGTH).astype(v.dtype)
+    return _Queries(d_q, None, None), _Keys(d_k, d_v, None, None)  # type: ignore[arg-type]  # integers have none
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _masked_scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def _masked_scores(queries: _Queries, keys: _Keys) -> jax.Array:
     """The scores in float32, (B, K, G, T, S)."""
-    scores = _products(q_BKGTH, k_BKSH, 3) * q_BKGTH.shape[-1] ** -0.5
-    return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    q = queries.q_BKGTH
+    scores = _products(q, keys.k_BKSH, 3) * q.shape[-1] ** -0.5
+    return jnp.where(_mask(queries, keys)[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
 def _products(a_BKGTx: jax.Array, b_BKSH: jax.Array, axis: int) -> jax.Array:
@@ -239,7 +234,15 @@ def _summed_over_queries(a_BKGTS: jax.Array, b_BKGTH: jax.Array) -> jax.Array:
     precision = _precision(b_BKGTH.dtype)
     axes = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
     sums_BKHS = lax.dot_general(b_BKGTH, a_BKGTS, axes, precision=precision, preferred_element_type=jnp.float32)
-    return lax.optimization_barrier(sums_BKHS).swapaxes(2, 3)
+    return _in_memory(sums_BKHS).swapaxes(2, 3)
+
+
+def _in_memory(arrays: Any) -> Any:
+    """The arrays, which XLA on a CPU transposes in memory before a product and not in it.
+
+    It has no bfloat16 product with a transposed operand, and would widen both to float32.
+    """
+    return lax.optimization_barrier(arrays) if parallel.device_platform() == "cpu" else arrays
 
 
 def _precision(dtype: jnp.dtype) -> lax.Precision | None:

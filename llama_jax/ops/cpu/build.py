@@ -62,7 +62,7 @@ def library() -> Path:
             raise PermissionError(f"{target.parent} is not writable")
     except OSError as error:
         raise Unavailable(f"{error}; {compilation_cache.ENV} may name another folder") from None
-    print("compiling the CPU kernels, once for this machine (about 10 seconds)", file=sys.stderr, flush=True)
+    print("compiling the CPU kernels, once for this machine (about 15 seconds)", file=sys.stderr, flush=True)
     if reason := _build_apart(target):
         failed.write_text(reason + "\n")
         raise Unavailable(reason)

@@ -143,13 +143,14 @@ template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, 
   finish<B, R>(out, t, ld);
 }
 // Four groups of weights as bfloat16, which holds integers up to 256 exactly. Every lane of the four vectors belongs to
-// one group, so that one multiplication by scales serves 128 weights. Inputs are in the same order (input_order).
+// one group, so that one multiplication by scales serves 128 weights. Inputs are in the same order (in_order).
 template <int B> INLINE void four_groups(const uint8_t* p, int live, __m512bh (&v)[4]) {  // beyond `live` groups, weights are read as zeros
   // bfloat16 of -8 to 7, twice, so that the fifth bit of an index, which belongs to another weight, is ignored
   const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
   const __m512i bytes = _mm512_maskz_loadu_epi32(0xffff >> (16 - 4 * live), p);
   UNROLL for (int i = 0; i < 4; i++) v[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * i), table);
 }
+#ifdef __AVX512VBMI__
 // The two bytes of bfloat16 for 0 to 127.
 struct Bytes { alignas(64) uint8_t low[128], high[128]; };
 static const Bytes BYTES = [] {
@@ -157,10 +158,16 @@ static const Bytes BYTES = [] {
   for (int i = 0; i < 128; i++) { const uint16_t h = to_bf16((float)i); t.low[i] = (uint8_t)h, t.high[i] = (uint8_t)(h >> 8); }
   return t;
 }();
+#endif
 template <int B> INLINE void four_groups(const int8_t* p, int live, __m512bh (&v)[4]) {
   const __m512i a = _mm512_maskz_loadu_epi32(live > 1 ? 0xffff : 0xff, p), sign = _mm512_set1_epi8(-128);
   const __m512i b = _mm512_maskz_loadu_epi32(live > 3 ? 0xffff : live > 2 ? 0xff : 0, p + 64);
-  if (B == 8) {  // through float, whose instructions do not compete with the products for the same ports
+#ifdef __AVX512VBMI__
+  constexpr bool through_float = B == 8;  // whose instructions do not compete with the products for the same ports
+#else
+  constexpr bool through_float = true;
+#endif
+  if (through_float) {
     UNROLL for (int i = 0; i < 4; i++) {
       const __m512i x = i & 2 ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b);
       auto number = [&](int left) __attribute__((always_inline)) { return (__m512i)_mm512_cvtepi32_ps(_mm512_srai_epi32(left ? _mm512_slli_epi32(x, left) : x, 24)); };
@@ -169,6 +176,7 @@ template <int B> INLINE void four_groups(const int8_t* p, int live, __m512bh (&v
     }
     return;
   }
+#ifdef __AVX512VBMI__
   UNROLL for (int i = 0; i < 2; i++) {  // by tables of both bytes: the fewest instructions
     const __m512i from = _mm512_add_epi16(_mm512_broadcast_i32x4(_mm_setr_epi16(0, 32, 2, 34, 1, 33, 3, 35)), _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(4 * i), _mm_set1_epi16(4 * i + 8))), _mm256_setr_m128i(_mm_set1_epi16(4 * i + 16), _mm_set1_epi16(4 * i + 24)), 1));
     const __m512i x = _mm512_permutex2var_epi16(a, from, b), size = _mm512_abs_epi8(x);
@@ -178,6 +186,7 @@ template <int B> INLINE void four_groups(const int8_t* p, int live, __m512bh (&v
     high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(x, sign), _mm512_set1_epi8(-61));  // -128
     v[2 * i] = (__m512bh)_mm512_unpacklo_epi8(low, high), v[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
   }
+#endif
 }
 template <class T> constexpr bool FOUR_BITS = T(-1) > 0;
 // Grouped weights (T: int8_t, or uint8_t for 4 bits) times bfloat16 inputs, with float32 sums: exact products.

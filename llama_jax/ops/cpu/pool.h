@@ -15,15 +15,15 @@ namespace ffi = xla::ffi;
 template <class Body> static void parallel(ffi::ThreadPool& pool, int n, const Body& body) {
   constexpr int MOST = 64;
   struct Shared { struct alignas(64) { std::atomic<int> next{0}; } of[MOST]; std::atomic<int> done{0}; };
-  const int threads = std::min({(int)pool.num_threads(), n, MOST});
+  const int threads = std::min((int)pool.num_threads(), n), ranges = std::min(threads, MOST);
   if (threads < 2) { for (int i = 0; i < n; i++) body(i); return; }
   auto shared = std::make_shared<Shared>();
-  auto start = [n, threads](int t) { return (int)((int64_t)n * t / threads); };
-  for (int t = 0; t < threads; t++) shared->of[t].next = start(t);
+  auto start = [n, ranges](int t) { return (int)((int64_t)n * t / ranges); };
+  for (int t = 0; t < ranges; t++) shared->of[t].next = start(t);
   const Body* task = &body;
   auto drain = [=](Shared& s, int first) {
-    for (int j = 0; j < threads; j++) {
-      const int t = (first + j) % threads, end = start(t + 1);
+    for (int j = 0; j < ranges; j++) {
+      const int t = (first + j) % ranges, end = start(t + 1);
       for (int i; (i = s.of[t].next.fetch_add(1)) < end; s.done.fetch_add(1, std::memory_order_release)) (*task)(i);
     }
   };

@@ -34,9 +34,15 @@ _SLOTS = 2048
 _REPEATS, _TURNS = 20, 4  # layers of a program, and calls of each program
 _BITS, _ROWS = (16, 8, 4), (1, 8, 64)
 # Products that a layer of 8B does not have: dtype, rows, inputs and outputs.
-_ODD = ((jnp.bfloat16, 3, 576, (40, 16, 33)), (jnp.float16, 2, 1536, (48,)), (jnp.float16, 20, 320, (16, 8)))
-
-_ODD_HEADS = ((6, 2, 64), (16, 1, 32), (3, 3, 96))
+_ODD = (
+    (jnp.bfloat16, 1, 576, (40, 16, 33)),
+    (jnp.float16, 1, 1536, (48,)),
+    (jnp.bfloat16, 3, 576, (40, 16, 33)),
+    (jnp.float16, 2, 1536, (48,)),
+    (jnp.float16, 20, 320, (16, 8)),
+)
+# Decode steps that 8B does not have: dtype, rows, query heads, key/value heads and values of a head.
+_ODD_HEADS = ((jnp.bfloat16, 2, 6, 2, 64), (jnp.float16, 3, 16, 1, 32), (jnp.float16, 1, 3, 3, 96))
 _EPS = 1e-5
 _Kernels = Callable[..., Any]
 
@@ -74,7 +80,9 @@ def _by_float32(x: jax.Array, weights: Any) -> Iterator[jax.Array]:
 
 
 def _gain_of_products(bits: int, rows: int) -> float:
-    for dtype, count, width, outputs in _ODD if rows == _ROWS[0] else ():
+    for dtype, count, width, outputs in _ODD:
+        if products.kind(bits, count) != products.kind(bits, rows):
+            continue
         x, plus = _draw(count, width, seed=0, dtype=dtype), _draw(count, outputs[0], seed=1, dtype=dtype)
         several = [_weight((out, width), bits, dtype, out) for out in outputs]
         name = f"products of {count} rows of {width} inputs"
@@ -102,29 +110,32 @@ def _gain_of_products(bits: int, rows: int) -> float:
 
 
 def _gain_of_decoding(kv: str) -> float:
-    for heads, keys, dim in _ODD_HEADS:
-        ours, others, q, cache = _steps(kv, heads, keys, dim)
+    for dtype, rows, heads, keys, dim in _ODD_HEADS:
+        ours, others, q, cache = _steps(kv, heads, keys, dim, rows, dtype)
         _compare(ours(q, cache), others(q, cache), f"decoding with {heads} heads of {dim} and a cache in {kv}")
     return _gain(*_steps(kv, *_HEADS), f"decoding with a cache in {kv}")
 
 
-def _steps(kv: str, N: int, K: int, H: int) -> tuple[Callable[..., Any], Callable[..., Any], jax.Array, Any]:
+def _steps(
+    kv: str, N: int, K: int, H: int, B: int = 1, dtype: Any = jnp.bfloat16
+) -> tuple[Callable[..., Any], Callable[..., Any], jax.Array, Any]:
     """A decode step by our kernel and by others, its query, and a cache of which half the slots are live."""
     config = dataclasses.replace(SIZES["tiny"], num_layers=1, num_heads=N, num_kv_heads=K, head_dim=H)
-    live = jnp.array([[_SLOTS // 2 + 13]], jnp.int32)
-    empty = caches.init_cache(config, batch=1, capacity=_SLOTS, dtype=jnp.bfloat16, kv=kv)
-    every = caches.window(empty, jnp.arange(_SLOTS)[None], None)
+    live = _SLOTS // 2 + 13 + jnp.arange(B, dtype=jnp.int32)[:, None]
+    empty = caches.init_cache(config, batch=B, capacity=_SLOTS, dtype=dtype, kv=kv)
+    every = caches.window(empty, jnp.broadcast_to(jnp.arange(_SLOTS), (B, _SLOTS)), None)
     cache = tuple(
-        caches.write(leaf[0], _draw(1, _SLOTS, K, H, seed=i), every) for i, leaf in enumerate((empty.k, empty.v))
+        caches.write(leaf[0], _draw(B, _SLOTS, K, H, seed=i, dtype=dtype), every)
+        for i, leaf in enumerate((empty.k, empty.v))
     )
-    k, v = (_draw(1, 1, K, H, seed=i) for i in (3, 4))
+    k, v = (_draw(B, 1, K, H, seed=i, dtype=dtype) for i in (3, 4))
     window = caches.window(empty, live, None)
 
     def step(attend: Callable[..., Any], q: jax.Array, cache: Any) -> Any:
         return attend(q, k, v, rope.rotations(config, live), live, window, cache)
 
     ours, others = functools.partial(step, decode.attend), functools.partial(step, attention.over_cache)
-    return ours, others, _draw(1, 1, N, H, seed=5), cache
+    return ours, others, _draw(B, 1, N, H, seed=5, dtype=dtype), cache
 
 
 def _gain(ours: Callable[..., Any], others: Callable[..., Any], x: jax.Array, held: Any, name: str) -> float:
