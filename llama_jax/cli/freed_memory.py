@@ -6,8 +6,10 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
-import resource
+import re
+from pathlib import Path
 
 # Parameters of glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -31,8 +33,17 @@ def keep() -> None:
     (docs/measurements/finetuning-speed.md#memory-between-steps). Blocks of other sizes leave gaps, which more than
     doubled the memory of a larger model, so that a process that has taken 1 GiB before is left as it is.
     """
-    if 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < _MOST:
+    if _peak() < _MOST:
         _set((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+
+
+def _peak() -> float:
+    """The most bytes that this process has taken. (`getrusage` counts those of the process that started it, too.)"""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def _set(*parameters: tuple[int, int]) -> None:
