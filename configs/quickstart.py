@@ -2,7 +2,7 @@
 
     python train.py --config configs/quickstart.py
 
-Hardware: a laptop's CPU; 4 minutes on 2 cores, at 9,500 tokens/s. The text is the language reference and
+Hardware: a laptop's CPU; 4 minutes on 2 cores, at 9,000 tokens/s. The text is the language reference and
 the docstrings of the standard library, about half a million tokens (they differ between Python versions), seen 3.4
 times. Expect a validation loss of about 4.4 nats per token, and sentences that read like English and mean little.
 """
