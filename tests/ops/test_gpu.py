@@ -228,7 +228,7 @@ def test_a_check_that_hangs_or_dies_is_recorded_and_one_that_has_no_memory_is_no
         gpu._gains.cache_clear()
         assert not gpu.faster("16 bits, one row") and not gpu.faster("8 bits, one row")
         assert [message in text for text in caplog.messages] == [True]
-        (record,) = verdict._folder().glob("*.json") if not again else (None,)
+        (record,) = verdict.native.folder().glob("*.json") if not again else (None,)
         if record:
             record.unlink()
 
@@ -237,11 +237,11 @@ def test_without_nvrtc_or_a_gpu_or_a_folder_other_kernels_run(one_gpu, caplog):
     nothing = ({}, {})
     assert verdict.gains("another GPU, for which a program is compiled here") == nothing
     one_gpu.setattr(build, "compiler", lambda: None)
-    with pytest.raises(build.Unavailable, match="pip install nvidia-cuda-nvrtc"):
+    with pytest.raises(verdict.Unavailable, match="pip install nvidia-cuda-nvrtc"):
         verdict.gains(Gpu.device_kind)
     one_gpu.setattr(build, "compiler", lambda: "NVRTC")
     one_gpu.setenv("LLAMA_JAX_CACHE", "/proc/no")
-    with pytest.raises(build.Unavailable, match="LLAMA_JAX_CACHE may name another folder"):
+    with pytest.raises(verdict.Unavailable, match="LLAMA_JAX_CACHE may name another folder"):
         verdict.gains(Gpu.device_kind)
     one_gpu.setenv(verdict.ENV, "off")
     assert verdict.gains(Gpu.device_kind) == nothing

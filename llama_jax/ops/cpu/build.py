@@ -13,7 +13,6 @@ Products of many rows are timed once, in turns with XLA's, and the ratio is kept
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
@@ -24,8 +23,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llama_jax import compilation_cache
 from llama_jax.files import expanded, write_json
+from llama_jax.ops import native
+from llama_jax.ops.native import Unavailable
 
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
@@ -33,10 +33,6 @@ ENV = "LLAMA_JAX_CPU_KERNELS"
 TARGETS = ("llama_linear", "llama_attention", "llama_attention_many", "llama_rows")
 _COMPILERS = ("g++", "clang++", "c++")
 _SECONDS = 300
-
-
-class Unavailable(Exception):
-    """Raised if the kernels cannot be built or used. The message is the reason, for one line of a log."""
 
 
 def library() -> Path:
@@ -56,12 +52,7 @@ def library() -> Path:
         raise Unavailable(f"{failed.read_text(errors='replace').strip()} (remove {failed} to try again)")
     if compiler is None:
         raise Unavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(target.parent, os.W_OK):
-            raise PermissionError(f"{target.parent} is not writable")
-    except OSError as error:
-        raise Unavailable(f"{error}; {compilation_cache.ENV} may name another folder") from None
+    native.prepare(target.parent)
     print("compiling the CPU kernels, once for this machine (about 15 seconds)", file=sys.stderr, flush=True)
     if reason := _build_apart(target):
         failed.write_text(reason + "\n")
@@ -79,15 +70,10 @@ def built() -> bool:
 
 def _target(compiler: str | None) -> Path:
     """The path of the library for this machine."""
-    chosen, cache = os.environ.get(ENV), compilation_cache.folder()
+    chosen = os.environ.get(ENV)
     if (chosen or "").lower() in ("on", "1", "true"):
         chosen = None
-    if chosen:
-        folder = expanded(chosen)
-    elif cache is not None:
-        folder = cache.parent / "native"
-    else:
-        raise Unavailable(f"{compilation_cache.ENV} is off, and they are built into that folder")
+    folder = expanded(chosen) if chosen else native.folder()
     return folder / f"cpu-{_key(compiler)}.so"
 
 
@@ -107,12 +93,7 @@ def _compiler() -> str | None:
 def _key(compiler: str | None) -> str:
     import jaxlib
 
-    digest = hashlib.sha256()
-    for path in SOURCES:
-        digest.update(path.read_bytes())
-    for part in (jaxlib.__version__, compiler, platform.machine(), _features()):
-        digest.update(f"\0{part}".encode())
-    return digest.hexdigest()[:16]
+    return native.digest(SOURCES, (jaxlib.__version__, compiler, platform.machine(), _features()))
 
 
 def _features() -> str:
@@ -140,23 +121,16 @@ def _build_apart(target: Path) -> str:
     Raises:
         Unavailable: the process could not run, or a signal ended it, such as Ctrl-C: the next start tries again.
     """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    command = [sys.executable, "-m", "llama_jax.ops.cpu.build", str(target)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+        done = native.run_apart("llama_jax.ops.cpu.build", [target], _SECONDS, {"JAX_PLATFORMS": "cpu"})
     except OSError as error:
         raise Unavailable(f"their build did not run: {error}") from None
     except subprocess.TimeoutExpired as error:
         return f"their build failed: {error}"
-    if done.returncode in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP):
+    if done.returncode in native.ENDED:
         raise Unavailable(f"their build was ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        return f"their build failed: {lines[-1].strip()[:300]}"
+        return f"their build failed: {native.last_line(done)}"
     return ""
 
 
@@ -167,8 +141,8 @@ def compile_to(path: Path) -> None:
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler")
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [compiler, "-std=c++17", "-O3", native, "-fPIC", "-shared", "-w", "-I", jax.ffi.include_dir()]
+    target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler, "-std=c++17", "-O3", target, "-fPIC", "-shared", "-w", "-I", jax.ffi.include_dir()]
     command += [*os.environ.get("LLAMA_JAX_CXXFLAGS", "").split(), "-o", str(path), str(HERE / "kernels.cc")]
     if platform.system() == "Darwin":
         command += ["-undefined", "dynamic_lookup"]

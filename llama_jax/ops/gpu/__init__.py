@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from llama_jax import parallel
-from llama_jax.ops.gpu import build, decode, products, verdict
+from llama_jax.ops.gpu import decode, products, verdict
 from llama_jax.ops.gpu.products import linears
+from llama_jax.ops.native import Unavailable
 from llama_jax.ops.quant import QTensor
 
 __all__ = ["decode", "faster", "gains", "linears", "products", "takes"]
@@ -58,7 +59,7 @@ def gains() -> Mapping[str, float]:
 def _gains(device_kind: str) -> Mapping[str, float]:
     try:
         found = verdict.gains(device_kind)
-    except build.Unavailable as error:
+    except Unavailable as error:
         _log.warning("decoding is slower than it could be on this GPU: %s", error)
         return {}
     for kind, reason in found.failed.items():

@@ -49,10 +49,6 @@ def chip() -> Chip:
     return Chip(int(getattr(parallel.device(), "core_count", 132)), 1024 * shared)
 
 
-class Unavailable(Exception):
-    """Raised if the kernels cannot be used. The message is the reason, for one line of a log."""
-
-
 @functools.cache
 def compiler() -> ctypes.CDLL | None:
     """NVRTC, or None where it is not installed."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,13 +19,13 @@ from typing import NamedTuple
 
 import jax
 
-from llama_jax import compilation_cache
 from llama_jax.files import write_json
+from llama_jax.ops import native
 from llama_jax.ops.gpu import build
+from llama_jax.ops.native import Unavailable
 
 ENV = "LLAMA_JAX_GPU_KERNELS"
 _SECONDS = 240
-_ENDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by a user: the next start tries again
 
 
 class Verdict(NamedTuple):
@@ -55,8 +53,10 @@ def gains(device_kind: str) -> Verdict:
     if number is None:
         return none  # a program is compiled for a GPU of another machine
     if build.compiler() is None:
-        raise build.Unavailable("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
-    record = _folder() / f"gpu-{_key(_local_gpus()[number])}.json"
+        raise Unavailable("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+    folder = native.folder()
+    native.prepare(folder)
+    record = folder / f"gpu-{_key(_local_gpus()[number])}.json"
     if (found := _read(record)) is not None:
         return found
     with _alone(record):
@@ -65,7 +65,7 @@ def gains(device_kind: str) -> Verdict:
             _check_apart(number, record)
             found = _read(record)
     if found is None:
-        raise build.Unavailable("their check left no result")
+        raise Unavailable("their check left no result")
     return found
 
 
@@ -74,20 +74,6 @@ def _local_gpus() -> list[jax.Device]:
         return jax.local_devices(backend="cuda")
     except RuntimeError:
         return []
-
-
-def _folder() -> Path:
-    cache = compilation_cache.folder()
-    if cache is None:
-        raise build.Unavailable(f"{compilation_cache.ENV} is off, and the result of their check is kept in that folder")
-    folder = cache.parent / "native"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not writable")
-    except OSError as error:
-        raise build.Unavailable(f"{error}; {compilation_cache.ENV} may name another folder") from None
-    return folder
 
 
 @contextlib.contextmanager
@@ -114,17 +100,14 @@ def _read(record: Path) -> Verdict | None:
 def _key(device: jax.Device) -> str:
     import jaxlib
 
-    digest = hashlib.sha256()
     replaced = [build.HERE.parent / "few_rows_gpu.py", build.HERE.parent / "attention" / "split.py"]
-    for path in sorted([*build.HERE.glob("*.cu*"), *build.HERE.glob("*.py"), *replaced]):
-        digest.update(path.read_bytes())
+    files = sorted([*build.HERE.glob("*.cu*"), *build.HERE.glob("*.py"), *replaced])
     try:
         driver = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         driver = ""
-    for part in (jaxlib.__version__, device.client.platform_version, device.device_kind, build.version(), driver):
-        digest.update(f"\0{part}".encode())
-    return digest.hexdigest()[:16]
+    platform_version = device.client.platform_version
+    return native.digest(files, (jaxlib.__version__, platform_version, device.device_kind, build.version(), driver))
 
 
 def _check_apart(number: int, record: Path) -> None:
@@ -133,25 +116,18 @@ def _check_apart(number: int, record: Path) -> None:
     Raises:
         Unavailable: it failed for a reason that the next start may not have.
     """
-    environment = {
-        **os.environ,
-        ENV: "off",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "PYTHONPATH": os.pathsep.join([str(build.HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    command = [sys.executable, "-m", "llama_jax.ops.gpu.check", str(number), str(record)]
+    environment = {ENV: "off", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+        done = native.run_apart("llama_jax.ops.gpu.check", [number, record], _SECONDS, environment)
     except OSError as error:
-        raise build.Unavailable(f"their check did not run: {error}") from None
+        raise Unavailable(f"their check did not run: {error}") from None
     except subprocess.TimeoutExpired:
         _fail(record, f"their check did not end in {_SECONDS} seconds")
         return
-    if done.returncode < 0 and -done.returncode not in _ENDED:
+    if done.returncode < 0 and done.returncode not in native.ENDED:
         _fail(record, f"their check died of signal {-done.returncode}")
     elif done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        raise build.Unavailable(f"their check did not end: {lines[-1].strip()[:300]}")
+        raise Unavailable(f"their check did not end: {native.last_line(done)}")
 
 
 def _fail(record: Path, reason: str) -> None:
