@@ -120,6 +120,7 @@ def test_a_large_item_of_a_list_stops_the_file(tmp_path, small):
         ("a.jsonl.old", b'{"text": "a"}', "its name has .jsonl before another ending: end it in .jsonl"),
         ("a.jsonl.lz4", b"", "files ending in .lz4 are not supported"),
     ],
+    ids=str,
 )
 def test_a_file_of_another_format_is_named_as_such(tmp_path, name, head, words):
     (tmp_path / name).write_bytes(head)
