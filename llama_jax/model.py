@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax import parallel
-from llama_jax.cache import KVCache, Leaf, Window, window
+from llama_jax.cache import KVCache, Leaf, Window, window, write
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
+from llama_jax.ops import gpu, norm, rope
 from llama_jax.ops import linear as linear_ops
-from llama_jax.ops import norm, rope
-from llama_jax.ops.attention import Call, attention, over_cache
+from llama_jax.ops.attention import Call, attention
 from llama_jax.ops.remat import REMAT, with_remat
 from llama_jax.params import BY_PATH, Params, check_params, unstack
 
@@ -100,16 +100,18 @@ class Attention(nnx.Module):
             q_BTNH = parallel.constrain(q.reshape(B, T, N, H), "batch", "length", "heads", None)
             k_BTKH = parallel.constrain(k.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
             v_BTKH = parallel.constrain(v.reshape(B, T, K, H), "batch", "length", "kv_heads", None)
+        with jax.named_scope("rope"):
+            q_BTNH = rope.rotate(q_BTNH, pos.cos_BTR, pos.sin_BTR)
+            k_BTKH = rope.rotate(k_BTKH, pos.cos_BTR, pos.sin_BTR)
         if cache is not None and pos.window is not None:
-            rotations = (pos.cos_BTR, pos.sin_BTR)
-            out_BTNH, cache = over_cache(q_BTNH, k_BTKH, v_BTKH, rotations, pos.positions_BT, pos.window, cache)
+            with jax.named_scope("cache"):
+                cache = (write(cache[0], k_BTKH, pos.window), write(cache[1], v_BTKH, pos.window))
+            call = Call(q_BTNH, *cache, pos.positions_BT, None, pos.window)
         else:
-            with jax.named_scope("rope"):
-                q_BTNH = rope.rotate(q_BTNH, pos.cos_BTR, pos.sin_BTR)
-                k_BTKH = rope.rotate(k_BTKH, pos.cos_BTR, pos.sin_BTR)
-            with jax.named_scope("attend"):
-                keys, values = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-                out_BTNH = attention(Call(q_BTNH, keys, values, pos.positions_BT, pos.segments_BT))
+            keys, values = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+            call = Call(q_BTNH, keys, values, pos.positions_BT, pos.segments_BT)
+        with jax.named_scope("attend"):
+            out_BTNH = attention(call)
         with jax.named_scope("out"):
             return _linears(out_BTNH.reshape(B, T, -1), self.o, plus=x_BTD)[0], cache
 
@@ -197,6 +199,9 @@ def _unroll_cached(
     config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, pos: Positions, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Runs the layers one after the other, each with cache arrays of its own: a donated cache is updated in place."""
+    if pos.window is not None and gpu.takes_layers(config, layers, x_BTD, cache):
+        with jax.named_scope("layers"):
+            return gpu.layers.decode(config, layers, x_BTD, (pos.cos_BTR, pos.sin_BTR), pos.window, cache)
     updated = []
     for layer, layer_cache in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
         x_BTD, layer_cache = _cached_layer(config, parallel.active(), layer, x_BTD, pos, layer_cache)

@@ -14,7 +14,7 @@ from llama_jax.ops.gpu import build
 EMULATED = Path(__file__).parents[1] / "ops" / "emulated.h"
 _MAIN = """
 struct Any {{ const void* p; template <class T> operator T*() const {{ return (T*)p; }} }};
-static Any given[32];
+static Any given[{count}];
 extern "C" void run(const void** pointers, int x, int y, int z) {{
   for (int i = 0; i < {count}; i++) given[i] = {{pointers[i]}};
   launch(x, y, z, {threads}, {shared}, [] {{ {name}({arguments}); }});
@@ -46,7 +46,7 @@ def emulated(eager=False):
 @functools.cache
 def _compiled(name, constants, count, threads, shared, eager):
     arguments = ", ".join(f"given[{i}]" for i in range(count))
-    includes = [EMULATED, build.HERE / "numbers.cuh", build.HERE / f"{name}.cu"]
+    includes = [EMULATED, build.HERE / "numbers.cuh", build.HERE / "units.cuh", build.HERE / f"{name}.cu"]
     source = "".join(f'#include "{path}"\n' for path in includes)
     source += _MAIN.format(count=count, threads=threads, shared=shared, name=name, arguments=arguments)
     defines = [f"-D{key}={value}" for key, value in constants] + (["-DEAGER"] if eager else [])

@@ -1,5 +1,6 @@
 // CUDA on a CPU, for tests: the threads of a block are fibers, and the functions of device.cuh are written in C++.
 // Copies take place when they must be done at the latest, or at once with EAGER, so that a wait too few shows either way.
+// All blocks are alive at once, as those of a launch that wait for one another are. They have turns.
 
 #include <ucontext.h>
 
@@ -37,7 +38,8 @@ static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 
-alignas(128) u8 shared[1 << 20];
+constexpr int SHARED = 1 << 18;
+alignas(128) u8 shared[SHARED];  // of the block whose turn it is
 static Index threadIdx, blockIdx, gridDim;
 
 struct Copy { void* to; const void* from; int bytes; bool wanted; };
@@ -48,11 +50,18 @@ struct Fiber {
   bool ended;
   std::deque<std::vector<Copy>> groups;  // of copies that have not taken place
   std::vector<Copy> group;
+  bool waits;  // for other blocks
 };
 struct Warp { Barrier barrier; u32 a[32][4], b[32][2]; float value[32]; const u16* row[32]; };
-static std::vector<Fiber> fibers;
-static std::vector<Warp> warps;
-static Barrier whole_block;
+struct Block {
+  Index index;
+  std::vector<Fiber> threads;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  std::vector<u8> shared;
+};
+static Block* block;
+#define fibers (block->threads)
 static ucontext_t scheduler;
 static int current;
 
@@ -65,8 +74,8 @@ static void wait(Barrier& barrier, int threads) {
   while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
 }
 
-static Warp& warp() { return warps[current / 32]; }
-static void __syncthreads() { wait(whole_block, (int)fibers.size()); }
+static Warp& warp() { return block->warps[current / 32]; }
+static void __syncthreads() { wait(block->barrier, (int)fibers.size()); }
 static void __syncwarp() { wait(warp().barrier, 32); }
 
 static float __shfl_xor_sync(u32, float value, int step) {
@@ -161,8 +170,15 @@ static void load_transposed(u32 matrices[4], const void* row) {
 }
 
 static float load_fresh(const float* from) { return *from; }
-static float4 load_fresh_4(const float* from) { return *(const float4*)from; }
+static uint4 load_fresh_16(const void* from) { return *(const uint4*)from; }
+static u16 load_fresh_2(const u16* from) { return *from; }
+static void prefetch(const void* line) { (void)*(volatile const u8*)line; }
 static u32 arrive(u32* counter) { return (*counter)++; }
+static void wait_until(const u32* counter, u32 count) {
+  Fiber& fiber = fibers[current];
+  for (fiber.waits = true; *counter < count;) swapcontext(&fiber.context, &scheduler);
+  fiber.waits = false;
+}
 static float power_of_2(float f) { return std::exp2(f); }
 
 static void (*body)();
@@ -172,33 +188,56 @@ static void start() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-// Runs a kernel, one block after the other, with so many bytes of shared memory. It must not write beyond them.
+// Runs a block until all threads have ended, or one waits for other blocks. Returns whether threads are left.
+static bool have_turn(Block& turn) {
+  block = &turn;
+  blockIdx = turn.index;
+  memcpy(shared, turn.shared.data(), SHARED);
+  bool left = true;
+  for (bool waits = false; left && !waits;) {
+    left = false;
+    for (current = 0; current < (int)fibers.size(); current++) {
+      if (fibers[current].ended) continue;
+      left = true;
+      threadIdx = {current, 0, 0};
+      swapcontext(&scheduler, &fibers[current].context);
+      waits |= fibers[current].waits;
+    }
+  }
+  memcpy(turn.shared.data(), shared, SHARED);
+  return left;
+}
+
+// Runs a kernel with so many bytes of shared memory. It must not write beyond them.
 static void launch(int blocks_x, int blocks_y, int blocks_z, int threads, int bytes, void (*kernel)()) {
   gridDim = {blocks_x, blocks_y, blocks_z};
   body = kernel;
-  for (int block = 0; block < blocks_x * blocks_y * blocks_z; block++) {
-    blockIdx = {block % blocks_x, block / blocks_x % blocks_y, block / blocks_x / blocks_y};
-    memset(shared, 0xff, sizeof shared);  // not a number
-    fibers = std::vector<Fiber>(threads);
-    warps = std::vector<Warp>(threads / 32);
-    whole_block = {};
-    for (Fiber& fiber : fibers) {
+  std::deque<std::unique_ptr<Block>> blocks;
+  int number = 0;
+  auto begin = [&] {
+    const Index index = {number % blocks_x, number / blocks_x % blocks_y, number / blocks_x / blocks_y};
+    number++;
+    blocks.emplace_back(new Block{index, std::vector<Fiber>(threads), std::vector<Warp>(threads / 32), {}, {}});
+    blocks.back()->shared.assign(SHARED, 0xff);  // not a number
+    for (Fiber& fiber : blocks.back()->threads) {
       getcontext(&fiber.context);
       fiber.stack.reset(new char[1 << 16]);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = 1 << 16;
       makecontext(&fiber.context, start, 0);
     }
-    for (bool left = true; left;) {
-      left = false;
-      for (current = 0; current < threads; current++) {
-        if (fibers[current].ended) continue;
-        left = true;
-        threadIdx = {current, 0, 0};
-        swapcontext(&scheduler, &fibers[current].context);
+  };
+  // A block begins when those before it have ended or wait.
+  for (const int all = blocks_x * blocks_y * blocks_z; number < all || !blocks.empty();) {
+    if (number < all) begin();
+    for (size_t i = number < all ? blocks.size() - 1 : 0; i < blocks.size();) {
+      if (have_turn(*blocks[i])) {
+        i++;
+        continue;
       }
+      for (int j = bytes; j < SHARED; j++)
+        if (blocks[i]->shared[j] != 0xff) abort();
+      blocks.erase(blocks.begin() + i);
     }
-    for (int i = bytes; i < (int)sizeof shared; i++)
-      if (shared[i] != 0xff) abort();
   }
 }

@@ -1,7 +1,6 @@
 """Attention: a call, and an ordered list of backends that give reasons. The first that does not refuse a call runs it.
 
     out_BTNH = attention(Call(q_BTNH, k, v, positions_BT, segments_BT, window))
-    out_BTNH, cache = over_cache(q_BTNH, k_BTKH, v_BTKH, rotations, positions_BT, window, cache)
 
 Training rows, prefill, decode steps and the planner go through `choose`. To add a backend is to add one file and one
 line of BACKENDS (docs/architecture/add-an-attention-backend.md).
@@ -18,11 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import parallel
-from llama_jax.cache import Leaf, QCache, Window, kv_heads, write
-from llama_jax.ops import gpu, rope
+from llama_jax.cache import kv_heads
 from llama_jax.ops.attention.call import Call, Target, active_target
 
-__all__ = ["BACKENDS", "Backend", "Call", "Target", "active_target", "attention", "choose", "over_cache"]
+__all__ = ["BACKENDS", "Backend", "Call", "Target", "active_target", "attention", "choose"]
 
 _log = logging.getLogger(__name__)
 
@@ -97,50 +95,6 @@ def attention(call: Call) -> jax.Array:
     because = "".join(f"; not {name}, because {reason}" for name, reason in reasons.items())
     _log_once(logging.WARNING if plain else logging.INFO, text + because)
     return backend.attend(call)
-
-
-def over_cache(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    rotations: tuple[jax.Array, jax.Array],
-    positions_BT: jax.Array,
-    window: Window,
-    cache: tuple[Leaf, Leaf],
-) -> tuple[jax.Array, tuple[Leaf, Leaf]]:
-    """Rotates queries and new keys, stores the new keys and values in a cache, and attends to it.
-
-    Args:
-        q_BTNH: queries before their rotation.
-        k_BTKH: new keys before their rotation.
-        v_BTKH: new values.
-        rotations: cosines and sines of `rope.rotations`.
-        positions_BT: position of each query.
-        window: the part of the cache that is written and read.
-        cache: keys and values of one layer.
-
-    Returns:
-        The attention (B, T, N, H) in the dtype of q, and the cache with the new keys and values.
-    """
-    if _in_one_launch(q_BTNH, k_BTKH, cache[0]):
-        with jax.named_scope("attend"):
-            return gpu.decode.attend(q_BTNH, k_BTKH, v_BTKH, rotations, positions_BT, window, cache)
-    with jax.named_scope("rope"):
-        q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotations), rope.rotate(k_BTKH, *rotations)
-    with jax.named_scope("cache"):
-        cache = (write(cache[0], k_BTKH, window), write(cache[1], v_BTKH, window))
-    with jax.named_scope("attend"):
-        return attention(Call(q_BTNH, *cache, positions_BT, None, window)), cache
-
-
-def _in_one_launch(q_BTNH: jax.Array, k_BTKH: jax.Array, leaf: Leaf) -> bool:
-    if parallel.device_platform() != "cuda" or gpu.decode.refuses(q_BTNH, k_BTKH, leaf):
-        return False
-    kind = gpu.decode.kind("int8" if isinstance(leaf, QCache) else "compute")
-    taken = gpu.faster(kind)
-    if taken:
-        _log_once(logging.INFO, "attention of decoding on cuda: one launch")
-    return taken
 
 
 def _repeated(k_BKSH: Any, repeats: int) -> jax.Array:

@@ -1,12 +1,12 @@
-"""Kernels for NVIDIA GPUs in CUDA C++, which XLA launches: products of few rows, and attention of a decode step.
+"""Kernels for NVIDIA GPUs in CUDA C++, which XLA launches: layers of a decode step, and products of few rows.
 
-A decode step is as fast as its weights are read. One launch multiplies up to three weights of the same inputs, such as
-q, k and v, normalizes the inputs or applies SwiGLU to them, and adds the residual. Another does all of attention. A
-layer of one row has five launches. Tensor cores multiply the integers of quantized weights, which takes few enough
-instructions to read packed weights at the speed of memory.
+A decode step is as fast as its weights are read. For one row, one launch runs many layers (layers.py). For up to 8
+rows, one launch multiplies up to three weights of the same inputs, such as q, k and v, normalizes the inputs or applies
+SwiGLU to them, and adds the residual (products.py). Tensor cores multiply the integers of quantized weights, which
+takes few enough instructions to read packed weights at the speed of memory.
 
-The kernels are compared with XLA, and timed beside the kernels that take their place, once for each machine (check.py).
-Those that are not faster there are not used.
+Each kind is compared with XLA, and timed beside the kernels that it replaces, once for each machine (check.py). Kinds
+that are not faster there are not used.
 """
 
 from __future__ import annotations
@@ -14,26 +14,41 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
 from llama_jax import parallel
-from llama_jax.ops.gpu import decode, products, verdict
+from llama_jax.cache import KVCache
+from llama_jax.config import ModelConfig
+from llama_jax.ops.gpu import layers, products, verdict
 from llama_jax.ops.gpu.products import linears
 from llama_jax.ops.native import Unavailable
 from llama_jax.ops.quant import QTensor
 
-__all__ = ["decode", "faster", "gains", "linears", "products", "takes"]
+__all__ = ["faster", "layers", "linears", "products", "takes", "takes_layers"]
 
 _log = logging.getLogger(__name__)
 
 
 def takes(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
     """True if the kernel multiplies x (..., in) and weights (out, in) of one kind faster than other kernels."""
-    if products.refuses(x, weights):
+    first = weights[0]
+    return isinstance(first, QTensor) and not products.refuses(x, weights) and faster(products.kind(first.bits))
+
+
+def takes_layers(config: ModelConfig, each: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:
+    """True if one launch runs several layers of a decode step faster than other kernels.
+
+    Args:
+        config: the model's shape.
+        each: the weights of each layer.
+        x: hidden state before the layers (B, T, D).
+        cache: keys and values of each layer.
+    """
+    if parallel.device_platform() != "cuda" or layers.refuses(config, each, x, cache):
         return False
-    bits = weights[0].bits if isinstance(weights[0], QTensor) else 16
-    return faster(products.kind(bits, x.size // x.shape[-1]))
+    return faster(layers.kind_of(each, cache))
 
 
 def faster(kind: str) -> bool:
@@ -44,24 +59,13 @@ def faster(kind: str) -> bool:
     layout = parallel.active()
     if (layout is not None and (layout.mesh.size > 1 or layout.rules == "train")) or parallel.compute_capability() < 80:
         return False
-    return gains().get(kind, 0.0) > 1
-
-
-def gains() -> Mapping[str, float]:
-    """The speed of each kind of kernel on the GPU in use, as a multiple of that of the kernels that it replaces.
-
-    It is empty where they cannot be used, which is logged once.
-    """
-    return _gains(getattr(parallel.device(), "device_kind", ""))
+    return _gain(getattr(parallel.device(), "device_kind", ""), kind) > 1
 
 
 @functools.cache
-def _gains(device_kind: str) -> Mapping[str, float]:
+def _gain(device_kind: str, kind: str) -> float:
     try:
-        found = verdict.gains(device_kind)
+        return verdict.gain(device_kind, kind)
     except Unavailable as error:
         _log.warning("decoding is slower than it could be on this GPU: %s", error)
-        return {}
-    for kind, reason in found.failed.items():
-        _log.warning("decoding is slower than it could be on this GPU (%s): %s", kind, reason)
-    return found.gains
+        return 0.0

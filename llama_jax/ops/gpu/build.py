@@ -87,7 +87,7 @@ def ptx(name: str, capability: int, constants: tuple[tuple[str, str | int], ...]
     nvrtc = compiler()
     assert nvrtc is not None
     target = max(known for known in _CAPABILITIES if known <= capability)
-    source = "".join((HERE / file).read_text() for file in ("device.cuh", "numbers.cuh", f"{name}.cu"))
+    source = "".join((HERE / file).read_text() for file in ("device.cuh", "numbers.cuh", "units.cuh", f"{name}.cu"))
     options = [f"-arch=compute_{target}", "-std=c++17", *(f"-D{key}={value}" for key, value in constants)]
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None))

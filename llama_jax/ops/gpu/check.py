@@ -1,18 +1,19 @@
 """The check of the CUDA kernels before they are used: each must give the results of XLA, and is timed.
 
-    python -m llama_jax.ops.gpu.check DEVICE RECORD.json    # writes the gains, and the reason of each failure
+    python -m llama_jax.ops.gpu.check DEVICE KIND RESULT.json    # writes the gain, or the reason of a failure
 
-A kind of kernel is timed as it is used: the products of a layer of 8B, or a decode step over a cache, many times in one
-program, so that the times are those of the GPU.
+A kind of kernel is timed as it is used: with layers of 8B, many times in one program, so that the times are those of
+the GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +22,35 @@ import jax.numpy as jnp
 
 from llama_jax import cache as caches
 from llama_jax.choices import KV_TYPES
-from llama_jax.config import SIZES
+from llama_jax.config import SIZES, ModelConfig
 from llama_jax.files import write_json
 from llama_jax.ops import attention, linear, quant, rope
-from llama_jax.ops.gpu import decode, products
+from llama_jax.ops.gpu import layers, products
 
 _ERROR = 0.01  # of the norm of the result, as bfloat16 gives
 _LARGEST_ERROR = 0.02  # of an element, as a share of the largest element
-_LAYER = (4096, 1024, 14336)  # values of a token, of its keys, and of the feed-forward layer
-_HEADS = (32, 8, 128)  # query heads, key/value heads, and values of a head
-_SLOTS = 2048
-_REPEATS, _TURNS = 20, 4  # layers of a program, and calls of each program
-_BITS, _ROWS = (16, 8, 4), (1, 8, 64)
+_MODEL = "llama3.1-8b"
+_LAYERS, _SLOTS = 2, 2048
+_REPEATS, _TURNS = 10, 4  # passes of a program, and calls of each program
+_ROWS = 8
 # Products that a layer of 8B does not have: dtype, rows, inputs and outputs.
-_ODD = (
-    (jnp.bfloat16, 1, 576, (40, 16, 33)),
-    (jnp.float16, 1, 1536, (48,)),
-    (jnp.bfloat16, 3, 576, (40, 16, 33)),
-    (jnp.float16, 2, 1536, (48,)),
-    (jnp.float16, 20, 320, (16, 8)),
-)
-# Decode steps that 8B does not have: dtype, rows, query heads, key/value heads and values of a head.
-_ODD_HEADS = ((jnp.bfloat16, 2, 6, 2, 64), (jnp.float16, 3, 16, 1, 32), (jnp.float16, 1, 3, 3, 96))
-_EPS = 1e-5
+_ODD = ((jnp.bfloat16, 3, 576, (40, 16, 33)), (jnp.float16, 2, 1536, (48,)))
+# Layers that 8B does not have: dtype, embedding, ffn, query heads, key/value heads and values of a head.
+_ODD_LAYERS = {
+    "compute": (jnp.bfloat16, 1536, 2560, 24, 8, 64),
+    "int8": (jnp.float16, 512, 3072, 8, 1, 128),
+}
 _Kernels = Callable[..., Any]
 
 
-def kinds() -> Iterator[tuple[str, Callable[[], float]]]:
-    """Each kind of kernel, with the function that checks it and returns its gain."""
-    for bits in _BITS:
-        for rows in _ROWS:
-            if bits < 16 or rows <= 8:
-                yield products.kind(bits, rows), functools.partial(_gain_of_products, bits, rows)
-    for kv in KV_TYPES:
-        yield decode.kind(kv), functools.partial(_gain_of_decoding, kv)
+def kinds() -> dict[str, Callable[[], float]]:
+    """The function that checks a kind of kernel and returns its gain, for each kind."""
+    checks: dict[str, Callable[[], float]] = {
+        products.kind(bits): functools.partial(_gain_of_products, bits) for bits in (8, 4)
+    }
+    for bits, kv in itertools.product((16, 8, 4), KV_TYPES):
+        checks[layers.kind(bits, kv)] = functools.partial(_gain_of_layers, bits, kv)
+    return checks
 
 
 def _draw(*shape: int, seed: int, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -79,63 +75,101 @@ def _by_float32(x: jax.Array, weights: Any) -> Iterator[jax.Array]:
         yield jnp.dot(x.astype(jnp.float32), whole.T, precision="highest")
 
 
-def _gain_of_products(bits: int, rows: int) -> float:
+def _gain_of_products(bits: int) -> float:
     for dtype, count, width, outputs in _ODD:
-        if products.kind(bits, count) != products.kind(bits, rows):
-            continue
         x, plus = _draw(count, width, seed=0, dtype=dtype), _draw(count, outputs[0], seed=1, dtype=dtype)
         several = [_weight((out, width), bits, dtype, out) for out in outputs]
         name = f"products of {count} rows of {width} inputs"
         _compare(products.linears(x, several, dtype=dtype), _by_float32(x, several), name)
         product = products.linears(x, several[:1], dtype=dtype, up=x, plus=plus)
         _compare(product, (a + plus for a in _by_float32(jax.nn.silu(x) * x, several[:1])), f"{name} after SwiGLU")
-    D, K, F = _LAYER
-    shapes = {"qkv": [(D, D), (K, D), (K, D)], "o": [(D, D)], "ffn": [(F, D), (F, D)], "down": [(D, F)]}
-    weights = {
-        name: [_weight(shape, bits, jnp.bfloat16, i) for i, shape in enumerate(each)] for name, each in shapes.items()
-    }
-    norm = (1 + 0.1 * _draw(D, seed=1), _EPS)
+    config = _config(SIZES[_MODEL], 1)
 
-    def layer(kernels: _Kernels, x: jax.Array, weights: Any) -> jax.Array:
-        q, k, v = kernels(x, weights["qkv"], dtype=x.dtype, norm=norm)
-        q = q.at[:, :K].add(k + v)
-        (x,) = kernels(q, weights["o"], dtype=x.dtype, plus=x)
-        gate, up = kernels(x, weights["ffn"], dtype=x.dtype, norm=norm)
-        (x,) = kernels(gate, weights["down"], dtype=x.dtype, up=up, plus=x)
-        return x
+    def mixed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return q.at[:, : k.shape[1]].add(k + v)  # in the place of attention
 
-    x = _draw(rows, D, seed=2)
-    ours, others = functools.partial(layer, products.linears), functools.partial(layer, _others)
-    return _gain(ours, others, x, weights, f"products of {rows} rows with {bits} bits")
+    ours, others = (functools.partial(_layer, config, kernels, mixed) for kernels in (products.linears, _others))
+    x = _draw(_ROWS, config.embed_dim, seed=2)
+    return _gain(ours, others, x, _random_layer(config, bits, x.dtype, 0), f"products with {bits} bits")
 
 
-def _gain_of_decoding(kv: str) -> float:
-    for dtype, rows, heads, keys, dim in _ODD_HEADS:
-        ours, others, q, cache = _steps(kv, heads, keys, dim, rows, dtype)
-        _compare(ours(q, cache), others(q, cache), f"decoding with {heads} heads of {dim} and a cache in {kv}")
-    return _gain(*_steps(kv, *_HEADS), f"decoding with a cache in {kv}")
+def _config(config: ModelConfig, layers: int) -> ModelConfig:
+    return dataclasses.replace(config, num_layers=layers, max_seq_len=_SLOTS)
+
+
+def _random_layer(config: ModelConfig, bits: int, dtype: Any, seed: int) -> dict[str, Any]:
+    """Random weights of a layer, as in params.py."""
+    D, F = config.embed_dim, config.ffn_dim
+    Q, K = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention_shapes = {"q": (Q, D), "k": (K, D), "v": (K, D), "o": (D, Q)}
+    ffn_shapes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+    modules = [
+        {name: _weight(shape, bits, dtype, seed + i) for i, (name, shape) in enumerate(shapes.items())}
+        for shapes in (attention_shapes, ffn_shapes)
+    ]
+    norms = [{"scale": 1 + 0.1 * _draw(D, seed=seed + i, dtype=dtype)} for i in range(2)]
+    return dict(zip(("attention", "ffn", "attention_norm", "ffn_norm"), modules + norms, strict=True))
+
+
+def _layer(config: ModelConfig, kernels: _Kernels, attend: Callable[..., jax.Array], x: jax.Array, layer: Any) -> Any:
+    """A layer with the products of `kernels`, for x (R, D)."""
+    projections, ffn = layer["attention"], layer["ffn"]
+    norms = [(layer[name]["scale"], config.norm_eps) for name in ("attention_norm", "ffn_norm")]
+    qkv = kernels(x, [projections[name] for name in "qkv"], dtype=x.dtype, norm=norms[0])
+    (x,) = kernels(attend(*qkv), [projections["o"]], dtype=x.dtype, plus=x)
+    gate, up = kernels(x, [ffn["gate"], ffn["up"]], dtype=x.dtype, norm=norms[1])
+    return kernels(gate, [ffn["down"]], dtype=x.dtype, up=up, plus=x)[0]
+
+
+def _gain_of_layers(bits: int, kv: str) -> float:
+    name = f"layers with {bits} bits and a cache in {kv}"
+    dtype, D, F, N, K, H = _ODD_LAYERS[kv]
+    odd = dataclasses.replace(SIZES["tiny"], embed_dim=D, ffn_dim=F, num_heads=N, num_kv_heads=K, head_dim=H)
+    ours, others, x, held = _steps(_config(odd, 2), bits, kv, dtype, _SLOTS - 1)
+    _compare(jax.jit(ours)(x, held), jax.jit(others)(x, held), f"{name}, {N} heads of {H}")
+    return _gain(*_steps(_config(SIZES[_MODEL], _LAYERS), bits, kv, jnp.bfloat16, _SLOTS // 2 + 13), name)
 
 
 def _steps(
-    kv: str, N: int, K: int, H: int, B: int = 1, dtype: Any = jnp.bfloat16
-) -> tuple[Callable[..., Any], Callable[..., Any], jax.Array, Any]:
-    """A decode step by our kernel and by others, its query, and a cache of which half the slots are live."""
-    config = dataclasses.replace(SIZES["tiny"], num_layers=1, num_heads=N, num_kv_heads=K, head_dim=H)
-    live = _SLOTS // 2 + 13 + jnp.arange(B, dtype=jnp.int32)[:, None]
-    empty = caches.init_cache(config, batch=B, capacity=_SLOTS, dtype=dtype, kv=kv)
-    every = caches.window(empty, jnp.broadcast_to(jnp.arange(_SLOTS), (B, _SLOTS)), None)
-    cache = tuple(
-        caches.write(leaf[0], _draw(B, _SLOTS, K, H, seed=i, dtype=dtype), every)
-        for i, leaf in enumerate((empty.k, empty.v))
-    )
-    k, v = (_draw(B, 1, K, H, seed=i, dtype=dtype) for i in (3, 4))
-    window = caches.window(empty, live, None)
+    config: ModelConfig, bits: int, kv: str, dtype: Any, at: int, bound: int | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any], Any, Any]:
+    """The layers of a decode step at a position by our kernel and by others, x, and weights with a cache."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    position = jnp.array([[at]], jnp.int32)
+    empty = caches.init_cache(config, batch=1, capacity=_SLOTS, dtype=dtype, kv=kv)
+    every = caches.window(empty, jnp.arange(_SLOTS)[None], None)
 
-    def step(attend: Callable[..., Any], q: jax.Array, cache: Any) -> Any:
-        return attend(q, k, v, rope.rotations(config, live), live, window, cache)
+    def full(leaves: Sequence[caches.Leaf], seed: int) -> tuple[caches.Leaf, ...]:
+        drawn = [_draw(1, _SLOTS, K, H, seed=seed + i, dtype=dtype) for i in range(len(leaves))]
+        return tuple(caches.write(leaf, new, every) for leaf, new in zip(leaves, drawn, strict=True))
 
-    ours, others = functools.partial(step, decode.attend), functools.partial(step, attention.over_cache)
-    return ours, others, _draw(B, 1, N, H, seed=5, dtype=dtype), cache
+    cache = caches.KVCache(full(empty.k, 20), full(empty.v, 30))
+    weights = [_random_layer(config, bits, dtype, 40 + 10 * i) for i in range(config.num_layers)]
+    window, rotations = caches.window(empty, position, None, bound=bound), rope.rotations(config, position)
+    x = _draw(1, config.embed_dim, seed=5, dtype=dtype)
+    if reason := layers.refuses(config, weights, x[None], cache):
+        raise RuntimeError(reason)
+
+    def ours(x: jax.Array, held: Any) -> Any:
+        x, cache = layers.decode(config, held[0], x[None], rotations, window, held[1])
+        return x[0], (held[0], cache)
+
+    def others(x: jax.Array, held: Any) -> Any:
+        weights, cache = held
+        keys, values = list(cache.k), list(cache.v)
+        for i, layer in enumerate(weights):
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
+                q, k = (rope.rotate(a.reshape(1, 1, -1, H), *rotations) for a in (q, k))
+                keys[i] = caches.write(keys[i], k, window)
+                values[i] = caches.write(values[i], v.reshape(1, 1, K, H), window)
+                call = attention.Call(q, keys[i], values[i], position, None, window)
+                return attention.attention(call).reshape(1, N * H)
+
+            x = _layer(config, _others, attend, x, layer)
+        return x, (weights, caches.KVCache(tuple(keys), tuple(values)))
+
+    return ours, others, x, (weights, cache)
 
 
 def _gain(ours: Callable[..., Any], others: Callable[..., Any], x: jax.Array, held: Any, name: str) -> float:
@@ -178,30 +212,28 @@ def _compare(results: Any, expected: Any, name: str) -> None:
             )
 
 
-def run(record: Path) -> None:
-    """Checks each kind, and writes the gains and the reasons of failures.
+def run(kind: str, result: Path) -> None:
+    """Checks a kind, and writes the gain or the reason of a failure.
 
     Raises:
         RuntimeError: the GPU has no memory left for the check, which the next start may have.
     """
-    gains, failed = {}, {}
-    for kind, check in kinds():
-        try:
-            gains[kind] = check()
-        except RuntimeError as error:
-            text = str(error).splitlines()[0][:300]
-            if "RESOURCE_EXHAUSTED" in text or "OUT_OF_MEMORY" in text:
-                raise
-            failed[kind] = text
-    write_json(record, {"gains": gains, "failed": failed})
+    try:
+        found: dict[str, float | str] = {"gain": kinds()[kind]()}
+    except RuntimeError as error:
+        text = str(error).splitlines()[0][:300]
+        if "RESOURCE_EXHAUSTED" in text or "OUT_OF_MEMORY" in text:
+            raise
+        found = {"failed": text}
+    write_json(result, found)
 
 
-def main(device: int, record: Path) -> None:
-    """Checks the kernels on the device with this number."""
+def main(device: int, kind: str, result: Path) -> None:
+    """Checks a kind on the device with this number."""
     jax.config.update("jax_default_device", jax.local_devices(backend="cuda")[device])
     jax.block_until_ready(jnp.zeros(8) + 1)  # without a GPU to use, this process fails and records nothing
-    run(record)
+    run(kind, result)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -56,15 +56,6 @@ DEVICE u32 minus(u32 a, u32 b) {
   return c;
 }
 
-// Four matrices of 8 rows of 8 values of 16 bits; thread i gives the address of row i % 8 of matrix i / 8. Thread 4 g + t
-// gets rows 2 t and 2 t + 1 of column g of each.
-DEVICE void load_transposed(u32 matrices[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // Numbers that another block has written in this launch.
 DEVICE float load_fresh(const float* from) {
   float f;
@@ -81,12 +72,41 @@ DEVICE float4 load_fresh_4(const float* from) {
   return f;
 }
 
-// Counts an arrival: all that the block wrote before its last barrier is visible to those that arrive later. Returns the
+DEVICE uint4 load_fresh_16(const void* from) {
+  uint4 words;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from)
+               : "memory");
+  return words;
+}
+
+DEVICE u16 load_fresh_2(const u16* from) {
+  u16 bits;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
+  return bits;
+}
+
+// Asks for 128 bytes of global memory that are read soon.
+DEVICE void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+
+// Counts an arrival: all that the block wrote before its last barrier is visible to those that wait for it. Returns the
 // number of arrivals before.
 DEVICE u32 arrive(u32* counter) {
   u32 before;
-  asm volatile("fence.acq_rel.gpu; atom.global.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
+}
+
+// Waits until so many have arrived. What they wrote before is visible then. Blocks that do not run at the same time would
+// wait for ever: after some seconds the launch fails.
+DEVICE void wait_until(const u32* counter, u32 count) {
+  u32 arrivals = 0;
+  for (u32 polls = 0;; polls++) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrivals) : "l"(counter) : "memory");
+    if (arrivals >= count) return;
+    if (polls == 1u << 24) __trap();
+  }
 }
 
 DEVICE float power_of_2(float f) {

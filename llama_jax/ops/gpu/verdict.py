@@ -1,8 +1,8 @@
-"""The result of check.py, which runs once for each machine: the CUDA kernels that can be used there.
+"""The results of check.py for each kind of CUDA kernel, which is checked once for each machine, when it is needed.
 
-The result is in the cache folder, under a name with a hash of the sources, the versions of jaxlib, NVRTC and the
-driver, and the GPU. The check runs in a process of its own, because a wrong kernel ends the process that launches it.
-$LLAMA_JAX_GPU_KERNELS=off turns the kernels off.
+The results are in a file in the cache folder, under a name with a hash of the sources, the versions of jaxlib, NVRTC
+and the driver, and the GPU. The check runs in a process of its own, because a wrong kernel ends the process that
+launches it. $LLAMA_JAX_GPU_KERNELS=off turns the kernels off.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 
@@ -28,45 +28,37 @@ ENV = "LLAMA_JAX_GPU_KERNELS"
 _SECONDS = 240
 
 
-class Verdict(NamedTuple):
-    """The result of a check.
+def gain(device_kind: str, kind: str) -> float:
+    """The speed of a kind of kernel on a GPU of this kind, as a multiple of that of the kernels that it replaces.
 
-    Attributes:
-        gains: speed of each kind of kernel, as a multiple of that of the kernels that it replaces.
-        failed: the reason for each kind that failed.
-    """
-
-    gains: Mapping[str, float]
-    failed: Mapping[str, str]
-
-
-def gains(device_kind: str) -> Verdict:
-    """The result of the check for a GPU of this kind; the first call on a machine runs the check.
+    The first call on a machine runs the check. The result is 0 where the kernels are off, or the GPU is not here.
 
     Raises:
-        Unavailable: there is no compiler or no folder to write to, or the check did not end.
+        Unavailable: the kernel failed, there is no compiler or no folder to write to, or the check did not end.
     """
-    none = Verdict({}, {})
-    if os.environ.get(ENV, "").lower() in ("off", "0", "false"):
-        return none
     number = next((i for i, gpu in enumerate(_local_gpus()) if gpu.device_kind == device_kind), None)
-    if number is None:
-        return none  # a program is compiled for a GPU of another machine
+    if os.environ.get(ENV, "").lower() in ("off", "0", "false") or number is None:
+        return 0.0  # off, or a program is compiled for a GPU of another machine
     if build.compiler() is None:
         raise Unavailable("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
     folder = native.folder()
     native.prepare(folder)
     record = folder / f"gpu-{_key(_local_gpus()[number])}.json"
-    if (found := _read(record)) is not None:
-        return found
-    with _alone(record):
-        if (found := _read(record)) is None:  # not checked by another process in the meantime
-            print("checking the GPU kernels, once for this machine (about a minute)", file=sys.stderr, flush=True)
-            _check_apart(number, record)
-            found = _read(record)
-    if found is None:
-        raise Unavailable("their check left no result")
-    return found
+    if kind not in _read(record):
+        with _alone(record):
+            if kind not in _read(record):  # not checked by another process in the meantime
+                print(f"checking a GPU kernel, once for this machine: {kind}", file=sys.stderr, flush=True)
+                write_json(record, {**_read(record), kind: _checked_apart(number, kind, record)})
+    found = _read(record)[kind]
+    if "failed" in found:
+        raise Unavailable(f"{found['failed']} (remove {record} to try again)")
+    return float(found["gain"])
+
+
+def gains() -> dict[str, Any]:
+    """All results for the first GPU of this machine so far."""
+    folder = native.folder()
+    return _read(folder / f"gpu-{_key(_local_gpus()[0])}.json") if _local_gpus() else {}
 
 
 def _local_gpus() -> list[jax.Device]:
@@ -84,17 +76,13 @@ def _alone(record: Path) -> Iterator[None]:
         yield
 
 
-def _read(record: Path) -> Verdict | None:
-    """The verdict in a record; None if there is none, or it is damaged."""
+def _read(record: Path) -> dict[str, Any]:
+    """The results of a record by kind; none if there is no record, or it is damaged."""
     try:
         found = json.loads(record.read_text())
-        advice = f" (remove {record} to try again)"
-        return Verdict(
-            {str(kind): float(gain) for kind, gain in found["gains"].items()},
-            {str(kind): str(reason) + advice for kind, reason in found["failed"].items()},
-        )
+        return {kind: result for kind, result in found.items() if "failed" in result or float(result["gain"]) >= 0}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return {}
 
 
 def _key(device: jax.Device) -> str:
@@ -110,25 +98,28 @@ def _key(device: jax.Device) -> str:
     return native.digest(files, (jaxlib.__version__, platform_version, device.device_kind, build.version(), driver))
 
 
-def _check_apart(number: int, record: Path) -> None:
-    """Runs the check in a process that writes the record. It needs about 1.5 GB of the GPU's memory.
+def _checked_apart(number: int, kind: str, record: Path) -> dict[str, Any]:
+    """The result of the check of a kind in a process of its own. It needs about 3 GB of the GPU's memory.
 
     Raises:
         Unavailable: it failed for a reason that the next start may not have.
     """
     environment = {ENV: "off", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    result = record.with_suffix(".result")
+    result.unlink(missing_ok=True)
     try:
-        done = native.run_apart("llama_jax.ops.gpu.check", [number, record], _SECONDS, environment)
+        done = native.run_apart("llama_jax.ops.gpu.check", [number, kind, result], _SECONDS, environment)
     except OSError as error:
         raise Unavailable(f"their check did not run: {error}") from None
     except subprocess.TimeoutExpired:
-        _fail(record, f"their check did not end in {_SECONDS} seconds")
-        return
+        return {"failed": f"its check did not end in {_SECONDS} seconds"}
     if done.returncode < 0 and done.returncode not in native.ENDED:
-        _fail(record, f"their check died of signal {-done.returncode}")
-    elif done.returncode:
+        return {"failed": f"its check died of signal {-done.returncode}"}
+    if done.returncode:
         raise Unavailable(f"their check did not end: {native.last_line(done)}")
-
-
-def _fail(record: Path, reason: str) -> None:
-    write_json(record, {"gains": {}, "failed": {"all kinds": reason}})
+    try:
+        return json.loads(result.read_text())
+    except (OSError, ValueError):
+        raise Unavailable("their check left no result") from None
+    finally:
+        result.unlink(missing_ok=True)
