@@ -20,6 +20,7 @@ import numpy as np
 from llama_jax import parallel
 
 HERE = Path(__file__).parent
+SHARED = ("device.cuh", "numbers.cuh", "units.cuh")  # parts of every source
 _TARGET = "__gpu$xla.gpu.ptx"  # XLA's custom call that launches a kernel which is given as PTX
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 _CAPABILITIES = (80, 90)  # that the source is compiled for; later GPUs run the last
@@ -87,7 +88,7 @@ def ptx(name: str, capability: int, constants: tuple[tuple[str, str | int], ...]
     nvrtc = compiler()
     assert nvrtc is not None
     target = max(known for known in _CAPABILITIES if known <= capability)
-    source = "".join((HERE / file).read_text() for file in ("device.cuh", "numbers.cuh", "units.cuh", f"{name}.cu"))
+    source = "".join((HERE / file).read_text() for file in (*SHARED, f"{name}.cu"))
     options = [f"-arch=compute_{target}", "-std=c++17", *(f"-D{key}={value}" for key, value in constants)]
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None))

@@ -32,7 +32,7 @@
 #define OF_WEIGHT (BITS == 16 ? 1 : 2)                     // a weight is its values, then its scales
 #define OF_CACHE (KV_BITS == 16 ? 1 : 2)
 #define OF_LAYER (2 + 7 * OF_WEIGHT + 2 * OF_CACHE)        // norms, weights, and the cache as an operand
-#define RESULTS (5 + LAYERS * OF_LAYER)                    // x, the caches, and two arrays for what lies between products
+#define RESULTS (5 + LAYERS * OF_LAYER)                    // x, the caches, and and two arrays for results between products
 
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define MOST_INPUTS MOST(FFN, MOST(EMBED, QUERIES))
