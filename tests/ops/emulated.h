@@ -52,7 +52,7 @@ struct Fiber {
   std::vector<Copy> group;
   bool waits;  // for other blocks
 };
-struct Warp { Barrier barrier; u32 a[32][4], b[32][2]; float value[32]; const u16* row[32]; };
+struct Warp { Barrier barrier; u32 a[32][4], b[32][2]; float value[32]; };
 struct Block {
   Index index;
   std::vector<Fiber> threads;
@@ -159,20 +159,9 @@ static void multiply_tile(float d[4], const u32 a[4], u32 b0, u32 b1, const floa
   __syncwarp();
 }
 
-static void load_transposed(u32 matrices[4], const void* row) {
-  Warp& all = warp();
-  const int lane = current % 32, g = lane / 4, t = lane % 4;
-  if ((u64)row % 16) abort();
-  all.row[lane] = (const u16*)row;
-  __syncwarp();
-  for (int i = 0; i < 4; i++) matrices[i] = all.row[8 * i + 2 * t][g] | (u32)all.row[8 * i + 2 * t + 1][g] << 16;
-  __syncwarp();
-}
-
 static float load_fresh(const float* from) { return *from; }
 static uint4 load_fresh_16(const void* from) { return *(const uint4*)from; }
 static u16 load_fresh_2(const u16* from) { return *from; }
-static void prefetch(const void* line) { (void)*(volatile const u8*)line; }
 static u32 arrive(u32* counter) { return (*counter)++; }
 static void wait_until(const u32* counter, u32 count) {
   Fiber& fiber = fibers[current];

@@ -5,7 +5,7 @@ rows, one launch multiplies up to three weights of the same inputs, such as q, k
 SwiGLU to them, and adds the residual (products.py). Tensor cores multiply the integers of quantized weights, which
 takes few enough instructions to read packed weights at the speed of memory.
 
-Each kind is compared with XLA, and timed beside the kernels that it replaces, once for each machine (check.py). Kinds
+Each kind is compared with XLA, and timed with the kernels that it replaces, once for each machine (check.py). Kinds
 that are not faster there are not used.
 """
 

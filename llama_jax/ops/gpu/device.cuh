@@ -63,15 +63,6 @@ DEVICE float load_fresh(const float* from) {
   return f;
 }
 
-DEVICE float4 load_fresh_4(const float* from) {
-  float4 f;
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
-               : "l"(from)
-               : "memory");
-  return f;
-}
-
 DEVICE uint4 load_fresh_16(const void* from) {
   uint4 words;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -86,9 +77,6 @@ DEVICE u16 load_fresh_2(const u16* from) {
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
   return bits;
 }
-
-// Asks for 128 bytes of global memory that are read soon.
-DEVICE void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 // Counts an arrival: all that the block wrote before its last barrier is visible to those that wait for it. Returns the
 // number of arrivals before.

@@ -32,7 +32,7 @@
 #define OF_WEIGHT (BITS == 16 ? 1 : 2)                     // a weight is its values, then its scales
 #define OF_CACHE (KV_BITS == 16 ? 1 : 2)
 #define OF_LAYER (2 + 7 * OF_WEIGHT + 2 * OF_CACHE)        // norms, weights, and the cache as an operand
-#define RESULTS (5 + LAYERS * OF_LAYER)                    // x, the caches, and and two arrays for results between products
+#define RESULTS (5 + LAYERS * OF_LAYER)                    // x, the caches, and two arrays for results between products
 
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define MOST_INPUTS MOST(FFN, MOST(EMBED, QUERIES))
@@ -350,28 +350,6 @@ DEVICE Slots slots_of(const u64* pointers, int layer, int length) {
   return s;
 }
 
-// Asks for what this layer reads beside its weights: the first part of the cache's slots, and the norms.
-DEVICE void prefetch_layer(const u64* pointers, int layer, int length) {
-  const Slots s = slots_of(pointers, layer, length);
-  const int line = 128 / sizeof(Stored), lines = (s.high - s.low) * 16 * DIM / line;
-  for (int i = threadIdx.x; i < min(lines, 2 * THREADS); i += THREADS) {
-    prefetch(s.keys + s.low * 16 * DIM + i * line);
-    prefetch(s.values + s.low * 16 * DIM + i * line);
-  }
-#if KV_BITS == 8
-  const int scale_lines = (s.high - s.low + 3) / 4;
-  if (threadIdx.x < scale_lines) {
-    prefetch(s.key_scales + (s.low + 4 * threadIdx.x) * 16);
-    prefetch(s.value_scales + (s.low + 4 * threadIdx.x) * 16);
-  }
-#endif
-  const int at = (blockIdx.x * THREADS + threadIdx.x) * 64;
-  if (at < EMBED) {
-    prefetch((const u16*)pointers[5 + layer * OF_LAYER + 1] + at);
-    if (layer + 1 < LAYERS) prefetch((const u16*)pointers[5 + (layer + 1) * OF_LAYER] + at);
-  }
-}
-
 // The scores and sums of a warp for query head g: the largest score, and the sum of exponentials.
 struct Softmax {
   float largest, total;
@@ -570,7 +548,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) layers(POINTERS) {
 #pragma unroll 1
   for (int step = 0; step < LAYERS * PRODUCTS; step++) {  // one loop, so that the code of products stays at hand
     const int product = step % PRODUCTS, layer = step / PRODUCTS;
-    if (product == QKV) prefetch_layer(pointers, layer, length);
     if (step) wait_for_blocks(waits);
     if (product == OUT) {
       const Slots slots = slots_of(pointers, layer, length);

@@ -41,7 +41,7 @@ class Tiling(NamedTuple):
         warps: warps of a block.
         stages: units of a warp in shared memory, of which all but one are on their way.
         parts: parts of the slots of a key/value head.
-        region: bytes of shared memory beside the stages and the pointers.
+        region: bytes of shared memory without the stages and the pointers.
     """
 
     warps: int
