@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llama_jax import compilation_cache
 
-ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)  # statuses after which the next start tries again
+# Statuses after which the next start tries again; the last is also that of a machine without memory.
+ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)
 
 
 class Unavailable(Exception):

@@ -32,7 +32,6 @@ using std::min;
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
 struct Index { int x, y, z; };
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -161,6 +160,8 @@ static void multiply_tile(float d[4], const u32 a[4], u32 b0, u32 b1, const floa
 
 static float load_fresh(const float* from) { return *from; }
 static uint4 load_fresh_16(const void* from) { return *(const uint4*)from; }
+static uint2 load_fresh_8(const void* from) { return *(const uint2*)from; }
+static u32 load_fresh_4(const void* from) { return *(const u32*)from; }
 static u16 load_fresh_2(const u16* from) { return *from; }
 static u32 arrive(u32* counter) { return (*counter)++; }
 static void wait_until(const u32* counter, u32 count) {

@@ -41,11 +41,11 @@ def weights(bits, *shapes):
 @pytest.mark.parametrize(
     ("bits", "dtype", "rows", "width", "outputs", "tiling", "eager"),
     [
-        (8, jnp.bfloat16, 7, 320, (40, 8), (3, 2, 4, 1, 1), True),
-        (8, jnp.float16, 2, 576, (48,), (8, 1, 3, 1, 2), False),
-        (4, jnp.bfloat16, 3, 576, (33, 16), (2, 1, 4, 1, 1), True),
-        (4, jnp.float16, 8, 1024, (72,), (2, 2, 3, 2, 1), False),
-        (4, jnp.bfloat16, 8, 1536, (40, 8, 16), (8, 2, 3, 3, 1), False),
+        (8, jnp.bfloat16, 7, 320, (40, 8), (3, 2, 4, 1), True),
+        (8, jnp.float16, 2, 576, (48,), (8, 1, 3, 1), False),
+        (4, jnp.bfloat16, 3, 576, (33, 16), (2, 1, 4, 1), True),
+        (4, jnp.float16, 8, 1024, (72,), (2, 2, 3, 2), False),
+        (4, jnp.bfloat16, 8, 1536, (40, 8, 16), (8, 2, 3, 3), False),
     ],
     ids=str,
 )
@@ -63,7 +63,7 @@ def test_products_are_those_of_float32(bits, dtype, rows, width, outputs, tiling
 def test_norm_swiglu_and_residual_are_those_of_xla(bits, rows, parts, monkeypatch):
     dtype, width = jnp.bfloat16, 512
     monkeypatch.setattr(build, "call", emulated())
-    monkeypatch.setattr(products, "tiling", lambda *_: products.Tiling(2, 1, 4, parts, 1))
+    monkeypatch.setattr(products, "tiling", lambda *_: products.Tiling(2, 1, 4, parts))
     x, up, scale = (draw(i, rows, width, dtype=dtype) for i in (1, 2, 3))
     plus, scale = draw(4, rows, 24, dtype=dtype), scale[0]
     (w,), (exact,) = weights(bits, (24, width))
@@ -82,7 +82,7 @@ def test_blocks_fit_in_the_shared_memory_of_a_processor(capability, shared, monk
     assert chip.shared == 1024 * shared
     for bits, rows, width in itertools.product((8, 4), (2, 5, 8), (576, 4096, 14336, 53248)):
         chosen = products.tiling(bits, rows, width, chip)
-        assert chosen.blocks * (products.shared_bytes(bits, rows, width, chosen) + 1024) <= chip.shared
+        assert products.shared_bytes(bits, rows, width, chosen) + 1024 <= chip.shared
     for bits, name in itertools.product((16, 8, 4), ("llama3.1-8b", "llama3.1-70b", "llama3.2-1b")):
         found = layers.tiling(SIZES[name], bits, 8192, chip, 500)
         if found is None:
@@ -105,7 +105,7 @@ def hopper(monkeypatch):
         (16, "compute", jnp.bfloat16, (128, 256), (4, 2, 64), (64, 64, 40), True),
         (16, "compute", jnp.float16, (128, 384), (6, 2, 128), (64, 48, 47), False),
         (8, "int8", jnp.bfloat16, (256, 768), (4, 2, 64), (2048, 2048, 2047), False),
-        (4, "compute", jnp.bfloat16, (512, 1024), (16, 2, 64), (512, 512, 300), True),
+        (4, "compute", jnp.bfloat16, (512, 1024), (16, 2, 64), (2048, 2048, 1100), True),
         (4, "int8", jnp.float16, (512, 1536), (8, 1, 128), (256, 256, 200), False),
     ],
     ids=str,
@@ -147,6 +147,7 @@ def test_what_the_kernel_of_layers_does_not_take_is_refused_with_a_reason(hopper
     assert "multiple of 256" in reason(dataclasses.replace(config, ffn_dim=640))
     assert "heads of 64 or 128" in reason(dataclasses.replace(config, head_dim=32, num_heads=16))
     assert "heads of 64 or 128" in reason(dataclasses.replace(config, num_heads=32))
+    assert "2 heads with a multiple of 16 slots, not 2 with 40" in reason(capacity=40)
     assert "shared memory" in reason(dataclasses.replace(config, ffn_dim=100 * 1024))
 
 
@@ -270,6 +271,34 @@ def test_a_damaged_record_is_written_again(one_gpu):
         record.write_text(damaged)
         gpu._gain.cache_clear()
         assert gpu.faster("8 rows of 8 bits")
+
+
+def test_a_record_that_cannot_be_written_turns_the_kernels_off(one_gpu, caplog):
+    one_gpu.setattr(verdict.subprocess, "run", done(0, {"8 rows of 8 bits": {"gain": 1.2}}))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    one_gpu.setattr(verdict, "write_json", full)
+    assert not gpu.faster("8 rows of 8 bits")
+    assert "No space left on device" in caplog.text
+
+
+def test_layers_have_launches_of_their_own_where_processes_share_a_gpu(hopper, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(parallel, "device_platform", lambda: "cuda")
+    monkeypatch.setattr(gpu, "faster", lambda kind: True)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    config = dataclasses.replace(
+        SIZES["tiny"], num_layers=1, embed_dim=512, ffn_dim=512, num_heads=4, num_kv_heads=2, head_dim=128
+    )
+    layer = [check._random_layer(config, 4, jnp.bfloat16, 0)]
+    cache = caches.init_cache(config, batch=1, capacity=64, dtype=jnp.bfloat16)
+    x = jnp.zeros((1, 1, 512), jnp.bfloat16)
+    assert gpu.takes_layers(config, layer, x, cache)
+    (tmp_path / "control").touch()
+    assert not gpu.takes_layers(config, layer, x, cache)
+    assert "multi-process service" in caplog.text
 
 
 def test_without_nvrtc_or_a_gpu_or_a_folder_other_kernels_run(one_gpu):

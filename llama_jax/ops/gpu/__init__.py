@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,9 +48,26 @@ def takes_layers(config: ModelConfig, each: Sequence[Mapping[str, Any]], x: jax.
         x: hidden state before the layers (B, T, D).
         cache: keys and values of each layer.
     """
-    if parallel.device_platform() != "cuda" or layers.refuses(config, each, x, cache):
+    if parallel.device_platform() != "cuda" or x.shape[:2] != (1, 1):
         return False
-    return faster(layers.kind_of(each, cache))
+    reason = layers.refuses(config, each, x, cache)
+    if not reason and _is_divided():
+        reason = "CUDA's multi-process service may run only a part of its blocks at a time"
+    if reason:
+        _log_once(
+            f"the layers of a decode step have launches of their own: the kernel for all is not used, because {reason}"
+        )
+    return not reason and faster(layers.kind_of(each, cache))
+
+
+def _is_divided() -> bool:
+    """True if kernels of several processes may run on the GPU at the same time."""
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    _log.info(text)
 
 
 def faster(kind: str) -> bool:

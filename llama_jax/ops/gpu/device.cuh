@@ -72,17 +72,29 @@ DEVICE uint4 load_fresh_16(const void* from) {
   return words;
 }
 
+DEVICE uint2 load_fresh_8(const void* from) {
+  uint2 words;
+  asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from) : "memory");
+  return words;
+}
+
+DEVICE u32 load_fresh_4(const void* from) {
+  u32 word;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+  return word;
+}
+
 DEVICE u16 load_fresh_2(const u16* from) {
   u16 bits;
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
   return bits;
 }
 
-// Counts an arrival: all that the block wrote before its last barrier is visible to those that wait for it. Returns the
-// number of arrivals before.
+// Counts an arrival: all that the block wrote before its last barrier is visible to those that wait for it, or arrive later.
+// Returns the number of arrivals before.
 DEVICE u32 arrive(u32* counter) {
   u32 before;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 

@@ -42,10 +42,12 @@ enum Product { QKV, OUT, GATE_UP, DOWN, PRODUCTS };
 #if KV_BITS == 16
 typedef u16 Stored;
 typedef uint4 Eight;  // stored values
+DEVICE Eight load_eight(const Stored* from) { return load_fresh_16(from); }
 DEVICE uint4 floats_of(Eight words) { return words; }
 #else
 typedef signed char Stored;
 typedef uint2 Eight;
+DEVICE Eight load_eight(const Stored* from) { return load_fresh_8(from); }
 
 // Eight integers as four words of two 16-bit floats.
 DEVICE uint4 floats_of(Eight words) {
@@ -141,23 +143,23 @@ DEVICE void copy_next(Place& at, u8* stage, const u64* pointers, int warp, int l
 }
 
 // Attention of eight dims of a head from index k of all heads on, joined from the parts of the slots.
-DEVICE uint4 joined(const float* parts_out, const float* parts_sums, int k) {
+DEVICE uint4 joined(const float* parts_out, const float* parts_sums, int count, int k) {
   constexpr int BATCH = PARTS < 6 ? PARTS : 6;  // loaded at once
   float top = HIDDEN, sum = 0, dims[8] = {};
-  for (int first = 0; first < PARTS; first += BATCH) {
+  for (int first = 0; first < count; first += BATCH) {
     float largest[BATCH], total[BATCH];
     uint4 low[BATCH], high[BATCH];
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
-      const int part = min(first + i, PARTS - 1);
+      const int part = min(first + i, count - 1);
       const float* of_head = parts_sums + (part * HEADS * RATIO + k / DIM) * 2;
-      largest[i] = first + i < PARTS ? load_fresh(of_head) : HIDDEN, total[i] = load_fresh(of_head + 1);
+      largest[i] = load_fresh(of_head), total[i] = load_fresh(of_head + 1);
       low[i] = load_fresh_16(parts_out + part * QUERIES + k), high[i] = load_fresh_16(parts_out + part * QUERIES + k + 4);
     }
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       const float above = fmaxf(top, largest[i]), before = power_of_2(top - above);
-      const float now = first + i < PARTS ? power_of_2(largest[i] - above) : 0;
+      const float now = first + i < count ? power_of_2(largest[i] - above) : 0;
       const u32 bits[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
       top = above;
       sum = sum * before + total[i] * now;
@@ -172,8 +174,8 @@ DEVICE uint4 joined(const float* parts_out, const float* parts_sums, int k) {
 // Stores the inputs of a product in shared memory: the RMSNorm of x (EMBED,) with a scale, attention from its parts, or x
 // (FFN,) as it is. `excess` gets what the products of 4 bits are too large by.
 template <int PRODUCT>
-DEVICE void prepare(const u16* x, const u16* scale, const float* parts_out, const float* parts_sums, u8* inputs,
-                    float* excess, float* scratch) {
+DEVICE void prepare(const u16* x, const u16* scale, const float* parts_out, const float* parts_sums, int count,
+                    u8* inputs, float* excess, float* scratch) {
   constexpr int INPUTS = inputs_of(PRODUCT), TURNS = (INPUTS + 8 * THREADS - 1) / (8 * THREADS);
   constexpr bool NORM = PRODUCT == QKV;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -183,7 +185,7 @@ DEVICE void prepare(const u16* x, const u16* scale, const float* parts_out, cons
     const int k = 8 * (threadIdx.x + i * THREADS);
     loaded[i] = scales[i] = make_uint4(0, 0, 0, 0);
     if (k < INPUTS) {
-      loaded[i] = PRODUCT == OUT ? joined(parts_out, parts_sums, k) : load_fresh_16(x + k);
+      loaded[i] = PRODUCT == OUT ? joined(parts_out, parts_sums, count, k) : load_fresh_16(x + k);
       if (NORM) scales[i] = *(const uint4*)(scale + k);
     }
   }
@@ -283,13 +285,17 @@ struct Pairs {
 };
 
 DEVICE Pairs pairs_of(const u16* head, const float* cos, const float* sin, int i) {
-  const uint4 a = load_fresh_16(head + 8 * i), b = load_fresh_16(head + PAIRS + 8 * i);
-  const u32 low[4] = {a.x, a.y, a.z, a.w}, high[4] = {b.x, b.y, b.z, b.w};
+  u32 low[4], high[4], cosines[8], sines[8];
+  *(uint4*)low = load_fresh_16(head + 8 * i), *(uint4*)high = load_fresh_16(head + PAIRS + 8 * i);
+  for (int j = 0; j < 8 && cos; j += 4) {
+    *(uint4*)(cosines + j) = load_fresh_16(cos + 8 * i + j), *(uint4*)(sines + j) = load_fresh_16(sin + 8 * i + j);
+  }
   Pairs pairs;
   for (int j = 0; j < 8; j++) {
     const float first = value_of((u16)(low[j / 2] >> j % 2 * 16)), second = value_of((u16)(high[j / 2] >> j % 2 * 16));
-    pairs.low[j] = cos ? value_of(rounded(first * cos[8 * i + j] - second * sin[8 * i + j])) : first;
-    pairs.high[j] = cos ? value_of(rounded(second * cos[8 * i + j] + first * sin[8 * i + j])) : second;
+    const float c = __uint_as_float(cosines[j]), s = __uint_as_float(sines[j]);
+    pairs.low[j] = cos ? value_of(rounded(first * c - second * s)) : first;
+    pairs.high[j] = cos ? value_of(rounded(second * c + first * s)) : second;
   }
   return pairs;
 }
@@ -316,7 +322,8 @@ DEVICE void store(Stored* to, u16* scale, const Pairs& pairs, int lane) {
   }
 #else
   float largest = 0;
-  for (int i = 0; i < 8 && has; i++) largest = fmaxf(largest, fmaxf(fabsf(pairs.low[i]), fabsf(pairs.high[i])));
+#pragma unroll
+  for (int i = 0; i < 8; i++) largest = fmaxf(largest, has ? fmaxf(fabsf(pairs.low[i]), fabsf(pairs.high[i])) : 0);
   for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, step));
   const u16 bits = (u16)halves(fmaxf(largest / 127, 6.103515625e-05f), 0);  // the least normal float16
   const float divisor = float_of_half(bits);
@@ -326,6 +333,18 @@ DEVICE void store(Stored* to, u16* scale, const Pairs& pairs, int lane) {
   }
   if (lane == 0) *scale = bits;
 #endif
+}
+
+// The tiles of 16 live slots that a part has. Each warp has one, if there are enough.
+DEVICE int tiles_of_part(int length) {
+  const int tiles = (length + 15) / 16;
+  return max(WARPS, (tiles + PARTS - 1) / PARTS);
+}
+
+// The number of parts that have slots.
+DEVICE int parts_of(int length) {
+  const int each = 16 * tiles_of_part(length);
+  return (length + each - 1) / each;
 }
 
 // The keys and values of a head in the cache of a layer, and what a block has to do with them.
@@ -345,8 +364,8 @@ DEVICE Slots slots_of(const u64* pointers, int layer, int length) {
   s.values = (Stored*)cache[OF_CACHE] + first * DIM;
   s.key_scales = (u16*)cache[OF_CACHE - 1] + first;
   s.value_scales = (u16*)cache[2 * OF_CACHE - 1] + first;
-  const int tiles = (length + 15) / 16, each = (tiles + PARTS - 1) / PARTS;
-  s.low = min(s.part * each, tiles), s.high = s.part < PARTS ? min(s.low + each, tiles) : s.low;
+  const int tiles = (length + 15) / 16, each = tiles_of_part(length);
+  s.low = min(s.part * each, tiles), s.high = min(s.low + each, tiles);
   return s;
 }
 
@@ -390,9 +409,9 @@ DEVICE void attend(const Slots& s, int length, int slot, const u16* qkv, const f
   auto load_keys = [&](int tile) {
     for (int n = 0; n < 2; n++) {
       const int of_slot = 16 * tile + 8 * n;
-      for (int j = 0; j < DIM / 32; j++) keys[n][j] = *(const Eight*)(s.keys + (of_slot + g) * DIM + 32 * j + 8 * t);
+      for (int j = 0; j < DIM / 32; j++) keys[n][j] = load_eight(s.keys + (of_slot + g) * DIM + 32 * j + 8 * t);
 #if KV_BITS == 8
-      key_scales[n] = *(const u32*)(s.key_scales + of_slot + 2 * t);
+      key_scales[n] = load_fresh_4(s.key_scales + of_slot + 2 * t);
 #endif
     }
   };
@@ -400,10 +419,10 @@ DEVICE void attend(const Slots& s, int length, int slot, const u16* qkv, const f
   auto load_values = [&](int tile) {
     for (int n = 0; n < 4; n++) {
       const Stored* of_slot = s.values + (16 * tile + 2 * t + n % 2 + n / 2 * 8) * DIM + 8 * g;
-      for (int i = 0; i < DIM / 64; i++) values[i][n] = *(const Eight*)(of_slot + 64 * i);
+      for (int i = 0; i < DIM / 64; i++) values[i][n] = load_eight(of_slot + 64 * i);
     }
 #if KV_BITS == 8
-    for (int n = 0; n < 2; n++) value_scales[n] = *(const u32*)(s.value_scales + 16 * tile + 8 * n + 2 * t);
+    for (int n = 0; n < 2; n++) value_scales[n] = load_fresh_4(s.value_scales + 16 * tile + 8 * n + 2 * t);
 #endif
   };
   const int first = s.low + warp;
@@ -535,7 +554,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) layers(POINTERS) {
   float* excess = (float*)(region + 2 * MOST_INPUTS);
   float* parts = excess + (EXCESS ? MOST_INPUTS / GROUP : 0);
   const float *cos = (const float*)pointers[1], *sin = (const float*)pointers[2];
-  const int length = min(*(const int*)pointers[3] + 1, BOUND), slot = *(const int*)pointers[4];
+  const int length = max(1, min(*(const int*)pointers[3] + 1, BOUND)), slot = *(const int*)pointers[4];
+  const int count = parts_of(length);
   u16* const out = (u16*)pointers[RESULTS];
   u16* const qkv = (u16*)pointers[RESULTS + 1 + LAYERS * 2 * OF_CACHE];
   u16* const hidden = qkv + QUERIES + 2 * KEYS;
@@ -551,14 +571,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) layers(POINTERS) {
     if (step) wait_for_blocks(waits);
     if (product == OUT) {
       const Slots slots = slots_of(pointers, layer, length);
-      if (slots.part < PARTS) attend(slots, length, slot, qkv, cos, sin, parts_out, parts_sums, region, warp, lane);
+      if (slots.part < count) attend(slots, length, slot, qkv, cos, sin, parts_out, parts_sums, region, warp, lane);
       wait_for_blocks(waits);
-      prepare<OUT>(nullptr, nullptr, parts_out, parts_sums, region, excess, scratch);
+      prepare<OUT>(nullptr, nullptr, parts_out, parts_sums, count, region, excess, scratch);
     } else if (product == DOWN) {
-      prepare<DOWN>(hidden, nullptr, nullptr, nullptr, region, excess, scratch);
+      prepare<DOWN>(hidden, nullptr, nullptr, nullptr, 0, region, excess, scratch);
     } else {
       const u64* norms = pointers + 5 + layer * OF_LAYER;
-      prepare<QKV>(x, (const u16*)norms[product == QKV ? 0 : 1], nullptr, nullptr, region, excess, scratch);
+      prepare<QKV>(x, (const u16*)norms[product == QKV ? 0 : 1], nullptr, nullptr, 0, region, excess, scratch);
     }
     const int first = first_item(start), items = items_here(start, product), units = units_of(product);
     const bool adds = product == OUT || product == DOWN;

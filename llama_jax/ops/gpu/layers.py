@@ -24,9 +24,10 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 _UNIT = 128  # bytes of a row of a weight that a warp multiplies at once
 _TILE = 16  # outputs, or slots, that a warp multiplies at once
 _WARPS = 8
-_STAGES = range(6, 2, -1)
+_STAGES = range(10, 2, -1)
 _MAX_RATIO = 8
-_MAX_ARGUMENTS = 500  # of 8 bytes: PTX allows 4 KiB
+_MAX_ARGUMENTS = 512  # of 8 bytes: PTX allows 4 KiB
+_OTHER_ARGUMENTS = 8  # x, rotations, position, slot, and three results
 # The order of layers.cu.
 _WEIGHTS = (
     *(("attention", name) for name in ("q", "k", "v", "o")),
@@ -62,14 +63,12 @@ def refuses(config: ModelConfig, layers: Sequence[Mapping[str, Any]], x: jax.Arr
         return "it takes one token of one row"
     if x.dtype not in _DTYPES or dtype_in_place(leaf) not in (x.dtype, jnp.int8):
         return f"it takes bfloat16 and float16, and the same or int8 in the cache, not {x.dtype}"
-    if (
-        H not in (64, 128)
-        or N // K > _MAX_RATIO
-        or leaf.shape[1] != K
-        or leaf.shape[2] % _TILE
-        or K > build.chip().processors
-    ):
+    if H not in (64, 128) or N // K > _MAX_RATIO or K > build.chip().processors:
         return f"it takes heads of 64 or 128 values and at most {_MAX_RATIO} queries a key"
+    if leaf.shape[1] != K or leaf.shape[2] % _TILE:
+        return (
+            f"it takes caches of {K} heads with a multiple of {_TILE} slots, not {leaf.shape[1]} with {leaf.shape[2]}"
+        )
     weights = [w for layer in layers for w in weights_of(layer)]
     kinds = {(w.bits if isinstance(w, QTensor) else w.dtype) if _plain(w) else None for w in weights}
     if len(kinds) > 1 or not kinds <= {4, 8, x.dtype}:
@@ -147,7 +146,7 @@ def decode(
     x, keys, values = x_BTD, list(cache.k), list(cache.v)
     bits = _bits(weights_of(layers[0])[0])
     arguments = 2 + 7 * (1 if bits == 16 else 2) + 4 * (2 if isinstance(keys[0], QCache) else 1)  # of a layer
-    launches = math.ceil(len(layers) * arguments / _MAX_ARGUMENTS)
+    launches = math.ceil(len(layers) / ((_MAX_ARGUMENTS - _OTHER_ARGUMENTS) // arguments))
     each = math.ceil(len(layers) / launches)
     given = [x, *rotations, window.positions_BT.astype(jnp.int32), window.slots_BT.astype(jnp.int32)]
     for first in range(0, len(layers), each):
@@ -188,7 +187,7 @@ def _launch(
         _constants(config, bits, keys[0], x.dtype, len(layers), bound, chosen, count),
         operands,
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *stored)] + between,
-        grid=(chip.processors,),
+        grid=(chip.processors,),  # one block for each, all at the same time: they wait for one another
         threads=32 * chosen.warps,
         shared=shared_bytes(bits, chosen, count),
         in_place=in_place,

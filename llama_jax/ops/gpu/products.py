@@ -49,23 +49,21 @@ class Tiling(NamedTuple):
         tiles: tiles of 16 outputs of a block at once.
         stages: units in shared memory, of which all but one are on their way.
         parts: parts of the inputs, each with blocks of its own.
-        blocks: blocks of a processor.
     """
 
     warps: int
     tiles: int
     stages: int
     parts: int
-    blocks: int
 
 
 def tiling(bits: int, rows: int, width: int, chip: build.Chip) -> Tiling:
     """The tiling for rows of inputs (R, K) on a GPU."""
     parts = range(1, math.ceil(width * bits / 8 / _UNIT) + 1)
     # Few parts matter most, since each adds a result, and then many warps.
-    tried = [(8, tiles, 3, p, 1) for p in parts for tiles in (2, 1)]
+    tried = [(8, tiles, 3, p) for p in parts for tiles in (2, 1)]
     for chosen in itertools.starmap(Tiling, tried):
-        if (shared_bytes(bits, rows, width, chosen) + 1024) * chosen.blocks <= chip.shared:
+        if shared_bytes(bits, rows, width, chosen) + 1024 <= chip.shared:
             return chosen
     raise AssertionError("one unit of the inputs fits")
 
@@ -141,7 +139,7 @@ def _launch(
         "STAGES": tiling.stages,
     }
     tiles = math.ceil(sum(math.ceil(count / 16) for count in outputs) / tiling.tiles)
-    blocks = min(tiles, max(1, build.chip().processors * tiling.blocks // tiling.parts))
+    blocks = min(tiles, max(1, build.chip().processors // tiling.parts))
     leading = (R,) if tiling.parts == 1 else (tiling.parts, R)
     return build.call(
         "products",

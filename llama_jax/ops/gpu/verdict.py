@@ -44,15 +44,24 @@ def gain(device_kind: str, kind: str) -> float:
     folder = native.folder()
     native.prepare(folder)
     record = folder / f"gpu-{_key(_local_gpus()[number])}.json"
-    if kind not in _read(record):
-        with _alone(record):
-            if kind not in _read(record):  # not checked by another process in the meantime
-                print(f"checking a GPU kernel, once for this machine: {kind}", file=sys.stderr, flush=True)
-                write_json(record, {**_read(record), kind: _checked_apart(number, kind, record)})
-    found = _read(record)[kind]
+    try:
+        found = _read(record).get(kind) or _checked(number, kind, record)
+    except OSError as error:
+        raise Unavailable(f"the result of their check cannot be written: {error}") from None
     if "failed" in found:
         raise Unavailable(f"{found['failed']} (remove {record} to try again)")
     return float(found["gain"])
+
+
+def _checked(number: int, kind: str, record: Path) -> dict[str, Any]:
+    """The result of a kind, which is written to the record."""
+    with _alone(record):
+        found = _read(record).get(kind)  # if another process has checked it in the meantime
+        if found is None:
+            print(f"checking a GPU kernel, once for this machine: {kind}", file=sys.stderr, flush=True)
+            found = _checked_apart(number, kind, record)
+            write_json(record, {**_read(record), kind: found})
+        return found
 
 
 def gains() -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _key(device: jax.Device) -> str:
 
 
 def _checked_apart(number: int, kind: str, record: Path) -> dict[str, Any]:
-    """The result of the check of a kind in a process of its own. It needs about 3 GB of the GPU's memory.
+    """The result of the check of a kind in a process of its own. It needs up to 4 GB of the GPU's memory.
 
     Raises:
         Unavailable: it failed for a reason that the next start may not have.
