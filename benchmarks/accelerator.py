@@ -37,7 +37,7 @@ def measure(name: str, size: Size) -> None:
     if name == "decoding" and jax.default_backend() == "gpu":
         from llama_jax.ops.gpu import verdict
 
-        print(MARK + json.dumps({"name": "CUDA kernels as they were checked"} | verdict.gains()), flush=True)
+        print(MARK + json.dumps({"name": "CUDA kernels as they were checked"} | verdict.results()), flush=True)
 
 
 def shares(results: dict[str, list[Item]]) -> None:

@@ -1,4 +1,4 @@
-"""Time the CUDA kernel of a decode step's layers by itself, in CUDA graphs, with several tilings.
+"""Time the CUDA kernel for layers of a decode step by itself, with several tilings.
 
     pip install cupy-cuda13x
     python benchmarks/gpu_tilings.py                          # 16 layers of 8B, in seconds
@@ -74,6 +74,8 @@ def launch(config: ModelConfig, bits: int, kv: str, live: int, tiling: dict[str,
         jax.eval_shape(step)
     finally:
         layers.tiling, build.call = usual, usual_call
+    if len(found) > 1:
+        raise SystemExit(f"{config.num_layers} layers take {len(found)} launches: use fewer --layers")
     return found[0]
 
 
@@ -81,7 +83,7 @@ def cubin(constants: dict[str, str | int], capability: int) -> bytes:
     """The program of a GPU for layers.cu with constants."""
     nvrtc, program = build.compiler(), ctypes.c_void_p()
     assert nvrtc is not None, "NVRTC is not installed"
-    source = "".join((build.HERE / name).read_text() for name in (*build.SHARED, "layers.cu"))
+    source = "".join((build.HERE / name).read_text() for name in (*build.HEADERS, "layers.cu"))
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"layers.cu", 0, None, None)
     options = [f"-arch=sm_{capability}", "-std=c++17", *(f"-D{key}={value}" for key, value in constants.items())]
     as_bytes = [option.encode() for option in options]
@@ -161,7 +163,7 @@ def main() -> int:
     parser.add_argument("--kv", default="compute", choices=("compute", "int8"))
     parser.add_argument("--live", type=int, default=1024, help="live slots of the cache")
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--stages", type=int, nargs="*", default=[3, 4, 6, 8])
+    parser.add_argument("--stages", type=int, nargs="*", default=[3, 6, 10])
     parser.add_argument("--parts", type=int, nargs="*", default=[3, 5, 10, 16])
     options = parser.parse_args()
     import cupy as cp

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llama_jax import compilation_cache
 
-# Statuses after which the next start tries again; the last is also that of a machine without memory.
+# Statuses after which the next start tries again. A machine without free memory sends SIGKILL.
 ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)
 
 

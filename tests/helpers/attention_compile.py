@@ -98,8 +98,8 @@ def product(mesh, bits):
     return jax.jit(run).lower(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16, sharding=one), w)
 
 
-def engine(mesh, bits, kv):
-    """The decode loop of `generate`: one layer and the unembedding, 8 rows."""
+def engine(mesh, bits, kv, rows=ROWS):
+    """The decode loop of `generate`: one layer and the unembedding."""
     whole = parallel.replicated(mesh)
     program = Program.make(dataclasses.replace(size("llama3.1-8b"), num_layers=1), mesh=mesh, dtype=jnp.bfloat16, kv=kv)
 
@@ -110,12 +110,12 @@ def engine(mesh, bits, kv):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
 
     flags, number = (
-        jax.ShapeDtypeStruct((ROWS,), bool, sharding=whole),
+        jax.ShapeDtypeStruct((rows,), bool, sharding=whole),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
     steer = {"alive_B": flags, "drafts_B": flags, "limit": number, "least": number}
     params = jax.tree.map_with_path(packed, program.abstract_params())
-    state = program.abstract_state(rows=ROWS, capacity=CAPACITY)
+    state = program.abstract_state(rows=rows, capacity=CAPACITY)
     return program.decode.lower(params, state, steer, bound=BOUND, top=0, guesses=0, drafter="")
 
 
@@ -138,6 +138,7 @@ CASES = {
     "product int4": lambda mesh: product(mesh, 4),
     "engine": lambda mesh: engine(mesh, 4, "int8"),
     "engine, CUDA kernels": lambda mesh: with_cuda_kernels(engine, mesh, 4, "int8"),
+    "engine, one row": lambda mesh: with_cuda_kernels(engine, mesh, 4, "int8", 1),
     "kept, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "attention"),
     "kept, one document": lambda mesh: kept(parallel.Layout(mesh, "train"), False, "attention"),
     "offloaded, documents": lambda mesh: kept(parallel.Layout(mesh, "train"), True, "offload"),
@@ -150,7 +151,7 @@ RECIPES = [
     ("llama31_8b_sft", 8, 21.7),
     ("llama31_70b_lora", 8, 45.7),
 ]
-QUANTIZED = ("product int8", "product int4", "engine", "engine, CUDA kernels")
+QUANTIZED = ("product int8", "product int4", "engine", "engine, CUDA kernels", "engine, one row")
 
 
 def main():
@@ -164,7 +165,7 @@ def main():
         memory = compiled.memory_analysis()
         found[name] = {
             "kernels": sorted(
-                set(re.findall(r'name = "((?:flash|split|quantized|few)_\w+|products|decode)"', text))
+                set(re.findall(r'name = "((?:flash|split|quantized|few)_\w+|products|layers)"', text))
                 | set(re.findall(r"%(ragged_attention|splash_\w+?)[.\d]* = ", text))
                 | set(re.findall(r'custom_call_target="(__cudnn\$fmha\w+)"', text))
             ),

@@ -234,7 +234,7 @@ def test_the_check_of_a_kind_runs_once_and_its_gain_decides(one_gpu, capsys, cap
     assert not gpu.faster(kind)
     (warning,) = caplog.messages
     assert "on this GPU: wrong" in warning and "remove" in warning
-    assert verdict.gains() == {eight: {"gain": 1.2}, four: {"gain": 0.9}, kind: {"failed": "wrong"}}
+    assert verdict.results() == {eight: {"gain": 1.2}, four: {"gain": 0.9}, kind: {"failed": "wrong"}}
     gpu._gain.cache_clear()
     one_gpu.setattr(verdict.subprocess, "run", None)  # none is run again
     assert gpu.faster(eight) and not gpu.faster(four) and not gpu.faster(kind)
@@ -284,8 +284,9 @@ def test_a_record_that_cannot_be_written_turns_the_kernels_off(one_gpu, caplog):
     assert "No space left on device" in caplog.text
 
 
-def test_layers_have_launches_of_their_own_where_processes_share_a_gpu(hopper, monkeypatch, tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_the_kernel_for_layers_is_not_used_where_processes_share_a_gpu(hopper, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO", logger=gpu.__name__)
+    gpu._log_once.cache_clear()
     monkeypatch.setattr(parallel, "device_platform", lambda: "cuda")
     monkeypatch.setattr(gpu, "faster", lambda kind: True)
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))

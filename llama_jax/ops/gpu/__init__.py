@@ -1,8 +1,8 @@
 """Kernels for NVIDIA GPUs in CUDA C++, which XLA launches: layers of a decode step, and products of few rows.
 
-A decode step is as fast as its weights are read. For one row, one launch runs many layers (layers.py). For up to 8
-rows, one launch multiplies up to three weights of the same inputs, such as q, k and v, normalizes the inputs or applies
-SwiGLU to them, and adds the residual (products.py). Tensor cores multiply the integers of quantized weights, which
+A decode step is as fast as its weights are read. For one row, one launch computes many layers (layers.py). For 2 to 8
+rows, one launch multiplies the inputs by up to three quantized weights, such as q, k and v; it can normalize the inputs
+first and add the residual (products.py). Tensor cores multiply the integers of quantized weights, which
 takes few enough instructions to read packed weights at the speed of memory.
 
 Each kind is compared with XLA, and timed with the kernels that it replaces, once for each machine (check.py). Kinds
@@ -39,28 +39,26 @@ def takes(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
     return isinstance(first, QTensor) and not products.refuses(x, weights) and faster(products.kind(first.bits))
 
 
-def takes_layers(config: ModelConfig, each: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:
+def takes_layers(config: ModelConfig, weights: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:
     """True if one launch runs several layers of a decode step faster than other kernels.
 
     Args:
         config: the model's shape.
-        each: the weights of each layer.
+        weights: the weights of each layer.
         x: hidden state before the layers (B, T, D).
         cache: keys and values of each layer.
     """
     if parallel.device_platform() != "cuda" or x.shape[:2] != (1, 1):
         return False
-    reason = layers.refuses(config, each, x, cache)
-    if not reason and _is_divided():
-        reason = "CUDA's multi-process service may run only a part of its blocks at a time"
+    reason = layers.refuses(config, weights, x, cache)
+    if not reason and _has_multi_process_service():
+        reason = "CUDA's multi-process service may run only some of its blocks at a time"
     if reason:
-        _log_once(
-            f"the layers of a decode step have launches of their own: the kernel for all is not used, because {reason}"
-        )
-    return not reason and faster(layers.kind_of(each, cache))
+        _log_once(f"decode steps of one row do not run the kernel for whole layers, because {reason}")
+    return not reason and faster(layers.kind_of(weights, cache))
 
 
-def _is_divided() -> bool:
+def _has_multi_process_service() -> bool:
     """True if kernels of several processes may run on the GPU at the same time."""
     return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
 

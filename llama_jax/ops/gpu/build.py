@@ -1,7 +1,7 @@
 """Compiles CUDA C++ for the GPU in use with NVRTC, the compiler that jax's CUDA packages bring as a library.
 
 The result is PTX, which XLA launches as a kernel of a program, so that it is part of CUDA graphs and needs no other
-library. The source is compiled for constant shapes, in about a third of a second each.
+library. The source is compiled for constant shapes, in about half a second each.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 from llama_jax import parallel
 
 HERE = Path(__file__).parent
-SHARED = ("device.cuh", "numbers.cuh", "units.cuh")  # parts of every source
+HEADERS = ("device.cuh", "numbers.cuh", "units.cuh")  # they come before every source
 _TARGET = "__gpu$xla.gpu.ptx"  # XLA's custom call that launches a kernel which is given as PTX
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
-_CAPABILITIES = (80, 90)  # that the source is compiled for; later GPUs run the last
+_CAPABILITIES = (80, 90)  # compute capabilities that the source is compiled for; later GPUs run the last
 # The version of PTX that CUDA 12.0 reads. NVRTC writes its own, which an older driver refuses.
 _PTX = "8.0"
 
@@ -88,7 +88,7 @@ def ptx(name: str, capability: int, constants: tuple[tuple[str, str | int], ...]
     nvrtc = compiler()
     assert nvrtc is not None
     target = max(known for known in _CAPABILITIES if known <= capability)
-    source = "".join((HERE / file).read_text() for file in (*SHARED, f"{name}.cu"))
+    source = "".join((HERE / file).read_text() for file in (*HEADERS, f"{name}.cu"))
     options = [f"-arch=compute_{target}", "-std=c++17", *(f"-D{key}={value}" for key, value in constants)]
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None))

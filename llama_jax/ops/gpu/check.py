@@ -93,8 +93,8 @@ def _gain_of_products(bits: int) -> float:
     return _gain(ours, others, x, _random_layer(config, bits, x.dtype, 0), f"products with {bits} bits")
 
 
-def _config(config: ModelConfig, layers: int) -> ModelConfig:
-    return dataclasses.replace(config, num_layers=layers, max_seq_len=_SLOTS)
+def _config(config: ModelConfig, count: int) -> ModelConfig:
+    return dataclasses.replace(config, num_layers=count, max_seq_len=_SLOTS)
 
 
 def _random_layer(config: ModelConfig, bits: int, dtype: Any, seed: int) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _gain(ours: Callable[..., Any], others: Callable[..., Any], x: jax.Array, he
 def _compare(results: Any, expected: Any, name: str) -> None:
     """Raises RuntimeError if an array of the results is not near the one that is expected.
 
-    Of what layers return, x and the cache are compared, and not the weights.
+    For layers, only x and the cache are compared.
     """
     if isinstance(results, tuple):
         (x, (_, cache)), (x_expected, (_, cache_expected)) = results, expected

@@ -56,7 +56,7 @@ DEVICE u32 minus(u32 a, u32 b) {
   return c;
 }
 
-// Numbers that another block has written in this launch.
+// Loads from the L2 cache: numbers that another block may have written in this launch.
 DEVICE float load_fresh(const float* from) {
   float f;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
@@ -99,7 +99,7 @@ DEVICE u32 arrive(u32* counter) {
 }
 
 // Waits until so many have arrived. What they wrote before is visible then. Blocks that do not run at the same time would
-// wait for ever: after some seconds the launch fails.
+// wait for ever: after 2^24 looks, which take some seconds, the launch fails.
 DEVICE void wait_until(const u32* counter, u32 count) {
   u32 arrivals = 0;
   for (u32 polls = 0;; polls++) {

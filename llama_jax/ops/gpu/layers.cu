@@ -57,7 +57,7 @@ DEVICE uint4 floats_of(Eight words) {
 }
 #endif
 
-// Both are zero between launches.
+// Arrivals at waits, and blocks that have ended. Both are zero between launches.
 __device__ u32 arrived, left;
 
 
@@ -83,7 +83,7 @@ DEVICE int items_here(int start, int product) {
   return first < items_of(product) ? (items_of(product) - 1 - first) / GRID + 1 : 0;
 }
 
-// Where the copies of a warp are.
+// The position of a warp's next copy.
 struct Place {
   int layer, product, start, tile;  // start: block that has the first item. tile: number among this block's tiles
   int unit, row_bytes;
@@ -126,7 +126,7 @@ DEVICE void copy_next(Place& at, u8* stage, const u64* pointers, int warp, int l
   if (at.layer < LAYERS) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      // Copies lie in another order in each row, so that eight rows are read from different banks.
+      // Each row has its copies in another order, so that eight rows are read from different banks.
       const int row = lane / 8 + 4 * i;
       copy<16>(stage + row * UNIT + (lane % 8 ^ (row * PIECES & 7)) * 16, at.values + (u64)(4 * i) * at.row_bytes, true);
     }
@@ -171,8 +171,8 @@ DEVICE uint4 joined(const float* parts_out, const float* parts_sums, int count, 
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Stores the inputs of a product in shared memory: the RMSNorm of x (EMBED,) with a scale, attention from its parts, or x
-// (FFN,) as it is. `excess` gets what the products of 4 bits are too large by.
+// Stores the inputs of a product in shared memory: the RMSNorm of x (EMBED,) with a scale (QKV, and for GATE_UP too),
+// attention from its parts (OUT), or x (FFN,) as it is (DOWN). `excess` gets what the products of 4 bits are too large by.
 template <int PRODUCT>
 DEVICE void prepare(const u16* x, const u16* scale, const float* parts_out, const float* parts_sums, int count,
                     u8* inputs, float* excess, float* scratch) {

@@ -1,7 +1,7 @@
 """Layers of a decode step of one row on NVIDIA GPUs: the calls of layers.cu.
 
-One launch computes as many layers as its arguments allow. Memory is read all the time: the copies of weights run ahead
-while blocks wait for one another, which they do five times a layer.
+One launch computes as many layers as its arguments allow. Blocks wait for one another five times a layer. The copies of
+weights into shared memory continue during these waits.
 
 Letters: D embedding, N query heads, K key/value heads, S slots, H head dim, F ffn.
 """
@@ -62,8 +62,11 @@ def refuses(config: ModelConfig, layers: Sequence[Mapping[str, Any]], x: jax.Arr
     if x.shape[:2] != (1, 1):
         return "it takes one token of one row"
     if x.dtype not in _DTYPES or dtype_in_place(leaf) not in (x.dtype, jnp.int8):
-        return f"it takes bfloat16 and float16, and the same or int8 in the cache, not {x.dtype}"
-    if H not in (64, 128) or N // K > _MAX_RATIO or K > build.chip().processors:
+        stored = dtype_in_place(leaf)
+        return f"it takes bfloat16 and float16, and the same or int8 in the cache, not {x.dtype} with {stored}"
+    if K > build.chip().processors:
+        return f"it takes at most as many key/value heads as the GPU has processors, not {K}"
+    if H not in (64, 128) or N // K > _MAX_RATIO:
         return f"it takes heads of 64 or 128 values and at most {_MAX_RATIO} queries a key"
     if leaf.shape[1] != K or leaf.shape[2] % _TILE:
         return (
@@ -131,8 +134,9 @@ def decode(
 ) -> tuple[jax.Array, KVCache]:
     """The hidden state after the layers, (1, 1, D), and the cache with the new keys and values.
 
-    Products are those of `products.linears`. Scores and the softmax are computed in float32, and the weights of values
-    are rounded to the dtype of x.
+    Products are accumulated in float32 and rounded to the dtype of x; the scale of a group multiplies the sum of its
+    exact products. Scores and the softmax are computed in float32, and the weights of values are rounded to the dtype
+    of x.
 
     Args:
         config: the model's shape.

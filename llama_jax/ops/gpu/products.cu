@@ -34,7 +34,7 @@ struct Tile {
   int first;    // output of the tile
 };
 
-// Where one thread copies the units of a tile from: every fourth row of the values, and one row of the scales.
+// The addresses from which a thread copies units of a tile: every fourth row of the values, and one row of the scales.
 struct Source {
   const u8* values;
   const u8* scales;
@@ -42,7 +42,7 @@ struct Source {
   int scales_left;  // after the row of the scales
 };
 
-// Where this warp is on its way through the units of its tiles.
+// The next unit of a warp.
 struct Place {
   int tile;
   int unit;
@@ -120,7 +120,7 @@ DEVICE void copy_unit(const Source& source, int unit, u8* stage, int lane) {
   const bool wanted = ROW_BYTES % UNIT == 0 || at < ROW_BYTES;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    // Copies lie in another order in each row, so that eight rows are read from different banks.
+    // Each row has its copies in another order, so that eight rows are read from different banks.
     const int row = lane / 8 + 4 * i, from = RAGGED ? min(4 * i, source.left) : 4 * i;
     u8* to = stage + row * UNIT + (lane % 8 ^ (row * PIECES & 7)) * 16;
     copy<16>(to, source.values + (wanted ? (long long)from * ROW_BYTES + unit * UNIT : 0), wanted);

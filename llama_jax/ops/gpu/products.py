@@ -5,7 +5,6 @@ Letters: R rows, O outputs, K inputs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from llama_jax.ops.swiglu import swiglu
 
 Norm = tuple[jax.Array, float]
 
-MAX_ROWS = 8  # that tensor cores multiply at once
+MAX_ROWS = 8  # rows that tensor cores multiply at once
 _MAX_WEIGHTS = 3
 _UNIT = 128  # bytes of a row that a warp multiplies at once
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -60,9 +59,8 @@ class Tiling(NamedTuple):
 def tiling(bits: int, rows: int, width: int, chip: build.Chip) -> Tiling:
     """The tiling for rows of inputs (R, K) on a GPU."""
     parts = range(1, math.ceil(width * bits / 8 / _UNIT) + 1)
-    # Few parts matter most, since each adds a result, and then many warps.
-    tried = [(8, tiles, 3, p) for p in parts for tiles in (2, 1)]
-    for chosen in itertools.starmap(Tiling, tried):
+    # Few parts matter most, since each adds a result, and then two tiles at once.
+    for chosen in (Tiling(8, tiles, 3, p) for p in parts for tiles in (2, 1)):
         if shared_bytes(bits, rows, width, chosen) + 1024 <= chip.shared:
             return chosen
     raise AssertionError("one unit of the inputs fits")

@@ -8,7 +8,7 @@
 #define GROUPS (UNIT / GROUP_BYTES)                    // of a unit
 #define PIECES (GROUP_BYTES / 16)                      // copies of 16 bytes of a group
 #define SCALES (2 * GROUPS)                            // bytes of the scales of a unit, for each of 16 outputs
-#define EXCESS (BITS == 4 && !HALF)                    // products have it
+#define EXCESS (BITS == 4 && !HALF)                    // products are too large by 136 times the sum of the inputs
 
 // The integers of eight inputs of one output, as four words of two 16-bit floats each: an exponent, and the integer in
 // the last bits. In bfloat16 an integer v becomes 128 + 8 + v, which `excess` makes up for; in float16 it is exact.
@@ -21,7 +21,7 @@ DEVICE void floats_of_4_bits(u32 word, u32& low_a, u32& low_b, u32& high_a, u32&
 }
 
 // The values of group `group` of a row as the operands of two products. Which inputs they belong to is the order that
-// `place` gives to x. The row's pieces of 16 bytes lie in the order of their numbers XOR `swap`.
+// `place` gives to x. The row has its pieces of 16 bytes in the order of their numbers XOR `swap`.
 DEVICE void load_values(const u8* row, int swap, int group, int t, u32 first[2], u32 second[2]) {
 #if BITS == 16
   const uint4 words = *(const uint4*)(row + ((group * PIECES + t) ^ swap) * 16);

@@ -47,7 +47,7 @@ def gain(device_kind: str, kind: str) -> float:
     try:
         found = _read(record).get(kind) or _checked(number, kind, record)
     except OSError as error:
-        raise Unavailable(f"the result of their check cannot be written: {error}") from None
+        raise Unavailable(f"the result of the kernels' check cannot be written: {error}") from None
     if "failed" in found:
         raise Unavailable(f"{found['failed']} (remove {record} to try again)")
     return float(found["gain"])
@@ -64,7 +64,7 @@ def _checked(number: int, kind: str, record: Path) -> dict[str, Any]:
         return found
 
 
-def gains() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """All results for the first GPU of this machine so far."""
     folder = native.folder()
     return _read(folder / f"gpu-{_key(_local_gpus()[0])}.json") if _local_gpus() else {}
@@ -108,7 +108,7 @@ def _key(device: jax.Device) -> str:
 
 
 def _checked_apart(number: int, kind: str, record: Path) -> dict[str, Any]:
-    """The result of the check of a kind in a process of its own. It needs up to 4 GB of the GPU's memory.
+    """The result of the check of a kind in a process of its own. It needs some GB of the GPU's memory.
 
     Raises:
         Unavailable: it failed for a reason that the next start may not have.
@@ -119,16 +119,16 @@ def _checked_apart(number: int, kind: str, record: Path) -> dict[str, Any]:
     try:
         done = native.run_apart("llama_jax.ops.gpu.check", [number, kind, result], _SECONDS, environment)
     except OSError as error:
-        raise Unavailable(f"their check did not run: {error}") from None
+        raise Unavailable(f"the kernels' check did not run: {error}") from None
     except subprocess.TimeoutExpired:
-        return {"failed": f"its check did not end in {_SECONDS} seconds"}
+        return {"failed": f"the check of a kernel did not end in {_SECONDS} seconds"}
     if done.returncode < 0 and done.returncode not in native.ENDED:
-        return {"failed": f"its check died of signal {-done.returncode}"}
+        return {"failed": f"the check of a kernel died of signal {-done.returncode}"}
     if done.returncode:
-        raise Unavailable(f"their check did not end: {native.last_line(done)}")
+        raise Unavailable(f"the kernels' check did not end: {native.last_line(done)}")
     try:
         return json.loads(result.read_text())
     except (OSError, ValueError):
-        raise Unavailable("their check left no result") from None
+        raise Unavailable("the kernels' check left no result") from None
     finally:
         result.unlink(missing_ok=True)
