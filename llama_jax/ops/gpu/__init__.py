@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 def takes(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
     """True if the kernel multiplies x (..., in) and weights (out, in) of one kind faster than other kernels."""
     first = weights[0]
-    return isinstance(first, QTensor) and not products.refuses(x, weights) and faster(products.kind(first.bits))
+    return isinstance(first, QTensor) and products.takes(x, weights) and faster(products.kind(first.bits))
 
 
 def takes_layers(config: ModelConfig, weights: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:

@@ -18,8 +18,6 @@
 //   log2(e) / sqrt(DIM). POINTERS: the arguments' declarations. POINTS: their names. COUNT of them.
 // Letters: h heads, s slots, d dims, o outputs, k inputs.
 
-#define UNIT 128                                         // bytes of a unit in each row of the weight
-#define STAGE (16 * (UNIT + (BITS == 16 ? 0 : SCALES)))  // bytes of a unit of a tile
 #define QUERIES (HEADS * RATIO * DIM)
 #define KEYS (HEADS * DIM)
 #define PAIRS (DIM / 2)  // rotary pairs
@@ -126,9 +124,7 @@ DEVICE void copy_next(Place& at, u8* stage, const u64* pointers, int warp, int l
   if (at.layer < LAYERS) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      // Each row has its copies in another order, so that eight rows are read from different banks.
-      const int row = lane / 8 + 4 * i;
-      copy<16>(stage + row * UNIT + (lane % 8 ^ (row * PIECES & 7)) * 16, at.values + (u64)(4 * i) * at.row_bytes, true);
+      copy<16>(piece_of(stage, lane / 8 + 4 * i, lane % 8), at.values + (u64)(4 * i) * at.row_bytes, true);
     }
     if (BITS != 16 && lane < 16) copy<SCALES>(stage + 16 * UNIT + lane * SCALES, at.scales, true);
     at.values += WARPS * UNIT;
@@ -226,7 +222,7 @@ DEVICE void prepare(const u16* x, const u16* scale, const float* parts_out, cons
 #if EXCESS
     sum += __shfl_xor_sync(ALL, sum, 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
-    if (k / 8 % 4 == 0) excess[k / GROUP] = -136 * sum;
+    if (k / 8 % 4 == 0) excess[k / GROUP] = -EXCESS_FACTOR * sum;
 #endif
   }
   __syncthreads();

@@ -12,8 +12,6 @@
 //   WARPS along the inputs, TILES of outputs of a block at once, STAGES of copies.
 // Letters: r rows, o outputs, k inputs.
 
-#define UNIT 128                                       // bytes of a unit in each row of the weight
-#define STAGE (16 * (UNIT + SCALES))                   // bytes of a unit of a tile
 #define ROW_BYTES (INPUTS * BITS / 8)                  // of the weight
 #define UNITS ((ROW_BYTES + UNIT - 1) / UNIT)          // of a row
 #define PART_UNITS ((UNITS + PARTS - 1) / PARTS)       // of a part
@@ -89,7 +87,7 @@ DEVICE void prepare(const u16* x, const u16* scale, u8* inputs, float* excess) {
 #if EXCESS
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      if (k / 8 % 4 == 0) excess[k / GROUP * 8 + r] = -136 * sum;
+      if (k / 8 % 4 == 0) excess[k / GROUP * 8 + r] = -EXCESS_FACTOR * sum;
 #endif
     }
   }
@@ -120,9 +118,8 @@ DEVICE void copy_unit(const Source& source, int unit, u8* stage, int lane) {
   const bool wanted = ROW_BYTES % UNIT == 0 || at < ROW_BYTES;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    // Each row has its copies in another order, so that eight rows are read from different banks.
-    const int row = lane / 8 + 4 * i, from = RAGGED ? min(4 * i, source.left) : 4 * i;
-    u8* to = stage + row * UNIT + (lane % 8 ^ (row * PIECES & 7)) * 16;
+    const int from = RAGGED ? min(4 * i, source.left) : 4 * i;
+    u8* to = piece_of(stage, lane / 8 + 4 * i, lane % 8);
     copy<16>(to, source.values + (wanted ? (long long)from * ROW_BYTES + unit * UNIT : 0), wanted);
   }
   const u8* scales = source.scales + (RAGGED ? min(0, source.scales_left) * SCALES_ROW : 0);

@@ -24,15 +24,15 @@ _UNIT = 128  # bytes of a row that a warp multiplies at once
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def refuses(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
-    """True if the kernel does not multiply x (..., in) and weights (out, in) of one kind.
+def takes(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> bool:
+    """True if the kernel multiplies x (..., in) and weights (out, in) of one kind.
 
     For one row and for arrays it would be as fast as other kernels (docs/measurements/gpu.md).
     """
     rows = x.size // x.shape[-1] if x.size else 0
     if x.dtype not in _DTYPES or not 1 < rows <= MAX_ROWS or len(weights) > _MAX_WEIGHTS:
-        return True
-    return not all(isinstance(w, QTensor) and len(w.shape) == 2 and w.shape[1] % (2 * GROUP) == 0 for w in weights)
+        return False
+    return all(isinstance(w, QTensor) and len(w.shape) == 2 and w.shape[1] % (2 * GROUP) == 0 for w in weights)
 
 
 def kind(bits: int) -> str:

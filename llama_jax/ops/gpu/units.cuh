@@ -1,14 +1,17 @@
-// A unit of a weight in shared memory: UNIT bytes of each of 16 outputs, and the scales of their groups.
+// A unit of a weight in shared memory: 128 bytes of each of 16 outputs, and the scales of their groups.
 //
 // BITS of the weights: 16, 8 or 4. Warps copy units and multiply them by tensor cores. Integers become 16-bit floats in
 // registers. The sums of a group are multiplied by its scale in float32.
 
+#define UNIT 128                                       // bytes of a unit in each row
 #define GROUP 32                                       // inputs of a group
 #define GROUP_BYTES (GROUP * BITS / 8)                 // of the weight
 #define GROUPS (UNIT / GROUP_BYTES)                    // of a unit
 #define PIECES (GROUP_BYTES / 16)                      // copies of 16 bytes of a group
 #define SCALES (2 * GROUPS)                            // bytes of the scales of a unit, for each of 16 outputs
-#define EXCESS (BITS == 4 && !HALF)                    // products are too large by 136 times the sum of the inputs
+#define STAGE (16 * (UNIT + (BITS == 16 ? 0 : SCALES)))  // bytes of a unit of a tile
+#define EXCESS (BITS == 4 && !HALF)                    // products are too large by EXCESS_FACTOR times the inputs' sum
+#define EXCESS_FACTOR 136
 
 // The integers of eight inputs of one output, as four words of two 16-bit floats each: an exponent, and the integer in
 // the last bits. In bfloat16 an integer v becomes 128 + 8 + v, which `excess` makes up for; in float16 it is exact.
@@ -20,8 +23,12 @@ DEVICE void floats_of_4_bits(u32 word, u32& low_a, u32& low_b, u32& high_a, u32&
   }
 }
 
+// Where a unit has a piece of 16 bytes of a row: each row has its pieces in another order, so that eight rows are read from
+// different banks.
+DEVICE u8* piece_of(u8* unit, int row, int piece) { return unit + row * UNIT + (piece ^ (row * PIECES & 7)) * 16; }
+
 // The values of group `group` of a row as the operands of two products. Which inputs they belong to is the order that
-// `place` gives to x. The row has its pieces of 16 bytes in the order of their numbers XOR `swap`.
+// `place` gives to x. The row has its pieces in the order of their numbers XOR `swap`, as in `piece_of`.
 DEVICE void load_values(const u8* row, int swap, int group, int t, u32 first[2], u32 second[2]) {
 #if BITS == 16
   const uint4 words = *(const uint4*)(row + ((group * PIECES + t) ^ swap) * 16);
