@@ -1,9 +1,9 @@
 """Kernels for NVIDIA GPUs in CUDA C++, which XLA launches: layers of a decode step, and products of few rows.
 
 A decode step is as fast as its weights are read. For one row, one launch computes many layers (layers.py). For 2 to 8
-rows, one launch multiplies the inputs by up to three quantized weights, such as q, k and v; it can normalize the inputs
-first and add the residual (products.py). Tensor cores multiply the integers of quantized weights, which
-takes few enough instructions to read packed weights at the speed of memory.
+rows, one launch multiplies the inputs by up to three quantized weights, such as q, k and v; it can normalize the
+inputs first and add the residual (products.py). Tensor cores multiply the integers of quantized weights, which takes
+few enough instructions to read packed weights at the speed of memory.
 
 Each kind is compared with XLA, and timed with the kernels that it replaces, once for each machine (check.py). Kinds
 that are not faster there are not used.

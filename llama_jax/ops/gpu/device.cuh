@@ -57,12 +57,6 @@ DEVICE u32 minus(u32 a, u32 b) {
 }
 
 // Loads from the L2 cache: numbers that another block may have written in this launch.
-DEVICE float load_fresh(const float* from) {
-  float f;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(from) : "memory");
-  return f;
-}
-
 DEVICE uint4 load_fresh_16(const void* from) {
   uint4 words;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -83,6 +77,8 @@ DEVICE u32 load_fresh_4(const void* from) {
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
   return word;
 }
+
+DEVICE float load_fresh(const float* from) { return __uint_as_float(load_fresh_4(from)); }
 
 DEVICE u16 load_fresh_2(const u16* from) {
   u16 bits;

@@ -231,7 +231,7 @@ DEVICE void prepare(const u16* x, const u16* scale, const float* parts_out, cons
 // Adds the products of a unit to the sums of outputs g and g + 8, of which each thread of four has the same in sums[0] and
 // sums[2].
 DEVICE void multiply_unit(const u8* stage, const u8* inputs, const float* excess, int unit, int lane, float sums[4]) {
-  const int g = lane / 4, t = lane % 4, swap = g * PIECES & 7;
+  const int g = lane / 4, t = lane % 4;
 #if BITS != 16
   u32 above[GROUPS / 2], below[GROUPS / 2];  // scales of two groups in each
   const u8* scales = stage + 16 * UNIT + g * SCALES;
@@ -242,10 +242,8 @@ DEVICE void multiply_unit(const u8* stage, const u8* inputs, const float* excess
 #endif
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
-    u32 first[4], second[4], pairs[2][2][2];
-    load_values(stage + g * UNIT, swap, group, t, pairs[0][0], pairs[0][1]);
-    load_values(stage + (g + 8) * UNIT, swap, group, t, pairs[1][0], pairs[1][1]);
-    for (int i = 0; i < 4; i++) first[i] = pairs[i % 2][0][i / 2], second[i] = pairs[i % 2][1][i / 2];
+    u32 first[4], second[4];
+    load_group(stage, group, lane, first, second);
     const int number = unit * GROUPS + group;
     const uint4 x = *(const uint4*)(inputs + number * 2 * GROUP + t * 16);
 #if BITS == 16

@@ -133,15 +133,13 @@ DEVICE void copy_unit(const Source& source, int unit, u8* stage, int lane) {
 
 // Adds the products of a unit to the sums of this thread.
 DEVICE void multiply_unit(const u8* stage, const u8* inputs, const float* excess, int unit, int lane, float sums[4]) {
-  const int g = lane / 4, t = lane % 4, swap = g * PIECES & 7;
+  const int g = lane / 4, t = lane % 4;
   const u16* scales = (const u16*)(stage + 16 * UNIT);
   const u8* x_row = inputs + min(g, ROWS - 1) * X_STRIDE;  // columns beyond the last row are not stored
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
-    u32 first[4], second[4], pairs[2][2][2];
-    load_values(stage + g * UNIT, swap, group, t, pairs[0][0], pairs[0][1]);
-    load_values(stage + (g + 8) * UNIT, swap, group, t, pairs[1][0], pairs[1][1]);
-    for (int i = 0; i < 4; i++) first[i] = pairs[i % 2][0][i / 2], second[i] = pairs[i % 2][1][i / 2];
+    u32 first[4], second[4];
+    load_group(stage, group, lane, first, second);
     const float scale_above = float_of_half(scales[g * GROUPS + group]);
     const float scale_below = float_of_half(scales[(g + 8) * GROUPS + group]);
     const int number = unit * GROUPS + group;  // of the part

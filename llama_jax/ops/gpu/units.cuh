@@ -43,6 +43,15 @@ DEVICE void load_values(const u8* row, int swap, int group, int t, u32 first[2],
 #endif
 }
 
+// The values of a group of a unit as the left operands of two products: outputs g and g + 8 are this thread's.
+DEVICE void load_group(const u8* unit, int group, int lane, u32 first[4], u32 second[4]) {
+  const int g = lane / 4, t = lane % 4, swap = g * PIECES & 7;
+  u32 pairs[2][2][2];
+  load_values(unit + g * UNIT, swap, group, t, pairs[0][0], pairs[0][1]);
+  load_values(unit + (g + 8) * UNIT, swap, group, t, pairs[1][0], pairs[1][1]);
+  for (int i = 0; i < 4; i++) first[i] = pairs[i % 2][0][i / 2], second[i] = pairs[i % 2][1][i / 2];
+}
+
 // Stores eight inputs of a row of x, two in each word, from input k of the part on, in the order in which products read
 // them.
 DEVICE void place(u8* row, int k, const u32 x[4]) {
