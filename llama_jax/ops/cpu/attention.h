@@ -6,9 +6,9 @@
 #pragma once
 #include <algorithm>
 #include "pool.h"
+#include "inputs.h"
 #include "tiles.h"
 
-using Type = ffi::DataType;
 struct Keys { const void *k, *v; const uint16_t *k_scales, *v_scales; };  // scales: one a position, for int8
 struct Queries {
   const void* q; bool bf16; Type type; int T, N, K, S, H;  // q is (B, T, N, H), and type is that of the keys

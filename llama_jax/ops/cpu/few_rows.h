@@ -1,0 +1,195 @@
+// Products of few rows with weights, which are multiplied as they are read: up to ROWS rows at a time.
+#pragma once
+#include <algorithm>
+#include "inputs.h"
+#include "tiles.h"
+
+template <int B, int R> INLINE void finish(vf (&a)[R][B], float* t, int64_t ld) {  // t[b * ld + r] = sum(a[r][b])
+  if (R % 4 == 0) {
+    UNROLL for (int b = 0; b < B; b++) UNROLL for (int r = 0; r + 3 < R; r += 4) sum4(a[r][b], a[r + 1][b], a[r + 2][b], a[r + 3][b], t + b * ld + r);
+  } else if (B % 4 == 0) {
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b + 3 < B; b += 4) {
+      float s[4]; sum4(a[r][b], a[r][b + 1], a[r][b + 2], a[r][b + 3], s);
+      UNROLL for (int j = 0; j < 4; j++) t[(b + j) * ld + r] = s[j];
+    }
+  } else UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) t[b * ld + r] = sum(a[r][b]);
+}
+
+// The distance of prefetched weights: whole blocks of outputs that are computed together, so that no row is left out.
+INLINE int64_t ahead(int64_t bytes) { return (AHEAD + bytes - 1) / bytes * bytes; }
+
+// Dense weights times float32 inputs.
+template <class T, int B, int R> static void dense(const T* w, const float* x, int K, int64_t pad, float* t, int64_t ld) {
+  vf a[R][B] = {};
+  const int64_t later = ahead(R * K * (int64_t)sizeof(T));
+  int k = 0;
+  for (; k + LANES <= K; k += LANES) {
+    vf v[R]; UNROLL for (int r = 0; r < R; r++) { const T* p = w + (int64_t)r * K + k; v[r] = load(p); prefetch((const char*)p + later); }
+    UNROLL for (int b = 0; b < B; b++) { vf xv = load(x + b * pad + k); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
+  }
+  if (k < K) {  // the last inputs, as one vector with zeros behind
+    for (int r = 0; r < R; r++) {
+      T last[LANES] = {}; memcpy(last, w + (int64_t)r * K + k, (K - k) * sizeof(T));
+      for (int b = 0; b < B; b++) a[r][b] += load(last) * load(x + b * pad + k);
+    }
+  }
+  finish<B, R>(a, t, ld);
+}
+// Grouped weights, dequantized to float32, times float32 inputs.
+template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
+  vf a[R][B] = {};
+  const int G = K / GROUP; const int64_t bytes = FOUR ? K / 2 : K, later = ahead(R * bytes);
+  for (int g = 0; g < G; g++) {
+    alignas(64) int8_t n[R][GROUP]; float s[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      const uint8_t* p = w + r * bytes + (int64_t)g * (FOUR ? 16 : 32);
+      if (FOUR) nibbles(p, n[r], n[r] + 16); else memcpy(n[r], p, GROUP);
+      s[r] = from_half(scales[(int64_t)r * G + g]); prefetch(p + later);
+    }
+    UNROLL for (int j = 0; j < GROUP; j += LANES) {
+      vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = load(n[r] + j) * s[r];
+      UNROLL for (int b = 0; b < B; b++) { vf xv = load(x + b * pad + g * GROUP + j); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
+    }
+  }
+  finish<B, R>(a, t, ld);
+}
+
+#ifdef HAS_BF16
+// bfloat16 weights times bfloat16 inputs, in pairs with float32 sums.
+template <int B, int R> static void pairs(const uint16_t* w, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
+  const int64_t later = ahead(R * K * 2ll);
+  __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
+  auto step = [&](int k, __mmask32 mask) __attribute__((always_inline)) {
+    __m512bh v[R]; UNROLL for (int r = 0; r < R; r++) { const uint16_t* p = w + (int64_t)r * K + k; v[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, p); prefetch((const char*)p + later); }
+    UNROLL for (int b = 0; b < B; b++) { __m512bh xv = (__m512bh)_mm512_loadu_si512(x + b * pad + k); UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_dpbf16_ps(a[r][b], v[r], xv); }
+  };
+  int k = 0;
+  for (; k + 32 <= K; k += 32) step(k, ~0u);
+  if (k < K) step(k, (1u << (K - k)) - 1);
+  vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
+  finish<B, R>(out, t, ld);
+}
+// Four groups of weights as bfloat16, which holds integers up to 256 exactly. Every lane of the four vectors belongs to
+// one group, so that one multiplication by scales serves 128 weights. Inputs are in the same order (in_order).
+template <int B> INLINE void four_groups(const uint8_t* p, int live, __m512bh (&v)[4]) {  // beyond `live` groups, weights are read as zeros
+  // bfloat16 of -8 to 7, twice, so that the fifth bit of an index, which belongs to another weight, is ignored
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+  const __m512i bytes = _mm512_maskz_loadu_epi32(0xffff >> (16 - 4 * live), p);
+  UNROLL for (int i = 0; i < 4; i++) v[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * i), table);
+}
+#ifdef __AVX512VBMI__
+// The two bytes of bfloat16 for 0 to 127.
+struct Bytes { alignas(64) uint8_t low[128], high[128]; };
+static const Bytes BYTES = [] {
+  Bytes t;
+  for (int i = 0; i < 128; i++) { const uint16_t h = to_bf16((float)i); t.low[i] = (uint8_t)h, t.high[i] = (uint8_t)(h >> 8); }
+  return t;
+}();
+#endif
+template <int B> INLINE void four_groups(const int8_t* p, int live, __m512bh (&v)[4]) {
+  const __m512i a = _mm512_maskz_loadu_epi32(live > 1 ? 0xffff : 0xff, p), sign = _mm512_set1_epi8(-128);
+  const __m512i b = _mm512_maskz_loadu_epi32(live > 3 ? 0xffff : live > 2 ? 0xff : 0, p + 64);
+#ifdef __AVX512VBMI__
+  constexpr bool through_float = B == 8;  // whose instructions do not compete with the products for the same ports
+#else
+  constexpr bool through_float = true;
+#endif
+  if (through_float) {
+    UNROLL for (int i = 0; i < 4; i++) {
+      const __m512i x = i & 2 ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b);
+      auto number = [&](int left) __attribute__((always_inline)) { return (__m512i)_mm512_cvtepi32_ps(_mm512_srai_epi32(left ? _mm512_slli_epi32(x, left) : x, 24)); };
+      const __m512i first = number(i & 1 ? 8 : 24), second = number(i & 1 ? 0 : 16);
+      v[i] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, _mm512_set1_epi32(0xffff0000), 0xf8);  // first >> 16 | (second & mask)
+    }
+    return;
+  }
+#ifdef __AVX512VBMI__
+  UNROLL for (int i = 0; i < 2; i++) {  // by tables of both bytes: the fewest instructions
+    const __m512i from = _mm512_add_epi16(_mm512_broadcast_i32x4(_mm_setr_epi16(0, 32, 2, 34, 1, 33, 3, 35)), _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(4 * i), _mm_set1_epi16(4 * i + 8))), _mm256_setr_m128i(_mm_set1_epi16(4 * i + 16), _mm_set1_epi16(4 * i + 24)), 1));
+    const __m512i x = _mm512_permutex2var_epi16(a, from, b), size = _mm512_abs_epi8(x);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(BYTES.low), size, _mm512_load_si512(BYTES.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(BYTES.high), size, _mm512_load_si512(BYTES.high + 64));
+    high = _mm512_ternarylogic_epi32(high, x, sign, 0xf8);                                      // high | (x & sign)
+    high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(x, sign), _mm512_set1_epi8(-61));  // -128
+    v[2 * i] = (__m512bh)_mm512_unpacklo_epi8(low, high), v[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
+  }
+#endif
+}
+template <class T> constexpr bool FOUR_BITS = T(-1) > 0;
+// Grouped weights (T: int8_t, or uint8_t for 4 bits) times bfloat16 inputs, with float32 sums: exact products.
+template <class T, int B, int R> static void scaled_pairs(const T* w, const uint16_t* scales, const uint16_t* x, int K, int64_t pad, float* t, int64_t ld) {
+  constexpr int BLOCK = 16, STEP = FOUR_BITS<T> ? 64 : 128;  // scales at a time, and bytes of four groups
+  const int G = K / GROUP; const int64_t stride = (int64_t)G * STEP / 4, later = ahead(R * stride);
+  __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
+  for (int start = 0; start < G; start += BLOCK) {
+    const int count = std::min(BLOCK, G - start); __m512 block[R];
+    UNROLL for (int r = 0; r < R; r++) block[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, scales + (int64_t)r * G + start));
+    __m512i index = FOUR_BITS<T> ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3) : _mm512_setr_epi32(0, 2, 0, 2, 0, 2, 0, 2, 1, 3, 1, 3, 1, 3, 1, 3);
+    auto step = [&](int g, const T* p, int live) __attribute__((always_inline)) {
+      __m512bh v[R][4]; __m512 scale[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        four_groups<B>(p + r * stride, live, v[r]);
+        UNROLL for (int i = 0; i < STEP; i += 64) prefetch(p + r * stride + later + i);
+        scale[r] = _mm512_permutexvar_ps(index, block[r]);
+      }
+      index = _mm512_add_epi32(index, _mm512_set1_epi32(4));
+      UNROLL for (int b = 0; b < B; b++) {
+        const uint16_t* from = x + b * pad + (int64_t)(start + g) * GROUP;
+        __m512 sums[R]; UNROLL for (int r = 0; r < R; r++) sums[r] = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < 4; i++) {
+          const __m512bh xv = (__m512bh)_mm512_loadu_si512(from + 32 * i);
+          UNROLL for (int r = 0; r < R; r++) sums[r] = _mm512_dpbf16_ps(sums[r], v[r][i], xv);
+        }
+        UNROLL for (int r = 0; r < R; r++) a[r][b] = _mm512_fmadd_ps(sums[r], scale[r], a[r][b]);
+      }
+    };
+    const T* p = w + (int64_t)start * STEP / 4; int g = 0;
+    for (; g + 4 <= count; g += 4, p += STEP) step(g, p, 4);
+    if (g < count) step(g, p, count - g);
+  }
+  vf out[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) out[r][b] = (vf)a[r][b];
+  finish<B, R>(out, t, ld);
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------ loops
+// Outputs at a time: as many as leave a register for each sum.
+template <int B, bool GROUPED> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : GROUPED ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
+template <int B, int R> static void outputs(const Inputs& in, Math math, const Weight& w, int n, int b0, float* t, int64_t ld) {
+  const char* p = w.w + n * row_bytes(w.type, in.K); const float* f = in.f + (int64_t)b0 * in.pad;
+  const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
+  if (w.type == Type::F32) dense<float, B, R>((const float*)p, f, in.K, in.pad, t, ld);
+#ifdef HAS_BF16
+  else if (math == BF16) {
+    const uint16_t* h = in.h + (int64_t)b0 * in.pad;
+    if (w.type == Type::BF16) pairs<B, R>((const uint16_t*)p, h, in.K, in.pad, t, ld);
+    else if (w.type == Type::S8) scaled_pairs<int8_t, B, R>((const int8_t*)p, scales, h, in.K, in.pad, t, ld);
+    else scaled_pairs<uint8_t, B, R>((const uint8_t*)p, scales, h, in.K, in.pad, t, ld);
+  }
+#endif
+  else if (w.type == Type::BF16) dense<uint16_t, B, R>((const uint16_t*)p, f, in.K, in.pad, t, ld);
+  else if (w.type == Type::S8) grouped<false, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
+  else grouped<true, B, R>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);
+}
+template <int B, bool GROUPED> static void block(const Inputs& in, Math math, const Weight& w, int lo, int hi, int b0, float* t, int64_t ld) {
+  int n = lo;
+  for (constexpr int R = STEP<B, GROUPED>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
+  for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
+}
+// Outputs lo..hi of one weight for all rows. Rows are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
+static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, int lo, int hi) {
+  float t[ROWS * TILE];
+  const int n = hi - lo;
+  for (int b0 = 0; b0 < in.B; b0 += ROWS) {
+    const int rows = std::min(ROWS, in.B - b0);
+    if (rows == 1) block<1, false>(in, math, w, lo, hi, b0, t, n);
+    else if (rows == 2) block<2, false>(in, math, w, lo, hi, b0, t, n);
+    else if (rows <= 4) block<4, false>(in, math, w, lo, hi, b0, t, n);
+    else if (w.scales) block<8, true>(in, math, w, lo, hi, b0, t, n);
+    else block<8, false>(in, math, w, lo, hi, b0, t, n);
+    for (int b = 0; b < rows; b++) {
+      const int64_t to = (int64_t)(b0 + b) * w.N + lo; const float* from = t + b * n;
+      if (out_bf16) narrow(from, n, (uint16_t*)w.out + to); else narrow(from, n, (float*)w.out + to);
+    }
+  }
+}

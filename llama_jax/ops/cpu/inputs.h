@@ -1,0 +1,104 @@
+// The rows that are multiplied with weights, after a norm or an activation, and the weights.
+#pragma once
+#include <algorithm>
+#include "pool.h"
+#include "simd.h"
+#include "tiles.h"
+
+using Type = ffi::DataType;
+
+enum Math { FLOAT, BF16 };  // how inputs are multiplied: in float32, or as bfloat16 pairs
+constexpr int ROWS = 8;            // rows of x at a time, if they are few
+constexpr int FEW = 16;            // most rows that are few
+constexpr int MANY = 512;          // rows of x at a time, if they are many
+constexpr int TILE = 252;          // most outputs of a tile, whose results wait in float32
+constexpr int AHEAD = 8192;        // least bytes between the prefetched and the multiplied weights
+constexpr int GROUP = 32;          // values that share a scale
+
+struct Inputs {
+  const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
+  int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
+  float* f;      // (B, pad), zero beyond K; not for bfloat16 inputs of many rows
+  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, in the order of in_order
+};
+
+INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
+
+template <class T> static void widen(const T* x, int K, float* f) {
+  int k = 0;
+  for (; k + LANES <= K; k += LANES) store(f + k, load(x + k));
+  for (; k < K; k++) f[k] = at(x, sizeof(T) == 2, k);
+}
+static void round_to_bf16(float* f, int K) {
+  int k = 0;
+  for (; k + LANES <= K; k += LANES) { uint16_t h[LANES]; narrow(f + k, LANES, h); store(f + k, load(h)); }
+  for (; k < K; k++) f[k] = from_bf16(to_bf16(f[k]));
+}
+// Row b of x as floats, after the norm or the activation, with the roundings of the same operations in x's type.
+static void read_row(const Inputs& in, int b, float* f) {
+  const int K = in.K; const int64_t start = (int64_t)(in.first + b) * K;
+  auto row = [&](const void* from, float* out) {
+    if (in.bf16) widen((const uint16_t*)from + start, K, out); else widen((const float*)from + start, K, out);
+    memset(out + K, 0, (in.pad - K) * 4);
+  };
+  row(in.x, f);
+  if (in.before == 1) {
+    vf squares[4] = {};
+    for (int k = 0; k < in.pad; k += 4 * LANES) UNROLL for (int j = 0; j < 4; j++) { vf v = load(f + k + j * LANES); squares[j] += v * v; }
+    const float r = 1.f / sqrtf(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / K + in.eps);
+    static thread_local Scratch scratch;
+    float* scale = scratch.get<float>(in.pad);
+    if (in.with_bf16) widen((const uint16_t*)in.with, K, scale); else widen((const float*)in.with, K, scale);
+    for (int k = 0; k < K; k++) f[k] *= r;
+    if (in.bf16) round_to_bf16(f, K), round_to_bf16(scale, K);
+    for (int k = 0; k < K; k++) f[k] *= scale[k];
+    if (in.bf16) round_to_bf16(f, K);
+  } else if (in.before == 2) {
+    static thread_local Scratch scratch;
+    float* up = scratch.get<float>(in.pad);
+    row(in.with, up);
+    for (int k = 0; k < in.pad; k += LANES) { vf g = load(f + k); store(f + k, g / (1.f + exp(-g)) * load(up + k)); }
+    if (in.bf16) round_to_bf16(f, K);
+  }
+}
+struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; };
+static int64_t row_bytes(Type t, int K) { return t == Type::F32 ? 4ll * K : t == Type::BF16 ? 2ll * K : t == Type::S8 ? K : K / 2; }
+
+#ifdef HAS_BF16
+// Inputs in the order of the weights of four_groups, 128 at a time.
+static void in_order(const float* f, int count, bool four_bits, uint16_t* h) {
+  alignas(64) uint16_t evens_and_odds[GROUP];  // even values of the first 16 and of the last, then odd ones
+  for (int i = 0; i < GROUP; i++) evens_and_odds[i] = 16 * (i >> 3 & 1) + 2 * (i & 7) + (i >> 4);
+  for (int k = 0; k < count; k += GROUP) {
+    uint16_t from[GROUP], *to = h + (k & ~127); const int g = k / GROUP & 3;
+    narrow(f + k, GROUP, from);
+    if (four_bits) {
+      uint16_t lanes[GROUP];
+      _mm512_storeu_si512(lanes, _mm512_permutexvar_epi16(_mm512_load_si512(evens_and_odds), _mm512_loadu_si512(from)));
+      UNROLL for (int i = 0; i < 4; i++) memcpy(to + 32 * i + 8 * g, lanes + 8 * i, 16);
+    }
+    else UNROLL for (int i = 0; i < 16; i++) memcpy(to + 64 * (i >> 2 & 1) + 32 * (i & 1) + 16 * (g & 1) + 8 * (i >> 3) + 4 * (i >> 1 & 1) + 2 * (g >> 1), from + 2 * i, 4);
+  }
+}
+#endif
+// Inputs of in.B rows, of a call with more than FEW rows if many. The last rows of such a call may be few.
+static void prepare(Inputs& in, Math math, Type type, bool many, ffi::ThreadPool& pool) {
+  static thread_local Scratch floats, halves;
+  const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS<uint16_t> : 0);  // rows beyond B may be multiplied too, and their results are dropped
+  const bool grouped = !many && (type == Type::S8 || type == Type::U8);
+  in.pad = rounded_up(in.K, grouped ? 128 : 64);
+  in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
+  if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
+  auto one = [&](int b) {
+    static thread_local Scratch scratch;
+    float* f = in.f ? in.f + (int64_t)b * in.pad : scratch.get<float>(in.pad);
+    read_row(in, b, f);
+    if (math != BF16) return;
+    uint16_t* h = in.h + (int64_t)b * in.pad;
+#ifdef HAS_BF16
+    if (grouped) return in_order(f, in.pad, type == Type::U8, h);
+#endif
+    narrow(f, in.pad, h);
+  };
+  if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
+}
