@@ -195,10 +195,13 @@ def _kernels(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> Any:
         from llama_jax.ops import few_rows_gpu  # importing Pallas takes 0.2 s
 
         return few_rows_gpu if few_rows_gpu.takes(x, weights) else None
-    return cpu if platform == "cpu" and all(_cpu_takes(x, w) for w in weights) else None
+    return cpu if all(_on_cpu(x, w) for w in weights) else None
 
 
-def _cpu_takes(x: jax.Array, w: jax.Array | QTensor) -> bool:
+def _on_cpu(x: jax.Array, w: jax.Array | QTensor) -> bool:
+    """True if a kernel for CPUs multiplies x (..., in) with w."""
+    if parallel.device_platform() != "cpu":
+        return False
     rows = x.size // x.shape[-1] if x.size else 0
     of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
     return x.dtype in (jnp.float32, jnp.bfloat16) and of_dtype and len(w.shape) == 2 and cpu.multiplies(rows)
@@ -303,12 +306,12 @@ def _quantized_linear(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | N
 
 def _quantized_forward(x: jax.Array, w: QTensor, axes: tuple[str | None, ...] | None) -> tuple[jax.Array, QTensor]:
     # The residual is the packed, sharded weight. Gathered and dequantized it would be many times as large.
-    return _quantized(x, w, axes).astype(x.dtype), w
+    return _native(x, w, x.dtype) if _on_cpu(x, w) else _quantized(x, w, axes).astype(x.dtype), w
 
 
 def _quantized_backward(axes: tuple[str | None, ...] | None, w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
     whole = quant.dequantize(_all_gathered(w, axes), g.dtype)
-    return _dot(g, whole, ((g.ndim - 1,), (0,))).astype(g.dtype), None
+    return _input_gradient(g, whole), None
 
 
 _quantized_linear.defvjp(_quantized_forward, _quantized_backward)
@@ -329,22 +332,35 @@ def _linear(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...] | None) -> 
 
 
 def _forward(x: jax.Array, w: jax.Array, axes: Axes) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, _gathered(w, axes, x.dtype)).astype(x.dtype), (x, w)
+    whole = _gathered(w, axes, x.dtype)
+    return _native(x, whole, x.dtype) if _on_cpu(x, whole) else _product(x, whole).astype(x.dtype), (x, w)
 
 
 def _backward(axes: Axes, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     g = g.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
-    dx = _dot(g, _gathered(w, axes, x.dtype), ((g.ndim - 1,), (0,))).astype(x.dtype)
-    # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
-    # it has no product with a transposed first operand for some of these shapes.
+    whole = _gathered(w, axes, x.dtype)
+    dx = _input_gradient(g, whole)
     if axes is not None and parallel.ring_takes(g, x, axes):
         return dx, parallel.ring_gradient(g, x, axes).astype(w.dtype)
-    narrow = x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]
-    dw = _dot(x, g, (leading, leading)).T if narrow else _dot(g, x, (leading, leading))
+    if _on_cpu(x, whole):
+        dw = cpu.product(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]), jnp.float32, transposed=True)
+    # XLA on a CPU transposes the first operand of this product in memory, so the narrower goes first. In bfloat16
+    # it has no product with a transposed first operand for some of these shapes.
+    elif x.dtype == jnp.float32 and x.shape[-1] <= g.shape[-1]:
+        dw = _dot(x, g, (leading, leading)).T
+    else:
+        dw = _dot(g, x, (leading, leading))
     dw = dw if axes is None else parallel.constrain(dw, *axes)
     return dx, dw.astype(w.dtype)
+
+
+def _input_gradient(g: jax.Array, w: jax.Array) -> jax.Array:
+    """g w: (..., in) in the dtype of g (..., out), for a weight (out, in) in that dtype."""
+    if _on_cpu(g, w):
+        return cpu.product(g.reshape(-1, g.shape[-1]), w, g.dtype).reshape(*g.shape[:-1], w.shape[1])
+    return _dot(g, w, ((g.ndim - 1,), (0,))).astype(g.dtype)
 
 
 _linear.defvjp(_forward, _backward)

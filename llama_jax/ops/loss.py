@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax import parallel
+from llama_jax.ops import cpu
 from llama_jax.ops.linear import linear
 from llama_jax.ops.lora import LoraTensor
 
@@ -84,6 +85,21 @@ def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
     return jnp.where(ids >= 0, logits, -jnp.inf)
 
 
+def _native(hiddens: Arrays, num_shards: int) -> bool:
+    """True if the kernels for CPUs compute it: their logits are in memory for a few rows at a time only."""
+    x = hiddens[0]
+    known = x.dtype in (jnp.float32, jnp.bfloat16) and len(hiddens) == num_shards == 1
+    return known and parallel.device_platform() == "cpu" and cpu.multiplies(x.size // x.shape[-1])
+
+
+def _flat(
+    hiddens: Arrays, tables: Arrays, ids: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The arguments of `cpu.loss` for a chunk of the vocabulary with these ids (1, n)."""
+    x, table = (a.reshape(-1, a.shape[-1]) for a in (hiddens[0], tables[0]))
+    return x, table, targets.ravel() - ids[0, 0], (ids >= 0).sum()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(
     hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int
@@ -95,10 +111,17 @@ def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: in
     """The forward pass: ((nll, lse), residuals for `_backward`)."""
     chunks = tuple(_chunks(table, num_shards, num_chunks, hiddens[0].dtype) for table in tables)
 
+    native = _native(hiddens, num_shards)
+
     def scan_chunk(carry: Any, chunk: Any) -> Any:
         peak, total, score = carry
         rows, ids = chunk
         rows = _gathered(rows, hiddens[0].dtype)
+        if native:
+            top, part, hit = (a.reshape(targets.shape) for a in cpu.loss(*_flat(hiddens, rows, ids, targets)))
+            new_peak = jnp.maximum(peak, top)
+            total = total * jnp.exp(peak - new_peak) + part * jnp.exp(top - new_peak)
+            return (new_peak, total, score + hit), None
         logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
@@ -122,10 +145,16 @@ def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tupl
     g_nll, g_lse = cotangents
     precision = _HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    native = _native(hiddens, num_shards)
 
     def scan_chunk(dxs: Arrays, chunk: Any) -> tuple[Arrays, Arrays]:
         rows, row_ids, logits = chunk
         rows = _gathered(rows, dtype)
+        if native:
+            x, part, at, live = _flat(hiddens, rows, row_ids, targets)
+            g = cpu.loss_gradient(x, part, at, live, lse.ravel(), (g_nll + g_lse).ravel(), g_nll.ravel())
+            dx = cpu.product(g, part, jnp.float32).reshape(hiddens[0].shape)
+            return (dxs[0] + dx,), (cpu.product(g, x, jnp.float32, transposed=True)[None],)
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits
         probability = jnp.exp(logits - lse[..., None, None])
         hit = row_ids == targets[..., None, None]

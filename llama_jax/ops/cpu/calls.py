@@ -1,7 +1,7 @@
 """The calls of the CPU kernels, once they are registered (see kernels.cc). No call has a gradient.
 
-Letters: B rows, T queries, V rows of a table, D inputs, O outputs, N query heads, K key/value heads, S cache slots, H
-head dim.
+Letters: B rows, T queries or tokens, V rows of a table, D inputs, O outputs, N query heads, K key/value heads, S cache
+slots, H head dim.
 """
 
 from __future__ import annotations
@@ -51,6 +51,64 @@ def linears(
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
     products = list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
     return products if plus is None else [plus + products[0]]
+
+
+def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype, *, transposed: bool = False) -> jax.Array:
+    """The matrix product a b, or a^T b if `transposed`, in `dtype`, accumulated in float32.
+
+    Args:
+        a: (M, K), or (K, M) if it is transposed; float32 or bfloat16.
+        b: (K, N) in the dtype of a.
+        dtype: float32 or bfloat16.
+        transposed: whether a is transposed.
+    """
+    result = jax.ShapeDtypeStruct((a.shape[int(transposed)], b.shape[1]), dtype)
+    return jax.ffi.ffi_call("llama_product", result, vmap_method="sequential")(a, b, transposed=np.int32(transposed))
+
+
+def loss(
+    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, live: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The softmax of the scores x table^T over the rows of a table, which may be a part of the vocabulary.
+
+    Args:
+        x_TD: hidden states, float32 or bfloat16.
+        table_VD: rows of the unembedding in the dtype of x.
+        targets_T: int32 rows of the table. A target outside of it belongs to another part.
+        live: int32 number of rows of the table; the others are padding.
+
+    Returns:
+        float32 (T,) each: the largest score, the sum of exp(score - largest), and the score of the target or 0.
+    """
+    result = jax.ShapeDtypeStruct(targets_T.shape, jnp.float32)
+    call = jax.ffi.ffi_call("llama_loss", [result] * 3, vmap_method="sequential")
+    top, total, score = call(x_TD, table_VD, targets_T.astype(jnp.int32), live.astype(jnp.int32))
+    return top, total, score
+
+
+def loss_gradient(
+    x_TD: jax.Array,
+    table_VD: jax.Array,
+    targets_T: jax.Array,
+    live: jax.Array,
+    lse_T: jax.Array,
+    all_T: jax.Array,
+    hit_T: jax.Array,
+) -> jax.Array:
+    """The gradient of the scores of `loss`: all * exp(score - lse), minus `hit` at the target; (T, V) as x.
+
+    Args:
+        x_TD: as in `loss`.
+        table_VD: as in `loss`.
+        targets_T: as in `loss`.
+        live: as in `loss`.
+        lse_T: log-sum-exp over the whole vocabulary, float32.
+        all_T: factor of the softmax, float32.
+        hit_T: factor of the target, float32.
+    """
+    result = jax.ShapeDtypeStruct((x_TD.shape[0], table_VD.shape[0]), x_TD.dtype)
+    call = jax.ffi.ffi_call("llama_loss_gradient", result, vmap_method="sequential")
+    return call(x_TD, table_VD, targets_T.astype(jnp.int32), live.astype(jnp.int32), lse_T, all_T, hit_T)
 
 
 def rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -27,7 +28,7 @@ def against_xla() -> None:
     for kind in ("float32", "bfloat16", 8, 4):
         for dtype in (jnp.float32, jnp.bfloat16):
             exact = isinstance(kind, str) or dtype == jnp.float32
-            for rows in (1, 3, 8, 40, 520):  # 512 are multiplied at a time
+            for rows in (1, 3, 8, 40, 520):
                 plain = normal(50, 608)
                 w = quant.quantize(plain, kind) if isinstance(kind, int) else plain.astype(kind)
                 x = normal(rows, 608).astype(dtype)
@@ -36,6 +37,7 @@ def against_xla() -> None:
                 roundings = [jnp.float32] if exact or rows < 40 else [jnp.float32, dtype]
                 expected = [_product(x, w, to) for to in roundings]
                 _compare(result, expected, f"linear, {rows} rows, {kind}, {dtype.__name__}")
+    _check_training(normal)
     _check_attention(normal)
     table, ids = normal(9, 40).astype(jnp.bfloat16), jnp.array([[8, 0], [3, 3]])
     if not jnp.array_equal(jax.jit(calls.rows)(table, ids), table[ids]):
@@ -46,6 +48,28 @@ def _product(x: jax.Array, w: jax.Array | QTensor, to: jnp.dtype) -> jax.Array:
     """x w^T in float32, with a quantized weight dequantized to dtype `to`."""
     numbers = (quant.dequantize(w, to) if isinstance(w, QTensor) else w).astype(jnp.float32)
     return jnp.dot(x.astype(jnp.float32), numbers.T, precision="highest")
+
+
+def _check_training(normal: Callable[..., jax.Array]) -> None:
+    """Products for gradients, and the softmax over a part of the vocabulary."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        a, b, table = (normal(*shape).astype(dtype) for shape in ((520, 70), (520, 40), (600, 70)))
+        plain = [each.astype(jnp.float32) for each in (a, b, table)]
+        dot = functools.partial(jnp.dot, precision="highest")
+        for transposed, x, y, expected in (
+            (True, a, b, dot(plain[0].T, plain[1])),
+            (False, b.T, a, dot(plain[1].T, plain[0])),
+        ):
+            result = jax.jit(functools.partial(calls.product, dtype=jnp.float32, transposed=transposed))(x, y)
+            _compare(result, [expected], f"product, {dtype.__name__}, transposed: {transposed}")
+        scores, targets = dot(plain[0], plain[2].T), jnp.arange(520)
+        top, total, score = jax.jit(calls.loss)(a, table, targets, jnp.int32(600))
+        lse = jax.nn.logsumexp(scores, axis=1)
+        _compare(top + jnp.log(total) - score, [lse - scores[targets, targets]], f"loss, {dtype.__name__}")
+        result = jax.jit(calls.loss_gradient)(a, table, targets, jnp.int32(600), lse, lse, lse)
+        expected = lse[:, None] * (jax.nn.softmax(scores) - jax.nn.one_hot(targets, 600))
+        bound = _FLOAT if dtype == jnp.float32 else 1e-2  # which is two roundings
+        _compare(result.astype(jnp.float32), [expected], f"loss_gradient, {dtype.__name__}", bound)
 
 
 def gain_of_many_rows() -> float:
@@ -86,8 +110,8 @@ def _check_attention(normal: Callable[..., jax.Array]) -> None:
         _compare(result, [expected], f"attention of many queries, {dtype.__name__}")
 
 
-def _compare(result: jax.Array, expected: list[jax.Array], name: str) -> None:
+def _compare(result: jax.Array, expected: list[jax.Array], name: str, bound: float = _FLOAT) -> None:
     """Raises RuntimeError if a result is near none of those that it may be."""
     gap = min(float(jnp.abs(result - each).max() / jnp.abs(each).max()) for each in expected)
-    if not gap <= _FLOAT:
+    if not gap <= bound:
         raise RuntimeError(f"{name}: the kernel differs from XLA by {gap:.1e} of the largest result")

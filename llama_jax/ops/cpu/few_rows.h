@@ -177,7 +177,7 @@ template <int B, bool GROUPED> static void block(const Inputs& in, Math math, co
   for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
 }
 // Outputs lo..hi of one weight for all rows. Rows are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
-static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, int lo, int hi) {
+static void tile(const Inputs& in, Math math, const Weight& w, int lo, int hi) {
   float t[ROWS * TILE];
   const int n = hi - lo;
   for (int b0 = 0; b0 < in.B; b0 += ROWS) {
@@ -189,7 +189,7 @@ static void tile(const Inputs& in, Math math, const Weight& w, bool out_bf16, in
     else block<8, false>(in, math, w, lo, hi, b0, t, n);
     for (int b = 0; b < rows; b++) {
       const int64_t to = (int64_t)(b0 + b) * w.N + lo; const float* from = t + b * n;
-      if (out_bf16) narrow(from, n, (uint16_t*)w.out + to); else narrow(from, n, (float*)w.out + to);
+      if (w.out_bf16) narrow(from, n, (uint16_t*)w.out + to); else narrow(from, n, (float*)w.out + to);
     }
   }
 }

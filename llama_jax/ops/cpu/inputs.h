@@ -10,7 +10,8 @@ using Type = ffi::DataType;
 enum Math { FLOAT, BF16 };  // how inputs are multiplied: in float32, or as bfloat16 pairs
 constexpr int ROWS = 8;            // rows of x at a time, if they are few
 constexpr int FEW = 16;            // most rows that are few
-constexpr int MANY = 512;          // rows of x at a time, if they are many
+constexpr int MANY = 4096;         // rows of x at a time, if they are many
+constexpr int MOST_WEIGHTS = 4;    // of one call
 constexpr int TILE = 252;          // most outputs of a tile, whose results wait in float32
 constexpr int AHEAD = 8192;        // least bytes between the prefetched and the multiplied weights
 constexpr int GROUP = 32;          // values that share a scale
@@ -18,13 +19,13 @@ constexpr int GROUP = 32;          // values that share a scale
 struct Inputs {
   const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
-  float* f;      // (B, pad), zero beyond K; not for bfloat16 inputs of many rows
-  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, in the order of in_order
+  float* f;      // for few rows: (B, pad), zero beyond K
+  uint16_t* h;   // the same as bfloat16; for grouped weights, in the order of in_order
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
 
-template <class T> static void widen(const T* x, int K, float* f) {
+template <class T> INLINE void widen(const T* x, int K, float* f) {
   int k = 0;
   for (; k + LANES <= K; k += LANES) store(f + k, load(x + k));
   for (; k < K; k++) f[k] = at(x, sizeof(T) == 2, k);
@@ -61,7 +62,7 @@ static void read_row(const Inputs& in, int b, float* f) {
     if (in.bf16) round_to_bf16(f, K);
   }
 }
-struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; };
+struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; bool out_bf16; };
 static int64_t row_bytes(Type t, int K) { return t == Type::F32 ? 4ll * K : t == Type::BF16 ? 2ll * K : t == Type::S8 ? K : K / 2; }
 
 #ifdef HAS_BF16
@@ -81,17 +82,16 @@ static void in_order(const float* f, int count, bool four_bits, uint16_t* h) {
   }
 }
 #endif
-// Inputs of in.B rows, of a call with more than FEW rows if many. The last rows of such a call may be few.
-static void prepare(Inputs& in, Math math, Type type, bool many, ffi::ThreadPool& pool) {
+// Few inputs, as float32 and, if they are multiplied so, as bfloat16. Rows beyond in.B may be multiplied too, and are dropped.
+static void prepare(Inputs& in, Math math, Type type, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
-  const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS<uint16_t> : 0);  // rows beyond B may be multiplied too, and their results are dropped
-  const bool grouped = !many && (type == Type::S8 || type == Type::U8);
+  const bool grouped = type == Type::S8 || type == Type::U8;
   in.pad = rounded_up(in.K, grouped ? 128 : 64);
-  in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
-  if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
+  const int64_t values = (int64_t)rounded_up(in.B, ROWS) * in.pad;
+  in.f = floats.get<float>(values);
+  if (math == BF16) in.h = halves.get<uint16_t>(values);
   auto one = [&](int b) {
-    static thread_local Scratch scratch;
-    float* f = in.f ? in.f + (int64_t)b * in.pad : scratch.get<float>(in.pad);
+    float* f = in.f + (int64_t)b * in.pad;
     read_row(in, b, f);
     if (math != BF16) return;
     uint16_t* h = in.h + (int64_t)b * in.pad;

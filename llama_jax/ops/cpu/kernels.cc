@@ -5,8 +5,10 @@
 // llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row, for one query a row.
 // llama_attention_many: the same for many queries, each with a range of keys.
 // llama_rows: rows of a table of bfloat16.
+// llama_product: the product of two matrices, for gradients.
+// llama_loss: maxima and sums of the softmax over a part of the vocabulary; llama_loss_gradient: the gradient of its scores.
 //
-// Up to FEW rows are multiplied with weights as they are read. For more rows the weights are packed first (tiles.h).
+// Up to FEW rows are multiplied with weights as they are read. For more rows the weights are packed first.
 // A result does not depend on how many threads run, and within each of the two kinds not on the number of rows.
 // Letters: B rows, K inputs, N outputs.
 #include <algorithm>
@@ -14,8 +16,10 @@
 #include "decode_attention.h"
 #include "few_rows.h"
 #include "inputs.h"
+#include "loss.h"
 #include "many_rows.h"
 #include "pool.h"
+#include "products.h"
 
 using Buffer = ffi::AnyBuffer;
 
@@ -30,41 +34,84 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   Inputs in{}; in.x = x.untyped_data(), in.bf16 = x.element_type() == Type::BF16;
   in.K = (int)x.dimensions()[1], in.before = before, in.eps = eps;
   if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
-  constexpr int MOST = 4;
-  Weight weights[MOST]; int count = 0, of[MOST + 1] = {0}; int64_t outputs = 0; bool out_bf16[MOST];
-  if (rets.size() > MOST) return bad("llama_linear takes at most 4 weights");
-  const int threads = (int)std::max<int64_t>(1, pool.num_threads());
+  Weight weights[MOST_WEIGHTS]; int count = 0; int64_t outputs = 0;
+  if (rets.size() > MOST_WEIGHTS) return bad("llama_linear takes at most 4 weights");
   while (next < args.size()) {
     Buffer w = take(); Weight& weight = weights[count];
     weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0];
     weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
-    Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), out_bf16[count] = out.element_type() == Type::BF16;
+    Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), weight.out_bf16 = out.element_type() == Type::BF16;
     outputs += weight.N;
     count++;
   }
   const Type type = weights[0].type;
-  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs.
-  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
-  const int size = B > FEW ? PANEL : (int)std::min<int64_t>(TILE, least / 12 * 12 + 12);
-  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
-  const int tiles = of[count];
   Math math = FLOAT;
 #ifdef HAS_BF16
   if (in.bf16 && type != Type::F32) math = BF16;
 #endif
-  for (in.first = 0; in.first < B; in.first += in.B) {
-    in.B = B > FEW ? std::min(MANY, B - in.first) : B;
-    prepare(in, math, type, B > FEW, pool);
-    parallel(pool, tiles, [&](int i) {
-      int j = 0; while (i >= of[j + 1]) j++;
-      const int lo = (i - of[j]) * size, hi = std::min(lo + size, weights[j].N);
-      if (B <= FEW) tile(in, math, weights[j], out_bf16[j], lo, hi);
+  if (B > FEW) {
+    in.pad = rounded_up(in.K, 64);
+    for (in.first = 0; in.first < B; in.first += in.B) {
+      in.B = std::min(MANY, B - in.first);
 #ifdef HAS_BF16
-      else if (math == BF16) panel(in, in.h, weights[j], out_bf16[j], lo, hi);
+      if (math == BF16) { many_rows<uint16_t>(in, weights, count, pool); continue; }
 #endif
-      else panel(in, in.f, weights[j], out_bf16[j], lo, hi);
-    });
+      many_rows<float>(in, weights, count, pool);
+    }
+    return ffi::Error::Success();
   }
+  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs.
+  const int threads = (int)std::max<int64_t>(1, pool.num_threads());
+  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
+  const int size = (int)std::min<int64_t>(TILE, least / 12 * 12 + 12);
+  int of[MOST_WEIGHTS + 1] = {0};
+  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
+  in.B = B;
+  prepare(in, math, type, pool);
+  parallel(pool, of[count], [&](int i) {
+    int j = 0; while (i >= of[j + 1]) j++;
+    const int lo = (i - of[j]) * size;
+    tile(in, math, weights[j], lo, std::min(lo + size, weights[j].N));
+  });
+  return ffi::Error::Success();
+}
+static Matrix matrix(const Buffer& a) { return {a.untyped_data(), a.element_type(), (int)a.dimensions()[0], (int)a.dimensions()[1]}; }
+static bool as_bf16(const Matrix& m) {  // whether the processor multiplies it as bfloat16
+#ifdef HAS_BF16
+  return m.type == Type::BF16;
+#endif
+  return false;
+}
+// Arguments: a (M, K), or (K, M) if it is transposed, and b (K, N) of the same type.
+static ffi::Error Product(ffi::ThreadPool pool, Buffer a, Buffer b, ffi::Result<Buffer> out, int32_t transposed) {
+  const bool out_bf16 = out->element_type() == Type::BF16;
+#ifdef HAS_BF16
+  if (as_bf16(matrix(a))) product<uint16_t>(matrix(a), transposed, matrix(b), out_bf16, (char*)out->untyped_data(), pool); else
+#endif
+  product<float>(matrix(a), transposed, matrix(b), out_bf16, (char*)out->untyped_data(), pool);
+  return ffi::Error::Success();
+}
+static Scores scores(const Buffer& x, const Buffer& table, const Buffer& targets, const Buffer& live) {
+  return {matrix(x), matrix(table), (const int32_t*)targets.untyped_data(), *(const int32_t*)live.untyped_data()};
+}
+// Arguments: x (T, D), table (V, D) of the same type, targets (T,), number of live rows of the table ().
+static ffi::Error Loss(ffi::ThreadPool pool, Buffer x, Buffer table, Buffer targets, Buffer live, ffi::Result<Buffer> top, ffi::Result<Buffer> total, ffi::Result<Buffer> score) {
+  const Scores in = scores(x, table, targets, live);
+  float *t = (float*)top->untyped_data(), *s = (float*)total->untyped_data(), *hit = (float*)score->untyped_data();
+#ifdef HAS_BF16
+  if (as_bf16(in.x)) loss<uint16_t>(in, t, s, hit, pool); else
+#endif
+  loss<float>(in, t, s, hit, pool);
+  return ffi::Error::Success();
+}
+// Arguments: those of Loss, then the log-sum-exp of all scores, and the factors of the softmax and of the target (T,).
+static ffi::Error LossGradient(ffi::ThreadPool pool, Buffer x, Buffer table, Buffer targets, Buffer live, Buffer lse, Buffer all, Buffer hit, ffi::Result<Buffer> out) {
+  const Scores in = scores(x, table, targets, live);
+  const float *l = (const float*)lse.untyped_data(), *a = (const float*)all.untyped_data(), *h = (const float*)hit.untyped_data();
+#ifdef HAS_BF16
+  if (as_bf16(in.x)) loss_gradient<uint16_t>(in, l, a, h, out->untyped_data(), pool); else
+#endif
+  loss_gradient<float>(in, l, a, h, out->untyped_data(), pool);
   return ffi::Error::Success();
 }
 
@@ -124,4 +171,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_rows, Rows, ffi::Ffi::Bind().Arg<Buffer>().A
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_product, Product, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Attr<int32_t>("transposed"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss, Loss, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss_gradient, LossGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());

@@ -1,39 +1,58 @@
-// Products of many rows with weights, which are packed first.
+// Products of many rows with weights, which are packed first, and dequantized if they are quantized.
 #pragma once
 #include <algorithm>
-#include "attention.h"
 #include "inputs.h"
+#include "products.h"
 #include "tiles.h"
 
-// Row n of a weight as M, rounded as XLA rounds a dequantized weight.
-template <class M> static void widen_row(const Weight& w, int n, int K, M* to) {
-  if (!w.scales) return convert(w.w, w.type, nullptr, n, K, to);
-  const int64_t bytes = row_bytes(w.type, K); const uint16_t* scales = w.scales + (int64_t)n * (K / GROUP);
-  for (int g = 0; g < K / GROUP; g++, to += GROUP) {
-    int8_t values[GROUP]; float wide[GROUP]; const char* p = w.w + n * bytes + (int64_t)g * (w.type == Type::U8 ? GROUP / 2 : GROUP);
+// Values k ... k + count of row n of a weight as M, rounded as XLA rounds a dequantized weight. k is a multiple of GROUP.
+template <class M> static void widen_row(const Weight& w, int n, int K, int k, int count, M* to) {
+  if (!w.scales) return read(Matrix{w.w, w.type, w.N, K}, n, k, count, count, to);
+  const char* p = w.w + n * row_bytes(w.type, K) + row_bytes(w.type, k); const uint16_t* scales = w.scales + (int64_t)n * (K / GROUP) + k / GROUP;
+  for (int g = 0; g < count / GROUP; g++, to += GROUP, p += row_bytes(w.type, GROUP)) {
+    int8_t values[GROUP]; float wide[GROUP];
     if (w.type == Type::U8) nibbles((const uint8_t*)p, values, values + GROUP / 2); else memcpy(values, p, GROUP);
     for (int i = 0; i < GROUP; i += LANES) store(wide + i, load(values + i) * from_half(scales[g]));
     narrow(wide, GROUP, to);
   }
 }
-// Up to PANEL outputs lo..hi of one weight for many rows. M is the type of the inputs x.
-template <class M> static void panel(const Inputs& in, const M* x, const Weight& w, bool out_bf16, int lo, int hi) {
-  static thread_local Scratch rows, packed;
-  M* few = rows.get<M>((int64_t)PANEL * in.pad); uint32_t* columns = packed.get<uint32_t>((int64_t)PANEL * in.pad / UNIT<M>);
-  for (int n = 0; n < PANEL; n++) {
-    const int live = lo + n < hi ? in.K : 0;
-    if (live) widen_row(w, lo + n, in.K, few + (int64_t)n * in.pad);
-    std::fill(few + (int64_t)n * in.pad + live, few + (int64_t)(n + 1) * in.pad, M(0));
-  }
-  pack_columns(few, in.pad, columns);
-  float t[MOST_ROWS<M> * PANEL];
-  const Amx amx;
-  for (int b0 = 0; b0 < in.B; b0 += MOST_ROWS<M>) {
-    const int count = std::min(MOST_ROWS<M>, in.B - b0);
-    multiply(count, x + (int64_t)b0 * in.pad, in.pad, columns, in.pad / UNIT<M>, t, PANEL, false);
-    for (int b = 0; b < count; b++) {
-      const int64_t to = (int64_t)(in.first + b0 + b) * w.N + lo;
-      if (out_bf16) narrow(t + b * PANEL, hi - lo, (uint16_t*)w.out + to); else narrow(t + b * PANEL, hi - lo, (float*)w.out + to);
+// Rows n ... n + count of a weight as the columns of panels, for values k ... k + chunk.
+template <class M> static void pack_weight(const Weight& w, int n, int count, int K, int k, int chunk, uint32_t* to) {
+  static thread_local Scratch scratch;
+  M* few = scratch.get<M>((int64_t)PANEL * chunk);
+  for (; count > 0; count -= PANEL, to += (int64_t)chunk / UNIT<M> * PANEL) {
+    for (int i = 0; i < PANEL; i++, n++) {
+      M* row = few + (int64_t)i * chunk; const int live = i < count ? std::min(chunk, K - k) : 0;
+      if (live) widen_row(w, n, K, k, live, row);
+      std::fill(row + live, row + chunk, M(0));
     }
+    pack_columns(few, chunk, to);
   }
+}
+// Rows in.first ... in.first + in.B.
+template <class M> static Packed<M> inputs(Scratch& scratch, const Inputs& in, ffi::ThreadPool& pool) {
+  if (!in.before) return in_chunks<M>(scratch, {(const char*)in.x + (int64_t)in.first * in.K * (in.bf16 ? 2 : 4), in.bf16 ? Type::BF16 : Type::F32, in.B, in.K}, false, pool);
+  const Packed<M> rows(scratch, in.B, in.K);
+  const int width = std::max(in.pad, rows.chunks * rows.chunk);
+  parallel(pool, in.B, [&](int b) {
+    static thread_local Scratch floats;
+    float* f = floats.get<float>(width);
+    read_row(in, b, f);
+    std::fill(f + in.K, f + width, 0.f);
+    rows.set(b, f);
+  });
+  return rows;
+}
+// All products of rows in.first ... in.first + in.B with `count` weights.
+template <class M> static void many_rows(const Inputs& in, const Weight* weights, int count, ffi::ThreadPool& pool) {
+  static thread_local Scratch scratch;
+  const Packed<M> rows = inputs<M>(scratch, in, pool);
+  int columns[MOST_WEIGHTS]; int64_t panels = 0;
+  for (int j = 0; j < count; j++) columns[j] = weights[j].N, panels += (weights[j].N + PANEL - 1) / PANEL;
+  blocks(pool, in.B, columns, count, panels_of_task(in.B, panels, pool), [&](int j, int first, int last, int column, int width) {
+    const Weight& w = weights[j];
+    multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
+      [&](int k, uint32_t* to) { pack_weight<M>(w, column, width, in.K, k, rows.chunk, to); },
+      [&](int r, int live, const float* sums, int64_t ld) { write_rows(sums, ld, live, width, w.out_bf16, w.out, (int64_t)(in.first + r) * w.N + column, w.N); });
+  });
 }

@@ -34,16 +34,20 @@ INLINE void narrow(const float* from, int n, float* to) { memcpy(to, from, n * s
 
 // ------------------------------------------------------------------------------------------------ panels
 #if LANES == 16
-static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {  // to[u * PANEL + n] = from[n * stride + u]
+static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {  // to[u * ld + n] = from[n * stride + u]
   __m512i a[16], b[16];
   UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
   UNROLL for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]), a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
   UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88), b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
   UNROLL for (int j = 0; j < 8; j++) {
-    _mm512_storeu_si512(to + j * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
-    _mm512_storeu_si512(to + (j + 8) * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+    _mm512_storeu_si512(to + j * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+    _mm512_storeu_si512(to + (j + 8) * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
   }
+}
+#else
+static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {
+  for (int n = 0; n < 16; n++) for (int u = 0; u < 16; u++) to[u * ld + n] = from[n * stride + u];
 }
 #endif
 // The panel of PANEL rows of `values` each, which are its columns: a transpose of units. `values` is a multiple of ALIGN.
@@ -51,7 +55,7 @@ template <class M> static void pack_columns(const M* rows, int values, uint32_t*
   const int units = values / UNIT<M>;
   const uint32_t* from = (const uint32_t*)rows;
 #if LANES == 16
-  for (int n = 0; n < PANEL; n += 16) for (int u = 0; u < units; u += 16) transpose16(from + (int64_t)n * units + u, units, panel + (int64_t)u * PANEL + n);
+  for (int n = 0; n < PANEL; n += 16) for (int u = 0; u < units; u += 16) transpose16(from + (int64_t)n * units + u, units, panel + (int64_t)u * PANEL + n, PANEL);
 #else
   for (int n = 0; n < PANEL; n++) for (int u = 0; u < units; u++) panel[(int64_t)u * PANEL + n] = from[(int64_t)n * units + u];
 #endif
