@@ -20,9 +20,21 @@ import jax
 from llama_jax import parallel
 from llama_jax.ops.cpu import build, calls
 from llama_jax.ops.cpu.build import ENV, Unavailable
-from llama_jax.ops.cpu.calls import attend, attend_many, linears, rows
+from llama_jax.ops.cpu.calls import attend, attend_many, attend_many_backward, attend_many_forward, linears, rows
 
-__all__ = ["ENV", "attend", "attend_many", "calls", "linears", "multiplies", "not_built", "ready", "rows"]
+__all__ = [
+    "ENV",
+    "attend",
+    "attend_many",
+    "attend_many_backward",
+    "attend_many_forward",
+    "calls",
+    "linears",
+    "multiplies",
+    "not_built",
+    "ready",
+    "rows",
+]
 
 _FEW_ROWS = 16
 _usable = True  # False in a context that would have to build them first
@@ -30,15 +42,15 @@ _log = logging.getLogger(__name__)
 
 
 def ready() -> bool:
-    """True if the kernels can be used in the function that is being traced: on one CPU device, outside of training,
-    with a library that passed its check. Training has gradients, which no kernel computes.
+    """True if the kernels can be used in the function that is being traced: on one CPU device, with a library that
+    passed its check.
 
     The first call may build the library. If the kernels cannot be used, the reason is logged once.
     $LLAMA_JAX_CPU_KERNELS=off turns them off.
     """
     layout = parallel.active()
     platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
-    if platform != "cpu" or (layout is not None and layout.rules == "train"):
+    if platform != "cpu":
         return False
     if layout is not None and layout.mesh.size > 1:
         _say_once(f"the arrays are sharded over {layout.mesh.size} devices")

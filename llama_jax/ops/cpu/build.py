@@ -30,7 +30,7 @@ from llama_jax.ops.native import Unavailable
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
 ENV = "LLAMA_JAX_CPU_KERNELS"
-TARGETS = ("llama_linear", "llama_attention", "llama_attention_many", "llama_rows")
+TARGETS = ("llama_linear", "llama_attention", "llama_attention_many", "llama_attention_gradient", "llama_rows")
 _COMPILERS = ("g++", "clang++", "c++")
 _SECONDS = 300
 

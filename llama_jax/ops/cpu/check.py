@@ -15,6 +15,7 @@ from llama_jax.ops.cpu import calls
 from llama_jax.ops.quant import QTensor
 
 _FLOAT = 1e-5  # of the largest result
+_BFLOAT16 = 2e-2  # where results, and numbers on the way to them, are rounded to bfloat16
 
 
 def against_xla() -> None:
@@ -84,10 +85,34 @@ def _check_attention(normal: Callable[..., jax.Array]) -> None:
         result = jax.jit(calls.attend_many)(many, keys, values, zeros, lengths[:, None] + zeros)
         expected = jnp.broadcast_to(expected.reshape(2, 1, 6, 64), result.shape)
         _compare(result, [expected], f"attention of many queries, {dtype.__name__}")
+    _check_gradient(normal)
 
 
-def _compare(result: jax.Array, expected: list[jax.Array], name: str) -> None:
+def _check_gradient(normal: Callable[..., jax.Array]) -> None:
+    low, high = jnp.repeat(jnp.array([0, 37]), jnp.array([37, 83]), total_repeat_length=120)[None], jnp.arange(120) + 1
+    live = (jnp.arange(120) >= low[..., None]) & (jnp.arange(120) < high[:, None])
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("btkgh,bksh->bkgts", q.reshape(1, 120, 2, 3, 40), k, precision="highest") * 40**-0.5
+        weights = jax.nn.softmax(jnp.where(live, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest").reshape(q.shape)
+
+    @jax.jit
+    def both(*arrays: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        *qkv, g = arrays
+        saved = (*qkv, low, jnp.broadcast_to(high, low.shape))
+        result = calls.attend_many_backward(*saved, *calls.attend_many_forward(*saved), g)
+        _, back = jax.vjp(plain, *(a.astype(jnp.float32) for a in qkv))
+        return result, back(g.astype(jnp.float32))
+
+    q, k, v, g = (normal(1, *shape, 40) for shape in ((120, 6), (2, 120), (2, 120), (120, 6)))
+    for dtype, bound in ((jnp.float32, _FLOAT), (jnp.bfloat16, _BFLOAT16)):
+        for a, b, name in zip(*both(*(a.astype(dtype) for a in (q, k, v, g))), "qkv", strict=True):
+            _compare(a, [b], f"gradient of {name}, {dtype.__name__}", bound)
+
+
+def _compare(result: jax.Array, expected: list[jax.Array], name: str, bound: float = _FLOAT) -> None:
     """Raises RuntimeError if a result is near none of those that it may be."""
     gap = min(float(jnp.abs(result - each).max() / jnp.abs(each).max()) for each in expected)
-    if not gap <= _FLOAT:
+    if not gap <= bound:
         raise RuntimeError(f"{name}: the kernel differs from XLA by {gap:.1e} of the largest result")
