@@ -17,6 +17,7 @@ from llama_jax import cache, parallel
 from llama_jax.ops import cpu, linear, norm, quant
 from llama_jax.ops.attention import Call, native, xla
 from llama_jax.ops.cpu import build, calls, check
+from llama_jax.ops.remat import with_remat
 
 # Where they could be built, kernels that cannot be used are a failure of these tests.
 OFF = os.environ.get(cpu.ENV, "").lower() in ("off", "0", "false")
@@ -248,7 +249,7 @@ def test_attention_of_many_queries_reads_the_keys_of_each(cache):
 
 
 @pytest.mark.parametrize(("dtype", "documents"), [("float32", True), ("float32", False), ("bfloat16", True)])
-def test_whole_rows_and_their_gradients_are_those_of_xla(dtype, documents):
+def test_whole_rows_are_those_of_xla(dtype, documents):
     segments, positions = packed([[60, 1, 70], [131]] if documents else [[140], [140]], 140)
     q, k, v = (draw(n, 2, *shape, 32, dtype=dtype) for n, shape in enumerate(((140, 6), (3, 140), (3, 140))))
 
@@ -256,19 +257,77 @@ def test_whole_rows_and_their_gradients_are_those_of_xla(dtype, documents):
         out = attend(Call(q, k, v, positions, segments if documents else None))
         return jnp.where((segments > 0)[..., None, None], out, 0)
 
-    def loss(attend, *arrays):
-        return (result(attend, *arrays).astype(jnp.float32) ** 2).sum()
-
     ours, theirs = (jax.jit(functools.partial(result, module.attend)) for module in (native, xla))
     assert "llama_attention_many" in ours.lower(q, k, v).as_text()
     assert gap(ours(q, k, v), np.asarray(theirs(q, k, v), np.float64)) < (1e-5 if dtype == "float32" else 2e-2)
     if documents:  # another first document changes nothing in the others
         changed = [a.at[0, :60].add(3) if a is q else a.at[0, :, :60].add(3) for a in (q, k, v)]
         np.testing.assert_array_equal(ours(*changed)[0, 60:], ours(q, k, v)[0, 60:])
-    if dtype == "float32":  # XLA rounds bfloat16 where it chooses to
-        gradients = [jax.jit(jax.grad(functools.partial(loss, m.attend), (0, 1, 2)))(q, k, v) for m in (native, xla)]
-        for a, b in zip(*gradients, strict=True):
-            assert gap(a, np.asarray(b, np.float64)) < 1e-5
+
+
+# Lengths of the documents of each row, length of a row, query heads, key/value heads and head dim.
+WHOLE = [
+    ([[1], [1]], 1, 2, 2, 16),
+    ([[7], [3, 2]], 7, 4, 1, 24),
+    ([[60, 1, 60], [130]], 130, 6, 2, 40),
+    ([[300], [20, 200, 33], [299]], 300, 8, 2, 64),
+    ([[97, 160], [257]], 257, 3, 1, 128),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("documents", "T", "N", "K", "H"), WHOLE)
+def test_the_gradient_of_whole_rows_is_that_of_xla(documents, T, N, K, H, dtype):
+    segments, positions = packed(documents, T)
+    B = len(documents)
+    arrays = [draw(n, B, *shape, H, dtype=dtype) for n, shape in enumerate(((T, N), (K, T), (K, T), (T, N)))]
+
+    def gradients(attend, q, k, v, g):
+        _, back = jax.vjp(lambda *qkv: attend(Call(*qkv, positions, segments)), q, k, v)
+        return back(jnp.where((segments > 0)[..., None, None], g, 0))
+
+    ours, theirs = (jax.jit(functools.partial(gradients, module.attend)) for module in (native, xla))
+    assert "llama_attention_gradient" in ours.lower(*arrays).as_text()
+    exact = theirs(*(a.astype(jnp.float32) for a in arrays))
+    for name, a, b, c in zip(("d_q", "d_k", "d_v"), ours(*arrays), theirs(*arrays), exact, strict=True):
+        assert a.dtype == b.dtype == dtype
+        if T == 1:  # the weight of the only key does not depend on q and k
+            assert np.abs(np.asarray(a - c)).max() < 1e-5
+        else:
+            assert gap(a, c) < (1e-5 if dtype == "float32" else 1.5 * gap(b, c)), name
+
+
+def test_the_gradient_is_zero_without_keys_and_for_keys_that_no_query_reads():
+    B, T, N, K, S, H = 2, 50, 6, 2, 300, 32
+    q, k, v, g = (draw(n, B, *shape, H) for n, shape in enumerate(((T, N), (K, S), (K, S), (T, N))))
+    rng = np.random.default_rng(0)
+    low, high = rng.integers(0, 150, (B, T)), rng.integers(100, S - 1, (B, T))
+    low[0, :40] = high[0, :40] = 7  # a whole block of queries without keys
+    live = (np.arange(S) >= low[..., None]) & (np.arange(S) < high[..., None])
+
+    def plain(q, k, v):
+        scores = jnp.einsum("btkgh,bksh->btkgs", q.reshape(B, T, K, N // K, H), k, precision="highest") / H**0.5
+        weights = jnp.where(live[:, :, None, None], jnp.exp(scores), 0)
+        weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        return jnp.einsum("btkgs,bksh->btkgh", weights, v, precision="highest").reshape(B, T, N, H)
+
+    out, lse = cpu.attend_many_forward(q, k, v, low, high)
+    expected, back = jax.vjp(plain, q, k, v)
+    assert gap(out, expected) < 1e-5 and np.isneginf(lse[~live.any(-1)]).all()
+    ours = jax.jit(cpu.attend_many_backward)(q, k, v, low, high, out, lse, g)
+    for a, b in zip(ours, back(g), strict=True):
+        assert gap(a, b) < 1e-5
+    assert not np.asarray(ours[0])[~live.any(-1)].any() and not np.asarray(ours[1])[:, :, S - 1].any()
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+def test_rematerialization_by_names_keeps_the_result_of_attention(remat):
+    positions = jnp.broadcast_to(jnp.arange(40), (1, 40))
+    q, k, v = (draw(n, 1, *shape, 16) for n, shape in enumerate(((40, 2), (1, 40), (1, 40))))
+    layer = with_remat(lambda *a: jnp.sin(native.attend(Call(*a, positions))), remat)
+    lowered = jax.jit(jax.value_and_grad(lambda *a: layer(*a).sum(), (0, 1, 2))).lower(q, k, v).as_text()
+    assert lowered.count("@llama_attention_many(") == (2 if remat == "full" else 1)
+    assert lowered.count("@llama_attention_gradient(") == 1
 
 
 def test_padding_of_a_chunk_has_no_keys():

@@ -1,19 +1,19 @@
-"""Attention on a CPU by native kernels (ops/cpu): one for one query a row, and one for many. They read live keys only.
+"""Attention on a CPU by native kernels (ops/cpu): one for one query a row, one for many, and one for the gradient of
+that. They read live keys only.
 
 Letters: B batch, T queries, N query heads, K key/value heads, S cache slots, H head dim.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.cache import QCache
 from llama_jax.ops import cpu
-from llama_jax.ops.attention import xla
 from llama_jax.ops.attention.call import Call, Target
+from llama_jax.ops.remat import ATTENTION
 
 _HEAD = 16  # the kernel of one query takes heads of a multiple of this
 _DTYPES = (jnp.float32, jnp.bfloat16)
@@ -27,11 +27,17 @@ def refuses(call: Call, target: Target) -> str:
 
 
 def attend(call: Call) -> jax.Array:
-    """Attention of each query to the keys of its document up to its position. The gradient is that of plain XLA."""
+    """Attention of each query to the keys of its document up to its position."""
     if call.window is not None:
         return _over_cache(call)
-    arrays = [a for a in (call.q_BTNH, call.k, call.v, call.positions_BT, call.segments_BT) if a is not None]
-    return _whole_rows(*arrays)
+    assert not isinstance(call.k, QCache) and not isinstance(call.v, QCache)
+    B, T = call.positions_BT.shape
+    at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    starts_BT = jnp.zeros_like(at_BT)
+    if call.segments_BT is not None:
+        changes_BT = call.segments_BT != jnp.roll(call.segments_BT, 1, axis=1)
+        starts_BT = jax.lax.cummax(jnp.where(changes_BT.at[:, 0].set(True), at_BT, 0), axis=1)
+    return _whole_rows(call.q_BTNH, call.k, call.v, starts_BT, at_BT + 1)
 
 
 def _over_cache(call: Call) -> jax.Array:
@@ -49,32 +55,22 @@ def _over_cache(call: Call) -> jax.Array:
     return cpu.attend_many(call.q_BTNH, k, v, jnp.zeros((B, T), jnp.int32), ends_BT, scales)
 
 
-def _call(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
-) -> Call:
-    return Call(q, k, v, positions_BT, segments_BT)
-
-
 @jax.custom_vjp
 def _whole_rows(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    positions_BT: jax.Array,
-    segments_BT: jax.Array | None = None,
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, low_BT: jax.Array, high_BT: jax.Array
 ) -> jax.Array:
-    """Attention of whole rows. A query's keys are those from the first of its document to its own."""
-    B, T = positions_BT.shape
-    at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    starts_BT = jnp.zeros_like(at_BT)
-    if segments_BT is not None:
-        changes_BT = segments_BT != jnp.roll(segments_BT, 1, axis=1)
-        starts_BT = jax.lax.cummax(jnp.where(changes_BT.at[:, 0].set(True), at_BT, 0), axis=1)
-    return cpu.attend_many(q_BTNH, k_BKSH, v_BKSH, starts_BT, at_BT + 1)
+    """Attention of each query to the keys low_BT to high_BT - 1."""
+    return cpu.attend_many(q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT)
 
 
-def _whole_rows_forward(*arrays: Any) -> Any:  # kernels have no gradient
-    return jax.vjp(lambda *arrays: xla.attend(_call(*arrays)), *arrays)
+def _whole_rows_forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out_BTNH, lse_BTN = (checkpoint_name(a, ATTENTION) for a in cpu.attend_many_forward(*arrays))
+    return out_BTNH, (*arrays, out_BTNH, lse_BTN)
 
 
-_whole_rows.defvjp(_whole_rows_forward, lambda pullback, g: pullback(g))
+def _whole_rows_backward(saved: tuple[jax.Array, ...], g_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
+    d_q, d_k, d_v = cpu.attend_many_backward(*saved, g_BTNH)
+    return d_q, d_k.astype(saved[1].dtype), d_v.astype(saved[2].dtype), None, None
+
+
+_whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)

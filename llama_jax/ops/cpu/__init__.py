@@ -20,12 +20,24 @@ import jax
 from llama_jax import parallel
 from llama_jax.ops.cpu import build, calls
 from llama_jax.ops.cpu.build import ENV, Unavailable
-from llama_jax.ops.cpu.calls import attend, attend_many, linears, loss, loss_gradient, product, rows
+from llama_jax.ops.cpu.calls import (
+    attend,
+    attend_many,
+    attend_many_backward,
+    attend_many_forward,
+    linears,
+    loss,
+    loss_gradient,
+    product,
+    rows,
+)
 
 __all__ = [
     "ENV",
     "attend",
     "attend_many",
+    "attend_many_backward",
+    "attend_many_forward",
     "calls",
     "linears",
     "loss",

@@ -13,7 +13,7 @@ struct Keys { const void *k, *v; const uint16_t *k_scales, *v_scales; };  // sca
 struct Queries {
   const void* q; bool bf16; Type type; int T, N, K, S, H;  // q is (B, T, N, H), and type is that of the keys
   const int32_t *low, *high;  // (B, T): first key, and one after the last, of each query
-  void* out;
+  void* out; float* lse;  // lse: null, or (B, T, N) for the log-sum-exp of each query's scores, -infinity without keys
 };
 constexpr int KEYS = 256;           // of a block
 constexpr int QUERIES = 192;        // of a task: query heads times positions
@@ -120,8 +120,9 @@ template <class M> static void attend_many(const Queries& in, const Keys& keys, 
   }
   for (int r = 0; r < rows; r++) {
     const int t = first + r / G; float* row = out + (int64_t)r * wide;
-    const int64_t to = (((int64_t)b * in.T + t) * in.N + k * G + r % G) * H;
-    const float inverse = start_of(t) < end_of(t) ? 1.f / total[r] : 0.f;
+    const int64_t at = ((int64_t)b * in.T + t) * in.N + k * G + r % G, to = at * H;
+    const bool any = start_of(t) < end_of(t); const float inverse = any ? 1.f / total[r] : 0.f;
+    if (in.lse) in.lse[at] = any ? (top[r] + log2f(total[r])) * .693147181f : -INFINITY;
     for (int h = 0; h < wide; h += LANES) store(row + h, load(row + h) * inverse);
     if (in.bf16) narrow(row, H, (uint16_t*)in.out + to); else narrow(row, H, (float*)in.out + to);
   }

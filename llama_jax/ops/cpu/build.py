@@ -35,6 +35,7 @@ TARGETS = (
     "llama_product",
     "llama_attention",
     "llama_attention_many",
+    "llama_attention_gradient",
     "llama_rows",
     "llama_loss",
     "llama_loss_gradient",

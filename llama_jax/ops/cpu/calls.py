@@ -1,4 +1,4 @@
-"""The calls of the CPU kernels, once they are registered (see kernels.cc). No call has a gradient.
+"""The calls of the CPU kernels, once they are registered (see kernels.cc). JAX differentiates none of them.
 
 Letters: B rows, T queries or tokens, V rows of a table, D inputs, O outputs, N query heads, K key/value heads, S cache
 slots, H head dim.
@@ -160,6 +160,48 @@ def attend_many(
         high_BT: int32 number after the last key of each query.
         scales: float16 (or its bits as uint16) scales (B, K, S) of int8 keys and of int8 values.
     """
-    result = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
-    call = jax.ffi.ffi_call("llama_attention_many", result, vmap_method="sequential")
-    return call(q_BTNH, k_BKSH, v_BKSH, low_BT.astype(jnp.int32), high_BT.astype(jnp.int32), *(scales or ()))
+    results = [jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)]
+    call = jax.ffi.ffi_call("llama_attention_many", results, vmap_method="sequential")
+    return call(q_BTNH, k_BKSH, v_BKSH, low_BT.astype(jnp.int32), high_BT.astype(jnp.int32), *(scales or ()))[0]
+
+
+def attend_many_forward(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, low_BT: jax.Array, high_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The result of `attend_many`, and the log-sum-exp of each query's scores: (B, T, N) float32, -inf without keys."""
+    results = [jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct(q_BTNH.shape[:3], jnp.float32)]
+    call = jax.ffi.ffi_call("llama_attention_many", results, vmap_method="sequential")
+    out_BTNH, lse_BTN = call(q_BTNH, k_BKSH, v_BKSH, low_BT.astype(jnp.int32), high_BT.astype(jnp.int32))
+    return out_BTNH, lse_BTN
+
+
+def attend_many_backward(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    low_BT: jax.Array,
+    high_BT: jax.Array,
+    out_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    g_BTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v of `attend_many`, in the dtype of q. Weights are computed again from the scores.
+
+    Sums are in float32. For bfloat16 queries the weights and the gradients of scores are rounded to bfloat16, if the
+    processor multiplies it.
+
+    Args:
+        q_BTNH: rotated queries, float32 or bfloat16.
+        k_BKSH: rotated keys, float32 or bfloat16.
+        v_BKSH: values in the dtype of the keys.
+        low_BT: int32 first key of each query.
+        high_BT: int32 number after the last key of each query.
+        out_BTNH: first result of `attend_many_forward`.
+        lse_BTN: its second result.
+        g_BTNH: gradient of out_BTNH, in the dtype of q.
+    """
+    results = [jax.ShapeDtypeStruct(a.shape, q_BTNH.dtype) for a in (q_BTNH, k_BKSH, v_BKSH)]
+    call = jax.ffi.ffi_call("llama_attention_gradient", results, vmap_method="sequential")
+    low_BT, high_BT = low_BT.astype(jnp.int32), high_BT.astype(jnp.int32)
+    d_q, d_k, d_v = call(q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT, out_BTNH, lse_BTN, g_BTNH)
+    return d_q, d_k, d_v

@@ -16,6 +16,7 @@ from llama_jax.ops.cpu import calls
 from llama_jax.ops.quant import QTensor
 
 _FLOAT = 1e-5  # of the largest result
+_BFLOAT16 = 2e-2  # where results, and numbers on the way to them, are rounded to bfloat16
 
 
 def against_xla() -> None:
@@ -68,7 +69,7 @@ def _check_training(normal: Callable[..., jax.Array]) -> None:
         _compare(top + jnp.log(total) - score, [lse - scores[targets, targets]], f"loss, {dtype.__name__}")
         result = jax.jit(calls.loss_gradient)(a, table, targets, jnp.int32(600), lse, lse, lse)
         expected = lse[:, None] * (jax.nn.softmax(scores) - jax.nn.one_hot(targets, 600))
-        bound = _FLOAT if dtype == jnp.float32 else 1e-2  # which is two roundings
+        bound = _FLOAT if dtype == jnp.float32 else _BFLOAT16
         _compare(result.astype(jnp.float32), [expected], f"loss_gradient, {dtype.__name__}", bound)
 
 
@@ -108,6 +109,30 @@ def _check_attention(normal: Callable[..., jax.Array]) -> None:
         result = jax.jit(calls.attend_many)(many, keys, values, zeros, lengths[:, None] + zeros)
         expected = jnp.broadcast_to(expected.reshape(2, 1, 6, 64), result.shape)
         _compare(result, [expected], f"attention of many queries, {dtype.__name__}")
+    _check_gradient(normal)
+
+
+def _check_gradient(normal: Callable[..., jax.Array]) -> None:
+    low, high = jnp.repeat(jnp.array([0, 37]), jnp.array([37, 83]), total_repeat_length=120)[None], jnp.arange(120) + 1
+    live = (jnp.arange(120) >= low[..., None]) & (jnp.arange(120) < high[:, None])
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("btkgh,bksh->bkgts", q.reshape(1, 120, 2, 3, 40), k, precision="highest") * 40**-0.5
+        weights = jax.nn.softmax(jnp.where(live, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest").reshape(q.shape)
+
+    @jax.jit
+    def both(*arrays: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        *qkv, g = arrays
+        saved = (*qkv, low, jnp.broadcast_to(high, low.shape))
+        result = calls.attend_many_backward(*saved, *calls.attend_many_forward(*saved), g)
+        _, back = jax.vjp(plain, *(a.astype(jnp.float32) for a in qkv))
+        return result, back(g.astype(jnp.float32))
+
+    q, k, v, g = (normal(1, *shape, 40) for shape in ((120, 6), (2, 120), (2, 120), (120, 6)))
+    for dtype, bound in ((jnp.float32, _FLOAT), (jnp.bfloat16, _BFLOAT16)):
+        for a, b, name in zip(*both(*(a.astype(dtype) for a in (q, k, v, g))), "qkv", strict=True):
+            _compare(a, [b], f"gradient of {name}, {dtype.__name__}", bound)
 
 
 def _compare(result: jax.Array, expected: list[jax.Array], name: str, bound: float = _FLOAT) -> None:

@@ -3,7 +3,8 @@
 // llama_linear: y_i = f(x) w_i^T for one or several weights (out, in) of the same inputs. f is nothing, RMSNorm, or
 // SwiGLU's silu(x) * up. x, up and y are float32 or bfloat16.
 // llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row, for one query a row.
-// llama_attention_many: the same for many queries, each with a range of keys.
+// llama_attention_many: the same for many queries, each with a range of keys. A second result is the log-sum-exp of scores.
+// llama_attention_gradient: the gradient of llama_attention_many.
 // llama_rows: rows of a table of bfloat16.
 // llama_product: the product of two matrices, for gradients.
 // llama_loss: maxima and sums of the softmax over a part of the vocabulary; llama_loss_gradient: the gradient of its scores.
@@ -13,6 +14,7 @@
 // Letters: B rows, K inputs, N outputs.
 #include <algorithm>
 #include "attention.h"
+#include "attention_gradient.h"
 #include "decode_attention.h"
 #include "few_rows.h"
 #include "inputs.h"
@@ -139,12 +141,17 @@ static ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
   });
   return ffi::Error::Success();
 }
-// Arguments: q (B, T, N, H), k and v (B, K, S, H), low and high (B, T) int32, then the scales (B, K, S) of k and v if they are int8.
-static ffi::Error AttentionMany(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<Buffer> result) {
-  Buffer q = *args.get<Buffer>(0), k = *args.get<Buffer>(1), v = *args.get<Buffer>(2), low = *args.get<Buffer>(3), high = *args.get<Buffer>(4);
+static Queries queries(const Buffer& q, const Buffer& k, const Buffer& low, const Buffer& high) {
   auto size = [](const Buffer& a, int axis) { return (int)a.dimensions()[axis]; };
-  const int B = size(q, 0), G = size(q, 2) / size(k, 1);
-  const Queries in{q.untyped_data(), q.element_type() == Type::BF16, k.element_type(), size(q, 1), size(q, 2), size(k, 1), size(k, 2), size(q, 3), (const int32_t*)low.untyped_data(), (const int32_t*)high.untyped_data(), result->untyped_data()};
+  return {q.untyped_data(), q.element_type() == Type::BF16, k.element_type(), size(q, 1), size(q, 2), size(k, 1), size(k, 2), size(q, 3), (const int32_t*)low.untyped_data(), (const int32_t*)high.untyped_data()};
+}
+// Arguments: q (B, T, N, H), k and v (B, K, S, H), low and high (B, T) int32, then the scales (B, K, S) of k and v if they are int8.
+// Results: (B, T, N, H), and the log-sum-exp (B, T, N) of the scores if it is wanted.
+static ffi::Error AttentionMany(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Buffer q = *args.get<Buffer>(0), k = *args.get<Buffer>(1), v = *args.get<Buffer>(2);
+  Queries in = queries(q, k, *args.get<Buffer>(3), *args.get<Buffer>(4));
+  in.out = (*rets.get<Buffer>(0))->untyped_data(), in.lse = rets.size() > 1 ? (float*)(*rets.get<Buffer>(1))->untyped_data() : nullptr;
+  const int B = (int)q.dimensions()[0], G = in.N / in.K;
   Keys keys{k.untyped_data(), v.untyped_data(), nullptr, nullptr};
   if (args.size() > 5) keys.k_scales = (const uint16_t*)(*args.get<Buffer>(5)).untyped_data(), keys.v_scales = (const uint16_t*)(*args.get<Buffer>(6)).untyped_data();
   const int each = std::max(1, std::min(in.T, QUERIES / G)), blocks = (in.T + each - 1) / each;
@@ -154,6 +161,20 @@ static ffi::Error AttentionMany(ffi::ThreadPool pool, ffi::RemainingArgs args, f
     if (in.bf16) return attend_many<uint16_t>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last);
 #endif
     attend_many<float>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last);
+  });
+  return ffi::Error::Success();
+}
+// Arguments: q, k, v, low and high as above, out (B, T, N, H), its log-sum-exp (B, T, N) and its gradient (B, T, N, H).
+// Results: the gradients of q, k and v. All but k and v have the type of q.
+static ffi::Error AttentionGradient(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Buffer low, Buffer high, Buffer out, Buffer lse, Buffer g, ffi::Result<Buffer> dq, ffi::Result<Buffer> dk, ffi::Result<Buffer> dv) {
+  const Queries in = queries(q, k, low, high);
+  const Keys keys{k.untyped_data(), v.untyped_data(), nullptr, nullptr};
+  const Gradient gradient{out.untyped_data(), g.untyped_data(), (const float*)lse.untyped_data(), dq->untyped_data(), dk->untyped_data(), dv->untyped_data()};
+  parallel(pool, (int)q.dimensions()[0] * in.K, [&](int i) {
+#ifdef HAS_BF16
+    if (in.bf16) return attention_gradient<uint16_t>(in, keys, gradient, i / in.K, i % in.K);
+#endif
+    attention_gradient<float>(in, keys, gradient, i / in.K, i % in.K);
   });
   return ffi::Error::Success();
 }
@@ -168,7 +189,8 @@ static ffi::Error Rows(Buffer table, Buffer ids, ffi::Result<Buffer> result) {
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_rows, Rows, ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_gradient, AttentionGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_product, Product, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Attr<int32_t>("transposed"));
