@@ -63,14 +63,18 @@ def _whole_rows(
     return cpu.attend_many(q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT)
 
 
-def _whole_rows_forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out_BTNH, lse_BTN = (checkpoint_name(a, ATTENTION) for a in cpu.attend_many_forward(*arrays))
-    return out_BTNH, (*arrays, out_BTNH, lse_BTN)
+def _whole_rows_forward(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, low_BT: jax.Array, high_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out_BTNH, lse_BTN = cpu.attend_many_forward(q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT)
+    out_BTNH, lse_BTN = (checkpoint_name(a, ATTENTION) for a in (out_BTNH, lse_BTN))
+    return out_BTNH, (q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT, out_BTNH, lse_BTN)
 
 
 def _whole_rows_backward(saved: tuple[jax.Array, ...], g_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
-    d_q, d_k, d_v = cpu.attend_many_backward(*saved, g_BTNH)
-    return d_q, d_k.astype(saved[1].dtype), d_v.astype(saved[2].dtype), None, None
+    q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT, out_BTNH, lse_BTN = saved
+    d_q, d_k, d_v = cpu.attend_many_backward(q_BTNH, k_BKSH, v_BKSH, low_BT, high_BT, out_BTNH, lse_BTN, g_BTNH)
+    return d_q, d_k.astype(k_BKSH.dtype), d_v.astype(v_BKSH.dtype), None, None  # integers have none
 
 
 _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)

@@ -33,12 +33,9 @@ template <class M> static void weigh(const Columns& columns, int p, int s, float
     }
   }
 }
-static void write(const float* from, int count, float scale, bool bf16, void* to, int64_t at) {  // `count` rounded up is read
-  float wide[LANES];
-  for (int i = 0; i < count; i += LANES) {
-    store(wide, load(from + i) * scale);
-    if (bf16) narrow(wide, std::min(LANES, count - i), (uint16_t*)to + at + i); else narrow(wide, std::min(LANES, count - i), (float*)to + at + i);
-  }
+static void write(float* from, int count, float scale, bool bf16, void* to, int64_t at) {
+  for (int i = 0; i < count; i += LANES) store(from + i, load(from + i) * scale);
+  if (bf16) narrow(from, count, (uint16_t*)to + at); else narrow(from, count, (float*)to + at);
 }
 
 // All queries of row b and key/value head k.
