@@ -19,7 +19,7 @@ struct Inputs {
   const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
   float* f;      // (B, pad), zero beyond K; not for bfloat16 inputs of many rows
-  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, in the order of in_order
+  uint16_t* h;   // (B, pad) bfloat16; for few rows of grouped weights, in the order of in_order; by AMX, of in_tiles
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
@@ -81,19 +81,50 @@ static void in_order(const float* f, int count, bool four_bits, uint16_t* h) {
   }
 }
 #endif
+#ifdef HAS_AMX
+INLINE int tile_rows(int B) { return B <= 2 ? B : B <= 4 ? 4 : B <= 8 ? 8 : 16; }       // 1, 2, 4, 8 or 16, with any in the rows behind B
+constexpr int groups_of_a_tile(int rows) { return rows <= 4 ? 4 : 1; }  // whose sums share a tile, since a store of one row takes as long as one of 16
+// Row b of inputs in tiles of 32 inputs of AMX. For bfloat16 weights they are second operands. For grouped weights they are
+// first operands, in the order of sixteen_outputs, and `rows` zero rows stand for each of the other groups of a tile of sums.
+static void in_tiles(const float* f, int b, int rows, int count, Type type, uint16_t* h) {
+  alignas(64) uint16_t order[GROUP], from[GROUP];
+  for (int i = 0; i < GROUP; i++) order[i] = 2 * (i & 1) + (type == Type::U8 ? (i >> 3) * 4 + (i >> 2 & 1) + 8 * (i & 2) : (i & ~3) + (i >> 1 & 1));
+  const int groups = type == Type::BF16 ? 1 : groups_of_a_tile(rows);
+  for (int k = 0; k < count; k += GROUP, h += GROUP * rows * groups) {
+    narrow(f + k, GROUP, from);
+    if (type == Type::BF16) for (int i = 0; i < GROUP; i += 2) memcpy(h + i * rows + 2 * b, from + i, 4);
+    else _mm512_storeu_si512(h + GROUP * (k / GROUP % groups * rows + b), _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_load_si512(from)));
+  }
+}
+#endif
+// True if few rows are multiplied by AMX.
+INLINE bool few_by_amx(Math math) {
+#ifdef HAS_AMX
+  return math == BF16 && amx_allowed();
+#else
+  return false;
+#endif
+}
 // Inputs of in.B rows, of a call with more than FEW rows if many. The last rows of such a call may be few.
 static void prepare(Inputs& in, Math math, Type type, bool many, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
+  const bool tiles = !many && few_by_amx(math);
   const int64_t rows = rounded_up(in.B, ROWS) + (many ? MOST_ROWS<uint16_t> : 0);  // rows beyond B may be multiplied too, and their results are dropped
   const bool grouped = !many && (type == Type::S8 || type == Type::U8);
   in.pad = rounded_up(in.K, grouped ? 128 : 64);
-  in.f = many && math == BF16 ? nullptr : floats.get<float>(rows * in.pad);
-  if (math == BF16) in.h = halves.get<uint16_t>(rows * in.pad);
+  in.f = tiles || (many && math == BF16) ? nullptr : floats.get<float>(rows * in.pad);
+  if (math == BF16) in.h = halves.get<uint16_t>((tiles ? FEW : rows) * in.pad);
+#ifdef HAS_AMX
+  if (tiles && grouped) { const int tile = tile_rows(in.B); memset(in.h, 0, 2ll * tile * groups_of_a_tile(tile) * in.pad); };
+#endif
   auto one = [&](int b) {
     static thread_local Scratch scratch;
     float* f = in.f ? in.f + (int64_t)b * in.pad : scratch.get<float>(in.pad);
     read_row(in, b, f);
     if (math != BF16) return;
+#ifdef HAS_AMX
+    if (tiles) return in_tiles(f, b, tile_rows(in.B), in.pad, type, in.h);
+#endif
     uint16_t* h = in.h + (int64_t)b * in.pad;
 #ifdef HAS_BF16
     if (grouped) return in_order(f, in.pad, type == Type::U8, h);

@@ -43,15 +43,15 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
     count++;
   }
   const Type type = weights[0].type;
-  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs.
-  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
-  const int size = B > FEW ? PANEL : (int)std::min<int64_t>(TILE, least / 12 * 12 + 12);
-  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
-  const int tiles = of[count];
   Math math = FLOAT;
 #ifdef HAS_BF16
   if (in.bf16 && type != Type::F32) math = BF16;
 #endif
+  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs, or 16 for AMX.
+  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
+  const int unit = few_by_amx(math) ? 48 : 12, size = B > FEW ? PANEL : (int)std::min<int64_t>(TILE / unit * unit, least / unit * unit + unit);
+  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
+  const int tiles = of[count];
   for (in.first = 0; in.first < B; in.first += in.B) {
     in.B = B > FEW ? std::min(MANY, B - in.first) : B;
     prepare(in, math, type, B > FEW, pool);
