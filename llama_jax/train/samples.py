@@ -8,7 +8,6 @@ import jax
 
 from llama_jax import parallel
 from llama_jax.infer.llama import Llama
-from llama_jax.ops import cpu
 from llama_jax.parallel import processes
 from llama_jax.params import Params
 from llama_jax.run_config import RunConfig
@@ -39,14 +38,13 @@ class TrainingSampler:
         if run.log.sample_as == "chat":
             prompts = [self._llama.encode_dialog([{"role": "user", "content": prompt}]) for prompt in prompts]
             stops, temperature = self._llama.chat_stop_tokens, 0.0
-        with cpu.not_built():  # for a few tokens, building kernels would take longer than they save
-            results = self._llama.generate(
-                prompts,
-                max_new_tokens=run.log.sample_tokens,
-                temperature=temperature,
-                top_p=_TOP_P,
-                seed=run.seed,
-                stop_tokens=stops,
-            )
+        results = self._llama.generate(
+            prompts,
+            max_new_tokens=run.log.sample_tokens,
+            temperature=temperature,
+            top_p=_TOP_P,
+            seed=run.seed,
+            stop_tokens=stops,
+        )
         self._llama.set_params(None)  # no second copy of the weights during the steps
         return [result.text for result in results]

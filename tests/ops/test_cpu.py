@@ -54,7 +54,7 @@ def test_products_are_those_of_the_numbers(kind, dtype):
     for size, out in [*SHAPES, *([ODD] if isinstance(kind, str) else [])]:
         w, numbers = weight(kind, out, size)
         product = jax.jit(lambda x, w: calls.linears(x, [w], dtype=jnp.float32)[0])
-        for rows in (1, 2, 3, 16):
+        for rows in (1, 2, 3, 5, 16):
             x = inputs(rows, size, dtype)
             assert gap(product(x, w), np.asarray(x, np.float64) @ numbers.T) < 2e-6, (size, out, rows)
         if dtype == "bfloat16" and not isinstance(kind, str):  # for many rows weights are dequantized to the dtype
@@ -108,15 +108,21 @@ def test_the_softmax_of_a_part_of_the_vocabulary_and_its_gradient(dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(kind):
-    w, _ = weight(kind, 130, 256)
     product = jax.jit(linear.linear)
-    for dtype in ("float32", "bfloat16"):
-        if kind == "float32" and dtype == "bfloat16":
-            continue
-        x = inputs(13, 256, dtype)
-        together = product(x, w)
-        for rows in (1, 2, 4, 7):
-            np.testing.assert_array_equal(product(x[:rows], w), together[:rows])
+    for out, size in ((130, 256), (7, 608)):
+        w, _ = weight(kind, out, size)
+        for dtype in ("float32", "bfloat16"):
+            if kind == "float32" and dtype == "bfloat16":
+                continue
+            x = inputs(16, size, dtype)
+            together = product(x, w)
+            for rows in range(2, 16):
+                np.testing.assert_array_equal(product(x[:rows], w), together[:rows])
+            alone = product(x[:1], w)  # with AMX a single row of bfloat16 is summed in another order
+            if dtype == "float32":
+                np.testing.assert_array_equal(alone, together[:1])
+            else:
+                assert gap(alone, np.asarray(together[:1], np.float64)) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -426,21 +432,23 @@ def test_two_processes_may_build_at_once(tmp_path):
 
 @pytest.mark.slow  # two runs of the compiler, 10 seconds each
 @pytest.mark.parametrize(
-    "flags", ["-march=x86-64-v3", "-march=x86-64", "-march=skylake-avx512", "-mno-avx512vbmi", "-DEMULATE_AMX"]
+    "flags",
+    [
+        "-march=x86-64-v3",
+        "-march=x86-64",
+        "-march=skylake-avx512",
+        "-mno-avx512vbmi",
+        "-mno-amx-bf16",
+        "-DEMULATE_AMX",
+    ],
 )
 def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
     monkeypatch.setenv("LLAMA_JAX_CXXFLAGS", flags)
     subprocess.run([sys.executable, "-m", "llama_jax.ops.cpu.build", str(tmp_path / "cpu.so")], check=True, timeout=300)
     assert build._is_ours(tmp_path / "cpu.so")
-
-
-def test_nothing_is_built_in_a_context_that_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv(cpu.ENV, str(tmp_path))
-    monkeypatch.setattr(cpu, "_loaded", lambda: pytest.fail("it would build the library"))
-    with cpu.not_built():
-        assert not cpu.ready()
-    monkeypatch.setattr(build, "built", lambda: True)
-    monkeypatch.setattr(cpu, "_loaded", lambda: tmp_path)
-    with cpu.not_built():
-        assert cpu.ready()
-    assert cpu.ready()
+    # The products of another library, in a process of its own: XLA registers the kernels of one.
+    names = "kernels_are_built or products_are_those or a_row_does_not_depend or not_finite"
+    environment = {**os.environ, cpu.ENV: str(tmp_path / "used")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout

@@ -8,11 +8,9 @@ results, and one line of the log says why.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -43,14 +41,12 @@ __all__ = [
     "loss",
     "loss_gradient",
     "multiplies",
-    "not_built",
     "product",
     "ready",
     "rows",
 ]
 
 _FEW_ROWS = 16
-_usable = True  # False in a context that would have to build them first
 _log = logging.getLogger(__name__)
 
 
@@ -68,18 +64,7 @@ def ready() -> bool:
     if layout is not None and layout.mesh.size > 1:
         _say_once(f"the arrays are sharded over {layout.mesh.size} devices")
         return False
-    return _usable and _loaded() is not None
-
-
-@contextlib.contextmanager
-def not_built() -> Iterator[None]:
-    """A context in which the kernels are used if they have been built before. Building them takes 15 seconds."""
-    global _usable
-    before, _usable = _usable, build.built()
-    try:
-        yield
-    finally:
-        _usable = before
+    return _loaded() is not None
 
 
 def multiplies(rows: int) -> bool:
@@ -112,4 +97,4 @@ def _gain_of_many_rows() -> float:
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    _log.warning("generation runs in plain XLA, which is slower on a CPU than the CPU kernels: %s", reason)
+    _log.warning("plain XLA is used, which is slower on a CPU than the CPU kernels: %s", reason)

@@ -69,14 +69,6 @@ def library() -> Path:
     return target
 
 
-def built() -> bool:
-    """True if there is a checked library for this machine, so that nothing would be compiled."""
-    try:
-        return _is_ours(_target(_compiler()))
-    except Unavailable:
-        return False
-
-
 def _target(compiler: str | None) -> Path:
     """The path of the library for this machine."""
     chosen = os.environ.get(ENV)

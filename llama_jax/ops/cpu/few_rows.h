@@ -152,6 +152,133 @@ template <class T, int B, int R> static void scaled_pairs(const T* w, const uint
 }
 #endif
 
+#ifdef HAS_AMX
+// Products by AMX. w are 16 outputs, and t (B, 16) their products with B rows of x, which are in the order of in_tiles.
+template <int B> static void amx_dense(const uint16_t* w, const uint16_t* x, int K, float* t) {
+  const int64_t later = ahead(32ll * K);
+  alignas(64) float sums[16][B];
+  AMX_ZERO(0);
+  for (int k = 0; k < K; k += 32, x += 32 * B) {
+    if (k + 32 <= K) {
+      UNROLL for (int r = 0; r < 16; r++) prefetch((const char*)(w + (int64_t)r * K + k) + later);
+      AMX_LOAD(4, w + k, K * 2);
+    } else {  // the last inputs, with zeros behind
+      alignas(64) uint16_t last[16][32] = {};
+      for (int r = 0; r < 16; r++) memcpy(last[r], w + (int64_t)r * K + k, (K - k) * 2);
+      AMX_LOAD(4, last, 64);
+    }
+    AMX_LOAD(6, x, 4 * B); AMX_MULTIPLY(0, 4, 6);
+  }
+  AMX_STORE(0, sums, 4 * B);
+  for (int b = 0; b < B; b++) for (int r = 0; r < 16; r++) t[16 * b + r] = sums[r][b];
+}
+// 16 bytes of each of 16 outputs as 16 rows of a second operand: to(4 d + i, v) takes nibble i of both words of dword d
+// of every output, as bfloat16 of the table of even or of odd nibbles.
+template <class To> INLINE void sixteen_outputs(const char* const (&rows)[4], int64_t stride, int64_t at, __m512i even, __m512i odd, const To& to) {
+  __m512i a[4], b[4];
+  UNROLL for (int j = 0; j < 4; j++) {
+    auto output = [&](int l) { return _mm_loadu_si128((const __m128i*)(rows[l] + j * stride + at)); };  // 4 l + j
+    a[j] = _mm512_inserti32x4(_mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(output(0)), output(1), 1), output(2), 2), output(3), 3);
+  }
+  UNROLL for (int j = 0; j < 4; j += 2) b[j] = _mm512_unpacklo_epi32(a[j], a[j + 1]), b[j + 1] = _mm512_unpackhi_epi32(a[j], a[j + 1]);
+  UNROLL for (int j = 0; j < 2; j++) a[2 * j] = _mm512_unpacklo_epi64(b[j], b[j + 2]), a[2 * j + 1] = _mm512_unpackhi_epi64(b[j], b[j + 2]);
+  UNROLL for (int d = 0; d < 4; d++) UNROLL for (int i = 0; i < 4; i++) to(4 * d + i, _mm512_permutexvar_epi16(_mm512_srli_epi16(a[d], 4 * i), i & 1 ? odd : even));
+}
+template <class F> static __m512i nibble_table(F number) {  // twice, so that the fifth bit of an index, of another nibble, is ignored
+  alignas(64) uint16_t table[32]; for (int i = 0; i < 32; i++) table[i] = to_bf16((float)number(i & 15));
+  return _mm512_load_si512(table);
+}
+// Scales of 16 groups of 16 outputs as floats: to[g] is group g of every output. `live` are the groups that there are.
+static void transposed_scales(const uint16_t* scales, int G, __mmask16 live, float (*to)[16]) {
+  __m512i a[16], b[16];
+  UNROLL for (int r = 0; r < 16; r++) a[r] = (__m512i)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, scales + (int64_t)r * G));
+  UNROLL for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]), a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+  UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88), b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+  UNROLL for (int j = 0; j < 8; j++) _mm512_store_si512(to[j], _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88)), _mm512_store_si512(to[j + 8], _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+}
+// Grouped weights. A group of 16 outputs is a second operand of exact integers; 8 bits are two, of the low halves and of
+// 16 times the high halves. The products of each group are multiplied by its scales in float32. Four groups are a step,
+// and the parts of a step run in turns with those of others, because the results of AMX and of stores come late.
+template <class T, int B> static void amx_grouped(const char* w, const uint16_t* scales, const uint16_t* x, int K, float* t) {
+  constexpr int BLOCK = 16, STEP = 4, BYTES = FOUR_BITS<T> ? 16 : 32, PARTS = BYTES / 16, S = groups_of_a_tile(B);
+  const int G = K / GROUP, steps = (G + STEP - 1) / STEP;
+  const int64_t stride = (int64_t)G * BYTES, later = ahead(16 * stride), scales_later = ahead(32 * G);
+  const __m512i even = nibble_table([](int i) { return FOUR_BITS<T> ? i - 8 : i; });
+  const __m512i odd = FOUR_BITS<T> ? even : nibble_table([](int i) { return 16 * (i < 8 ? i : i - 16); });
+  const char* rows[4]; for (int l = 0; l < 4; l++) rows[l] = w + 4 * l * stride;
+  alignas(64) float scale[2][BLOCK][16], products[STEP][B][16]; alignas(64) uint16_t tiles[2][STEP][PARTS][16][32];
+  auto each = [&](int step, auto body) __attribute__((always_inline)) {
+    const int count = std::min(STEP, G - step * STEP);
+    if (count == STEP) UNROLL for (int j = 0; j < STEP; j++) body(j); else for (int j = 0; j < count; j++) body(j);
+  };
+  if (G % STEP) memset(tiles, 0, sizeof tiles);  // groups beyond the last are multiplied too, by zeros
+  vf sums[B] = {};
+  for (int i = 0; i < steps + 3; i++) {
+    if (i >= 3) {
+      const int g = (i - 3) * STEP; const float (*s)[16] = scale[g / BLOCK & 1] + g % BLOCK;
+      each(i - 3, [&](int j) __attribute__((always_inline)) { const vf v = load(s[j]); UNROLL for (int b = 0; b < B; b++) sums[b] += load(products[j][b]) * v; });
+    }
+    if (i >= 2) {
+      AMX_STORE(0, products[0], 64);
+      if (S == 1) { AMX_STORE(1, products[1], 64); AMX_STORE(2, products[2], 64); AMX_STORE(3, products[3], 64); }
+    }
+    if (i < steps) {
+      const int g = i * STEP;
+      if (g % BLOCK == 0) {
+        UNROLL for (int j = 0; j < 8; j++) prefetch((const char*)(scales + 16 * g + 32 * j) + scales_later);
+        transposed_scales(scales + g, G, 0xffff >> (BLOCK - std::min(BLOCK, G - g)), scale[g / BLOCK & 1]);
+      }
+      UNROLL for (int r = 0; r < 16; r++) UNROLL for (int j = 0; j < STEP * BYTES; j += 64) {
+        const char* p = rows[r / 4] + r % 4 * stride + (int64_t)g * BYTES + j;
+        prefetch(FOUR_BITS<T> ? w + 16 * stride + (int64_t)g * 16 * BYTES + 64 * r : p + later);  // short rows in the order of memory
+        __builtin_prefetch(p + STEP * BYTES, 0, 3);
+      }
+      each(i, [&](int j) __attribute__((always_inline)) {
+        UNROLL for (int h = 0; h < PARTS; h++)
+          sixteen_outputs(rows, stride, (int64_t)(g + j) * BYTES + 16 * h, even, odd, [&](int k, __m512i v) __attribute__((always_inline)) {
+            _mm512_store_si512(PARTS == 1 ? tiles[i & 1][j][0][k] : tiles[i & 1][j][k & 1][8 * h + k / 2], v);
+          });
+      });
+    }
+    if (i >= 1 && i <= steps) {
+      const uint16_t* from = x + (int64_t)(i - 1) * STEP * S * B * GROUP; auto& step = tiles[(i - 1) & 1];
+#define PRODUCT(sum, j) \
+      AMX_LOAD(4, from + j * S * B * GROUP, 64); \
+      AMX_LOAD(6, step[j][0], 64); AMX_MULTIPLY(sum, 4, 6); \
+      if (PARTS == 2) { AMX_LOAD(7, step[j][PARTS - 1], 64); AMX_MULTIPLY(sum, 4, 7); }
+      AMX_ZERO(0); PRODUCT(0, 0)
+      if (S == 4) { PRODUCT(0, 1) PRODUCT(0, 2) PRODUCT(0, 3) }
+      else { AMX_ZERO(1); PRODUCT(1, 1) AMX_ZERO(2); PRODUCT(2, 2) AMX_ZERO(3); PRODUCT(3, 3) }
+#undef PRODUCT
+    }
+  }
+  for (int b = 0; b < B; b++) store(t + 16 * b, sums[b]);
+}
+// Outputs lo..hi of one weight for in.B <= B rows.
+template <int B> static void amx_outputs(const Inputs& in, const Weight& w, int lo, int hi) {
+  const Amx amx(w.scales ? groups_of_a_tile(B) * B : 16, w.scales ? 16 : B);
+  static thread_local Scratch last_weights, last_scales;
+  const int64_t bytes = row_bytes(w.type, in.K), G = in.K / GROUP;
+  for (int n = lo; n < hi; n += 16) {
+    const int live = std::min(16, hi - n);
+    const char* p = w.w + n * bytes; const uint16_t* scales = w.scales + n * G;
+    if (live < 16) {  // the last outputs, with any behind
+      p = (const char*)memcpy(last_weights.get<char>(16 * bytes), p, live * bytes);
+      if (w.scales) scales = (const uint16_t*)memcpy(last_scales.get<uint16_t>(16 * G), scales, live * G * 2);
+    }
+    alignas(64) float t[B * 16];
+    if (w.type == Type::BF16) amx_dense<B>((const uint16_t*)p, in.h, in.K, t);
+    else if (w.type == Type::S8) amx_grouped<int8_t, B>(p, scales, in.h, in.K, t);
+    else amx_grouped<uint8_t, B>(p, scales, in.h, in.K, t);
+    for (int b = 0; b < in.B; b++) {
+      const int64_t to = (int64_t)b * w.N + n;
+      if (w.out_bf16) narrow(t + 16 * b, live, (uint16_t*)w.out + to); else narrow(t + 16 * b, live, (float*)w.out + to);
+    }
+  }
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------ loops
 // Outputs at a time: as many as leave a register for each sum.
 template <int B, bool GROUPED> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : GROUPED ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
@@ -176,8 +303,18 @@ template <int B, bool GROUPED> static void block(const Inputs& in, Math math, co
   for (constexpr int R = STEP<B, GROUPED>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
   for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
 }
-// Outputs lo..hi of one weight for all rows. Rows are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
+// Outputs lo..hi of one weight for all rows. Without AMX, they are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
 static void tile(const Inputs& in, Math math, const Weight& w, int lo, int hi) {
+#ifdef HAS_AMX
+  if (few_by_amx(math, in.B)) {
+    const int rows = tile_rows(in.B);
+    if (rows == 2) amx_outputs<2>(in, w, lo, hi);
+    else if (rows == 4) amx_outputs<4>(in, w, lo, hi);
+    else if (rows == 8) amx_outputs<8>(in, w, lo, hi);
+    else amx_outputs<16>(in, w, lo, hi);
+    return;
+  }
+#endif
   float t[ROWS * TILE];
   const int n = hi - lo;
   for (int b0 = 0; b0 < in.B; b0 += ROWS) {

@@ -10,6 +10,7 @@ using Type = ffi::DataType;
 enum Math { FLOAT, BF16 };  // how inputs are multiplied: in float32, or as bfloat16 pairs
 constexpr int ROWS = 8;            // rows of x at a time, if they are few
 constexpr int FEW = 16;            // most rows that are few
+constexpr int FEWEST_BY_AMX = 2;   // rows; one is faster without
 constexpr int MANY = 4096;         // rows of x at a time, if they are many
 constexpr int MOST_WEIGHTS = 4;    // of one call
 constexpr int TILE = 252;          // most outputs of a tile, whose results wait in float32
@@ -19,8 +20,8 @@ constexpr int GROUP = 32;          // values that share a scale
 struct Inputs {
   const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
-  float* f;      // for few rows: (B, pad), zero beyond K
-  uint16_t* h;   // the same as bfloat16; for grouped weights, in the order of in_order
+  float* f;      // for few rows: (B, pad), zero beyond K; not by AMX
+  uint16_t* h;   // the same as bfloat16; for grouped weights, in the order of in_order; by AMX, of in_tiles
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
@@ -82,18 +83,48 @@ static void in_order(const float* f, int count, bool four_bits, uint16_t* h) {
   }
 }
 #endif
+#ifdef HAS_AMX
+INLINE int tile_rows(int B) { return B <= 2 ? 2 : B <= 4 ? 4 : B <= 8 ? 8 : 16; }  // with any in the rows behind B
+constexpr int groups_of_a_tile(int rows) { return rows <= 4 ? 4 : 1; }  // whose sums share a tile, since a store of one row takes as long as one of 16
+// Row b of inputs in tiles of 32 inputs of AMX. For bfloat16 weights they are second operands. For grouped weights they are
+// first operands, in the order of sixteen_outputs, and `rows` zero rows stand for each of the other groups of a tile of sums.
+static void in_tiles(const float* f, int b, int rows, int count, Type type, uint16_t* h) {
+  alignas(64) uint16_t order[GROUP], from[GROUP];
+  for (int i = 0; i < GROUP; i++) order[i] = 2 * (i & 1) + (type == Type::U8 ? (i >> 3) * 4 + (i >> 2 & 1) + 8 * (i & 2) : (i & ~3) + (i >> 1 & 1));
+  const int groups = type == Type::BF16 ? 1 : groups_of_a_tile(rows);
+  for (int k = 0; k < count; k += GROUP, h += GROUP * rows * groups) {
+    narrow(f + k, GROUP, from);
+    if (type == Type::BF16) for (int i = 0; i < GROUP; i += 2) memcpy(h + i * rows + 2 * b, from + i, 4);
+    else _mm512_storeu_si512(h + GROUP * (k / GROUP % groups * rows + b), _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_load_si512(from)));
+  }
+}
+#endif
+// True if few rows are multiplied by AMX.
+INLINE bool few_by_amx(Math math, int rows) {
+#ifdef HAS_AMX
+  return math == BF16 && rows >= FEWEST_BY_AMX && amx_allowed();
+#else
+  return false;
+#endif
+}
 // Few inputs, as float32 and, if they are multiplied so, as bfloat16. Rows beyond in.B may be multiplied too, and are dropped.
 static void prepare(Inputs& in, Math math, Type type, ffi::ThreadPool& pool) {
   static thread_local Scratch floats, halves;
-  const bool grouped = type == Type::S8 || type == Type::U8;
+  const bool grouped = type == Type::S8 || type == Type::U8, tiles = few_by_amx(math, in.B);
   in.pad = rounded_up(in.K, grouped ? 128 : 64);
   const int64_t values = (int64_t)rounded_up(in.B, ROWS) * in.pad;
   in.f = floats.get<float>(values);
-  if (math == BF16) in.h = halves.get<uint16_t>(values);
+  if (math == BF16) in.h = halves.get<uint16_t>(tiles ? (int64_t)FEW * in.pad : values);
+#ifdef HAS_AMX
+  if (tiles && grouped) { const int tile = tile_rows(in.B); memset(in.h, 0, 2ll * tile * groups_of_a_tile(tile) * in.pad); }
+#endif
   auto one = [&](int b) {
     float* f = in.f + (int64_t)b * in.pad;
     read_row(in, b, f);
     if (math != BF16) return;
+#ifdef HAS_AMX
+    if (tiles) return in_tiles(f, b, tile_rows(in.B), in.pad, type, in.h);
+#endif
     uint16_t* h = in.h + (int64_t)b * in.pad;
 #ifdef HAS_BF16
     if (grouped) return in_order(f, in.pad, type == Type::U8, h);

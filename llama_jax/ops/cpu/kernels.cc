@@ -10,7 +10,8 @@
 // llama_loss: maxima and sums of the softmax over a part of the vocabulary; llama_loss_gradient: the gradient of its scores.
 //
 // Up to FEW rows are multiplied with weights as they are read. For more rows the weights are packed first.
-// A result does not depend on how many threads run, and within each of the two kinds not on the number of rows.
+// A result does not depend on how many threads run, and within each of the two kinds not on the number of rows; but with
+// AMX a single row is a third kind.
 // Letters: B rows, K inputs, N outputs.
 #include <algorithm>
 #include "attention.h"
@@ -62,10 +63,10 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
     }
     return ffi::Error::Success();
   }
-  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs.
+  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs, or 16 for AMX.
   const int threads = (int)std::max<int64_t>(1, pool.num_threads());
   const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
-  const int size = (int)std::min<int64_t>(TILE, least / 12 * 12 + 12);
+  const int unit = few_by_amx(math, B) ? 48 : 12, size = (int)std::min<int64_t>(TILE / unit * unit, least / unit * unit + unit);
   int of[MOST_WEIGHTS + 1] = {0};
   for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
   in.B = B;

@@ -5,6 +5,9 @@
 #include <cstdlib>
 #include <memory>
 #include <thread>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include "xla/ffi/api/ffi.h"
 namespace ffi = xla::ffi;
 
@@ -37,8 +40,13 @@ template <class Body> static void parallel(ffi::ThreadPool& pool, int n, const B
 struct Scratch {
   char* data = nullptr; size_t size = 0;
   template <class T> T* get(size_t count) {
-    size_t bytes = (count * sizeof(T) + 4095) & ~(size_t)4095;
-    if (bytes > size) { free(data); data = (char*)aligned_alloc(4096, bytes); size = bytes; }
+    const size_t page = count * sizeof(T) < 4 << 20 ? 4096 : 2 << 20, bytes = (count * sizeof(T) + page - 1) / page * page;
+    if (bytes > size) {
+      free(data); data = (char*)aligned_alloc(page, bytes); size = bytes;
+#ifdef MADV_HUGEPAGE
+      if (page > 4096) madvise(data, size, MADV_HUGEPAGE);
+#endif
+    }
     return (T*)data;
   }
   ~Scratch() { free(data); }
