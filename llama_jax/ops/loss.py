@@ -100,6 +100,13 @@ def _flat(
     return x, table, targets.ravel() - ids[0, 0], (ids >= 0).sum()
 
 
+def _of_logits(logits: jax.Array, hit: jax.Array, lse: jax.Array, g_nll: jax.Array, g_lse: jax.Array) -> jax.Array:
+    """The gradient of logits (..., rows of the vocabulary), `hit` at the target, from that of the loss and of lse."""
+    each = tuple(range(lse.ndim, logits.ndim))
+    lse, softmax, target = (jnp.expand_dims(a, each) for a in (lse, g_nll + g_lse, g_nll))
+    return softmax * jnp.exp(logits - lse) - jnp.where(hit, target, 0.0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(
     hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int
@@ -118,10 +125,13 @@ def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: in
         rows, ids = chunk
         rows = _gathered(rows, hiddens[0].dtype)
         if native:
-            top, part, hit = (a.reshape(targets.shape) for a in cpu.loss(*_flat(hiddens, rows, ids, targets)))
+            # Products of float32 are slower than memory, those of bfloat16 are computed again.
+            keep = num_chunks == 1 and hiddens[0].dtype == jnp.float32
+            *sums, logits = cpu.loss(*_flat(hiddens, rows, ids, targets), keep=keep)
+            top, part, hit = (a.reshape(targets.shape) for a in sums)
             new_peak = jnp.maximum(peak, top)
             total = total * jnp.exp(peak - new_peak) + part * jnp.exp(top - new_peak)
-            return (new_peak, total, score + hit), None
+            return (new_peak, total, score + hit), logits
         logits = _logits(hiddens, rows, ids)
         new_peak = jnp.maximum(peak, logits.max(axis=(2, 3)))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None, None]).sum(axis=(2, 3))
@@ -152,14 +162,16 @@ def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tupl
         rows = _gathered(rows, dtype)
         if native:
             x, part, at, live = _flat(hiddens, rows, row_ids, targets)
-            g = cpu.loss_gradient(x, part, at, live, lse.ravel(), (g_nll + g_lse).ravel(), g_nll.ravel())
+            if logits is None:
+                g = cpu.loss_gradient(x, part, at, live, lse.ravel(), (g_nll + g_lse).ravel(), g_nll.ravel())
+            else:
+                g = _of_logits(
+                    logits, at[:, None] == jnp.arange(part.shape[0]), lse.ravel(), g_nll.ravel(), g_lse.ravel()
+                )
             dx = cpu.product(g, part, jnp.float32).reshape(hiddens[0].shape)
             return (dxs[0] + dx,), (cpu.product(g, x, jnp.float32, transposed=True)[None],)
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits
-        probability = jnp.exp(logits - lse[..., None, None])
-        hit = row_ids == targets[..., None, None]
-        g = (g_nll + g_lse)[..., None, None] * probability - jnp.where(hit, g_nll[..., None, None], 0.0)
-        g = g.astype(dtype)
+        g = _of_logits(logits, row_ids == targets[..., None, None], lse, g_nll, g_lse).astype(dtype)
         dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
         return dxs, tuple(
             table_gradient(g, hidden, name) for hidden, name in zip(hiddens, ("embed", *names[1:]), strict=True)

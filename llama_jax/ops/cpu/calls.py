@@ -67,8 +67,8 @@ def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype, *, transposed: bool = 
 
 
 def loss(
-    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, live: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, live: jax.Array, *, keep: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The softmax of the scores x table^T over the rows of a table, which may be a part of the vocabulary.
 
     Args:
@@ -76,14 +76,18 @@ def loss(
         table_VD: rows of the unembedding in the dtype of x.
         targets_T: int32 rows of the table. A target outside of it belongs to another part.
         live: int32 number of rows of the table; the others are padding.
+        keep: whether the scores are returned.
 
     Returns:
-        float32 (T,) each: the largest score, the sum of exp(score - largest), and the score of the target or 0.
+        float32 (T,) each: the largest score, the sum of exp(score - largest), and the score of the target or 0; then
+        the scores (T, V), or None if they are not kept.
     """
-    result = jax.ShapeDtypeStruct(targets_T.shape, jnp.float32)
-    call = jax.ffi.ffi_call("llama_loss", [result] * 3, vmap_method="sequential")
-    top, total, score = call(x_TD, table_VD, targets_T.astype(jnp.int32), live.astype(jnp.int32))
-    return top, total, score
+    results = [jax.ShapeDtypeStruct(targets_T.shape, jnp.float32)] * 3
+    if keep:
+        results.append(jax.ShapeDtypeStruct((x_TD.shape[0], table_VD.shape[0]), jnp.float32))
+    call = jax.ffi.ffi_call("llama_loss", results, vmap_method="sequential")
+    top, total, score, *scores = call(x_TD, table_VD, targets_T.astype(jnp.int32), live.astype(jnp.int32))
+    return top, total, score, scores[0] if keep else None
 
 
 def loss_gradient(

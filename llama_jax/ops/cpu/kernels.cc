@@ -97,14 +97,15 @@ static ffi::Error Product(ffi::ThreadPool pool, Buffer a, Buffer b, ffi::Result<
 static Scores scores(const Buffer& x, const Buffer& table, const Buffer& targets, const Buffer& live) {
   return {matrix(x), matrix(table), (const int32_t*)targets.untyped_data(), *(const int32_t*)live.untyped_data()};
 }
-// Arguments: x (T, D), table (V, D) of the same type, targets (T,), number of live rows of the table ().
-static ffi::Error Loss(ffi::ThreadPool pool, Buffer x, Buffer table, Buffer targets, Buffer live, ffi::Result<Buffer> top, ffi::Result<Buffer> total, ffi::Result<Buffer> score) {
+// Arguments: x (T, D), table (V, D) of the same type, targets (T,), number of live rows of the table (). Results: the
+// largest score, the sum, and the target's score (T,), and the scores (T, V) if they are kept.
+static ffi::Error Loss(ffi::ThreadPool pool, Buffer x, Buffer table, Buffer targets, Buffer live, ffi::RemainingRets results) {
   const Scores in = scores(x, table, targets, live);
-  float *t = (float*)top->untyped_data(), *s = (float*)total->untyped_data(), *hit = (float*)score->untyped_data();
+  auto result = [&](size_t i) { return i < results.size() ? (float*)(*results.get<Buffer>(i))->untyped_data() : nullptr; };
 #ifdef HAS_BF16
-  if (as_bf16(in.x)) loss<uint16_t>(in, t, s, hit, pool); else
+  if (as_bf16(in.x)) loss<uint16_t>(in, result(0), result(1), result(2), result(3), pool); else
 #endif
-  loss<float>(in, t, s, hit, pool);
+  loss<float>(in, result(0), result(1), result(2), result(3), pool);
   return ffi::Error::Success();
 }
 // Arguments: those of Loss, then the log-sum-exp of all scores, and the factors of the softmax and of the target (T,).
@@ -195,5 +196,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_gradient, AttentionGradient, ffi::
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_product, Product, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Attr<int32_t>("transposed"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss, Loss, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss, Loss, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss_gradient, LossGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());

@@ -23,15 +23,16 @@ template <class M, class Use> static void each_row(const Scores& in, const Use& 
       });
   });
 }
-// The largest score of each row, the sum of exp(score - largest), and the score of the target, or 0. Parts of a row are
-// joined in their order, so that a result does not depend on the number of threads.
-template <class M> static void loss(const Scores& in, float* top, float* total, float* hit, ffi::ThreadPool& pool) {
+// The largest score of each row, the sum of exp(score - largest), and the score of the target, or 0; all scores if they
+// are kept. Parts of a row are joined in their order, so that a result does not depend on the number of threads.
+template <class M> static void loss(const Scores& in, float* top, float* total, float* hit, float* kept, ffi::ThreadPool& pool) {
   static thread_local Scratch scratch;
   struct Part { float top, total; };
   const int T = in.x.rows, parts = (in.table.rows + SCORES - 1) / SCORES;
   Part* all = scratch.get<Part>((int64_t)T * parts);
   std::fill(hit, hit + T, 0.f);
-  each_row<M>(in, [&](int row, int column, float* scores, int live, int) {
+  each_row<M>(in, [&](int row, int column, float* scores, int live, int width) {
+    if (kept) memcpy(kept + (int64_t)row * in.table.rows + column, scores, width * 4);
     const int padded = rounded_up(live, LANES), target = in.targets[row] - column;
     if (target >= 0 && target < live) hit[row] = scores[target];
     std::fill(scores + live, scores + padded, -INFINITY);
