@@ -43,10 +43,11 @@ def cross_entropy(
     num_shards = num_shards if V % num_shards == 0 else 1
     num_chunks = 1 if vocab_chunk == 0 else -(-(V // num_shards) // vocab_chunk)
     if not isinstance(table_VD, LoraTensor):
-        return _cross_entropy((hidden_BTD,), (table_VD,), targets_BT, num_shards, num_chunks)
+        native = _native(hidden_BTD, num_shards)
+        return _cross_entropy((hidden_BTD,), (table_VD,), targets_BT, num_shards, num_chunks, native)
     lora = table_VD
     low_rank_BTR = lora.scaled(linear(lora.dropped(hidden_BTD), lora.a))
-    return _cross_entropy((hidden_BTD, low_rank_BTR), (lora.base, lora.b), targets_BT, num_shards, num_chunks)
+    return _cross_entropy((hidden_BTD, low_rank_BTR), (lora.base, lora.b), targets_BT, num_shards, num_chunks, False)
 
 
 def _chunks(table_VD: jax.Array, num_shards: int, num_chunks: int, dtype: jnp.dtype) -> jax.Array:
@@ -85,10 +86,9 @@ def _logits(hiddens: Arrays, tables: Arrays, ids: jax.Array) -> jax.Array:
     return jnp.where(ids >= 0, logits, -jnp.inf)
 
 
-def _native(hiddens: Arrays, num_shards: int) -> bool:
+def _native(x: jax.Array, num_shards: int) -> bool:
     """True if the kernels for CPUs compute it: their logits are in memory for a few rows at a time only."""
-    x = hiddens[0]
-    known = x.dtype in (jnp.float32, jnp.bfloat16) and len(hiddens) == num_shards == 1
+    known = x.dtype in (jnp.float32, jnp.bfloat16) and num_shards == 1
     return known and parallel.device_platform() == "cpu" and cpu.multiplies(x.size // x.shape[-1])
 
 
@@ -107,18 +107,18 @@ def _of_logits(logits: jax.Array, hit: jax.Array, lse: jax.Array, g_nll: jax.Arr
     return softmax * jnp.exp(logits - lse) - jnp.where(hit, target, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _cross_entropy(
-    hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int
+    hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int, native: bool
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(hiddens, tables, targets, num_shards, num_chunks)[0]
+    return _forward(hiddens, tables, targets, num_shards, num_chunks, native)[0]
 
 
-def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int) -> Any:
+def _forward(
+    hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int, native: bool
+) -> Any:
     """The forward pass: ((nll, lse), residuals for `_backward`)."""
     chunks = tuple(_chunks(table, num_shards, num_chunks, hiddens[0].dtype) for table in tables)
-
-    native = _native(hiddens, num_shards)
 
     def scan_chunk(carry: Any, chunk: Any) -> Any:
         peak, total, score = carry
@@ -147,7 +147,9 @@ def _forward(hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: in
     return (lse - score, lse), (hiddens, tables, targets, lse, kept)
 
 
-def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(
+    num_shards: int, num_chunks: int, native: bool, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
+) -> Any:
     """The gradients of hiddens and tables, and None for targets."""
     hiddens, tables, targets, lse, kept = residuals
     dtype, V = hiddens[0].dtype, tables[0].shape[0]
@@ -155,7 +157,6 @@ def _backward(num_shards: int, num_chunks: int, residuals: Any, cotangents: tupl
     g_nll, g_lse = cotangents
     precision = _HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-    native = _native(hiddens, num_shards)
 
     def scan_chunk(dxs: Arrays, chunk: Any) -> tuple[Arrays, Arrays]:
         rows, row_ids, logits = chunk
