@@ -377,7 +377,7 @@ def test_lora_computes_no_gradient_of_its_base(base):
     def products(run) -> set[tuple[int, ...]]:
         program = on_mesh(run)
         text = program.train_step.lower(program.state, program.frozen, program.batch).compile().as_text()
-        found = re.findall(r"= \w+\[([\d,]*)\]\S* dot\(", text)
+        found = re.findall(r'= \w+\[([\d,]*)\]\S* (?:dot\(|custom-call\(.*"llama_product")', text)
         return {tuple(map(int, shape.split(","))) for shape in found if shape}
 
     assert weights & products(full) and not weights & products(run)

@@ -12,7 +12,7 @@ struct Scores { Matrix x, table; const int32_t* targets; int live; };
 // use(row, first column, scores, live columns, columns) for every row, in parts of SCORES columns.
 constexpr int SCORES = BLOCK_PANELS * PANEL;
 template <class M, class Use> static void each_row(const Scores& in, const Use& use, ffi::ThreadPool& pool) {
-  static thread_local Scratch scratch;
+  Borrowed scratch;
   const Packed<M> rows = in_chunks<M>(scratch, in.x, false, pool);
   blocks(pool, rows.count, &in.table.rows, 1, BLOCK_PANELS, [&](int, int first, int last, int column, int width) {
     const Weight w{(const char*)in.table.data, nullptr, in.table.type, in.table.rows};
@@ -26,10 +26,10 @@ template <class M, class Use> static void each_row(const Scores& in, const Use& 
 // The largest score of each row, the sum of exp(score - largest), and the score of the target, or 0; all scores if they
 // are kept. Parts of a row are joined in their order, so that a result does not depend on the number of threads.
 template <class M> static void loss(const Scores& in, float* top, float* total, float* hit, float* kept, ffi::ThreadPool& pool) {
-  static thread_local Scratch scratch;
+  Borrowed scratch;
   struct Part { float top, total; };
   const int T = in.x.rows, parts = (in.table.rows + SCORES - 1) / SCORES;
-  Part* all = scratch.get<Part>((int64_t)T * parts);
+  Part* all = scratch.scratch->get<Part>((int64_t)T * parts);
   std::fill(hit, hit + T, 0.f);
   each_row<M>(in, [&](int row, int column, float* scores, int live, int width) {
     if (kept) memcpy(kept + (int64_t)row * in.table.rows + column, scores, width * 4);

@@ -45,7 +45,7 @@ template <class M> static Packed<M> inputs(Scratch& scratch, const Inputs& in, f
 }
 // All products of rows in.first ... in.first + in.B with `count` weights.
 template <class M> static void many_rows(const Inputs& in, const Weight* weights, int count, ffi::ThreadPool& pool) {
-  static thread_local Scratch scratch;
+  Borrowed scratch;
   const Packed<M> rows = inputs<M>(scratch, in, pool);
   int columns[MOST_WEIGHTS]; int64_t panels = 0;
   for (int j = 0; j < count; j++) columns[j] = weights[j].N, panels += (weights[j].N + PANEL - 1) / PANEL;

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <thread>
+#include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -50,4 +52,16 @@ struct Scratch {
     return (T*)data;
   }
   ~Scratch() { free(data); }
+};
+// Scratch memory of a whole call, which any thread of the pool may make: as many are kept as calls ran at the same time.
+struct Borrowed {
+  std::unique_ptr<Scratch> scratch;
+  Borrowed() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (kept().empty()) scratch.reset(new Scratch); else scratch = std::move(kept().back()), kept().pop_back();
+  }
+  ~Borrowed() { const std::lock_guard<std::mutex> lock(mutex()); kept().push_back(std::move(scratch)); }
+  operator Scratch&() { return *scratch; }
+  static std::mutex& mutex() { static std::mutex m; return m; }
+  static std::vector<std::unique_ptr<Scratch>>& kept() { static auto& all = *new std::vector<std::unique_ptr<Scratch>>; return all; }  // never destroyed: threads may outlive it
 };

@@ -131,7 +131,7 @@ INLINE void write_columns(const float* sums, int64_t ld, int rows, int columns, 
 }
 // The product of two matrices, a b with b (K, N), or a^T b.
 template <class M> static void product(const Matrix& a, bool transpose, const Matrix& b, bool out_bf16, char* out, ffi::ThreadPool& pool) {
-  static thread_local Scratch scratch;
+  Borrowed scratch;
   const bool swap = transpose && a.columns > b.columns;  // (b^T a)^T: the narrower of both is transposed in memory
   const Matrix& columns = swap ? a : b;
   const Packed<M> rows = in_chunks<M>(scratch, swap ? b : a, transpose, pool);
