@@ -50,7 +50,7 @@ template <class M> static void loss(const Scores& in, float* top, float* total, 
     const Part* part = all + (int64_t)row * parts;
     float most = -INFINITY, sums = 0;
     for (int p = 0; p < parts; p++) most = std::max(most, part[p].top);
-    for (int p = 0; p < parts; p++) if (part[p].total > 0) sums += part[p].total * expf(part[p].top - most);
+    for (int p = 0; p < parts; p++) if (part[p].total != 0) sums += part[p].total * expf(part[p].top - most);
     top[row] = most, total[row] = sums;
   });
 }

@@ -13,12 +13,14 @@ constexpr int BLOCK_ROWS = 512;    // rows of A that a thread multiplies with th
 constexpr int BLOCK_PANELS = 8;    // most of these panels
 constexpr int TRANSPOSED = 32;     // rows that are packed at a time if A is transposed
 
+constexpr int in_sixteens(int n) { return (n + 15) / 16 * 16; }
+
 // The first operand: `count` rows of K values in chunks. Rows beyond `count` may be multiplied, and are dropped.
 template <class M> struct Packed {
   M* data; int count, K, chunk, chunks; int64_t stride, between;  // values between rows, and between chunks
   Packed(int count, int K) : count(count), K(K) {
     const int values = CHUNK / (int)sizeof(M), most = std::max(1, (K + values - 1) / values);
-    chunk = rounded_up((K + most - 1) / most, ALIGN), chunks = std::max(1, (K + chunk - 1) / chunk);
+    chunk = std::max(ALIGN, rounded_up((K + most - 1) / most, ALIGN)), chunks = std::max(1, (K + chunk - 1) / chunk);
   }
   Packed(Scratch& scratch, int count, int K) : Packed(count, K) {
     stride = chunk + ALIGN;  // rows of a power of two would share lines of the cache
@@ -91,7 +93,7 @@ template <class M, class Pack, class Done> static void multiply_block(const Pack
   static thread_local Scratch columns, sums;
   const int size = a.chunk / UNIT<M> * PANEL, ld = panels * PANEL, kept = a.chunks > 1 ? last - first : 0;
   uint32_t* b = columns.get<uint32_t>((int64_t)panels * size);
-  float* c = sums.get<float>((int64_t)(kept + MOST_ROWS<M>) * ld);
+  float* c = sums.get<float>((int64_t)(kept + in_sixteens(MOST_ROWS<M>)) * ld);  // write_columns reads sixteen rows
   const Amx amx;
   for (int k = 0; k < a.chunks; k++) {
     pack(k * a.chunk, b);
@@ -123,9 +125,10 @@ INLINE void write_rows(const float* sums, int64_t ld, int rows, int columns, boo
 }
 // The same for the transpose of these rows of sums.
 INLINE void write_columns(const float* sums, int64_t ld, int rows, int columns, bool bf16, char* out, int64_t at, int64_t out_ld) {
+  constexpr int MOST = in_sixteens(MOST_ROWS<uint16_t>);
   for (int n = 0; n < columns; n += 16) {
-    float few[16][MOST_ROWS<uint16_t>];
-    for (int r = 0; r < rows; r += 16) transpose16((const uint32_t*)sums + r * ld + n, ld, (uint32_t*)few[0] + r, MOST_ROWS<uint16_t>);
+    float few[16][MOST];
+    for (int r = 0; r < rows; r += 16) transpose16((const uint32_t*)sums + r * ld + n, ld, (uint32_t*)few[0] + r, MOST);
     for (int i = 0; i < std::min(16, columns - n); i++) write_rows(few[i], 0, 1, rows, bf16, out, at + (n + i) * out_ld, 0);
   }
 }
