@@ -26,6 +26,13 @@
 
 using Buffer = ffi::AnyBuffer;
 
+// run(M()) with the type that multiplies: bfloat16 if `bf16` and the processor has it, else float.
+template <class Run> static void by_type(bool bf16, const Run& run) {
+#ifdef HAS_BF16
+  if (bf16) return run(uint16_t());
+#endif
+  run(float());
+}
 static ffi::Error bad(const char* text) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, text); }
 
 // Arguments: x, norm weight or up (before = 1, 2), then each weight, with scales if grouped.
@@ -56,10 +63,7 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
     in.pad = rounded_up(in.K, 64);
     for (in.first = 0; in.first < B; in.first += in.B) {
       in.B = std::min(MANY, B - in.first);
-#ifdef HAS_BF16
-      if (math == BF16) { many_rows<uint16_t>(in, weights, count, pool); continue; }
-#endif
-      many_rows<float>(in, weights, count, pool);
+      by_type(math == BF16, [&](auto m) { many_rows<decltype(m)>(in, weights, count, pool); });
     }
     return ffi::Error::Success();
   }
@@ -79,19 +83,11 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   return ffi::Error::Success();
 }
 static Matrix matrix(const Buffer& a) { return {a.untyped_data(), a.element_type(), (int)a.dimensions()[0], (int)a.dimensions()[1]}; }
-static bool as_bf16(const Matrix& m) {  // whether the processor multiplies it as bfloat16
-#ifdef HAS_BF16
-  return m.type == Type::BF16;
-#endif
-  return false;
-}
 // Arguments: a (M, K), or (K, M) if it is transposed, and b (K, N) of the same type.
 static ffi::Error Product(ffi::ThreadPool pool, Buffer a, Buffer b, ffi::Result<Buffer> out, int32_t transposed) {
-  const bool out_bf16 = out->element_type() == Type::BF16;
-#ifdef HAS_BF16
-  if (as_bf16(matrix(a))) product<uint16_t>(matrix(a), transposed, matrix(b), out_bf16, (char*)out->untyped_data(), pool); else
-#endif
-  product<float>(matrix(a), transposed, matrix(b), out_bf16, (char*)out->untyped_data(), pool);
+  by_type(a.element_type() == Type::BF16, [&](auto m) {
+    product<decltype(m)>(matrix(a), transposed, matrix(b), out->element_type() == Type::BF16, (char*)out->untyped_data(), pool);
+  });
   return ffi::Error::Success();
 }
 static Scores scores(const Buffer& x, const Buffer& table, const Buffer& targets, const Buffer& live) {
@@ -102,20 +98,14 @@ static Scores scores(const Buffer& x, const Buffer& table, const Buffer& targets
 static ffi::Error Loss(ffi::ThreadPool pool, Buffer x, Buffer table, Buffer targets, Buffer live, ffi::RemainingRets results) {
   const Scores in = scores(x, table, targets, live);
   auto result = [&](size_t i) { return i < results.size() ? (float*)(*results.get<Buffer>(i))->untyped_data() : nullptr; };
-#ifdef HAS_BF16
-  if (as_bf16(in.x)) loss<uint16_t>(in, result(0), result(1), result(2), result(3), pool); else
-#endif
-  loss<float>(in, result(0), result(1), result(2), result(3), pool);
+  by_type(in.x.type == Type::BF16, [&](auto m) { loss<decltype(m)>(in, result(0), result(1), result(2), result(3), pool); });
   return ffi::Error::Success();
 }
 // Arguments: those of Loss, then the log-sum-exp of all scores, and the factors of the softmax and of the target (T,).
 static ffi::Error LossGradient(ffi::ThreadPool pool, Buffer x, Buffer table, Buffer targets, Buffer live, Buffer lse, Buffer all, Buffer hit, ffi::Result<Buffer> out) {
   const Scores in = scores(x, table, targets, live);
   const float *l = (const float*)lse.untyped_data(), *a = (const float*)all.untyped_data(), *h = (const float*)hit.untyped_data();
-#ifdef HAS_BF16
-  if (as_bf16(in.x)) loss_gradient<uint16_t>(in, l, a, h, out->untyped_data(), pool); else
-#endif
-  loss_gradient<float>(in, l, a, h, out->untyped_data(), pool);
+  by_type(in.x.type == Type::BF16, [&](auto m) { loss_gradient<decltype(m)>(in, l, a, h, out->untyped_data(), pool); });
   return ffi::Error::Success();
 }
 
@@ -159,10 +149,7 @@ static ffi::Error AttentionMany(ffi::ThreadPool pool, ffi::RemainingArgs args, f
   const int each = std::max(1, std::min(in.T, QUERIES / G)), blocks = (in.T + each - 1) / each;
   parallel(pool, B * in.K * blocks, [&](int i) {
     const int block = blocks - 1 - i % blocks, first = block * each, last = std::min(first + each, in.T);  // the longest first
-#ifdef HAS_BF16
-    if (in.bf16) return attend_many<uint16_t>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last);
-#endif
-    attend_many<float>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last);
+    by_type(in.bf16, [&](auto m) { attend_many<decltype(m)>(in, keys, i / blocks / in.K, i / blocks % in.K, first, last); });
   });
   return ffi::Error::Success();
 }
@@ -173,10 +160,7 @@ static ffi::Error AttentionGradient(ffi::ThreadPool pool, Buffer q, Buffer k, Bu
   const Keys keys{k.untyped_data(), v.untyped_data(), nullptr, nullptr};
   const Gradient gradient{out.untyped_data(), g.untyped_data(), (const float*)lse.untyped_data(), dq->untyped_data(), dk->untyped_data(), dv->untyped_data()};
   parallel(pool, (int)q.dimensions()[0] * in.K, [&](int i) {
-#ifdef HAS_BF16
-    if (in.bf16) return attention_gradient<uint16_t>(in, keys, gradient, i / in.K, i % in.K);
-#endif
-    attention_gradient<float>(in, keys, gradient, i / in.K, i % in.K);
+    by_type(in.bf16, [&](auto m) { attention_gradient<decltype(m)>(in, keys, gradient, i / in.K, i % in.K); });
   });
   return ffi::Error::Success();
 }
