@@ -13,8 +13,6 @@ import logging
 import os
 from pathlib import Path
 
-import jax
-
 from llama_jax import parallel
 from llama_jax.ops.cpu import build, calls
 from llama_jax.ops.cpu.build import ENV, Unavailable
@@ -57,10 +55,9 @@ def ready() -> bool:
     The first call may build the library. If the kernels cannot be used, the reason is logged once.
     $LLAMA_JAX_CPU_KERNELS=off turns them off.
     """
-    layout = parallel.active()
-    platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
-    if platform != "cpu":
+    if parallel.device_platform() != "cpu":
         return False
+    layout = parallel.active()
     if layout is not None and layout.mesh.size > 1:
         _say_once(f"the arrays are sharded over {layout.mesh.size} devices")
         return False

@@ -62,7 +62,7 @@ def library() -> Path:
     if compiler is None:
         raise Unavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
     native.prepare(target.parent)
-    print("compiling the CPU kernels, once for this machine (about 15 seconds)", file=sys.stderr, flush=True)
+    print("compiling the CPU kernels, once for this machine (about 25 seconds)", file=sys.stderr, flush=True)
     if reason := _build_apart(target):
         failed.write_text(reason + "\n")
         raise Unavailable(reason)

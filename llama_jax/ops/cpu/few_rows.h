@@ -190,12 +190,9 @@ template <class F> static __m512i nibble_table(F number) {  // twice, so that th
 }
 // Scales of 16 groups of 16 outputs as floats: to[g] is group g of every output. `live` are the groups that there are.
 static void transposed_scales(const uint16_t* scales, int G, __mmask16 live, float (*to)[16]) {
-  __m512i a[16], b[16];
+  __m512i a[16];
   UNROLL for (int r = 0; r < 16; r++) a[r] = (__m512i)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, scales + (int64_t)r * G));
-  UNROLL for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]), a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-  UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88), b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
-  UNROLL for (int j = 0; j < 8; j++) _mm512_store_si512(to[j], _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88)), _mm512_store_si512(to[j + 8], _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+  transpose16(a, (uint32_t*)to[0], 16);
 }
 // Grouped weights. A group of 16 outputs is a second operand of exact integers; 8 bits are two, of the low halves and of
 // 16 times the high halves. The products of each group are multiplied by its scales in float32. Four groups are a step,

@@ -20,7 +20,7 @@ constexpr int GROUP = 32;          // values that share a scale
 struct Inputs {
   const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
-  float* f;      // for few rows: (B, pad), zero beyond K; not by AMX
+  float* f;      // for few rows: (B, pad), zero beyond K
   uint16_t* h;   // the same as bfloat16; for grouped weights, in the order of in_order; by AMX, of in_tiles
 };
 

@@ -13,8 +13,6 @@ constexpr int BLOCK_ROWS = 512;    // rows of A that a thread multiplies with th
 constexpr int BLOCK_PANELS = 8;    // most of these panels
 constexpr int TRANSPOSED = 32;     // rows that are packed at a time if A is transposed
 
-constexpr int in_sixteens(int n) { return (n + 15) / 16 * 16; }
-
 // The first operand: `count` rows of K values in chunks. Rows beyond `count` may be multiplied, and are dropped.
 template <class M> struct Packed {
   M* data; int count, K, chunk, chunks; int64_t stride, between;  // values between rows, and between chunks
@@ -89,11 +87,11 @@ template <class M> static void pack_panels(const Matrix& m, int column, int pane
 
 // Rows first..last of A times `panels` panels of B. pack(k, to) packs them for the values from k, and
 // done(row, count, sums, ld) takes rows of C, as soon as they are complete. It may change them.
+static thread_local Scratch block_columns, block_sums;  // of one thread, for products of every kind
 template <class M, class Pack, class Done> static void multiply_block(const Packed<M>& a, int first, int last, int panels, const Pack& pack, const Done& done) {
-  static thread_local Scratch columns, sums;
   const int size = a.chunk / UNIT<M> * PANEL, ld = panels * PANEL, kept = a.chunks > 1 ? last - first : 0;
-  uint32_t* b = columns.get<uint32_t>((int64_t)panels * size);
-  float* c = sums.get<float>((int64_t)(kept + in_sixteens(MOST_ROWS<M>)) * ld);  // write_columns reads sixteen rows
+  uint32_t* b = block_columns.get<uint32_t>((int64_t)panels * size);
+  float* c = block_sums.get<float>((int64_t)(kept + rounded_up(MOST_ROWS<M>, 16)) * ld);  // write_columns reads sixteen rows
   const Amx amx;
   for (int k = 0; k < a.chunks; k++) {
     pack(k * a.chunk, b);
@@ -125,7 +123,7 @@ INLINE void write_rows(const float* sums, int64_t ld, int rows, int columns, boo
 }
 // The same for the transpose of these rows of sums.
 INLINE void write_columns(const float* sums, int64_t ld, int rows, int columns, bool bf16, char* out, int64_t at, int64_t out_ld) {
-  constexpr int MOST = in_sixteens(MOST_ROWS<uint16_t>);
+  constexpr int MOST = rounded_up(MOST_ROWS<uint16_t>, 16);
   for (int n = 0; n < columns; n += 16) {
     float few[16][MOST];
     for (int r = 0; r < rows; r += 16) transpose16((const uint32_t*)sums + r * ld + n, ld, (uint32_t*)few[0] + r, MOST);

@@ -20,7 +20,7 @@ template <> constexpr int MOST_ROWS<uint16_t> = 32;  // two tiles of AMX
 constexpr int ALIGN = 32;                        // values of a row of A, and of a column of a panel, are a multiple of it
 template <class M> constexpr int UNIT = 4 / sizeof(M);
 
-INLINE int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+INLINE constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Floats as bfloat16, rounded to nearest.
 INLINE void narrow(const float* from, int n, uint16_t* to) {
@@ -34,9 +34,8 @@ INLINE void narrow(const float* from, int n, float* to) { memcpy(to, from, n * s
 
 // ------------------------------------------------------------------------------------------------ panels
 #if LANES == 16
-static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {  // to[u * ld + n] = from[n * stride + u]
-  __m512i a[16], b[16];
-  UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+INLINE void transpose16(__m512i (&a)[16], uint32_t* to, int64_t ld) {  // to[u * ld + n] = value u of a[n], which is overwritten
+  __m512i b[16];
   UNROLL for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]), a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
   UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88), b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
@@ -44,6 +43,11 @@ static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int6
     _mm512_storeu_si512(to + j * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
     _mm512_storeu_si512(to + (j + 8) * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
   }
+}
+static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {  // to[u * ld + n] = from[n * stride + u]
+  __m512i a[16];
+  UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+  transpose16(a, to, ld);
 }
 #else
 static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {
