@@ -100,13 +100,6 @@ def _flat(
     return x, table, targets.ravel() - ids[0, 0], (ids >= 0).sum()
 
 
-def _of_logits(logits: jax.Array, hit: jax.Array, lse: jax.Array, g_nll: jax.Array, g_lse: jax.Array) -> jax.Array:
-    """The gradient of logits (..., rows of the vocabulary), `hit` at the target, from that of the loss and of lse."""
-    each = tuple(range(lse.ndim, logits.ndim))
-    lse, softmax, target = (jnp.expand_dims(a, each) for a in (lse, g_nll + g_lse, g_nll))
-    return softmax * jnp.exp(logits - lse) - jnp.where(hit, target, 0.0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _cross_entropy(
     hiddens: Arrays, tables: Arrays, targets: jax.Array, num_shards: int, num_chunks: int, native: bool
@@ -163,16 +156,14 @@ def _backward(
         rows = _gathered(rows, dtype)
         if native:
             x, part, at, live = _flat(hiddens, rows, row_ids, targets)
-            if logits is None:
-                g = cpu.loss_gradient(x, part, at, live, lse.ravel(), (g_nll + g_lse).ravel(), g_nll.ravel())
-            else:
-                g = _of_logits(
-                    logits, at[:, None] == jnp.arange(part.shape[0]), lse.ravel(), g_nll.ravel(), g_lse.ravel()
-                )
+            softmax, hit = (g_nll + g_lse).ravel(), g_nll.ravel()
+            g = cpu.loss_gradient(x, part, at, live, lse.ravel(), softmax, hit, scores_TV=logits)
             dx = cpu.product(g, part, jnp.float32).reshape(hiddens[0].shape)
             return (dxs[0] + dx,), (cpu.product(g, x, jnp.float32, transposed=True)[None],)
         logits = _logits(hiddens, rows, row_ids) if logits is None else logits
-        g = _of_logits(logits, row_ids == targets[..., None, None], lse, g_nll, g_lse).astype(dtype)
+        softmax = jnp.exp(logits - lse[..., None, None])
+        hit = jnp.where(row_ids == targets[..., None, None], g_nll[..., None, None], 0.0)
+        g = ((g_nll + g_lse)[..., None, None] * softmax - hit).astype(dtype)
         dxs = tuple(dx + dot(g, part, (((2, 3), (0, 1)), ((), ()))) for dx, part in zip(dxs, rows, strict=True))
         return dxs, tuple(
             table_gradient(g, hidden, name) for hidden, name in zip(hiddens, ("embed", *names[1:]), strict=True)

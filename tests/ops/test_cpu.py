@@ -14,7 +14,7 @@ import pytest
 from helpers.attention import draw, packed
 from helpers.numbers import gap
 from llama_jax import cache, parallel
-from llama_jax.ops import cpu, linear, norm, quant
+from llama_jax.ops import cpu, linear, norm, quant, rope
 from llama_jax.ops.attention import Call, native, xla
 from llama_jax.ops.cpu import build, calls, check
 from llama_jax.ops.remat import with_remat
@@ -107,6 +107,8 @@ def test_the_softmax_of_a_part_of_the_vocabulary_and_its_gradient(dtype):
         assert g.dtype == dtype and gap(1 + np.asarray(g, np.float64), 1 + expected) < (
             1e-5 if dtype == "float32" else 1e-2
         )
+        in_place = cpu.loss_gradient(x, table, targets, jnp.int32(live), lse, all_T, hit_T, kept)
+        assert gap(1 + np.asarray(in_place), 1 + expected) < 1e-5
 
 
 def test_a_loss_that_is_not_a_number_stays_so():
@@ -135,11 +137,11 @@ def test_a_row_does_not_depend_on_the_others(kind):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_norm_and_activation_are_those_of_separate_operations(dtype):
+def test_norm_activation_and_residual_are_those_of_separate_operations(dtype):
     (a, _), (b, _) = weight(dtype, 48, 160, 2), weight(dtype, 20, 160, 3)
     scale, bound = inputs(1, 160, dtype, 5)[0], 2e-6 if dtype == "float32" else 1e-2
-    for rows in (5, 530):
-        x, up = inputs(rows, 160, dtype), inputs(rows, 160, dtype, 4)
+    for rows in (1, 5, 530):
+        x, up, plus = (inputs(rows, size, dtype, seed) for size, seed in ((160, 1), (160, 4), (48, 6)))
         normed = norm.rms_norm(x, scale, eps=1e-5)
         products = jax.jit(lambda *a: calls.linears(a[0], a[1:3], dtype=dtype, norm=(a[3], 1e-5)))(x, a, b, scale)
         for result, w in zip(products, (a, b), strict=True):
@@ -147,6 +149,10 @@ def test_norm_and_activation_are_those_of_separate_operations(dtype):
         (result,) = jax.jit(lambda *a: calls.linears(a[0], [a[1]], dtype=dtype, up=a[2]))(x, a, up)
         hidden = (jax.nn.silu(x) * up).astype(jnp.float32)
         assert gap(result, hidden @ a.astype(jnp.float32).T) < bound
+        (added,) = jax.jit(lambda *a: calls.linears(a[0], [a[1]], dtype=dtype, up=a[2], plus=a[3]))(x, a, up, plus)
+        np.testing.assert_array_equal(added, plus + result)
+    with pytest.raises(Exception, match="the type of its results"):
+        calls.linears(x, [a], dtype=dtype, plus=plus.astype("bfloat16" if dtype == "float32" else "float32"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,6 +176,24 @@ def test_gradients_are_those_of_xla(kind):
         assert gap(both, 2 * np.asarray(gradient)) < 1e-5
         mapped = jax.vmap(lambda row, p=product: p(row, w))(x)
         assert gap(mapped, np.asarray(x, np.float64) @ numbers.T) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("B", "T", "N", "H"), [(1, 1, 9, 64), (2, 300, 3, 64), (1, 7, 2, 128), (3, 5, 2, 10), (1, 0, 2, 16)]
+)
+def test_rotated_pairs_are_complex_products(B, T, N, H, dtype):
+    x, g, angles = draw(1, B, T, N, H, dtype=dtype), draw(2, B, T, N, H, dtype=dtype), draw(3, B, T, H // 2)
+    rotated, pullback = jax.vjp(lambda x: rope.rotate(x, jnp.cos(angles), jnp.sin(angles)), x)
+
+    def turned(x, sign):
+        halves = np.split(np.asarray(x, np.float64), 2, axis=-1)
+        pairs = (halves[0] + 1j * halves[1]) * np.exp(sign * 1j * np.asarray(angles, np.float64))[:, :, None]
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    bound = 1e-6 if dtype == "float32" else 1e-2
+    for result, expected in ((rotated, turned(x, 1)), (pullback(g)[0], turned(g, -1))):
+        assert result.dtype == dtype and (result.size == 0 or gap(result, expected) < bound)
 
 
 def test_rows_of_a_table_are_read_in_place_and_ids_outside_give_nan():
@@ -457,6 +481,7 @@ def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
     assert build._is_ours(tmp_path / "cpu.so")
     # The products of another library, in a process of its own: XLA registers the kernels of one.
     names = "kernels_are_built or products_are or products_of_gradients or softmax or does_not_depend or not_finite"
+    names += " or residual or rotated"
     environment = {**os.environ, cpu.ENV: str(tmp_path / "used")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

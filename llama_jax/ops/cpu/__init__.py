@@ -25,6 +25,7 @@ from llama_jax.ops.cpu.calls import (
     loss,
     loss_gradient,
     product,
+    rotate,
     rows,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "multiplies",
     "product",
     "ready",
+    "rotate",
     "rows",
 ]
 

@@ -36,9 +36,11 @@ TARGETS = (
     "llama_attention",
     "llama_attention_many",
     "llama_attention_gradient",
+    "llama_rotate",
     "llama_rows",
     "llama_loss",
     "llama_loss_gradient",
+    "llama_kept_gradient",
 )
 _COMPILERS = ("g++", "clang++", "c++")
 _SECONDS = 300

@@ -1,7 +1,7 @@
 """The calls of the CPU kernels, once they are registered (see kernels.cc). JAX differentiates none of them.
 
 Letters: B rows, T queries or tokens, V rows of a table, D inputs, O outputs, N query heads, K key/value heads, S cache
-slots, H head dim.
+slots, H head dim, R rotary pairs (H / 2).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def linears(
         dtype: dtype of the results, float32 or bfloat16.
         norm: scale (D,) and eps of an RMSNorm of x.
         up: f(x) is silu(x) * up, with `up` (B, D) in the dtype of x. It excludes `norm`.
-        plus: (B, O) to add to the product of a single weight. XLA adds it: the kernel would not be faster.
+        plus: (B, O) in `dtype`, to add to the rounded product of a single weight.
     """
     arguments, before, eps = [x], _NOTHING, 0.0
     if norm is not None:
@@ -47,10 +47,11 @@ def linears(
         arguments, before = [x, up], _SWIGLU
     for w in weights:
         arguments += [w.values, w.scales] if isinstance(w, QTensor) else [w]
+    if plus is not None:
+        arguments.append(plus)
     shapes = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype) for w in weights]
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
-    products = list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
-    return products if plus is None else [plus + products[0]]
+    return list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
 
 
 def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype, *, transposed: bool = False) -> jax.Array:
@@ -98,6 +99,7 @@ def loss_gradient(
     lse_T: jax.Array,
     all_T: jax.Array,
     hit_T: jax.Array,
+    scores_TV: jax.Array | None = None,
 ) -> jax.Array:
     """The gradient of the scores of `loss`: all * exp(score - lse), minus `hit` at the target; (T, V) as x.
 
@@ -109,16 +111,36 @@ def loss_gradient(
         lse_T: log-sum-exp over the whole vocabulary, float32.
         all_T: factor of the softmax, float32.
         hit_T: factor of the target, float32.
+        scores_TV: the scores, if `loss` kept them: the gradient takes their place in memory, in float32. Otherwise they
+            are computed again.
     """
+    factors = targets_T.astype(jnp.int32), live.astype(jnp.int32), lse_T, all_T, hit_T
+    if scores_TV is not None:
+        result = jax.ShapeDtypeStruct(scores_TV.shape, scores_TV.dtype)
+        in_place = jax.ffi.ffi_call(
+            "llama_kept_gradient", result, vmap_method="sequential", input_output_aliases={0: 0}
+        )
+        return in_place(scores_TV, *factors)
     result = jax.ShapeDtypeStruct((x_TD.shape[0], table_VD.shape[0]), x_TD.dtype)
-    call = jax.ffi.ffi_call("llama_loss_gradient", result, vmap_method="sequential")
-    return call(x_TD, table_VD, targets_T.astype(jnp.int32), live.astype(jnp.int32), lse_T, all_T, hit_T)
+    return jax.ffi.ffi_call("llama_loss_gradient", result, vmap_method="sequential")(x_TD, table_VD, *factors)
 
 
 def rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     """The rows of a bfloat16 table for ids (...), as (..., D). Ids outside 0..V-1 give NaN."""
     result = jax.ShapeDtypeStruct((*ids.shape, table_VD.shape[1]), table_VD.dtype)
     return jax.ffi.ffi_call("llama_rows", result, vmap_method="sequential")(table_VD, ids.astype(jnp.int32))
+
+
+def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Each pair (i, i + H/2) of x turned by the angle of these float32 cosines and sines, computed in float32.
+
+    Args:
+        x_BTNH: queries or keys, float32 or bfloat16, which is the dtype of the result.
+        cos_BTR: cosines.
+        sin_BTR: sines.
+    """
+    result = jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype)
+    return jax.ffi.ffi_call("llama_rotate", result, vmap_method="sequential")(x_BTNH, cos_BTR, sin_BTR)
 
 
 def attend(

@@ -40,6 +40,7 @@ def against_xla() -> None:
                 _compare(result, expected, f"linear, {rows} rows, {kind}, {dtype.__name__}")
     _check_training(normal)
     _check_attention(normal)
+    _check_rotation(normal)
     table, ids = normal(9, 40).astype(jnp.bfloat16), jnp.array([[8, 0], [3, 3]])
     if not jnp.array_equal(jax.jit(calls.rows)(table, ids), table[ids]):
         raise RuntimeError("rows: the kernel differs from XLA")
@@ -136,6 +137,16 @@ def _check_gradient(normal: Callable[..., jax.Array]) -> None:
     for dtype, bound in ((jnp.float32, _FLOAT), (jnp.bfloat16, _BFLOAT16)):
         for a, b, name in zip(*both(*(a.astype(dtype) for a in (q, k, v, g))), "qkv", strict=True):
             _compare(a, [b], f"gradient of {name}, {dtype.__name__}", bound)
+
+
+def _check_rotation(normal: Callable[..., jax.Array]) -> None:
+    angles = normal(2, 5, 20)
+    for dtype, bound in ((jnp.float32, _FLOAT), (jnp.bfloat16, _BFLOAT16)):
+        x = normal(2, 5, 3, 40).astype(dtype)
+        result = jax.jit(calls.rotate)(x, jnp.cos(angles), jnp.sin(angles)).astype(jnp.float32)
+        pairs = x[..., :20].astype(jnp.float32) + 1j * x[..., 20:].astype(jnp.float32)
+        turned = pairs * jnp.exp(1j * angles)[:, :, None]
+        _compare(result, [jnp.concatenate([turned.real, turned.imag], -1)], f"rotate, {dtype.__name__}", bound)
 
 
 def _compare(result: jax.Array, expected: list[jax.Array], name: str, bound: float = _FLOAT) -> None:

@@ -1,13 +1,15 @@
 // Products with weights, and attention over the live keys, as XLA custom calls for CPUs.
 //
 // llama_linear: y_i = f(x) w_i^T for one or several weights (out, in) of the same inputs. f is nothing, RMSNorm, or
-// SwiGLU's silu(x) * up. x, up and y are float32 or bfloat16.
+// SwiGLU's silu(x) * up. A residual may be added. x, up and y are float32 or bfloat16.
 // llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row, for one query a row.
 // llama_attention_many: the same for many queries, each with a range of keys. A second result is the log-sum-exp of scores.
 // llama_attention_gradient: the gradient of llama_attention_many.
+// llama_rotate: rotary positions.
 // llama_rows: rows of a table of bfloat16.
 // llama_product: the product of two matrices, for gradients.
-// llama_loss: maxima and sums of the softmax over a part of the vocabulary; llama_loss_gradient: the gradient of its scores.
+// llama_loss: maxima and sums of the softmax over a part of the vocabulary; llama_loss_gradient: the gradient of its scores;
+// llama_kept_gradient: the same of scores that are in memory.
 //
 // Up to FEW rows are multiplied with weights as they are read. For more rows the weights are packed first.
 // A result does not depend on how many threads run, and within each of the two kinds not on the number of rows; but with
@@ -23,6 +25,7 @@
 #include "many_rows.h"
 #include "pool.h"
 #include "products.h"
+#include "rotation.h"
 
 using Buffer = ffi::AnyBuffer;
 
@@ -35,7 +38,8 @@ template <class Run> static void by_type(bool bf16, const Run& run) {
 }
 static ffi::Error bad(const char* text) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, text); }
 
-// Arguments: x, norm weight or up (before = 1, 2), then each weight, with scales if grouped.
+// Arguments: x, norm weight or up (before = 1, 2), then each weight, with scales if grouped, then what is added to the
+// first product, if there is such an argument. Results: a product for each weight.
 static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t before, float eps) {
   size_t next = 0;
   auto take = [&] { return *args.get<Buffer>(next++); };
@@ -46,13 +50,16 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
   Weight weights[MOST_WEIGHTS]; int count = 0; int64_t outputs = 0;
   if (rets.size() > MOST_WEIGHTS) return bad("llama_linear takes at most 4 weights");
-  while (next < args.size()) {
+  for (; count < (int)rets.size(); count++) {
     Buffer w = take(); Weight& weight = weights[count];
     weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0];
     weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
     Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), weight.out_bf16 = out.element_type() == Type::BF16;
-    outputs += weight.N;
-    count++;
+    weight.plus = nullptr, outputs += weight.N;
+  }
+  if (next < args.size()) {
+    Buffer plus = take(); weights[0].plus = (const char*)plus.untyped_data();
+    if ((plus.element_type() == Type::BF16) != weights[0].out_bf16) return bad("llama_linear adds what has the type of its results");
   }
   const Type type = weights[0].type;
   Math math = FLOAT;
@@ -106,6 +113,15 @@ static ffi::Error LossGradient(ffi::ThreadPool pool, Buffer x, Buffer table, Buf
   const Scores in = scores(x, table, targets, live);
   const float *l = (const float*)lse.untyped_data(), *a = (const float*)all.untyped_data(), *h = (const float*)hit.untyped_data();
   by_type(in.x.type == Type::BF16, [&](auto m) { loss_gradient<decltype(m)>(in, l, a, h, out->untyped_data(), pool); });
+  return ffi::Error::Success();
+}
+// Arguments: all scores, which Loss kept, and those of LossGradient from the targets on. The result takes the place of the scores.
+static ffi::Error KeptGradient(ffi::ThreadPool pool, Buffer scores, Buffer targets, Buffer live, Buffer lse, Buffer all, Buffer hit, ffi::Result<Buffer> out) {
+  const int64_t V = scores.dimensions()[1]; const int count = std::min((int)V, *(const int32_t*)live.untyped_data());
+  const float *l = (const float*)lse.untyped_data(), *a = (const float*)all.untyped_data(), *h = (const float*)hit.untyped_data();
+  parallel(pool, (int)scores.dimensions()[0], [&](int row) {
+    to_gradient((float*)out->untyped_data() + row * V, count, (int)V, ((const int32_t*)targets.untyped_data())[row], l[row], a[row], h[row]);
+  });
   return ffi::Error::Success();
 }
 
@@ -164,6 +180,16 @@ static ffi::Error AttentionGradient(ffi::ThreadPool pool, Buffer q, Buffer k, Bu
   });
   return ffi::Error::Success();
 }
+// Arguments: x (B, T, N, H), float32 or bfloat16, and the cosines and sines (B, T, H/2) of its angles, float32.
+static ffi::Error Rotate(ffi::ThreadPool pool, Buffer x, Buffer cos, Buffer sin, ffi::Result<Buffer> out) {
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    rotate((const T*)x.untyped_data(), (const float*)cos.untyped_data(), (const float*)sin.untyped_data(), x.dimensions()[0] * x.dimensions()[1],
+           (int)x.dimensions()[2], (int)x.dimensions()[3], (T*)out->untyped_data(), pool);
+  };
+  if (x.element_type() == Type::BF16) run(uint16_t()); else run(float());
+  return ffi::Error::Success();
+}
 // The rows of a table (V, D) of bfloat16 for int32 ids. Ids outside of the table give NaN.
 static ffi::Error Rows(Buffer table, Buffer ids, ffi::Result<Buffer> result) {
   const int64_t V = table.dimensions()[0], D = table.dimensions()[1], count = (int64_t)ids.element_count();
@@ -174,6 +200,7 @@ static ffi::Error Rows(Buffer table, Buffer ids, ffi::Result<Buffer> result) {
   return ffi::Error::Success();
 }
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_rotate, Rotate, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_rows, Rows, ffi::Ffi::Bind().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_gradient, AttentionGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
@@ -182,3 +209,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<f
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_product, Product, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Attr<int32_t>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss, Loss, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss_gradient, LossGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_kept_gradient, KeptGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());

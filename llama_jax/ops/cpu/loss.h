@@ -54,13 +54,20 @@ template <class M> static void loss(const Scores& in, float* top, float* total, 
     top[row] = most, total[row] = sums;
   });
 }
-// The gradient of the scores, (T, V) in the type of x: all * exp(score - lse), minus `hit` at the target.
+// One row of scores becomes their gradient: all * exp(score - lse), minus `hit` at the target.
+INLINE void to_gradient(float* scores, int live, int width, int target, float lse, float all, float hit) {
+  auto of = [&](const float* from) __attribute__((always_inline)) { return exp(load(from) - lse) * all; };
+  int i = 0;
+  for (; i + LANES <= live; i += LANES) store(scores + i, of(scores + i));
+  float last[LANES] = {};
+  if (i < live) memcpy(last, scores + i, (live - i) * 4), store(last, of(last)), memcpy(scores + i, last, (live - i) * 4);
+  std::fill(scores + live, scores + width, 0.f);
+  if (target >= 0 && target < live) scores[target] -= hit;
+}
+// The gradient of the scores, (T, V) in the type of x.
 template <class M> static void loss_gradient(const Scores& in, const float* lse, const float* all, const float* hit, void* out, ffi::ThreadPool& pool) {
   each_row<M>(in, [&](int row, int column, float* scores, int live, int width) {
-    for (int i = 0; i < live; i += LANES) store(scores + i, exp(load(scores + i) - lse[row]) * all[row]);
-    std::fill(scores + live, scores + width, 0.f);
-    const int target = in.targets[row] - column;
-    if (target >= 0 && target < live) scores[target] -= hit[row];
+    to_gradient(scores, live, width, in.targets[row] - column, lse[row], all[row], hit[row]);
     write_rows(scores, 0, 1, width, in.x.type == Type::BF16, (char*)out, (int64_t)row * in.table.rows + column, 0);
   }, pool);
 }

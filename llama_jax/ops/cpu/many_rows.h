@@ -53,6 +53,6 @@ template <class M> static void many_rows(const Inputs& in, const Weight* weights
     const Weight& w = weights[j];
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_weight<M>(w, column, width, in.K, k, rows.chunk, to); },
-      [&](int r, int live, const float* sums, int64_t ld) { write_rows(sums, ld, live, width, w.out_bf16, w.out, (int64_t)(in.first + r) * w.N + column, w.N); });
+      [&](int r, int live, const float* sums, int64_t ld) { for (int i = 0; i < live; i++) write_sums(w, sums + i * ld, width, (int64_t)(in.first + r + i) * w.N + column); });
   });
 }
