@@ -23,6 +23,7 @@ template <class M> static void pack_weight(const Weight& w, int n, int count, in
   for (; count > 0; count -= PANEL, to += (int64_t)chunk / UNIT<M> * PANEL) {
     for (int i = 0; i < PANEL; i++, n++) {
       M* row = few + (int64_t)i * chunk; const int live = i < count ? std::min(chunk, K - k) : 0;
+      prefetch_row(w.w + (n + ROWS_AHEAD) * row_bytes(w.type, K) + row_bytes(w.type, k), row_bytes(w.type, live));
       if (live) widen_row(w, n, K, k, live, row);
       std::fill(row + live, row + chunk, M(0));
     }
@@ -50,9 +51,10 @@ template <class M> static void many_rows(const Inputs& in, const Weight* weights
   int columns[MOST_WEIGHTS]; int64_t panels = 0;
   for (int j = 0; j < count; j++) columns[j] = weights[j].N, panels += (weights[j].N + PANEL - 1) / PANEL;
   blocks(pool, in.B, columns, count, panels_of_task(in.B, panels, pool), [&](int j, int first, int last, int column, int width) {
-    const Weight& w = weights[j];
+    const Weight& w = weights[j]; const int bytes = w.out_bf16 ? 2 : 4;
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_weight<M>(w, column, width, in.K, k, rows.chunk, to); },
-      [&](int r, int live, const float* sums, int64_t ld) { for (int i = 0; i < live; i++) write_sums(w, sums + i * ld, width, (int64_t)(in.first + r + i) * w.N + column); });
+      [&](int r, int live, const float* sums, int64_t ld) { for (int i = 0; i < live; i++) write_sums(w, sums + i * ld, width, (int64_t)(in.first + r + i) * w.N + column); },
+      {w.out + ((int64_t)in.first * w.N + column) * bytes, (int64_t)w.N * bytes, bytes});
   });
 }

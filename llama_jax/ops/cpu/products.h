@@ -1,16 +1,18 @@
 // Products of many rows: C = A B, where A has rows and B columns of K values that are summed over.
 //
-// K is cut into chunks, so that a strip of A and a panel of B stay in the first-level cache. All of A is packed first, by
-// all threads. A thread packs a few panels of B and multiplies them with a block of A; C is in memory between chunks.
+// K is cut into chunks, so that a strip of A stays in the first-level cache and some panels of B in the second. All of A is
+// packed first, by all threads, if it cannot be used as it is. A thread packs a few panels of B and multiplies them with a
+// block of A; C is in memory between chunks.
 #pragma once
 #include <algorithm>
 #include "inputs.h"
 #include "pool.h"
 #include "tiles.h"
 
-constexpr int CHUNK = 2048;        // most bytes of a row in a chunk
+constexpr int CHUNK = 1536;        // most bytes of a row in a chunk
 constexpr int BLOCK_ROWS = 512;    // rows of A that a thread multiplies with the panels that it packed
-constexpr int BLOCK_PANELS = 8;    // most of these panels
+constexpr int BLOCK_PANELS = 16;   // most of these panels
+constexpr int ROWS_AHEAD = 4;      // prefetched rows of B, of which the processor does not foresee the next one
 constexpr int TRANSPOSED = 32;     // rows that are packed at a time if A is transposed
 
 // The first operand: `count` rows of K values in chunks. Rows beyond `count` may be multiplied, and are dropped.
@@ -50,7 +52,7 @@ template <class M> INLINE void read(const Matrix& m, int row, int column, int co
 // The rows of a matrix, or of its transpose.
 template <class M> static Packed<M> in_chunks(Scratch& scratch, const Matrix& m, bool transpose, ffi::ThreadPool& pool) {
   const bool alike = m.type == (sizeof(M) == 2 ? Type::BF16 : Type::F32), spread = m.columns * sizeof(M) % 4096 != 0;
-  if (!transpose && alike && spread && m.columns % ALIGN == 0 && m.rows % 32 == 0) {  // as it is: no row beyond it is read
+  if (!transpose && alike && m.columns % ALIGN == 0 && (sizeof(M) == 4 || (spread && m.rows % 32 == 0))) {  // as it is: no row beyond it is read
     Packed<M> a(m.rows, m.columns);
     a.data = (M*)m.data, a.stride = m.columns, a.between = a.chunk;
     return a;
@@ -75,29 +77,43 @@ template <class M> static Packed<M> in_chunks(Scratch& scratch, const Matrix& m,
   });
   return a;
 }
+INLINE void prefetch_row(const char* row, int64_t bytes) { for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i); }
 // Columns from `column` on of a matrix with K rows, for values k ... k + chunk, as panels.
 template <class M> static void pack_panels(const Matrix& m, int column, int panels, int k, int chunk, uint32_t* to) {
   M rows[UNIT<M>][PANEL];
   const int units = chunk / UNIT<M>;
   for (int u = 0; u < units; u++) for (int p = 0; p < panels; p++) {
-    for (int j = 0; j < UNIT<M>; j++) read(m, k + u * UNIT<M> + j, column + p * PANEL, PANEL, PANEL, rows[j]);
+    for (int j = 0; j < UNIT<M>; j++) {
+      const int row = k + u * UNIT<M> + j, at = column + p * PANEL, bytes = m.type == Type::BF16 ? 2 : 4;
+      prefetch_row((const char*)m.data + ((int64_t)(row + ROWS_AHEAD) * m.columns + at) * bytes, PANEL * bytes);
+      read(m, row, at, PANEL, PANEL, rows[j]);
+    }
     pack_rows(rows[0], PANEL, to + ((int64_t)p * units + u) * PANEL);
   }
 }
 
 // Rows first..last of A times `panels` panels of B. pack(k, to) packs them for the values from k, and
-// done(row, count, sums, ld) takes rows of C, as soon as they are complete. It may change them.
+// done(row, count, sums, ld) takes rows of C, as soon as they are complete. It may change them. `out` is prefetched for it.
 static thread_local Scratch block_columns, block_sums;  // of one thread, for products of every kind
-template <class M, class Pack, class Done> static void multiply_block(const Packed<M>& a, int first, int last, int panels, const Pack& pack, const Done& done) {
+struct Out { char* data; int64_t row; int value; };  // of the first column; bytes from row to row, and of a value
+template <class M, class Pack, class Done> static void multiply_block(const Packed<M>& a, int first, int last, int panels, const Pack& pack, const Done& done, const Out& out = {}) {
   const int size = a.chunk / UNIT<M> * PANEL, ld = panels * PANEL, kept = a.chunks > 1 ? last - first : 0;
   uint32_t* b = block_columns.get<uint32_t>((int64_t)panels * size);
   float* c = block_sums.get<float>((int64_t)(kept + rounded_up(MOST_ROWS<M>, 16)) * ld);  // write_columns reads sixteen rows
+  alignas(64) float turned[CHUNK / 4 * IN_REGISTERS + STRIP_END];
   const Amx amx;
   for (int k = 0; k < a.chunks; k++) {
     pack(k * a.chunk, b);
     for (int r = first; r < last; r += MOST_ROWS<M>) {
       float* strip = c + (kept ? (int64_t)(r - first) * ld : 0); const int rows = std::min(MOST_ROWS<M>, last - r);
-      for (int p = 0; p < panels; p++) multiply(rows, a.at(k, r), a.stride, b + p * size, a.units(k), strip + p * PANEL, ld, k > 0);
+      if constexpr (sizeof(M) == 4) {
+        turn(rows, a.at(k, r), a.stride, a.units(k), turned);
+        for (int p = 0; p < panels; p++) {
+          const int next = IN_REGISTERS * p / panels, end = IN_REGISTERS * (p + 1) / panels;
+          char* to = out.data && k + 1 == a.chunks ? out.data + r * out.row + p * PANEL * out.value : nullptr;
+          in_registers<true>(rows, turned, 0, b + p * size, a.units(k), strip + p * PANEL, ld, k > 0, {a.at(k, r + IN_REGISTERS + next), a.stride, end - next, to, out.row});
+        }
+      } else for (int p = 0; p < panels; p++) multiply(rows, a.at(k, r), a.stride, b + p * size, a.units(k), strip + p * PANEL, ld, k > 0);
       if (k + 1 == a.chunks) done(r, rows, strip, ld);
     }
   }
@@ -136,13 +152,13 @@ template <class M> static void product(const Matrix& a, bool transpose, const Ma
   const bool swap = transpose && a.columns > b.columns;  // (b^T a)^T: the narrower of both is transposed in memory
   const Matrix& columns = swap ? a : b;
   const Packed<M> rows = in_chunks<M>(scratch, swap ? b : a, transpose, pool);
-  const int panels = panels_of_task(rows.count, (columns.columns + PANEL - 1) / PANEL, pool);
+  const int bytes = out_bf16 ? 2 : 4, panels = panels_of_task(rows.count, (columns.columns + PANEL - 1) / PANEL, pool);
   blocks(pool, rows.count, &columns.columns, 1, panels, [&](int, int first, int last, int column, int width) {
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_panels<M>(columns, column, (width + PANEL - 1) / PANEL, k, rows.chunk, to); },
       [&](int r, int count, const float* sums, int64_t ld) {
         if (swap) write_columns(sums, ld, count, width, out_bf16, out, (int64_t)column * rows.count + r, rows.count);
         else write_rows(sums, ld, count, width, out_bf16, out, (int64_t)r * columns.columns + column, columns.columns);
-      });
+      }, {swap ? nullptr : out + (int64_t)column * bytes, (int64_t)columns.columns * bytes, bytes});
   });
 }

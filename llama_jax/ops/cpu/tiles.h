@@ -39,10 +39,8 @@ INLINE void transpose16(__m512i (&a)[16], uint32_t* to, int64_t ld) {  // to[u *
   UNROLL for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]), a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
   UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88), b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
-  UNROLL for (int j = 0; j < 8; j++) {
-    _mm512_storeu_si512(to + j * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
-    _mm512_storeu_si512(to + (j + 8) * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
-  }
+  UNROLL for (int j = 0; j < 8; j++) _mm512_storeu_si512(to + j * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+  UNROLL for (int j = 0; j < 8; j++) _mm512_storeu_si512(to + (j + 8) * ld, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
 }
 static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int64_t ld) {  // to[u * ld + n] = from[n * stride + u]
   __m512i a[16];
@@ -78,27 +76,56 @@ INLINE void multiply(vf& sum, const uint16_t* a, vf b) {
   sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
 }
 #endif
-// c (R, PANEL) = A panel, or c += A panel. `units` of each of the R rows of A are multiplied.
-template <class M, int R> static void tile_of(const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
+// Rows of A as a strip: one unit of IN_REGISTERS rows after the other, so that a tile reads one place of memory instead of
+// one for each row. `units` is a multiple of 16. The strip has room for STRIP_END values more.
+constexpr int STRIP_END = 16 - IN_REGISTERS;
+static void turn(int rows, const float* a, int64_t stride, int units, float* strip) {
+#if LANES == 16
+  for (int u = 0; u < units; u += 16) {
+    __m512i few[16];
+    UNROLL for (int r = 0; r < 16; r++) few[r] = _mm512_loadu_si512(a + std::min(r, rows - 1) * stride + u);
+    transpose16(few, (uint32_t*)strip + u * IN_REGISTERS, IN_REGISTERS);  // a unit overwrites the end of the one before it
+  }
+#else
+  for (int r = 0; r < rows; r++) for (int u = 0; u < units; u++) strip[u * IN_REGISTERS + r] = a[r * stride + u];
+#endif
+}
+// What is in memory and needed soon. It is prefetched a few lines at a time while a strip is multiplied, which hides the
+// time that this takes: some of the next rows of A, and the rows of a tile of C.
+struct Soon {
+  const float* a; int64_t stride; int rows; char* c; int64_t ld;
+  __attribute__((always_inline)) void fetch(int u) const {  // not inlined, GCC would take it for a function without effect
+    for (int r = 0; r < rows; r++) prefetch(a + r * stride + u);
+    const int r = u / 16;
+    if (c && r < IN_REGISTERS) __builtin_prefetch(c + r * ld, 1), __builtin_prefetch(c + r * ld + 64, 1);
+  }
+};
+// c (R, PANEL) = A panel, or c += A panel. `units` of each of the R rows of A are multiplied. They are even, and if A is a
+// STRIP, a multiple of 16.
+template <class M, int R, bool STRIP> static void tile_of(const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add, const Soon& soon) {
   vf sums[R][2];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) sums[r][j] = add ? load(c + r * ld + j * LANES) : vf{};
-  for (int u = 0; u < units; u++) {
-    const vf b0 = load((const float*)panel + (int64_t)u * PANEL), b1 = load((const float*)panel + (int64_t)u * PANEL + LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      const M* at = a + r * stride + u * UNIT<M>;
-      multiply(sums[r][0], at, b0), multiply(sums[r][1], at, b1);
+  const int step = STRIP ? 16 : units;
+  for (int from = 0; from < units; from += step) {
+    if (STRIP) soon.fetch(from);
+    for (int u = from; u < from + step; u += 2) UNROLL for (int v = u; v < u + 2; v++) {
+      const vf b0 = load((const float*)panel + (int64_t)v * PANEL), b1 = load((const float*)panel + (int64_t)v * PANEL + LANES);
+      UNROLL for (int r = 0; r < R; r++) {
+        const M* at = a + (STRIP ? v * IN_REGISTERS + r : r * stride + v * UNIT<M>);
+        multiply(sums[r][0], at, b0), multiply(sums[r][1], at, b1);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(c + r * ld + j * LANES, sums[r][j]);
 }
-template <class M> static void in_registers(int rows, const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add) {
+template <bool STRIP, class M> static void in_registers(int rows, const M* a, int64_t stride, const uint32_t* panel, int units, float* c, int64_t ld, bool add, const Soon& soon = {}) {
   if (rows > 6) {
-    if (IN_REGISTERS == 12 && rows > 8) tile_of<M, IN_REGISTERS>(a, stride, panel, units, c, ld, add);
-    else tile_of<M, (IN_REGISTERS > 8 ? 8 : IN_REGISTERS)>(a, stride, panel, units, c, ld, add);
-  } else if (rows > 4) tile_of<M, 6>(a, stride, panel, units, c, ld, add);
-  else if (rows > 2) tile_of<M, 4>(a, stride, panel, units, c, ld, add);
-  else if (rows > 1) tile_of<M, 2>(a, stride, panel, units, c, ld, add);
-  else tile_of<M, 1>(a, stride, panel, units, c, ld, add);
+    if (IN_REGISTERS == 12 && rows > 8) tile_of<M, IN_REGISTERS, STRIP>(a, stride, panel, units, c, ld, add, soon);
+    else tile_of<M, (IN_REGISTERS > 8 ? 8 : IN_REGISTERS), STRIP>(a, stride, panel, units, c, ld, add, soon);
+  } else if (rows > 4) tile_of<M, 6, STRIP>(a, stride, panel, units, c, ld, add, soon);
+  else if (rows > 2) tile_of<M, 4, STRIP>(a, stride, panel, units, c, ld, add, soon);
+  else if (rows > 1) tile_of<M, 2, STRIP>(a, stride, panel, units, c, ld, add, soon);
+  else tile_of<M, 1, STRIP>(a, stride, panel, units, c, ld, add, soon);
 }
 // The same for up to MOST_ROWS rows, by the fastest instructions. A and c have room for MOST_ROWS, and rows beyond `rows`
 // may be computed too. The caller has an Amx.
@@ -109,5 +136,5 @@ template <class M> static void multiply(int rows, const M* a, int64_t stride, co
     return;
   }
 #endif
-  for (int r = 0; r < rows; r += IN_REGISTERS) in_registers(std::min(IN_REGISTERS, rows - r), a + r * stride, stride, panel, units, c + r * ld, ld, add);
+  for (int r = 0; r < rows; r += IN_REGISTERS) in_registers<false>(std::min(IN_REGISTERS, rows - r), a + r * stride, stride, panel, units, c + r * ld, ld, add);
 }
