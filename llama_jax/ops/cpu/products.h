@@ -9,7 +9,7 @@
 #include "pool.h"
 #include "tiles.h"
 
-constexpr int CHUNK = 1536;        // most bytes of a row in a chunk
+constexpr int CHUNK = 2048;        // most bytes of a row in a chunk
 constexpr int BLOCK_ROWS = 512;    // rows of A that a thread multiplies with the panels that it packed
 constexpr int BLOCK_PANELS = 16;   // most of these panels
 constexpr int ROWS_AHEAD = 4;      // prefetched rows of B, of which the processor does not foresee the next one
