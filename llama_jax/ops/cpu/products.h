@@ -49,6 +49,11 @@ template <class M> INLINE void read(const Matrix& m, int row, int column, int co
   if (count == padded) return copy(padded);  // often a constant
   copy(count), memset(to + count, 0, (padded - count) * sizeof(M));
 }
+INLINE void prefetch_row(const char* row, int64_t bytes) { for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i); }
+INLINE void prefetch_row(const Matrix& m, int row, int column, int count) {
+  const int bytes = m.type == Type::BF16 ? 2 : 4;
+  prefetch_row((const char*)m.data + ((int64_t)row * m.columns + column) * bytes, count * bytes);
+}
 // The rows of a matrix, or of its transpose.
 template <class M> static Packed<M> in_chunks(Scratch& scratch, const Matrix& m, bool transpose, ffi::ThreadPool& pool) {
   const bool alike = m.type == (sizeof(M) == 2 ? Type::BF16 : Type::F32), spread = m.columns * sizeof(M) % 4096 != 0;
@@ -68,7 +73,11 @@ template <class M> static Packed<M> in_chunks(Scratch& scratch, const Matrix& m,
     for (int k = 0; k < a.chunk; k += 16 * U) for (int row = start; row < end; row += T) {
       M few[U][T]; uint32_t units[16 * T];
       for (int u = 0; u < 16; u++) {
-        for (int j = 0; j < U; j++) { const int at = k + u * U + j; read(m, at < a.live(c) ? c * a.chunk + at : m.rows, row, T, T, few[j]); }
+        for (int j = 0; j < U; j++) {
+          const int at = k + u * U + j;
+          prefetch_row(m, c * a.chunk + at + 16 * U, row, T);
+          read(m, at < a.live(c) ? c * a.chunk + at : m.rows, row, T, T, few[j]);
+        }
         if constexpr (U == 1) memcpy(units + u * T, few, T * 4);
         else for (int n = 0; n < T; n++) units[u * T + n] = few[0][n] | (uint32_t)few[U - 1][n] << 16;
       }
@@ -77,15 +86,14 @@ template <class M> static Packed<M> in_chunks(Scratch& scratch, const Matrix& m,
   });
   return a;
 }
-INLINE void prefetch_row(const char* row, int64_t bytes) { for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i); }
 // Columns from `column` on of a matrix with K rows, for values k ... k + chunk, as panels.
 template <class M> static void pack_panels(const Matrix& m, int column, int panels, int k, int chunk, uint32_t* to) {
   M rows[UNIT<M>][PANEL];
   const int units = chunk / UNIT<M>;
   for (int u = 0; u < units; u++) for (int p = 0; p < panels; p++) {
     for (int j = 0; j < UNIT<M>; j++) {
-      const int row = k + u * UNIT<M> + j, at = column + p * PANEL, bytes = m.type == Type::BF16 ? 2 : 4;
-      prefetch_row((const char*)m.data + ((int64_t)(row + ROWS_AHEAD) * m.columns + at) * bytes, PANEL * bytes);
+      const int row = k + u * UNIT<M> + j, at = column + p * PANEL;
+      prefetch_row(m, row + ROWS_AHEAD, at, PANEL);
       read(m, row, at, PANEL, PANEL, rows[j]);
     }
     pack_rows(rows[0], PANEL, to + ((int64_t)p * units + u) * PANEL);
@@ -118,9 +126,9 @@ template <class M, class Pack, class Done> static void multiply_block(const Pack
     }
   }
 }
-// Panels of each task, so that all threads have several.
+// Panels of each task, so that all threads have two tasks: more are narrower, and share less of the work of packing.
 INLINE int panels_of_task(int rows, int64_t panels, const ffi::ThreadPool& pool) {
-  const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, tasks = 4 * std::max<int64_t>(1, pool.num_threads());
+  const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, tasks = 2 * std::max<int64_t>(1, pool.num_threads());
   return (int)std::min<int64_t>(BLOCK_PANELS, (blocks * panels + tasks - 1) / tasks);
 }
 // body(j, first row, last row, first column, columns) for all blocks of products with matrices of these columns.
