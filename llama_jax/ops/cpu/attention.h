@@ -93,7 +93,7 @@ template <class M> static void attend_many(const Queries& in, const Keys& keys, 
     for (int s = 0; s < count; s += PANEL) {
       const int live = std::min(PANEL, count - s);
       for (int i = 0; i < live; i++) convert(keys.k, in.type, keys.k_scales, base + s0 + s + i, H, few + i * padded);
-      pack_columns(few, padded, k_panels + (int64_t)s * units);
+      pack_columns(few, padded, padded, k_panels + (int64_t)s * units);
     }
     for (int s = 0; s < rounded_up(count, PANEL); s += UNIT<M>) {
       for (int i = 0; i < UNIT<M>; i++) {

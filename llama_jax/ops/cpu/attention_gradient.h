@@ -66,7 +66,7 @@ template <class M> static void attention_gradient(const Queries& in, const Keys&
       if (live) convert(keys.k, in.type, nullptr, base + s0 + i, H, k_row), convert(keys.v, in.type, nullptr, base + s0 + i, H, v_row), convert(keys.k, in.type, nullptr, base + s0 + i, H, floats + i * W);
       std::fill(k_row + live, k_row + W, M(0)), std::fill(v_row + live, v_row + W, M(0));
     }
-    pack_columns(floats, W, (uint32_t*)turned);
+    pack_columns(floats, W, W, (uint32_t*)turned);
     for (int h = 0; h < W; h++) narrow(turned + h * PANEL, PANEL, k_columns + (int64_t)(s0 / SPAN) * SPAN * W + h * SPAN + s0 % SPAN);
   }
   std::fill(dk, dk + (int64_t)S * W, 0.f), std::fill(dv, dv + (int64_t)S * W, 0.f);
@@ -96,7 +96,7 @@ template <class M> static void attention_gradient(const Queries& in, const Keys&
         of.every_low = std::max(of.every_low, columns.low[i]), of.every_high = std::min(of.every_high, columns.high[i]);
       }
       start = std::min(start, of.low), end = std::max(end, of.high);
-      pack_columns(q + p * PANEL * W, W, q_panels + p * PANEL * units), pack_columns(g + p * PANEL * W, W, g_panels + p * PANEL * units);
+      pack_columns(q + p * PANEL * W, W, W, q_panels + p * PANEL * units), pack_columns(g + p * PANEL * W, W, W, g_panels + p * PANEL * units);
       for (int i = p * PANEL; i < (p + 1) * PANEL; i += UNIT<M>) for (int h = 0; h < W; h += PANEL) {
         const int to = (h * COLUMNS + i * PANEL) / UNIT<M>;
         pack_rows(q + i * W + h, W, q_sums + to), pack_rows(g + i * W + h, W, g_sums + to);
@@ -131,7 +131,7 @@ template <class M> static void attention_gradient(const Queries& in, const Keys&
       }
     }
     for (int h = 0; h < H; h += PANEL) {
-      pack_columns(dq + h * COLUMNS, COLUMNS, (uint32_t*)turned);
+      pack_columns(dq + h * COLUMNS, COLUMNS, COLUMNS, (uint32_t*)turned);
       for (int i = 0; i < count; i++) write(turned + i * PANEL, std::min(PANEL, H - h), scale, in.bf16, gradient.dq, ((first + (r0 + i) / G) * in.N + k * G + (r0 + i) % G) * H + h);
     }
   }

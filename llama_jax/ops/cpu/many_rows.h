@@ -20,14 +20,17 @@ template <class M> static void widen_row(const Weight& w, int n, int K, int k, i
 template <class M> static void pack_weight(const Weight& w, int n, int count, int K, int k, int chunk, uint32_t* to) {
   static thread_local Scratch scratch;
   M* few = scratch.get<M>((int64_t)PANEL * chunk);
-  for (; count > 0; count -= PANEL, to += (int64_t)chunk / UNIT<M> * PANEL) {
-    for (int i = 0; i < PANEL; i++, n++) {
-      M* row = few + (int64_t)i * chunk; const int live = i < count ? std::min(chunk, K - k) : 0;
-      prefetch_row(w.w + (n + ROWS_AHEAD) * row_bytes(w.type, K) + row_bytes(w.type, k), row_bytes(w.type, live));
-      if (live) widen_row(w, n, K, k, live, row);
-      std::fill(row + live, row + chunk, M(0));
+  const int live = std::min(chunk, K - k), padded = rounded_up(live, ALIGN);
+  const bool as_it_is = !w.scales && w.type == (sizeof(M) == 2 ? Type::BF16 : Type::F32) && live == padded && K % UNIT<M> == 0;
+  for (; count > 0; count -= PANEL, n += PANEL, to += (int64_t)chunk / UNIT<M> * PANEL) {
+    if (as_it_is && count >= PANEL) { pack_columns((const M*)w.w + (int64_t)n * K + k, K, live, to, PANEL); continue; }
+    for (int i = 0; i < PANEL; i++) {
+      M* row = few + (int64_t)i * padded; const int values = i < count ? live : 0;
+      prefetch_row(w.w + (n + i + ROWS_AHEAD) * row_bytes(w.type, K) + row_bytes(w.type, k), row_bytes(w.type, values));
+      if (values) widen_row(w, n + i, K, k, values, row);
+      std::fill(row + values, row + padded, M(0));
     }
-    pack_columns(few, chunk, to);
+    pack_columns(few, padded, padded, to);
   }
 }
 // Rows in.first ... in.first + in.B.
@@ -50,7 +53,7 @@ template <class M> static void many_rows(const Inputs& in, const Weight* weights
   const Packed<M> rows = inputs<M>(scratch, in, pool);
   int columns[MOST_WEIGHTS]; int64_t panels = 0;
   for (int j = 0; j < count; j++) columns[j] = weights[j].N, panels += (weights[j].N + PANEL - 1) / PANEL;
-  blocks(pool, in.B, columns, count, panels_of_task(in.B, panels, pool), [&](int j, int first, int last, int column, int width) {
+  blocks(pool, in.B, columns, count, panels_of_task(rows, panels, pool), [&](int j, int first, int last, int column, int width) {
     const Weight& w = weights[j]; const int bytes = w.out_bf16 ? 2 : 4;
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_weight<M>(w, column, width, in.K, k, rows.chunk, to); },

@@ -5,21 +5,33 @@
 // block of A; C is in memory between chunks.
 #pragma once
 #include <algorithm>
+#include <unistd.h>
 #include "inputs.h"
 #include "pool.h"
 #include "tiles.h"
 
-constexpr int CHUNK = 2048;        // most bytes of a row in a chunk
+#ifdef HAS_AMX
+template <class M> constexpr int CHUNK = sizeof(M) == 2 ? 4096 : 2048;  // most bytes of a row in a chunk
+#else
+template <class M> constexpr int CHUNK = 2048;
+#endif
 constexpr int BLOCK_ROWS = 512;    // rows of A that a thread multiplies with the panels that it packed
-constexpr int BLOCK_PANELS = 16;   // most of these panels
+constexpr int BLOCK_PANELS = 16;   // most of these panels, where the second-level cache has room
 constexpr int ROWS_AHEAD = 4;      // prefetched rows of B, of which the processor does not foresee the next one
 constexpr int TRANSPOSED = 32;     // rows that are packed at a time if A is transposed
 
+static int64_t second_level_cache() {  // bytes
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
 // The first operand: `count` rows of K values in chunks. Rows beyond `count` may be multiplied, and are dropped.
 template <class M> struct Packed {
   M* data; int count, K, chunk, chunks; int64_t stride, between;  // values between rows, and between chunks
   Packed(int count, int K) : count(count), K(K) {
-    const int values = CHUNK / (int)sizeof(M), most = std::max(1, (K + values - 1) / values);
+    const int values = CHUNK<M> / (int)sizeof(M), most = std::max(1, (K + values - 1) / values);
     chunk = std::max(ALIGN, rounded_up((K + most - 1) / most, ALIGN)), chunks = std::max(1, (K + chunk - 1) / chunk);
   }
   Packed(Scratch& scratch, int count, int K) : Packed(count, K) {
@@ -28,6 +40,10 @@ template <class M> struct Packed {
     data = scratch.get<M>(chunks * between);
   }
   M* at(int c, int row) const { return data + c * between + row * stride; }
+  int most_panels() const {  // that take half of the second-level cache, from 4 to BLOCK_PANELS
+    static const int64_t cache = second_level_cache();
+    return (int)std::min<int64_t>(BLOCK_PANELS, std::max<int64_t>(4, cache / 2 / (chunk * (int64_t)sizeof(M) * PANEL)));
+  }
   int live(int c) const { return std::min(chunk, K - c * chunk); }  // values of a chunk that are not padding
   int units(int c) const { return rounded_up(live(c), ALIGN) / UNIT<M>; }
   void set(int row, const float* from) const {  // `from` has chunks * chunk values, zero beyond K
@@ -108,7 +124,7 @@ template <class M, class Pack, class Done> static void multiply_block(const Pack
   const int size = a.chunk / UNIT<M> * PANEL, ld = panels * PANEL, kept = a.chunks > 1 ? last - first : 0;
   uint32_t* b = block_columns.get<uint32_t>((int64_t)panels * size);
   float* c = block_sums.get<float>((int64_t)(kept + rounded_up(MOST_ROWS<M>, 16)) * ld);  // write_columns reads sixteen rows
-  alignas(64) float turned[CHUNK / 4 * IN_REGISTERS + STRIP_END];
+  alignas(64) float turned[CHUNK<float> / 4 * IN_REGISTERS + STRIP_END];
   const Amx amx;
   for (int k = 0; k < a.chunks; k++) {
     pack(k * a.chunk, b);
@@ -127,9 +143,9 @@ template <class M, class Pack, class Done> static void multiply_block(const Pack
   }
 }
 // Panels of each task, so that all threads have two tasks: more are narrower, and share less of the work of packing.
-INLINE int panels_of_task(int rows, int64_t panels, const ffi::ThreadPool& pool) {
-  const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, tasks = 2 * std::max<int64_t>(1, pool.num_threads());
-  return (int)std::min<int64_t>(BLOCK_PANELS, (blocks * panels + tasks - 1) / tasks);
+template <class M> static int panels_of_task(const Packed<M>& a, int64_t panels, const ffi::ThreadPool& pool) {
+  const int64_t blocks = (a.count + BLOCK_ROWS - 1) / BLOCK_ROWS, tasks = 2 * std::max<int64_t>(1, pool.num_threads());
+  return (int)std::min<int64_t>(a.most_panels(), (blocks * panels + tasks - 1) / tasks);
 }
 // body(j, first row, last row, first column, columns) for all blocks of products with matrices of these columns.
 template <class Body> static void blocks(ffi::ThreadPool& pool, int rows, const int* columns, int count, int panels, const Body& body) {
@@ -160,7 +176,7 @@ template <class M> static void product(const Matrix& a, bool transpose, const Ma
   const bool swap = transpose && a.columns > b.columns;  // (b^T a)^T: the narrower of both is transposed in memory
   const Matrix& columns = swap ? a : b;
   const Packed<M> rows = in_chunks<M>(scratch, swap ? b : a, transpose, pool);
-  const int bytes = out_bf16 ? 2 : 4, panels = panels_of_task(rows.count, (columns.columns + PANEL - 1) / PANEL, pool);
+  const int bytes = out_bf16 ? 2 : 4, panels = panels_of_task(rows, (columns.columns + PANEL - 1) / PANEL, pool);
   blocks(pool, rows.count, &columns.columns, 1, panels, [&](int, int first, int last, int column, int width) {
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_panels<M>(columns, column, (width + PANEL - 1) / PANEL, k, rows.chunk, to); },

@@ -52,14 +52,18 @@ static void transpose16(const uint32_t* from, int64_t stride, uint32_t* to, int6
   for (int n = 0; n < 16; n++) for (int u = 0; u < 16; u++) to[u * ld + n] = from[n * stride + u];
 }
 #endif
-// The panel of PANEL rows of `values` each, which are its columns: a transpose of units. `values` is a multiple of ALIGN.
-template <class M> static void pack_columns(const M* rows, int values, uint32_t* panel) {
+// The panel of PANEL rows, which are its columns: a transpose of units. `values`, a multiple of ALIGN, of each row are
+// packed. Meanwhile the same of the rows that are `ahead` rows further is prefetched.
+template <class M> static void pack_columns(const M* rows, int64_t stride, int values, uint32_t* panel, int ahead = 0) {
   const int units = values / UNIT<M>;
-  const uint32_t* from = (const uint32_t*)rows;
 #if LANES == 16
-  for (int n = 0; n < PANEL; n += 16) for (int u = 0; u < units; u += 16) transpose16(from + (int64_t)n * units + u, units, panel + (int64_t)u * PANEL + n, PANEL);
+  for (int n = 0; n < PANEL; n += 16) for (int u = 0; u < units; u += 16) {
+    const M* from = rows + n * stride + u * UNIT<M>;
+    if (ahead) UNROLL for (int i = 0; i < 16; i++) prefetch(from + (i + ahead) * stride);
+    transpose16((const uint32_t*)from, stride / UNIT<M>, panel + (int64_t)u * PANEL + n, PANEL);
+  }
 #else
-  for (int n = 0; n < PANEL; n++) for (int u = 0; u < units; u++) panel[(int64_t)u * PANEL + n] = from[(int64_t)n * units + u];
+  for (int n = 0; n < PANEL; n++) for (int u = 0; u < units; u++) memcpy(panel + (int64_t)u * PANEL + n, rows + n * stride + u * UNIT<M>, 4);
 #endif
 }
 // One unit of PANEL columns, of the rows that it multiplies: one row of floats, or two of bfloat16.
