@@ -66,6 +66,7 @@ def main() -> None:
     if args.serve:
         name, method, dtype = args.serve
         if name == "ours":
+            training.freed_memory.at_start()
             return turns.serve(ours(method, dtype, size))
         return turns.serve(theirs(method, dtype, size, compiled=name == "compiled"))
     for method, dtype in itertools.product(args.methods, args.dtypes):  # one at a time, to measure its memory

@@ -4,8 +4,9 @@
 
 The model is a 6-layer Llama of width 384 with a vocabulary of 32,000; batches are 8 x 512 tokens; both use AdamW,
 clipping at 1.0 and float32 master weights. `bfloat16` means autocast in torch and `train.compute_dtype` here. Both keep
-activations and logits for the backward pass, as there is memory for them. Compare the ratios: single timings on a
-shared machine mean little.
+activations and logits for the backward pass, as there is memory for them. Ours has the memory settings of train.py;
+with $GLIBC_TUNABLES in the environment both have the same. Compare the ratios: single timings on a shared machine mean
+little.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from llama_jax.cli import freed_memory  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,8 @@ def main() -> None:
     size = Size()
     if args.serve:
         name, dtype = args.serve
+        if name == "ours":
+            freed_memory.at_start()  # as train.py does
         return turns.serve({"ours": ours, "transformers": transformers}[name](dtype, size))
     kinds = [(name, dtype) for dtype in args.dtypes for name in ("ours", "transformers")]
     seconds = turns.race(kinds, steps=args.steps)

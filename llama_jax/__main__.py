@@ -9,10 +9,13 @@ def entry() -> None:
     # Signals wait until `leave` has handlers for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
-    from llama_jax.cli import commands, exits, freed_memory
+    from llama_jax.cli import freed_memory
 
     if sys.argv[1:2] == ["train"]:
-        freed_memory.one_arena()
+        freed_memory.at_start()
+
+    from llama_jax.cli import commands, exits
+
     exits.leave(commands.main, sys.argv[1:])
 
 

@@ -51,7 +51,7 @@ def rotations(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, 
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
     """Rotates each pair (i, i + H/2) of x by its angle. Computed in float32 and returned in the dtype of x.
 
-    It has no gradient for the angles, which do not depend on weights.
+    On a CPU it has no gradient for the angles, which do not depend on weights.
     """
     if x_BTNH.dtype in (jnp.float32, jnp.bfloat16) and cpu.ready():
         return _native(x_BTNH, cos_BTR, sin_BTR)
@@ -77,7 +77,7 @@ def _forward(
 
 def _backward(angles: tuple[jax.Array, jax.Array], g_BTNH: jax.Array) -> tuple[jax.Array, None, None]:
     cos_BTR, sin_BTR = angles
-    return cpu.rotate(g_BTNH, cos_BTR, -sin_BTR), None, None
+    return _native(g_BTNH, cos_BTR, -sin_BTR), None, None
 
 
 _native.defvjp(_forward, _backward)

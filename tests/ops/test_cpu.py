@@ -151,7 +151,9 @@ def test_norm_activation_and_residual_are_those_of_separate_operations(dtype):
         assert gap(result, hidden @ a.astype(jnp.float32).T) < bound
         (added,) = jax.jit(lambda *a: calls.linears(a[0], [a[1]], dtype=dtype, up=a[2], plus=a[3]))(x, a, up, plus)
         np.testing.assert_array_equal(added, plus + result)
-    with pytest.raises(Exception, match="the type of its results"):
+    with pytest.raises(Exception, match="the type and the shape"):
+        calls.linears(x, [a], dtype=dtype, plus=plus[:1])
+    with pytest.raises(Exception, match="the type and the shape"):
         calls.linears(x, [a], dtype=dtype, plus=plus.astype("bfloat16" if dtype == "float32" else "float32"))
 
 
@@ -191,6 +193,8 @@ def test_rotated_pairs_are_complex_products(B, T, N, H, dtype):
         pairs = (halves[0] + 1j * halves[1]) * np.exp(sign * 1j * np.asarray(angles, np.float64))[:, :, None]
         return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
+    same = rope.rotate(x, jnp.cos(angles[:1]), jnp.sin(angles[:1]))[:1]  # one row of angles for all rows of x
+    np.testing.assert_array_equal(same, rotated[:1])
     bound = 1e-6 if dtype == "float32" else 1e-2
     for result, expected in ((rotated, turned(x, 1)), (pullback(g)[0], turned(g, -1))):
         assert result.dtype == dtype and (result.size == 0 or gap(result, expected) < bound)

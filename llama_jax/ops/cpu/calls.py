@@ -136,11 +136,13 @@ def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Arr
 
     Args:
         x_BTNH: queries or keys, float32 or bfloat16, which is the dtype of the result.
-        cos_BTR: cosines.
+        cos_BTR: cosines; one row serves all rows of x.
         sin_BTR: sines.
     """
+    B, T, _, H = x_BTNH.shape
+    angles = (jnp.broadcast_to(a, (B, T, H // 2)).astype(jnp.float32) for a in (cos_BTR, sin_BTR))
     result = jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype)
-    return jax.ffi.ffi_call("llama_rotate", result, vmap_method="sequential")(x_BTNH, cos_BTR, sin_BTR)
+    return jax.ffi.ffi_call("llama_rotate", result, vmap_method="sequential")(x_BTNH, *angles)
 
 
 def attend(

@@ -16,7 +16,7 @@ template <int B, int R> INLINE void finish(vf (&a)[R][B], float* t, int64_t ld) 
 }
 
 // The distance of prefetched weights: whole blocks of outputs that are computed together, so that no row is left out.
-INLINE int64_t ahead(int64_t bytes) { return (AHEAD + bytes - 1) / bytes * bytes; }
+INLINE int64_t ahead(int64_t bytes) { return bytes ? (AHEAD + bytes - 1) / bytes * bytes : 0; }
 
 // Dense weights times float32 inputs.
 template <class T, int B, int R> static void dense(const T* w, const float* x, int K, int64_t pad, float* t, int64_t ld) {

@@ -59,7 +59,8 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   }
   if (next < args.size()) {
     Buffer plus = take(); weights[0].plus = (const char*)plus.untyped_data();
-    if ((plus.element_type() == Type::BF16) != weights[0].out_bf16) return bad("llama_linear adds what has the type of its results");
+    Buffer out = *(*rets.get<Buffer>(0));
+    if (plus.element_type() != out.element_type() || plus.element_count() != out.element_count()) return bad("llama_linear adds what has the type and the shape of its result");
   }
   const Type type = weights[0].type;
   Math math = FLOAT;
@@ -117,6 +118,7 @@ static ffi::Error LossGradient(ffi::ThreadPool pool, Buffer x, Buffer table, Buf
 }
 // Arguments: all scores, which Loss kept, and those of LossGradient from the targets on. The result takes the place of the scores.
 static ffi::Error KeptGradient(ffi::ThreadPool pool, Buffer scores, Buffer targets, Buffer live, Buffer lse, Buffer all, Buffer hit, ffi::Result<Buffer> out) {
+  if (out->untyped_data() != scores.untyped_data()) memcpy(out->untyped_data(), scores.untyped_data(), scores.size_bytes());
   const int64_t V = scores.dimensions()[1]; const int count = std::min((int)V, *(const int32_t*)live.untyped_data());
   const float *l = (const float*)lse.untyped_data(), *a = (const float*)all.untyped_data(), *h = (const float*)hit.untyped_data();
   parallel(pool, (int)scores.dimensions()[0], [&](int row) {
@@ -182,6 +184,8 @@ static ffi::Error AttentionGradient(ffi::ThreadPool pool, Buffer q, Buffer k, Bu
 }
 // Arguments: x (B, T, N, H), float32 or bfloat16, and the cosines and sines (B, T, H/2) of its angles, float32.
 static ffi::Error Rotate(ffi::ThreadPool pool, Buffer x, Buffer cos, Buffer sin, ffi::Result<Buffer> out) {
+  const int64_t angles = x.dimensions()[0] * x.dimensions()[1] * (x.dimensions()[3] / 2);
+  if (x.dimensions()[3] % 2 || (int64_t)cos.element_count() != angles || (int64_t)sin.element_count() != angles) return bad("llama_rotate takes one angle for each pair of a head");
   auto run = [&](auto type) {
     using T = decltype(type);
     rotate((const T*)x.untyped_data(), (const float*)cos.untyped_data(), (const float*)sin.untyped_data(), x.dimensions()[0] * x.dimensions()[1],

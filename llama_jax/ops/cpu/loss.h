@@ -9,13 +9,13 @@
 // `targets` count from the first row of the table; others have their target in another part. Rows from `live` on are padding.
 struct Scores { Matrix x, table; const int32_t* targets; int live; };
 
-// Columns of a part.
-template <class M> static int part_columns(const Scores& in) { return Packed<M>(in.x.rows, in.x.columns).most_panels() * PANEL; }
-// use(row, first column, scores, live columns, columns) for every row, in parts.
+// use(row, first column, scores, live columns, columns) for every row, in parts of SCORES columns. They do not depend on the
+// processor's caches, so that the digits of a loss do not either.
+constexpr int PARTS = 8, SCORES = PARTS * PANEL;
 template <class M, class Use> static void each_row(const Scores& in, const Use& use, ffi::ThreadPool& pool) {
   Borrowed scratch;
   const Packed<M> rows = in_chunks<M>(scratch, in.x, false, pool);
-  blocks(pool, rows.count, &in.table.rows, 1, rows.most_panels(), [&](int, int first, int last, int column, int width) {
+  blocks(pool, rows.count, &in.table.rows, 1, PARTS, [&](int, int first, int last, int column, int width) {
     const Weight w{(const char*)in.table.data, nullptr, in.table.type, in.table.rows};
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_weight<M>(w, column, width, rows.K, k, rows.chunk, to); },
@@ -29,7 +29,7 @@ template <class M, class Use> static void each_row(const Scores& in, const Use& 
 template <class M> static void loss(const Scores& in, float* top, float* total, float* hit, float* kept, ffi::ThreadPool& pool) {
   Borrowed scratch;
   struct Part { float top, total; };
-  const int T = in.x.rows, each = part_columns<M>(in), parts = (in.table.rows + each - 1) / each;
+  const int T = in.x.rows, parts = (in.table.rows + SCORES - 1) / SCORES;
   Part* all = scratch.scratch->get<Part>((int64_t)T * parts);
   std::fill(hit, hit + T, 0.f);
   each_row<M>(in, [&](int row, int column, float* scores, int live, int width) {
@@ -45,7 +45,7 @@ template <class M> static void loss(const Scores& in, float* top, float* total, 
       for (int j = live - i; j < LANES; j++) e[j] = 0;
       sums += e;
     }
-    all[(int64_t)row * parts + column / each] = {most, sum(sums)};
+    all[(int64_t)row * parts + column / SCORES] = {most, sum(sums)};
   }, pool);
   parallel(pool, T, [&](int row) {
     const Part* part = all + (int64_t)row * parts;

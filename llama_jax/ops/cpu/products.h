@@ -73,7 +73,7 @@ INLINE void prefetch_row(const Matrix& m, int row, int column, int count) {
 // The rows of a matrix, or of its transpose.
 template <class M> static Packed<M> in_chunks(Scratch& scratch, const Matrix& m, bool transpose, ffi::ThreadPool& pool) {
   const bool alike = m.type == (sizeof(M) == 2 ? Type::BF16 : Type::F32), spread = m.columns * sizeof(M) % 4096 != 0;
-  if (!transpose && alike && m.columns % ALIGN == 0 && (sizeof(M) == 4 || (spread && m.rows % 32 == 0))) {  // as it is: no row beyond it is read
+  if (!transpose && alike && m.columns % ALIGN == 0 && (sizeof(M) == 4 || (spread && m.rows % 32 == 0))) {  // as it is: no row beyond it is read (by `turn`, if they are floats)
     Packed<M> a(m.rows, m.columns);
     a.data = (M*)m.data, a.stride = m.columns, a.between = a.chunk;
     return a;
@@ -119,11 +119,11 @@ template <class M> static void pack_panels(const Matrix& m, int column, int pane
 // Rows first..last of A times `panels` panels of B. pack(k, to) packs them for the values from k, and
 // done(row, count, sums, ld) takes rows of C, as soon as they are complete. It may change them. `out` is prefetched for it.
 static thread_local Scratch block_columns, block_sums;  // of one thread, for products of every kind
-struct Out { char* data; int64_t row; int value; };  // of the first column; bytes from row to row, and of a value
+struct Out { char* data; int64_t row; int value; };  // its first column, and the bytes from row to row and of a value
 template <class M, class Pack, class Done> static void multiply_block(const Packed<M>& a, int first, int last, int panels, const Pack& pack, const Done& done, const Out& out = {}) {
   const int size = a.chunk / UNIT<M> * PANEL, ld = panels * PANEL, kept = a.chunks > 1 ? last - first : 0;
   uint32_t* b = block_columns.get<uint32_t>((int64_t)panels * size);
-  float* c = block_sums.get<float>((int64_t)(kept + rounded_up(MOST_ROWS<M>, 16)) * ld);  // write_columns reads sixteen rows
+  float* c = block_sums.get<float>((int64_t)(kept + rounded_up(MOST_ROWS<M>, 16)) * ld + 16);  // write_columns reads sixteen rows and columns
   alignas(64) float turned[CHUNK<float> / 4 * IN_REGISTERS + STRIP_END];
   const Amx amx;
   for (int k = 0; k < a.chunks; k++) {

@@ -82,6 +82,7 @@ INLINE void multiply(vf& sum, const uint16_t* a, vf b) {
 #endif
 // Rows of A as a strip: one unit of IN_REGISTERS rows after the other, so that a tile reads one place of memory instead of
 // one for each row. `units` is a multiple of 16. The strip has room for STRIP_END values more.
+// Rows beyond `rows` hold any values, whose products are dropped.
 constexpr int STRIP_END = 16 - IN_REGISTERS;
 static void turn(int rows, const float* a, int64_t stride, int units, float* strip) {
 #if LANES == 16
@@ -97,11 +98,11 @@ static void turn(int rows, const float* a, int64_t stride, int units, float* str
 // What is in memory and needed soon. It is prefetched a few lines at a time while a strip is multiplied, which hides the
 // time that this takes: some of the next rows of A, and the rows of a tile of C.
 struct Soon {
-  const float* a; int64_t stride; int rows; char* c; int64_t ld;
+  const float* a; int64_t stride; int rows; char* c; int64_t c_row;  // c_row: bytes from row to row
   __attribute__((always_inline)) void fetch(int u) const {  // not inlined, GCC would take it for a function without effect
     for (int r = 0; r < rows; r++) prefetch(a + r * stride + u);
     const int r = u / 16;
-    if (c && r < IN_REGISTERS) __builtin_prefetch(c + r * ld, 1), __builtin_prefetch(c + r * ld + 64, 1);
+    if (c && r < IN_REGISTERS) __builtin_prefetch(c + r * c_row, 1), __builtin_prefetch(c + r * c_row + 64, 1);
   }
 };
 // c (R, PANEL) = A panel, or c += A panel. `units` of each of the R rows of A are multiplied. They are even, and if A is a
