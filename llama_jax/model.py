@@ -258,6 +258,7 @@ def forward(
     Raises:
         ConfigError: there are more positions than config.max_seq_len, or the weights do not belong to this config.
     """
+    positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)  # kernels read a position for every token
     T = tokens_BT.shape[1]
     capacity = T if cache is None else cache.capacity
     if capacity > config.max_seq_len:

@@ -164,6 +164,14 @@ def test_weights_of_another_config_are_refused_by_name():
         model.forward(TINY, params, tokens, positions, None, remat="some")
 
 
+def test_positions_of_one_row_serve_all_rows():
+    params = weights(TINY)
+    tokens, positions = jnp.arange(12).reshape(3, 4), jnp.arange(4)[None]
+    shared, _ = model.forward(TINY, params, tokens, positions, None)
+    own, _ = model.forward(TINY, params, tokens, jnp.tile(positions, (3, 1)), None)
+    np.testing.assert_array_equal(shared, own)
+
+
 def test_token_outside_the_vocabulary_gives_nan_rather_than_a_neighbour():
     tokens, positions = batch()
     out = logits(TINY, weights(TINY), tokens.at[0, -1].set(TINY.vocab_size), positions)
