@@ -21,7 +21,7 @@ def serve(one: Callable[[], float]) -> None:
 
 
 def race(kinds: Sequence[Kind], *, steps: int) -> dict[Kind, list[float]]:
-    """The seconds of `steps` steps of each contender, STEPS in each turn.
+    """The seconds of at least `steps` steps of each contender, STEPS in each turn.
 
     The first step of a turn is not counted: it compiles, or it follows a pause, in which a virtual machine may have
     given the memory that a contender freed after its last step back to the host.

@@ -28,10 +28,10 @@ def at_start() -> None:
     their pages, which took a quarter of a step in pages of 4 KiB
     (docs/measurements/finetuning-speed.md#huge-pages). $GLIBC_TUNABLES, if it is set, is left as it is.
     """
-    if _TUNABLES not in os.environ and _mallopt() is not None and _only_cpus() and _on_request():
+    unset = _TUNABLES not in os.environ and sys.executable
+    if unset and _mallopt() is not None and _only_cpus() and _on_request():
         os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
-        if sys.executable:
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     one_arena()
 
 

@@ -282,7 +282,7 @@ template <int B> static void amx_outputs(const Inputs& in, const Weight& w, int 
     if (w.type == Type::BF16) amx_dense<B>((const uint16_t*)p, in.h, in.K, t);
     else if (w.type == Type::S8) amx_grouped<int8_t, B>(p, scales, in.h, in.K, t);
     else amx_grouped<uint8_t, B>(p, scales, in.h, in.K, t);
-    for (int b = 0; b < in.B; b++) write_sums(w, t + 16 * b, live, (int64_t)b * w.N + n);
+    for (int b = 0; b < in.B; b++) write_row(t + 16 * b, live, w.out_bf16, w.out, (int64_t)b * w.N + n, w.plus);
   }
 }
 #endif
@@ -335,6 +335,6 @@ static void tile(const Inputs& in, Math math, const Weight& w, int lo, int hi) {
     else if (rows <= 4) block<4, false>(in, math, w, lo, hi, b0, t, n);
     else if (w.scales) block<8, true>(in, math, w, lo, hi, b0, t, n);
     else block<8, false>(in, math, w, lo, hi, b0, t, n);
-    for (int b = 0; b < rows; b++) write_sums(w, t + b * n, n, (int64_t)(b0 + b) * w.N + lo);
+    for (int b = 0; b < rows; b++) write_row(t + b * n, n, w.out_bf16, w.out, (int64_t)(b0 + b) * w.N + lo, w.plus);
   }
 }

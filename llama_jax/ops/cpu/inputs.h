@@ -64,17 +64,17 @@ static void read_row(const Inputs& in, int b, float* f) {
   }
 }
 struct Weight { const char* w; const uint16_t* scales; Type type; int N; char* out; bool out_bf16; const char* plus; };  // plus: of the type of out, or null
-template <class T> INLINE void write_sums(const float* sums, int n, const T* plus, T* out) {
+template <class T> INLINE void write_row(const float* sums, int n, const T* plus, T* out) {
   if (!plus) return narrow(sums, n, out);
   T product[LANES]; float added[LANES];
   int i = 0;
   for (; i + LANES <= n; i += LANES) narrow(sums + i, LANES, product), store(added, load(plus + i) + load(product)), narrow(added, LANES, out + i);
   for (; i < n; i++) narrow(sums + i, 1, product), added[0] = at(plus, sizeof(T) == 2, i) + at(product, sizeof(T) == 2, 0), narrow(added, 1, out + i);
 }
-// Writes n outputs of one row from place `to` of the results on. `plus` is added to the rounded product, as XLA would.
-INLINE void write_sums(const Weight& w, const float* sums, int n, int64_t to) {
-  if (w.out_bf16) write_sums(sums, n, w.plus ? (const uint16_t*)w.plus + to : nullptr, (uint16_t*)w.out + to);
-  else write_sums(sums, n, w.plus ? (const float*)w.plus + to : nullptr, (float*)w.out + to);
+// Writes n sums of one row from place `at` of the results on. `plus` is added to the rounded sums, as XLA would.
+INLINE void write_row(const float* sums, int n, bool bf16, char* out, int64_t at, const char* plus = nullptr) {
+  if (bf16) write_row(sums, n, plus ? (const uint16_t*)plus + at : nullptr, (uint16_t*)out + at);
+  else write_row(sums, n, plus ? (const float*)plus + at : nullptr, (float*)out + at);
 }
 static int64_t row_bytes(Type t, int K) { return t == Type::F32 ? 4ll * K : t == Type::BF16 ? 2ll * K : t == Type::S8 ? K : K / 2; }
 

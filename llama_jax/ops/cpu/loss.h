@@ -69,6 +69,6 @@ INLINE void to_gradient(float* scores, int live, int width, int target, float ls
 template <class M> static void loss_gradient(const Scores& in, const float* lse, const float* all, const float* hit, void* out, ffi::ThreadPool& pool) {
   each_row<M>(in, [&](int row, int column, float* scores, int live, int width) {
     to_gradient(scores, live, width, in.targets[row] - column, lse[row], all[row], hit[row]);
-    write_rows(scores, 0, 1, width, in.x.type == Type::BF16, (char*)out, (int64_t)row * in.table.rows + column, 0);
+    write_row(scores, width, in.x.type == Type::BF16, (char*)out, (int64_t)row * in.table.rows + column);
   }, pool);
 }

@@ -54,10 +54,10 @@ template <class M> static void many_rows(const Inputs& in, const Weight* weights
   int columns[MOST_WEIGHTS]; int64_t panels = 0;
   for (int j = 0; j < count; j++) columns[j] = weights[j].N, panels += (weights[j].N + PANEL - 1) / PANEL;
   blocks(pool, in.B, columns, count, panels_of_task(rows, panels, pool), [&](int j, int first, int last, int column, int width) {
-    const Weight& w = weights[j]; const int bytes = w.out_bf16 ? 2 : 4;
+    const Weight& w = weights[j];
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_weight<M>(w, column, width, in.K, k, rows.chunk, to); },
-      [&](int r, int live, const float* sums, int64_t ld) { for (int i = 0; i < live; i++) write_sums(w, sums + i * ld, width, (int64_t)(in.first + r + i) * w.N + column); },
-      {w.out + ((int64_t)in.first * w.N + column) * bytes, (int64_t)w.N * bytes, bytes});
+      [&](int r, int live, const float* sums, int64_t ld) { write_rows(sums, ld, live, width, w.out_bf16, w.out, (int64_t)(in.first + r) * w.N + column, w.N, w.plus); },
+      Out(w.out, w.out_bf16, (int64_t)in.first * w.N + column, w.N));
   });
 }

@@ -119,7 +119,11 @@ template <class M> static void pack_panels(const Matrix& m, int column, int pane
 // Rows first..last of A times `panels` panels of B. pack(k, to) packs them for the values from k, and
 // done(row, count, sums, ld) takes rows of C, as soon as they are complete. It may change them. `out` is prefetched for it.
 static thread_local Scratch block_columns, block_sums;  // of one thread, for products of every kind
-struct Out { char* data; int64_t row; int value; };  // its first column, and the bytes from row to row and of a value
+struct Out {  // the first value of a block of C, and the bytes of a value and from row to row
+  char* data = nullptr; int value = 0; int64_t row = 0;
+  Out() {}
+  Out(char* c, bool bf16, int64_t at, int64_t columns) : value(bf16 ? 2 : 4) { data = c + at * value, row = columns * value; }
+};
 template <class M, class Pack, class Done> static void multiply_block(const Packed<M>& a, int first, int last, int panels, const Pack& pack, const Done& done, const Out& out = {}) {
   const int size = a.chunk / UNIT<M> * PANEL, ld = panels * PANEL, kept = a.chunks > 1 ? last - first : 0;
   uint32_t* b = block_columns.get<uint32_t>((int64_t)panels * size);
@@ -157,9 +161,8 @@ template <class Body> static void blocks(ffi::ThreadPool& pool, int rows, const 
     body(j, row, std::min(row + BLOCK_ROWS, rows), at * width, std::min(width, columns[j] - at * width));
   });
 }
-INLINE void write_rows(const float* sums, int64_t ld, int rows, int columns, bool bf16, char* out, int64_t at, int64_t out_ld) {
-  for (int r = 0; r < rows; r++, at += out_ld, sums += ld)
-    if (bf16) narrow(sums, columns, (uint16_t*)out + at); else narrow(sums, columns, (float*)out + at);
+INLINE void write_rows(const float* sums, int64_t ld, int rows, int columns, bool bf16, char* out, int64_t at, int64_t out_ld, const char* plus = nullptr) {
+  for (int r = 0; r < rows; r++) write_row(sums + r * ld, columns, bf16, out, at + r * out_ld, plus);
 }
 // The same for the transpose of these rows of sums.
 INLINE void write_columns(const float* sums, int64_t ld, int rows, int columns, bool bf16, char* out, int64_t at, int64_t out_ld) {
@@ -167,7 +170,7 @@ INLINE void write_columns(const float* sums, int64_t ld, int rows, int columns, 
   for (int n = 0; n < columns; n += 16) {
     float few[16][MOST];
     for (int r = 0; r < rows; r += 16) transpose16((const uint32_t*)sums + r * ld + n, ld, (uint32_t*)few[0] + r, MOST);
-    for (int i = 0; i < std::min(16, columns - n); i++) write_rows(few[i], 0, 1, rows, bf16, out, at + (n + i) * out_ld, 0);
+    for (int i = 0; i < std::min(16, columns - n); i++) write_row(few[i], rows, bf16, out, at + (n + i) * out_ld);
   }
 }
 // The product of two matrices, a b with b (K, N), or a^T b.
@@ -176,13 +179,13 @@ template <class M> static void product(const Matrix& a, bool transpose, const Ma
   const bool swap = transpose && a.columns > b.columns;  // (b^T a)^T: the narrower of both is transposed in memory
   const Matrix& columns = swap ? a : b;
   const Packed<M> rows = in_chunks<M>(scratch, swap ? b : a, transpose, pool);
-  const int bytes = out_bf16 ? 2 : 4, panels = panels_of_task(rows, (columns.columns + PANEL - 1) / PANEL, pool);
+  const int panels = panels_of_task(rows, (columns.columns + PANEL - 1) / PANEL, pool);
   blocks(pool, rows.count, &columns.columns, 1, panels, [&](int, int first, int last, int column, int width) {
     multiply_block(rows, first, last, (width + PANEL - 1) / PANEL,
       [&](int k, uint32_t* to) { pack_panels<M>(columns, column, (width + PANEL - 1) / PANEL, k, rows.chunk, to); },
       [&](int r, int count, const float* sums, int64_t ld) {
         if (swap) write_columns(sums, ld, count, width, out_bf16, out, (int64_t)column * rows.count + r, rows.count);
         else write_rows(sums, ld, count, width, out_bf16, out, (int64_t)r * columns.columns + column, columns.columns);
-      }, {swap ? nullptr : out + (int64_t)column * bytes, (int64_t)columns.columns * bytes, bytes});
+      }, swap ? Out() : Out(out, out_bf16, column, columns.columns));
   });
 }
