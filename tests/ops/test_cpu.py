@@ -29,6 +29,12 @@ SHAPES = [(96, 7), (1056, 300)]
 ODD = (101, 33)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """Tests that call kernels directly, of which any may run first or alone."""
+    cpu.ready()
+
+
 def test_the_kernels_are_built_and_pass_their_check_where_there_is_a_compiler():
     build.register(build.library())  # raises the reason for which they cannot be built
     assert cpu.ready()
@@ -86,7 +92,7 @@ def test_matrix_products_of_gradients_are_those_of_the_numbers(dtype, rows, inne
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_softmax_of_a_part_of_the_vocabulary_and_its_gradient(dtype):
     for tokens, size, vocab, live in ((1, 16, 5, 5), (70, 40, 300, 290), (530, 96, 33, 33), (9, 32, 64, 0)):
-        x, table = inputs(tokens, size, dtype), inputs(vocab, size, dtype, 2)
+        x, table = inputs(tokens, size, dtype), inputs(vocab, size, dtype, 2) * 0.1  # no score hides the others
         targets = jnp.asarray(np.random.default_rng(3).integers(-5, vocab + 5, tokens))
         scores = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
         scores[:, live:] = -np.inf
@@ -100,7 +106,7 @@ def test_the_softmax_of_a_part_of_the_vocabulary_and_its_gradient(dtype):
             assert not np.asarray(total).any()
         assert gap(1 + np.asarray(score), 1 + np.where(hit, scores, 0).sum(1)) < 1e-5
         lse, all_T, hit_T = (inputs(1, tokens, "float32", seed)[0] for seed in (4, 5, 6))
-        lse = lse + 20
+        lse = lse + 3
         g = cpu.loss_gradient(x, table, targets, jnp.int32(live), lse, all_T, hit_T)
         expected = np.asarray(all_T)[:, None] * np.exp(scores - np.asarray(lse)[:, None])
         expected = expected - np.where(hit, np.asarray(hit_T)[:, None], 0)
