@@ -23,6 +23,7 @@ from llama_jax.parallel import Layout, on_device, processes, shardings
 from llama_jax.params import Params, logical_axes
 from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
+from llama_jax.weights.huge_pages import HugePages
 from llama_jax.weights.quantize import bits_of, check, rounder
 from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
 
@@ -60,14 +61,14 @@ def load_leaves(
     home, layout = layout, layout and dataclasses.replace(layout, memory=None)
 
     in_rows = layout is not None and remote_files.in_parts()
+    huge_pages = HugePages()
 
     def read(path: name_table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], name_table.get(axes, path)
         pieces, bits = entry.quantized, all_bits.get(path)
         leaf: jax.Array | QTensor
         if pieces is not None and (pieces.bits == bits or quantize is None):
-            parts = (pieces.values, pieces.scales)
-            leaf = QTensor(*(place(piece, names, piece.dtype, layout, in_rows=in_rows) for piece in parts))
+            leaf = QTensor(*(place(piece, names, piece.dtype, layout, in_rows=in_rows) for piece in pieces[1:]))
         else:
             wanted = entry.dtype if dtype is None or bits else np.dtype(dtype)
             leaf = place(entry, names, wanted, layout, in_rows=in_rows)
@@ -75,17 +76,15 @@ def load_leaves(
 
     def finish(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
         names, bits = name_table.get(axes, path), all_bits.get(path)
-        if in_rows:
-            assert layout is not None
+        if in_rows and layout is not None:
             leaf = jax.tree.map(lambda array: _spread(array, layout.sharding(names, array.shape)), leaf)
+        placed = leaf
         if bits and not isinstance(leaf, QTensor):
             leaf = _quantized(leaf, bits, names, layout)
+        leaf = huge_pages.moved(leaf, fresh=leaf is not placed)
         leaf = jax.block_until_ready(_moved(leaf, home) if path[0] == "layers" else leaf)
         bar.update(leaves[path].nbytes)
         return leaf
-
-    def last(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
-        return finish(path, leaf) if in_rows else leaf  # collectives run in one order in all processes
 
     with (
         progress_bar(sum(entry.nbytes for entry in leaves.values()), "loading") as bar,
@@ -94,7 +93,9 @@ def load_leaves(
         ahead = _AT_ONCE if in_rows else len(leaves)  # leaves that are not finished take memory of devices
         found = _read_ahead(pool, read, leaves, ahead)
         try:
-            params = name_table.build(config, ((path, last(path, leaf)) for path, leaf in found))
+            if in_rows:  # collectives run in one order in all processes
+                found = ((path, finish(path, leaf)) for path, leaf in found)
+            params = name_table.build(config, found)
         finally:  # after an error, the rest is not read
             pool.shutdown(wait=True, cancel_futures=True)
     remote_files.check_unchanged()

@@ -24,7 +24,7 @@ from llama_jax.files import File
 Index = tuple[slice, ...]  # one contiguous slice for each dimension, with whole-number bounds
 FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))  # the dtypes of weights
 
-_ALIGNMENT = 64  # bytes; jax can use memory on this boundary on a CPU without a copy
+ALIGNMENT = 64  # bytes; jax can use memory on this boundary on a CPU without a copy
 _BLOCK = 1 << 22  # bytes that are converted or written at a time; a block stays in the CPU cache
 _LEAST_RUN = 1 << 10  # bytes; shorter pieces of rows are read together with the bytes between them
 _WIDEST = 1 << 17  # numbers in a row of any embedding: 405B has 16,384
@@ -117,8 +117,8 @@ def main_dtype(tensors: Iterable[LazyTensor]) -> np.dtype:
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialized array on a 64-byte boundary."""
     size = math.prod(shape) * dtype.itemsize
-    pool = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -pool.ctypes.data % _ALIGNMENT
+    pool = np.empty(size + ALIGNMENT, np.uint8)
+    start = -pool.ctypes.data % ALIGNMENT
     return pool[start : start + size].view(dtype).reshape(shape)
 
 

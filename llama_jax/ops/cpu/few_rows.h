@@ -35,20 +35,27 @@ template <class T, int B, int R> static void dense(const T* w, const float* x, i
   }
   finish<B, R>(a, t, ld);
 }
-// Grouped weights, dequantized to float32, times float32 inputs.
-template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
+// Grouped weights, dequantized to float32, times float32 inputs. With SUMS the scale multiplies the sum of a group instead
+// of its weights, which is faster for one row.
+template <bool FOUR, int B, int R, bool SUMS = false> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
   vf a[R][B] = {};
-  const int G = K / GROUP; const int64_t bytes = FOUR ? K / 2 : K, later = ahead(R * bytes);
-  for (int g = 0; g < G; g++) {
-    alignas(64) int8_t n[R][GROUP]; float s[R];
-    UNROLL for (int r = 0; r < R; r++) {
-      const uint8_t* p = w + r * bytes + (int64_t)g * (FOUR ? 16 : 32);
-      if (FOUR) nibbles(p, n[r], n[r] + 16); else memcpy(n[r], p, GROUP);
-      s[r] = from_half(scales[(int64_t)r * G + g]); prefetch(p + later);
-    }
-    UNROLL for (int j = 0; j < GROUP; j += LANES) {
-      vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = load(n[r] + j) * s[r];
-      UNROLL for (int b = 0; b < B; b++) { vf xv = load(x + b * pad + g * GROUP + j); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
+  constexpr int BLOCK = LANES < 16 ? 1 : 16, BYTES = FOUR ? GROUP / 2 : GROUP;  // groups whose scales are converted together, and bytes of one
+  const int G = K / GROUP; const int64_t stride = (int64_t)G * BYTES, later = ahead(R * stride);
+  for (int start = 0; start < G; start += BLOCK) {
+    const int count = std::min(BLOCK, G - start);
+    float s[R][BLOCK]; UNROLL for (int r = 0; r < R; r++) from_halves(scales + (int64_t)r * G + start, count, s[r]);
+    for (int g = 0; g < count; g++) {
+      const float* from = x + (int64_t)(start + g) * GROUP; const int8_t* values[R]; int8_t n[R][GROUP]; vf scale[R], sums[R][B] = {};
+      UNROLL for (int r = 0; r < R; r++) {
+        const uint8_t* p = w + r * stride + (int64_t)(start + g) * BYTES;
+        if (FOUR) nibbles(p, n[r], n[r] + 16);
+        values[r] = FOUR ? n[r] : (const int8_t*)p, scale[r] = splat(s[r][g]); prefetch(p + later);
+      }
+      UNROLL for (int j = 0; j < GROUP; j += LANES) {
+        vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = SUMS ? load(values[r] + j) : load(values[r] + j) * scale[r];
+        UNROLL for (int b = 0; b < B; b++) { vf xv = load(from + b * pad + j); UNROLL for (int r = 0; r < R; r++) (SUMS ? sums : a)[r][b] += v[r] * xv; }
+      }
+      if (SUMS) UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] += sums[r][b] * scale[r];
     }
   }
   finish<B, R>(a, t, ld);
@@ -153,20 +160,6 @@ template <class T, int B, int R> static void scaled_pairs(const T* w, const uint
 #endif
 
 #ifdef HAS_AMX
-// One row times weights of 8 bits as floats. Processors with AMX convert them faster than they find bfloat16 in tables.
-template <int R> static void one_row_of_bytes(const int8_t* w, const uint16_t* scales, const float* x, int K, float* t) {
-  const int G = K / GROUP; const int64_t later = ahead(R * (int64_t)K);
-  vf a[R][1] = {};
-  for (int k = 0, g = 0; g < G; g++, k += GROUP) {
-    const vf first = load(x + k), second = load(x + k + LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      const int8_t* p = w + (int64_t)r * K + k; prefetch(p + later);
-      vf sum = load(p) * first; sum += load(p + LANES) * second;
-      a[r][0] += sum * from_half(scales[(int64_t)r * G + g]);
-    }
-  }
-  finish<1, R>(a, t, R);
-}
 // Products by AMX. w are 16 outputs, and t (B, 16) their products with B rows of x, which are in the order of in_tiles.
 template <int B> static void amx_dense(const uint16_t* w, const uint16_t* x, int K, float* t) {
   const int64_t later = ahead(32ll * K);
@@ -298,7 +291,7 @@ template <int B, int R> static void outputs(const Inputs& in, Math math, const W
   else if (math == BF16) {
     const uint16_t* h = in.h + (int64_t)b0 * in.pad;
 #ifdef HAS_AMX
-    if (B == 1 && w.type == Type::S8 && amx_allowed()) return one_row_of_bytes<R>((const int8_t*)p, scales, f, in.K, t);
+    if (B == 1 && w.type == Type::S8 && amx_allowed()) return grouped<false, B, R, true>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);  // floats are found faster than bfloat16
 #endif
     if (w.type == Type::BF16) pairs<B, R>((const uint16_t*)p, h, in.K, in.pad, t, ld);
     else if (w.type == Type::S8) scaled_pairs<int8_t, B, R>((const int8_t*)p, scales, h, in.K, in.pad, t, ld);

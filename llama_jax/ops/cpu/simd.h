@@ -44,6 +44,15 @@ INLINE float from_half(uint16_t h) {
 #endif
 }
 
+// 0 to 16 halves as floats, and any behind them up to 16.
+INLINE void from_halves(const uint16_t* p, int count, float* out) {
+#if LANES == 16
+  _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, p)));
+#else
+  for (int i = 0; i < count; i++) out[i] = from_half(p[i]);
+#endif
+}
+
 // LANES values of a type as floats.
 INLINE vf load(const uint16_t* bf16) {
 #if LANES == 16
