@@ -58,6 +58,7 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
     page = f"{constants.ENDPOINT}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
     login = "`hf auth login`, or set HF_TOKEN"
     again = "run it again (complete files are kept)"
+    absent = "no such path here, and " if repo.kind == "model" else ""  # whose ids look like paths
     try:
         patterns = [glob.escape(file) for file in files]
         revision = commit or repo.revision
@@ -71,14 +72,13 @@ def fetch(repo: Repo, files: Sequence[str], *, commit: str | None = None) -> Pat
     except errors.GatedRepoError:
         why = f"it is gated: open {page}, accept the licence, then {login} (of the account that accepted)"
     except errors.RepositoryNotFoundError:
-        absent = "no such path here, and " if repo.kind == "model" else ""  # whose ids look like paths
         why = f"{absent}no {repo.kind} {page}: check the spelling; if it is private, {login}"
     except errors.RevisionNotFoundError:
         why = f"no branch, tag or commit {repo.revision!r}: see {page}/commits (ids are {repo.forms})"
     except errors.IncompleteSnapshotError as error:
         return Path(error.snapshot_path)  # offline; the caller checks for the files that it needs
     except errors.LocalEntryNotFoundError as error:
-        why = _not_cached("all of it", error.__cause__)
+        why = absent + _not_cached("all of it", error.__cause__)
     except Exception as error:  # the transport and Xet raise errors of their own
         text = _flat(error)
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:

@@ -138,7 +138,7 @@ def _across_slices(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.
     inner = tuple(n // m for n, m in zip(sizes.values(), outer, strict=True))
     try:
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    except NotImplementedError:
+    except NotImplementedError:  # an axis of this size needs a part of a physical axis
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -187,6 +187,7 @@ def test_what_the_cache_lacks_is_never_taken_for_whole(tmp_path, endpoint):
     assert "HF_HUB_OFFLINE=1 forbids the network: unset it" in offline and str(tmp_path) in offline
     (unreachable,) = download(tmp_path, "http://127.0.0.1:9", "meta/full")
     assert "http://127.0.0.1:9 cannot be reached" in unreachable and "HF_ENDPOINT" in unreachable
+    assert "no such path here" in unreachable
     Hub.broken = {SHARDS[1], "tokenizer.json"}
     try:
         (broken,) = download(tmp_path, endpoint, "meta/partly")
