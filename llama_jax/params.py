@@ -200,7 +200,8 @@ def stack(params: Params) -> Params:
 def restack(params: Params) -> Params:
     """The stacked tree of an unrolled one, whose arrays are released one after the other.
 
-    The model is never in memory twice. Afterwards the layers' dicts of the argument are empty.
+    The model is never in memory twice, but for weights below 4 MiB that were read into blocks of memory
+    (weights/huge_pages.py), which go with their last array. Afterwards the layers' dicts of the argument are empty.
     """
     layers = params["layers"]
     stacked: dict[str, Params] = {}

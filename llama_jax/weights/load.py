@@ -25,7 +25,7 @@ from llama_jax.progress import progress_bar
 from llama_jax.weights import name_table
 from llama_jax.weights.huge_pages import HugePages
 from llama_jax.weights.quantize import bits_of, check, rounder
-from llama_jax.weights.tensor import Index, LazyTensor, aligned, row_blocks
+from llama_jax.weights.tensor import Empty, Index, LazyTensor, aligned, row_blocks
 
 _AT_ONCE = 2  # tensors in flight; the host holds these besides what is on its devices
 
@@ -61,30 +61,32 @@ def load_leaves(
     home, layout = layout, layout and dataclasses.replace(layout, memory=None)
 
     in_rows = layout is not None and remote_files.in_parts()
-    huge_pages = HugePages()
+    memory = HugePages()
 
     def read(path: name_table.Path) -> jax.Array | QTensor:
         entry, names = leaves[path], name_table.get(axes, path)
         pieces, bits = entry.quantized, all_bits.get(path)
         leaf: jax.Array | QTensor
         if pieces is not None and (pieces.bits == bits or quantize is None):
-            leaf = QTensor(*(place(piece, names, piece.dtype, layout, in_rows=in_rows) for piece in pieces[1:]))
+            parts = (pieces.values, pieces.scales)
+            leaf = QTensor(*(place(p, names, p.dtype, layout, in_rows=in_rows, empty=memory.empty) for p in parts))
         else:
             wanted = entry.dtype if dtype is None or bits else np.dtype(dtype)
-            leaf = place(entry, names, wanted, layout, in_rows=in_rows)
+            leaf = place(entry, names, wanted, layout, in_rows=in_rows, empty=aligned if bits else memory.empty)
         return leaf if in_rows else finish(path, leaf)
 
     def finish(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
         names, bits = name_table.get(axes, path), all_bits.get(path)
         if in_rows and layout is not None:
             leaf = jax.tree.map(lambda array: _spread(array, layout.sharding(names, array.shape)), leaf)
-        placed = leaf
         if bits and not isinstance(leaf, QTensor):
-            leaf = _quantized(leaf, bits, names, layout)
-        leaf = huge_pages.moved(leaf, fresh=leaf is not placed)
+            leaf = memory.copied(_quantized(leaf, bits, names, layout))
         leaf = jax.block_until_ready(_moved(leaf, home) if path[0] == "layers" else leaf)
         bar.update(leaves[path].nbytes)
         return leaf
+
+    def last(path: name_table.Path, leaf: jax.Array | QTensor) -> jax.Array | QTensor:
+        return finish(path, leaf) if in_rows else leaf  # collectives run in one order in all processes
 
     with (
         progress_bar(sum(entry.nbytes for entry in leaves.values()), "loading") as bar,
@@ -93,9 +95,7 @@ def load_leaves(
         ahead = _AT_ONCE if in_rows else len(leaves)  # leaves that are not finished take memory of devices
         found = _read_ahead(pool, read, leaves, ahead)
         try:
-            if in_rows:  # collectives run in one order in all processes
-                found = ((path, finish(path, leaf)) for path, leaf in found)
-            params = name_table.build(config, found)
+            params = name_table.build(config, ((path, last(path, leaf)) for path, leaf in found))
         finally:  # after an error, the rest is not read
             pool.shutdown(wait=True, cancel_futures=True)
     remote_files.check_unchanged()
@@ -158,7 +158,13 @@ def _quantized(weight: jax.Array, bits: int, names: tuple[str | None, ...], layo
 
 
 def place(
-    entry: LazyTensor, names: tuple[str | None, ...], to: np.dtype, layout: Layout | None, *, in_rows: bool = False
+    entry: LazyTensor,
+    names: tuple[str | None, ...],
+    to: np.dtype,
+    layout: Layout | None,
+    *,
+    in_rows: bool = False,
+    empty: Empty = aligned,
 ) -> jax.Array:
     """Reads a tensor in the dtype `to` onto devices, sharded by its logical axes; no layout means the first device.
 
@@ -173,7 +179,7 @@ def place(
         sharding = layout.sharding(names, entry.shape)
     bounds = functools.partial(_bounds, entry.shape)
     indices = sharding.addressable_devices_indices_map(entry.shape).values()
-    parts = _parts(entry, {bounds(index) for index in indices if index is not None}, to)
+    parts = _parts(entry, {bounds(index) for index in indices if index is not None}, to, empty)
     return jax.make_array_from_callback(entry.shape, sharding, lambda index: parts[bounds(index or ())])
 
 
@@ -204,7 +210,7 @@ def _bounds(shape: tuple[int, ...], index: Index) -> Bounds:
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
-def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype) -> dict[Bounds, np.ndarray]:
+def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype, empty: Empty) -> dict[Bounds, np.ndarray]:
     """The parts of a tensor that the devices of this process hold, each read once.
 
     Parts with the same rows are read together, a block of rows at a time. The pieces of a row that go to different
@@ -216,10 +222,10 @@ def _parts(entry: LazyTensor, wanted: set[Bounds], dtype: np.dtype) -> dict[Boun
     arrays: dict[Bounds, np.ndarray] = {}
     for together in rows.values():
         if len(together) == 1:
-            arrays[together[0]] = entry.read(_slices(together[0]), dtype)
+            arrays[together[0]] = entry.read(_slices(together[0]), dtype, empty)
             continue
         for part in together:
-            arrays[part] = aligned(tuple(stop - start for start, stop in part), dtype)
+            arrays[part] = empty(tuple(stop - start for start, stop in part), dtype)
         around = tuple(
             (min(starts), max(stops))
             for starts, stops in (zip(*axis, strict=True) for axis in zip(*together, strict=True))

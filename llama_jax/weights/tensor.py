@@ -22,6 +22,7 @@ import numpy.typing as npt
 from llama_jax.files import File
 
 Index = tuple[slice, ...]  # one contiguous slice for each dimension, with whole-number bounds
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # makes an uninitialized array
 FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))  # the dtypes of weights
 
 ALIGNMENT = 64  # bytes; jax can use memory on this boundary on a CPU without a copy
@@ -65,12 +66,21 @@ class LazyTensor:
     nbytes: int
     quantized: QuantizedParts | None = None
 
-    def read(self, index: Sequence[slice] | None = None, dtype: npt.DTypeLike | None = None) -> np.ndarray:
-        """Reads the tensor, or a part of it, into new memory that jax can use on a CPU without a copy."""
+    def read(
+        self, index: Sequence[slice] | None = None, dtype: npt.DTypeLike | None = None, empty: Empty | None = None
+    ) -> np.ndarray:
+        """Reads the tensor, or a part of it, into new memory that jax can use on a CPU without a copy.
+
+        Args:
+            index: a part of the tensor; None for all of it.
+            dtype: dtype of the result; None for that of the tensor.
+            empty: makes the memory; the default is `aligned`.
+        """
         whole = tuple(slice(0, n) for n in self.shape)
         part = whole if index is None else (*index, *whole[len(index) :])
         bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(part, self.shape, strict=True))
-        out = aligned(tuple(max(0, s.stop - s.start) for s in bounds), self.dtype if dtype is None else np.dtype(dtype))
+        shape = tuple(max(0, s.stop - s.start) for s in bounds)
+        out = (empty or aligned)(shape, self.dtype if dtype is None else np.dtype(dtype))
         if out.size:
             self.fill(out, bounds)
         return out

@@ -5,93 +5,107 @@ import gc
 import weakref
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.config import SIZES
 from llama_jax.infer.llama import Llama
 from llama_jax.infer.load import load
 from llama_jax.ops import quant
 from llama_jax.params import init_params
-from llama_jax.weights.huge_pages import LARGE, HugePages
+from llama_jax.weights import huge_pages
 
-pytestmark = pytest.mark.usefixtures("one_device")
+MIB = 1 << 20
+TINY = dataclasses.replace(SIZES["tiny"], embed_dim=64, head_dim=16, num_heads=4, num_kv_heads=2, ffn_dim=96)
 
 
 def address(array):
     return array.unsafe_buffer_pointer()
 
 
-def numbers(seed, shape, dtype):
+def numbers(seed, shape, dtype="float32"):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def gaps(arrays):
+    """The bytes between neighbors in memory; negative for arrays that overlap."""
+    places = sorted((address(array), array.nbytes) for array in arrays)
+    return [start - (before + size) for (before, size), (start, _) in zip(places, places[1:], strict=False)]
+
+
+def kept(pages, array):
+    """The numbers of an array in memory of HugePages, as jax uses it."""
+    out = pages.empty(array.shape, array.dtype)
+    out[...] = array
+    return jax.device_put(out)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint8"])
 def test_small_arrays_lie_behind_one_another_and_keep_their_numbers(dtype):
-    pages = HugePages()
     arrays = [numbers(seed, shape, dtype) for seed, shape in enumerate([(3, 5), (0, 4), (7,), (), (64, 33)])]
-    moved = [pages.moved(array, fresh=False) for array in arrays]
-    for array, copy in zip(arrays, moved, strict=True):
+    pages = huge_pages.HugePages()
+    copies = [kept(pages, array) for array in arrays]
+    for array, copy in zip(arrays, copies, strict=True):
         assert copy.dtype == array.dtype
         np.testing.assert_array_equal(np.asarray(copy), np.asarray(array))
-    filled = [copy for copy in moved if copy.size]
+    filled = [copy for copy in copies if copy.size]
     assert all(address(copy) % 64 == 0 for copy in filled)
-    ends = [address(copy) + copy.nbytes for copy in filled]
-    assert all(0 <= address(after) - end < 64 for end, after in zip(ends, filled[1:], strict=False))
+    assert all(0 <= gap < 64 for gap in gaps(filled))
 
 
-def test_a_large_array_is_moved_only_if_xla_has_computed_it():
-    pages = HugePages()
-    large = numbers(0, (LARGE // 4,), "float32")
-    assert pages.moved(large, fresh=False) is large
-    moved = pages.moved(large, fresh=True)
-    assert address(moved) != address(large)
-    np.testing.assert_array_equal(np.asarray(moved), np.asarray(large))
+def test_large_arrays_leave_the_block_of_small_ones():
+    pages = huge_pages.HugePages()
+    first, large, second = (kept(pages, np.ones(size, np.float32)) for size in (16, MIB, 16))
+    assert address(second) == address(first) + 64 and bool((large == 1).all())
 
 
-def test_both_arrays_of_a_quantized_weight_are_moved():
-    pages = HugePages()
-    leaf = quant.fit(numbers(0, (8, 64), "float32"), 8)
-    moved = pages.moved(leaf, fresh=True)
-    assert address(moved.values) != address(leaf.values)
-    assert address(moved.scales) - address(moved.values) == leaf.values.nbytes
-    np.testing.assert_array_equal(np.asarray(moved.scales), np.asarray(leaf.scales))
+def test_arrays_that_do_not_fit_in_the_rest_of_a_block_begin_another():
+    pages = huge_pages.HugePages()
+    arrays = [kept(pages, np.full(3 * MIB // 4, i, np.float32)) for i in range(14)]
+    assert all(gap >= 0 for gap in gaps(arrays)) and sorted(gaps(arrays))[:12] == [0] * 12  # 10 and 4 of them
+    assert all(bool((array == i).all()) for i, array in enumerate(arrays))
+
+
+def test_a_quantized_weight_is_copied_without_a_gap():
+    pages = huge_pages.HugePages()
+    leaf = quant.fit(numbers(0, (8, 64)), 8)
+    copy = pages.copied(leaf)
+    assert address(copy.values) != address(leaf.values)
+    assert address(copy.scales) - address(copy.values) == leaf.values.nbytes
+    for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(leaf), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_block_is_freed_with_its_last_array():
-    pages = HugePages()
-    first, second = (pages.moved(numbers(seed, (9,), "float32"), fresh=True) for seed in (0, 1))
+    pages = huge_pages.HugePages()
+    first, second = (kept(pages, np.full(9, i, np.float32)) for i in range(2))
     block = weakref.ref(pages._rest.base)  # the memory that its arrays are views of
     del pages, first
-    assert block() is not None
-    np.testing.assert_array_equal(np.asarray(second), np.asarray(numbers(1, (9,), "float32")))
+    gc.collect()
+    assert block() is not None and bool((second == 1).all())
     del second
     gc.collect()
     assert block() is None
 
 
-def test_arrays_that_do_not_fit_in_the_rest_of_a_block_begin_another():
-    pages = HugePages()
-    count = 40 * (1 << 20) // (LARGE - 64)
-    moved = [pages.moved(jnp.full(LARGE // 4 - 16, i, jnp.float32), fresh=True) for i in range(count)]
-    places = sorted((address(array), array.nbytes) for array in moved)
-    assert all(start >= before + size for (before, size), (start, _) in zip(places, places[1:], strict=False))
-    assert all(bool((array == i).all()) for i, array in enumerate(moved))
+def test_weights_of_several_devices_stay_and_others_keep_their_device():
+    mesh = jax.make_mesh((8,), ("data",))
+    leaf = quant.fit(numbers(0, (8, 64)), 8)
+    spread = jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("data")))
+    other = jax.device_put(leaf, jax.devices()[3])
+    pages = huge_pages.HugePages()
+    assert pages.copied(spread).values is spread.values
+    assert pages.copied(other).values is not other.values
+    assert pages.copied(other).values.sharding == other.values.sharding
 
 
-def test_large_arrays_leave_the_block_of_small_ones():
-    pages = HugePages()
-    first = pages.moved(jnp.ones(16), fresh=True)
-    pages.moved(jnp.ones(LARGE // 4), fresh=True)
-    assert address(pages.moved(jnp.ones(16), fresh=True)) == address(first) + 64
-
-
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_the_weights_of_a_loaded_model_share_blocks(quantize, tmp_path):
-    config = dataclasses.replace(SIZES["tiny"], embed_dim=64, head_dim=16, num_heads=4, num_kv_heads=2, ffn_dim=96)
-    Llama(config, init_params(config, jax.random.key(0)), dtype="float32").save(tmp_path / "model", "hf")
-    leaves = jax.tree.leaves(load(tmp_path / "model", quantize=quantize).params)
-    places = sorted((address(leaf), leaf.nbytes) for leaf in leaves)
-    gaps = [start - (before + size) for (before, size), (start, _) in zip(places, places[1:], strict=False)]
-    assert len(leaves) > 10 and all(0 <= gap < 64 for gap in gaps)
+@pytest.mark.parametrize("stored", ["hf", "gguf"])
+def test_the_weights_of_a_loaded_model_share_blocks_with_nothing_else(stored, quantize, tmp_path):
+    llama = Llama(TINY, init_params(TINY, jax.random.key(0)), dtype="float32")
+    place = tmp_path / ("model.gguf" if stored == "gguf" else "model")
+    llama.save(place, stored, **({"dtype": "q8_0"} if stored == "gguf" else {}))
+    leaves = jax.tree.leaves(load(place, quantize=quantize).params)
+    assert len(leaves) > 10 and all(0 <= gap < 64 for gap in gaps(leaves))
