@@ -96,7 +96,12 @@ def _compiler() -> str | None:
 def _key(compiler: str | None) -> str:
     import jaxlib
 
-    return native.digest(SOURCES, (jaxlib.__version__, compiler, platform.machine(), _features()))
+    return native.digest(SOURCES, (jaxlib.__version__, compiler, _flags(), platform.machine(), _features()))
+
+
+def _flags() -> list[str]:
+    """More flags of the compiler, for tests and measurements of other processors' code."""
+    return os.environ.get("LLAMA_JAX_CXXFLAGS", "").split()
 
 
 def _features() -> str:
@@ -146,7 +151,7 @@ def compile_to(path: Path) -> None:
         raise RuntimeError("no C++ compiler")
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [compiler, "-std=c++17", "-O3", target, "-fPIC", "-shared", "-w", "-I", jax.ffi.include_dir()]
-    command += [*os.environ.get("LLAMA_JAX_CXXFLAGS", "").split(), "-o", str(path), str(HERE / "kernels.cc")]
+    command += [*_flags(), "-o", str(path), str(HERE / "kernels.cc")]
     if platform.system() == "Darwin":
         command += ["-undefined", "dynamic_lookup"]
     done = subprocess.run(command, capture_output=True, text=True)
