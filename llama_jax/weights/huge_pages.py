@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax.ops.quant import QTensor
 from llama_jax.weights.tensor import ALIGNMENT, aligned
 
-LARGE = 4 << 20  # bytes; NumPy asks for huge pages for arrays of this size
+_LARGE = 4 << 20  # bytes; NumPy asks for huge pages for arrays of this size
 _BLOCK = 32 << 20  # bytes that smaller arrays share
 
 
@@ -30,7 +30,7 @@ class HugePages:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An uninitialized array that jax can use on a CPU without a copy. Any thread may ask for one."""
         size = math.prod(shape) * dtype.itemsize
-        if size >= LARGE:
+        if size >= _LARGE:
             return aligned(shape, dtype)
         with self._lock:
             if size > self._rest.size:

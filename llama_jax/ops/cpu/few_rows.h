@@ -130,7 +130,7 @@ template <class T, int B, int R> static void scaled_pairs(const T* w, const uint
   __m512 a[R][B]; UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] = _mm512_setzero_ps();
   for (int start = 0; start < G; start += BLOCK) {
     const int count = std::min(BLOCK, G - start); __m512 block[R];
-    UNROLL for (int r = 0; r < R; r++) block[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, scales + (int64_t)r * G + start));
+    UNROLL for (int r = 0; r < R; r++) block[r] = from_halves(scales + (int64_t)r * G + start, count);
     __m512i index = FOUR_BITS<T> ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3) : _mm512_setr_epi32(0, 2, 0, 2, 0, 2, 0, 2, 1, 3, 1, 3, 1, 3, 1, 3);
     auto step = [&](int g, const T* p, int live) __attribute__((always_inline)) {
       __m512bh v[R][4]; __m512 scale[R];
@@ -195,10 +195,10 @@ template <class F> static __m512i nibble_table(F number) {  // twice, so that th
   alignas(64) uint16_t table[32]; for (int i = 0; i < 32; i++) table[i] = to_bf16((float)number(i & 15));
   return _mm512_load_si512(table);
 }
-// Scales of 16 groups of 16 outputs as floats: to[g] is group g of every output. `live` are the groups that there are.
-static void transposed_scales(const uint16_t* scales, int G, __mmask16 live, float (*to)[16]) {
+// Scales of 16 groups of 16 outputs as floats: to[g] is group g of every output. There are `count` groups.
+static void transposed_scales(const uint16_t* scales, int G, int count, float (*to)[16]) {
   __m512i a[16];
-  UNROLL for (int r = 0; r < 16; r++) a[r] = (__m512i)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, scales + (int64_t)r * G));
+  UNROLL for (int r = 0; r < 16; r++) a[r] = (__m512i)from_halves(scales + (int64_t)r * G, count);
   transpose16(a, (uint32_t*)to[0], 16);
 }
 // Grouped weights. A group of 16 outputs is a second operand of exact integers; 8 bits are two, of the low halves and of
@@ -231,7 +231,7 @@ template <class T, int B> static void amx_grouped(const char* w, const uint16_t*
       const int g = i * STEP;
       if (g % BLOCK == 0) {
         UNROLL for (int j = 0; j < 8; j++) prefetch((const char*)(scales + 16 * g + 32 * j) + scales_later);
-        transposed_scales(scales + g, G, 0xffff >> (BLOCK - std::min(BLOCK, G - g)), scale[g / BLOCK & 1]);
+        transposed_scales(scales + g, G, std::min(BLOCK, G - g), scale[g / BLOCK & 1]);
       }
       UNROLL for (int r = 0; r < 16; r++) UNROLL for (int j = 0; j < STEP * BYTES; j += 64) {
         const char* p = rows[r / 4] + r % 4 * stride + (int64_t)g * BYTES + j;

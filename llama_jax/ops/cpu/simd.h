@@ -44,10 +44,13 @@ INLINE float from_half(uint16_t h) {
 #endif
 }
 
+#if LANES == 16
+INLINE __m512 from_halves(const uint16_t* p, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, p)); }  // 0 to 16, with zeros behind
+#endif
 // 0 to 16 halves as floats, and any behind them up to 16.
 INLINE void from_halves(const uint16_t* p, int count, float* out) {
 #if LANES == 16
-  _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, p)));
+  _mm512_storeu_ps(out, from_halves(p, count));
 #else
   for (int i = 0; i < count; i++) out[i] = from_half(p[i]);
 #endif
