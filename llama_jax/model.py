@@ -21,7 +21,7 @@ from llama_jax import parallel
 from llama_jax.cache import KVCache, Leaf, Window, window, write
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ConfigError
-from llama_jax.ops import gpu, norm, rope
+from llama_jax.ops import cpu, gpu, norm, rope
 from llama_jax.ops import linear as linear_ops
 from llama_jax.ops.attention import Call, attention
 from llama_jax.ops.remat import REMAT, with_remat
@@ -199,9 +199,10 @@ def _unroll_cached(
     config: ModelConfig, layers: Sequence[Params], x_BTD: jax.Array, pos: Positions, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Runs the layers one after the other, each with cache arrays of its own: a donated cache is updated in place."""
-    if pos.window is not None and gpu.takes_layers(config, layers, x_BTD, cache):
-        with jax.named_scope("layers"):
-            return gpu.layers.decode(config, layers, x_BTD, (pos.cos_BTR, pos.sin_BTR), pos.window, cache)
+    for kernels in (cpu, gpu):
+        if pos.window is not None and kernels.takes_layers(config, layers, x_BTD, cache):
+            with jax.named_scope("layers"):
+                return kernels.layers.decode(config, layers, x_BTD, (pos.cos_BTR, pos.sin_BTR), pos.window, cache)
     updated = []
     for layer, layer_cache in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
         x_BTD, layer_cache = _cached_layer(config, parallel.active(), layer, x_BTD, pos, layer_cache)

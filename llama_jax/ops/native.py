@@ -1,4 +1,6 @@
-"""Shared by the compiled kernels of CPUs and GPUs: their folder, and the process that builds or checks them."""
+"""Shared by the compiled kernels of CPUs and GPUs: the order of a layer's weights, their folder, and the process that
+builds or checks them.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,26 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llama_jax import compilation_cache
 
+# The weights of a layer, in the order of the kernels that compute whole layers.
+_WEIGHTS = (
+    *(("attention", name) for name in ("q", "k", "v", "o")),
+    *(("ffn", name) for name in ("gate", "up", "down")),
+)
 # Statuses after which the next start tries again. A machine without free memory sends SIGKILL.
 ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)
 
 
 class Unavailable(Exception):
     """Raised if kernels cannot be built or used. The message is the reason, for one line of a log."""
+
+
+def weights_of(layer: Mapping[str, Any]) -> list[Any]:
+    """The weights of a layer's dict (params.py), in the order of the kernels: q, k, v, o, gate, up, down."""
+    return [layer[module][name] for module, name in _WEIGHTS]
 
 
 def folder() -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.attention import draw, packed
+from helpers.native import needs_cpu_kernels
 from helpers.numbers import gap
 from llama_jax import cache, parallel
 from llama_jax.ops import cpu, linear, norm, quant, rope
@@ -19,11 +20,7 @@ from llama_jax.ops.attention import Call, native, xla
 from llama_jax.ops.cpu import build, calls, check
 from llama_jax.ops.remat import with_remat
 
-# Where they could be built, kernels that cannot be used are a failure of these tests.
-OFF = os.environ.get(cpu.ENV, "").lower() in ("off", "0", "false")
-pytestmark = pytest.mark.skipif(
-    OFF or build._compiler() is None or jax.default_backend() != "cpu", reason="no compiler, or the kernels are off"
-)
+pytestmark = needs_cpu_kernels
 KINDS = ("float32", "bfloat16", 8, 4)
 SHAPES = [(96, 7), (1056, 300)]
 ODD = (101, 33)
@@ -463,6 +460,25 @@ def test_without_kernels_it_works_and_says_why_once(tmp_path):
     assert not any((tmp_path / "c" / "native").glob("*.failed"))  # the next start builds them
 
 
+@pytest.mark.parametrize(
+    ("files", "allowed"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+)
+def test_a_container_may_allow_fewer_threads_than_there_are_processors(files, allowed, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert build.allowed_processors(tmp_path) == allowed
+
+
 @pytest.mark.slow  # two runs of the compiler, 10 seconds each
 def test_two_processes_may_build_at_once(tmp_path):
     both = [run(LLAMA_JAX_CACHE=str(tmp_path)) for _ in range(2)]
@@ -493,6 +509,8 @@ def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
     names = "kernels_are_built or products_are or products_of_gradients or softmax or does_not_depend or not_finite"
     names += " or residual or rotated"
     environment = {**os.environ, cpu.ENV: str(tmp_path / "used")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    names += " or all_layers"
+    files = [__file__, __file__.replace("test_cpu.py", "test_cpu_layers.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout

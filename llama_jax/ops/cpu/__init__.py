@@ -11,10 +11,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from llama_jax import parallel
-from llama_jax.ops.cpu import build, calls
+from llama_jax.cache import KVCache
+from llama_jax.config import ModelConfig
+from llama_jax.ops.cpu import build, calls, layers
 from llama_jax.ops.cpu.build import ENV, Unavailable
 from llama_jax.ops.cpu.calls import (
     attend,
@@ -36,6 +42,7 @@ __all__ = [
     "attend_many_backward",
     "attend_many_forward",
     "calls",
+    "layers",
     "linears",
     "loss",
     "loss_gradient",
@@ -44,6 +51,7 @@ __all__ = [
     "ready",
     "rotate",
     "rows",
+    "takes_layers",
 ]
 
 _FEW_ROWS = 16
@@ -72,6 +80,11 @@ def multiplies(rows: int) -> bool:
     Those of more than 16 rows do where they were faster than XLA when the library was built.
     """
     return rows > 0 and ready() and (rows <= _FEW_ROWS or _gain_of_many_rows() > 1)
+
+
+def takes_layers(config: ModelConfig, weights: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:
+    """True if one call computes all layers of a step; the arguments are those of `layers.takes`."""
+    return layers.takes(config, weights, x, cache) and ready()
 
 
 @functools.cache

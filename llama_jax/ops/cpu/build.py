@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import shutil
@@ -31,6 +32,7 @@ HERE = Path(__file__).parent
 SOURCES = tuple(sorted([*HERE.glob("*.cc"), *HERE.glob("*.h"), HERE / "check.py"]))
 ENV = "LLAMA_JAX_CPU_KERNELS"
 TARGETS = (
+    "llama_layers",
     "llama_linear",
     "llama_product",
     "llama_attention",
@@ -165,8 +167,28 @@ def register(path: Path) -> None:
     import jax
 
     loaded = ctypes.CDLL(str(path))
+    if allowed := allowed_processors():
+        loaded.llama_set_threads(allowed)
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+
+
+def allowed_processors(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The processors whose time a container gives this process, rounded up; None if it has no limit.
+
+    XLA has a thread for each processor of the machine. Threads that wait would use up the time of the others.
+
+    Args:
+        groups: folder of Linux's control groups, of version 1 or 2.
+    """
+    try:
+        if (groups / "cpu.max").exists():
+            quota, period = (groups / "cpu.max").read_text().split()
+        else:
+            quota, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no control groups, or "max"
+        return None
 
 
 def main(target: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax import cache as caches
 from llama_jax import parallel
+from llama_jax.config import SIZES, ModelConfig
 from llama_jax.ops import quant
-from llama_jax.ops.cpu import calls
+from llama_jax.ops.cpu import calls, layers
 from llama_jax.ops.quant import QTensor
 
 _FLOAT = 1e-5  # of the largest result
@@ -41,6 +45,7 @@ def against_xla() -> None:
     _check_training(normal)
     _check_attention(normal)
     _check_rotation(normal)
+    _check_layers(normal)
     table, ids = normal(9, 40).astype(jnp.bfloat16), jnp.array([[8, 0], [3, 3]])
     if not jnp.array_equal(jax.jit(calls.rows)(table, ids), table[ids]):
         raise RuntimeError("rows: the kernel differs from XLA")
@@ -147,6 +152,68 @@ def _check_rotation(normal: Callable[..., jax.Array]) -> None:
         pairs = x[..., :20].astype(jnp.float32) + 1j * x[..., 20:].astype(jnp.float32)
         turned = pairs * jnp.exp(1j * angles)[:, :, None]
         _compare(result, [jnp.concatenate([turned.real, turned.imag], -1)], f"rotate, {dtype.__name__}", bound)
+
+
+def _check_layers(normal: Callable[..., jax.Array]) -> None:
+    """Compares two layers in one call with the kernels of single operations, whose results must be the same."""
+    config = dataclasses.replace(SIZES["tiny"], embed_dim=64, ffn_dim=96, num_heads=4, num_kv_heads=2, head_dim=16)
+    shapes = {
+        "attention": {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64)},
+        "ffn": {"gate": (96, 64), "up": (96, 64), "down": (64, 96)},
+    }
+
+    def layer(kind: str | int) -> dict[str, Any]:
+        def weight(out: int, size: int) -> jax.Array | QTensor:
+            w = normal(out, size) * size**-0.5
+            return quant.quantize(w, kind) if isinstance(kind, int) else w.astype(kind)
+
+        norms = {f"{name}_norm": {"scale": normal(64)} for name in shapes}
+        return norms | {name: {key: weight(*shape) for key, shape in those.items()} for name, those in shapes.items()}
+
+    angles, slots = normal(3, 1, 8), jnp.array([[5], [0], [40]])  # the last is padding
+    window = caches.Window(jnp.minimum(slots, 7), slots, 16)
+    for kind, dtype, kv in (
+        ("float32", jnp.float32, "compute"),
+        ("bfloat16", jnp.bfloat16, "int8"),
+        (8, jnp.bfloat16, "compute"),
+    ):
+        empty = caches.init_cache(config, batch=3, capacity=16, dtype=dtype, kv=kv)
+        cache = caches.KVCache(empty.k[:2], empty.v[:2])
+        given = [layer(kind), layer(kind)], normal(3, 1, 64).astype(dtype), (jnp.cos(angles), jnp.sin(angles))
+        results = [
+            jax.jit(functools.partial(decode, config))(*given, window, cache) for decode in (layers.decode, _one_by_one)
+        ]
+        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+            if not jnp.array_equal(a, b):
+                raise RuntimeError(f"layers, {kind}, cache {kv}: one call differs from several")
+
+
+def _one_by_one(
+    config: ModelConfig,
+    weights: Sequence[Mapping[str, Any]],
+    x_BTD: jax.Array,
+    rotations: tuple[jax.Array, jax.Array],
+    window: caches.Window,
+    cache: caches.KVCache,
+) -> tuple[jax.Array, caches.KVCache]:
+    """The result of `layers.decode` by the kernels of single operations."""
+    lengths_B = jnp.where(window.slots_BT < cache.capacity, window.positions_BT + 1, 0)[:, 0]
+    stored, x = [], x_BTD[:, 0]
+    linears = functools.partial(calls.linears, dtype=x.dtype)
+    for layer, pair in zip(weights, zip(cache.k, cache.v, strict=True), strict=True):
+        attention, ffn = layer["attention"], layer["ffn"]
+        norms = [(layer[name]["scale"], config.norm_eps) for name in ("attention_norm", "ffn_norm")]
+        products = linears(x, [attention[name] for name in "qkv"], norm=norms[0])
+        q, k, v = (a.reshape(len(x), 1, -1, config.head_dim) for a in products)
+        q, k = calls.rotate(q, *rotations), calls.rotate(k, *rotations)
+        stored.append((caches.write(pair[0], k, window), caches.write(pair[1], v, window)))
+        k, v, *scales = sorted(jax.tree.leaves(stored[-1]), key=lambda a: -a.ndim)  # a stable order
+        out = calls.attend(q[:, 0], k, v, lengths_B, tuple(scales) or None)
+        (x,) = linears(out.reshape(len(x), -1), [attention["o"]], plus=x)
+        gate, up = linears(x, [ffn["gate"], ffn["up"]], norm=norms[1])
+        (x,) = linears(gate, [ffn["down"]], up=up, plus=x)
+    keys, values = zip(*stored, strict=True)
+    return x[:, None], caches.KVCache(keys, values)
 
 
 def _compare(result: jax.Array, expected: list[jax.Array], name: str, bound: float = _FLOAT) -> None:

@@ -35,9 +35,8 @@ template <class T, int B, int R> static void dense(const T* w, const float* x, i
   }
   finish<B, R>(a, t, ld);
 }
-// Grouped weights, dequantized to float32, times float32 inputs. With SUMS the scale multiplies the sum of a group instead
-// of its weights, which is faster for one row.
-template <bool FOUR, int B, int R, bool SUMS = false> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
+// Grouped weights, dequantized to float32, times float32 inputs.
+template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const uint16_t* scales, const float* x, int K, int64_t pad, float* t, int64_t ld) {
   vf a[R][B] = {};
   constexpr int BLOCK = LANES < 16 ? 1 : 16, BYTES = FOUR ? GROUP / 2 : GROUP;  // groups whose scales are converted together, and bytes of one
   const int G = K / GROUP; const int64_t stride = (int64_t)G * BYTES, later = ahead(R * stride);
@@ -45,21 +44,40 @@ template <bool FOUR, int B, int R, bool SUMS = false> static void grouped(const 
     const int count = std::min(BLOCK, G - start);
     float s[R][BLOCK]; UNROLL for (int r = 0; r < R; r++) from_halves(scales + (int64_t)r * G + start, count, s[r]);
     for (int g = 0; g < count; g++) {
-      const float* from = x + (int64_t)(start + g) * GROUP; const int8_t* values[R]; int8_t n[R][GROUP]; vf scale[R], sums[R][B] = {};
+      const float* from = x + (int64_t)(start + g) * GROUP; const int8_t* values[R]; int8_t n[R][GROUP]; vf scale[R];
       UNROLL for (int r = 0; r < R; r++) {
         const uint8_t* p = w + r * stride + (int64_t)(start + g) * BYTES;
         if (FOUR) nibbles(p, n[r], n[r] + 16);
         values[r] = FOUR ? n[r] : (const int8_t*)p, scale[r] = splat(s[r][g]); prefetch(p + later);
       }
       UNROLL for (int j = 0; j < GROUP; j += LANES) {
-        vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = SUMS ? load(values[r] + j) : load(values[r] + j) * scale[r];
-        UNROLL for (int b = 0; b < B; b++) { vf xv = load(from + b * pad + j); UNROLL for (int r = 0; r < R; r++) (SUMS ? sums : a)[r][b] += v[r] * xv; }
+        vf v[R]; UNROLL for (int r = 0; r < R; r++) v[r] = load(values[r] + j) * scale[r];
+        UNROLL for (int b = 0; b < B; b++) { vf xv = load(from + b * pad + j); UNROLL for (int r = 0; r < R; r++) a[r][b] += v[r] * xv; }
       }
-      if (SUMS) UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++) a[r][b] += sums[r][b] * scale[r];
     }
   }
   finish<B, R>(a, t, ld);
 }
+#ifdef HAS_AMX
+// 8-bit weights times one row of float32 inputs, for processors that convert them to floats faster than to bfloat16. They
+// are read in the order of memory, and a scale multiplies the sum of its group.
+template <int R> static void one_row_of_bytes(const int8_t* w, const uint16_t* scales, const float* x, int K, float* t) {
+  constexpr int BLOCK = 512;  // groups whose scales are converted together: short loops are slower
+  vf a[R][2] = {}, out[R][1];
+  const int G = K / GROUP;
+  for (int start = 0; start < G; start += BLOCK) UNROLL for (int r = 0; r < R; r++) {
+    const int count = std::min(BLOCK, G - start);
+    const int8_t* p = w + ((int64_t)r * G + start) * GROUP; const float* from = x + start * GROUP;
+    float s[BLOCK]; for (int g = 0; g < count; g += 16) from_halves(scales + (int64_t)r * G + start + g, std::min(16, count - g), s + g);
+    auto group = [&](int g) __attribute__((always_inline)) { return (load(p + g * GROUP) * load(from + g * GROUP) + load(p + g * GROUP + 16) * load(from + g * GROUP + 16)) * s[g]; };
+    int g = 0;
+    for (; g + 2 <= count; g += 2) prefetch(p + g * GROUP + AHEAD), a[r][0] += group(g), a[r][1] += group(g + 1);
+    if (g < count) a[r][0] += group(g);
+  }
+  UNROLL for (int r = 0; r < R; r++) out[r][0] = a[r][0] + a[r][1];
+  finish<1, R>(out, t, R);
+}
+#endif
 
 #ifdef HAS_BF16
 // bfloat16 weights times bfloat16 inputs, in pairs with float32 sums.
@@ -160,16 +178,13 @@ template <class T, int B, int R> static void scaled_pairs(const T* w, const uint
 #endif
 
 #ifdef HAS_AMX
-// Products by AMX. w are 16 outputs, and t (B, 16) their products with B rows of x, which are in the order of in_tiles.
+// Products by AMX. w are 16 outputs, and t (B, 16) their products with B rows of x, which are in the order of in_pairs.
 template <int B> static void amx_dense(const uint16_t* w, const uint16_t* x, int K, float* t) {
-  const int64_t later = ahead(32ll * K);
   alignas(64) float sums[16][B];
   AMX_ZERO(0);
   for (int k = 0; k < K; k += 32, x += 32 * B) {
-    if (k + 32 <= K) {
-      UNROLL for (int r = 0; r < 16; r++) prefetch((const char*)(w + (int64_t)r * K + k) + later);
-      AMX_LOAD(4, w + k, K * 2);
-    } else {  // the last inputs, with zeros behind
+    if (k + 32 <= K) AMX_LOAD(4, w + k, K * 2);
+    else {  // the last inputs, with zeros behind
       alignas(64) uint16_t last[16][32] = {};
       for (int r = 0; r < 16; r++) memcpy(last[r], w + (int64_t)r * K + k, (K - k) * 2);
       AMX_LOAD(4, last, 64);
@@ -204,19 +219,21 @@ static void transposed_scales(const uint16_t* scales, int G, int count, float (*
 // Grouped weights. A group of 16 outputs is a second operand of exact integers; 8 bits are two, of the low halves and of
 // 16 times the high halves. The products of each group are multiplied by its scales in float32. Four groups are a step,
 // and the parts of a step run in turns with those of others, because the results of AMX and of stores come late.
-template <class T, int B> static void amx_grouped(const char* w, const uint16_t* scales, const uint16_t* x, int K, float* t) {
-  constexpr int BLOCK = 16, STEP = 4, BYTES = FOUR_BITS<T> ? 16 : 32, PARTS = BYTES / 16, S = groups_of_a_tile(B);
+constexpr int AMX_STEP = 4;  // groups
+struct Tiles { alignas(64) uint16_t of[2 * AMX_STEP * 2 * 16 * 32]; };  // weights of two steps
+template <class T, int B> static void amx_grouped(const char* w, const uint16_t* scales, const uint16_t* x, int K, Tiles& memory, float* t) {
+  constexpr int BLOCK = 16, STEP = AMX_STEP, BYTES = FOUR_BITS<T> ? 16 : 32, PARTS = BYTES / 16, S = groups_of_a_tile(B);
   const int G = K / GROUP, steps = (G + STEP - 1) / STEP;
   const int64_t stride = (int64_t)G * BYTES, later = ahead(16 * stride), scales_later = ahead(32 * G);
   const __m512i even = nibble_table([](int i) { return FOUR_BITS<T> ? i - 8 : i; });
   const __m512i odd = FOUR_BITS<T> ? even : nibble_table([](int i) { return 16 * (i < 8 ? i : i - 16); });
   const char* rows[4]; for (int l = 0; l < 4; l++) rows[l] = w + 4 * l * stride;
-  alignas(64) float scale[2][BLOCK][16], products[STEP][B][16]; alignas(64) uint16_t tiles[2][STEP][PARTS][16][32];
+  alignas(64) float scale[2][BLOCK][16], products[STEP][B][16];
+  auto& tiles = *(uint16_t (*)[2][STEP][PARTS][16][32])memory.of;
   auto each = [&](int step, auto body) __attribute__((always_inline)) {
     const int count = std::min(STEP, G - step * STEP);
     if (count == STEP) UNROLL for (int j = 0; j < STEP; j++) body(j); else for (int j = 0; j < count; j++) body(j);
   };
-  if (G % STEP) memset(tiles, 0, sizeof tiles);  // groups beyond the last are multiplied too, by zeros
   vf sums[B] = {};
   for (int i = 0; i < steps + 3; i++) {
     if (i >= 3) {
@@ -264,6 +281,7 @@ template <int B> static void amx_outputs(const Inputs& in, const Weight& w, int 
   const Amx amx(w.scales ? groups_of_a_tile(B) * B : 16, w.scales ? 16 : B);
   static thread_local Scratch last_weights, last_scales;
   const int64_t bytes = row_bytes(w.type, in.K), G = in.K / GROUP;
+  Tiles tiles; if (w.scales) memset(&tiles, 0, sizeof tiles);  // groups beyond the last are multiplied too, by zeros
   for (int n = lo; n < hi; n += 16) {
     const int live = std::min(16, hi - n);
     const char* p = w.w + n * bytes; const uint16_t* scales = w.scales + n * G;
@@ -273,8 +291,8 @@ template <int B> static void amx_outputs(const Inputs& in, const Weight& w, int 
     }
     alignas(64) float t[B * 16];
     if (w.type == Type::BF16) amx_dense<B>((const uint16_t*)p, in.h, in.K, t);
-    else if (w.type == Type::S8) amx_grouped<int8_t, B>(p, scales, in.h, in.K, t);
-    else amx_grouped<uint8_t, B>(p, scales, in.h, in.K, t);
+    else if (w.type == Type::S8) amx_grouped<int8_t, B>(p, scales, in.h, in.K, tiles, t);
+    else amx_grouped<uint8_t, B>(p, scales, in.h, in.K, tiles, t);
     for (int b = 0; b < in.B; b++) write_row(t + 16 * b, live, w.out_bf16, w.out, (int64_t)b * w.N + n, w.plus);
   }
 }
@@ -282,7 +300,7 @@ template <int B> static void amx_outputs(const Inputs& in, const Weight& w, int 
 
 // ------------------------------------------------------------------------------------------------ loops
 // Outputs at a time: as many as leave a register for each sum.
-template <int B, bool GROUPED> constexpr int STEP = B == 8 ? (LANES < 16 ? 1 : GROUPED ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
+template <int B, bool GROUPED> constexpr int TOGETHER = B == 8 ? (LANES < 16 ? 1 : GROUPED ? 2 : 3) : B == 4 && LANES < 16 ? 2 : 4;
 template <int B, int R> static void outputs(const Inputs& in, Math math, const Weight& w, int n, int b0, float* t, int64_t ld) {
   const char* p = w.w + n * row_bytes(w.type, in.K); const float* f = in.f + (int64_t)b0 * in.pad;
   const uint16_t* scales = w.scales + (int64_t)n * (in.K / GROUP);
@@ -291,7 +309,7 @@ template <int B, int R> static void outputs(const Inputs& in, Math math, const W
   else if (math == BF16) {
     const uint16_t* h = in.h + (int64_t)b0 * in.pad;
 #ifdef HAS_AMX
-    if (B == 1 && w.type == Type::S8 && amx_allowed()) return grouped<false, B, R, true>((const uint8_t*)p, scales, f, in.K, in.pad, t, ld);  // floats are found faster than bfloat16
+    if (B == 1 && w.type == Type::S8 && amx_allowed()) return one_row_of_bytes<R>((const int8_t*)p, scales, f, in.K, t);
 #endif
     if (w.type == Type::BF16) pairs<B, R>((const uint16_t*)p, h, in.K, in.pad, t, ld);
     else if (w.type == Type::S8) scaled_pairs<int8_t, B, R>((const int8_t*)p, scales, h, in.K, in.pad, t, ld);
@@ -304,7 +322,7 @@ template <int B, int R> static void outputs(const Inputs& in, Math math, const W
 }
 template <int B, bool GROUPED> static void block(const Inputs& in, Math math, const Weight& w, int lo, int hi, int b0, float* t, int64_t ld) {
   int n = lo;
-  for (constexpr int R = STEP<B, GROUPED>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
+  for (constexpr int R = TOGETHER<B, GROUPED>; n + R <= hi; n += R) outputs<B, R>(in, math, w, n, b0, t + n - lo, ld);
   for (; n < hi; n++) outputs<B, 1>(in, math, w, n, b0, t + n - lo, ld);
 }
 // Outputs lo..hi of one weight for all rows. Without AMX, they are padded to 1, 2, 4 or 8 by the inputs' scratch memory.
@@ -330,4 +348,21 @@ static void tile(const Inputs& in, Math math, const Weight& w, int lo, int hi) {
     else block<8, false>(in, math, w, lo, hi, b0, t, n);
     for (int b = 0; b < rows; b++) write_row(t + b * n, n, w.out_bf16, w.out, (int64_t)(b0 + b) * w.N + lo, w.plus);
   }
+}
+
+// Products of up to FEW rows with `count` weights, of which all have the type of the first. Tiles are of one size, so that
+// threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs, or 16 for AMX. run(n, body) is a parallel loop.
+template <class Run> static void few_rows(Inputs in, const Weight* weights, int count, int threads, const Run& run) {
+  const Type type = weights[0].type; const Math math = math_of(in, type);
+  int64_t outputs = 0; for (int j = 0; j < count; j++) outputs += weights[j].N;
+  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
+  const int unit = few_by_amx(math, in.B) ? 48 : 12, size = (int)std::min<int64_t>(TILE / unit * unit, least / unit * unit + unit);
+  int of[MOST_WEIGHTS + 1] = {0};
+  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
+  prepare(in, math, type, run);
+  run(of[count], [&](int i) {
+    int j = 0; while (i >= of[j + 1]) j++;
+    const int lo = (i - of[j]) * size;
+    tile(in, math, weights[j], lo, std::min(lo + size, weights[j].N));
+  });
 }

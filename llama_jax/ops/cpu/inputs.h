@@ -21,7 +21,7 @@ struct Inputs {
   const void* x; bool bf16; int first, B, K, pad;  // rows first..first + B; pad: K rounded up to 64 or 128
   int before; const void* with; bool with_bf16; float eps;  // before: 0 nothing, 1 RMSNorm (with: its weight), 2 silu(x) * with
   float* f;      // for few rows: (B, pad), zero beyond K
-  uint16_t* h;   // the same as bfloat16; for grouped weights, in the order of in_order; by AMX, of in_tiles
+  uint16_t* h;   // the same as bfloat16; for grouped weights, in the order of in_order; by AMX, of in_tiles or in_pairs
 };
 
 INLINE float at(const void* p, bool bf16, int64_t i) { return bf16 ? from_bf16(((const uint16_t*)p)[i]) : ((const float*)p)[i]; }
@@ -98,16 +98,23 @@ static void in_order(const float* f, int count, bool four_bits, uint16_t* h) {
 #ifdef HAS_AMX
 INLINE int tile_rows(int B) { return B <= 2 ? 2 : B <= 4 ? 4 : B <= 8 ? 8 : 16; }  // with any in the rows behind B
 constexpr int groups_of_a_tile(int rows) { return rows <= 4 ? 4 : 1; }  // whose sums share a tile, since a store of one row takes as long as one of 16
-// Row b of inputs in tiles of 32 inputs of AMX. For bfloat16 weights they are second operands. For grouped weights they are
-// first operands, in the order of sixteen_outputs, and `rows` zero rows stand for each of the other groups of a tile of sums.
+// Inputs of grouped weights as first operands of AMX, in the order of sixteen_outputs: row b of tiles of `rows` rows and 32
+// inputs. `rows` zero rows stand for each of the other groups of a tile of sums.
 static void in_tiles(const float* f, int b, int rows, int count, Type type, uint16_t* h) {
   alignas(64) uint16_t order[GROUP], from[GROUP];
   for (int i = 0; i < GROUP; i++) order[i] = 2 * (i & 1) + (type == Type::U8 ? (i >> 3) * 4 + (i >> 2 & 1) + 8 * (i & 2) : (i & ~3) + (i >> 1 & 1));
-  const int groups = type == Type::BF16 ? 1 : groups_of_a_tile(rows);
+  const int groups = groups_of_a_tile(rows);
   for (int k = 0; k < count; k += GROUP, h += GROUP * rows * groups) {
     narrow(f + k, GROUP, from);
-    if (type == Type::BF16) for (int i = 0; i < GROUP; i += 2) memcpy(h + i * rows + 2 * b, from + i, 4);
-    else _mm512_storeu_si512(h + GROUP * (k / GROUP % groups * rows + b), _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_load_si512(from)));
+    _mm512_storeu_si512(h + GROUP * (k / GROUP % groups * rows + b), _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(from)));
+  }
+}
+// Inputs of bfloat16 weights as second operands of AMX: pairs of inputs of `rows` rows, of which those behind B are zeros.
+static void in_pairs(const float* f, int B, int rows, int count, uint16_t* h) {
+  for (int k = 0; k < count; k += 32) {
+    __m512i pairs[16] = {};
+    for (int b = 0; b < B; b++) { uint16_t from[32]; narrow(f + (int64_t)b * count + k, 32, from); pairs[b] = _mm512_loadu_si512(from); }
+    transpose16(pairs, (uint32_t*)(h + (int64_t)k * rows), rows);  // a pair overwrites the end of the one before it
   }
 }
 #endif
@@ -119,8 +126,15 @@ INLINE bool few_by_amx(Math math, int rows) {
   return false;
 #endif
 }
+INLINE Math math_of(const Inputs& in, Type weights) {
+#ifdef HAS_BF16
+  if (in.bf16 && weights != Type::F32) return BF16;
+#endif
+  return FLOAT;
+}
 // Few inputs, as float32 and, if they are multiplied so, as bfloat16. Rows beyond in.B may be multiplied too, and are dropped.
-static void prepare(Inputs& in, Math math, Type type, ffi::ThreadPool& pool) {
+// run(n, body) is a parallel loop.
+template <class Run> static void prepare(Inputs& in, Math math, Type type, const Run& run) {
   static thread_local Scratch floats, halves;
   const bool grouped = type == Type::S8 || type == Type::U8, tiles = few_by_amx(math, in.B);
   in.pad = rounded_up(in.K, grouped ? 128 : 64);
@@ -135,7 +149,7 @@ static void prepare(Inputs& in, Math math, Type type, ffi::ThreadPool& pool) {
     read_row(in, b, f);
     if (math != BF16) return;
 #ifdef HAS_AMX
-    if (tiles) return in_tiles(f, b, tile_rows(in.B), in.pad, type, in.h);
+    if (tiles) { if (grouped) in_tiles(f, b, tile_rows(in.B), in.pad, type, in.h); return; }
 #endif
     uint16_t* h = in.h + (int64_t)b * in.pad;
 #ifdef HAS_BF16
@@ -143,5 +157,8 @@ static void prepare(Inputs& in, Math math, Type type, ffi::ThreadPool& pool) {
 #endif
     narrow(f, in.pad, h);
   };
-  if (in.B <= ROWS) for (int b = 0; b < in.B; b++) one(b); else parallel(pool, in.B, one);
+  run(in.B, one);
+#ifdef HAS_AMX
+  if (tiles && !grouped) in_pairs(in.f, in.B, tile_rows(in.B), in.pad, in.h);
+#endif
 }

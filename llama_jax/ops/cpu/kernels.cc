@@ -5,6 +5,7 @@
 // llama_attention: softmax(q k^T / sqrt(H)) v over the first `length` keys of each row, for one query a row.
 // llama_attention_many: the same for many queries, each with a range of keys. A second result is the log-sum-exp of scores.
 // llama_attention_gradient: the gradient of llama_attention_many.
+// llama_layers: all layers of a decode step of up to FEW rows, made of these.
 // llama_rotate: rotary positions.
 // llama_rows: rows of a table of bfloat16.
 // llama_product: the product of two matrices, for gradients.
@@ -21,6 +22,7 @@
 #include "decode_attention.h"
 #include "few_rows.h"
 #include "inputs.h"
+#include "layers.h"
 #include "loss.h"
 #include "many_rows.h"
 #include "pool.h"
@@ -38,6 +40,12 @@ template <class Run> static void by_type(bool bf16, const Run& run) {
 }
 static ffi::Error bad(const char* text) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, text); }
 
+// The next argument, which is a weight, with its scales if it is grouped.
+template <class Take> static Weight weight(const Take& take) {
+  Buffer w = take(); const Type type = w.element_type();
+  const void* scales = type == Type::S8 || type == Type::U8 ? take().untyped_data() : nullptr;
+  return {(const char*)w.untyped_data(), (const uint16_t*)scales, type, (int)w.dimensions()[0], nullptr, false, nullptr};
+}
 // Arguments: x, norm weight or up (before = 1, 2), then each weight, with scales if grouped, then what is added to the
 // first product, if there is such an argument. Results: a product for each weight.
 static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t before, float eps) {
@@ -48,46 +56,28 @@ static ffi::Error Linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   Inputs in{}; in.x = x.untyped_data(), in.bf16 = x.element_type() == Type::BF16;
   in.K = (int)x.dimensions()[1], in.before = before, in.eps = eps;
   if (before) { Buffer with = take(); in.with = with.untyped_data(), in.with_bf16 = with.element_type() == Type::BF16; }
-  Weight weights[MOST_WEIGHTS]; int count = 0; int64_t outputs = 0;
+  Weight weights[MOST_WEIGHTS]; int count = 0;
   if (rets.size() > MOST_WEIGHTS) return bad("llama_linear takes at most 4 weights");
   for (; count < (int)rets.size(); count++) {
-    Buffer w = take(); Weight& weight = weights[count];
-    weight.w = (const char*)w.untyped_data(), weight.type = w.element_type(), weight.N = (int)w.dimensions()[0];
-    weight.scales = weight.type == Type::S8 || weight.type == Type::U8 ? (const uint16_t*)take().untyped_data() : nullptr;
-    Buffer out = *(*rets.get<Buffer>(count)); weight.out = (char*)out.untyped_data(), weight.out_bf16 = out.element_type() == Type::BF16;
-    weight.plus = nullptr, outputs += weight.N;
+    weights[count] = weight(take);
+    Buffer out = *(*rets.get<Buffer>(count)); weights[count].out = (char*)out.untyped_data(), weights[count].out_bf16 = out.element_type() == Type::BF16;
   }
   if (next < args.size()) {
     Buffer plus = take(); weights[0].plus = (const char*)plus.untyped_data();
     Buffer out = *(*rets.get<Buffer>(0));
     if (plus.element_type() != out.element_type() || plus.element_count() != out.element_count()) return bad("llama_linear adds what has the type and the shape of its result");
   }
-  const Type type = weights[0].type;
-  Math math = FLOAT;
-#ifdef HAS_BF16
-  if (in.bf16 && type != Type::F32) math = BF16;
-#endif
-  if (B > FEW) {
-    in.pad = rounded_up(in.K, 64);
-    for (in.first = 0; in.first < B; in.first += in.B) {
-      in.B = std::min(MANY, B - in.first);
-      by_type(math == BF16, [&](auto m) { many_rows<decltype(m)>(in, weights, count, pool); });
-    }
+  in.B = B;
+  if (B <= FEW) {
+    few_rows(in, weights, count, (int)std::max<int64_t>(1, pool.num_threads()), [&](int n, const auto& body) { parallel(pool, n, body); });
     return ffi::Error::Success();
   }
-  // Tiles of one size, so that threads have equal parts: 16 KiB at least, and a multiple of 3 and 4 outputs, or 16 for AMX.
-  const int threads = (int)std::max<int64_t>(1, pool.num_threads());
-  const int64_t least = std::max<int64_t>(outputs / (16 * threads), 16384 / std::max<int64_t>(1, row_bytes(type, in.K)));
-  const int unit = few_by_amx(math, B) ? 48 : 12, size = (int)std::min<int64_t>(TILE / unit * unit, least / unit * unit + unit);
-  int of[MOST_WEIGHTS + 1] = {0};
-  for (int j = 0; j < count; j++) of[j + 1] = of[j] + (weights[j].N + size - 1) / size;
-  in.B = B;
-  prepare(in, math, type, pool);
-  parallel(pool, of[count], [&](int i) {
-    int j = 0; while (i >= of[j + 1]) j++;
-    const int lo = (i - of[j]) * size;
-    tile(in, math, weights[j], lo, std::min(lo + size, weights[j].N));
-  });
+  const bool bf16 = math_of(in, weights[0].type) == BF16;
+  in.pad = rounded_up(in.K, 64);
+  for (in.first = 0; in.first < B; in.first += in.B) {
+    in.B = std::min(MANY, B - in.first);
+    by_type(bf16, [&](auto m) { many_rows<decltype(m)>(in, weights, count, pool); });
+  }
   return ffi::Error::Success();
 }
 static Matrix matrix(const Buffer& a) { return {a.untyped_data(), a.element_type(), (int)a.dimensions()[0], (int)a.dimensions()[1]}; }
@@ -135,20 +125,47 @@ static ffi::Error Attention(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
   if (H % 16) return bad("llama_attention takes heads of a multiple of 16");
   Keys keys{k.untyped_data(), v.untyped_data(), nullptr, nullptr};
   if (args.size() > 4) keys.k_scales = (const uint16_t*)(*args.get<Buffer>(4)).untyped_data(), keys.v_scales = (const uint16_t*)(*args.get<Buffer>(5)).untyped_data();
-  const bool bf16 = q.element_type() == Type::BF16; const Type type = k.element_type(); const float scale = 1.f / sqrtf((float)H);
-  parallel(pool, B * K, [&](int i) {
+  const bool bf16 = q.element_type() == Type::BF16;
+  parallel(pool, B * N, [&](int i) {
+    const int length = std::min(std::max(((const int32_t*)lengths.untyped_data())[i / N], 0), S); const int64_t first = (int64_t)i * H;
     static thread_local Scratch scratch;
-    float *queries = scratch.get<float>(2 * G * H), *out = queries + G * H;
-    const int64_t first = (int64_t)i * G * H; const int length = std::min(std::max(((const int32_t*)lengths.untyped_data())[i / K], 0), S);
-    for (int j = 0; j < G * H; j++) queries[j] = at(q.untyped_data(), bf16, first + j) * scale, out[j] = 0;
-    if (length) {
-      if (type == Type::F32) attend<float>(queries, keys, (int64_t)i * S, length, G, H, out);
-      else if (type == Type::BF16 || type == Type::U16) attend<uint16_t>(queries, keys, (int64_t)i * S, length, G, H, out);
-      else attend<int8_t>(queries, keys, (int64_t)i * S, length, G, H, out);
-    }
-    void* y = result->untyped_data();
-    for (int j = 0; j < G * H; j++) if (bf16) ((uint16_t*)y)[first + j] = to_bf16(out[j]); else ((float*)y)[first + j] = out[j];
+    float* query = scratch.get<float>(H);
+    for (int h = 0; h < H; h++) query[h] = at(q.untyped_data(), bf16, first + h);
+    attend(query, keys, k.element_type(), (int64_t)(i / G) * S, length, H, bf16, result->untyped_data(), first);
   });
+  return ffi::Error::Success();
+}
+// Arguments: x (B, D), the cosines and sines (B, H/2) of its positions, the number of keys and the new slot of each row
+// (B,) int32, then for each layer: norm, q, k, v, o, norm, gate, up and down, each weight with its scales if it is grouped,
+// and the keys and values (B, K, S, H), with scales (B, K, S) if they are int8. Results: x, and all keys and values in
+// the place of the arguments.
+static ffi::Error Layers(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t count, float eps) {
+  size_t next = 0, result = 0;
+  auto take = [&] { return *args.get<Buffer>(next++); };
+  auto norm = [&] { Buffer scale = take(); return Norm{scale.untyped_data(), scale.element_type() == Type::BF16}; };
+  Buffer x = take(), cos = take(), sin = take(), lengths = take(), slots = take(), out = *(*rets.get<Buffer>(result++));
+  Step in{}; in.bf16 = x.element_type() == Type::BF16, in.eps = eps, in.B = (int)x.dimensions()[0], in.D = (int)x.dimensions()[1];
+  in.cos = (const float*)cos.untyped_data(), in.sin = (const float*)sin.untyped_data(), in.lengths = (const int32_t*)lengths.untyped_data(), in.slots = (const int32_t*)slots.untyped_data();
+  auto stored = [&] {
+    Buffer a = take(); in.K = (int)a.dimensions()[1], in.S = (int)a.dimensions()[2], in.H = (int)a.dimensions()[3], in.stored = a.element_type();
+    if (in.stored == Type::S8) take();
+    void* values = (*rets.get<Buffer>(result++))->untyped_data();
+    return Stored{values, in.stored == Type::S8 ? (uint16_t*)(*rets.get<Buffer>(result++))->untyped_data() : nullptr};
+  };
+  std::vector<Layer> layers(count);
+  for (Layer& layer : layers) {
+    layer.attention_norm = norm();
+    for (Weight& w : layer.qkv) w = weight(take);
+    layer.o = weight(take), layer.ffn_norm = norm();
+    for (Weight& w : layer.gate_up) w = weight(take);
+    layer.down = weight(take), layer.k = stored(), layer.v = stored();
+  }
+  if (in.B > FEW || in.H % 16) return bad("llama_layers takes up to 16 rows, and heads of a multiple of 16");
+  in.N = layers[0].qkv[0].N / in.H, in.F = layers[0].gate_up[0].N;
+  memcpy(out.untyped_data(), x.untyped_data(), x.size_bytes());
+  Team team(pool, LOOPS * count);
+  if (in.bf16) decode_layers(in, layers.data(), count, (uint16_t*)out.untyped_data(), team);
+  else decode_layers(in, layers.data(), count, (float*)out.untyped_data(), team);
   return ffi::Error::Success();
 }
 static Queries queries(const Buffer& q, const Buffer& k, const Buffer& low, const Buffer& high) {
@@ -210,6 +227,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_many, AttentionMany, ffi::Ffi::Bin
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention_gradient, AttentionGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_linear, Linear, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("before").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_attention, Attention, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_layers, Layers, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("layers").Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_product, Product, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Attr<int32_t>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss, Loss, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_loss_gradient, LossGradient, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -13,30 +14,71 @@
 #include "xla/ffi/api/ffi.h"
 namespace ffi = xla::ffi;
 
-// Runs body(0) ... body(n - 1). Each thread takes the items of a range of its own in order, which lets it prefetch what
-// follows, and then those that are left in the ranges of others. The caller takes items too, so that the loop ends even
-// if no other thread is free: helpers that start late find no item left. They keep only the shared counters alive, never
-// the caller's stack.
-template <class Body> static void parallel(ffi::ThreadPool& pool, int n, const Body& body) {
-  constexpr int MOST = 64;
-  struct Shared { struct alignas(64) { std::atomic<int> next{0}; } of[MOST]; std::atomic<int> done{0}; };
-  const int threads = std::min((int)pool.num_threads(), n), ranges = std::min(threads, MOST);
-  if (threads < 2) { for (int i = 0; i < n; i++) body(i); return; }
-  auto shared = std::make_shared<Shared>();
-  auto start = [n, ranges](int t) { return (int)((int64_t)n * t / ranges); };
-  for (int t = 0; t < ranges; t++) shared->of[t].next = start(t);
-  const Body* task = &body;
-  auto drain = [=](Shared& s, int first) {
-    for (int j = 0; j < ranges; j++) {
-      const int t = (first + j) % ranges, end = start(t + 1);
-      for (int i; (i = s.of[t].next.fetch_add(1)) < end; s.done.fetch_add(1, std::memory_order_release)) (*task)(i);
+static inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+// Threads that a loop may have. A container may allow fewer than there are processors, and waiting threads count.
+static std::atomic<int> most_threads{INT_MAX};
+extern "C" void llama_set_threads(int most) { most_threads = most; }
+
+// Threads of XLA's pool that run up to `loops` loops, one after the other: run(n, body) runs body(0) ... body(n - 1). Each
+// thread takes the items of a range of its own in order, which lets it prefetch what follows, and then those that are
+// left in the ranges of others. Threads that have no item wait for the next loop.
+//
+// The caller takes items too, so that every loop ends even if no other thread is free. Threads that start late find no
+// item left in the loops before: every loop has counters of its own, which they keep alive, never the caller's stack.
+class Team {
+  static constexpr int WAIT = 1000, RANGES = 64;  // looks of a waiting thread before it yields the processor; most ranges
+  struct alignas(64) Counter { std::atomic<int> value{0}; };
+  struct Loop { int n; const void* body; void (*item)(const void*, int); };
+  struct Shared {
+    const int ranges;
+    std::vector<Loop> loops; std::vector<Counter> next, done;  // next: of each range of each loop
+    std::atomic<int> started{0}; std::atomic<bool> over{false};
+    Shared(int ranges, int loops) : ranges(ranges), loops(loops), next(loops * ranges), done(loops) {}
+    void drain(int i, int first) {
+      const Loop loop = loops[i];
+      auto start = [&](int t) { return (int)((int64_t)loop.n * t / ranges); };
+      for (int j = 0; j < ranges; j++) {
+        const int t = (first + j) % ranges, from = start(t), count = start(t + 1) - from; auto& taken = next[i * ranges + t].value;
+        for (int k; (k = taken.fetch_add(1)) < count; done[i].value.fetch_add(1, std::memory_order_release)) loop.item(loop.body, from + k);
+      }
+    }
+    template <class F> void wait_until(const F& ready) {
+      for (int looks = 0; !ready(); looks++) if (looks < WAIT) relax(); else std::this_thread::yield();  // another process may have the processor
+    }
+    void help(int t) {
+      for (int i = 0; i < (int)loops.size(); i++) {
+        wait_until([&] { return started.load(std::memory_order_acquire) > i || over.load(std::memory_order_acquire); });
+        if (started.load(std::memory_order_acquire) <= i) return;
+        drain(i, t);
+      }
     }
   };
-  for (int t = 1; t < threads; t++) pool.Schedule([shared, drain, t] { drain(*shared, t); });
-  drain(*shared, 0);
-  for (int spins = 0; shared->done.load(std::memory_order_acquire) < n; spins++)
-    if (spins > 1000) std::this_thread::yield();  // another process has the processor of a helper
-}
+  std::shared_ptr<Shared> shared; int used = 0;
+
+ public:
+  const int threads;
+  Team(ffi::ThreadPool& pool, int loops, int most = INT_MAX) : threads(std::min({(int)pool.num_threads(), most, most_threads.load()})) {
+    if (threads < 2) return;
+    shared = std::make_shared<Shared>(std::min(threads, RANGES), loops);
+    for (int t = 1; t < threads; t++) pool.Schedule([shared = shared, t] { shared->help(t); });
+  }
+  ~Team() { if (shared) shared->over.store(true, std::memory_order_release); }
+  template <class Body> void run(int n, const Body& body) {
+    if (n < 2 || threads < 2) { for (int i = 0; i < n; i++) body(i); return; }
+    const int i = used++;
+    shared->loops[i] = {n, &body, [](const void* body, int item) { (*(const Body*)body)(item); }};
+    shared->started.store(used, std::memory_order_release);
+    shared->drain(i, 0);
+    shared->wait_until([&] { return shared->done[i].value.load(std::memory_order_acquire) == n; });
+  }
+};
+template <class Body> static void parallel(ffi::ThreadPool& pool, int n, const Body& body) { Team(pool, 1, n).run(n, body); }
 
 // Memory that grows and is kept for the next call of the same thread, aligned to 64 bytes.
 struct Scratch {

@@ -43,6 +43,14 @@ INLINE float from_half(uint16_t h) {
   u |= sign; float f; memcpy(&f, &u, 4); return f;
 #endif
 }
+INLINE uint16_t to_half(float f) {  // rounds to nearest, ties to even. f is 2^-14 at least, or NaN.
+#if LANES >= 8
+  return _cvtss_sh(f, 0);
+#else
+  uint32_t u; memcpy(&u, &f, 4);
+  return f != f ? 0x7e00 : u >= 0x477ff000 ? 0x7c00 : (uint16_t)((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
+#endif
+}
 
 #if LANES == 16
 INLINE __m512 from_halves(const uint16_t* p, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << count) - 1, p)); }  // 0 to 16, with zeros behind

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from llama_jax.cache import KVCache, Leaf, QCache, Window, dtype_in_place
 from llama_jax.config import ModelConfig
 from llama_jax.ops.gpu import build
+from llama_jax.ops.native import weights_of
 from llama_jax.ops.quant import GROUP, QTensor
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -28,11 +29,6 @@ _STAGES = range(10, 2, -1)
 _MAX_RATIO = 8
 _MAX_ARGUMENTS = 512  # of 8 bytes: PTX allows 4 KiB
 _OTHER_ARGUMENTS = 8  # x, rotations, position, slot, and three results
-# The order of layers.cu.
-_WEIGHTS = (
-    *(("attention", name) for name in ("q", "k", "v", "o")),
-    *(("ffn", name) for name in ("gate", "up", "down")),
-)
 
 
 class Tiling(NamedTuple):
@@ -49,11 +45,6 @@ class Tiling(NamedTuple):
     stages: int
     parts: int
     region: int
-
-
-def weights_of(layer: Mapping[str, Any]) -> list[Any]:
-    """The weights of a layer's dict, in the order of layers.cu."""
-    return [layer[module][name] for module, name in _WEIGHTS]
 
 
 def refuses(config: ModelConfig, layers: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> str:
