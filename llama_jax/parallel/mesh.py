@@ -85,7 +85,7 @@ def _on_split_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mes
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except TypeError:  # jax's search ends without a result for some grids, such as 16 x 20 x 28 for data=35, fsdp=32
         grid = by_factors(shape, devices)
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError):  # jax found no assignment of mesh axes to the grid's
         named = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n > 1)
         raise ConfigError(
             f"mesh {named} does not fit the grid of these {len(devices)} chips: use sizes of the grid's own axes, or "

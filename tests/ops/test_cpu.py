@@ -69,6 +69,15 @@ def test_products_are_those_of_the_numbers(kind, dtype):
             assert min(gaps) < 2e-6, (size, out, rows)
 
 
+@pytest.mark.parametrize("kind", [8, 4])
+@pytest.mark.parametrize("groups", [1, 17, 513, 1030])
+def test_one_row_of_any_number_of_groups(kind, groups):
+    size = 32 * groups
+    (w, numbers), x = weight(kind, 7, size), inputs(1, size, "bfloat16")
+    (result,) = jax.jit(lambda x, w: cpu.linears(x, [w], dtype=jnp.float32))(x, w)
+    assert gap(result, np.asarray(x, np.float64) @ numbers.T) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("rows", "inner", "columns"),
@@ -509,7 +518,7 @@ def test_other_processors_compute_the_same(tmp_path, monkeypatch, flags):
     names = "kernels_are_built or products_are or products_of_gradients or softmax or does_not_depend or not_finite"
     names += " or residual or rotated"
     environment = {**os.environ, cpu.ENV: str(tmp_path / "used")}
-    names += " or all_layers"
+    names += " or all_layers or any_number_of_groups or usual or other_memory"
     files = [__file__, __file__.replace("test_cpu.py", "test_cpu_layers.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -2,8 +2,9 @@
 
     out_BTNH = attention(Call(q_BTNH, k, v, positions_BT, segments_BT, window))
 
-Training rows, prefill, decode steps and the planner go through `choose`; only the kernel for whole layers of ops/gpu
-does not. To add a backend is to add one file and one line of BACKENDS (docs/architecture/add-an-attention-backend.md).
+Training rows, prefill, decode steps and the planner go through `choose`; only the kernels for whole layers of ops/gpu
+and ops/cpu do not. To add a backend is to add one file and one line of BACKENDS
+(docs/architecture/add-an-attention-backend.md).
 """
 
 from __future__ import annotations

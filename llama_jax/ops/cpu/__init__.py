@@ -1,4 +1,4 @@
-"""Native kernels for CPUs: products with weights, and attention over the live keys.
+"""Native kernels for CPUs: products with weights, attention over the live keys, and whole layers of a decode step.
 
 A decode step reads every weight once and computes little, and XLA's products of 1 to 16 rows are slower than memory
 (docs/measurements/cpu-kernels.md#products-of-few-rows). XLA's attention of a prompt writes all scores to memory. Both

@@ -176,7 +176,8 @@ def register(path: Path) -> None:
 def allowed_processors(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """The processors whose time a container gives this process, rounded up; None if it has no limit.
 
-    XLA has a thread for each processor of the machine. Threads that wait would use up the time of the others.
+    XLA has a thread for each processor of the machine. Threads that wait would use up the time of the others. Only the
+    control group that the container shows as the root counts.
 
     Args:
         groups: folder of Linux's control groups, of version 1 or 2.

@@ -42,7 +42,7 @@ def linears(
     arguments, before, eps = [x], _NOTHING, 0.0
     if norm is not None:
         scale, eps = norm
-        arguments, before = [x, scale], _NORM
+        arguments, before = [x, norm_scale(scale)], _NORM
     elif up is not None:
         arguments, before = [x, up], _SWIGLU
     for w in weights:
@@ -52,6 +52,11 @@ def linears(
     shapes = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype) for w in weights]
     call = jax.ffi.ffi_call("llama_linear", shapes, vmap_method="sequential")
     return list(call(*arguments, before=np.int32(before), eps=np.float32(eps)))
+
+
+def norm_scale(scale: jax.Array) -> jax.Array:
+    """The scale of a norm in float32, or in bfloat16 if it is stored so, as the kernels read it."""
+    return scale if scale.dtype == jnp.bfloat16 else scale.astype(jnp.float32)
 
 
 def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype, *, transposed: bool = False) -> jax.Array:

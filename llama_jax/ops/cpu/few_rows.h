@@ -59,8 +59,8 @@ template <bool FOUR, int B, int R> static void grouped(const uint8_t* w, const u
   finish<B, R>(a, t, ld);
 }
 #ifdef HAS_AMX
-// 8-bit weights times one row of float32 inputs, for processors that convert them to floats faster than to bfloat16. They
-// are read in the order of memory, and a scale multiplies the sum of its group.
+// 8-bit weights times one row of float32 inputs. Processors with AMX convert such weights to floats faster than to bfloat16.
+// They are read in the order of memory, and a scale multiplies the sum of its group.
 template <int R> static void one_row_of_bytes(const int8_t* w, const uint16_t* scales, const float* x, int K, float* t) {
   constexpr int BLOCK = 512;  // groups whose scales are converted together: short loops are slower
   vf a[R][2] = {}, out[R][1];

@@ -110,6 +110,7 @@ static void in_tiles(const float* f, int b, int rows, int count, Type type, uint
   }
 }
 // Inputs of bfloat16 weights as second operands of AMX: pairs of inputs of `rows` rows, of which those behind B are zeros.
+// h has room for 16 - rows pairs more.
 static void in_pairs(const float* f, int B, int rows, int count, uint16_t* h) {
   for (int k = 0; k < count; k += 32) {
     __m512i pairs[16] = {};

@@ -30,7 +30,8 @@ template <class T> static void store_new(const T* x, const Step& in, const Store
   if (in.stored == Type::S8) store_bytes(x, in.H, (int8_t*)to.values + at * in.H, to.scales + at);
   else memcpy((T*)to.values + at * in.H, x, in.H * sizeof(T));
 }
-// x (B, D) of T becomes the hidden state after `count` layers. T is float or bfloat16, and 16-bit caches have its type.
+// x (B, D) of T becomes the hidden state after `count` layers. T is float or bfloat16, which is also the type of a cache that is
+// not int8.
 template <class T> static void decode_layers(const Step& in, Layer* layers, int count, T* x, Team& team) {
   static thread_local Scratch scratch;
   const int B = in.B, H = in.H, G = in.N / in.K, heads = in.N * H, kv = in.K * H;

@@ -1,7 +1,7 @@
 """All layers of a decode step in one call of the CPU kernels (layers.h).
 
-Between two products of a step, XLA and the wake-up of its threads take longer than the memory needs for a small layer's
-weights (docs/measurements/cpu-kernels.md#whole-layers). Within one call, threads stay awake.
+With a call for each operation, XLA takes several microseconds between two of them, and each wakes the threads up anew
+(docs/measurements/cpu-kernels.md#whole-layers). Within one call they stay awake.
 
 Letters: B rows, D embedding, N query heads, K key/value heads, S cache slots, H head dim, R rotary pairs (H / 2).
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from llama_jax.cache import KVCache, Window, dtype_in_place
 from llama_jax.config import ModelConfig
+from llama_jax.ops.cpu import calls
 from llama_jax.ops.native import weights_of
 from llama_jax.ops.quant import QTensor
 
@@ -85,7 +86,7 @@ def decode(
     in_place: dict[int, int] = {}
     for layer, stored in zip(layers, zip(cache.k, cache.v, strict=True), strict=True):
         q, k, v, o, *ffn = weights_of(layer)
-        first, second = (layer[name]["scale"] for name in ("attention_norm", "ffn_norm"))
+        first, second = (calls.norm_scale(layer[name]["scale"]) for name in ("attention_norm", "ffn_norm"))
         operands += jax.tree.leaves([first, q, k, v, o, second, *ffn])
         for array in jax.tree.leaves(stored):
             in_place[len(operands)] = 1 + len(in_place)

@@ -21,22 +21,22 @@ static inline void relax() {
   __asm__ volatile("yield");
 #endif
 }
-// Threads that a loop may have. A container may allow fewer than there are processors, and waiting threads count.
+// Threads that a loop may have. A container may allow less time than that of all processors, and threads that wait use it too.
 static std::atomic<int> most_threads{INT_MAX};
 extern "C" void llama_set_threads(int most) { most_threads = most; }
 
-// Threads of XLA's pool that run up to `loops` loops, one after the other: run(n, body) runs body(0) ... body(n - 1). Each
-// thread takes the items of a range of its own in order, which lets it prefetch what follows, and then those that are
-// left in the ranges of others. Threads that have no item wait for the next loop.
+// Threads of XLA's pool that run up to `loops` loops, one after the other (any more run on the caller alone): run(n, body)
+// runs body(0) ... body(n - 1). Each thread takes the items of a range of its own in order, which lets it prefetch what
+// follows, and then those that are left in the ranges of others. Threads that have no item wait for the next loop.
 //
-// The caller takes items too, so that every loop ends even if no other thread is free. Threads that start late find no
-// item left in the loops before: every loop has counters of its own, which they keep alive, never the caller's stack.
+// The caller takes items too, so that every loop ends even if no other thread is free. Each loop has counters of its own.
+// Helpers keep these alive, find no item there once the loop has ended, and then never touch the caller's stack.
 class Team {
   static constexpr int WAIT = 1000, RANGES = 64;  // looks of a waiting thread before it yields the processor; most ranges
   struct alignas(64) Counter { std::atomic<int> value{0}; };
   struct Loop { int n; const void* body; void (*item)(const void*, int); };
   struct Shared {
-    const int ranges;
+    const int ranges; const std::thread::id caller = std::this_thread::get_id();
     std::vector<Loop> loops; std::vector<Counter> next, done;  // next: of each range of each loop
     std::atomic<int> started{0}; std::atomic<bool> over{false};
     Shared(int ranges, int loops) : ranges(ranges), loops(loops), next(loops * ranges), done(loops) {}
@@ -52,7 +52,8 @@ class Team {
       for (int looks = 0; !ready(); looks++) if (looks < WAIT) relax(); else std::this_thread::yield();  // another process may have the processor
     }
     void help(int t) {
-      for (int i = 0; i < (int)loops.size(); i++) {
+      if (std::this_thread::get_id() == caller) return;  // a pool whose queue is full runs a task inside Schedule
+      for (int i = std::max(0, started.load(std::memory_order_acquire) - 1); i < (int)loops.size() && !over.load(std::memory_order_acquire); i++) {
         wait_until([&] { return started.load(std::memory_order_acquire) > i || over.load(std::memory_order_acquire); });
         if (started.load(std::memory_order_acquire) <= i) return;
         drain(i, t);
@@ -70,7 +71,7 @@ class Team {
   }
   ~Team() { if (shared) shared->over.store(true, std::memory_order_release); }
   template <class Body> void run(int n, const Body& body) {
-    if (n < 2 || threads < 2) { for (int i = 0; i < n; i++) body(i); return; }
+    if (n < 2 || threads < 2 || used == (int)shared->loops.size()) { for (int i = 0; i < n; i++) body(i); return; }
     const int i = used++;
     shared->loops[i] = {n, &body, [](const void* body, int item) { (*(const Body*)body)(item); }};
     shared->started.store(used, std::memory_order_release);
