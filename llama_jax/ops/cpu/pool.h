@@ -1,4 +1,4 @@
-// A parallel loop on XLA's own thread pool, and scratch memory.
+// Parallel loops on XLA's own thread pool, and scratch memory.
 #pragma once
 #include <algorithm>
 #include <atomic>
