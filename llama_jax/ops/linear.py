@@ -201,8 +201,7 @@ def _kernels(x: jax.Array, weights: Sequence[jax.Array | QTensor]) -> Any:
 def _on_cpu(x: jax.Array, w: jax.Array | QTensor) -> bool:
     """True if a kernel for CPUs multiplies x (..., in) with w."""
     rows = x.size // x.shape[-1] if x.size else 0
-    of_dtype = isinstance(w, QTensor) or w.dtype == x.dtype or (x.dtype == jnp.float32 and w.dtype == jnp.bfloat16)
-    return x.dtype in (jnp.float32, jnp.bfloat16) and of_dtype and len(w.shape) == 2 and cpu.multiplies(rows)
+    return cpu.takes_weight(x.dtype, w) and cpu.multiplies(rows)
 
 
 def _native(x: jax.Array, w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array:

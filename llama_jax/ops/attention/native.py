@@ -15,13 +15,10 @@ from llama_jax.ops import cpu
 from llama_jax.ops.attention.call import Call, Target
 from llama_jax.ops.remat import ATTENTION
 
-_HEAD = 16  # the kernel of one query takes heads of a multiple of this
-_DTYPES = (jnp.float32, jnp.bfloat16)
-
 
 def refuses(call: Call, target: Target) -> str:
     """The reason why the kernels do not take a call; "" if one does. The first call may compile them."""
-    if call.q_BTNH.dtype not in _DTYPES or call.cache_dtype not in (*_DTYPES, jnp.uint16, jnp.int8):
+    if call.q_BTNH.dtype not in cpu.calls.DTYPES or call.cache_dtype not in (*cpu.calls.DTYPES, jnp.uint16, jnp.int8):
         return f"it takes float32 and bfloat16, not {call.q_BTNH.dtype} with keys in {call.cache_dtype}"
     return "" if cpu.ready() else "the native CPU kernels cannot be used here"
 
@@ -50,7 +47,7 @@ def _over_cache(call: Call) -> jax.Array:
     assert not isinstance(k, QCache) and not isinstance(v, QCache)
     # Padding has a slot beyond the cache, and no keys.
     ends_BT = jnp.where(call.window.slots_BT < call.k.shape[2], call.positions_BT + 1, 0)
-    if T == 1 and H % _HEAD == 0:
+    if T == 1 and H % cpu.calls.HEAD == 0:
         return cpu.attend(call.q_BTNH[:, 0], k, v, ends_BT[:, 0], scales)[:, None]
     return cpu.attend_many(call.q_BTNH, k, v, jnp.zeros((B, T), jnp.int32), ends_BT, scales)
 

@@ -33,6 +33,7 @@ from llama_jax.ops.cpu.calls import (
     product,
     rotate,
     rows,
+    takes_weight,
 )
 
 __all__ = [
@@ -52,9 +53,9 @@ __all__ = [
     "rotate",
     "rows",
     "takes_layers",
+    "takes_weight",
 ]
 
-_FEW_ROWS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +80,7 @@ def multiplies(rows: int) -> bool:
 
     Those of more than 16 rows do where they were faster than XLA when the library was built.
     """
-    return rows > 0 and ready() and (rows <= _FEW_ROWS or _gain_of_many_rows() > 1)
+    return rows > 0 and ready() and (rows <= calls.FEW_ROWS or _gain_of_many_rows() > 1)
 
 
 def takes_layers(config: ModelConfig, weights: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:

@@ -14,7 +14,18 @@ import numpy as np
 
 from llama_jax.ops.quant import QTensor
 
+DTYPES = (jnp.float32, jnp.bfloat16)  # of activations
+FEW_ROWS = 16  # most rows that are multiplied with weights as they are read: FEW in inputs.h
+HEAD = 16  # with one query a row, heads are a multiple of this
 _NOTHING, _NORM, _SWIGLU = 0, 1, 2
+
+
+def takes_weight(dtype: jnp.dtype, weight: jax.Array | QTensor) -> bool:
+    """True if the kernels multiply inputs of this dtype with a weight (out, in)."""
+    of_dtype = (
+        isinstance(weight, QTensor) or weight.dtype == dtype or (dtype == jnp.float32 and weight.dtype == jnp.bfloat16)
+    )
+    return dtype in DTYPES and of_dtype and len(weight.shape) == 2
 
 
 def linears(

@@ -21,10 +21,6 @@ from llama_jax.ops.cpu import calls
 from llama_jax.ops.native import weights_of
 from llama_jax.ops.quant import QTensor
 
-_MOST_ROWS = 16
-_HEAD = 16  # heads are a multiple of this
-_DTYPES = (jnp.float32, jnp.bfloat16)
-
 
 def takes(config: ModelConfig, layers: Sequence[Mapping[str, Any]], x: jax.Array, cache: KVCache) -> bool:
     """True if one call computes a step: one token of 1 to 16 rows, with weights that the kernels multiply.
@@ -38,9 +34,8 @@ def takes(config: ModelConfig, layers: Sequence[Mapping[str, Any]], x: jax.Array
     stored = jnp.uint16 if x.dtype == jnp.bfloat16 else x.dtype
     return (
         x.shape[1] == 1
-        and 0 < x.shape[0] <= _MOST_ROWS
-        and x.dtype in _DTYPES
-        and config.head_dim % _HEAD == 0
+        and 0 < x.shape[0] <= calls.FEW_ROWS
+        and config.head_dim % calls.HEAD == 0
         and cache.k[0].shape[1] == config.num_kv_heads
         and dtype_in_place(cache.k[0]) in (stored, jnp.int8)
         and all(_alike(weights, x.dtype) for layer in layers for weights in _products(layer))
@@ -55,8 +50,9 @@ def _products(layer: Mapping[str, Any]) -> list[list[Any]]:
 
 def _alike(weights: Sequence[Any], dtype: jnp.dtype) -> bool:
     """True if weights are of one kind, which the kernels multiply with inputs of this dtype."""
-    kinds = {w.bits if isinstance(w, QTensor) else w.dtype if isinstance(w, jax.Array) else None for w in weights}
-    return len(kinds) == 1 and kinds <= {4, 8, dtype, jnp.dtype(jnp.bfloat16)}
+    if not all(isinstance(w, QTensor | jax.Array) and calls.takes_weight(dtype, w) for w in weights):
+        return False
+    return len({w.bits if isinstance(w, QTensor) else w.dtype for w in weights}) == 1
 
 
 def decode(
